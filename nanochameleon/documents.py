@@ -1,0 +1,86 @@
+"""Documents: text and pictures in any order, as a list of segments, and as ids of one vocabulary.
+
+    [Text("a red circle"), Image((7, 7, 3, 9))]   <->   <s> a _red _circle <boi> 7 7 3 9 <eoi> </s>
+
+Special ids come from segments alone, so no text can spell one. Training happens elsewhere (packing.py, losses.py).
+"""
+
+from dataclasses import dataclass
+
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.vocab import Vocab
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    codes: tuple[int, ...]  # raster order, each in [0, n_codes)
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """The separator between a prompt and its answer."""
+
+
+Segment = Text | Image | EndOfTurn
+Document = list[Segment]
+
+
+def render_segment(segment: Segment, tokenizer: TextTokenizer, vocab: Vocab) -> list[int]:
+    """One segment -> ids, without <s> and </s>."""
+    if isinstance(segment, Text):
+        return tokenizer.encode(segment.text)
+    if isinstance(segment, Image):
+        return [vocab.boi, *(vocab.code_to_id(code) for code in segment.codes), vocab.eoi]
+    return [vocab.eot]
+
+
+def render(doc: Document, tokenizer: TextTokenizer, vocab: Vocab, end: bool = True) -> list[int]:
+    """Document -> <s>, the segments' ids, and </s> if `end` (a prompt to be continued has none)."""
+    ids = [vocab.bos]
+    for segment in doc:
+        ids += render_segment(segment, tokenizer, vocab)
+    return ids + [vocab.eos] * end
+
+
+def parse(ids: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document:
+    """Inverse of render, up to joining neighbouring texts and dropping empty ones; stops at </s>, skips <s> and <pad>.
+
+    Raises ValueError for what render never makes: a code outside a picture, a picture inside or left open.
+    """
+    doc: Document = []
+    text: list[int] = []
+    codes: list[int] | None = None  # the picture being read, None outside of one
+
+    def close_text():
+        if text:
+            doc.append(Text(tokenizer.decode(text)))
+            text.clear()
+
+    for position, token in enumerate(ids):
+        if codes is not None:
+            if token == vocab.eoi:
+                doc.append(Image(tuple(codes)))
+                codes = None
+            else:
+                codes.append(vocab.id_to_code(token))
+        elif token == vocab.eos:
+            break
+        elif token == vocab.boi:
+            close_text()
+            codes = []
+        elif token == vocab.eot:
+            close_text()
+            doc.append(EndOfTurn())
+        elif vocab.modality(token) == "text":
+            text.append(token)
+        elif token not in (vocab.bos, vocab.pad):
+            raise ValueError(f"id {token} at position {position} has no place outside a picture")
+    if codes is not None:
+        raise ValueError("the last picture is left open")
+    close_text()
+    return doc

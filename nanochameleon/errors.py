@@ -1,0 +1,21 @@
+"""What a user can do wrong, said in one sentence.
+
+Every mistake that a user can cause raises UserError with the sentence to print; `exit_on_user_error` turns it into
+that sentence on stderr and exit code 2. Anything else is a bug of ours and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A wrong option, file or prompt: the message names what is wrong and what to do about it."""
+
+
+def exit_on_user_error(main: Callable[[], object]) -> None:
+    """Runs `main`; a UserError ends the program with its sentence on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,105 @@
+"""Vector quantization: each vector becomes the nearest of K codebook vectors (VQ-VAE, arXiv 1711.00937).
+
+The codebook learns by exponential moving averages of the vectors assigned to each code (appendix A.1 there), and codes
+that nobody uses are moved onto vectors of the batch, so that the whole codebook is in use. The VQ-VAE's other way, a
+codebook loss by gradient, is `codebook_loss`; the commitment loss pulls the encoder to its codes. beta stands before
+the COMMITMENT term as in the paper; taming-transformers and Hugging Face put it before the other one, a known slip.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the codebook row with the least squared distance: (N, E), (K, E) -> (N,) int64.
+
+    |v - c|^2 = |v|^2 - 2 v.c + |c|^2 loses all its digits when v and c share a large offset, so the codebook's mean is
+    taken off both first: distances do not change and the numbers stay small.
+    """
+    centre = codebook.mean(0)
+    v, c = vectors - centre, codebook - centre
+    return torch.addmm(c.square().sum(1), v, c.T, alpha=-2).argmin(1)
+
+
+def straight_through(vectors: Tensor, quantized: Tensor) -> Tensor:
+    """The value of `quantized` with the gradient of `vectors`: argmin has none, so it is copied through."""
+    return vectors + (quantized - vectors).detach()
+
+
+def codebook_loss(vectors: Tensor, quantized: Tensor) -> Tensor:
+    """Pulls the codes to the encoder's vectors (which stay): mean |sg(v) - q|^2."""
+    return F.mse_loss(quantized, vectors.detach())
+
+
+def commitment_loss(vectors: Tensor, quantized: Tensor) -> Tensor:
+    """Pulls the encoder's vectors to their codes (which stay): mean |v - sg(q)|^2; times beta in the total."""
+    return F.mse_loss(vectors, quantized.detach())
+
+
+class Quantizer(nn.Module):
+    """The codebook (K, E) and, while it is trained by moving averages, the running counts and sums of each code."""
+
+    def __init__(self, n_codes: int, embed_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(n_codes, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_codes, 1 / n_codes)
+        self.register_buffer("counts", torch.ones(n_codes), persistent=False)
+        self.register_buffer("sums", self.embedding.weight.detach().clone(), persistent=False)
+
+    def codes(self, z: Tensor) -> Tensor:
+        """Encoder output (B, E, h, w) -> codes (B, h*w) in raster order."""
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        return nearest_code(flat.float(), self.embedding.weight.float()).view(len(z), -1)
+
+    def vectors(self, codes: Tensor, grid: int) -> Tensor:
+        """Codes (B, grid*grid) -> their vectors (B, E, grid, grid)."""
+        return self.embedding(codes).view(len(codes), grid, grid, -1).permute(0, 3, 1, 2)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, E, h, w) -> straight-through quantized (B, E, h, w), codes (B, h*w), q itself (with codebook gradient)."""
+        codes = self.codes(z.detach())
+        quantized = self.vectors(codes, z.shape[-1])
+        return straight_through(z, quantized), codes, quantized
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, codes: Tensor, decay: float, min_count: float, generator: torch.Generator) -> int:
+        """One moving-average step towards this batch's vectors; returns how many dead codes were moved.
+
+        A code is dead when its running count falls below `min_count`; it is put onto a random vector of the batch.
+        """
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).float()
+        hits = F.one_hot(codes.reshape(-1), len(self.counts)).to(flat.dtype)
+        counts, sums = hits.sum(0), hits.T @ flat
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.counts.lerp_(counts, 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
+        dead = (self.counts < min_count).nonzero()[:, 0]
+        if len(dead):
+            picks = torch.randint(len(flat), (len(dead),), generator=generator)
+            self.counts[dead] = 1.0
+            self.sums[dead] = flat[picks]
+        self.embedding.weight.copy_(self.sums / self.counts[:, None].clamp_min(1e-6))
+        return len(dead)
+
+    @torch.no_grad()
+    def start_from(self, z: Tensor, rounds: int, generator: torch.Generator) -> None:
+        """Puts the codebook onto the data before training: k-means++ style picks, then `rounds` of k-means."""
+        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).float()
+        picks = [int(torch.randint(len(flat), (1,), generator=generator))]
+        nearest = torch.full((len(flat),), torch.inf)
+        for _ in range(len(self.counts) - 1):
+            nearest = torch.minimum(nearest, (flat - flat[picks[-1]]).square().sum(1))
+            picks.append(int(torch.multinomial(nearest.clamp_min(1e-12), 1, generator=generator)))
+        self.embedding.weight.copy_(flat[picks])
+        for _ in range(rounds):
+            codes = nearest_code(flat, self.embedding.weight)
+            hits = F.one_hot(codes, len(self.counts)).to(flat.dtype)
+            counts = hits.sum(0)
+            means = hits.T @ flat / counts[:, None].clamp_min(1)
+            self.embedding.weight.copy_(torch.where(counts[:, None] > 0, means, self.embedding.weight))
+        self.counts.fill_(1.0)
+        self.sums.copy_(self.embedding.weight)

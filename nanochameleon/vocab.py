@@ -1,0 +1,123 @@
+"""One id space for words and pictures: which id means what.
+
+Early fusion IS this file: text pieces and picture codes are rows of one embedding table and columns of one softmax.
+The layout is that of the released Chameleon (paper section 2.1), scaled down for toys:
+
+    0 <s>   1 <pad>   2 </s>   3 <unk>
+    4 .. 4+K-1              picture codes, id = code + 4           (K = 8,192 in the release: 4 .. 8195)
+    4+K      <eoss>         end of image                           (8196)
+    4+K+1    <racm3:break>  begin of image: larger than its end!   (8197)
+    4+K+2 .. 4+K+R-1        <reservedNNNNN>, id = NNNNN + 4; one of them ends a turn (8710 = <reserved08706>)
+    4+K+R .. V-1            text pieces: 256 bytes first, then BPE merges
+
+It knows nothing of how text is split or pictures are coded.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+N_BYTES = 256
+CODE_NAME = str.maketrans("0123456789", "ABCDEFGHIJ")
+CODE_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """The layout above. Raises ValueError when it has no room for the special ids or for the 256 bytes."""
+
+    size: int = 65_536  # V, all ids
+    n_codes: int = 8_192  # K, entries of the image tokenizer's codebook
+    n_reserved: int = 8_192  # R, ids after the codes: end and begin of image, then reserved ones, end of turn among them
+    eot_slot: int = 514  # which of those R ends a turn (8710 - 8196)
+
+    bos = 0
+    pad = 1
+    eos = 2
+    unk = 3
+    first_code = 4
+
+    def __post_init__(self):
+        if self.n_codes < 1 or not 2 <= self.eot_slot < self.n_reserved:
+            raise ValueError(f"need n_codes >= 1 and 2 <= eot_slot < n_reserved, got {self}")
+        if self.n_text < N_BYTES:
+            raise ValueError(f"{self.size} ids leave {self.n_text} for text; the 256 bytes alone need {N_BYTES}")
+
+    @staticmethod
+    def toy(n_codes: int, n_merges: int) -> "Vocab":
+        """The same scheme, just large enough: `n_codes` picture codes, 8 reserved ids, 256 bytes and `n_merges`."""
+        return Vocab(4 + n_codes + 8 + N_BYTES + n_merges, n_codes, n_reserved=8, eot_slot=2)
+
+    @property
+    def eoi(self) -> int:
+        return self.first_code + self.n_codes
+
+    @property
+    def boi(self) -> int:
+        return self.eoi + 1
+
+    @property
+    def eot(self) -> int:
+        return self.eoi + self.eot_slot
+
+    @property
+    def first_text(self) -> int:
+        return self.eoi + self.n_reserved
+
+    @property
+    def n_text(self) -> int:
+        return self.size - self.first_text
+
+    def code_to_id(self, code):
+        """Code 0..K-1 (an int, or an integer array or tensor of any shape) -> id. Raises ValueError outside."""
+        return self._checked(code, 0, self.n_codes, "code") + self.first_code
+
+    def id_to_code(self, token):
+        """Inverse of code_to_id. Raises ValueError for an id that is not a picture code."""
+        return self._checked(token, self.first_code, self.eoi, "picture id") - self.first_code
+
+    def modality(self, token: int) -> str:
+        """'text', 'image' (a code) or 'special'. Raises ValueError outside [0, V)."""
+        self._checked(token, 0, self.size, "id")
+        if token >= self.first_text:
+            return "text"
+        return "image" if self.first_code <= token < self.eoi else "special"
+
+    def is_image(self, tokens):
+        """Elementwise: is this id a picture code? For arrays and tensors."""
+        return (tokens >= self.first_code) & (tokens < self.eoi)
+
+    def is_text(self, tokens):
+        """Elementwise: is this id a text piece? For arrays and tensors."""
+        return tokens >= self.first_text
+
+    def name(self, token: int) -> str:
+        """The release's name of a special or picture id: 0 -> '<s>', code 53 -> 'IMGIMGFDZ', 8710 -> '<reserved08706>'."""
+        named = {self.bos: "<s>", self.pad: "<pad>", self.eos: "</s>", self.unk: "<unk>",
+                 self.eoi: "<eoss>", self.boi: "<racm3:break>"}  # fmt: skip
+        if token in named:
+            return named[token]
+        if self.modality(token) == "image":
+            return f"IMGIMG{str(self.id_to_code(token)).translate(CODE_NAME)}Z"
+        if self.modality(token) == "special":
+            return f"<reserved{token - self.first_code:05d}>"
+        raise ValueError(f"id {token} is a text piece; the text tokenizer knows its spelling")
+
+    def names(self) -> dict[str, int]:
+        """Every name that is not text -> its id, in the order of the ids."""
+        return {self.name(token): token for token in range(self.first_text)}
+
+    @staticmethod
+    def code_of_name(name: str) -> int:
+        """'IMGIMGFDZ' -> 53. Raises ValueError for any other form."""
+        letters = name.removeprefix("IMGIMG").removesuffix("Z")
+        if name != f"IMGIMG{letters}Z" or not letters or set(letters) - set("ABCDEFGHIJ"):
+            raise ValueError(f"{name!r} is not the name of a picture code")
+        return int(letters.translate(CODE_DIGITS))
+
+    @staticmethod
+    def _checked(values, low: int, high: int, what: str):
+        array = np.asarray(values)
+        if array.size and not (low <= array.min() and array.max() < high):
+            raise ValueError(f"{what} outside [{low}, {high}): {array.min()}..{array.max()}")
+        return values
