@@ -1,0 +1,292 @@
+"""Checkpoints: step-NNNNNN/ folders that are either whole or do not count.
+
+    step-000200/  model.safetensors  optim.safetensors  state.json  config.json  ...  manifest.json
+
+All files are written into .tmp-...; the manifest (size and sha256 of each) comes last, then one rename. So a kill at
+any moment leaves the older ones as they were, and a flipped byte or a cut file is noticed: the newest checkpoint is the
+newest WHOLE one, found by looking, with no pointer file that could go stale. Safetensors and JSON only, never pickle.
+It moves state; it builds no model and knows no configuration.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanochameleon.errors import UserError
+
+MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step-(\d{6,})(\.old)?")  # .old: set aside while a second save of the same step moves in
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files that appear at once or not at all
+
+
+def fsync(path: Path) -> None:
+    """Waits until the file or folder is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes beside `path`, then replaces it in one step: readers see the old file or the new one."""
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        aside.write_bytes(data)
+        fsync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# manifest
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def render_manifest(entries: dict[str, dict]) -> bytes:
+    """{name: {"size": bytes, "sha256": hex}} -> the one spelling of it, so that any flipped byte shows."""
+    return (json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(checkpoint: Path) -> dict[str, dict]:
+    """The manifest's entries. Raises ValueError or OSError for one that is missing, cut or touched."""
+    data = (checkpoint / MANIFEST).read_bytes()
+    manifest = json.loads(data)
+    entries = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(entries, dict) or "state.json" not in entries or render_manifest(entries) != data:
+        raise ValueError("not as written")
+    return entries
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None when every file is what its manifest says."""
+    try:
+        entries = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError):
+        return f"{MANIFEST} is damaged"
+    for name, entry in entries.items():
+        file = checkpoint / name
+        if Path(name).name != name or not isinstance(entry, dict):
+            return f"{MANIFEST} is damaged"
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry.get("size"):  # before hashing: cheap, and bounds what is read
+            return f"{name} has {file.stat().st_size} bytes instead of {entry.get('size')}"
+        if sha256(file) != entry.get("sha256"):
+            return f"{name} has changed since it was written"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# save
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict,
+    config: dict | None = None,
+    files: dict[str, bytes] | None = None,
+) -> Path:
+    """Writes run_dir/step-NNNNNN and returns it.
+
+    tensors: {"model": {name: tensor}, "optim": ..., ...}, one safetensors file each; tensors must not share memory.
+    state, config: what JSON can hold. files: more files by name, such as tokenizer.json.
+    Raises UserError when the disk is full or not writable; then nothing new is left and the older ones are untouched.
+    """
+    run_dir = Path(run_dir)
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    texts = {"state.json": state, "config.json": config or {}}
+    blobs = {name: json.dumps(value, indent=1).encode() for name, value in texts.items()} | (files or {})
+    aside = run_dir / f".tmp-step-{step:06d}-{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        sweep(run_dir)
+        if shutil.disk_usage(run_dir).free < needed:
+            raise OSError(f"it needs {needed / 1e6:.0f} MB and the disk has less")
+        aside.mkdir()
+        _write_files(aside, tensors, blobs)
+        return _move_in(aside, run_dir / f"step-{step:06d}")
+    except OSError as error:
+        raise UserError(f"cannot save a checkpoint in {run_dir}: {error}; older checkpoints are untouched") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(run_dir: Path) -> None:
+    """Removes the .tmp-* folders that a killed save has left."""
+    for path in Path(run_dir).glob(".tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], blobs: dict[str, bytes]) -> None:
+    for group, content in tensors.items():
+        try:
+            save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, folder / f"{group}.safetensors")
+        except SafetensorError as error:  # how a full disk shows here
+            raise OSError(str(error)) from error
+    for name, data in blobs.items():
+        (folder / name).write_bytes(data)
+    entries = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
+    for name in entries:
+        fsync(folder / name)
+    (folder / MANIFEST).write_bytes(render_manifest(entries))
+    fsync(folder / MANIFEST)
+    fsync(folder)
+
+
+def _move_in(aside: Path, target: Path) -> Path:
+    """One rename. A folder of the same step steps aside first, under a name that newest() still finds."""
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+    os.rename(aside, target)
+    fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# find and load
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The step folders of a run, newest first, whole or not."""
+    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in Path(run_dir).glob("step-*") if path.is_dir()]
+    ranked = [((int(match[1]), match[2] is None), path) for match, path in found if match]
+    return [path for _, path in sorted(ranked, reverse=True)]
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None without one; prints one line for each damaged one on the way."""
+    for path in checkpoints(run_dir):
+        problem = damage(path)
+        if problem is None:
+            return path
+        print(f"warning: passing over {path}: {problem}", file=sys.stderr)
+    return None
+
+
+def load(path: Path, groups: Collection[str] | None = None) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """Checkpoint, or run folder (then its newest whole one) -> (tensors by group on the CPU, state).
+
+    groups: read these alone, such as ("model",). Raises UserError for what is no run folder, holds no whole checkpoint,
+    or, given as a checkpoint, is not whole: whoever names one gets that one or a refusal.
+    """
+    path = locate(path)
+    tensors = {
+        name.removesuffix(".safetensors"): load_file(path / name)
+        for name in read_manifest(path)
+        if name.endswith(".safetensors") and (groups is None or name.removesuffix(".safetensors") in groups)
+    }
+    for group in groups or ():
+        if group not in tensors:
+            raise UserError(f"{path} has no {group}.safetensors; it was saved by another stage or version")
+    return tensors, json.loads((path / "state.json").read_text())
+
+
+def locate(path: Path) -> Path:
+    """Checkpoint or run folder -> a whole checkpoint. Raises UserError as load does."""
+    path = Path(path)
+    if not path.is_dir():
+        what = "is a file, not a run folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; give the folder that train.py wrote, such as runs/toy")
+    if STEP_FOLDER.fullmatch(path.name) or ((path / MANIFEST).exists() and not checkpoints(path)):
+        if problem := damage(path):
+            raise UserError(f"{path} is damaged: {problem}; name the run folder to use the newest whole checkpoint")
+        return path
+    if not checkpoints(path):
+        raise UserError(f"{path} is not a run folder: it holds no step-NNNNNN; give the folder that train.py wrote")
+    found = newest(path)
+    if found is None:
+        raise UserError(f"{path} holds no whole checkpoint; all of them are damaged, train again or restore a copy")
+    return found
+
+
+def keep_last(run_dir: Path, k: int) -> None:
+    """Deletes what is older than the k newest whole checkpoints; damaged ones do not count among the k."""
+    if k < 1:
+        raise ValueError(f"keep at least 1 checkpoint, not {k}")
+    sweep(run_dir)
+    whole = 0
+    for path in checkpoints(run_dir):
+        if whole >= k:
+            # Renamed first: a kill in the middle leaves a .tmp-*, not half a checkpoint.
+            doomed = path.with_name(f".tmp-old-{path.name}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        elif damage(path) is None:
+            whole += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizer and random state as flat tensors
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: {"layer.weight.exp_avg": ..., "layer.weight.step": ...}; not copied."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Inverse of optimizer_tensors; groups, learning rate and decay stay as they are.
+
+    Raises UserError when names or shapes are not those of this model.
+    """
+    named = dict(model.named_parameters())
+    order = _positions(optimizer)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition(".")
+        if name not in named or id(named[name]) not in order:
+            raise UserError(f"the checkpoint's optimizer knows {name!r}, which this model does not; was it changed?")
+        if tensor.ndim and tensor.shape != named[name].shape:
+            raise UserError(f"{key} has shape {tuple(tensor.shape)}, this model needs {tuple(named[name].shape)}")
+        state.setdefault(order[id(named[name])], {})[field] = tensor.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """id(parameter) -> its position in the optimizer, which is how torch's state_dict names it."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return {id(parameter): position for position, parameter in enumerate(parameters)}
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """The state of torch's CPU generator, uint8."""
+    return {"torch_cpu": torch.get_rng_state()}
+
+
+def load_rng(tensors: dict[str, Tensor]) -> None:
+    """Inverse of rng_tensors. Raises UserError when it is not there."""
+    if "torch_cpu" not in tensors:
+        raise UserError("the checkpoint holds no random state 'torch_cpu'; it cannot be continued exactly")
+    torch.set_rng_state(tensors["torch_cpu"])

@@ -1,0 +1,247 @@
+"""A checkpoint is whole or does not count, and a run that goes on from one is the run that never stopped."""
+
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nanochameleon import checkpoint
+from nanochameleon.checkpoint import (
+    damage,
+    keep_last,
+    load,
+    load_optimizer,
+    load_rng,
+    newest,
+    optimizer_tensors,
+    rng_tensors,
+    save,
+)
+from nanochameleon.config import OptimConfig
+from nanochameleon.errors import UserError
+from nanochameleon.optim import learning_rate, make_adamw
+
+TENSORS = {
+    "model": {"a.weight": torch.arange(6.0).view(2, 3).bfloat16(), "b": torch.tensor(3)},
+    "optim": {"a.weight.step": torch.tensor(2.0)},
+}
+
+
+def save_some(run_dir, *steps):
+    for step in steps:
+        tensors = {**TENSORS, "model": {**TENSORS["model"], "b": torch.tensor(step)}}
+        save(run_dir, step, tensors, {"step": step}, {"dim": 8}, {"tokenizer.json": b"{}"})
+
+
+def names(run_dir):
+    return sorted(path.name for path in run_dir.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# going on (invariant 21)
+
+
+@torch.random.fork_rng()
+def train(steps, run_dir, stop_after=None, resume=False):
+    """A network with dropout, so that the losses depend on the random state; returns its losses and its tensors."""
+    torch.manual_seed(99 if resume else 1)
+    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Dropout(0.5), nn.Linear(5, 1))
+    cfg = OptimConfig(lr=1e-2, warmup=2)
+    optimizer, start = make_adamw(model, cfg), 0
+    if resume:
+        tensors, state = load(run_dir)
+        model.load_state_dict(tensors["model"])
+        load_optimizer(optimizer, model, tensors["optim"])
+        load_rng(tensors["rng"])
+        start = state["step"]
+    losses = []
+    for step in range(start, steps if stop_after is None else stop_after):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, cfg)
+        loss = model(torch.randn(4, 3)).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    everything = {"model": model.state_dict(), "optim": optimizer_tensors(optimizer, model), "rng": rng_tensors()}
+    if stop_after is not None:
+        save(run_dir, stop_after, everything, {"step": stop_after})
+    return losses, {f"{group}.{k}": v for group, content in everything.items() for k, v in content.items()}
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 12), st.data())
+def test_stopping_and_going_on_is_bitwise_the_unbroken_run(tmp_path_factory, steps, data):
+    stop = data.draw(st.integers(0, steps))
+    run_dir = tmp_path_factory.mktemp("run")
+    unbroken, expected = train(steps, run_dir)
+    first, _ = train(steps, run_dir, stop_after=stop)
+    second, reached = train(steps, run_dir, resume=True)
+    assert first + second == unbroken
+    assert reached.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(reached[name], tensor), name
+
+
+def test_an_optimizer_of_another_model_is_refused_by_parameter_and_shape(tmp_path):
+    train(3, tmp_path, stop_after=3)
+    saved = load(tmp_path)[0]["optim"]
+    wider, longer = nn.Sequential(nn.Linear(3, 6)), nn.Sequential(nn.Linear(3, 5))
+    with pytest.raises(UserError, match=r"0\.bias\.exp_avg has shape \(5,\).*\(6,\)"):
+        load_optimizer(make_adamw(wider, OptimConfig()), wider, saved)
+    with pytest.raises(UserError, match=r"'1\.(weight|bias)'"):
+        load_optimizer(make_adamw(longer, OptimConfig()), longer, saved)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole or not
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    path = save(tmp_path, 7, TENSORS, {"step": 7, "text": "ä\u2028"}, {"dim": 8}, {"tokenizer.json": b"{}"})
+    tensors, state = load(tmp_path)
+    assert path.name == "step-000007" and state == {"step": 7, "text": "ä\u2028"}
+    assert json.loads((path / "config.json").read_text()) == {"dim": 8}
+    for group, content in TENSORS.items():
+        assert tensors[group].keys() == content.keys()
+        for name, tensor in content.items():
+            assert tensors[group][name].dtype == tensor.dtype and torch.equal(tensors[group][name], tensor)
+    assert load(path, groups=["model"])[0].keys() == {"model"}
+    with pytest.raises(UserError, match=r"vqgan\.safetensors"):
+        load(path, groups=["vqgan"])
+
+
+@given(st.data())
+def test_a_flipped_byte_or_a_cut_anywhere_is_seen_and_the_one_before_is_taken(tmp_path_factory, capsys, data):
+    run_dir = tmp_path_factory.mktemp("run")
+    save_some(run_dir, 1, 2)
+    victim = data.draw(st.sampled_from(sorted((run_dir / "step-000002").iterdir())))
+    content = bytearray(victim.read_bytes())
+    offset = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[offset] ^= data.draw(st.integers(1, 255))
+    else:
+        del content[offset:]
+    victim.write_bytes(bytes(content))
+    capsys.readouterr()
+    assert newest(run_dir) == run_dir / "step-000001"
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "step-000002" in warning
+    assert load(run_dir)[1] == {"step": 1}
+    with pytest.raises(UserError, match="step-000002 is damaged"):
+        load(run_dir / "step-000002")
+
+
+def test_a_missing_file_is_seen(tmp_path):
+    save_some(tmp_path, 1)
+    for file in sorted((tmp_path / "step-000001").iterdir()):
+        content = file.read_bytes()
+        file.unlink()
+        assert file.name in damage(tmp_path / "step-000001")
+        file.write_bytes(content)
+    assert damage(tmp_path / "step-000001") is None
+
+
+@given(crash_at=st.integers(0, 40))
+def test_a_crash_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path_factory, crash_at):
+    """The n-th call that touches the disk dies and, like a kill, cleans nothing up. Step 2 replaces an older step 2."""
+    run_dir = tmp_path_factory.mktemp("run")
+    save_some(run_dir, 1, 2)
+    calls = 0
+
+    def dying(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > crash_at:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", dying(shutil.rmtree))
+        patch.setattr(checkpoint.os, "rename", dying(os.rename))
+        for name in ("save_file", "fsync", "sha256"):
+            patch.setattr(checkpoint, name, dying(getattr(checkpoint, name)))
+        try:
+            save(run_dir, 2, TENSORS, {"step": 2, "again": True})
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+    tensors, state = load(run_dir)
+    assert state in ([{"step": 2, "again": True}] if finished else [{"step": 2}, {"step": 2, "again": True}])
+    assert tensors["model"]["a.weight"].shape == (2, 3)
+    save_some(run_dir, 3)
+    assert not [name for name in names(run_dir) if name.startswith(".tmp")]
+    assert load(run_dir)[1] == {"step": 3}
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_older_checkpoint(tmp_path):
+    """RLIMIT_FSIZE makes the kernel refuse the bytes, in safetensors' own code too."""
+    save_some(tmp_path, 1)
+    before, limits = names(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot save a checkpoint"):
+            save(tmp_path, 2, {"model": {"big": torch.zeros(10_000)}}, {"step": 2})
+        with pytest.raises(UserError, match="cannot save a checkpoint"):
+            save(tmp_path, 2, TENSORS, {"step": 2, "long": "x" * 10_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == before
+    assert load(tmp_path)[1] == {"step": 1}
+
+
+def test_the_newest_is_the_highest_number_also_past_six_digits(tmp_path):
+    save_some(tmp_path, 2_000_000, 999_999, 10)
+    assert newest(tmp_path).name == "step-2000000"
+
+
+@settings(max_examples=20)
+@given(st.sets(st.integers(0, 5)), st.integers(1, 4))
+def test_old_checkpoints_go_only_once_k_newer_ones_are_whole(tmp_path_factory, broken, k):
+    run_dir = tmp_path_factory.mktemp("run")
+    save_some(run_dir, *range(6))
+    for step in broken:
+        (run_dir / f"step-{step:06d}" / "state.json").write_bytes(b"cut")
+    whole = [step for step in range(6) if step not in broken]
+    oldest_kept = whole[-k] if len(whole) >= k else 0
+    keep_last(run_dir, k)
+    assert names(run_dir) == [f"step-{step:06d}" for step in range(oldest_kept, 6)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is no checkpoint
+
+
+def test_what_is_no_run_folder_is_refused_in_words(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"\x80\x02.")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    save_some(tmp_path / "broken", 1)
+    (tmp_path / "broken" / "step-000001" / "manifest.json").write_bytes(b"\xff\xfe[")
+    for name, words in (
+        ("missing", "does not exist"),
+        ("model.pt", "is a file, not a run folder"),
+        ("empty", "not a run folder"),
+        ("broken", "no whole checkpoint"),
+    ):
+        with pytest.raises(UserError, match=f"{name} .*{words}"):
+            load(tmp_path / name)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
+    save_some(tmp_path, 1)
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(tmp_path / "step-000001" / "model.safetensors", outside)
+    entries = checkpoint.read_manifest(tmp_path / "step-000001")
+    entries["../outside.safetensors"] = entries["model.safetensors"]
+    (tmp_path / "step-000001" / "manifest.json").write_bytes(checkpoint.render_manifest(entries))
+    assert newest(tmp_path) is None
