@@ -5,6 +5,7 @@ the command line (train.py) overrides any field of one by its dotted name. No to
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -21,6 +22,7 @@ class VQGANConfig:
     n_codes: int = 8_192  # entries of the codebook
     n_groups: int = 32  # groups of every GroupNorm (eps 1e-6)
     mid_attention: bool = True  # self-attention in the middle block, single head; True in the release
+    window: int | None = None  # pixels a side that the encoder sees at once; None is the whole picture, as in the release
 
     @property
     def factor(self) -> int:
@@ -35,6 +37,10 @@ class VQGANConfig:
     @property
     def codes_per_image(self) -> int:
         return self.grid**2
+
+    def __post_init__(self):
+        if self.resolution % self.factor or (self.window and (self.resolution % self.window or self.window % self.factor)):
+            raise ValueError(f"resolution, window and factor must divide one another: {self}, factor {self.factor}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and clipping (paper section 2.3 and Table 1)."""
+    """The optimizer, its schedule and clipping (paper section 2.3 and Table 1)."""
+
+    name: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal updates for matrices, AdamW for the rest; not the paper's
 
     lr: float = 1e-4  # peak learning rate; 1e-4 for both sizes
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
@@ -92,3 +100,97 @@ class OptimConfig:
     schedule: Literal["exponential", "cosine", "constant"] = "exponential"  # after warm-up; cosine in alignment
     final: float = 0.01  # learning rate at the last step, as a share of the peak (the paper's rate is not given)
     clip: float = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """How both tokenizers are trained. The paper gives no numbers."""
+
+    n_merges: int = 512  # BPE merges beyond the 256 bytes
+    n_texts: int = 4_000  # texts that the BPE is trained on
+    steps: int = 600  # of the image tokenizer
+    batch_size: int = 16  # pictures a step
+    warmup_steps: int = 150  # first steps without quantization; then the codebook is put onto the latents by k-means
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig("muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="cosine"))  # fmt: skip
+    beta: float = 0.25  # weight of the commitment loss
+    codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: moving averages, or the codebook loss
+    ema_decay: float = 0.95  # of the moving averages, a step
+    dead_below: float = 0.03  # a code whose moving average of uses a step falls below this is moved onto a used vector
+    perceptual: float = 0.1  # weight of the perceptual term (image_losses.py)
+    adversarial: float = 0.0  # weight of the patch discriminator's term, times the adaptive weight; 0 is without
+    adversarial_from: int = 300  # first step with it
+    discriminator_ch: int = 32  # channels of the discriminator's first layer
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads, and in which shares."""
+
+    source: Literal["shapes", "shapes_rich", "emoji", "folder"] = "shapes"  # where documents come from
+    path: Path | None = None  # the folder of pictures and captions, for source folder
+    pairs: float = 0.5  # share of documents that are a picture and its caption, either first
+    questions: float = 0.2  # share that are a picture with questions and answers
+    interleaved: float = 0.3  # share that are two captions, each followed by its picture
+    n_documents: int | None = None  # documents to prepare; None is as many as the run reads, so that none comes twice
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The transformer's training."""
+
+    steps: int = 1_000  # updates
+    batch_size: int = 8  # rows a step
+    seq_len: int = 256  # ids a row; documents are packed whole
+    z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
+    log_every: int = 10  # steps
+    sample_every: int = 400  # steps between sample grids in samples/
+    save_every: int = 400  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    average: float = 0.0  # decay of a moving average of the weights, used for sampling; 0 is without
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How ids are drawn. Defaults for text as the released code has them."""
+
+    temperature: float = 0.7  # of text
+    top_p: float = 0.9  # of text: the smallest set of ids that holds this probability
+    top_k: int | None = None  # of text: at most this many ids
+    image_temperature: float = 0.7  # of picture codes
+    image_top_p: float = 0.9  # of picture codes
+    image_top_k: int | None = None  # of picture codes
+    guidance: float = 1.0  # of pictures: 1 is as the model says, more is nearer to the prompt; the released code has 3
+    max_new: int = 256  # ids to write at most
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How much of the report is measured."""
+
+    pictures: int = 300  # prompts drawn for each of seen and held-out compositions
+    answers: int = 400  # pictures to caption, and as many questions
+    reconstructions: int = 400  # pictures for the image tokenizer's score
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, from raw data to the report."""
+
+    name: str  # the preset's
+    vqgan: VQGANConfig
+    model: ModelConfig  # vocab_size and max_seq_len are set from the vocabulary and train.seq_len
+    optim: OptimConfig
+    tokenizers: TokenizerTraining = field(default_factory=TokenizerTraining)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    out: Path | None = None  # folder of the run; None is runs/NAME
+    seed: int = 0  # of every random draw
+    device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one
+    overwrite: bool = False  # start anew in a folder that holds another run
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.name

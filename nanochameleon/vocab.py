@@ -28,7 +28,7 @@ class Vocab:
 
     size: int = 65_536  # V, all ids
     n_codes: int = 8_192  # K, entries of the image tokenizer's codebook
-    n_reserved: int = 8_192  # R, ids after the codes: end and begin of image, then reserved ones, end of turn among them
+    n_reserved: int = 8_192  # R, ids after the codes: end and begin of image, then reserved, end of turn among them
     eot_slot: int = 514  # which of those R ends a turn (8710 - 8196)
 
     bos = 0
@@ -92,13 +92,13 @@ class Vocab:
         return tokens >= self.first_text
 
     def name(self, token: int) -> str:
-        """The release's name of a special or picture id: 0 -> '<s>', code 53 -> 'IMGIMGFDZ', 8710 -> '<reserved08706>'."""
+        """The release's name of an id that is not text: 0 -> '<s>', 57 -> 'IMGIMGFDZ', 8710 -> '<reserved08706>'."""
         named = {self.bos: "<s>", self.pad: "<pad>", self.eos: "</s>", self.unk: "<unk>",
                  self.eoi: "<eoss>", self.boi: "<racm3:break>"}  # fmt: skip
         if token in named:
             return named[token]
         if self.modality(token) == "image":
-            return f"IMGIMG{str(self.id_to_code(token)).translate(CODE_NAME)}Z"
+            return self.name_of_code(self.id_to_code(token))
         if self.modality(token) == "special":
             return f"<reserved{token - self.first_code:05d}>"
         raise ValueError(f"id {token} is a text piece; the text tokenizer knows its spelling")
@@ -108,16 +108,34 @@ class Vocab:
         return {self.name(token): token for token in range(self.first_text)}
 
     @staticmethod
+    def name_of_code(code: int) -> str:
+        """53 -> 'IMGIMGFDZ': the decimal digits as letters."""
+        return f"IMGIMG{str(code).translate(CODE_NAME)}Z"
+
+    @staticmethod
     def code_of_name(name: str) -> int:
-        """'IMGIMGFDZ' -> 53. Raises ValueError for any other form."""
-        letters = name.removeprefix("IMGIMG").removesuffix("Z")
-        if name != f"IMGIMG{letters}Z" or not letters or set(letters) - set("ABCDEFGHIJ"):
+        """'IMGIMGFDZ' -> 53. Raises ValueError for any other form, leading zeros included."""
+        digits = name.removeprefix("IMGIMG").removesuffix("Z").translate(CODE_DIGITS)
+        if not (digits.isascii() and digits.isdigit()) or Vocab.name_of_code(int(digits)) != name:
             raise ValueError(f"{name!r} is not the name of a picture code")
-        return int(letters.translate(CODE_DIGITS))
+        return int(digits)
 
     @staticmethod
     def _checked(values, low: int, high: int, what: str):
-        array = np.asarray(values)
-        if array.size and not (low <= array.min() and array.max() < high):
-            raise ValueError(f"{what} outside [{low}, {high}): {array.min()}..{array.max()}")
+        """The values, arrays and tensors as int64: adding to uint8 codes would wrap round into the special ids."""
+        if isinstance(values, int):
+            smallest = largest = values
+        elif hasattr(values, "numel"):  # a tensor of torch, which need not be imported for it
+            if values.is_floating_point() or values.is_complex():
+                raise ValueError(f"{what} must be whole, got {values.dtype}")
+            values = values.long()
+            smallest, largest = (int(values.min()), int(values.max())) if values.numel() else (low, low)
+        else:
+            values = np.asarray(values)
+            if values.size and values.dtype.kind not in "iu":
+                raise ValueError(f"{what} must be whole, got {values.dtype}")
+            values = values.astype(np.int64)
+            smallest, largest = (int(values.min()), int(values.max())) if values.size else (low, low)
+        if not low <= smallest <= largest < high:
+            raise ValueError(f"{what} outside [{low}, {high}): {smallest}..{largest}")
         return values

@@ -7,6 +7,8 @@ in image_tokenizer.py.
 Shapes: B pictures, C channels, H = W the side at that level.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,8 +147,27 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+def cut(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> its windows of `side` x `side` in raster order: (B * H/side * W/side, C, side, side)."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // side, side, w // side, side).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, side, side)
+
+
+def join(windows: Tensor, across: int) -> Tensor:
+    """Inverse of cut for square pictures of `across` x `across` windows."""
+    _, c, side, _ = windows.shape
+    x = windows.view(-1, across, across, c, side, side).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(-1, c, across * side, across * side)
+
+
 class VQGAN(nn.Module):
-    """Picture -> codes -> picture. Pixels are float in [-1, 1], codes int64 (B, codes_per_image) in raster order."""
+    """Picture -> codes -> picture. Pixels are float in [-1, 1], codes int64 (B, codes_per_image) in raster order.
+
+    With `cfg.window` set, the encoder sees one window at a time, so a code depends on its own pixels alone. Seeing the
+    whole picture, as the release does, lets the surroundings leak into each code (GroupNorm's statistics alone do
+    that): 4 of 7 bits of every code were such noise in the toy world, which a transformer then has to predict
+    (docs/log.md). The decoder always sees the whole grid.
+    """
 
     def __init__(self, cfg: VQGANConfig):
         super().__init__()
@@ -159,7 +180,13 @@ class VQGAN(nn.Module):
 
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3, R, R) -> the vectors to be quantized (B, embed_dim, grid, grid)."""
-        return self.quant_conv(self.encoder(pixels))
+        if self.cfg.window is None:
+            return self.quant_conv(self.encoder(pixels))
+        windows = cut(pixels, self.cfg.window)
+        # Drawn pictures repeat themselves: each different window goes through the encoder once.
+        different, which = torch.unique(windows.flatten(1), dim=0, return_inverse=True)
+        latents = self.quant_conv(self.encoder(different.view(-1, *windows.shape[1:])))
+        return join(latents[which], pixels.shape[-1] // self.cfg.window)
 
     def pixels(self, quantized: Tensor) -> Tensor:
         """Quantized vectors (B, embed_dim, grid, grid) -> (B, 3, R, R), not clamped."""
@@ -171,7 +198,7 @@ class VQGAN(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, grid*grid) -> (B, 3, R, R), not clamped."""
-        return self.pixels(self.quantize.vectors(codes, self.cfg.grid))
+        return self.pixels(self.quantize.vectors(codes, math.isqrt(codes.shape[1])))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> reconstruction (B, 3, R, R), latents (B, E, g, g), their quantized vectors, codes (B, g*g)."""

@@ -138,6 +138,17 @@ def test_a_flipped_byte_or_a_cut_anywhere_is_seen_and_the_one_before_is_taken(tm
         load(run_dir / "step-000002")
 
 
+@pytest.mark.parametrize("flip", [0x01, 0x03, 0x20, 0x29])
+def test_no_byte_of_a_manifest_can_change_unseen(tmp_path, flip):
+    """It guards the others and nothing guards it, so every byte is tried; 0x03 and 0x29 turn white space into a tab."""
+    save_some(tmp_path, 1)
+    manifest = tmp_path / "step-000001" / "manifest.json"
+    content = manifest.read_bytes()
+    for offset in range(len(content)):
+        manifest.write_bytes(content[:offset] + bytes([content[offset] ^ flip]) + content[offset + 1 :])
+        assert damage(manifest.parent), offset
+
+
 def test_a_missing_file_is_seen(tmp_path):
     save_some(tmp_path, 1)
     for file in sorted((tmp_path / "step-000001").iterdir()):
@@ -178,6 +189,8 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path_fact
     tensors, state = load(run_dir)
     assert state in ([{"step": 2, "again": True}] if finished else [{"step": 2}, {"step": 2, "again": True}])
     assert tensors["model"]["a.weight"].shape == (2, 3)
+    if (run_dir / "step-000002").exists():  # once it is there it comes before the one that stepped aside
+        assert newest(run_dir).name == "step-000002"
     save_some(run_dir, 3)
     assert not [name for name in names(run_dir) if name.startswith(".tmp")]
     assert load(run_dir)[1] == {"step": 3}

@@ -1,0 +1,35 @@
+"""Causal attention within documents, with grouped keys and values. Plain torch: the reference of every later kernel.
+
+    out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(D)) v[b, g, j],   g = h // (H / G),
+
+over the keys j that query i may see. It leaves out norms, rotations and projections (transformer.py).
+
+Shapes: q (B, H, T, D); k, v (B, G, S, D) with G key heads dividing H; S >= T, the queries being the last T positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def visible(query_docs: Tensor, key_docs: Tensor) -> Tensor:
+    """Which keys a query may see: those at or before it, of its own document. (B, T), (B, S) -> bool (B, T, S).
+
+    The queries are the last T of the S positions. Every query sees itself, padding (document -1) included, so that no
+    row of the softmax is empty; padding sees padding alone.
+    """
+    t, s = query_docs.shape[1], key_docs.shape[1]
+    before = torch.ones(t, s, dtype=torch.bool, device=query_docs.device).tril(s - t)
+    return before & (query_docs[:, :, None] == key_docs[:, None, :])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, H, T, D). `mask` is bool (B, T, S), True where a key is seen; None is plain causal, or for T = 1 everything."""
+    if k.shape[1] != q.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    if q.shape[2] not in (1, k.shape[2]):
+        raise ValueError(f"{q.shape[2]} queries on {k.shape[2]} keys need a mask")
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)

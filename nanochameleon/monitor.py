@@ -1,0 +1,204 @@
+"""The stability dashboard: what the paper watches (section 2.3, figures 5 and 6), logged, shown and drawn.
+
+Loss by modality, mean log Z of the output softmax and the norm of the last block's output: a norm that grows without
+bound announces a divergence long before the loss does. One JSON line a logged step in metrics.jsonl, one progress bar,
+one picture. No account, no server; it computes no metric itself.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanochameleon.checkpoint import write_file
+
+METRICS = "metrics.jsonl"
+FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite
+    "loss": "nats a supervised token, without z-loss",
+    "loss_text": "nats a text token",
+    "loss_image": "nats a picture code",
+    "z_loss": "the z-loss term as added, nats",
+    "log_z": "mean log Z of the output softmax, nats",
+    "output_norm": "mean Euclidean norm of the last block's output over tokens",
+    "grad_norm": "global gradient norm before clipping",
+    "lr": "learning rate",
+    "tokens": "tokens seen since the first step",
+    "tokens_per_second": "since the line before",
+    "seconds": "training time since the first step, without the time between a stop and a resume",
+}
+BAR = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
+
+
+class Monitor:
+    """Writes the log and shows the bar of one run, from step `start` on.
+
+        with Monitor(run_dir, total_steps=1_000, every=10, start=0) as monitor:
+            for step in range(0, 1_000):
+                ...
+                if monitor.due(step):
+                    monitor.log(step, loss=..., loss_text=..., lr=..., tokens=...)
+                monitor.progress(step)
+
+    Lines of steps from `start` on, left by a run that died after its last checkpoint, are dropped: each step is there
+    once. `clock` returns seconds.
+    """
+
+    def __init__(
+        self, run_dir: Path, total_steps: int, every: int, start: int = 0, clock: Callable[[], float] = time.monotonic
+    ):
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        self.path = Path(run_dir) / METRICS
+        kept = [line for line in read_metrics(self.path) if line["step"] < start]
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        before = kept[-1] if kept else {}
+        self.total_steps, self.every, self.clock = total_steps, every, clock
+        self.seconds, self.tokens = before.get("seconds") or 0.0, before.get("tokens") or 0
+        self.last = clock()
+        self.file = self.path.open("a")
+        # Without a terminal each update is a line of its own in some log, so there are few.
+        pause = 0.5 if sys.stderr.isatty() else 15.0
+        self.bar = tqdm(
+            total=total_steps, initial=start, desc="training", unit="step", mininterval=pause, smoothing=0.05,
+            bar_format=BAR, dynamic_ncols=True, file=sys.stderr,
+        )  # fmt: skip
+
+    def due(self, step: int) -> bool:
+        """Is this a step to log: every `every`-th and the last one?"""
+        return step % self.every == 0 or step == self.total_steps - 1
+
+    def log(self, step: int, **values) -> dict:
+        """Appends one line of numbers (or 0-d tensors) by the names of FIELDS, and returns it; more names are fine."""
+        now = self.clock()
+        elapsed, self.last = now - self.last, now
+        self.seconds += elapsed
+        line = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        line["seconds"] = round(self.seconds, 3)
+        if "tokens" in values:
+            line["tokens_per_second"] = round((values["tokens"] - self.tokens) / max(elapsed, 1e-9), 1)
+            self.tokens = values["tokens"]
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self.bar.set_postfix_str(summary(line), refresh=False)
+        return line
+
+    def progress(self, step: int) -> None:
+        """Moves the bar behind this step; it shows the time left and the figures of the last line."""
+        self.bar.update(step + 1 - self.bar.n)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+def _finite(value) -> float | int | None:
+    number = value if isinstance(value, int) else float(value) if value is not None else math.nan
+    return number if math.isfinite(number) else None  # JSON has no NaN
+
+
+def summary(line: dict) -> str:
+    """{"loss_text": 2.31, "lr": 1e-4, ...} -> 'text 2.310 image 3.120 lr 1.0e-04 16.2k tokens/s'."""
+    forms = (("loss_text", "text {:.3f}"), ("loss_image", "image {:.3f}"), ("lr", "lr {:.1e}"))
+    parts = [form.format(line[name]) for name, form in forms if line.get(name) is not None]
+    if line.get("tokens_per_second") is not None:
+        parts.append(f"{line['tokens_per_second'] / 1000:.1f}k tokens/s")
+    return " ".join(parts)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl in its order, [] without one; a line cut by a kill is passed over."""
+    lines = []
+    for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curves.png: four panels, 1,000 pixels wide
+
+TEXT, IMAGE, OTHER, FAINT = "#2a6fb0", "#d2622a", "#3d7d5a", "#8a8a8a"
+
+
+def plot_curves(metrics: list[dict], path: Path) -> None:
+    """Draws loss by modality, output norm, mean log Z, gradient norm and learning rate over the steps into a PNG."""
+    from matplotlib.figure import Figure  # a Figure of its own, not pyplot: no window, no global state
+
+    figure = Figure(figsize=(10, 7), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    (loss, norm), (log_z, gradient) = figure.subplots(2, 2)
+    _plot_loss(loss, metrics)
+    _plot_smooth(norm, metrics, "output_norm", OTHER)
+    _label(norm, "Output norm of the last block", "mean Euclidean norm")
+    _plot_smooth(log_z, metrics, "log_z", OTHER)
+    _label(log_z, "Mean log Z of the output softmax", "nats")
+    _plot_gradient(gradient, metrics)
+    for panel in (log_z, gradient):
+        panel.set_xlabel("step")
+    aside = Path(path).with_name(f".tmp-{os.getpid()}-{Path(path).name}")
+    figure.savefig(aside, format="png")
+    os.replace(aside, path)
+
+
+def smooth(values: list[float], share: float = 0.03) -> list[float]:
+    """Running mean over a window of `share` of all values, centred and shorter at the ends: no lag."""
+    reach = int(len(values) * share / 2)
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _plot_smooth(panel, metrics: list[dict], name: str, colour: str, label: str | None = None) -> None:
+    steps, values = _series(metrics, name)
+    panel.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    panel.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
+
+
+def _label(panel, title: str, unit: str) -> None:
+    panel.set_title(title, loc="left", fontsize=12)
+    panel.set_ylabel(unit)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_loss(panel, metrics: list[dict]) -> None:
+    _plot_smooth(panel, metrics, "loss_image", IMAGE, "picture codes")
+    _plot_smooth(panel, metrics, "loss_text", TEXT, "text")
+    _label(panel, "Loss by modality", "nats a token")
+    panel.legend(frameon=False)
+    bits = panel.secondary_yaxis("right", functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2)))
+    bits.set_ylabel("bits a token")
+
+
+def _plot_gradient(panel, metrics: list[dict]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    _plot_smooth(panel, metrics, "grad_norm", OTHER)
+    _label(panel, "Gradient norm and learning rate", "norm before clipping")
+    if any(value > 0 for value in _series(metrics, "grad_norm")[1]):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
+    rate = panel.twinx()
+    rate.plot(*_series(metrics, "lr"), color=FAINT, linewidth=1.5, linestyle="--")
+    rate.set_ylabel("learning rate (dashed)", color=FAINT)
+    rate.tick_params(colors=FAINT)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.set_ylim(bottom=0)
+    rate.spines["top"].set_visible(False)

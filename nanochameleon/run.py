@@ -1,0 +1,120 @@
+"""A run's folder: what lies where, and a trained model read from it.
+
+    config.json             the whole configuration
+    text_tokenizer.json     BPE, in the `tokenizers` format
+    image_tokenizer/        checkpoints of the VQGAN
+    data/                   token shards
+    step-NNNNNN/            checkpoints of the transformer
+    metrics.jsonl, samples/, curves.png, samples.png, report.json, report.html
+
+Writing it is train.py's work.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanochameleon import checkpoint
+from nanochameleon.config import RunConfig
+from nanochameleon.errors import UserError
+from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.transformer import Chameleon
+from nanochameleon.vocab import Vocab
+from nanochameleon.vqgan import VQGAN
+
+CONFIG, TEXT_TOKENIZER, IMAGE_TOKENIZER, DATA = "config.json", "text_tokenizer.json", "image_tokenizer", "data"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that sampling needs. `model` is in eval mode on `device`."""
+
+    cfg: RunConfig
+    vocab: Vocab
+    tokenizer: TextTokenizer
+    images: ImageTokenizer
+    model: Chameleon
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.output.weight.device
+
+
+def config_to_json(cfg: RunConfig) -> str:
+    return json.dumps(dataclasses.asdict(cfg), indent=1, default=str) + "\n"
+
+
+def config_from_json(text: str) -> RunConfig:
+    """Inverse of config_to_json. Raises ValueError for JSON that is not a RunConfig."""
+    return _build(RunConfig, json.loads(text))
+
+
+def _build(kind, value):
+    """A JSON value -> a value of the annotated type: dataclasses, tuples and paths come back as they were."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        return None if value is None else _build(kinds[0], value)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{kind.__name__} is {value!r}")
+        known = typing.get_type_hints(kind)
+        if unknown := set(value) - set(known):
+            raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
+        try:
+            return kind(**{name: _build(known[name], v) for name, v in value.items()})
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+    if kind is Path:
+        return Path(value)
+    return tuple(value) if typing.get_origin(kind) is tuple else value
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run. Raises UserError for a folder that is not one."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run: it has no {CONFIG}; train one with python train.py toy")
+    try:
+        return config_from_json(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not the configuration of a run ({error})") from None
+
+
+def pick_device(wish: str) -> torch.device:
+    """'auto' is a GPU if there is one. Raises UserError for a device that is not there."""
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wish)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {wish!r} is not available here: use cpu, or leave it at auto") from None
+    return device
+
+
+def open_image_tokenizer(folder: Path, cfg: RunConfig, device: torch.device) -> ImageTokenizer:
+    """The newest whole checkpoint of the run's image tokenizer. Raises UserError if there is none."""
+    tensors, _ = checkpoint.load(Path(folder) / IMAGE_TOKENIZER, groups=["model"])
+    vqgan = VQGAN(cfg.vqgan)
+    vqgan.load_state_dict(tensors["model"])
+    return ImageTokenizer(vqgan.to(device))
+
+
+def open_run(folder: Path, device: str = "auto") -> Run:
+    """The newest whole checkpoint of a run, ready for sampling. Raises UserError naming what is missing or broken."""
+    folder = Path(folder)
+    cfg = read_config(folder)
+    where = pick_device(device)
+    tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
+    images = open_image_tokenizer(folder, cfg, where)
+    tensors, _ = checkpoint.load(folder, groups=["weights"])
+    with torch.device("meta"):
+        model = Chameleon(cfg.model)
+    model.load_state_dict(tensors["weights"], assign=True)
+    return Run(cfg, tokenizer.vocab, tokenizer, images, model.to(where).eval())

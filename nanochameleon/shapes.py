@@ -1,0 +1,350 @@
+"""A small world with exact truth: captioned scenes of coloured shapes, made on the fly, endless.
+
+A scene is a background and up to `max_count` objects on a lattice of cells; it knows its caption, its picture and the
+answers to questions about it. Three decisions make it learnable in minutes on a CPU:
+
+- Objects sit on a lattice whose cell is a whole number of the image tokenizer's patches: an object looks the same to
+  it in every cell, so a few hundred codes draw every scene. Free-floating objects need a code for every offset.
+- Some colour-shape compositions (`held_out`) are drawn only for the evaluation: a model that has seen purple and has
+  seen stars must put them together by itself.
+- One scene in 16 (by a checksum of the scene, over all seeds) belongs to the test split: no training picture shows it.
+
+Reading a picture back into a scene is evaluate/shapes.py.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from nanochameleon.data import RawDocument, interleaved, pair, question_answer
+
+COLOURS = {
+    "red": (222, 40, 40),
+    "green": (30, 160, 60),
+    "blue": (45, 80, 225),
+    "yellow": (250, 215, 40),
+    "purple": (140, 50, 180),
+    "orange": (250, 130, 20),
+    "pink": (255, 150, 205),
+    "cyan": (60, 205, 225),
+    "brown": (125, 75, 35),
+    "gray": (130, 130, 135),
+}
+BACKGROUNDS = {"white": (255, 255, 255), "black": (16, 16, 20), "beige": (236, 216, 180)}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+SIZES = {"big": 14, "small": 10}  # pixels across, in a cell of CELL
+CELL = 16  # pixels a side of a lattice cell
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+RELATIONS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}  # first minus second: row, column
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+TEST_SHARE = 16  # one scene in this many is never trained on
+
+
+@dataclass(frozen=True)
+class World:
+    """What scenes are made of. The default is the toy's: 5 shapes, 7 colours, 2 backgrounds, counts to 4."""
+
+    side: int = 2  # lattice cells a side
+    n_shapes: int = 5  # the first of SHAPES
+    n_colours: int = 7  # the first of COLOURS
+    n_backgrounds: int = 2  # the first of BACKGROUNDS
+    max_count: int = 4  # objects of one kind in a scene
+    trios: bool = False  # three different objects side by side
+
+    @staticmethod
+    def rich() -> "World":
+        """The richer setting: 6 shapes, 10 colours, 3 backgrounds, counts to 6, trios, on a lattice of 3 x 3."""
+        return World(side=3, n_shapes=6, n_colours=10, n_backgrounds=3, max_count=6, trios=True)
+
+    @property
+    def resolution(self) -> int:
+        return self.side * CELL
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        return SHAPES[: self.n_shapes]
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        return tuple(COLOURS)[: self.n_colours]
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        return tuple(BACKGROUNDS)[: self.n_backgrounds]
+
+    @property
+    def held_out(self) -> frozenset[tuple[str, str]]:
+        """(colour, shape) compositions that no training scene shows: one colour a shape."""
+        chosen = ("orange", "pink", "green", "purple", "yellow", "red")
+        return frozenset(zip(chosen, self.shapes, strict=False))
+
+
+@dataclass(frozen=True, order=True)
+class Thing:
+    size: str
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.colour} {self.shape}"
+
+    @property
+    def article(self) -> str:
+        return f"a {self}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`things` at `cells` (row, column), in reading order of the caption; `relation` between the first two of a pair."""
+
+    background: str
+    things: tuple[Thing, ...]
+    cells: tuple[tuple[int, int], ...]
+    relation: str | None = None
+
+    @property
+    def compositions(self) -> set[tuple[str, str]]:
+        return {(thing.colour, thing.shape) for thing in self.things}
+
+    @property
+    def for_test(self) -> bool:
+        """Is this scene reserved for the test split?"""
+        return zlib.crc32(repr(self).encode()) % TEST_SHARE == 0
+
+    def caption(self, with_background: bool = True) -> str:
+        """'a big red circle above a small blue star on white', 'three small green squares', ..."""
+        if self.relation:
+            text = f"{self.things[0].article} {self.relation} {self.things[1].article}"
+        elif len(set(self.things)) > 1:
+            first, second, third = (thing.article for thing in self.things)
+            text = f"{first} and {second} and {third}"
+        elif len(self.things) > 1:
+            text = f"{NUMBERS[len(self.things)]} {self.things[0]}{plural(self.things[0].shape)}"
+        else:
+            text = self.things[0].article
+        return f"{text} on {self.background}" if with_background else text
+
+
+def plural(shape: str) -> str:
+    return "es" if shape == "cross" else "s"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing scenes at random
+
+
+def random_thing(world: World, rng: np.random.Generator, compositions: str) -> Thing:
+    """compositions: 'seen' avoids the held-out pairs, 'held_out' draws only from them, 'any' does not care."""
+    size = ("big", "small")[rng.integers(2)]
+    if compositions == "held_out":
+        pairs = sorted(world.held_out)
+        return Thing(size, *pairs[rng.integers(len(pairs))])
+    while True:
+        colour, shape = world.colours[rng.integers(world.n_colours)], world.shapes[rng.integers(world.n_shapes)]
+        if compositions == "any" or (colour, shape) not in world.held_out:
+            return Thing(size, colour, shape)
+
+
+def random_scene(world: World, rng: np.random.Generator, compositions: str = "seen") -> Scene:
+    """One object (1 of 4), a pair with a relation (2 of 4), several of a kind (1 of 4), or a trio if the world has them.
+
+    With compositions='held_out' at least one object is of a held-out composition.
+    """
+    background = world.backgrounds[rng.integers(world.n_backgrounds)]
+    kinds = ("single", "pair", "pair", "count", "trio") if world.trios else ("single", "pair", "pair", "count")
+    kind = kinds[rng.integers(len(kinds))]
+    first = random_thing(world, rng, compositions)
+    rest = "any" if compositions == "held_out" else compositions
+    if kind == "pair":
+        second = distinct(world, rng, rest, (first,))
+        relation, cells = random_places(world, rng)
+        return Scene(background, (first, second), cells, relation)
+    if kind == "trio":
+        second = distinct(world, rng, rest, (first,))
+        third = distinct(world, rng, rest, (first, second))
+        return Scene(background, (first, second, third), random_cells(world, rng, 3))
+    n = 1 if kind == "single" else int(rng.integers(2, world.max_count + 1))
+    return Scene(background, (first,) * n, random_cells(world, rng, n))
+
+
+def distinct(world: World, rng: np.random.Generator, compositions: str, others: tuple[Thing, ...]) -> Thing:
+    """A thing unlike the others, so that a caption names each one."""
+    while (thing := random_thing(world, rng, compositions)) in others:
+        pass
+    return thing
+
+
+def random_cells(world: World, rng: np.random.Generator, n: int) -> tuple[tuple[int, int], ...]:
+    """n different cells in reading order."""
+    chosen = np.sort(rng.choice(world.side**2, n, replace=False))
+    return tuple((int(c) // world.side, int(c) % world.side) for c in chosen)
+
+
+def random_places(world: World, rng: np.random.Generator) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """A relation and two cells in one row or column that show it."""
+    relation = tuple(RELATIONS)[rng.integers(4)]
+    line = int(rng.integers(world.side))
+    low, high = (int(i) for i in np.sort(rng.choice(world.side, 2, replace=False)))
+    along = (high, low) if max(RELATIONS[relation]) == 1 else (low, high)
+    cells = tuple((line, i) if RELATIONS[relation][0] == 0 else (i, line) for i in along)
+    return relation, cells
+
+
+def draw_scene(world: World, seed: int, index: int, compositions: str = "seen", test: bool = False) -> Scene:
+    """Scene `index` of an endless list: a pure function of its arguments, from the training or the test split."""
+    rng = np.random.default_rng((seed, index, test))
+    while True:
+        scene = random_scene(world, rng, compositions)
+        if scene.for_test == test:
+            return scene
+
+
+def scenes(world: World, seed: int, n: int, compositions: str = "seen", test: bool = False) -> Iterator[Scene]:
+    return (draw_scene(world, seed, i, compositions, test) for i in range(n))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+
+ASK_CAPTION = "what is in the picture?"  # answered by the caption: a picture alone could also be followed by a question
+
+
+def questions(scene: Scene, world: World, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """One question of each kind that the scene allows, with its exact answer; yes and no are equally likely."""
+    thing = scene.things[rng.integers(len(scene.things))]
+    shape = thing.shape if rng.random() < 0.6 else world.shapes[rng.integers(world.n_shapes)]
+    n_shape = sum(t.shape == shape for t in scene.things)
+    asked = [
+        (f"how many {shape}{plural(shape)} are there?", NUMBERS[n_shape]),
+        ("how many things are there?", NUMBERS[len(scene.things)]),
+        ("what is the background?", scene.background),
+        existence(scene, world, rng),
+    ]
+    if only(scene, "shape", thing):
+        asked += [
+            (f"what colour is the {thing.shape}?", thing.colour),
+            (f"what size is the {thing.shape}?", thing.size),
+        ]
+    if only(scene, "colour", thing):
+        asked.append((f"what shape is the {thing.colour} thing?", thing.shape))
+    if scene.relation:
+        asked.append(relation_question(scene, rng))
+    return asked
+
+
+def only(scene: Scene, field: str, thing: Thing) -> bool:
+    """Is this the only thing of its shape (or colour) in the scene?"""
+    return sum(getattr(t, field) == getattr(thing, field) for t in scene.things) == 1
+
+
+def existence(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, str]:
+    """'is there a red star?', about a thing of the scene or about one that is not there."""
+    if rng.random() < 0.5:
+        thing = scene.things[rng.integers(len(scene.things))]
+        return f"is there a {thing.colour} {thing.shape}?", "yes"
+    while True:
+        other = random_thing(world, rng, "seen")
+        if (other.colour, other.shape) not in scene.compositions:
+            return f"is there a {other.colour} {other.shape}?", "no"
+
+
+def relation_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """'is the big red circle above the small blue star?', with the relation or its opposite."""
+    first, second = scene.things
+    holds = rng.random() < 0.5
+    relation = scene.relation if holds else OPPOSITE[scene.relation]
+    return f"is the {first} {relation} the {second}?", "yes" if holds else "no"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def outline(shape: str) -> np.ndarray:
+    """Corner points (n, 2) of a shape, x to the right and y down, in [-1, 1]; a circle is a polygon of 48 corners."""
+    if shape == "square":
+        return np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)])
+    if shape == "triangle":
+        return np.array([(0, -1), (1, 0.9), (-1, 0.9)])
+    if shape == "cross":
+        a = 0.36
+        return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])  # fmt: skip
+    if shape == "diamond":
+        return np.array([(0, -1), (1, 0), (0, 1), (-1, 0)])
+    n, inner = (10, 0.42) if shape == "star" else (48, 1.0)
+    angles = np.arange(n) * 2 * np.pi / n - np.pi / 2
+    radius = np.where(np.arange(n) % 2 == 0, 1.0, inner)
+    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], 1)
+
+
+@cache
+def coverage(shape: str, size: str) -> np.ndarray:
+    """Share of each pixel of a cell that the shape covers: (CELL, CELL) float in [0, 1], centred."""
+    from PIL import Image, ImageDraw
+
+    fine = 8  # sub-pixels a side
+    canvas = Image.new("L", (CELL * fine, CELL * fine))
+    points = (outline(shape) * SIZES[size] / 2 + CELL / 2) * fine
+    ImageDraw.Draw(canvas).polygon([tuple(p) for p in points], fill=1)
+    return np.asarray(canvas, np.float32).reshape(CELL, fine, CELL, fine).mean((1, 3))
+
+
+def draw(scene: Scene, world: World) -> np.ndarray:
+    """Scene -> uint8 (R, R, 3)."""
+    ground = np.array(BACKGROUNDS[scene.background], np.float32)
+    picture = np.broadcast_to(ground, (world.resolution, world.resolution, 3)).copy()
+    for thing, (row, column) in zip(scene.things, scene.cells, strict=True):
+        alpha = coverage(thing.shape, thing.size)[..., None]
+        colour = np.array(COLOURS[thing.colour], np.float32)
+        picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = ground + alpha * (colour - ground)
+    return picture.round().astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+FORMS = ("pair", "questions", "interleaved")
+
+
+@dataclass(frozen=True)
+class ShapesSource:
+    """The training split as documents of one form (data.Source): endless, document i a pure function of (seed, i)."""
+
+    world: World
+    form: str  # one of FORMS
+    seed: int
+    size = None  # endless
+
+    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        seed = self.seed + 1_000 * FORMS.index(self.form)
+        return draw_scene(self.world, seed, index), np.random.default_rng((seed, index, 2))
+
+    def document(self, index: int) -> RawDocument:
+        """A pair in either order; a picture with up to 4 questions; or two captions, each followed by its picture."""
+        if self.form == "interleaved":
+            parts = [self.scene(2 * index + i) for i in range(2)]
+            return interleaved([(caption(scene, rng), draw(scene, self.world)) for scene, rng in parts])
+        scene, rng = self.scene(index)
+        pixels = draw(scene, self.world)
+        if self.form == "pair":
+            return pair(caption(scene, rng), pixels, rng)
+        asked = questions(scene, self.world, rng)
+        chosen = [asked[i] for i in rng.permutation(len(asked))[:3]] + [(ASK_CAPTION, scene.caption())]
+        return question_answer(pixels, [chosen[i] for i in rng.permutation(len(chosen))])
+
+    def captions(self, n: int) -> Iterator[str]:
+        """n texts as the documents have them: captions, or questions and answers."""
+        for index in range(n):
+            scene, rng = self.scene(index)
+            if self.form == "questions":
+                yield from (text for qa in questions(scene, self.world, rng) for text in qa)
+            else:
+                yield caption(scene, rng)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """The scene's caption; one in three leaves the background to the painter."""
+    return scene.caption(with_background=rng.random() < 2 / 3)

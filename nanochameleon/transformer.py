@@ -1,0 +1,211 @@
+"""The decoder-only transformer: ids in, logits or hidden states out. No tokenizer, loss or optimizer in it.
+
+Llama's block (RMSNorm, SwiGLU, rotary positions, grouped queries, no biases, untied embeddings) with Chameleon's
+stability recipe (paper section 2.3): QK-norm, the norm before (7B) or after (34B) each branch, dropout on each branch.
+
+Shapes: B rows, T new positions, S positions in the cache, D = dim, H query heads, G key heads, E = head_dim.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochameleon.config import ModelConfig
+from nanochameleon.kernels.attention import attention, visible
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer so far, (B, G, S, E) each with room for `max_len`, and each position's document."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    doc_ids: Tensor  # (B, max_len)
+    length: int = field(default=0)
+
+    @staticmethod
+    def empty(cfg: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        shape = (batch, cfg.kv_heads, max_len, cfg.head_dim)
+        keys, values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)] for _ in "kv")
+        return KVCache(keys, values, torch.zeros(batch, max_len, dtype=torch.long, device=device))
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, G, T, E) behind what is there and returns all keys and values (B, G, S + T, E)."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """positions (B, T) -> cosines and sines of the rotary embedding (2, B, 1, T, E/2), float32.
+
+    Pair i turns by position * theta^(-2i/E) (RoFormer, arXiv 2104.09864).
+    """
+    rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions[:, None, :, None].float() * rates
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E), Llama's and Meta's order of pairs."""
+    cos, sin = table.to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+class QKNorm(nn.Module):
+    """LayerNorm WITH mean and bias over each head's E values; one weight and bias for each group of heads.
+
+    The 34B was trained on 4 shards whose vectors drifted apart, hence groups: parameters are (n_groups, E).
+    """
+
+    def __init__(self, n_groups: int, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(n_groups, head_dim))
+        self.bias = nn.Parameter(torch.zeros(n_groups, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, heads, E) -> the same, each head normalised."""
+        n_groups, head_dim = self.weight.shape
+        if n_groups == 1:
+            return F.layer_norm(x, (head_dim,), self.weight[0], self.bias[0], self.eps)
+        heads = x.shape[2] // n_groups
+        weight, bias = (p.repeat_interleave(heads, 0) for p in (self.weight, self.bias))
+        return F.layer_norm(x, (head_dim,), eps=self.eps) * weight + bias
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.kv_heads, cfg.head_dim
+        self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
+        self.wk = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.wv = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
+        self.wo = nn.Linear(cfg.n_heads * cfg.head_dim, cfg.dim, bias=False)
+        self.q_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q_norm(self.wq(x).view(b, t, self.n_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_norm(self.wk(x).view(b, t, self.kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.wv(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, table), rotate(k, table)  # after the norm: turning must not change what the norm fixed
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        return self.wo(attention(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w3 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.norm_order, self.dropout = cfg.norm_order, cfg.dropout
+        self.attention = Attention(cfg)
+        self.feed_forward = FeedForward(cfg)
+        self.attention_norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn_norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
+
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        if self.norm_order == "pre":  # 7B
+            x = x + self.drop(self.attention(self.attention_norm(x), table, mask, cache, layer))
+            return x + self.drop(self.feed_forward(self.ffn_norm(x)))
+        x = x + self.drop(self.attention_norm(self.attention(x, table, mask, cache, layer)))  # 34B: bounds each branch
+        return x + self.drop(self.ffn_norm(self.feed_forward(x)))
+
+    def drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+class Chameleon(nn.Module):
+    """ids (B, T) -> hidden states (B, T, D); `logits` gives (..., V)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
+        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The paper does not state its own; ours is GPT-2's scaled by width.
+
+        | weight                 | std                             |
+        |------------------------|---------------------------------|
+        | embeddings             | 0.02                            |
+        | matrices               | 1 / sqrt(fan in)                |
+        | wo, w2 (close a branch)| 1 / sqrt(fan in * 2 * n_layers) |
+        | output                 | 0, so the first loss is log V   |
+        | norms                  | weight 1, bias 0                |
+        """
+        for name, weight in self.named_parameters():
+            if weight.ndim < 2 or "q_norm" in name or "k_norm" in name:
+                continue
+            std = 1 / math.sqrt(weight.shape[1])
+            if name.startswith("tok_embeddings"):
+                std = 0.02
+            elif name.startswith("output"):
+                std = 0.0
+            elif name.endswith(("wo.weight", "w2.weight")):
+                std /= math.sqrt(2 * self.cfg.n_layers)
+            nn.init.normal_(weight, std=std)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """tokens (B, T) -> hidden states (B, T, D) after the final norm; see `residual` for the arguments."""
+        return self.norm(self.residual(tokens, positions, doc_ids, cache))
+
+    def residual(
+        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """tokens (B, T) -> the last block's output (B, T, D), whose norm is the paper's sign of trouble (figure 5a).
+
+        positions (B, T): place of each token in its document; None counts from the cache's length.
+        doc_ids (B, T): attention stays within a document; None means that a row is one document.
+        cache: is extended by the T tokens; raises ValueError when it has no room for them.
+        """
+        start = cache.length if cache else 0
+        if cache is not None and start + tokens.shape[1] > cache.doc_ids.shape[1]:
+            raise ValueError(f"{start} + {tokens.shape[1]} tokens do not fit a cache of {cache.doc_ids.shape[1]}")
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        mask = self.mask(tokens, doc_ids, cache)
+        table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        x = self.tok_embeddings(tokens)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, table, mask, cache, i)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return x
+
+    def mask(self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None) -> Tensor | None:
+        """The attention mask (B, T, S), or None where plain causal attention does."""
+        if cache is None:
+            return None if doc_ids is None else visible(doc_ids, doc_ids)
+        start, end = cache.length, cache.length + tokens.shape[1]
+        cache.doc_ids[:, start:end] = 0 if doc_ids is None else doc_ids
+        return visible(cache.doc_ids[:, start:end], cache.doc_ids[:, :end])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V)."""
+        return self.output(hidden)

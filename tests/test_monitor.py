@@ -1,0 +1,111 @@
+"""The log holds each step once, whatever a run went through, and any reader of JSON can read it."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from nanochameleon.monitor import Monitor, plot_curves, read_metrics, smooth, summary
+
+
+def run(run_dir, total, every, start, stop, clock=lambda: 0.0):
+    with Monitor(run_dir, total, every, start, clock) as monitor:
+        for step in range(start, stop):
+            if monitor.due(step):
+                monitor.log(step, loss=torch.tensor(1.5), loss_text=float(step), run=start, tokens=100 * (step + 1))
+            monitor.progress(step)
+
+
+@given(st.data(), st.integers(1, 40), st.integers(1, 7))
+def test_a_run_that_dies_and_resumes_logs_each_due_step_once(tmp_path_factory, data, total, every):
+    """It dies somewhere, resumes from a checkpoint at or before that place, and may do so again."""
+    run_dir = tmp_path_factory.mktemp("run")
+    start = 0
+    for _ in range(data.draw(st.integers(0, 3))):
+        died = data.draw(st.integers(start, total))
+        run(run_dir, total, every, start, died)
+        if data.draw(st.booleans()):
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 3, "lo')
+        start = data.draw(st.integers(0, died))
+    run(run_dir, total, every, start, total)
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [s for s in range(total) if s % every == 0 or s == total - 1]
+    assert all(line["run"] == start for line in lines if line["step"] >= start)
+
+
+def test_lines_are_on_the_disk_as_they_are_logged(tmp_path):
+    with Monitor(tmp_path, 10, 1) as monitor:
+        monitor.log(0, loss=2.0)
+        assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
+
+
+def test_speed_and_time_are_of_training_alone_and_go_on_after_a_resume(tmp_path):
+    """Two ticks of the clock a step: 100 tokens in 2 s. The 1,000 s between the runs do not count."""
+    times = iter(range(0, 2_000, 2))
+    run(tmp_path, 4, 1, 0, 2, lambda: next(times))
+    later = iter(range(3_000, 5_000, 2))
+    run(tmp_path, 4, 1, 2, 4, lambda: next(later))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["seconds"] for line in lines] == [2, 4, 6, 8]
+    assert [line["tokens_per_second"] for line in lines] == [50, 50, 50, 50]
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_every_line_is_strict_json(tmp_path_factory, value):
+    def refuse(name):
+        raise AssertionError(name)
+
+    run_dir = tmp_path_factory.mktemp("run")
+    with Monitor(run_dir, 1, 1) as monitor:
+        monitor.log(0, loss=value, loss_text=torch.tensor(value, dtype=torch.float64), loss_image=None)
+    line = json.loads((run_dir / "metrics.jsonl").read_text(), parse_constant=refuse)
+    expected = value if math.isfinite(value) else None
+    assert (line["loss"], line["loss_text"], line["loss_image"]) == (expected, expected, None)
+
+
+def test_the_bar_shows_progress_time_left_and_the_loss_of_each_modality(tmp_path, capsys):
+    with Monitor(tmp_path, 8, 1, start=2) as monitor:
+        for step in range(2, 6):
+            monitor.log(step, loss_text=2.3, loss_image=3.25, lr=1e-4, tokens=step)
+            monitor.progress(step)
+        monitor.bar.refresh()
+        shown = capsys.readouterr().err.split("\r")[-1]
+    assert "6/8" in shown and "75%" in shown and "left" in shown
+    assert "text 2.300 image 3.250 lr 1.0e-04" in shown
+
+
+def test_the_summary_leaves_out_what_is_not_there():
+    assert (
+        summary({"loss_text": None, "loss_image": 1.0, "tokens_per_second": 16_200.0}) == "image 1.000 16.2k tokens/s"
+    )
+
+
+@given(st.lists(st.floats(-1e3, 1e3), max_size=300))
+def test_smoothing_keeps_length_and_range(values):
+    smoothed = smooth(values)
+    assert len(smoothed) == len(values)
+    assert all(min(values) - 1e-6 <= value <= max(values) + 1e-6 for value in smoothed)
+
+
+def test_smoothing_has_no_lag():
+    ramp = [float(i) for i in range(400)]
+    assert smooth(ramp)[10:-10] == pytest.approx(ramp[10:-10])
+
+
+@pytest.mark.parametrize("lines", [0, 1, 50])
+def test_the_curves_are_a_picture_1000_pixels_wide_that_shows_the_data(tmp_path, lines):
+    """Falling and rising curves give other pictures: something of the data is drawn; gaps and no data do no harm."""
+    pictures = []
+    for sign in (1, -1):
+        metrics = [{"step": s, "loss_text": 5 + sign * s / 50, "loss_image": None if s % 3 else 4.0, "log_z": sign * s,
+                    "output_norm": 9.0, "grad_norm": 1.0 + s, "lr": 1e-3} for s in range(lines)]  # fmt: skip
+        plot_curves(metrics, tmp_path / "curves.png")
+        pictures.append(Image.open(tmp_path / "curves.png").convert("RGB"))
+    assert pictures[0].width == 1000
+    assert (pictures[0].tobytes() != pictures[1].tobytes()) == (lines > 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
