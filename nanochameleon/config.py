@@ -147,7 +147,6 @@ class TrainConfig:
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints
     keep: int = 2  # checkpoints kept
-    average: float = 0.0  # decay of a moving average of the weights, used for sampling; 0 is without
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Picture:
 
 
 RawDocument = list[Text | Picture | EndOfTurn]
+FORMS = ("pair", "questions", "interleaved")  # what the documents of a source look like, see below
 
 
 class Source(Protocol):

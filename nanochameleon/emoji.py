@@ -31,7 +31,6 @@ from nanochameleon.errors import UserError
 
 STYLES = {"twemoji": "flat", "openmoji": "outlined"}
 TEST_SHARE = 10  # of the concepts drawn in both styles, one in this many has a picture in the test split
-INTERLEAVED, QUESTIONS = 0.15, 0.15  # shares of the documents; the rest are pairs
 WHAT, WHICH = "what is this?", "which style?"
 SAME_FLAG = {"BV", "CP", "DG", "EA", "HM", "MF", "SJ", "UM"}  # territories that fly the flag of another entry
 FULLY_QUALIFIED = 2  # status in the emoji package: neither a component nor a shortened spelling
@@ -163,13 +162,14 @@ def held_out_styles(items: list[dict]) -> dict[str, str]:
 
 
 class EmojiSource:
-    """One split ("train" or "test") of a prepared directory: pairs, questions about name and style, interleaved pairs.
+    """One split ("train" or "test") of a prepared directory, as documents of one form (data.FORMS).
 
+    Questions are about name and style.
     Raises UserError if the directory is not whole or the split is empty.
     """
 
-    def __init__(self, directory: Path, split: str, seed: int):
-        self.stored = Pictures(directory)
+    def __init__(self, directory: Path, split: str, seed: int, form: str = "pair"):
+        self.stored, self.form = Pictures(directory), form
         chosen = held_out_styles(self.stored.items)
         self.seed = seed
         self.numbers = [
@@ -196,11 +196,10 @@ class EmojiSource:
 
     def document(self, index: int) -> RawDocument:
         rng = np.random.default_rng((self.seed, index))
-        form = rng.random()
-        if form < INTERLEAVED:
+        if self.form == "interleaved":
             both = (index, int(rng.integers(self.size)))
             return interleaved([(self.caption(i), self.pixels(i)) for i in both])
-        if form < INTERLEAVED + QUESTIONS:
+        if self.form == "questions":
             item = self.item(index)
             qas = [(WHAT, item["name"]), (WHICH, item["style"])]
             return question_answer(self.pixels(index), qas[:: 1 if rng.random() < 0.5 else -1])

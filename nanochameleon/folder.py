@@ -29,7 +29,6 @@ CAPTION_FILES = "captions.jsonl", "metadata.jsonl", "metadata.csv"  # the first 
 FILE_KEYS, TEXT_KEYS = ("file_name", "image"), ("text", "caption")
 TEST_FOLDERS = {"test", "validation", "valid", "val", "dev"}
 TEST_SHARE = 20  # without such folders one picture in this many is of the test split
-INTERLEAVED = 0.15  # share of the documents that hold two pictures
 MAX_CAPTION = 1_000  # characters
 
 
@@ -203,13 +202,13 @@ def is_test(items: list[dict]) -> list[bool]:
 
 
 class FolderSource:
-    """One split ("train" or "test") of a prepared folder: pairs, and documents of two pictures with captions.
+    """One split ("train" or "test") of a prepared folder, as documents of one form: "pair" or "interleaved".
 
     Raises UserError if the directory is not whole or the split is empty.
     """
 
-    def __init__(self, directory: Path, split: str, seed: int):
-        self.stored = Pictures(directory)
+    def __init__(self, directory: Path, split: str, seed: int, form: str = "pair"):
+        self.stored, self.form = Pictures(directory), form
         self.seed = seed
         self.numbers = [n for n, test in enumerate(is_test(self.stored.items)) if test == (split == "test")]
         self.size = len(self.numbers)
@@ -230,7 +229,7 @@ class FolderSource:
 
     def document(self, index: int) -> RawDocument:
         rng = np.random.default_rng((self.seed, index))
-        if rng.random() < INTERLEAVED:
+        if self.form == "interleaved":
             both = (index, int(rng.integers(self.size)))
             return interleaved([(self.caption(i), self.pixels(i)) for i in both])
         return pair(self.caption(index), self.pixels(index), rng)

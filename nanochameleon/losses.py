@@ -5,7 +5,6 @@ Means of batches with different numbers of tokens do not combine; sums do. Divid
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nanochameleon.kernels.zloss import zloss_cross_entropy
@@ -43,7 +42,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, vocab: Vocab) -> LossParts:
         cross_entropy=cross_entropy.sum(),
         z=log_z.square().sum(),
         log_z=log_z.detach().sum(),
-        count=torch.tensor(float(len(targets))),
+        count=kept.sum().float(),
         image_cross_entropy=cross_entropy.detach()[image].sum(),
         image_count=image.sum().float(),
     )

@@ -80,26 +80,29 @@ class Quantizer(nn.Module):
         dead = (self.counts < min_count).nonzero()[:, 0]
         if len(dead):
             picks = torch.randint(len(flat), (len(dead),), generator=generator)
+            moved = flat[picks.to(flat.device)]
+            if dist.is_available() and dist.is_initialized():
+                dist.broadcast(moved, 0)  # every rank has vectors of its own, the codebook must stay one
             self.counts[dead] = 1.0
-            self.sums[dead] = flat[picks]
+            self.sums[dead] = moved
         self.embedding.weight.copy_(self.sums / self.counts[:, None].clamp_min(1e-6))
         return len(dead)
 
     @torch.no_grad()
-    def start_from(self, z: Tensor, rounds: int, generator: torch.Generator) -> None:
-        """Puts the codebook onto the data before training: k-means++ style picks, then `rounds` of k-means."""
-        flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).float()
+    def start_from(self, vectors: Tensor, rounds: int, generator: torch.Generator) -> None:
+        """Puts the codebook onto vectors (N, E) before training: k-means++ picks, then `rounds` of k-means."""
+        flat = vectors.float().cpu()
         picks = [int(torch.randint(len(flat), (1,), generator=generator))]
         nearest = torch.full((len(flat),), torch.inf)
         for _ in range(len(self.counts) - 1):
             nearest = torch.minimum(nearest, (flat - flat[picks[-1]]).square().sum(1))
-            picks.append(int(torch.multinomial(nearest.clamp_min(1e-12), 1, generator=generator)))
-        self.embedding.weight.copy_(flat[picks])
+            weights = nearest if nearest.any() else torch.ones(len(flat))  # no vector twice while there are others
+            picks.append(int(torch.multinomial(weights, 1, generator=generator)))
+        codebook = flat[picks]
         for _ in range(rounds):
-            codes = nearest_code(flat, self.embedding.weight)
-            hits = F.one_hot(codes, len(self.counts)).to(flat.dtype)
-            counts = hits.sum(0)
-            means = hits.T @ flat / counts[:, None].clamp_min(1)
-            self.embedding.weight.copy_(torch.where(counts[:, None] > 0, means, self.embedding.weight))
+            hits = F.one_hot(nearest_code(flat, codebook), len(codebook)).to(flat.dtype)
+            counts = hits.sum(0)[:, None]
+            codebook = torch.where(counts > 0, hits.T @ flat / counts.clamp_min(1), codebook)
+        self.embedding.weight.copy_(codebook)
         self.counts.fill_(1.0)
-        self.sums.copy_(self.embedding.weight)
+        self.sums.copy_(codebook)

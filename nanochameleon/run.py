@@ -12,6 +12,7 @@ Writing it is train.py's work.
 
 import dataclasses
 import json
+import shutil
 import types
 import typing
 from dataclasses import dataclass
@@ -86,14 +87,54 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{path} is not the configuration of a run ({error})") from None
 
 
+MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation")  # between the start of a run and its continuation
+MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep", "precision")
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted names of the fields in which two runs differ, of those that a continuation must keep."""
+
+    def flat(value, name: str) -> dict[str, object]:
+        if not dataclasses.is_dataclass(value):
+            return {name: value}
+        fields = (flat(getattr(value, f.name), f"{name}.{f.name}".lstrip(".")) for f in dataclasses.fields(value))
+        return {key: v for part in fields for key, v in part.items()}
+
+    free = (*MAY_CHANGE, *(f"train.{name}" for name in MAY_CHANGE_IN_TRAIN))
+    a, b = flat(old, ""), flat(new, "")
+    names = [name for name in b if a.get(name) != b[name] and name.split(".")[0] not in free and name not in free]
+    return [f"{name} was {a.get(name)} and is {b[name]}" for name in names]
+
+
+def start_folder(cfg: RunConfig) -> Path:
+    """Makes the run's folder, or opens it to go on. Raises UserError for one that holds another run."""
+    folder = cfg.folder
+    if cfg.overwrite and (folder / CONFIG).exists():
+        shutil.rmtree(folder)
+    if (folder / CONFIG).exists():
+        if changed := differences(read_config(folder), cfg):
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{folder} holds another run ({'; '.join(changed[:3])}{more}): choose another --out, or --overwrite it"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files that are no run's: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_file(folder / CONFIG, config_to_json(cfg).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+    return folder
+
+
 def pick_device(wish: str) -> torch.device:
     """'auto' is a GPU if there is one. Raises UserError for a device that is not there."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wish)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=device).item()  # read back, which the meta device cannot
+    except (RuntimeError, AssertionError, ImportError):  # which one depends on the device
         raise UserError(f"device {wish!r} is not available here: use cpu, or leave it at auto") from None
     return device
 

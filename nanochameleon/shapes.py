@@ -7,9 +7,10 @@ answers to questions about it. Three decisions make it learnable in minutes on a
   it in every cell, so a few hundred codes draw every scene. Free-floating objects need a code for every offset.
 - Some colour-shape compositions (`held_out`) are drawn only for the evaluation: a model that has seen purple and has
   seen stars must put them together by itself.
-- One scene in 16 (by a checksum of the scene, over all seeds) belongs to the test split: no training picture shows it.
+- One scene in 16 (by a checksum of what the picture shows, over all seeds) belongs to the test split: no training
+  picture shows it.
 
-Reading a picture back into a scene is evaluate/shapes.py.
+Reading a picture back into a scene is evaluate/oracle.py.
 """
 
 import zlib
@@ -19,7 +20,7 @@ from functools import cache
 
 import numpy as np
 
-from nanochameleon.data import RawDocument, interleaved, pair, question_answer
+from nanochameleon.data import FORMS, RawDocument, interleaved, pair, question_answer
 
 COLOURS = {
     "red": (222, 40, 40),
@@ -111,8 +112,9 @@ class Scene:
 
     @property
     def for_test(self) -> bool:
-        """Is this scene reserved for the test split?"""
-        return zlib.crc32(repr(self).encode()) % TEST_SHARE == 0
+        """Is this scene reserved for the test split? Decided by the picture, which "a above b" and "b below a" share."""
+        shown = self.background, sorted(zip(self.cells, self.things, strict=True))
+        return zlib.crc32(repr(shown).encode()) % TEST_SHARE == 0
 
     def caption(self, with_background: bool = True) -> str:
         """'a big red circle above a small blue star on white', 'three small green squares', ..."""
@@ -306,21 +308,19 @@ def draw(scene: Scene, world: World) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents
 
-FORMS = ("pair", "questions", "interleaved")
-
-
 @dataclass(frozen=True)
 class ShapesSource:
-    """The training split as documents of one form (data.Source): endless, document i a pure function of (seed, i)."""
+    """One split as documents of one form (data.Source): endless, document i a pure function of (seed, i)."""
 
     world: World
-    form: str  # one of FORMS
+    form: str  # one of data.FORMS
     seed: int
+    test: bool = False  # the split that no training picture shows
     size = None  # endless
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         seed = self.seed + 1_000 * FORMS.index(self.form)
-        return draw_scene(self.world, seed, index), np.random.default_rng((seed, index, 2))
+        return draw_scene(self.world, seed, index, test=self.test), np.random.default_rng((seed, index, 2))
 
     def document(self, index: int) -> RawDocument:
         """A pair in either order; a picture with up to 4 questions; or two captions, each followed by its picture."""

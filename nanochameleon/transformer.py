@@ -41,20 +41,23 @@ class KVCache:
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """positions (B, T) -> cosines and sines of the rotary embedding (2, B, 1, T, E/2), float32.
+    """positions (B, T) -> the turn of each pair as a complex number of length 1: (B, 1, T, E/2).
 
     Pair i turns by position * theta^(-2i/E) (RoFormer, arXiv 2104.09864).
     """
     rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions[:, None, :, None].float() * rates
-    return torch.stack([angles.cos(), angles.sin()])
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E), Llama's and Meta's order of pairs."""
-    cos, sin = table.to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    """Turns neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E), Llama's and Meta's order of pairs.
+
+    A pair is a complex number, so turning it is one product.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 
 
 class QKNorm(nn.Module):

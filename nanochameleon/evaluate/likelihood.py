@@ -1,0 +1,33 @@
+"""How well documents of the test split are predicted: bits per picture code and per byte of text."""
+
+import math
+
+import torch
+
+from nanochameleon.data import Mixture, fuse
+from nanochameleon.documents import Text, render
+from nanochameleon.losses import next_token_loss
+from nanochameleon.packing import pack
+from nanochameleon.run import Run
+
+
+@torch.inference_mode()
+def bits(run: Run, docs: Mixture, n: int, batch_size: int = 16) -> dict[str, float]:
+    """{"bits_per_code", "bits_per_byte"} over documents 0 .. n-1; all ids but picture codes count as text."""
+    fused = fuse([docs.document(i) for i in range(n)], run.images)
+    n_bytes = sum(len(s.text.encode()) for doc in fused for s in doc if isinstance(s, Text))
+    lists = [render(doc, run.tokenizer, run.vocab) for doc in fused]
+    seq_len = run.cfg.model.max_seq_len
+    packed = pack([ids for ids in lists if len(ids) <= seq_len], seq_len, run.vocab.pad)
+    image_sum = image_count = total = 0.0
+    for start in range(0, len(packed.tokens), batch_size):
+        batch = packed[start : start + batch_size].to(run.device)
+        logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.doc_ids).flatten(0, 1))
+        parts = next_token_loss(logits, batch.targets.flatten(), run.vocab)
+        image_sum += float(parts.image_cross_entropy)
+        image_count += float(parts.image_count)
+        total += float(parts.cross_entropy)
+    return {
+        "bits_per_code": image_sum / max(image_count, 1) / math.log(2),
+        "bits_per_byte": (total - image_sum) / max(n_bytes, 1) / math.log(2),
+    }

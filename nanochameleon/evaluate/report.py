@@ -1,0 +1,115 @@
+"""A run's report: figures, sheets of pictures, conversations. What is measured depends on the data.
+
+For the shapes worlds an oracle judges; for real pictures there is likelihood alone, and pictures to look at.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanochameleon.data import Picture
+from nanochameleon.evaluate import shapes
+from nanochameleon.evaluate.likelihood import bits
+from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
+from nanochameleon.monitor import METRICS, plot_curves, read_metrics
+from nanochameleon.prepare import mixture, open_sources, world
+from nanochameleon.report import samples_sheet, write_report
+from nanochameleon.run import Run
+from nanochameleon.shapes import World, scenes
+
+GRID = 14  # pictures of a sample grid during training
+SHEET = 28  # pictures in samples.png
+
+
+def peak_memory_gib() -> float | None:
+    """Most resident memory this process has had; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1_024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def held_out_captions(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarray]]:
+    """Captions of the test split and their own pictures."""
+    source = open_sources(run.cfg, folder, "test")("pair")
+    docs = [source.document(i) for i in range(n if source.size is None else min(n, source.size))]
+    texts = [next(s.text for s in doc if not isinstance(s, Picture)) for doc in docs]
+    return texts, [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
+
+
+def sample_grid(run: Run, path: Path) -> None:
+    """Draws a few captions of the test split, the same ones each time, into one sheet."""
+    captions, _ = held_out_captions(run, path.parent.parent, GRID)
+    path.parent.mkdir(exist_ok=True)
+    samples_sheet([(c, p, None) for c, p in zip(captions, draw_pictures(run, captions, 0), strict=True)], path)
+
+
+def training_seconds(folder: Path) -> dict[str, float]:
+    """tokens_per_second of the transformer over the whole run, from its log."""
+    lines = [line for line in read_metrics(folder / METRICS) if line.get("tokens")]
+    return {"tokens_per_second": lines[-1]["tokens"] / lines[-1]["seconds"]} if lines and lines[-1]["seconds"] else {}
+
+
+def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
+    """Measures everything and writes samples.png, curves.png, report.json and report.html into the run's folder."""
+    import time
+
+    clock, place = time.perf_counter(), world(run.cfg.data)
+    figures, sheet, talks = shapes_report(run, place) if place else pictures_report(run, folder)
+    figures |= bits(run, mixture(run.cfg, folder, "test"), 200) | training_seconds(folder)
+    samples_sheet(sheet, folder / "samples.png")
+    plot_curves(read_metrics(folder / METRICS), folder / "curves.png")
+    seconds = seconds | {"report": time.perf_counter() - clock}
+    figures = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()} | figures
+    prompt = sheet[0][0] if sheet else "a red circle"
+    commands = [f'python sample.py {folder} "{prompt}" --n 4', f'python sample.py {folder} picture.png "how many things are there?"']
+    return write_report(folder, figures, talks, commands, f"nanochameleon: {run.cfg.name}")
+
+
+def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
+    """Figures by the oracle; half of the sheet are seen, half held-out compositions."""
+    n = run.cfg.evaluation
+    figures = {"tokenizer": shapes.tokenizer_scores(run.images, place, n.reconstructions)}
+    seen, drawn_seen = shapes.text_to_picture(run, place, "seen", n.pictures)
+    held_out, drawn_held_out = shapes.text_to_picture(run, place, "held_out", n.pictures)
+    captions, captioned = shapes.caption_facts(run, place, n.answers)
+    accuracy, answered = shapes.question_accuracy(run, place, n.answers)
+    figures |= {
+        "text_to_picture": {"seen": seen, "held_out": held_out},
+        "captions": {"facts": captions},
+        "questions": {"accuracy": accuracy, "question_only": shapes.question_only(place, answered)},
+    }
+    half = SHEET // 2
+    sheet = [sheet_item(d, "") for d in drawn_seen[:half]] + [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
+    return figures, sheet, [talk(a, place) for a in (*captioned[:6], *answered[:12])]
+
+
+def sheet_item(drawn: Drawn, note: str) -> tuple[str, np.ndarray, bool]:
+    return drawn.scene.caption() + note, drawn.picture, drawn.facts["all_facts"]
+
+
+def talk(answer: Answer, place: World) -> dict:
+    from nanochameleon.shapes import draw
+
+    return {"question": answer.question, "answer": answer.said, "truth": answer.truth, "picture": draw(answer.scene, place)}
+
+
+def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
+    """Reconstruction error and codebook use; the sheet shows captions of the test split as the model draws them."""
+    captions, pictures = held_out_captions(run, folder, run.cfg.evaluation.reconstructions)
+    clean = np.stack(pictures)
+    codes = run.images.encode(clean)
+    error = np.abs(clean.astype(int) - run.images.decode(codes)).mean() / 255
+    used = len(torch.unique(codes)) / run.cfg.vqgan.n_codes
+    drawn = draw_pictures(run, captions[:SHEET], run.cfg.seed, "drawing")
+    asked = shapes.ask(run, [(picture, "what is this?") for picture in pictures[:12]], "captions")
+    talks = [
+        {"question": "what is this?", "answer": said, "truth": truth, "picture": picture}
+        for said, truth, picture in zip(asked, captions, pictures, strict=False)
+    ]
+    figures = {"tokenizer": {"mean_absolute_error": float(error), "codebook_used": used}}
+    return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=False)], talks

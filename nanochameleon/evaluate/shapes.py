@@ -1,0 +1,118 @@
+"""What a model knows of the shapes world: pictures from words, captions and answers for pictures it has not seen.
+
+Every scene is of the test split. Prompts name the background, so that it can be judged.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from nanochameleon.data import Picture
+from nanochameleon.documents import Text, parse
+from nanochameleon.engine import generate, prompt_ids
+from nanochameleon.evaluate.captions import score_caption
+from nanochameleon.evaluate.oracle import judge
+from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.run import Run
+from nanochameleon.shapes import ASK_CAPTION, Scene, World, draw, questions, scenes
+
+SCENE_SEED = 7_777  # of the scenes that are asked about
+
+
+@dataclass(frozen=True)
+class Drawn:
+    scene: Scene
+    picture: np.ndarray  # uint8 (R, R, 3)
+    facts: dict[str, bool]  # of the oracle
+
+
+@dataclass(frozen=True)
+class Answer:
+    scene: Scene
+    question: str
+    truth: str
+    said: str
+
+
+def mean_facts(judged: list[dict[str, bool]]) -> dict:
+    """-> {"all_facts": share, "by_fact": {fact: share of the scenes that have it}}."""
+    names = sorted({name for facts in judged for name in facts} - {"all_facts"})
+    by_fact = {name: float(np.mean([facts[name] for facts in judged if name in facts])) for name in names}
+    return {"all_facts": float(np.mean([facts["all_facts"] for facts in judged])), "by_fact": by_fact}
+
+
+def tokenizer_scores(images: ImageTokenizer, world: World, n: int) -> dict:
+    """The oracle on clean pictures (its ceiling) and on reconstructions, and the share of the codebook in use."""
+    shown = list(scenes(world, SCENE_SEED, n, test=True))
+    clean = np.stack([draw(scene, world) for scene in shown])
+    codes = images.encode(clean)
+    again = images.decode(codes)
+    right = [[judge(s, p, world)["all_facts"] for s, p in zip(shown, pictures, strict=True)] for pictures in (clean, again)]
+    return {
+        "oracle_on_clean": float(np.mean(right[0])),
+        "oracle_on_reconstructions": float(np.mean(right[1])),
+        "codebook_used": len(torch.unique(codes)) / images.vqgan.cfg.n_codes,
+        "mean_absolute_error": float(np.abs(clean.astype(int) - again).mean()) / 255,
+    }
+
+
+def draw_pictures(run: Run, captions: list[str], seed: int, progress: str | None = None) -> np.ndarray:
+    """One picture for each caption: uint8 (n, R, R, 3)."""
+    prompts = [prompt_ids([Text(caption)], run, "draw") for caption in captions]
+    n_codes = run.images.n_codes_per_image
+    options = replace(run.cfg.sample, max_new=n_codes + 2)
+    rows = generate(run.model, prompts, run.vocab, n_codes, options, "image", seed, progress=progress)
+    return run.images.decode(torch.tensor([row[:n_codes] for row in rows]) - run.vocab.first_code)
+
+
+def text_to_picture(run: Run, world: World, compositions: str, n: int) -> tuple[dict, list[Drawn]]:
+    """Draws n scenes from their captions and lets the oracle judge; -> scores and what was drawn."""
+    wanted = list(scenes(world, SCENE_SEED, n, compositions, test=True))
+    pictures = draw_pictures(run, [s.caption() for s in wanted], run.cfg.seed, f"drawing {compositions}")
+    drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, pictures, strict=True)]
+    return mean_facts([d.facts for d in drawn]), drawn
+
+
+def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = None) -> list[str]:
+    """The model's answer to each (picture, question), greedy."""
+    n_codes, vocab = run.images.n_codes_per_image, run.vocab
+    prompts = [prompt_ids([Picture(picture), Text(question)], run, "answer") for picture, question in asked]
+    options = replace(run.cfg.sample, temperature=0.0, max_new=40)
+    stops = (vocab.eos, vocab.eot)
+    rows = generate(run.model, prompts, vocab, n_codes, options, "text", stops=stops, progress=progress)
+    return ["".join(s.text for s in parse(row, run.tokenizer, vocab) if isinstance(s, Text)) for row in rows]
+
+
+def caption_facts(run: Run, world: World, n: int) -> tuple[float, list[Answer]]:
+    """Mean share of the facts of unseen scenes that the model's captions state rightly."""
+    shown = list(scenes(world, SCENE_SEED + 1, n, test=True))
+    said = ask(run, [(draw(scene, world), ASK_CAPTION) for scene in shown], "captions")
+    answers = [Answer(scene, ASK_CAPTION, scene.caption(), text) for scene, text in zip(shown, said, strict=True)]
+    return float(np.mean([score_caption(a.said, a.scene, world) for a in answers])), answers
+
+
+def one_question(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, str]:
+    asked = questions(scene, world, rng)
+    return asked[rng.integers(len(asked))]
+
+
+def question_accuracy(run: Run, world: World, n: int) -> tuple[float, list[Answer]]:
+    """Share of questions about unseen scenes, one a scene, whose answer is exact."""
+    shown = list(scenes(world, SCENE_SEED + 2, n, test=True))
+    rng = np.random.default_rng(SCENE_SEED)
+    asked = [one_question(scene, world, rng) for scene in shown]
+    said = ask(run, [(draw(s, world), question) for s, (question, _) in zip(shown, asked, strict=True)], "questions")
+    answers = [Answer(s, q, truth, text) for s, (q, truth), text in zip(shown, asked, said, strict=True)]
+    return float(np.mean([a.said == a.truth for a in answers])), answers
+
+
+def question_only(world: World, answers: list[Answer], n: int = 4_000) -> float:
+    """What the commonest answer to each question's words reaches on the same questions, without a look."""
+    rng, counts = np.random.default_rng(SCENE_SEED + 3), {}
+    for scene in scenes(world, SCENE_SEED + 3, n):
+        for question, answer in questions(scene, world, rng):
+            seen = counts.setdefault(question, {})
+            seen[answer] = seen.get(answer, 0) + 1
+    best = {question: max(seen, key=seen.get) for question, seen in counts.items()}
+    return float(np.mean([best.get(a.question) == a.truth for a in answers]))

@@ -1,0 +1,254 @@
+"""Trains nanochameleon: one script, from raw captions and pictures to a model that writes and draws, and its report.
+
+    python train.py toy                                   the shapes world, minutes on two CPU cores
+    python train.py toy_long                              the same scenes with an hour
+    python train.py emoji                                 real emoji from PyPI: pip install 'nanochameleon[data]' first
+    python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
+    python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
+
+The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens, transformer,
+report. Ctrl-C saves; the same command goes on. One process on one device; what the numbers are is config.py.
+"""
+
+from nanochameleon.cli import parse_run
+
+if __name__ == "__main__":
+    CONFIG = parse_run()  # before torch is imported, so that --help and a wrong option answer at once
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from nanochameleon import checkpoint
+from nanochameleon.config import RunConfig
+from nanochameleon.data import Loader, Shards
+from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.evaluate.report import make_report, sample_grid
+from nanochameleon.losses import LossParts, next_token_loss
+from nanochameleon.monitor import Monitor
+from nanochameleon.optim import clip, learning_rate, make_optimizer
+from nanochameleon.packing import Batch
+from nanochameleon.prepare import mixture, open_sources, store_pictures, write_tokens
+from nanochameleon.run import Run, open_image_tokenizer, pick_device, start_folder
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
+from nanochameleon.transformer import Chameleon
+from nanochameleon.vocab import Vocab
+
+TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+class Stopper:
+    """Turns the first Ctrl-C or SIGTERM into `asked`, which loops look at between steps; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __enter__(self) -> "Stopper":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread, as in a notebook's server
+                break
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._restore()
+
+
+class Interrupted(Exception):
+    """Raised between steps once the state is saved."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def pick_precision(wish: str, dim: int, device: torch.device) -> str:
+    """'auto' is bf16 where a matrix product of the model's width is clearly faster in it than in fp32."""
+    if wish != "auto":
+        return wish
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2_048, dim), (dim, 4 * dim)))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            float((a @ b)[0, 0])
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    return "bf16" if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else "fp32"
+
+
+def forward(model: Chameleon, batch: Batch, vocab: Vocab, precision: str) -> tuple[LossParts, torch.Tensor]:
+    """-> the loss's parts, and the last block's output norm, averaged over tokens (paper figure 5a)."""
+    wide = precision == "fp32"
+    with nullcontext() if wide else torch.autocast(batch.tokens.device.type, torch.bfloat16):
+        residual = model.residual(batch.tokens, batch.positions, batch.doc_ids)
+        logits = model.logits(model.norm(residual).flatten(0, 1))
+    return next_token_loss(logits, batch.targets.flatten(), vocab), residual.detach().float().norm(dim=-1).mean()
+
+
+def update(model: Chameleon, optimizer: torch.optim.Optimizer, parts: LossParts, cfg: RunConfig, lr: float) -> float:
+    """One step of the optimizer; returns the gradient's norm. Without a finite one, nothing moves."""
+    optimizer.zero_grad()
+    parts.total(cfg.train.z_loss, parts.count).backward()
+    norm = clip(model.parameters(), cfg.optim.clip)
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return norm
+
+
+def figures(parts: LossParts, output_norm: torch.Tensor, grad_norm: float, lr: float, cfg: RunConfig) -> dict:
+    """What the monitor logs: means per token of each kind."""
+    text_sum, text_count = parts.cross_entropy - parts.image_cross_entropy, parts.count - parts.image_count
+    return {
+        "loss": float(parts.total(cfg.train.z_loss, parts.count).detach()),
+        "loss_text": float((text_sum / text_count).detach()),
+        "loss_image": float(parts.image_cross_entropy / parts.image_count),
+        "z_loss": float((cfg.train.z_loss * parts.z / parts.count).detach()),
+        "log_z": float(parts.log_z / parts.count),
+        "output_norm": float(output_norm),
+        "grad_norm": grad_norm,
+        "lr": lr,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer's training
+
+
+def save(folder: Path, step: int, model: Chameleon, optimizer, tokens: int, cfg: RunConfig) -> None:
+    tensors = {
+        "weights": model.state_dict(),
+        "optim": checkpoint.optimizer_tensors(optimizer, model),
+        "rng": checkpoint.rng_tensors(),
+    }
+    checkpoint.save(folder, step, tensors, {"step": step, "tokens": tokens})
+    checkpoint.keep_last(folder, cfg.train.keep)
+
+
+def resume(folder: Path, model: Chameleon, optimizer) -> tuple[int, int]:
+    """Takes up the newest whole checkpoint, if there is one; returns its step and the tokens seen so far."""
+    if checkpoint.newest(folder) is None:
+        return 0, 0
+    tensors, state = checkpoint.load(folder)
+    model.load_state_dict(tensors["weights"])
+    checkpoint.load_optimizer(optimizer, model, tensors["optim"])
+    checkpoint.load_rng(tensors["rng"])
+    return state["step"], state["tokens"]
+
+
+def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, stopped: Callable[[], bool]) -> None:
+    """Runs cfg.train.steps updates, from the newest checkpoint on. Raises Interrupted once a stop is saved."""
+    t, model, vocab = cfg.train, run.model, run.vocab
+    optimizer = make_optimizer(model, cfg.optim)
+    start, tokens = resume(folder, model, optimizer)
+    if start == t.steps:
+        return
+    loader = Loader(shards, t.batch_size, t.seq_len, cfg.seed, vocab.pad)
+    if loader.n_too_long:
+        print(f"{loader.n_too_long:,} of {len(shards):,} documents are longer than {t.seq_len} ids and left out")
+    precision, failed = pick_precision(t.precision, cfg.model.dim, run.device), 0
+    print(f"transformer: {sum(p.numel() for p in model.parameters()):,} parameters, {precision} on {run.device}")
+    with Monitor(folder, t.steps, t.log_every, start) as monitor:
+        for step in range(start, t.steps):
+            batch = loader.batch(step).to(run.device)
+            model.train()
+            parts, output_norm = forward(model, batch, vocab, precision)
+            lr = learning_rate(step, t.steps, cfg.optim)
+            grad_norm = update(model, optimizer, parts, cfg, lr)
+            tokens += int(parts.count)
+            failed = 0 if math.isfinite(grad_norm) else failed + 1
+            if failed == TOO_MANY:
+                raise UserError(f"{failed} steps in a row had no finite loss: lower --optim.lr ({cfg.optim.lr}) and go on")
+            if monitor.due(step):
+                monitor.log(step, tokens=tokens, **figures(parts, output_norm, grad_norm, lr, cfg))
+            monitor.progress(step)
+            done = step + 1
+            if done % t.save_every == 0 or done == t.steps or stopped():
+                save(folder, done, model, optimizer, tokens, cfg)
+            if stopped() and done < t.steps:
+                raise Interrupted
+            if done % t.sample_every == 0 and done < t.steps:
+                model.eval()
+                sample_grid(run, folder / "samples" / f"step-{done:06d}.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All stages
+
+
+class Laps:
+    """Seconds of each stage, kept in the run's folder so that they add up over interruptions."""
+
+    def __init__(self, folder: Path):
+        self.path, self.last = folder / "seconds.json", time.perf_counter()
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def add(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
+        checkpoint.write_file(self.path, json.dumps(self.seconds).encode())
+
+
+def main(cfg: RunConfig) -> Path:
+    """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
+    device, folder = pick_device(cfg.device), start_folder(cfg)
+    laps = Laps(folder)
+    with Stopper() as stopped:
+        try:
+            store_pictures(cfg, folder)
+            docs = mixture(cfg, folder)
+            tokenizer = train_text_tokenizer(cfg, docs, folder)
+            laps.add("text_tokenizer")
+            if not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
+                raise Interrupted
+            images = open_image_tokenizer(folder, cfg, device)
+            laps.add("image_tokenizer")
+            shards = write_tokens(cfg, docs, images, tokenizer, folder)
+            laps.add("data")
+            torch.manual_seed(cfg.seed)
+            run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model).to(device))
+            train_transformer(cfg, run, shards, folder, stopped)
+            laps.add("transformer")
+        except Interrupted:
+            laps.add("interrupted")
+            print(f"stopped and saved in {folder}; the same command goes on: python {' '.join(sys.argv)}")
+            return folder
+    run.model.eval()
+    make_report(run, folder, laps.seconds)
+    print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+    return folder
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(CONFIG))
