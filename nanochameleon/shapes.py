@@ -41,7 +41,6 @@ CELL = 16  # pixels a side of a lattice cell
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 RELATIONS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}  # first minus second: row, column
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
-VAGUE = 0.25  # share of captions that leave words out
 TEST_SHARE = 16  # one scene in this many is never trained on
 
 
@@ -91,7 +90,7 @@ class Thing:
     shape: str
 
     def __str__(self) -> str:
-        return " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        return f"{self.size} {self.colour} {self.shape}"
 
     @property
     def article(self) -> str:
@@ -119,18 +118,15 @@ class Scene:
 
     def caption(self, with_background: bool = True) -> str:
         """'a big red circle above a small blue star on white', 'three small green squares', ..."""
-        return self.describe(self.things, with_background)
-
-    def describe(self, things: tuple["Thing", ...], with_background: bool) -> str:
-        """The caption with these things in place of the scene's own: the same ones, perhaps with words left out."""
         if self.relation:
-            text = f"{things[0].article} {self.relation} {things[1].article}"
+            text = f"{self.things[0].article} {self.relation} {self.things[1].article}"
         elif len(set(self.things)) > 1:
-            text = " and ".join(thing.article for thing in things)
-        elif len(things) > 1:
-            text = f"{NUMBERS[len(things)]} {things[0]}{plural(things[0].shape)}"
+            first, second, third = (thing.article for thing in self.things)
+            text = f"{first} and {second} and {third}"
+        elif len(self.things) > 1:
+            text = f"{NUMBERS[len(self.things)]} {self.things[0]}{plural(self.things[0].shape)}"
         else:
-            text = things[0].article
+            text = self.things[0].article
         return f"{text} on {self.background}" if with_background else text
 
 
@@ -350,21 +346,5 @@ class ShapesSource:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene's caption; one in three leaves the background to the painter, one in four some of the words.
-
-    "a purple thing" teaches purple whatever the shape, "a star" the star whatever the colour: what a composition that
-    was never shown has to be put together from.
-    """
-    things = scene.things
-    if rng.random() < VAGUE:
-        known = {thing: vague(thing, rng) for thing in dict.fromkeys(things)}
-        things = tuple(known[thing] for thing in things)
-    return scene.describe(things, with_background=rng.random() < 2 / 3)
-
-
-def vague(thing: Thing, rng: np.random.Generator) -> Thing:
-    """A thing with one or two of its three words left out; without its shape it is a 'thing'."""
-    kept = set(rng.choice(3, size=int(rng.integers(1, 3)), replace=False).tolist())
-    words = (thing.size, thing.colour, thing.shape)
-    size, colour, shape = (word if i in kept else "" for i, word in enumerate(words))
-    return Thing(size, colour, shape or "thing")
+    """The scene's caption; one in three leaves the background to the painter."""
+    return scene.caption(with_background=rng.random() < 2 / 3)
