@@ -6,17 +6,19 @@
     python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
 
-The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens, transformer,
-report. Ctrl-C saves; the same command goes on. One process on one device; what the numbers are is config.py.
+The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
+transformer, report. Ctrl-C saves; the same command goes on. One process on one device; config.py says what the numbers
+are.
 """
 
-from nanochameleon.cli import parse_run
+from nanochameleon.cli import complete, parse_run
 
 if __name__ == "__main__":
     CONFIG = parse_run()  # before torch is imported, so that --help and a wrong option answer at once
 
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -37,7 +39,6 @@ from nanochameleon.optim import clip, learning_rate, make_optimizer
 from nanochameleon.packing import Batch
 from nanochameleon.prepare import mixture, open_sources, store_pictures, write_tokens
 from nanochameleon.run import Run, open_image_tokenizer, pick_device, start_folder
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -115,10 +116,13 @@ def forward(model: Chameleon, batch: Batch, vocab: Vocab, precision: str) -> tup
 
 
 def update(model: Chameleon, optimizer: torch.optim.Optimizer, parts: LossParts, cfg: RunConfig, lr: float) -> float:
-    """One step of the optimizer; returns the gradient's norm. Without a finite one, nothing moves."""
+    """One step of the optimizer; returns the gradient's norm. If that or the loss is not finite, nothing moves."""
     optimizer.zero_grad()
-    parts.total(cfg.train.z_loss, parts.count).backward()
+    loss = parts.total(cfg.train.z_loss, parts.count)
+    loss.backward()
     norm = clip(model.parameters(), cfg.optim.clip)
+    if not math.isfinite(float(loss.detach())):  # an infinite loss can have a finite gradient
+        norm = math.nan
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -145,38 +149,41 @@ def figures(parts: LossParts, output_norm: torch.Tensor, grad_norm: float, lr: f
 # The transformer's training
 
 
-def save(folder: Path, step: int, model: Chameleon, optimizer, tokens: int, cfg: RunConfig) -> None:
+def save(folder: Path, model: Chameleon, optimizer, state: dict, cfg: RunConfig) -> None:
+    """state: step, tokens and precision, which may not change on the way where it was chosen by the clock."""
     tensors = {
         "weights": model.state_dict(),
         "optim": checkpoint.optimizer_tensors(optimizer, model),
         "rng": checkpoint.rng_tensors(),
     }
-    checkpoint.save(folder, step, tensors, {"step": step, "tokens": tokens})
+    checkpoint.save(folder, state["step"], tensors, state)
     checkpoint.keep_last(folder, cfg.train.keep)
 
 
-def resume(folder: Path, model: Chameleon, optimizer) -> tuple[int, int]:
-    """Takes up the newest whole checkpoint, if there is one; returns its step and the tokens seen so far."""
+def resume(folder: Path, model: Chameleon, optimizer) -> dict:
+    """Takes up the newest whole checkpoint, if there is one; returns the state that was saved with it."""
     if checkpoint.newest(folder) is None:
-        return 0, 0
+        return {"step": 0, "tokens": 0}
     tensors, state = checkpoint.load(folder)
     model.load_state_dict(tensors["weights"])
     checkpoint.load_optimizer(optimizer, model, tensors["optim"])
     checkpoint.load_rng(tensors["rng"])
-    return state["step"], state["tokens"]
+    return state
 
 
 def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, stopped: Callable[[], bool]) -> None:
     """Runs cfg.train.steps updates, from the newest checkpoint on. Raises Interrupted once a stop is saved."""
     t, model, vocab = cfg.train, run.model, run.vocab
     optimizer = make_optimizer(model, cfg.optim)
-    start, tokens = resume(folder, model, optimizer)
+    state = resume(folder, model, optimizer)
+    start, tokens = state["step"], state["tokens"]
     if start == t.steps:
         return
     loader = Loader(shards, t.batch_size, t.seq_len, cfg.seed, vocab.pad)
     if loader.n_too_long:
         print(f"{loader.n_too_long:,} of {len(shards):,} documents are longer than {t.seq_len} ids and left out")
-    precision, failed = pick_precision(t.precision, cfg.model.dim, run.device), 0
+    wish = state.get("precision", "auto") if t.precision == "auto" else t.precision
+    precision, failed = pick_precision(wish, cfg.model.dim, run.device), 0
     print(f"transformer: {sum(p.numel() for p in model.parameters()):,} parameters, {precision} on {run.device}")
     with Monitor(folder, t.steps, t.log_every, start) as monitor:
         for step in range(start, t.steps):
@@ -188,14 +195,15 @@ def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, st
             tokens += int(parts.count)
             failed = 0 if math.isfinite(grad_norm) else failed + 1
             if failed == TOO_MANY:
-                raise UserError(f"{failed} steps in a row had no finite loss: lower --optim.lr ({cfg.optim.lr}) and go on")
+                lower = f"start anew with --overwrite and less than --optim.lr {cfg.optim.lr}"
+                raise UserError(f"{failed} steps in a row had no finite loss: {lower}")
             if monitor.due(step):
                 monitor.log(step, tokens=tokens, **figures(parts, output_norm, grad_norm, lr, cfg))
             monitor.progress(step)
-            done = step + 1
-            if done % t.save_every == 0 or done == t.steps or stopped():
-                save(folder, done, model, optimizer, tokens, cfg)
-            if stopped() and done < t.steps:
+            done, stop = step + 1, stopped()  # asked once: a signal after this is seen in the next step
+            if done % t.save_every == 0 or done == t.steps or stop:
+                save(folder, model, optimizer, {"step": done, "tokens": tokens, "precision": precision}, cfg)
+            if stop and done < t.steps:
                 raise Interrupted
             if done % t.sample_every == 0 and done < t.steps:
                 model.eval()
@@ -222,6 +230,7 @@ class Laps:
 
 def main(cfg: RunConfig) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
+    cfg = complete(cfg)
     device, folder = pick_device(cfg.device), start_folder(cfg)
     laps = Laps(folder)
     with Stopper() as stopped:
@@ -242,7 +251,8 @@ def main(cfg: RunConfig) -> Path:
             laps.add("transformer")
         except Interrupted:
             laps.add("interrupted")
-            print(f"stopped and saved in {folder}; the same command goes on: python {' '.join(sys.argv)}")
+            again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
+            print(f"stopped and saved in {folder}; this goes on: {again}")
             return folder
     run.model.eval()
     make_report(run, folder, laps.seconds)

@@ -24,7 +24,7 @@ def visible(query_docs: Tensor, key_docs: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, H, T, D). `mask` is bool (B, T, S), True where a key is seen; None is plain causal, or for T = 1 everything."""
+    """(B, H, T, D). `mask` is bool (B, T, S), True where a key is seen; None is causal, or for T = 1 everything."""
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

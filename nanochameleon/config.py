@@ -15,14 +15,14 @@ class VQGANConfig:
 
     resolution: int = 512  # pixels a side; 512 in the release
     ch: int = 128  # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level over ch; each level but the last halves the side
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level over ch; all but the last halve the side
     n_res_blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
     z_channels: int = 256  # channels between encoder and quantizer
     embed_dim: int = 256  # length of a codebook vector
     n_codes: int = 8_192  # entries of the codebook
     n_groups: int = 32  # groups of every GroupNorm (eps 1e-6)
     mid_attention: bool = True  # self-attention in the middle block, single head; True in the release
-    window: int | None = None  # pixels a side that the encoder sees at once; None is the whole picture, as in the release
+    window: int | None = None  # pixels a side that the encoder sees at once; None: the whole picture, as in the release
 
     @property
     def factor(self) -> int:
@@ -39,7 +39,8 @@ class VQGANConfig:
         return self.grid**2
 
     def __post_init__(self):
-        if self.resolution % self.factor or (self.window and (self.resolution % self.window or self.window % self.factor)):
+        window = self.window or self.resolution
+        if window < 1 or self.resolution % self.factor or self.resolution % window or window % self.factor:
             raise ValueError(f"resolution, window and factor must divide one another: {self}, factor {self.factor}")
 
 
@@ -76,6 +77,8 @@ class ModelConfig:
         return self.multiple_of * -(-hidden // self.multiple_of)
 
     def __post_init__(self):
+        if min(self.dim, self.n_heads, self.kv_heads, self.qk_norm_groups) < 1:
+            raise ValueError("dim, n_heads, n_kv_heads and qk_norm_groups must be at least 1")
         for whole, part, why in (
             (self.dim, self.n_heads, "n_heads must divide dim"),
             (self.n_heads, self.kv_heads, "n_kv_heads must divide n_heads"),
@@ -90,8 +93,7 @@ class ModelConfig:
 class OptimConfig:
     """The optimizer, its schedule and clipping (paper section 2.3 and Table 1)."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal updates for matrices, AdamW for the rest; not the paper's
-
+    name: Literal["adamw", "muon"] = "adamw"  # muon, not the paper's: orthogonal updates for matrices, AdamW elsewhere
     lr: float = 1e-4  # peak learning rate; 1e-4 for both sizes
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-5  # AdamW; the paper's is large
@@ -111,7 +113,7 @@ class TokenizerTraining:
     steps: int = 600  # of the image tokenizer
     batch_size: int = 16  # pictures a step
     warmup_steps: int = 150  # first steps without quantization; then the codebook is put onto the latents by k-means
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig("muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="cosine"))  # fmt: skip
+    optim: OptimConfig = OptimConfig("muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="cosine")
     beta: float = 0.25  # weight of the commitment loss
     codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: moving averages, or the codebook loss
     ema_decay: float = 0.95  # of the moving averages, a step

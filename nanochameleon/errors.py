@@ -13,9 +13,12 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Runs `main`; a UserError ends the program with its sentence on stderr and exit code 2."""
+    """Runs `main`; a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -28,6 +28,8 @@ def world(data: DataConfig) -> World | None:
 
 def store_pictures(cfg: RunConfig, folder: Path) -> None:
     """Reads emoji or a folder into folder/pictures, unless they are there. Prints what was skipped."""
+    if cfg.data.source == "folder" and cfg.data.questions:
+        raise UserError("a folder of captioned pictures has no questions: set --data.questions 0")
     stored = folder / "pictures"
     if world(cfg.data) or (stored / "pictures.json").exists():
         return
@@ -43,7 +45,9 @@ def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable
     """A function from a form of documents (data.FORMS) to their source. Raises UserError for a wrong resolution."""
     if shapes := world(cfg.data):
         if cfg.vqgan.resolution != shapes.resolution:
-            raise UserError(f"{cfg.data.source} are drawn at {shapes.resolution} pixels: set --vqgan.resolution to that")
+            raise UserError(
+                f"{cfg.data.source} are drawn at {shapes.resolution} pixels: set --vqgan.resolution to that"
+            )
         return lambda form: ShapesSource(shapes, form, cfg.seed, test=split == "test")
     opened = EmojiSource if cfg.data.source == "emoji" else FolderSource
     return lambda form: opened(folder / "pictures", split, cfg.seed, form)
@@ -52,8 +56,6 @@ def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable
 def mixture(cfg: RunConfig, folder: Path, split: str = "train") -> Mixture:
     """Documents of all forms in the configured shares."""
     shares = dict(zip(FORMS, (cfg.data.pairs, cfg.data.questions, cfg.data.interleaved), strict=True))
-    if cfg.data.source == "folder" and cfg.data.questions:
-        raise UserError("a folder of captioned pictures has no questions: set --data.questions 0")
     source = open_sources(cfg, folder, split)
     return Mixture({form: (source(form), share) for form, share in shares.items() if share}, cfg.seed)
 
@@ -69,7 +71,9 @@ def token_lists(docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer)
         start += CHUNK
 
 
-def write_tokens(cfg: RunConfig, docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Shards:
+def write_tokens(
+    cfg: RunConfig, docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path
+) -> Shards:
     """Writes folder/data unless it is there: as many documents as the run reads, so that none comes twice."""
     directory = folder / "data"
     if not directory.exists():

@@ -12,7 +12,6 @@ from nanochameleon.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    SampleConfig,
     TokenizerTraining,
     TrainConfig,
     VQGANConfig,
@@ -58,7 +57,9 @@ def emoji() -> RunConfig:
 def folder() -> RunConfig:
     """Your own pictures: a folder with captions.jsonl, metadata.csv or metadata.jsonl (--data.path)."""
     cfg = emoji()
-    data = dataclasses.replace(cfg.data, source="folder", path=Path("pictures"), pairs=1.0, questions=0.0, interleaved=0.0)
+    data = dataclasses.replace(
+        cfg.data, source="folder", path=Path("pictures"), pairs=1.0, questions=0.0, interleaved=0.0
+    )
     return dataclasses.replace(cfg, name="folder", data=data)
 
 

@@ -58,7 +58,7 @@ class Quantizer(nn.Module):
         return self.embedding(codes).view(len(codes), grid, grid, -1).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, E, h, w) -> straight-through quantized (B, E, h, w), codes (B, h*w), q itself (with codebook gradient)."""
+        """(B, E, h, w) -> straight-through quantized (B, E, h, w), codes (B, h*w), q (with codebook gradient)."""
         codes = self.codes(z.detach())
         quantized = self.vectors(codes, z.shape[-1])
         return straight_through(z, quantized), codes, quantized

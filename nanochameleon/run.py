@@ -107,12 +107,19 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def start_folder(cfg: RunConfig) -> Path:
-    """Makes the run's folder, or opens it to go on. Raises UserError for one that holds another run."""
+    """Makes the run's folder, or opens it to go on. Raises UserError for one that holds another run, or no run.
+
+    A run that never came to anything, having its configuration alone, may begin with another one.
+    """
     folder = cfg.folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out")
     if cfg.overwrite and (folder / CONFIG).exists():
-        shutil.rmtree(folder)
+        read_config(folder)  # refuses to delete a folder with some other program's config.json
+        remove(folder)
     if (folder / CONFIG).exists():
-        if changed := differences(read_config(folder), cfg):
+        changed = differences(read_config(folder), cfg)
+        if changed and len(list(folder.iterdir())) > 1:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
                 f"{folder} holds another run ({'; '.join(changed[:3])}{more}): choose another --out, or --overwrite it"
@@ -125,6 +132,14 @@ def start_folder(cfg: RunConfig) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
     return folder
+
+
+def remove(folder: Path) -> None:
+    """Deletes a run. Raises UserError where that cannot be."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"cannot overwrite {folder} ({error}): choose another --out") from None
 
 
 def pick_device(wish: str) -> torch.device:

@@ -15,7 +15,7 @@ Reading a picture back into a scene is evaluate/oracle.py.
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -39,7 +39,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 SIZES = {"big": 14, "small": 10}  # pixels across, in a cell of CELL
 CELL = 16  # pixels a side of a lattice cell
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
-RELATIONS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}  # first minus second: row, column
+RELATIONS = {"above": (-1, 0), "below": (1, 0), "left of": (0, -1), "right of": (0, 1)}  # first minus second
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 TEST_SHARE = 16  # one scene in this many is never trained on
 
@@ -99,7 +99,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """`things` at `cells` (row, column), in reading order of the caption; `relation` between the first two of a pair."""
+    """`things` at `cells` (row, column), in the caption's order; `relation` between the two things of a pair."""
 
     background: str
     things: tuple[Thing, ...]
@@ -112,7 +112,7 @@ class Scene:
 
     @property
     def for_test(self) -> bool:
-        """Is this scene reserved for the test split? Decided by the picture, which "a above b" and "b below a" share."""
+        """Is it reserved for the test split? The picture decides, which "a above b" and "b below a" share."""
         shown = self.background, sorted(zip(self.cells, self.things, strict=True))
         return zlib.crc32(repr(shown).encode()) % TEST_SHARE == 0
 
@@ -151,7 +151,7 @@ def random_thing(world: World, rng: np.random.Generator, compositions: str) -> T
 
 
 def random_scene(world: World, rng: np.random.Generator, compositions: str = "seen") -> Scene:
-    """One object (1 of 4), a pair with a relation (2 of 4), several of a kind (1 of 4), or a trio if the world has them.
+    """One object (1 of 4), a pair with a relation (2 of 4), several of a kind (1 of 4); a trio if the world has them.
 
     With compositions='held_out' at least one object is of a held-out composition.
     """
@@ -193,6 +193,21 @@ def random_places(world: World, rng: np.random.Generator) -> tuple[str, tuple[tu
     along = (high, low) if max(RELATIONS[relation]) == 1 else (low, high)
     cells = tuple((line, i) if RELATIONS[relation][0] == 0 else (i, line) for i in along)
     return relation, cells
+
+
+def vary(scene: Scene, world: World, rng: np.random.Generator) -> Scene:
+    """The scene with one word changed, of one of its kinds of things or the background; still of the training split."""
+    while True:
+        old = scene.things[rng.integers(len(scene.things))]
+        new, what = random_thing(world, rng, "seen"), ("size", "colour", "shape", "background")[rng.integers(4)]
+        if what == "background":
+            changed = replace(scene, background=world.backgrounds[rng.integers(world.n_backgrounds)])
+        else:
+            thing = replace(old, **{what: getattr(new, what)})
+            changed = replace(scene, things=tuple(thing if t == old else t for t in scene.things))
+        same_kinds = len(set(changed.things)) == len(set(scene.things))
+        if changed != scene and same_kinds and not changed.compositions & world.held_out and not changed.for_test:
+            return changed
 
 
 def draw_scene(world: World, seed: int, index: int, compositions: str = "seen", test: bool = False) -> Scene:
@@ -273,7 +288,8 @@ def outline(shape: str) -> np.ndarray:
         return np.array([(0, -1), (1, 0.9), (-1, 0.9)])
     if shape == "cross":
         a = 0.36
-        return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])  # fmt: skip
+        arms = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a)]
+        return np.array([*arms, (-a, -a)])
     if shape == "diamond":
         return np.array([(0, -1), (1, 0), (0, 1), (-1, 0)])
     n, inner = (10, 0.42) if shape == "star" else (48, 1.0)
@@ -323,11 +339,15 @@ class ShapesSource:
         return draw_scene(self.world, seed, index, test=self.test), np.random.default_rng((seed, index, 2))
 
     def document(self, index: int) -> RawDocument:
-        """A pair in either order; a picture with up to 4 questions; or two captions, each followed by its picture."""
-        if self.form == "interleaved":
-            parts = [self.scene(2 * index + i) for i in range(2)]
-            return interleaved([(caption(scene, rng), draw(scene, self.world)) for scene, rng in parts])
+        """A pair in either order; a picture with up to 4 questions; or two captions, each followed by its picture.
+
+        The second picture of an interleaved document differs from the first in one word: drawing it is copying the
+        one and changing the other, so a shape is learnt apart from its colour.
+        """
         scene, rng = self.scene(index)
+        if self.form == "interleaved":
+            both = (scene, vary(scene, self.world, rng))
+            return interleaved([(s.caption(), draw(s, self.world)) for s in both])
         pixels = draw(scene, self.world)
         if self.form == "pair":
             return pair(caption(scene, rng), pixels, rng)

@@ -117,7 +117,7 @@ def train_image_tokenizer(
     shuffled = Mixture({"pictures": (source, 1.0)}, cfg.seed)
     bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
     for step in bar:
-        generator.manual_seed(cfg.seed * t.steps + step)  # every draw depends on the step alone, so that resuming is exact
+        generator.manual_seed(cfg.seed * t.steps + step)  # draws depend on the step alone: resuming is exact
         if step == t.warmup_steps:
             first = pictures(shuffled, t.steps * t.batch_size, START_PICTURES)
             start_codebook(vqgan, to_pixels(first).to(device), generator)
@@ -134,7 +134,7 @@ def train_image_tokenizer(
         optimizer.step()
         if codes is not None and t.codebook == "ema" and step < 0.8 * t.steps:  # then it stands still for the decoder
             vqgan.quantize.follow(latents.detach(), codes, t.ema_decay, t.dead_below, generator)
-        bar.set_postfix_str(f"loss {float(loss):.4f}", refresh=False)
+        bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
         if stopped() and step + 1 < t.steps:
             save_tokenizer(directory, step + 1, vqgan, optimizer, adversary)
             return False

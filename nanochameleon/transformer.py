@@ -19,7 +19,7 @@ from nanochameleon.kernels.attention import attention, visible
 
 @dataclass
 class KVCache:
-    """Keys and values of every layer so far, (B, G, S, E) each with room for `max_len`, and each position's document."""
+    """Keys and values of every layer so far, (B, G, max_len, E) each, and each position's document."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -173,13 +173,21 @@ class Chameleon(nn.Module):
             nn.init.normal_(weight, std=std)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D) after the final norm; see `residual` for the arguments."""
         return self.norm(self.residual(tokens, positions, doc_ids, cache))
 
     def residual(
-        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """tokens (B, T) -> the last block's output (B, T, D), whose norm is the paper's sign of trouble (figure 5a).
 

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nanochameleon.data import Picture, Pictures
-from nanochameleon.documents import EndOfTurn, Text
+from nanochameleon.data import FORMS, Picture, Pictures
+from nanochameleon.documents import Text
 from nanochameleon.emoji import EmojiSource, concepts, draw_openmoji, draw_twemoji, held_out_styles, prepare_emoji
 from nanochameleon.errors import UserError
 
@@ -80,25 +80,28 @@ def test_an_emoji_that_a_vendor_lacks_is_left_out_not_drawn_wrong():
         assert [text for text, _ in draw({unknown: "dog car", DOG: "dog face"}, 16)] == [DOG]
 
 
-def test_documents_tell_the_truth_about_their_pictures_and_take_every_form(prepared):
-    source = EmojiSource(prepared, "train", 0)
-    stored = Pictures(prepared)
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_tell_the_truth_about_their_pictures_and_have_the_form_asked_for(form, prepared):
+    source, stored = EmojiSource(prepared, "train", 0, form), Pictures(prepared)
     item_of = {p.tobytes(): item for item, p in zip(stored.items, stored.pixels, strict=True)}
-    forms = Counter()
-    for i in range(400):
+    article, orders = {"flat": "a", "outlined": "an"}, Counter()
+    for i in range(200):
         doc = source.document(i)
-        forms[" ".join(type(s).__name__ for s in doc)] += 1
         pictured = [item_of[s.pixels.tobytes()] for s in doc if isinstance(s, Picture)]
         texts = [s.text for s in doc if isinstance(s, Text)]
-        if EndOfTurn() in doc:
-            assert dict(zip(texts[::2], texts[1::2], strict=True)) == {
-                "what is this?": pictured[0]["name"], "which style?": pictured[0]["style"]
-            }  # fmt: skip
+        if form == "questions":
+            answers = {"what is this?": pictured[0]["name"], "which style?": pictured[0]["style"]}
+            assert dict(zip(texts[::2], texts[1::2], strict=True)) == answers
         else:
-            article = {"flat": "a", "outlined": "an"}
             assert texts == [f"{article[p['style']]} {p['style']} emoji of {p['name']}" for p in pictured]
-    assert len(forms) == 4 and min(forms.values()) > 30
-    assert abs(forms["Picture Text"] - forms["Text Picture"]) < 60
+        orders[" ".join(type(s).__name__ for s in doc), texts[0] == "what is this?"] += 1
+    expected = {
+        "pair": {("Picture Text", False), ("Text Picture", False)},
+        "questions": {("Picture Text EndOfTurn Text EndOfTurn Text EndOfTurn Text", first) for first in (True, False)},
+        "interleaved": {("Text Picture Text Picture", False)},
+    }
+    assert set(orders) == expected[form]
+    assert min(orders.values()) > 0.35 * 200 or form == "interleaved"  # half and half
 
 
 def test_a_document_is_the_same_each_time_and_another_the_next_time_round(prepared):

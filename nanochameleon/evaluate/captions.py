@@ -2,7 +2,7 @@
 
 import re
 
-from nanochameleon.shapes import NUMBERS, OPPOSITE, RELATIONS, Scene, Thing, World
+from nanochameleon.shapes import NUMBERS, OPPOSITE, RELATIONS, SIZES, Scene, Thing, World, plural
 
 FACTS = ("background", "count", "sizes", "colours", "shapes", "relation")
 
@@ -14,24 +14,24 @@ def parse_caption(text: str, world: World) -> Scene | None:
         return None
     body, background = match[1], match[2] or ""
     split = re.split(f" ({'|'.join(RELATIONS)}|and) ", body)
-    parts = [parse_things(part, world) for part in split[::2]]
-    if any(part is None for part in parts) or (len(parts) > 1 and any(len(part) != 1 for part in parts)):
+    parts, joints = [parse_things(part, world) for part in split[::2]], split[1::2]
+    relation = joints[0] if len(joints) == 1 and joints[0] in RELATIONS else None
+    if None in parts or (joints and not relation and joints != ["and", "and"]):
         return None
     things = tuple(thing for part in parts for thing in part)
-    relation = split[1] if len(split) == 3 and split[1] in RELATIONS else None
-    return Scene(background, things, (), relation)
+    scene = Scene(background, things, (), relation)
+    return scene if scene.caption(bool(background)) == text.strip() else None
 
 
 def parse_things(text: str, world: World) -> tuple[Thing, ...] | None:
     """'three big green crosses' -> three Things; None for any other form."""
-    match = re.fullmatch(r"(\w+) (\w+) (\w+) (\w+?)(es|s)?", text)
+    match = re.fullmatch(r"(\w+) (\w+) (\w+) (\w+)", text)
     if match is None:
         return None
-    number, size, colour, shape, ending = match.groups()
-    if shape not in world.shapes:  # 'cross' ends in s itself
-        shape, ending = shape + (ending or ""), None
+    number, size, colour, noun = match.groups()
     n = 1 if number == "a" else NUMBERS.index(number) if number in NUMBERS else 0
-    if n < 1 or size not in ("big", "small") or colour not in world.colours or shape not in world.shapes:
+    shape = {s if n == 1 else s + plural(s): s for s in world.shapes}.get(noun)
+    if n < 1 or size not in SIZES or colour not in world.colours or shape is None:
         return None
     return (Thing(size, colour, shape),) * n
 

@@ -13,12 +13,16 @@ from nanochameleon.run import Run
 
 @torch.inference_mode()
 def bits(run: Run, docs: Mixture, n: int, batch_size: int = 16) -> dict[str, float]:
-    """{"bits_per_code", "bits_per_byte"} over documents 0 .. n-1; all ids but picture codes count as text."""
+    """{"bits_per_code", "bits_per_byte"} over documents 0 .. n-1; all ids but picture codes count as text.
+
+    Documents longer than the context are left out.
+    """
     fused = fuse([docs.document(i) for i in range(n)], run.images)
-    n_bytes = sum(len(s.text.encode()) for doc in fused for s in doc if isinstance(s, Text))
-    lists = [render(doc, run.tokenizer, run.vocab) for doc in fused]
     seq_len = run.cfg.model.max_seq_len
-    packed = pack([ids for ids in lists if len(ids) <= seq_len], seq_len, run.vocab.pad)
+    both = [(doc, render(doc, run.tokenizer, run.vocab)) for doc in fused]
+    both = [(doc, ids) for doc, ids in both if len(ids) <= seq_len]
+    n_bytes = sum(len(s.text.encode()) for doc, _ in both for s in doc if isinstance(s, Text))
+    packed = pack([ids for _, ids in both], seq_len, run.vocab.pad)
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):
         batch = packed[start : start + batch_size].to(run.device)

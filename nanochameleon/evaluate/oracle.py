@@ -14,7 +14,9 @@ import numpy as np
 
 from nanochameleon.shapes import BACKGROUNDS, CELL, COLOURS, SIZES, Scene, Thing, World, coverage
 
-TOLERANCE = 0.35  # largest unexplained share of an object's energy
+# Largest unexplained share of an object's energy. Half an object leaves 0.49 and the luckiest noise 0.28; the two
+# objects that are most alike differ by 0.08.
+TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 For the shapes worlds an oracle judges; for real pictures there is likelihood alone, and pictures to look at.
 """
 
+import shlex
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nanochameleon.data import Picture
+from nanochameleon.documents import Text
 from nanochameleon.evaluate import shapes
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
@@ -17,7 +20,7 @@ from nanochameleon.monitor import METRICS, plot_curves, read_metrics
 from nanochameleon.prepare import mixture, open_sources, world
 from nanochameleon.report import samples_sheet, write_report
 from nanochameleon.run import Run
-from nanochameleon.shapes import World, scenes
+from nanochameleon.shapes import World, draw
 
 GRID = 14  # pictures of a sample grid during training
 SHEET = 28  # pictures in samples.png
@@ -56,8 +59,6 @@ def training_seconds(folder: Path) -> dict[str, float]:
 
 def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     """Measures everything and writes samples.png, curves.png, report.json and report.html into the run's folder."""
-    import time
-
     clock, place = time.perf_counter(), world(run.cfg.data)
     figures, sheet, talks = shapes_report(run, place) if place else pictures_report(run, folder)
     figures |= bits(run, mixture(run.cfg, folder, "test"), 200) | training_seconds(folder)
@@ -66,7 +67,9 @@ def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     seconds = seconds | {"report": time.perf_counter() - clock}
     figures = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()} | figures
     prompt = sheet[0][0] if sheet else "a red circle"
-    commands = [f'python sample.py {folder} "{prompt}" --n 4', f'python sample.py {folder} picture.png "how many things are there?"']
+    question = talks[0]["question"] or "what is this?"
+    tries = ([prompt, "--n", "4"], ["picture.png", question])
+    commands = [shlex.join(["python", "sample.py", str(folder), *words]) for words in tries]
     return write_report(folder, figures, talks, commands, f"nanochameleon: {run.cfg.name}")
 
 
@@ -84,7 +87,8 @@ def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
         "questions": {"accuracy": accuracy, "question_only": shapes.question_only(place, answered)},
     }
     half = SHEET // 2
-    sheet = [sheet_item(d, "") for d in drawn_seen[:half]] + [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
+    sheet = [sheet_item(d, "") for d in drawn_seen[:half]]
+    sheet += [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
     return figures, sheet, [talk(a, place) for a in (*captioned[:6], *answered[:12])]
 
 
@@ -93,9 +97,8 @@ def sheet_item(drawn: Drawn, note: str) -> tuple[str, np.ndarray, bool]:
 
 
 def talk(answer: Answer, place: World) -> dict:
-    from nanochameleon.shapes import draw
-
-    return {"question": answer.question, "answer": answer.said, "truth": answer.truth, "picture": draw(answer.scene, place)}
+    picture = draw(answer.scene, place)
+    return {"question": answer.question, "answer": answer.said, "truth": answer.truth, "picture": picture}
 
 
 def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
@@ -106,10 +109,23 @@ def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
     error = np.abs(clean.astype(int) - run.images.decode(codes)).mean() / 255
     used = len(torch.unique(codes)) / run.cfg.vqgan.n_codes
     drawn = draw_pictures(run, captions[:SHEET], run.cfg.seed, "drawing")
-    asked = shapes.ask(run, [(picture, "what is this?") for picture in pictures[:12]], "captions")
-    talks = [
-        {"question": "what is this?", "answer": said, "truth": truth, "picture": picture}
-        for said, truth, picture in zip(asked, captions, pictures, strict=False)
-    ]
     figures = {"tokenizer": {"mean_absolute_error": float(error), "codebook_used": used}}
-    return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=False)], talks
+    return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=False)], asked_about(run, folder, 12)
+
+
+def asked_about(run: Run, folder: Path, n: int) -> list[dict]:
+    """What the model says of pictures of the test split: answers where it learnt questions, else captions."""
+    if not run.cfg.data.questions:
+        truths, pictures = held_out_captions(run, folder, n)
+        asked = [""] * len(truths)
+    else:
+        source = open_sources(run.cfg, folder, "test")("questions")
+        docs = [source.document(i) for i in range(min(n, source.size))]
+        pictures = [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
+        texts = [[s.text for s in doc if isinstance(s, Text)] for doc in docs]
+        asked, truths = [text[0] for text in texts], [text[1] for text in texts]
+    said = shapes.ask(run, list(zip(pictures, asked, strict=True)), "captions")
+    return [
+        {"question": question, "answer": answer, "truth": truth, "picture": picture}
+        for question, answer, truth, picture in zip(asked, said, truths, pictures, strict=True)
+    ]

@@ -48,7 +48,9 @@ def tokenizer_scores(images: ImageTokenizer, world: World, n: int) -> dict:
     clean = np.stack([draw(scene, world) for scene in shown])
     codes = images.encode(clean)
     again = images.decode(codes)
-    right = [[judge(s, p, world)["all_facts"] for s, p in zip(shown, pictures, strict=True)] for pictures in (clean, again)]
+    right = [
+        [judge(s, p, world)["all_facts"] for s, p in zip(shown, pictures, strict=True)] for pictures in (clean, again)
+    ]
     return {
         "oracle_on_clean": float(np.mean(right[0])),
         "oracle_on_reconstructions": float(np.mean(right[1])),
@@ -75,9 +77,12 @@ def text_to_picture(run: Run, world: World, compositions: str, n: int) -> tuple[
 
 
 def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = None) -> list[str]:
-    """The model's answer to each (picture, question), greedy."""
+    """The model's answer to each (picture, question), greedy; with no question "", what follows the picture."""
     n_codes, vocab = run.images.n_codes_per_image, run.vocab
-    prompts = [prompt_ids([Picture(picture), Text(question)], run, "answer") for picture, question in asked]
+    prompts = []
+    for picture, question in asked:
+        segments = [Picture(picture), Text(question)] if question else [Picture(picture)]
+        prompts.append(prompt_ids(segments, run, "answer" if question else "go on"))
     options = replace(run.cfg.sample, temperature=0.0, max_new=40)
     stops = (vocab.eos, vocab.eot)
     rows = generate(run.model, prompts, vocab, n_codes, options, "text", stops=stops, progress=progress)

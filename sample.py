@@ -1,0 +1,226 @@
+"""A prompt of words and pictures, in any order -> words and pictures.
+
+    python sample.py runs/toy "a big red circle above a small blue star"          draws
+    python sample.py runs/toy picture.png "how many stars are there?"             answers
+    python sample.py runs/toy picture.png                                         says what is in it
+    python sample.py runs/toy "a red star" --mode free --n 3                      goes on in words and pictures
+    python sample.py runs/toy "a red star" --n 8 --guidance 2 --seed 1            eight drawings, nearer to the prompt
+
+An argument that is a file, or ends as pictures do (.png, .jpg, ...), is a picture. Drawn pictures are saved and, in
+terminals that can, shown; existing files are never overwritten. Left out: chat over several turns.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nanochameleon.config import RunConfig, SampleConfig
+from nanochameleon.errors import UserError, exit_on_user_error
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Draws, answers or goes on, by a trained run. None as a default below means: as the run's configuration says."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder that train.py wrote, such as runs/toy."""
+    prompt: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Words and picture files, in any order."""
+    mode: Literal["auto", "draw", "answer", "text", "free"] = "auto"
+    """draw: one picture. answer: end the turn, then words. text: go on in words alone. free: words and pictures. auto:
+    draw after words alone; answer where a picture comes with words after it; else say what is in the picture."""
+    n: int = 1
+    """Samples."""
+    temperature: float | None = None
+    """Of words and pictures; 0 takes the likeliest at each step."""
+    top_p: float | None = None
+    """Draw from the smallest set of ids that holds this probability."""
+    top_k: int | None = None
+    """Draw from this many ids at most."""
+    guidance: float | None = None
+    """Of pictures: 1 is as the model says, more is nearer to the prompt."""
+    max_new: int | None = None
+    """Ids to write at most."""
+    seed: int = 0
+    """The same seed gives the same samples."""
+    out: Path | None = None
+    """Folder for pictures; None is RUN/out."""
+    scale: int | None = None
+    """Times that saved pictures are enlarged, without smoothing; None makes the side at least 256 pixels."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
+
+    def check(self) -> None:
+        """Raises UserError for a value out of range, naming the option."""
+        for name, good, wish in (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", self.temperature is None or 0 <= self.temperature < math.inf, "0 or more"),
+            ("top-p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top-k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("guidance", self.guidance is None or 0 <= self.guidance < math.inf, "0 or more"),
+            ("max-new", self.max_new is None or self.max_new >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "0 or more"),
+            ("scale", self.scale is None or 1 <= self.scale <= 64, "1 to 64"),
+        ):
+            if not good:
+                raise UserError(f"--{name} must be {wish}, not {getattr(self, name.replace('-', '_'))}")
+
+    def options(self, cfg: SampleConfig) -> SampleConfig:
+        """The run's own settings, with those given here in their place."""
+        given = dict(guidance=self.guidance, max_new=self.max_new)
+        for name in ("temperature", "top_p", "top_k"):
+            given |= {name: getattr(self, name), f"image_{name}": getattr(self, name)}
+        return dataclasses.replace(cfg, **{name: value for name, value in given.items() if value is not None})
+
+
+def is_picture(argument: str) -> bool:
+    return os.path.isfile(argument) or argument.lower().endswith(PICTURE_ENDINGS)
+
+
+def read_segments(arguments: tuple[str, ...], resolution: int) -> list:
+    """Arguments -> Text and Picture segments. Raises UserError for a picture that is missing or cannot be read."""
+    from nanochameleon.data import Picture
+    from nanochameleon.documents import Text
+    from nanochameleon.image_tokenizer import load_picture, preprocess
+
+    segments = []
+    for argument in arguments:
+        if is_picture(argument):
+            segments.append(Picture(preprocess(load_picture(argument), resolution, "pad")))
+        elif any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python shows bytes that are no UTF-8
+            raise UserError(f"the prompt {argument!a} is not valid UTF-8")
+        elif argument.strip():
+            segments.append(Text(argument.strip()))
+    return segments
+
+
+def what_is_it(cfg: RunConfig) -> str | None:
+    """The question that a run learnt to answer with the caption; None for a folder's, where captions just follow."""
+    from nanochameleon.emoji import WHAT
+    from nanochameleon.shapes import ASK_CAPTION
+
+    return {"shapes": ASK_CAPTION, "shapes_rich": ASK_CAPTION, "emoji": WHAT}.get(cfg.data.source)
+
+
+def decide(mode: str, segments: list, cfg: RunConfig) -> tuple[str, list]:
+    """What `auto` means for these segments, and what to prompt with. Raises UserError where a segment is missing."""
+    from nanochameleon.documents import Text
+
+    words_last = bool(segments) and isinstance(segments[-1], Text)
+    has_picture = any(not isinstance(segment, Text) for segment in segments)
+    if mode == "auto" and not segments:
+        raise UserError("the prompt is empty: give words to draw, or a picture and a question")
+    if mode == "auto":
+        mode = "draw" if not has_picture else "answer" if words_last or what_is_it(cfg) else "text"
+    if mode == "answer" and not words_last:
+        if not (has_picture and what_is_it(cfg)):
+            raise UserError("--mode answer needs a question as its last words")
+        segments = [*segments, Text(what_is_it(cfg))]
+    return mode, segments
+
+
+def main(args: Args) -> list[list[str | Path]]:
+    """Samples, prints and saves; returns each sample as its texts and the files of its pictures, in order."""
+    args.check()
+    from nanochameleon.engine import generate, prompt_ids, stream
+    from nanochameleon.run import open_run
+
+    run = open_run(args.run, args.device)
+    vocab, n_codes = run.vocab, run.images.n_codes_per_image
+    mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution), run.cfg)
+    prompt = prompt_ids(segments, run, mode if mode in ("draw", "answer") else "go on")
+    options = args.options(run.cfg.sample)
+    shelf = Shelf(args, run.images)
+    if mode == "draw":
+        if args.max_new is None:  # a picture's length is no choice
+            options = dataclasses.replace(options, max_new=n_codes + 1)
+        progress = "drawing" if sys.stderr.isatty() else None
+        rows = generate(run.model, [prompt] * args.n, vocab, n_codes, options, "image", args.seed, progress=progress)
+        return [[shelf.put([vocab.id_to_code(token) for token in row[:-1]])] for row in rows]
+    grammar_mode = "both" if mode == "free" else "text"
+    stops = (vocab.eos, vocab.eot) if mode == "answer" else (vocab.eos,)
+    return [
+        show(stream(run.model, prompt, run.tokenizer, n_codes, options, grammar_mode, args.seed, row, stops), shelf)
+        for row in range(args.n)
+    ]
+
+
+def show(events, shelf: "Shelf") -> list[str | Path]:
+    """Prints and saves one sample as it comes."""
+    from nanochameleon.documents import Image, Text
+
+    parts, line_open = [], False
+    for event in events:
+        if isinstance(event, Text):
+            # a model may write any byte, and a terminal obeys control characters
+            print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in event.text), end="", flush=True)
+            line_open = True
+            if parts and isinstance(parts[-1], str):
+                parts[-1] += event.text
+            else:
+                parts.append(event.text)
+        elif isinstance(event, Image):
+            print(end="\n" if line_open else "")
+            line_open = False
+            parts.append(shelf.put(event.codes))
+    print(end="\n" if line_open else "")
+    return parts
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where pictures go: onto the disk and into the terminal."""
+
+    args: Args
+    images: object  # ImageTokenizer
+
+    def put(self, codes) -> Path:
+        """One picture's codes -> the file it was saved in. Raises UserError where it cannot be written."""
+        import torch
+
+        from nanochameleon.checkpoint import write_file
+        from nanochameleon.report import as_terminal, png, terminal_mode
+
+        picture = self.images.decode(torch.tensor([list(codes)]))[0]
+        scale = self.args.scale or math.ceil(256 / len(picture))
+        folder = self.args.out or self.args.run / "out"
+        words = " ".join(word for word in self.args.prompt if not is_picture(word)).lower()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = free_path(folder, re.sub(r"[^a-z0-9]+", "-", words)[:60].strip("-") or "picture")
+            write_file(path, png(picture.repeat(scale, 0).repeat(scale, 1)))
+        except OSError as error:
+            why = f"cannot save a picture in {folder}: {error.strerror}"
+            raise UserError(f"{why}; choose another folder with --out") from None
+        if how := terminal_mode(os.environ, sys.stdout.isatty()):
+            print(as_terminal(picture, how))
+        print(path)
+        return path
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """folder/stem-1.png, or the first number that is not taken."""
+    number = 1
+    while (path := folder / f"{stem}-{number}.png").exists():
+        number += 1
+    return path
+
+
+def cli(arguments: Sequence[str] | None = None) -> None:
+    """The command line; by default the program's own arguments."""
+    args = tyro.cli(Args, description=__doc__, args=arguments)
+    exit_on_user_error(lambda: main(args))
+
+
+if __name__ == "__main__":
+    cli()

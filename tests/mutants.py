@@ -1,0 +1,226 @@
+"""Do the tests bite? Plants known bugs, one at a time, and expects a test to turn red: `make mutants`.
+
+    python tests/mutants.py              all of them, as many at a time as there are cores
+    python tests/mutants.py quantizer    those whose file's name holds that word
+
+A bug is planted in a copy of package and tests, never in the tree. First the untouched copy must be green: a test that
+is red anyway catches nothing. Ends with 1 if a bug survives, or if its text is no longer in its file.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    bug: str  # what it is, in words
+    file: str  # in the package; kernels/ lies beside it
+    old: str  # stands exactly once in that file
+    new: str
+    tests: str  # files that must turn red, under tests/, separated by spaces
+
+
+MUTANTS = [
+    Mutant("codes begin one later", "vocab.py", "first_code = 4", "first_code = 5", "test_vocab.py"),
+    Mutant("uint8 codes wrap round", "vocab.py", "values = values.long()", "values = values", "test_vocab.py"),
+    Mutant("one code too many is let in", "vocab.py", "largest < high:", "largest <= high:", "test_vocab.py"),
+    Mutant(
+        "letters are decoded id by id", "text_tokenizer.py",
+        'return self.decode_bytes(ids).decode("utf-8", errors="replace")',
+        'return "".join(self.decode_bytes([i]).decode("utf-8", errors="replace") for i in ids)',
+        "test_text_tokenizer.py",
+    ),
+    Mutant(
+        "a stale merge is carried out", "text_tokenizer.py",
+        "if j == n or ranks.get((pieces[i], pieces[j])) != rank:", "if j == n:", "test_text_tokenizer.py",
+    ),
+    Mutant(
+        "a picture's end is left out", "documents.py", "for code in segment.codes), vocab.eoi]",
+        "for code in segment.codes)]", "test_documents.py",
+    ),
+    Mutant(
+        "text before a picture moves behind it", "documents.py",
+        "elif token == vocab.boi:\n            close_text()", "elif token == vocab.boi:", "test_documents.py",
+    ),
+    Mutant("an open picture passes", "documents.py", "    if codes is not None:\n        raise",
+           "    if not doc and codes is not None:\n        raise", "test_documents.py"),
+    Mutant("the farthest code", "quantizer.py", ".argmin(1)", ".argmax(1)", "test_quantizer.py"),
+    Mutant("distances without a centre lose their digits", "quantizer.py", "centre = codebook.mean(0)",
+           "centre = 0 * codebook[0]", "test_quantizer.py"),
+    Mutant("no straight-through", "quantizer.py", "return vectors + (quantized - vectors).detach()", "return quantized",
+           "test_quantizer.py"),
+    Mutant("beta on the codebook's term", "quantizer.py", "return F.mse_loss(vectors, quantized.detach())",
+           "return F.mse_loss(quantized, vectors.detach())", "test_quantizer.py"),
+    Mutant("moving averages with the shares swapped", "quantizer.py", "self.sums.lerp_(sums, 1 - decay)",
+           "self.sums.lerp_(sums, decay)", "test_quantizer.py"),
+    Mutant("dead codes are counted, not moved", "quantizer.py", "self.sums[dead] = moved", "pass", "test_quantizer.py"),
+    Mutant("k-means starts anywhere", "quantizer.py", "weights = nearest if nearest.any() else torch.ones(len(flat))",
+           "weights = torch.ones(len(flat))", "test_quantizer.py"),
+    Mutant("the window is not looked at", "vqgan.py", "if self.cfg.window is None:", "if True:", "test_vqgan.py"),
+    Mutant("windows are joined transposed", "vqgan.py", ".permute(0, 3, 1, 4, 2, 5)", ".permute(0, 3, 2, 4, 1, 5)",
+           "test_vqgan.py"),
+    Mutant("white is not 1", "image_tokenizer.py", "/ 127.5 - 1", "/ 128 - 1", "test_image_tokenizer.py"),
+    Mutant("transparent is black", "image_tokenizer.py", 'Image.new("RGBA", picture.size, "white")',
+           'Image.new("RGBA", picture.size, "black")', "test_image_tokenizer.py"),
+    Mutant("positions run on", "packing.py", "np.arange(end - start)", "np.arange(start, end)", "test_packing.py"),
+    Mutant("a target across two documents", "packing.py", "targets[r, start : end - 1] = ids[1:]",
+           "targets[r, max(start, 1) - 1 : end - 1] = ids[start == 0 :]", "test_packing.py"),
+    Mutant("a document is lost", "packing.py", "rows[row].append(ids)", "rows[row][:1] = [ids]", "test_packing.py"),
+    Mutant("a relation is drawn the other way round", "shapes.py", "along = (high, low) if", "along = (low, high) if",
+           "test_shapes.py"),
+    Mutant("test pictures leak into training", "shapes.py", "self.background, sorted(zip(", "self.relation, list(zip(",
+           "test_shapes.py"),
+    Mutant("the oracle guesses", "evaluate/oracle.py", "if left[best] > TOLERANCE * energy[best]:", "if False:",
+           "test_oracle.py"),
+    Mutant("one sees the next token", "kernels/attention.py", ".tril(s - t)", ".tril(s - t + 1)",
+           "kernels/test_attention.py test_transformer.py"),
+    Mutant("documents see one another", "kernels/attention.py",
+           "(query_docs[:, :, None] == key_docs[:, None, :])", "(query_docs[:, :, None] == query_docs[:, :, None])",
+           "kernels/test_attention.py test_transformer.py"),
+    Mutant("key heads go to the wrong queries", "kernels/attention.py",
+           "k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)",
+           "k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)", "kernels/test_attention.py test_transformer.py"),
+    Mutant("log Z is the largest logit", "kernels/zloss.py", "log_z = (total.log() + largest)[:, 0]",
+           "log_z = largest[:, 0]", "kernels/test_zloss.py test_losses.py"),
+    Mutant("log Z has no gradient", "kernels/zloss.py", "(g + h)[:, None] / total", "g[:, None] / total",
+           "kernels/test_zloss.py test_losses.py"),
+    Mutant("the caller's logits are overwritten", "kernels/zloss.py",
+           "        return log_z - x.gather(-1, targets[:, None])"
+           "[:, 0], log_z\n\n    @staticmethod", "        loss = log_z - x.gather(-1, targets[:, None])[:, 0]\n"
+           "        x.zero_()\n        return loss, log_z\n\n    @staticmethod", "kernels/test_zloss.py"),
+    Mutant("positions begin at 1", "transformer.py", "positions[:, None, :, None].float()",
+           "(positions[:, None, :, None] + 1).float()", "test_transformer.py"),
+    Mutant("QK-norm without the mean", "transformer.py", "F.layer_norm(x, (head_dim,), eps=self.eps)",
+           "F.rms_norm(x, (head_dim,), eps=self.eps)", "test_transformer.py"),
+    Mutant("queries are not normalised", "transformer.py",
+           "q = self.q_norm(self.wq(x).view(b, t, self.n_heads, self.head_dim))",
+           "q = self.wq(x).view(b, t, self.n_heads, self.head_dim)", "test_transformer.py"),
+    Mutant("the document mask is dropped", "transformer.py",
+           "return None if doc_ids is None else visible(doc_ids, doc_ids)", "return None", "test_transformer.py"),
+    Mutant("the norm stays before the branch", "transformer.py", 'if self.norm_order == "pre":',
+           'if self.norm_order != "none":', "test_transformer.py"),
+    Mutant("dropout in sampling too", "transformer.py", "F.dropout(branch, self.dropout, self.training)",
+           "F.dropout(branch, self.dropout, True)", "test_transformer.py"),
+    Mutant("the cache starts at position 0 again", "transformer.py", "start = cache.length if cache else 0",
+           "start = 0",
+           "test_transformer.py"),
+    Mutant("the cache is one place off", "transformer.py", "self.values[layer][:, :, self.length : end] = v",
+           "self.values[layer][:, :, self.length : end] = v.roll(1, 2)", "test_transformer.py"),
+    Mutant("branches start at full size", "transformer.py", "std /= math.sqrt(2 * self.cfg.n_layers)", "pass",
+           "test_transformer.py"),
+    Mutant("a mean of means", "losses.py", "(self.cross_entropy + z_loss * self.z) / count",
+           "(self.cross_entropy + z_loss * self.z) / self.count", "test_losses.py"),
+    Mutant("padding enters the z-loss", "losses.py", "z=log_z.square().sum()", "z=logits.logsumexp(-1).square().sum()",
+           "test_losses.py"),
+    Mutant("QK-norm vectors decay", "optim.py", 'parameter.ndim >= 2 and "norm" not in name', "parameter.ndim >= 2",
+           "test_optim.py"),
+    Mutant("torch's eps, not the paper's", "optim.py", "betas=cfg.betas, eps=cfg.eps, fused", "betas=cfg.betas, fused",
+           "test_optim.py"),
+    Mutant("warm-up reaches the peak too soon", "optim.py", "(step + 1) / (cfg.warmup + 1)",
+           "(step + 2) / (cfg.warmup + 1)",
+           "test_optim.py"),
+    Mutant("a flipped byte passes", "checkpoint.py", 'if sha256(file) != entry.get("sha256"):', "if False:",
+           "test_checkpoint.py"),
+    Mutant("the optimizer forgets", "checkpoint.py", "[field] = tensor.clone()", "[field] = torch.zeros_like(tensor)",
+           "test_checkpoint.py"),
+    Mutant("a configuration's tuples come back as lists", "run.py",
+           "return tuple(value) if typing.get_origin(kind) is tuple",
+           "return list(value) if typing.get_origin(kind) is tuple", "test_run.py"),
+    Mutant("top-k keeps one more", "sampling.py", "stable=True)[..., :k]", "stable=True)[..., : k + 1]",
+           "test_sampling.py"),
+    Mutant("top-p stops before it reaches p", "sampling.py", "probs.cumsum(-1) - probs >= p", "probs.cumsum(-1) >= p",
+           "test_sampling.py"),
+    Mutant("a picture is one code short", "sampling.py", "torch.where(ids == self.vocab.boi, self.n_codes, -1)",
+           "torch.where(ids == self.vocab.boi, self.n_codes - 1, -1)", "test_sampling.py test_engine.py"),
+    Mutant("a picture begins without room", "sampling.py", "self.room >= self.n_codes + 2", "self.room >= self.n_codes",
+           "test_sampling.py test_engine.py"),
+]  # fmt: skip
+
+
+def source(mutant: Mutant, root: Path) -> Path:
+    """Where its file is in the tree; in a copy kernels lies inside the package, as installing maps it."""
+    inside = root == ROOT and mutant.file.startswith("kernels/")
+    return root / mutant.file if inside else root / "nanochameleon" / mutant.file
+
+
+def copy(target: Path) -> None:
+    """Package, kernels, tests and pytest's settings, laid out so that PYTHONPATH alone finds them."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "nanochameleon", target / "nanochameleon", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", target / "nanochameleon" / "kernels", ignore=ignore)
+    shutil.copytree(ROOT / "tests", target / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", target)
+
+
+HERE = """
+import sys, pathlib, nanochameleon, nanochameleon.kernels, pytest
+for module in (nanochameleon, nanochameleon.kernels):
+    assert pathlib.Path(module.__file__).is_relative_to(pathlib.Path.cwd()), f"{module.__file__} is not of the copy"
+sys.exit(pytest.main(sys.argv[1:]))
+"""  # an installed nanochameleon must not be the one that is tested
+
+
+def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
+    """pytest's exit status: 0 green, 1 a test is red; anything else is no answer."""
+    env = os.environ | {"PYTHONPATH": str(folder), "NANOCHAMELEON_NO_SHRINK": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HERE, "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def try_mutant(mutant: Mutant) -> str:
+    """'red', or what is wrong."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy(folder)
+        path = source(mutant, folder)
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return f"its text stands {text.count(mutant.old)} times in {mutant.file}"
+        path.write_text(text.replace(mutant.old, mutant.new))
+        for test in mutant.tests.split():
+            result = run_tests(folder, [test])
+            if result.returncode != 1:
+                return f"SURVIVED {test}" if result.returncode == 0 else f"{test} did not run: {result.stdout[-300:]}"
+    return "red"
+
+
+def green(mutants: list[Mutant]) -> bool:
+    tests = sorted({test for mutant in mutants for test in mutant.tests.split()})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy(folder)
+        result = run_tests(folder, tests)
+    if result.returncode:
+        print(f"the tests are red without a mutant:\n{result.stdout[-3000:]}{result.stderr[-1000:]}", file=sys.stderr)
+    return result.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    mutants = [m for m in MUTANTS if not words or any(word in m.file for word in words)]
+    print("the tests without a mutant ...", file=sys.stderr)
+    if not mutants or not green(mutants):
+        return 1
+    outcomes: dict[Mutant, str] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {pool.submit(try_mutant, mutant): mutant for mutant in mutants}
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="mutants", unit="bug"):
+            outcomes[jobs[job]] = job.result()
+    for mutant in mutants:
+        print(f"{mutant.file:22} {mutant.bug:46} {outcomes[mutant]}")
+    survivors = sum(outcome != "red" for outcome in outcomes.values())
+    print(f"{len(mutants) - survivors} of {len(mutants)} turned a test red")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

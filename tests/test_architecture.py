@@ -1,0 +1,72 @@
+"""Who may import whom: one ordered list. And importing the package alone is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import nanochameleon.kernels
+import pytest
+
+import nanochameleon
+
+PACKAGE, KERNELS = Path(nanochameleon.__file__).parent, Path(nanochameleon.kernels.__file__).parent
+# A module imports only what stands before it.
+ORDER = [
+    "kernels.attention", "kernels.zloss", "kernels", "errors", "config", "vocab", "text_tokenizer", "quantizer",
+    "vqgan", "image_losses", "image_tokenizer", "documents", "packing", "data", "shapes", "emoji", "folder",
+    "transformer", "losses", "optim", "checkpoint", "run", "monitor", "report", "prepare", "train_tokenizers",
+    "sampling", "engine", "evaluate", "evaluate.oracle", "evaluate.captions", "evaluate.shapes",
+    "evaluate.likelihood", "evaluate.report", "presets", "cli",
+]  # fmt: skip
+
+
+def modules() -> dict[str, Path]:
+    """Name inside the package -> file."""
+    found = {}
+    for folder, start in ((PACKAGE, ""), (KERNELS, "kernels.")):
+        for path in folder.rglob("*.py"):
+            name = start + ".".join(path.relative_to(folder).with_suffix("").parts)
+            found[name.removesuffix("__init__").removesuffix(".")] = path
+    return {name: path for name, path in found.items() if name}
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports from the package, inside functions too; '' is the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide who imports whom"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name.removeprefix("nanochameleon.") in ORDER else node.module for name in inside}
+    return {name.removeprefix("nanochameleon").removeprefix(".") for name in found if name.startswith("nanochameleon")}
+
+
+def test_every_module_has_its_place_and_every_place_its_module():
+    assert set(modules()) == set(ORDER) and len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_only_what_stands_before_it(name):
+    allowed = {"", *ORDER[: ORDER.index(name)]}
+    assert imports(modules()[name]) - allowed == set()
+    if name.startswith("kernels"):
+        assert all(module.startswith("kernels") for module in imports(modules()[name]))
+
+
+HEAVY = {"torch", "numpy", "matplotlib", "PIL", "cupy", "numba", "tyro", "tqdm", "regex", "safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("imported", "allowed"),
+    [
+        ("nanochameleon, nanochameleon.config, nanochameleon.errors, nanochameleon.presets", set()),
+        ("nanochameleon.transformer, nanochameleon.losses", {"torch", "numpy", "tqdm"}),  # torch looks for the last two
+    ],
+)
+def test_importing_is_cheap(imported, allowed):
+    code = f"import sys, {imported}; print(*sys.modules)"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert HEAVY & set(names) <= allowed

@@ -1,0 +1,94 @@
+"""The command line: every wrong word ends with its name and code 2, before torch is imported and without a traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochameleon.cli import parse_run
+from nanochameleon.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_train(*words: str, cwd: Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    command = [sys.executable, *python, str(ROOT / "train.py"), *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+WRONG = {
+    "no preset": ([], "toy"),
+    "an unknown preset": (["toyy"], "toyy"),
+    "an unknown option": (["toy", "--train.stepz", "3"], "--train.stepz"),
+    "an option of another part": (["toy", "--steps", "3"], "--steps"),
+    "a word for a number": (["toy", "--train.steps", "many"], "--train.steps"),
+    "half a step": (["toy", "--train.steps", "1.5"], "--train.steps"),
+    "an unknown choice": (["toy", "--optim.name", "sgd"], "--optim.name"),
+    "an option without its value": (["toy", "--seed"], "--seed"),
+    "heads that do not divide": (["toy", "--model.n-heads", "7"], "n_heads must divide dim: 256 is not a multiple of 7"),
+    "no heads": (["toy", "--model.n-heads", "0"], "n_heads"),
+    "a window that does not divide": (["toy", "--vqgan.window", "5"], "window"),
+    "groups that do not divide": (["toy", "--vqgan.n-groups", "3"], "vqgan.n_groups"),
+    "no steps": (["toy", "--train.steps", "0"], "train.steps must be at least 1, not 0"),
+    "a log that is never written": (["toy", "--train.log-every", "0"], "train.log_every"),
+    "no checkpoint kept": (["toy", "--train.keep", "0"], "train.keep"),
+    "a negative seed": (["toy", "--seed", "-1"], "seed must be at least 0, not -1"),
+    "negative merges": (["toy", "--tokenizers.n-merges", "-1"], "tokenizers.n_merges"),
+    "a tokenizer that is never quantized": (["toy", "--tokenizers.steps", "100"], "tokenizers.warmup_steps"),
+    "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_word_is_named_and_ends_with_code_2(kind, capsys):
+    words, name = WRONG[kind]
+    with pytest.raises(SystemExit) as stop:
+        parse_run(words)
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stop.value.code == 2 and name in said
+
+
+def test_the_program_itself_ends_with_code_2_and_no_traceback(tmp_path):
+    done = run_train("toy", "--model.n-heads", "7", cwd=tmp_path)
+    assert done.returncode == 2 and "n_heads must divide dim" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_presets_and_imports_no_torch(tmp_path):
+    done = run_train("--help", cwd=tmp_path, python=("-X", "importtime"))
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and "nanochameleon.presets" in imported and "torch" not in imported
+    for name in PRESETS:
+        assert f"• {name} " in done.stdout
+
+
+def test_help_of_a_preset_explains_its_fields_and_shows_their_values(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_run(["toy_rich", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert stop.value.code == 0
+    assert "--vqgan.resolution INT pixels a side; 512 in the release (default: 48)" in text
+    assert "--model.norm-order {pre,post} pre: x + f(norm(x)), 7B" in text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_comes_with_its_vocabulary_and_context(name):
+    cfg = parse_run([name])
+    assert cfg.model.vocab_size == 4 + cfg.vqgan.n_codes + 8 + 256 + cfg.tokenizers.n_merges
+    assert cfg.model.max_seq_len == cfg.train.seq_len and cfg.name == name and cfg.folder == Path("runs") / name
+    assert cfg.vqgan == PRESETS[name]().vqgan and cfg.optim == PRESETS[name]().optim
+
+
+def test_any_field_can_be_overridden_and_the_others_stay():
+    words = "toy --train.steps 3000 --vqgan.ch-mult 1 2 --vqgan.window None --optim.betas 0.5 0.6 --out x --tokenizers.optim.lr 1"
+    cfg, before = parse_run([*words.split(), "--overwrite"]), parse_run(["toy"])
+    assert (cfg.train.steps, cfg.vqgan.ch_mult, cfg.vqgan.window, cfg.optim.betas) == (3_000, (1, 2), None, (0.5, 0.6))
+    assert cfg.out == Path("x") and cfg.overwrite and cfg.tokenizers.optim.lr == 1 and cfg.optim.lr == before.optim.lr
+    assert (cfg.train.batch_size, cfg.data, cfg.model) == (before.train.batch_size, before.data, before.model)
+
+
+def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tmp_path):
+    done = run_train("folder", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "error: pictures is not a folder\n"
+    assert {path.name for path in tmp_path.rglob("*")} == {"runs", "folder", "config.json"}

@@ -1,0 +1,113 @@
+"""Sums and counts: what is counted, that micro-batches add up, and that the z-term is of log Z."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_transformer import TINY, random_model
+
+from nanochameleon.losses import LossParts, next_token_loss
+from nanochameleon.packing import IGNORE, pack
+from nanochameleon.vocab import Vocab
+
+VOCAB = Vocab.toy(6, 0)
+
+
+@st.composite
+def problems(draw):
+    """(logits (N, V) float64, targets (N,)) with any pattern of ignored targets, all of them included."""
+    n, seed = draw(st.integers(1, 8)), draw(st.integers(0, 10_000))
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(VOCAB.size, (n,), generator=generator)
+    some = torch.randint(4, 4 + 6, (n,), generator=generator)  # half of them codes
+    targets = torch.where(torch.rand(n, generator=generator) < 0.5, some, targets)
+    ignored = torch.tensor(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    logits = 3 * torch.randn(n, VOCAB.size, generator=generator).double()
+    return logits, targets.masked_fill(ignored, IGNORE)
+
+
+@given(problems())
+def test_sums_and_counts_are_those_of_a_loop(problem):
+    logits, targets = problem
+    expected = dict.fromkeys(("cross_entropy", "z", "log_z", "count", "image_cross_entropy", "image_count"), 0.0)
+    for row, target in zip(logits, targets.tolist(), strict=True):
+        if target == IGNORE:
+            continue
+        log_z = math.log(sum(math.exp(x) for x in row.tolist()))
+        cross_entropy = log_z - row[target].item()
+        image = VOCAB.modality(target) == "image"
+        for name, value in dict(cross_entropy=cross_entropy, z=log_z**2, log_z=log_z, count=1,
+                                image_cross_entropy=cross_entropy * image, image_count=image).items():  # fmt: skip
+            expected[name] += value
+    parts = next_token_loss(logits, targets, VOCAB)
+    assert {name: getattr(parts, name).item() for name in expected} == pytest.approx(expected)
+
+
+@given(problems())
+def test_ignored_rows_get_no_gradient_and_the_others_that_of_the_formula(problem):
+    """p (1 + 2 z log Z) - [v = y], over the count; so a row sums to 2 z log Z / n, and an ignored one is all zero."""
+    logits, targets = problem
+    x, n, z = logits.clone().requires_grad_(), 7.0, 0.01
+    next_token_loss(x, targets, VOCAB).total(z, n).backward()
+    kept = targets != IGNORE
+    assert (x.grad[~kept] == 0).all() and x.grad.isfinite().all()
+    log_z = logits.logsumexp(-1, keepdim=True)
+    one_hot = torch.nn.functional.one_hot(targets[kept], VOCAB.size)
+    expected = (logits.softmax(-1) * (1 + 2 * z * log_z))[kept] - one_hot
+    torch.testing.assert_close(x.grad[kept], expected / n)
+
+
+@given(problems(), st.floats(-50, 50))
+def test_a_shift_of_all_logits_moves_the_z_term_alone(problem, c):
+    """The cross-entropy cannot see it; each log Z grows by c, so z becomes the sum of (log Z + c)^2."""
+    logits, targets = problem
+    before, after = (next_token_loss(x, targets, VOCAB) for x in (logits, logits + c))
+    torch.testing.assert_close(after.cross_entropy, before.cross_entropy, rtol=1e-9, atol=1e-9)
+    log_z = logits[targets != IGNORE].logsumexp(-1)
+    torch.testing.assert_close(after.z, (log_z + c).square().sum())
+
+
+def test_nothing_to_learn_is_zero_not_nan():
+    logits = torch.randn(3, VOCAB.size, requires_grad=True)
+    parts = next_token_loss(logits, torch.full((3,), IGNORE), VOCAB)
+    assert all(getattr(parts, name) == 0 for name in LossParts.__dataclass_fields__)
+    parts.total(1e-5, 1.0).backward()
+    assert (logits.grad == 0).all()
+
+
+def test_only_what_is_minimised_carries_gradients():
+    logits = torch.randn(3, VOCAB.size, requires_grad=True)
+    parts = next_token_loss(logits, torch.tensor([4, 5, 30]), VOCAB)
+    learnt = {name for name in LossParts.__dataclass_fields__ if getattr(parts, name).requires_grad}
+    assert learnt == {"cross_entropy", "z"}
+
+
+def test_no_parts_are_lost_between_types():
+    """bfloat16 logits are summed in float32: in bfloat16 a sum stops growing after 256 ones."""
+    logits = torch.zeros(3_000, VOCAB.size, dtype=torch.bfloat16)
+    parts = next_token_loss(logits, torch.full((3_000,), 5), VOCAB)
+    assert parts.cross_entropy.item() == pytest.approx(3_000 * math.log(VOCAB.size), rel=1e-5)
+    assert parts.count == parts.image_count == 3_000
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.integers(1, 5), st.integers(0, 1_000))
+def test_micro_batches_over_the_global_count_are_the_full_batch(lengths, size, seed):
+    """Rows hold different numbers of targets, so that a mean of the micro-batches' means would differ."""
+    torch.manual_seed(seed)
+    model, vocab = random_model(seed, vocab_size=VOCAB.size), VOCAB
+    docs = [torch.randint(2, TINY.vocab_size, (n,)).tolist() for n in lengths]
+    batch = pack(docs, 9, pad=vocab.pad)
+
+    def gradient(parts):
+        model.zero_grad()
+        count = (batch.targets != IGNORE).sum().clamp_min(1)
+        for part in parts:
+            logits = model.logits(model(part.tokens, part.positions, part.doc_ids)).flatten(0, 1)
+            next_token_loss(logits, part.targets.flatten(), vocab).total(1e-2, count).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    micro = [batch[i : i + size] for i in range(0, len(batch.tokens), size)]
+    torch.testing.assert_close(gradient(micro), gradient([batch]), rtol=1e-9, atol=1e-12)

@@ -1,0 +1,130 @@
+"""A run's folder: its configuration comes back as it was, and what is missing is said in one sentence."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_config, tiny_model, tiny_run
+
+from nanochameleon.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    TokenizerTraining,
+    TrainConfig,
+    VQGANConfig,
+)
+from nanochameleon.errors import UserError
+from nanochameleon.presets import PRESETS
+from nanochameleon.run import CONFIG, config_from_json, config_to_json, open_run, pick_device, read_config
+
+paths = st.text(st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), min_size=1).map(Path)
+whole, real = st.integers(1, 10**9), st.floats(allow_nan=False)
+
+
+def drawn(cls, **known):
+    """Any value of a configuration: every field, by its annotation, unless it is given."""
+    known |= {f.name: real for f in dataclasses.fields(cls) if f.name not in known and f.type in (float, "float")}
+    given_fields = {f.name: known.get(f.name, ...) for f in dataclasses.fields(cls)}
+    return st.builds(cls, **given_fields)
+
+
+optims = drawn(OptimConfig, betas=st.tuples(real, real))
+models = st.builds(
+    lambda kv, groups, per_kv, half, model: dataclasses.replace(
+        model, n_kv_heads=kv * groups, n_heads=kv * groups * per_kv, dim=kv * groups * per_kv * 2 * half,
+        qk_norm_groups=groups,
+    ),
+    *[st.integers(1, 4)] * 4, drawn(ModelConfig, dim=st.just(8), n_heads=st.just(2), n_kv_heads=st.none(),
+                                    qk_norm_groups=st.just(1), multiple_of=whole),
+)  # fmt: skip
+vqgans = st.builds(
+    lambda mults, grid, windows, vqgan: dataclasses.replace(
+        vqgan, ch_mult=tuple(mults), resolution=grid * windows * 2 ** (len(mults) - 1),
+        window=grid * 2 ** (len(mults) - 1) if windows > 1 else None,
+    ),
+    st.lists(st.integers(1, 8), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 3),
+    drawn(VQGANConfig, resolution=st.just(512), ch_mult=st.just((1, 2)), window=st.none()),
+)  # fmt: skip
+configs = drawn(
+    RunConfig, name=st.text(), vqgan=vqgans, model=models, optim=optims,
+    tokenizers=drawn(TokenizerTraining, optim=optims), data=drawn(DataConfig, path=st.none() | paths),
+    train=drawn(TrainConfig), sample=drawn(SampleConfig), evaluation=drawn(EvalConfig), out=st.none() | paths,
+)  # fmt: skip
+
+
+@given(configs)
+def test_a_configuration_comes_back_as_it_was(cfg):
+    again = config_from_json(config_to_json(cfg))
+    assert again == cfg and repr(again) == repr(cfg)  # repr: 1 and 1.0, (1,) and [1] are told apart
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_comes_back_as_it_was(preset):
+    assert config_from_json(config_to_json(PRESETS[preset]())) == PRESETS[preset]()
+
+
+def changed(change):
+    content = json.loads(config_to_json(tiny_config()))
+    change(content)
+    return json.dumps(content)
+
+
+NOT_A_CONFIG = {
+    "an unknown field": (changed(lambda c: c.update(learning_rate=1)), "learning_rate"),
+    "an unknown field inside": (changed(lambda c: c["model"].update(dims=1)), "ModelConfig has no field 'dims'"),
+    "a missing field": (changed(lambda c: c.pop("model")), "model"),
+    "a part that is a number": (changed(lambda c: c.update(model=3)), "ModelConfig is 3"),
+    "sizes that do not divide": (changed(lambda c: c["model"].update(n_heads=3)), "n_heads must divide dim"),
+    "no heads": (changed(lambda c: c["model"].update(n_heads=0)), "config.json"),
+    "a list": ("[]", "RunConfig"),
+    "no JSON": ("{", "config.json"),
+    "no text": (b"\xff\xfe", "config.json"),
+}
+
+
+@pytest.mark.parametrize(("content", "why"), NOT_A_CONFIG.values(), ids=NOT_A_CONFIG)
+def test_a_broken_configuration_is_named(tmp_path, content, why):
+    (tmp_path / CONFIG).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=why) as error:
+        read_config(tmp_path)
+    assert str(tmp_path / CONFIG) in str(error.value)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"{folder} is not a run"):
+            open_run(folder)
+
+
+def test_a_run_opens_with_the_weights_that_were_saved(tmp_path):
+    model = tiny_model(seed=3, dropout=0.1)
+    run = open_run(tiny_run(tmp_path / "run", model), "cpu")
+    ids = torch.tensor([[0, 5, 20, 2]])
+    torch.testing.assert_close(run.model(ids), model.eval()(ids), rtol=0, atol=0)
+    assert not run.model.training and run.device == torch.device("cpu") and run.cfg.model == model.cfg
+    assert run.vocab.size == model.cfg.vocab_size and run.images.n_codes_per_image == run.cfg.vqgan.codes_per_image
+
+
+def test_a_run_without_one_of_its_parts_says_which(tmp_path):
+    for missing in ("text_tokenizer.json", "image_tokenizer", "step-000001"):
+        folder = tiny_run(tmp_path / missing)
+        part = folder / missing
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+        with pytest.raises(UserError, match=str(folder if missing.startswith("step") else part)):
+            open_run(folder, "cpu")
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu" and pick_device("auto").type in ("cpu", "cuda")
+    for wish in ("gpu", "", "cuda:99", "cpu:-1", "meta", "hpu", "mps:7"):
+        with pytest.raises(UserError, match=f"device {wish!r} is not available"):
+            pick_device(wish)

@@ -1,0 +1,159 @@
+"""sample.py on a run folder with random weights: what it draws, says, saves and refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import N_CODES, TOKENIZER, VOCAB, tiny_model, tiny_run
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sample  # noqa: E402
+from sample import Args, cli, main  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    path = tmp_path / "some picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 5, 3), np.uint8)).save(path)
+    return str(path)
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """Runs the command line, which must end with code 2, and returns what it wrote to stderr."""
+    with pytest.raises(SystemExit) as end:
+        cli(arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it does
+
+
+def test_words_are_drawn_and_nothing_is_overwritten(run, tmp_path, capsys):
+    args = Args(run, ("  a big Red/Star! ",), n=2, out=tmp_path / "new" / "out")
+    first, again = main(args), main(args)
+    files = [path for [path] in first + again]
+    assert [path.name for path in files] == [f"a-big-red-star-{i}.png" for i in (1, 2, 3, 4)]
+    looks = [np.asarray(Image.open(path)) for path in files]
+    assert looks[0].shape == (256, 256, 3) and not (looks[0] == looks[1]).all()
+    assert (looks[0] == looks[2]).all() and (looks[1] == looks[3]).all()  # the same seed
+    assert (looks[0] == looks[0][::64, ::64].repeat(64, 0).repeat(64, 1)).all()  # 4 x 4 pixels, enlarged
+    assert capsys.readouterr().out.split() == [str(path) for path in files]
+
+
+def test_a_run_has_an_out_folder_and_scale_is_free(run):
+    [[path]] = main(Args(run, ("ta",), scale=3))
+    assert path.parent == run / "out" and Image.open(path).size == (12, 12)
+
+
+def test_a_question_about_a_picture_is_answered_in_words(run, picture, capsys):
+    [said, other] = main(Args(run, (picture, "how many stars?"), n=2, temperature=1.0))
+    assert all(isinstance(part, str) for part in said + other) and said != other
+    assert capsys.readouterr().out.count("\n") >= 2
+    assert main(Args(run, (picture, "how many stars?"), n=2, temperature=1.0)) == [said, other]
+
+
+def test_the_model_reads_the_segments_in_the_order_given(run, picture, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nanochameleon.engine.stream", lambda model, prompt, *rest: seen.append(prompt) or iter(()))
+    main(Args(run, (picture, "red", "a"), mode="answer"))
+    main(Args(run, ("red", picture, "a"), mode="text"))
+    first, second = seen
+    red, a = TOKENIZER.encode("red"), TOKENIZER.encode("a")
+    block = first[1 : N_CODES + 3]
+    assert [block[0], block[-1]] == [VOCAB.boi, VOCAB.eoi] and all(VOCAB.is_image(token) for token in block[1:-1])
+    assert first == [VOCAB.bos, *block, *red, *a, VOCAB.eot]
+    assert second == [VOCAB.bos, *red, *block, *a]
+
+
+def test_a_picture_alone_is_asked_what_it_shows(run, picture):
+    from nanochameleon.shapes import ASK_CAPTION
+
+    assert main(Args(run, (picture,))) == main(Args(run, (picture, ASK_CAPTION)))
+
+
+def test_free_mode_mixes_words_and_pictures(run, tmp_path):
+    samples = main(Args(run, ("a",), mode="free", n=12, temperature=20.0, top_p=1.0, max_new=40, out=tmp_path))
+    parts = [part for one in samples for part in one]
+    files = [part for part in parts if isinstance(part, Path)]
+    assert files and len(files) < len(parts) and all(path.is_file() for path in files)
+
+
+def test_control_characters_do_not_reach_the_terminal(run, capsys):
+    from nanochameleon.documents import Text
+    from nanochameleon.engine import End
+
+    parts = sample.show([Text("a\x1b[2Jb\n"), Text("c"), End(())], None)
+    assert parts == ["a\x1b[2Jb\nc"] and capsys.readouterr().out == "a\ufffd[2Jb\nc\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it refuses: one sentence, code 2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere.png"], ["picture nowhere.png"]),
+        (["a", "shot.JPG", "b"], ["picture shot.JPG"]),
+        ([], ["prompt is empty"]),
+        (["  "], ["prompt is empty"]),
+        (["--mode", "answer"], ["--mode answer"]),
+        (["ta " * 99], ["ids", "context of 64"]),
+        (["a", "--max-new", "3"], ["max_new is 3"]),
+        (["a", "--top-p", "0"], ["--top-p", "not 0"]),
+        (["a", "--temperature", "nan"], ["--temperature", "nan"]),
+        (["a", "--n", "0"], ["--n"]),
+        (["a", "--seed", "-1"], ["--seed"]),
+        (["a", "--device", "toaster"], ["toaster"]),
+        (["a\udcff"], ["UTF-8"]),
+    ],
+)
+def test_a_mistake_gets_one_sentence(run, arguments, words, capsys):
+    said = refused([str(run), *arguments], capsys)
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert all(word in said for word in words)
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [(["--tempreature", "1"], "--tempreature"), (["--n", "x"], "--n"), (["--mode", "drw"], "drw")],
+)
+def test_an_unknown_option_or_ill_typed_value_is_refused_with_its_name(run, arguments, word, capsys):
+    assert word in refused([str(run), "a", *arguments], capsys)
+
+
+def test_a_folder_that_is_no_run_and_one_without_a_model(tmp_path, run, capsys):
+    assert f"{tmp_path} is not a run" in refused([str(tmp_path), "a"], capsys)
+    bare = tiny_run(tmp_path / "bare", tiny_model())
+    for part in (bare / "step-000001").iterdir():
+        part.unlink()
+    said = refused([str(bare), "a"], capsys)
+    assert str(bare) in said and "whole checkpoint" in said
+
+
+def test_an_out_that_is_a_file_is_refused(run, picture, capsys):
+    assert f"cannot save a picture in {picture}" in refused([str(run), "a", "--out", picture], capsys)
+
+
+def test_a_file_that_is_no_picture_is_named(run, tmp_path, capsys):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("a red star")
+    assert f"{notes} is not a picture" in refused([str(run), str(notes)], capsys)
+
+
+def test_arguments_are_parsed_before_torch_is_imported():
+    code = "import sys, sample; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

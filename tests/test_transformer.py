@@ -1,0 +1,279 @@
+"""The transformer: the paper's sizes, who sees whom, and what each part of the stability recipe promises."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nanochameleon.config import ModelConfig
+from nanochameleon.packing import pack
+from nanochameleon.transformer import Chameleon, KVCache, QKNorm, rotary_table, rotate
+
+TINY = ModelConfig(vocab_size=40, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
+
+
+def random_model(seed: int = 0, cfg: ModelConfig = TINY, **changes) -> Chameleon:
+    """Float64, in eval mode, every parameter random: norms and biases too, and the output, which starts at zero."""
+    torch.manual_seed(seed)
+    model = Chameleon(dataclasses.replace(cfg, **changes)).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif name.startswith(("output", "tok_embeddings")):
+                parameter.normal_()
+            else:
+                parameter.mul_(2)
+    return model
+
+
+def tokens(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(40, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and the start
+
+SIZES = {
+    "7B": (ModelConfig(), 11_008, 7_013_158_912),
+    "34B": (
+        ModelConfig(dim=8_192, n_layers=48, n_heads=64, n_kv_heads=8, norm_order="post", qk_norm_groups=4),
+        22_016,
+        34_293_522_432,
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_paper_s_sizes(size):
+    cfg, ffn_dim, parameters = SIZES[size]
+    with torch.device("meta"):
+        model = Chameleon(cfg)
+    assert cfg.head_dim == 128 and cfg.ffn_dim == ffn_dim == model.layers[0].feed_forward.w1.out_features
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess():
+    model = Chameleon(TINY)
+    logits = model.logits(model(tokens(0, 3, 8))).flatten(0, 1)
+    assert torch.nn.functional.cross_entropy(logits, tokens(1, 24)).item() == pytest.approx(math.log(40), abs=1e-6)
+
+
+def test_the_start_is_the_table_of_init_weights():
+    torch.manual_seed(0)
+    cfg = ModelConfig(vocab_size=500, dim=128, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=8)
+    for name, parameter in Chameleon(cfg).named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, 0.0 if name.endswith("bias") else 1.0))
+            continue
+        fan_in = cfg.ffn_dim if "w2" in name else cfg.dim
+        std = {"output.weight": 0.0, "tok_embeddings.weight": 0.02}.get(name, fan_in**-0.5)
+        if name.endswith(("wo.weight", "w2.weight")):
+            std /= math.sqrt(2 * cfg.n_layers)
+        assert parameter.std().item() == pytest.approx(std, rel=0.03), name
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(n_heads=3), dict(n_kv_heads=3), dict(qk_norm_groups=4), dict(dim=12, n_kv_heads=4)]
+)
+def test_sizes_that_do_not_divide_are_refused(changes):
+    with pytest.raises(ValueError, match="multiple"):
+        dataclasses.replace(TINY, **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who sees whom
+
+
+@given(st.integers(0, 1_000), st.integers(2, 9), st.data())
+def test_causality_by_gradient(seed, n, data):
+    """The state at t depends on every token up to t and on none after it: exactly zero, not small."""
+    t, model = data.draw(st.integers(0, n - 1)), random_model(seed)
+    embedded = []
+    model.tok_embeddings.register_forward_hook(lambda module, inputs, out: embedded.append(out))
+    hidden = model(tokens(seed, 1, n))
+    (gradient,) = torch.autograd.grad((hidden[0, t] * torch.randn_like(hidden[0, t])).sum(), embedded[0])
+    size = gradient[0].abs().sum(-1)
+    assert (size[t + 1 :] == 0).all() and (size[: t + 1] > 0).all()
+
+
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(7, 16), st.integers(0, 1_000),
+    st.sampled_from(["pre", "post"]),
+)  # fmt: skip
+def test_a_packed_row_is_each_document_alone(lengths, seq_len, seed, norm_order):
+    model = random_model(seed, norm_order=norm_order)
+    docs = [(tokens(seed + i, n) % 38 + 2).tolist() for i, n in enumerate(lengths)]
+    batch = pack(docs, seq_len, pad=1)
+    hidden = model(batch.tokens, batch.positions, batch.doc_ids)
+    found = [
+        (batch.tokens[row][mine].tolist(), hidden[row][mine])
+        for row in range(len(hidden))
+        for number in range(int(batch.doc_ids[row].max()) + 1)
+        if (mine := batch.doc_ids[row] == number).any()
+    ]
+    assert sorted(ids for ids, _ in found) == sorted(docs)
+    for ids, packed in found:
+        torch.testing.assert_close(packed, model(torch.tensor([ids]))[0], rtol=1e-9, atol=1e-10)
+    assert hidden.isfinite().all()  # padding too: NaN there would reach every weight by the gradient
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1_000), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.booleans(), st.integers(0, 3))
+def test_any_split_into_prefill_and_steps_is_one_forward_pass(seed, parts, with_documents, spare):
+    model, n = random_model(seed), sum(parts)
+    ids = tokens(seed, 2, n)
+    docs = positions = None
+    if with_documents:  # a row of two documents, and one that begins with padding
+        docs = torch.zeros(2, n, dtype=torch.long)
+        docs[0, n // 2 :], docs[1, : n // 3] = 1, -1
+        starts = torch.tensor([n // 2, n // 3])[:, None]
+        positions = torch.arange(n).expand(2, n)
+        positions = torch.where(positions >= starts, positions - starts, positions)
+    whole = model(ids, positions, docs)
+    cache = KVCache.empty(model.cfg, 2, n + spare, torch.device("cpu"), torch.float64)
+    at, pieces = 0, []
+    for part in parts:
+        here = slice(at, at := at + part)
+        pieces.append(model(ids[:, here], *(x if x is None else x[:, here] for x in (positions, docs)), cache=cache))
+    assert cache.length == n
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-10)
+
+
+def test_a_cache_without_room_refuses():
+    model = random_model()
+    cache = KVCache.empty(TINY, 1, 5, torch.device("cpu"), torch.float64)
+    model(tokens(0, 1, 3), cache=cache)
+    with pytest.raises(ValueError, match=r"3 \+ 3 tokens do not fit a cache of 5"):
+        model(tokens(0, 1, 3), cache=cache)
+    assert cache.length == 3
+
+
+def test_logits_of_any_shape_are_the_output_layer():
+    model = random_model()
+    hidden = model(tokens(0, 2, 5))
+    torch.testing.assert_close(model.logits(hidden[:, -1]), hidden[:, -1] @ model.output.weight.T)
+    torch.testing.assert_close(hidden, model.norm(model.residual(tokens(0, 2, 5))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+@given(st.integers(0, 1_000), st.integers(0, 50), st.integers(0, 50), st.integers(0, 200))
+def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shift):
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(seed)).double()
+
+    def at(x, position):
+        return rotate(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))
+
+    assert torch.equal(at(q, 0), q)
+    torch.testing.assert_close(at(q, i).norm(), q.norm())
+    score, moved = ((at(q, a) * at(k, b)).sum() for a, b in ((i, j), (i + shift, j + shift)))
+    torch.testing.assert_close(score, moved, rtol=0, atol=2e-4)  # angles are float32
+
+
+@given(st.integers(0, 500), st.integers(0, 3))
+def test_rotary_turns_neighbouring_pairs_by_powers_of_theta(position, pair):
+    x = torch.zeros(1, 1, 1, 8).double()
+    x[..., 2 * pair] = 1
+    turned = rotate(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))[0, 0, 0]
+    angle = position * 10_000 ** (-2 * pair / 8)
+    expected = torch.zeros(8).double()
+    expected[2 * pair], expected[2 * pair + 1] = math.cos(angle), math.sin(angle)
+    torch.testing.assert_close(turned, expected, rtol=0, atol=5e-5)
+
+
+def test_order_matters_only_through_positions():
+    """Without positions attention is a set operation: the last token could not tell the order of those before."""
+    model, ids = random_model(), tokens(3, 1, 5)
+    other = ids[:, [1, 0, 2, 3, 4]]
+    same = torch.zeros(1, 5, dtype=torch.long)
+    assert not torch.allclose(model(ids)[:, -1], model(other)[:, -1], atol=1e-3)
+    one_layer = random_model(n_layers=1)
+    torch.testing.assert_close(one_layer(ids, same)[:, -1], one_layer(other, same)[:, -1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stability recipe
+
+
+@given(st.integers(0, 1_000), st.floats(0.1, 1_000), st.floats(0.1, 1_000))
+def test_with_qk_norm_the_scale_of_queries_and_keys_does_not_matter(seed, for_queries, for_keys):
+    model, ids = random_model(seed, norm_eps=1e-12), tokens(seed, 1, 6)
+    before = model(ids)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.wq.weight.mul_(for_queries)
+            layer.attention.wk.weight.mul_(for_keys)
+    torch.testing.assert_close(model(ids), before, rtol=1e-6, atol=1e-7)
+
+
+def test_without_qk_norm_it_does():
+    model, ids = random_model(qk_norm=False), tokens(0, 1, 6)
+    before = model(ids)
+    model.layers[0].attention.wq.weight.data.mul_(3)
+    assert not torch.allclose(model(ids), before, atol=1e-2)
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(0, 1_000))
+def test_groups_of_qk_norm_are_separate_layer_norms(n_groups, heads_each, seed):
+    """With a mean and a bias: LayerNorm, not RMSNorm."""
+    torch.manual_seed(seed)
+    together = QKNorm(n_groups, 6, 1e-5).double()
+    nn.init.normal_(together.weight)
+    nn.init.normal_(together.bias)
+    x = 3 + torch.randn(2, 5, n_groups * heads_each, 6).double()
+    parts = []
+    for group, heads in enumerate(x.split(heads_each, 2)):
+        alone = nn.LayerNorm(6, 1e-5).double()
+        alone.load_state_dict({"weight": together.weight[group], "bias": together.bias[group]})
+        parts.append(alone(heads))
+    torch.testing.assert_close(together(x), torch.cat(parts, 2))
+
+
+def test_grouped_queries_are_repeated_keys_and_values():
+    grouped = random_model(qk_norm_groups=1)
+    full = Chameleon(dataclasses.replace(grouped.cfg, n_kv_heads=4)).double().eval()
+    state = grouped.state_dict()
+    for name in state:
+        if name.endswith(("wk.weight", "wv.weight")):
+            state[name] = state[name].view(2, 4, 16).repeat_interleave(2, 0).reshape(16, 16)
+    full.load_state_dict(state)
+    torch.testing.assert_close(full(tokens(0, 2, 7)), grouped(tokens(0, 2, 7)))
+
+
+@given(st.sampled_from([1.0, 100.0, 1e6]), st.integers(0, 100))
+def test_norms_after_the_branches_bound_what_a_branch_adds(scale, seed):
+    """Each of the 2 * n_layers branches adds a vector of at most sqrt(D) * the norm's largest weight."""
+    model, ids = random_model(seed, norm_order="post"), tokens(seed, 1, 6)
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in (layer.attention.wo.weight, layer.feed_forward.w1.weight, layer.feed_forward.w2.weight):
+                weight.mul_(scale)
+        added = (model.residual(ids) - model.tok_embeddings(ids)).norm(dim=-1)
+    weights = [layer.get_submodule(name).weight for layer in model.layers for name in ("attention_norm", "ffn_norm")]
+    assert (added <= sum(w.abs().max() for w in weights) * TINY.dim**0.5 + 1e-9).all()
+
+
+def test_norms_before_the_branches_do_not():
+    model, ids = random_model(norm_order="pre"), tokens(0, 1, 6)
+    before = model.residual(ids).norm(dim=-1)
+    model.layers[0].feed_forward.w2.weight.data.mul_(1e6)
+    assert (model.residual(ids).norm(dim=-1) > 1e3 * before).all()
+
+
+@pytest.mark.parametrize("norm_order", ["pre", "post"])
+def test_dropout_acts_on_branches_and_in_training_only(norm_order):
+    model, plain = (random_model(norm_order=norm_order, dropout=p) for p in (0.5, 0.0))
+    ids = tokens(0, 1, 6)
+    assert torch.equal(model(ids), plain(ids)) and torch.equal(model(ids), model(ids))
+    model.train()
+    plain.train()
+    assert not torch.equal(model(ids), model(ids)) and torch.equal(plain(ids), plain(ids))
+    everything = random_model(norm_order=norm_order, dropout=1.0).train()  # no branch gets through, the stream does
+    torch.testing.assert_close(everything.residual(ids), everything.tok_embeddings(ids))

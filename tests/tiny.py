@@ -1,0 +1,89 @@
+"""The smallest models and the smallest run folder: random weights, 4 codes a picture, made in milliseconds."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from nanochameleon import checkpoint
+from nanochameleon.cli import complete
+from nanochameleon.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    TokenizerTraining,
+    TrainConfig,
+    VQGANConfig,
+)
+from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.transformer import Chameleon
+from nanochameleon.vocab import Vocab
+from nanochameleon.vqgan import VQGAN
+
+VOCAB = Vocab.toy(8, 4)
+N_CODES = 4  # a picture
+TOKENIZER = TextTokenizer([(b"a", b" "), (b"r", b"e"), (b"re", b"d"), (b"t", b"a")], VOCAB)
+TINY_VQGAN = VQGANConfig(
+    resolution=4, ch=8, ch_mult=(1, 2), n_res_blocks=1, z_channels=4, embed_dim=4, n_codes=8, n_groups=4,
+    mid_attention=False,
+)  # fmt: skip
+TINY_MODEL = ModelConfig(vocab_size=VOCAB.size, dim=16, n_layers=2, n_heads=2, multiple_of=8, max_seq_len=64)
+
+
+def tiny_model(seed: int = 0, **changes) -> Chameleon:
+    """A random model in eval mode whose logits are far from uniform: the output layer, zero at the start of training,
+    is random too. `changes` are fields of ModelConfig."""
+    torch.manual_seed(seed)
+    model = Chameleon(dataclasses.replace(TINY_MODEL, **changes))
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    return model.eval()
+
+
+def tiny_config(**changes) -> RunConfig:
+    sample = SampleConfig(max_new=16)
+    return dataclasses.replace(RunConfig("tiny", TINY_VQGAN, TINY_MODEL, OptimConfig(), sample=sample), **changes)
+
+
+def tiny_run(folder: Path, model: Chameleon | None = None, source: str = "shapes") -> Path:
+    """Writes a whole run folder, untrained, and returns it."""
+    model = model or tiny_model()
+    cfg = tiny_config(model=model.cfg, data=DataConfig(source=source))
+    torch.manual_seed(0)
+    vqgan = VQGAN(cfg.vqgan)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config_to_json(cfg))
+    TOKENIZER.save(folder / TEXT_TOKENIZER)
+    checkpoint.save(folder / IMAGE_TOKENIZER, 1, {"model": vqgan.state_dict()}, {})
+    checkpoint.save(folder, 1, {"weights": model.state_dict()}, {})
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+SHAPES_VQGAN = VQGANConfig(
+    resolution=32, ch=4, ch_mult=(1, 1, 1, 1), n_res_blocks=1, z_channels=4, embed_dim=4, n_codes=16, n_groups=2,
+    mid_attention=False,
+)  # fmt: skip
+
+
+def training_config(out: Path, **changes) -> RunConfig:
+    """A run on the shapes world of a few steps, with everything on whose state a resumed run needs: dropout, momentum,
+    moving averages, the adversary. `changes` are fields of RunConfig."""
+    optim = OptimConfig("muon", lr=3e-3, eps=1e-8, warmup=2, schedule="cosine")
+    cfg = RunConfig(
+        "tiny", SHAPES_VQGAN, ModelConfig(dim=16, n_layers=1, n_heads=2, multiple_of=8, dropout=0.1), optim,
+        tokenizers=TokenizerTraining(
+            n_merges=64, n_texts=200, steps=6, batch_size=2, warmup_steps=2, optim=optim, adversarial=0.1,
+            adversarial_from=3, discriminator_ch=4,
+        ),
+        train=TrainConfig(
+            steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5
+        ),
+        sample=SampleConfig(max_new=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
+    )  # fmt: skip
+    return complete(dataclasses.replace(cfg, **changes))
