@@ -23,7 +23,7 @@ def temperature(logits: Tensor, t: float) -> Tensor:
     """Logits over t, the maximum moved to 0 first, so that no small t overflows. t = 0 keeps the largest alone."""
     if t == 0:
         return _only(logits, logits.argmax(-1, keepdim=True))
-    return (logits - logits.amax(-1, keepdim=True)) / t
+    return (logits - logits.amax(-1, keepdim=True)) / max(t, 1e-30)  # what float32 can hold: 0 / 0 would be NaN
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
