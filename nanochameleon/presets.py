@@ -18,21 +18,23 @@ from nanochameleon.config import (
 )
 
 TOY_VQGAN = VQGANConfig(
-    resolution=32, ch=16, ch_mult=(1, 2, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=512, n_groups=4,
+    resolution=32, ch=16, ch_mult=(1, 2, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=64, n_groups=4,
     mid_attention=False, window=4,
 )  # fmt: skip
-TOY_MODEL = ModelConfig(dim=256, n_layers=4, n_heads=4, multiple_of=64)
-TOY_OPTIM = OptimConfig("muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=30, schedule="cosine", final=0.02)
+TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=4, multiple_of=64)
+TOY_OPTIM = OptimConfig("muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup=30, schedule="cosine", final=0.02)
 
 
 def toy() -> RunConfig:
     """The shapes world in minutes on two CPU cores: what `make demo` runs."""
-    return RunConfig("toy", TOY_VQGAN, TOY_MODEL, TOY_OPTIM, train=TrainConfig(steps=1_600))
+    tokenizers = TokenizerTraining(n_merges=160, steps=700, warmup_steps=200)
+    data = DataConfig(pairs=0.45, questions=0.15, interleaved=0.4)
+    return RunConfig("toy", TOY_VQGAN, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_300))
 
 
 def toy_long() -> RunConfig:
     """The same scenes with an hour."""
-    return dataclasses.replace(toy(), name="toy_long", train=TrainConfig(steps=9_000, sample_every=1_500))
+    return dataclasses.replace(toy(), name="toy_long", train=TrainConfig(steps=7_500, sample_every=1_500))
 
 
 def toy_rich() -> RunConfig:

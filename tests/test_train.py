@@ -196,7 +196,15 @@ def test_the_precision_that_the_clock_chose_is_kept(before_transformer, monkeypa
     assert wishes == ["auto", "bf16"]
 
 
-def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back():
+@pytest.fixture
+def heard_ctrl_c():
+    """Ctrl-C as in a terminal: a shell starts what runs in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back(heard_ctrl_c):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with train.Stopper() as stopped:
         assert not stopped()

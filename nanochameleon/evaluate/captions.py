@@ -4,8 +4,6 @@ import re
 
 from nanochameleon.shapes import NUMBERS, OPPOSITE, RELATIONS, SIZES, Scene, Thing, World, plural
 
-FACTS = ("background", "count", "sizes", "colours", "shapes", "relation")
-
 
 def parse_caption(text: str, world: World) -> Scene | None:
     """'a big red circle above a small blue star on white' -> a Scene without cells; None for any other form."""

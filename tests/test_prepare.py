@@ -1,0 +1,131 @@
+"""From a configuration to token shards: enough and no more, the same each time, true to the documents."""
+
+import itertools
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import training_config
+
+from nanochameleon.data import FORMS, Loader, Picture, digest
+from nanochameleon.documents import Image, Text, parse
+from nanochameleon.errors import UserError
+from nanochameleon.prepare import CHUNK, enough, mixture, open_sources, store_pictures, token_lists, write_tokens
+from nanochameleon.shapes import World
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.vocab import Vocab
+
+
+class Mosaic:
+    """Stands for a trained image tokenizer: the code of each 8 x 8 patch is its mean brightness. Counts pictures."""
+
+    def __init__(self):
+        self.n_pictures = 0
+
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        self.n_pictures += len(pictures)
+        patches = pictures.reshape(len(pictures), 4, 8, 4, 8, 3).mean((2, 4, 5)).astype(int) // 16
+        return torch.from_numpy(patches.reshape(len(pictures), 16))
+
+
+CFG = training_config(None)
+VOCAB = Vocab.toy(CFG.vqgan.n_codes, CFG.tokenizers.n_merges)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    return TextTokenizer.train(mixture(CFG, Path()).captions(200), VOCAB)
+
+
+def write(folder: Path, tokenizer: TextTokenizer, cfg=CFG, images=None):
+    return write_tokens(cfg, mixture(cfg, folder), images or Mosaic(), tokenizer, folder)
+
+
+def test_there_are_enough_ids_for_every_step_and_not_one_document_more(tmp_path, tokenizer):
+    shards, needed = write(tmp_path, tokenizer), 12 * 2 * 192
+    assert shards.n_tokens - shards.lengths[-1] < needed <= shards.n_tokens
+    loader = Loader(shards, CFG.train.batch_size, CFG.train.seq_len, 0, VOCAB.pad)
+    assert loader.n_rows >= 12 * 2  # so no row is read twice
+
+
+def test_a_number_of_documents_is_kept_to(tmp_path, tokenizer):
+    cfg = replace(CFG, data=replace(CFG.data, n_documents=CHUNK + 7))
+    assert len(write(tmp_path, tokenizer, cfg)) == CHUNK + 7
+
+
+def test_enough_stops_at_once():
+    assert len(list(enough(itertools.repeat([1, 2, 3]), 10, None))) == 4
+    assert len(list(enough(itertools.repeat([1, 2, 3]), 9, None))) == 3
+    assert len(list(enough(itertools.repeat([1, 2, 3]), 9, 5))) == 5
+
+
+def test_the_same_run_writes_the_same_bytes_and_another_seed_others(tmp_path, tokenizer):
+    def data(name: str, cfg) -> dict[str, bytes]:
+        write(tmp_path / name, tokenizer, cfg)
+        return {path.name: path.read_bytes() for path in (tmp_path / name / "data").iterdir()}
+
+    first = data("a", CFG)
+    assert data("b", CFG) == first and data("c", replace(CFG, seed=1)) != first
+
+
+def test_data_that_is_there_is_not_made_again(tmp_path, tokenizer):
+    first, images = write(tmp_path, tokenizer), Mosaic()
+    again = write(tmp_path, tokenizer, images=images)
+    assert images.n_pictures == 0 and len(again) == len(first)
+
+
+def test_every_document_parses_back_to_what_the_source_gave(tmp_path, tokenizer):
+    shards, docs = write(tmp_path, tokenizer), mixture(CFG, tmp_path)
+    for i in range(len(shards)):
+        expected = [
+            Image(tuple(Mosaic().encode(s.pixels[None])[0].tolist())) if isinstance(s, Picture) else s
+            for s in docs.document(i)
+        ]
+        assert parse(shards[i].tolist(), tokenizer, VOCAB) == expected
+
+
+def test_the_mixture_has_its_shares():
+    docs = mixture(replace(CFG, data=replace(CFG.data, pairs=0.5, questions=0.2, interleaved=0.3)), Path())
+    assert Counter(FORMS[docs.draw(i)[0]] for i in range(1_000)) == {"pair": 500, "questions": 200, "interleaved": 300}
+    assert mixture(replace(CFG, data=replace(CFG.data, pairs=0.0)), Path()).names == ["questions", "interleaved"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_picture_of_the_test_split_is_in_training(form):
+    """In a world this small (some 60,000 pictures) 600 drawn ones would meet 600 others by chance."""
+    shown = {
+        split: {digest(s.pixels) for i in range(600) for s in open_sources(CFG, Path(), split)(form).document(i)
+                if isinstance(s, Picture)}
+        for split in ("train", "test")
+    }  # fmt: skip
+    assert len(shown["train"]) > 200 and len(shown["test"]) > 50
+    assert shown["train"].isdisjoint(shown["test"])
+
+
+def test_a_picture_of_a_finite_source_is_encoded_once():
+    class Five:
+        size = 5
+
+        def document(self, index):
+            return [Picture(np.full((32, 32, 3), 40 * (index % 5), np.uint8)), Text(str(index))]
+
+    images = Mosaic()
+    docs = type("Docs", (), {"sources": [Five()], "document": Five().document})
+    text = TextTokenizer([], VOCAB)
+    lists = list(itertools.islice(token_lists(docs, images, text), 2 * CHUNK + 5))
+    assert images.n_pictures == 5
+    assert [parse(ids, text, VOCAB)[1] for ids in lists] == [Text(str(i)) for i in range(2 * CHUNK + 5)]
+
+
+def test_what_cannot_be_is_said_by_the_options_name(tmp_path):
+    with pytest.raises(UserError, match=r"drawn at 32 pixels: set --vqgan\.resolution"):
+        open_sources(replace(CFG, vqgan=replace(CFG.vqgan, resolution=64)), tmp_path)
+    with pytest.raises(UserError, match=r"--data\.path"):
+        store_pictures(replace(CFG, data=replace(CFG.data, source="folder", questions=0.0)), tmp_path)
+    with pytest.raises(UserError, match=r"--data\.questions 0"):
+        store_pictures(replace(CFG, data=replace(CFG.data, source="folder", path=tmp_path)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert World().resolution == CFG.vqgan.resolution
