@@ -324,6 +324,7 @@ def draw(scene: Scene, world: World) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents
 
+
 @dataclass(frozen=True)
 class ShapesSource:
     """One split as documents of one form (data.Source): endless, document i a pure function of (seed, i)."""

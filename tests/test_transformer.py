@@ -89,13 +89,13 @@ def test_sizes_that_do_not_divide_are_refused(changes):
 # Who sees whom
 
 
-@given(st.integers(0, 1_000), st.integers(2, 9), st.data())
-def test_causality_by_gradient(seed, n, data):
+@given(st.integers(0, 1_000), st.integers(2, 9), st.booleans(), st.data())
+def test_causality_by_gradient(seed, n, with_mask, data):
     """The state at t depends on every token up to t and on none after it: exactly zero, not small."""
     t, model = data.draw(st.integers(0, n - 1)), random_model(seed)
     embedded = []
     model.tok_embeddings.register_forward_hook(lambda module, inputs, out: embedded.append(out))
-    hidden = model(tokens(seed, 1, n))
+    hidden = model(tokens(seed, 1, n), doc_ids=torch.zeros(1, n, dtype=torch.long) if with_mask else None)
     (gradient,) = torch.autograd.grad((hidden[0, t] * torch.randn_like(hidden[0, t])).sum(), embedded[0])
     size = gradient[0].abs().sum(-1)
     assert (size[t + 1 :] == 0).all() and (size[: t + 1] > 0).all()
