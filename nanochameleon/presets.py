@@ -12,6 +12,7 @@ from nanochameleon.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    SampleConfig,
     TokenizerTraining,
     TrainConfig,
     VQGANConfig,
@@ -22,24 +23,29 @@ TOY_VQGAN = VQGANConfig(
     mid_attention=False, window=4,
 )  # fmt: skip
 TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=4, multiple_of=64)
+TOY_SAMPLE = SampleConfig(image_temperature=0.5)
 TOY_OPTIM = OptimConfig("muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup=30, schedule="cosine", final=0.02)
 
 
 def toy() -> RunConfig:
-    """The shapes world in minutes on two CPU cores: what `make demo` runs."""
+    """The shapes world in minutes on two CPU cores: what `make demo` runs.
+
+    Many codes, most of them one patch of one shape: quick to learn, and no help with compositions never shown.
+    """
+    vqgan = dataclasses.replace(TOY_VQGAN, n_codes=512)
     tokenizers = TokenizerTraining(n_merges=160, steps=700, warmup_steps=200)
     data = DataConfig(pairs=0.45, questions=0.15, interleaved=0.4)
-    return RunConfig("toy", TOY_VQGAN, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_300))
+    return RunConfig("toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=900), TOY_SAMPLE)
 
 
 def toy_long() -> RunConfig:
-    """The same scenes with an hour."""
-    return dataclasses.replace(toy(), name="toy_long", train=TrainConfig(steps=7_500, sample_every=1_500))
+    """The same scenes with an hour of CPU time, and few codes, which all shapes share: slower, composes better."""
+    return dataclasses.replace(toy(), name="toy_long", vqgan=TOY_VQGAN, train=TrainConfig(steps=5_000, sample_every=1_000))
 
 
 def toy_rich() -> RunConfig:
     """The richer world: 6 shapes, 10 colours, 3 backgrounds, counts to 6 and trios, 144 codes a picture."""
-    vqgan = dataclasses.replace(TOY_VQGAN, resolution=48, n_codes=1_024)
+    vqgan = dataclasses.replace(TOY_VQGAN, resolution=48, n_codes=160)
     data = DataConfig(source="shapes_rich")
     train = TrainConfig(steps=12_000, seq_len=384, sample_every=2_000)
     return RunConfig("toy_rich", vqgan, TOY_MODEL, TOY_OPTIM, data=data, train=train)
@@ -51,9 +57,9 @@ def emoji() -> RunConfig:
         resolution=64, ch=16, ch_mult=(1, 2, 4, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=1_024,
         n_groups=4, mid_attention=False,
     )  # fmt: skip
-    tokenizers = TokenizerTraining(n_merges=1_024, steps=900, perceptual=0.3)
+    tokenizers = TokenizerTraining(n_merges=1_024, steps=800, warmup_steps=200, perceptual=0.3)
     data = DataConfig(source="emoji", pairs=0.7, questions=0.15, interleaved=0.15)
-    return RunConfig("emoji", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_400))
+    return RunConfig("emoji", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_000))
 
 
 def folder() -> RunConfig:
