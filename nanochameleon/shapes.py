@@ -332,7 +332,7 @@ class ShapesSource:
     world: World
     form: str  # one of data.FORMS
     seed: int
-    test: bool = False  # the split that no training picture shows
+    test: bool = False  # the split that training never shows; of an interleaved document only the first picture is
     size = None  # endless
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:

@@ -1,4 +1,4 @@
-"""The command line: every wrong word ends with its name and code 2, before torch is imported and without a traceback."""
+"""The command line: a wrong word ends with its name and code 2, before torch is imported and without a traceback."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ WRONG = {
     "half a step": (["toy", "--train.steps", "1.5"], "--train.steps"),
     "an unknown choice": (["toy", "--optim.name", "sgd"], "--optim.name"),
     "an option without its value": (["toy", "--seed"], "--seed"),
-    "heads that do not divide": (["toy", "--model.n-heads", "7"], "n_heads must divide dim: 256 is not a multiple of 7"),
+    "heads that do not divide": (["toy", "--model.n-heads", "7"], "n_heads must divide dim"),
     "no heads": (["toy", "--model.n-heads", "0"], "n_heads"),
     "a window that does not divide": (["toy", "--vqgan.window", "5"], "window"),
     "groups that do not divide": (["toy", "--vqgan.n-groups", "3"], "vqgan.n_groups"),
@@ -81,7 +81,8 @@ def test_a_preset_comes_with_its_vocabulary_and_context(name):
 
 
 def test_any_field_can_be_overridden_and_the_others_stay():
-    words = "toy --train.steps 3000 --vqgan.ch-mult 1 2 --vqgan.window None --optim.betas 0.5 0.6 --out x --tokenizers.optim.lr 1"
+    words = "toy --train.steps 3000 --vqgan.ch-mult 1 2 --vqgan.window None --optim.betas 0.5 0.6"
+    words += " --out x --tokenizers.optim.lr 1"
     cfg, before = parse_run([*words.split(), "--overwrite"]), parse_run(["toy"])
     assert (cfg.train.steps, cfg.vqgan.ch_mult, cfg.vqgan.window, cfg.optim.betas) == (3_000, (1, 2), None, (0.5, 0.6))
     assert cfg.out == Path("x") and cfg.overwrite and cfg.tokenizers.optim.lr == 1 and cfg.optim.lr == before.optim.lr

@@ -1,4 +1,4 @@
-"""Who decays, what the learning rate is at each step, and that AdamW is the one of the paper."""
+"""Who decays, what the learning rate is at each step, that AdamW is the one of the paper and Muon the one it says."""
 
 import math
 from itertools import pairwise
@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nanochameleon.config import OptimConfig
+from nanochameleon.checkpoint import load, load_optimizer, optimizer_tensors, save
+from nanochameleon.config import ModelConfig, OptimConfig, VQGANConfig
 from nanochameleon.errors import UserError
-from nanochameleon.optim import clip, decay_groups, learning_rate, make_adamw
+from nanochameleon.optim import Muon, clip, decay_groups, learning_rate, make_adamw, make_optimizer, orthogonalize
+from nanochameleon.transformer import Chameleon
+from nanochameleon.vqgan import VQGAN
 
 schedules = st.sampled_from(["exponential", "cosine", "constant"])
 configs = st.builds(
@@ -130,3 +133,145 @@ def test_clipping_is_global_keeps_the_direction_and_returns_the_norm_before(valu
     assert clip(parameters, max_norm) == pytest.approx(norm, rel=1e-5, abs=1e-30)
     scale = min(1.0, max_norm / norm) if norm else 1.0
     assert [p.grad.item() for p in parameters] == pytest.approx([v * scale for v in values], rel=1e-4, abs=1e-6)
+
+
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+MUON = OptimConfig("muon", lr=1e-2, eps=1e-8, weight_decay=0.1)
+
+
+@given(st.integers(1, 3), st.integers(1, 24), st.integers(1, 24), st.integers(0, 10_000), st.floats(1e-6, 1e6))
+def test_orthogonalizing_brings_singular_values_near_1_and_keeps_the_directions(n, rows, columns, seed, size):
+    """Any shape and scale: from singular values a hundred times apart to 0.6 .. 1.3, in the same singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    small = min(rows, columns)
+    u, _ = torch.linalg.qr(torch.randn(n, rows, small, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(n, columns, small, generator=generator))
+    values = torch.logspace(0, -2, small)[torch.randperm(small, generator=generator)]
+    result = orthogonalize(size * (u * values) @ v.mT)
+    inner = u.mT @ result @ v
+    diagonal = inner.diagonal(dim1=1, dim2=2)
+    assert result.shape == (n, rows, columns) and diagonal.min() > 0.6 and diagonal.max() < 1.3
+    torch.testing.assert_close(inner, torch.diag_embed(diagonal), rtol=0, atol=1e-3)
+    torch.testing.assert_close(u @ inner @ v.mT, result, rtol=0, atol=1e-3)  # nothing outside of them
+
+
+def test_no_gradient_is_no_update():
+    assert not orthogonalize(torch.zeros(2, 3, 5)).any()
+
+
+class Mixed(nn.Module):
+    """Two matrices of one shape, one wide, a convolution, embeddings, an output layer, a norm, QK-norm vectors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tok_embeddings = nn.Embedding(7, 4)
+        self.one, self.two, self.wide = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4, bias=False)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = nn.LayerNorm(4)
+        self.q_norm_weight = nn.Parameter(torch.ones(2, 8))
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+        self.output = nn.Linear(4, 7, bias=False)
+
+
+MATRICES = {"one.weight", "two.weight", "wide.weight", "conv.weight"}
+
+
+def gradients(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in trainable.items()}
+
+
+def take_step(optimizer: torch.optim.Optimizer, model: nn.Module, step: int, lr: float) -> None:
+    for name, gradient in gradients(model, step).items():
+        model.get_parameter(name).grad = gradient
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+def muon_by_hand(p, grads, lrs, decay):
+    """One matrix alone, in float64: momentum 0.95 with Nesterov's look ahead, orthogonalized, 0.2 sqrt(longer side)."""
+    mean = torch.zeros_like(p)
+    for g, lr in zip(grads, lrs, strict=True):
+        mean = 0.95 * mean + 0.05 * g
+        ahead = (0.05 * g + 0.95 * mean).reshape(len(p), -1)
+        update = orthogonalize(ahead[None])[0] * 0.2 * math.sqrt(max(ahead.shape))
+        p = p * (1 - lr * decay) - lr * update.reshape(p.shape)
+    return p
+
+
+def test_muon_is_the_update_written_by_hand_and_adamw_without_decay_for_the_rest():
+    model = Mixed().double()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, lrs = make_optimizer(model, MUON), [1e-2, 2e-2, 5e-3, 1e-2]
+    for step, lr in enumerate(lrs):
+        take_step(optimizer, model, step, lr)
+    for name, parameter in model.named_parameters():
+        grads = [gradients(model, step)[name] for step in range(4)] if parameter.requires_grad else []
+        if name in MATRICES:
+            expected = muon_by_hand(start[name], grads, lrs, 0.1)
+        else:
+            expected = adamw_by_hand(start[name], grads, lrs, (0.9, 0.95), 1e-8, 0.0) if grads else start[name]
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_a_muon_step_is_about_as_long_as_one_of_adamw():
+    """The reason for its scale: one learning rate for both kinds of parameters."""
+    for shape in ((64, 64), (16, 256), (256, 16)):
+        model = nn.Linear(shape[1], shape[0], bias=False)
+        before = model.weight.detach().clone()
+        take_step(Muon(model, OptimConfig("muon", weight_decay=0.0)), model, 0, 1.0)
+        assert 0.1 < (model.weight.detach() - before).square().mean().sqrt() < 0.3
+
+
+SMALL_VQGAN = VQGANConfig(
+    resolution=8, ch=4, ch_mult=(1, 1), n_res_blocks=1, z_channels=4, embed_dim=4, n_codes=5, n_groups=2
+)
+
+
+def small_models() -> dict[str, nn.Module]:
+    chameleon = Chameleon(ModelConfig(vocab_size=300, dim=8, n_layers=2, n_heads=2, multiple_of=4))
+    return {"mixed": Mixed(), "transformer": chameleon, "image tokenizer": VQGAN(SMALL_VQGAN)}
+
+
+@pytest.mark.parametrize("kind", ["mixed", "transformer", "image tokenizer"])
+def test_muon_has_every_parameter_once_and_rows_that_are_separate_take_adamw(kind):
+    model = small_models()[kind]
+    matrices, rest = Muon(model, MUON).param_groups
+    assert matrices["orthogonal"] and not rest["orthogonal"]
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    got = [[names[id(p)] for p in group["params"]] for group in (matrices, rest)]
+    assert sorted(got[0] + got[1]) == sorted(names.values())
+    separate = ("tok_embeddings", "output.", "quantize.embedding")
+    expected = {
+        name
+        for name in names.values()
+        if name.endswith("weight") and "norm" not in name and not name.startswith(separate)
+    }
+    assert set(got[0]) == expected and expected
+
+
+def test_muon_continues_bitwise_from_its_saved_state(tmp_path):
+    """Invariant 21 for the optimizer alone: 3 steps, save, load into a new one, 3 steps; against 6 steps."""
+    whole, stopped, resumed = Mixed(), Mixed(), Mixed()
+    for model, steps in ((whole, range(6)), (stopped, range(3))):
+        optimizer = Muon(model, MUON)
+        for step in steps:
+            take_step(optimizer, model, step, 1e-2)
+    save(tmp_path, 3, {"model": stopped.state_dict(), "optim": optimizer_tensors(optimizer, stopped)}, {})
+    tensors, _ = load(tmp_path)
+    resumed.load_state_dict(tensors["model"])
+    optimizer = Muon(resumed, MUON)
+    load_optimizer(optimizer, resumed, tensors["optim"])
+    for step in range(3, 6):
+        take_step(optimizer, resumed, step, 1e-2)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+
+
+def test_the_name_of_the_optimizer_decides():
+    assert isinstance(make_optimizer(Mixed(), MUON), Muon)
+    assert isinstance(make_optimizer(Mixed(), OptimConfig()), torch.optim.AdamW)

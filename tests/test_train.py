@@ -18,14 +18,13 @@ from tiny import SHAPES_VQGAN, training_config
 from nanochameleon import checkpoint, train_tokenizers
 from nanochameleon.config import DataConfig, EvalConfig, RunConfig
 from nanochameleon.errors import UserError
-from nanochameleon.evaluate.oracle import judge
 from nanochameleon.monitor import read_metrics
 from nanochameleon.run import CONFIG, read_config, start_folder
 from nanochameleon.shapes import World, draw, draw_scene
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train  # noqa: E402
+import train
 
 
 @pytest.fixture(scope="session")
@@ -104,12 +103,14 @@ def test_the_first_loss_is_that_of_a_guess_among_all_ids(finished):
 
 
 SHARE, AMOUNT = "a share", "an amount"
+STAGES = ("text_tokenizer", "image_tokenizer", "data", "transformer", "report")
+FACTS = ("background", "count", "shapes", "colours", "sizes")  # and the relation, where a pair was drawn
 REPORT = {
-    "seconds": {"total": AMOUNT} | dict.fromkeys(("text_tokenizer", "image_tokenizer", "data", "transformer", "report"), AMOUNT),
+    "seconds": {"total": AMOUNT} | dict.fromkeys(STAGES, AMOUNT),
     "peak_memory_gib": AMOUNT,
     "tokenizer": dict.fromkeys(("oracle_on_clean", "oracle_on_reconstructions", "codebook_used"), SHARE),
     "text_to_picture": {
-        "seen": {"all_facts": SHARE, "by_fact": dict.fromkeys(("background", "count", "shapes", "colours", "sizes"), SHARE)},
+        "seen": {"all_facts": SHARE, "by_fact": dict.fromkeys(FACTS, SHARE)},
         "held_out": {"all_facts": SHARE},
     },
     "captions": {"facts": SHARE},
@@ -117,7 +118,7 @@ REPORT = {
     "bits_per_code": AMOUNT,
     "bits_per_byte": AMOUNT,
     "tokens_per_second": AMOUNT,
-}  # fmt: skip
+}
 
 
 def assert_shape(report: dict, shape: dict) -> None:
@@ -172,7 +173,11 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(copy, 
     def fail(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for owner, name in ((train, "forward"), (train_tokenizers, "tokenizer_loss"), (train_tokenizers.TextTokenizer, "train")):
+    for owner, name in (
+        (train, "forward"),
+        (train_tokenizers, "tokenizer_loss"),
+        (train_tokenizers.TextTokenizer, "train"),
+    ):
         monkeypatch.setattr(owner, name, fail)
     (copy / "report.json").unlink()
     train.main(training_config(copy))
@@ -271,7 +276,9 @@ def test_another_configuration_in_the_same_folder_is_refused_by_the_fields_name(
 
 def test_what_does_not_touch_the_training_may_change(copy):
     cfg = training_config(copy)
-    start_folder(replace(cfg, evaluation=EvalConfig(1, 1, 1), device="auto", train=replace(cfg.train, log_every=1, keep=1)))
+    start_folder(
+        replace(cfg, evaluation=EvalConfig(1, 1, 1), device="auto", train=replace(cfg.train, log_every=1, keep=1))
+    )
     assert read_config(copy).evaluation == EvalConfig(1, 1, 1)
 
 

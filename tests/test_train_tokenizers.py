@@ -12,7 +12,7 @@ from nanochameleon import checkpoint, train_tokenizers
 from nanochameleon.data import Mixture, Picture
 from nanochameleon.image_losses import PerceptualLoss
 from nanochameleon.image_tokenizer import to_pixels
-from nanochameleon.prepare import mixture, open_sources
+from nanochameleon.prepare import mixture
 from nanochameleon.quantizer import nearest_code
 from nanochameleon.run import IMAGE_TOKENIZER, open_image_tokenizer
 from nanochameleon.shapes import ShapesSource, World, draw, scenes
@@ -108,18 +108,33 @@ def test_moving_averages_stand_still_at_the_end_so_that_the_decoder_can_follow(t
     assert not torch.equal(*(book["decoder.conv_out.weight"] for book in books))
 
 
-def test_it_learns_and_its_codes_are_in_use(tmp_path):
-    """Reconstructions of pictures it has not seen are better than the mean picture is, through codes alone."""
-    optim = replace(training().optim, warmup=5)
-    cfg = training_config(tmp_path, vqgan=replace(SHAPES_VQGAN, ch=8, ch_mult=(1, 1, 1), n_codes=32, z_channels=8, window=4),
-                          tokenizers=training(steps=60, warmup_steps=20, batch_size=4, adversarial=0.0, optim=optim))  # fmt: skip
-    train_image_tokenizer(cfg, SOURCE, tmp_path, CPU, lambda: False)
-    images = open_image_tokenizer(tmp_path, cfg, CPU)
-    clean = np.stack([draw(scene, World()) for scene in scenes(World(), 2, 32, test=True)])
+class Quarters:
+    """Pictures of four squares, each in one of six colours: learnt in a hundred steps."""
+
+    size = None
+    palette = np.array(
+        [(222, 40, 40), (30, 160, 60), (45, 80, 225), (250, 215, 40), (255, 255, 255), (16, 16, 20)], "u1"
+    )
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def document(self, index: int) -> list[Picture]:
+        squares = self.palette[np.random.default_rng((self.seed, index)).integers(0, 6, (2, 2))]
+        return [Picture(squares.repeat(8, 0).repeat(8, 1))]
+
+
+def test_it_learns_to_draw_pictures_it_has_not_seen(tmp_path, few_pictures):
+    optim = replace(training().optim, warmup=5, lr=1e-2)
+    vqgan = replace(SHAPES_VQGAN, resolution=16, ch=8, ch_mult=(1, 1, 1), n_codes=32, z_channels=8, embed_dim=8)
+    tokenizers = training(steps=120, warmup_steps=40, batch_size=8, adversarial=0.0, optim=optim)
+    cfg = training_config(tmp_path, vqgan=vqgan, tokenizers=tokenizers)
+    train_image_tokenizer(cfg, Quarters(0), tmp_path, CPU, lambda: False)
+    images, clean = open_image_tokenizer(tmp_path, cfg, CPU), pictures(Quarters(1), 0, 64)
     codes = images.encode(clean)
     error = np.abs(clean.astype(float) - images.decode(codes)).mean()
-    assert error < 0.5 * np.abs(clean - clean.mean(0)).mean()
-    assert len(torch.unique(codes)) >= 8
+    assert error < 0.6 * np.abs(clean - clean.mean(0)).mean()  # that of the mean picture
+    assert len(torch.unique(codes)) >= 16
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------
@@ -142,10 +157,11 @@ def test_the_codebook_starts_on_latents_and_has_one_for_each_different_window(wi
     latents = vqgan.latents(x).permute(0, 2, 3, 1).flatten(0, 2).detach()
     book = vqgan.quantize.embedding.weight.detach()
     nearest = (latents - book[nearest_code(latents, book)]).square().sum(1)
-    assert nearest.mean() < 0.1 * (latents - latents.mean(0)).square().sum(1).mean()
+    spread = (latents - latents.mean(0)).square().sum(1).mean()
+    assert nearest.mean() < 0.1 * spread
     different = len(torch.unique(cut(x, 8).flatten(1), dim=0))
     if window:  # fewer different windows than codes: each has its own
-        assert different <= 64 and nearest.max() < 1e-9
+        assert different <= 64 and nearest.max() < 1e-4 * spread
     assert torch.equal(vqgan.quantize.sums, book) and (vqgan.quantize.counts == 1).all()
 
 
@@ -155,7 +171,9 @@ def test_the_reconstruction_loss_is_the_pixels_error_and_that_of_the_edges():
     error = (x - y).abs().mean() + (x - y).square().mean()
     plain = reconstruction_loss(x, y, perceptual, training(perceptual=0.0))
     torch.testing.assert_close(plain, error)
-    torch.testing.assert_close(reconstruction_loss(x, y, perceptual, training(perceptual=0.5)), error + 0.5 * perceptual(x, y))
+    torch.testing.assert_close(
+        reconstruction_loss(x, y, perceptual, training(perceptual=0.5)), error + 0.5 * perceptual(x, y)
+    )
     assert reconstruction_loss(x, x, perceptual, training(perceptual=0.5)) == 0
 
 
@@ -188,7 +206,9 @@ def test_the_adversary_trains_itself_alone_and_pulls_the_decoder_as_hard_as_the_
     for _ in range(20):
         y = last * x
         loss = adversary.loss(x, y, (x - y).abs().mean(), last)
-    assert last.grad is None and not any(torch.equal(a, b) for a, b in zip(before, adversary.net.parameters(), strict=True))
+    assert last.grad is None and not any(
+        torch.equal(a, b) for a, b in zip(before, adversary.net.parameters(), strict=True)
+    )
     assert adversary.net(x).mean() - adversary.net(0.5 * x).mean() > real_over_fake
     (pull,), (pixels_pull,) = torch.autograd.grad(loss, last), torch.autograd.grad((x - last * x).abs().mean(), last)
     assert pull.abs().item() == pytest.approx(pixels_pull.abs().item(), rel=0.05)

@@ -1,0 +1,93 @@
+"""What the README promises is there: its commands run, its presets, targets and files exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nanochameleon.cli import parse_run
+from nanochameleon.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+PYTHON = [line for line in LINES if re.match(r"python \w+\.py ", line)]
+TRAIN, SAMPLE = ([line for line in PYTHON if line.startswith(f"python {name}.py")] for name in ("train", "sample"))
+TINY = shlex.split("""
+    --vqgan.ch 4 --vqgan.n-groups 4 --vqgan.z-channels 4 --vqgan.embed-dim 4 --vqgan.n-codes 16
+    --model.dim 16 --model.n-layers 1 --model.n-heads 2 --model.multiple-of 8
+    --tokenizers.n-merges 64 --tokenizers.n-texts 200 --tokenizers.steps 3 --tokenizers.warmup-steps 2
+    --tokenizers.batch-size 2 --train.steps 2 --train.batch-size 2
+    --evaluation.pictures 2 --evaluation.answers 2 --evaluation.reconstructions 2 --device cpu
+""")
+OVERRIDES = {"toy": TINY, "toy_long": TINY, "toy_rich": TINY}  # presets that need nothing from outside
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder in which the README's training lines have been run, with the picture that it speaks of."""
+    folder = tmp_path_factory.mktemp("readme")
+    Image.new("RGB", (40, 30), "red").save(folder / "picture.png")
+    for line in TRAIN:
+        run(line, folder, OVERRIDES[shlex.split(line)[2]])
+    return folder
+
+
+def run(line: str, folder: Path, more: list[str]) -> str:
+    _, script, *words = shlex.split(line)
+    command = [sys.executable, str(ROOT / script), *words, *more]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, f"{line}\n{done.stderr[-2_000:]}"
+    return done.stdout
+
+
+def test_there_are_commands_to_train_draw_and_answer():
+    assert len(TRAIN) >= 1 and len(SAMPLE) >= 2 and any("picture.png" in line for line in SAMPLE)
+
+
+def test_training_ends_with_the_results_that_are_named(place):
+    promised = set(re.findall(r"`(\w+\.(?:png|json|html))`", README)) - {"picture.png"}
+    assert {"samples.png", "curves.png", "report.json", "report.html"} <= promised
+    for line in TRAIN:
+        assert promised <= {path.name for path in (place / "runs" / shlex.split(line)[2]).iterdir()}
+
+
+@pytest.mark.parametrize("line", SAMPLE)
+def test_the_sampling_lines_run_as_they_stand(line, place):
+    said = run(line, place, [])
+    if "picture.png" not in line:
+        assert (place / said.splitlines()[-1]).suffix == ".png" and (place / said.splitlines()[-1]).is_file()
+
+
+def test_every_preset_is_in_the_table_and_takes_the_words_that_stand_there():
+    table = [
+        line.split("|")[1].strip().strip("`") for line in README.splitlines() if line.startswith("| `python train.py")
+    ]
+    assert [shlex.split(line)[2] for line in table] == list(PRESETS)
+    for line in table:
+        assert parse_run(shlex.split(line)[2:]).name == shlex.split(line)[2]
+
+
+def test_every_override_that_is_named_exists():
+    """Options in the text, such as `--train.steps 3000`."""
+    options = re.findall(r"`(--[\w.-]+ \S+)`", README)
+    assert options
+    for option in options:
+        assert parse_run(["toy", *option.split()]) != parse_run(["toy"])
+
+
+def test_every_make_target_that_is_named_exists():
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_file_that_is_named_exists():
+    named = re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|txt|toml))`", README) + re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    named += [word for line in LINES for word in line.split() if word.endswith(".txt")]
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
