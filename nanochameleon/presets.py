@@ -33,14 +33,14 @@ def toy() -> RunConfig:
     Many codes, most of them one patch of one shape: quick to learn, and no help with compositions never shown.
     """
     vqgan = dataclasses.replace(TOY_VQGAN, n_codes=512)
-    tokenizers = TokenizerTraining(n_merges=160, steps=700, warmup_steps=200)
-    data = DataConfig(pairs=0.45, questions=0.15, interleaved=0.4)
-    return RunConfig("toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=900), TOY_SAMPLE)
+    tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
+    data = DataConfig(pairs=0.3, questions=0.2, interleaved=0.5)
+    return RunConfig("toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_050), TOY_SAMPLE)
 
 
 def toy_long() -> RunConfig:
     """The same scenes with an hour of CPU time, and few codes, which all shapes share: slower, composes better."""
-    return dataclasses.replace(toy(), name="toy_long", vqgan=TOY_VQGAN, train=TrainConfig(steps=5_000, sample_every=1_000))
+    return dataclasses.replace(toy(), name="toy_long", vqgan=TOY_VQGAN, train=TrainConfig(steps=9_000, sample_every=1_500))
 
 
 def toy_rich() -> RunConfig:

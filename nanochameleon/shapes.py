@@ -15,7 +15,7 @@ Reading a picture back into a scene is evaluate/oracle.py.
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -195,21 +195,6 @@ def random_places(world: World, rng: np.random.Generator) -> tuple[str, tuple[tu
     return relation, cells
 
 
-def vary(scene: Scene, world: World, rng: np.random.Generator) -> Scene:
-    """The scene with one word changed, of one of its kinds of things or the background; still of the training split."""
-    while True:
-        old = scene.things[rng.integers(len(scene.things))]
-        new, what = random_thing(world, rng, "seen"), ("size", "colour", "shape", "background")[rng.integers(4)]
-        if what == "background":
-            changed = replace(scene, background=world.backgrounds[rng.integers(world.n_backgrounds)])
-        else:
-            thing = replace(old, **{what: getattr(new, what)})
-            changed = replace(scene, things=tuple(thing if t == old else t for t in scene.things))
-        same_kinds = len(set(changed.things)) == len(set(scene.things))
-        if changed != scene and same_kinds and not changed.compositions & world.held_out and not changed.for_test:
-            return changed
-
-
 def draw_scene(world: World, seed: int, index: int, compositions: str = "seen", test: bool = False) -> Scene:
     """Scene `index` of an endless list: a pure function of its arguments, from the training or the test split."""
     rng = np.random.default_rng((seed, index, test))
@@ -332,7 +317,7 @@ class ShapesSource:
     world: World
     form: str  # one of data.FORMS
     seed: int
-    test: bool = False  # the split that training never shows; of an interleaved document only the first picture is
+    test: bool = False  # the split that no training picture shows
     size = None  # endless
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
@@ -340,15 +325,11 @@ class ShapesSource:
         return draw_scene(self.world, seed, index, test=self.test), np.random.default_rng((seed, index, 2))
 
     def document(self, index: int) -> RawDocument:
-        """A pair in either order; a picture with up to 4 questions; or two captions, each followed by its picture.
-
-        The second picture of an interleaved document differs from the first in one word: drawing it is copying the
-        one and changing the other, so a shape is learnt apart from its colour.
-        """
-        scene, rng = self.scene(index)
+        """A pair in either order; a picture with up to 4 questions; or two captions, each followed by its picture."""
         if self.form == "interleaved":
-            both = (scene, vary(scene, self.world, rng))
-            return interleaved([(s.caption(), draw(s, self.world)) for s in both])
+            both = [self.scene(2 * index + i) for i in range(2)]
+            return interleaved([(caption(scene, rng), draw(scene, self.world)) for scene, rng in both])
+        scene, rng = self.scene(index)
         pixels = draw(scene, self.world)
         if self.form == "pair":
             return pair(caption(scene, rng), pixels, rng)
