@@ -5,7 +5,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 from nanochameleon.config import (
     DataConfig,
@@ -19,7 +18,7 @@ from nanochameleon.config import (
 )
 
 TOY_VQGAN = VQGANConfig(
-    resolution=32, ch=16, ch_mult=(1, 2, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=64, n_groups=4,
+    resolution=32, ch=16, ch_mult=(1, 2, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=128, n_groups=4,
     mid_attention=False, window=4,
 )  # fmt: skip
 TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=4, multiple_of=64)
@@ -34,13 +33,14 @@ def toy() -> RunConfig:
     """
     vqgan = dataclasses.replace(TOY_VQGAN, n_codes=512)
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
-    data = DataConfig(pairs=0.3, questions=0.2, interleaved=0.5)
-    return RunConfig("toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_050), TOY_SAMPLE)
+    data = DataConfig(pairs=0.3, questions=0.35, interleaved=0.35)
+    return RunConfig("toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_200), TOY_SAMPLE)
 
 
 def toy_long() -> RunConfig:
     """The same scenes with an hour of CPU time, and few codes, which all shapes share: slower, composes better."""
-    return dataclasses.replace(toy(), name="toy_long", vqgan=TOY_VQGAN, train=TrainConfig(steps=9_000, sample_every=1_500))
+    train = TrainConfig(steps=9_000, sample_every=1_500)
+    return dataclasses.replace(toy(), name="toy_long", vqgan=TOY_VQGAN, train=train)
 
 
 def toy_rich() -> RunConfig:
@@ -65,9 +65,7 @@ def emoji() -> RunConfig:
 def folder() -> RunConfig:
     """Your own pictures: a folder with captions.jsonl, metadata.csv or metadata.jsonl (--data.path)."""
     cfg = emoji()
-    data = dataclasses.replace(
-        cfg.data, source="folder", path=Path("pictures"), pairs=1.0, questions=0.0, interleaved=0.0
-    )
+    data = dataclasses.replace(cfg.data, source="folder", pairs=1.0, questions=0.0, interleaved=0.0)
     return dataclasses.replace(cfg, name="folder", data=data)
 
 

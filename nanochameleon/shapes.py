@@ -325,7 +325,7 @@ class ShapesSource:
         return draw_scene(self.world, seed, index, test=self.test), np.random.default_rng((seed, index, 2))
 
     def document(self, index: int) -> RawDocument:
-        """A pair in either order; a picture with up to 4 questions; or two captions, each followed by its picture."""
+        """A pair in either order; a picture with up to 6 questions; or two captions, each followed by its picture."""
         if self.form == "interleaved":
             both = [self.scene(2 * index + i) for i in range(2)]
             return interleaved([(caption(scene, rng), draw(scene, self.world)) for scene, rng in both])
@@ -334,7 +334,7 @@ class ShapesSource:
         if self.form == "pair":
             return pair(caption(scene, rng), pixels, rng)
         asked = questions(scene, self.world, rng)
-        chosen = [asked[i] for i in rng.permutation(len(asked))[:3]] + [(ASK_CAPTION, scene.caption())]
+        chosen = [asked[i] for i in rng.permutation(len(asked))[:5]] + [(ASK_CAPTION, scene.caption())]
         return question_answer(pixels, [chosen[i] for i in rng.permutation(len(chosen))])
 
     def captions(self, n: int) -> Iterator[str]:
