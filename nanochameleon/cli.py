@@ -1,23 +1,41 @@
 """The command line: presets as subcommands, any field of one by its dotted name (tyro). Imports no torch."""
 
 import dataclasses
-import sys
+import math
 from collections.abc import Sequence
 from operator import attrgetter
 
 import tyro
 
 from nanochameleon.config import RunConfig
+from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.presets import PRESETS
 
-AT_LEAST = {  # the smallest value of a field -> the fields
-    0: ("seed", "optim.warmup", "tokenizers.n_merges", "tokenizers.warmup_steps", "tokenizers.optim.warmup"),
-    1: (
-        "model.n_layers", "model.multiple_of", "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size",
-        "data.n_documents", "train.steps", "train.batch_size", "train.seq_len", "train.log_every", "train.sample_every",
-        "train.save_every", "train.keep", "evaluation.pictures", "evaluation.answers", "evaluation.reconstructions",
-    ),
-}  # fmt: skip
+ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every entry has to pass
+    ("at least 0", lambda x: 0 <= x < math.inf, (
+        "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
+        "tokenizers.warmup_steps", "tokenizers.optim.warmup", "tokenizers.optim.eps", "tokenizers.optim.weight_decay",
+        "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
+        "tokenizers.adversarial", "tokenizers.adversarial_from", "data.pairs", "data.questions", "data.interleaved",
+        "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
+    )),
+    ("at least 1", lambda x: 1 <= x < math.inf, (
+        "vqgan.resolution", "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim",
+        "vqgan.n_codes", "vqgan.n_groups", "model.n_layers", "model.multiple_of", "tokenizers.n_texts",
+        "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
+        "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
+        "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
+        "evaluation.reconstructions",
+    )),
+    ("above 0", lambda x: 0 < x < math.inf, (
+        "model.norm_eps", "model.rope_theta", "optim.lr", "optim.clip", "tokenizers.optim.lr", "tokenizers.optim.clip",
+    )),
+    ("at least 0 and less than 1", lambda x: 0 <= x < 1, (
+        "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
+    )),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, ("sample.top_p", "sample.image_top_p")),
+)  # fmt: skip
+MAX_SEED = 2**32 - 1
 
 
 def first_line(doc: str | None) -> str:
@@ -25,38 +43,58 @@ def first_line(doc: str | None) -> str:
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises ValueError, naming the field, for a number that is too small."""
-    for least, names in AT_LEAST.items():
+    """Raises UserError, naming the field, for a number that is out of range."""
+    for wish, good, names in ALLOWED:
         for name in names:
             value = attrgetter(name)(cfg)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-    if cfg.vqgan.n_groups < 1 or any(cfg.vqgan.ch * mult % cfg.vqgan.n_groups for mult in cfg.vqgan.ch_mult):
-        raise ValueError(f"vqgan.n_groups ({cfg.vqgan.n_groups}) must divide the channels of every level")
+            for x in value if isinstance(value, tuple) else (value,):
+                if x is not None and not good(x):
+                    raise UserError(f"{name} must be {wish}, not {x}")
+    if cfg.seed > MAX_SEED:
+        raise UserError(f"seed must be at most {MAX_SEED}, not {cfg.seed}")
+    for name in ("optim", "tokenizers.optim"):
+        optim = attrgetter(name)(cfg)
+        if optim.schedule == "exponential" and optim.final == 0:
+            raise UserError(f"{name}.final must be above 0, since an exponential schedule never reaches 0")
+
+
+def check_together(cfg: RunConfig) -> None:
+    """Raises UserError, naming the fields, for numbers that do not go together."""
+    if any(cfg.vqgan.ch * mult % cfg.vqgan.n_groups for mult in cfg.vqgan.ch_mult):
+        raise UserError(f"vqgan.n_groups ({cfg.vqgan.n_groups}) must divide the channels of every level")
     if cfg.tokenizers.warmup_steps >= cfg.tokenizers.steps:  # then the codebook would never be put to use
-        raise ValueError(f"tokenizers.warmup_steps must be less than tokenizers.steps, {cfg.tokenizers.steps}")
+        raise UserError(f"tokenizers.warmup_steps must be less than tokenizers.steps, {cfg.tokenizers.steps}")
+    if not any((cfg.data.pairs, cfg.data.questions, cfg.data.interleaved)):
+        raise UserError("data.pairs, data.questions and data.interleaved are all 0: raise one")
+    least = cfg.vqgan.codes_per_image + 5  # <s>, a word, <boi>, codes, <eoi>, </s>
+    if cfg.train.seq_len < least:
+        raise UserError(f"train.seq_len must be at least {least} for a picture and a word, not {cfg.train.seq_len}")
 
 
 def complete(cfg: RunConfig) -> RunConfig:
     """Sets what follows from other fields: the model's vocabulary and context.
 
-    Raises ValueError for numbers out of range, and for a vocabulary beyond the 65,536 ids that token shards hold.
+    Raises UserError for numbers out of range, and for a vocabulary beyond the 65,536 ids that token shards hold.
     """
     check(cfg)
+    check_together(cfg)
     from nanochameleon.vocab import Vocab
 
     vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)
     if vocab.size > 2**16:
-        raise ValueError(f"vqgan.n_codes and tokenizers.n_merges make {vocab.size:,} ids; at most 65,536 are possible")
+        raise UserError(f"vqgan.n_codes and tokenizers.n_merges make {vocab.size:,} ids; at most 65,536 are possible")
     model = dataclasses.replace(cfg.model, vocab_size=vocab.size, max_seq_len=cfg.train.seq_len)
     return dataclasses.replace(cfg, model=model)
 
 
 def parse_run(args: Sequence[str] | None = None) -> RunConfig:
     """Arguments -> a preset with its overrides. A wrong option or value ends the program with its name and code 2."""
+    return exit_on_user_error(lambda: complete(overridden(args)))
+
+
+def overridden(args: Sequence[str] | None) -> RunConfig:
     presets = {name: (first_line(preset.__doc__), preset()) for name, preset in PRESETS.items()}
     try:
-        return complete(tyro.extras.overridable_config_cli(presets, args=args))
+        return tyro.extras.overridable_config_cli(presets, args=args)
     except ValueError as error:  # a configuration's own check
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise UserError(str(error)) from None

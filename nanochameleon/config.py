@@ -39,9 +39,12 @@ class VQGANConfig:
         return self.grid**2
 
     def __post_init__(self):
+        if not self.ch_mult:
+            raise ValueError("ch_mult needs a number for each level, and at least one")
         window = self.window or self.resolution
         if window < 1 or self.resolution % self.factor or self.resolution % window or window % self.factor:
-            raise ValueError(f"resolution, window and factor must divide one another: {self}, factor {self.factor}")
+            sizes = f"resolution {self.resolution}, window {window} and factor {self.factor} (2 to the levels less one)"
+            raise ValueError(f"{sizes} must divide one another")
 
 
 @dataclass(frozen=True)

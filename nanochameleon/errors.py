@@ -6,16 +6,23 @@ that sentence on stderr and exit code 2. Anything else is a bug of ours and keep
 
 import sys
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
     """A wrong option, file or prompt: the message names what is wrong and what to do about it."""
 
 
-def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Runs `main`; a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130."""
+class Interrupted(Exception):
+    """Ctrl-C, met between two steps: what is done is saved, and the same command goes on."""
+
+
+def exit_on_user_error(main: Callable[[], T]) -> T:
+    """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130."""
     try:
-        main()
+        return main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -36,6 +36,22 @@ WRONG = {
     "a negative seed": (["toy", "--seed", "-1"], "seed must be at least 0, not -1"),
     "negative merges": (["toy", "--tokenizers.n-merges", "-1"], "tokenizers.n_merges"),
     "a tokenizer that is never quantized": (["toy", "--tokenizers.steps", "100"], "tokenizers.warmup_steps"),
+    "no channels": (["toy", "--vqgan.ch", "0"], "vqgan.ch must be at least 1, not 0"),
+    "no levels": (["toy", "--vqgan.ch-mult"], "ch_mult needs a number for each level"),
+    "a seed beyond 32 bits": (["toy", "--seed", str(2**32)], "seed must be at most 4294967295"),
+    "a rate that is no number": (["toy", "--optim.lr", "nan"], "optim.lr must be above 0, not nan"),
+    "an endless rate": (["toy", "--tokenizers.optim.lr", "inf"], "tokenizers.optim.lr must be above 0, not inf"),
+    "an exponential way to nothing": (
+        ["toy", "--optim.schedule", "exponential", "--optim.final", "0"], "optim.final must be above 0"
+    ),
+    "a moving average of one value": (["toy", "--optim.betas", "0.9", "1"], "optim.betas must be at least 0 and less"),
+    "more dropped than there is": (["toy", "--model.dropout", "2"], "model.dropout must be at least 0 and less than 1"),
+    "no probability": (["toy", "--sample.top-p", "0"], "sample.top_p must be above 0 and at most 1, not 0"),
+    "a negative share": (["toy", "--data.pairs", "-1"], "data.pairs must be at least 0, not -1"),
+    "no documents at all": (
+        ["toy", "--data.pairs", "0", "--data.questions", "0", "--data.interleaved", "0"], "are all 0: raise one"
+    ),
+    "rows too short for a picture": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
     "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),
 }  # fmt: skip
 
@@ -81,15 +97,21 @@ def test_a_preset_comes_with_its_vocabulary_and_context(name):
 
 
 def test_any_field_can_be_overridden_and_the_others_stay():
-    words = "toy --train.steps 3000 --vqgan.ch-mult 1 2 --vqgan.window None --optim.betas 0.5 0.6"
+    words = "toy --train.steps 3000 --vqgan.ch-mult 1 2 2 --vqgan.window None --optim.betas 0.5 0.6"
     words += " --out x --tokenizers.optim.lr 1"
     cfg, before = parse_run([*words.split(), "--overwrite"]), parse_run(["toy"])
-    assert (cfg.train.steps, cfg.vqgan.ch_mult, cfg.vqgan.window, cfg.optim.betas) == (3_000, (1, 2), None, (0.5, 0.6))
+    assert (cfg.train.steps, cfg.vqgan.ch_mult, cfg.vqgan.window, cfg.optim.betas) == (3_000, (1, 2, 2), None, (0.5, 0.6))
     assert cfg.out == Path("x") and cfg.overwrite and cfg.tokenizers.optim.lr == 1 and cfg.optim.lr == before.optim.lr
     assert (cfg.train.batch_size, cfg.data, cfg.model) == (before.train.batch_size, before.data, before.model)
 
 
 def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tmp_path):
     done = run_train("folder", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "error: pictures is not a folder\n"
-    assert {path.name for path in tmp_path.rglob("*")} == {"runs", "folder", "config.json"}
+    assert done.returncode == 2 and done.stderr.startswith("error: source folder needs --data.path, the folder with")
+    done = run_train("folder", "--data.path", "photos", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: photos is not a folder: set --data.path to")
+    assert done.stderr.count("\n") == 1 and {path.name for path in tmp_path.rglob("*")} == {
+        "runs",
+        "folder",
+        "config.json",
+    }
