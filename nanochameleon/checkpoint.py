@@ -1,6 +1,6 @@
 """Checkpoints: step-NNNNNN/ folders that are either whole or do not count.
 
-    step-000200/  model.safetensors  optim.safetensors  state.json  config.json  ...  manifest.json
+    step-000200/  model.safetensors  optim.safetensors  state.json  manifest.json
 
 All files are written into .tmp-...; the manifest (size and sha256 of each) comes last, then one rename. So a kill at
 any moment leaves the older ones as they were, and a flipped byte or a cut file is noticed: the newest checkpoint is the
@@ -23,35 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochameleon.errors import UserError
+from nanochameleon.files import fsync
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})(\.old)?")  # .old: set aside while a second save of the same step moves in
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files that appear at once or not at all
-
-
-def fsync(path: Path) -> None:
-    """Waits until the file or folder is on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes beside `path`, then replaces it in one step: readers see the old file or the new one."""
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        aside.write_bytes(data)
-        fsync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # manifest
@@ -102,24 +77,15 @@ def damage(checkpoint: Path) -> str | None:
 # save
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict,
-    config: dict | None = None,
-    files: dict[str, bytes] | None = None,
-) -> Path:
+def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
     """Writes run_dir/step-NNNNNN and returns it.
 
     tensors: {"model": {name: tensor}, "optim": ..., ...}, one safetensors file each; tensors must not share memory.
-    state, config: what JSON can hold. files: more files by name, such as tokenizer.json.
+    state: what JSON can hold.
     Raises UserError when the disk is full or not writable; then nothing new is left and the older ones are untouched.
     """
     run_dir = Path(run_dir)
     needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    texts = {"state.json": state, "config.json": config or {}}
-    blobs = {name: json.dumps(value, indent=1).encode() for name, value in texts.items()} | (files or {})
     aside = run_dir / f".tmp-step-{step:06d}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -127,7 +93,7 @@ def save(
         if shutil.disk_usage(run_dir).free < needed:
             raise OSError(f"it needs {needed / 1e6:.0f} MB and the disk has less")
         aside.mkdir()
-        _write_files(aside, tensors, blobs)
+        _write_files(aside, tensors, state)
         return _move_in(aside, run_dir / f"step-{step:06d}")
     except OSError as error:
         raise UserError(f"cannot save a checkpoint in {run_dir}: {error}; older checkpoints are untouched") from error
@@ -136,20 +102,21 @@ def save(
 
 
 def sweep(run_dir: Path) -> None:
-    """Removes the .tmp-* folders that a killed save has left."""
+    """Removes the .tmp-* folders and files that a killed save has left."""
     for path in Path(run_dir).glob(".tmp-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], blobs: dict[str, bytes]) -> None:
+def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
     for group, content in tensors.items():
         try:
             save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, folder / f"{group}.safetensors")
         except SafetensorError as error:  # how a full disk shows here
             raise OSError(str(error)) from error
-    for name, data in blobs.items():
-        (folder / name).write_bytes(data)
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
     entries = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
     for name in entries:
         fsync(folder / name)
@@ -223,7 +190,9 @@ def locate(path: Path) -> Path:
         raise UserError(f"{path} is not a run folder: it holds no step-NNNNNN; give the folder that train.py wrote")
     found = newest(path)
     if found is None:
-        raise UserError(f"{path} holds no whole checkpoint; all of them are damaged, train again or restore a copy")
+        raise UserError(
+            f"{path} holds no whole checkpoint, all are damaged: restore a copy, or start anew with --overwrite"
+        )
     return found
 
 
@@ -244,7 +213,7 @@ def keep_last(run_dir: Path, k: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# optimizer and random state as flat tensors
+# the optimizer's state as flat tensors
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -278,15 +247,3 @@ def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
     """id(parameter) -> its position in the optimizer, which is how torch's state_dict names it."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return {id(parameter): position for position, parameter in enumerate(parameters)}
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """The state of torch's CPU generator, uint8."""
-    return {"torch_cpu": torch.get_rng_state()}
-
-
-def load_rng(tensors: dict[str, Tensor]) -> None:
-    """Inverse of rng_tensors. Raises UserError when it is not there."""
-    if "torch_cpu" not in tensors:
-        raise UserError("the checkpoint holds no random state 'torch_cpu'; it cannot be continued exactly")
-    torch.set_rng_state(tensors["torch_cpu"])

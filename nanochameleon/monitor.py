@@ -5,9 +5,9 @@ bound announces a divergence long before the loss does. One JSON line a logged s
 one picture. No account, no server; it computes no metric itself.
 """
 
+import io
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochameleon.checkpoint import write_file
+from nanochameleon.files import write_file
 
 METRICS = "metrics.jsonl"
 FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite
-    "loss": "nats a supervised token, without z-loss",
+    "loss": "nats a supervised token, the z-loss term included",
     "loss_text": "nats a text token",
     "loss_image": "nats a picture code",
     "z_loss": "the z-loss term as added, nats",
@@ -27,9 +27,9 @@ FIELDS = {  # every line has "step" and what of these was given; null stands for
     "output_norm": "mean Euclidean norm of the last block's output over tokens",
     "grad_norm": "global gradient norm before clipping",
     "lr": "learning rate",
-    "tokens": "tokens seen since the first step",
+    "tokens": "supervised tokens since the first step, padding and each document's <s> left out",
     "tokens_per_second": "since the line before",
-    "seconds": "training time since the first step, without the time between a stop and a resume",
+    "seconds": "since the first step, with checkpoints and sample grids, without the time between a stop and a resume",
 }
 BAR = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
 
@@ -146,9 +146,9 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
     _plot_gradient(gradient, metrics)
     for panel in (log_z, gradient):
         panel.set_xlabel("step")
-    aside = Path(path).with_name(f".tmp-{os.getpid()}-{Path(path).name}")
-    figure.savefig(aside, format="png")
-    os.replace(aside, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_file(Path(path), buffer.getvalue())
 
 
 def smooth(values: list[float], share: float = 0.03) -> list[float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nanochameleon.checkpoint import write_file
+from nanochameleon.files import write_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # samples.png

@@ -11,7 +11,6 @@ str comes back from decode(encode(s)) as it was, but for lone surrogates, which 
 
 import heapq
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
@@ -21,6 +20,7 @@ import regex
 from tqdm import tqdm
 
 from nanochameleon.errors import UserError
+from nanochameleon.files import write_file
 from nanochameleon.vocab import N_BYTES, Vocab
 
 Pair = tuple[bytes, bytes]
@@ -268,10 +268,7 @@ class TextTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes the JSON file of the `tokenizers` library, whole or not at all."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text(json.dumps(to_json(self), ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(aside, path)
+        write_file(Path(path), json.dumps(to_json(self), ensure_ascii=False, indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path, vocab: Vocab | None = None) -> "TextTokenizer":
