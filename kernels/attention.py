@@ -1,4 +1,4 @@
-"""Causal attention within documents, with grouped keys and values. Plain torch: the reference of every later kernel.
+"""Causal attention within documents, with grouped keys and values: the formula as the reference, and torch's fused one.
 
     out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(D)) v[b, g, j],   g = h // (H / G),
 
@@ -21,6 +21,14 @@ def visible(query_docs: Tensor, key_docs: Tensor) -> Tensor:
     t, s = query_docs.shape[1], key_docs.shape[1]
     before = torch.ones(t, s, dtype=torch.bool, device=query_docs.device).tril(s - t)
     return before & (query_docs[:, :, None] == key_docs[:, None, :])
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The formula, step by step, in the type of its inputs; arguments as for `attention`."""
+    group = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])  # the key head of each query head
+    scores = torch.einsum("bhid,bhjd->bhij", q, k[:, group]) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhij,bhjd->bhid", weights, v[:, group])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

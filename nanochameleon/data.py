@@ -180,6 +180,8 @@ def aside(directory: Path, index: str) -> Iterator[Path]:
             f"{directory} is in the way: it was not written by nanochameleon; move it or choose another place"
         )
     new, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
+    if old.exists() and not directory.exists():  # killed between the two renames below
+        os.replace(old, directory)
     for stale in (new, old):
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir(parents=True)
@@ -271,13 +273,11 @@ def shard_sized(docs: Iterable[Sequence[int]], shard_tokens: int) -> Iterator[li
         yield group
 
 
-def write_shards(
-    directory: Path, docs: Iterable[Sequence[int]], shard_tokens: int = 2**24, about: dict | None = None
-) -> None:
+def write_shards(directory: Path, docs: Iterable[Sequence[int]], shard_tokens: int = 2**24) -> None:
     """Documents of ids 0..65535 -> shard-00000.bin, ... of at most `shard_tokens` ids (uint16, little-endian).
 
-    No document is split between shards. `about` (JSON) says what the ids were made from, for the reader to compare.
-    Raises ValueError for an empty document or an id that 16 bits do not hold; then, as after Ctrl-C, nothing is left.
+    No document is split between shards. Raises ValueError for an empty document or an id that 16 bits do not hold;
+    then, as after Ctrl-C, nothing is left.
     """
     with aside(directory, Shards.INDEX) as new:
         lengths, per_shard = [np.zeros(1, "<u8")], []
@@ -286,7 +286,7 @@ def write_shards(
             lengths.append(np.array([len(ids) for ids in group], "<u8"))
             per_shard.append(len(group))
         np.concatenate(lengths).cumsum(dtype="<u8").tofile(new / "offsets.bin")
-        index = {"format": Shards.FORMAT, "documents_per_shard": per_shard, "about": about or {}}
+        index = {"format": Shards.FORMAT, "documents_per_shard": per_shard}
         (new / Shards.INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
@@ -300,7 +300,6 @@ class Shards:
 
     def __init__(self, directory: Path):
         index = read_index(directory, self.INDEX, self.FORMAT)
-        self.about = index["about"]
         self.firsts = np.cumsum([0, *index["documents_per_shard"]])  # first document of each shard, and the end
         self.offsets = map_file(Path(directory) / "offsets.bin", "<u8", (int(self.firsts[-1]) + 1,))
         starts = self.offsets[self.firsts].astype(np.int64)
@@ -308,10 +307,6 @@ class Shards:
             map_file(Path(directory) / f"shard-{number:05d}.bin", "<u2", (int(size),))
             for number, size in enumerate(np.diff(starts))
         ]
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.offsets[-1])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -351,7 +346,6 @@ class Loader:
         rows = assign_rows(lengths[short], seq_len)
         self.docs = short[np.argsort(rows, kind="stable")]  # documents, row by row
         self.edges = np.concatenate([[0], np.cumsum(np.bincount(rows))])  # where in `docs` each row begins
-        self.n_tokens = int(lengths[short].sum())  # in an epoch, without padding
 
     @property
     def n_rows(self) -> int:

@@ -151,7 +151,7 @@ def choose(model: Chameleon, hidden: Tensor, grammar: Grammar, options: SampleCo
         if columns is in_picture[1] and len(hidden) > n:
             logits = guide(logits, F.linear(hidden[n + rows], weight).float(), o.guidance)
         logits = logits.masked_fill(~grammar.table[kinds[rows], columns], -torch.inf)
-        ids[rows] = pick(filtered(logits, *settings), uniforms[rows]) + columns.start
+        ids[rows] = pick(filtered(logits, *settings), uniforms[rows.to(uniforms.device)]) + columns.start
     return ids
 
 
@@ -172,7 +172,8 @@ def steps(
     cache = KVCache.empty(model.cfg, len(prompts) * (1 + twins), longest + n_steps, device, dtype)
     rows = Rows(model, cache, twins, len(prompts))
     hidden = rows.prefill(prompts, grammar.vocab)
-    uniforms = uniforms.to(device)
+    if device.type != "mps":  # which has no float64; pick moves what it needs
+        uniforms = uniforms.to(device)
     for step in range(n_steps):
         ids = choose(model, hidden, grammar, options, uniforms[:, step])
         grammar = grammar.after(ids)
@@ -199,7 +200,6 @@ def generate(
     options: SampleConfig,
     mode: Mode = "both",
     seed: int = 0,
-    first_row: int = 0,
     stops: Sequence[int] | None = None,
     batch_size: int = 256,
     progress: str | None = None,
@@ -207,8 +207,8 @@ def generate(
     """The new ids of each prompt, the stop id included, on the model's device.
 
     n_codes: codes a picture. mode: "text", "image" (one picture) or "both", see Grammar. Row i draws its numbers from
-    (seed, first_row + i), so a row alone, given its number, equals the row in a batch. stops: ids that end a row, by
-    default </s> alone. progress: shows a bar of this name. Raises UserError for a prompt without room.
+    (seed, i), whatever the batch. stops: ids that end a row, by default </s> alone. progress: shows a bar of this name.
+    Raises UserError for a prompt without room.
     """
     grammars = [  # all of them first: a prompt that is too long is refused before any work
         start_grammar(model, prompts[i : i + batch_size], vocab, n_codes, options, mode, stops)
@@ -221,7 +221,7 @@ def generate(
     try:
         for number, (grammar, total) in enumerate(zip(grammars, totals, strict=True)):
             batch = prompts[number * batch_size : (number + 1) * batch_size]
-            first = first_row + number * batch_size
+            first = number * batch_size
             uniforms = row_uniforms(seed, range(first, first + len(batch)), total)
             out += run_batch(steps(model, batch, grammar, options, uniforms), vocab.pad, bar)
             bar.update(sum(totals[: number + 1]) - bar.n)
@@ -250,16 +250,11 @@ class PictureStarted:
 
 
 @dataclass(frozen=True)
-class PartialPicture:
-    codes: tuple[int, ...]  # so far; ImageTokenizer.decode fills in the rest
-
-
-@dataclass(frozen=True)
 class End:
     ids: tuple[int, ...]  # all new ids, the stop id included
 
 
-Event = Text | PictureStarted | PartialPicture | Image | End
+Event = Text | PictureStarted | Image | End
 
 
 def stream(
@@ -272,23 +267,19 @@ def stream(
     seed: int = 0,
     row: int = 0,
     stops: Sequence[int] | None = None,
-    partial_every: int | None = None,
 ) -> Iterator[Event]:
     """What generate gives as row `row`, event by event: pieces of text, none of which splits a character, pictures.
 
-    partial_every: codes between views of the unfinished picture. The model must be in eval mode. Raises UserError, at
-    the call and not later, for a prompt without room.
+    The model must be in eval mode. Raises UserError, at the call and not later, for a prompt without room.
     """
     if model.training:
         raise ValueError("call model.eval() before stream: dropout would be on")
     grammar = start_grammar(model, [prompt], tokenizer.vocab, n_codes, options, mode, stops)
     uniforms = row_uniforms(seed, [row], int(grammar.room.max()))
-    return events(steps(model, [prompt], grammar, options, uniforms), prompt, tokenizer, partial_every)
+    return events(steps(model, [prompt], grammar, options, uniforms), prompt, tokenizer)
 
 
-def events(
-    run: Iterator[tuple[Tensor, Grammar]], prompt: Sequence[int], tokenizer: TextTokenizer, partial_every: int | None
-) -> Iterator[Event]:
+def events(run: Iterator[tuple[Tensor, Grammar]], prompt: Sequence[int], tokenizer: TextTokenizer) -> Iterator[Event]:
     """Steps of one row -> events."""
     vocab, letters, new = tokenizer.vocab, codecs.getincrementaldecoder("utf-8")("replace"), []
     picture = open_picture(prompt, vocab)
@@ -309,8 +300,6 @@ def events(
             picture = None
         elif picture is not None:
             picture.append(token)
-            if partial_every and (len(picture) - 1) % partial_every == 0:
-                yield PartialPicture(codes_of(picture, vocab))
     if text := letters.decode(b"", final=True):
         yield Text(text)
     yield End(tuple(new))

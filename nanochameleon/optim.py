@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
 
+TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
+
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Matrices and convolutions decay; norms and biases do not.
@@ -57,7 +59,8 @@ class Muon(torch.optim.Optimizer):
     All directions of a matrix move equally far, where Adam follows the few strong ones. In the toy world the image
     tokenizer needs a tenth of AdamW's steps (docs/log.md). Convolutions (out, in, h, w) are matrices (out, in*h*w).
     The update is scaled by 0.2 sqrt(the longer side) (Moonlight, arXiv 2502.16982), so that its size is that of
-    AdamW's and both share one learning rate. Embeddings and the output layer, whose rows are separate, take AdamW.
+    AdamW's and both share one learning rate. Embeddings and the output layer, whose rows are separate, take AdamW
+    without decay: `weight_decay` is on the other matrices alone.
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig, momentum: float = 0.95):

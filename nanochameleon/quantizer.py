@@ -7,7 +7,6 @@ the COMMITMENT term as in the paper; taming-transformers and Hugging Face put it
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,29 +63,21 @@ class Quantizer(nn.Module):
         return straight_through(z, quantized), codes, quantized
 
     @torch.no_grad()
-    def follow(self, z: Tensor, codes: Tensor, decay: float, min_count: float, generator: torch.Generator) -> int:
-        """One moving-average step towards this batch's vectors; returns how many dead codes were moved.
+    def follow(self, z: Tensor, codes: Tensor, decay: float, min_count: float, generator: torch.Generator) -> None:
+        """One moving-average step towards this batch's vectors.
 
         A code is dead when its running count falls below `min_count`; it is put onto a random vector of the batch.
         """
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).float()
         hits = F.one_hot(codes.reshape(-1), len(self.counts)).to(flat.dtype)
-        counts, sums = hits.sum(0), hits.T @ flat
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        self.counts.lerp_(counts, 1 - decay)
-        self.sums.lerp_(sums, 1 - decay)
+        self.counts.lerp_(hits.sum(0), 1 - decay)
+        self.sums.lerp_(hits.T @ flat, 1 - decay)
         dead = (self.counts < min_count).nonzero()[:, 0]
         if len(dead):
             picks = torch.randint(len(flat), (len(dead),), generator=generator)
-            moved = flat[picks.to(flat.device)]
-            if dist.is_available() and dist.is_initialized():
-                dist.broadcast(moved, 0)  # every rank has vectors of its own, the codebook must stay one
             self.counts[dead] = 1.0
-            self.sums[dead] = moved
+            self.sums[dead] = flat[picks.to(flat.device)]
         self.embedding.weight.copy_(self.sums / self.counts[:, None].clamp_min(1e-6))
-        return len(dead)
 
     @torch.no_grad()
     def start_from(self, vectors: Tensor, rounds: int, generator: torch.Generator) -> None:

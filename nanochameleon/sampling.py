@@ -37,10 +37,15 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     if p >= 1:  # rounding would cut the tail
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.double().softmax(-1)
-    reached = probs.cumsum(-1) - probs >= p  # by those before it
+    probs = probabilities(ordered)
+    reached = (probs.cumsum(-1) - probs >= p).to(logits.device)  # by those before it
     reached[..., 0] = False
     return logits.masked_fill(torch.zeros_like(reached).scatter(-1, order, reached), -torch.inf)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """In float64, and on the CPU where the device has no such numbers (Apple's)."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(-1)
 
 
 def _only(logits: Tensor, ids: Tensor) -> Tensor:
@@ -62,17 +67,12 @@ def pick(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     One number a row makes a row's ids independent of the rows beside it.
     """
-    probs = logits.double().softmax(-1)
+    probs = probabilities(logits)
     sums = probs.cumsum(-1)
     ids = torch.searchsorted(sums, (uniforms.to(sums.device) * sums[:, -1])[:, None], right=True)
     ids = ids.clamp(max=logits.shape[-1] - 1)
     # A parallel sum need not be monotone to the last bit, so an impossible id could be hit at an edge.
-    return torch.where(probs.gather(-1, ids) > 0, ids, probs.argmax(-1, keepdim=True))[:, 0]
-
-
-def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """ids (N,), each row's drawn from softmax(logits). The generator is on the CPU, so all devices draw alike."""
-    return pick(logits, torch.rand(len(logits), dtype=torch.float64, generator=generator))
+    return torch.where(probs.gather(-1, ids) > 0, ids, probs.argmax(-1, keepdim=True))[:, 0].to(logits.device)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

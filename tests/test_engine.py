@@ -10,12 +10,15 @@ from tiny import N_CODES, TOKENIZER, VOCAB, tiny_model
 
 from nanochameleon.config import SampleConfig
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
-from nanochameleon.engine import End, PartialPicture, PictureStarted, events, generate, pad_left, row_uniforms, stream
+from nanochameleon.engine import End, PictureStarted, events, generate, pad_left, row_uniforms, stream
 from nanochameleon.errors import UserError
 from nanochameleon.sampling import Grammar, filtered, guide, pick
 from nanochameleon.transformer import KVCache
 
 MODEL, GROUPED = tiny_model(), tiny_model(1, n_heads=4, n_kv_heads=2, norm_order="post")
+with torch.no_grad():  # so that both often begin a picture where they may
+    for model in (MODEL, GROUPED):
+        model.output.weight[VOCAB.boi] *= 6
 OPTIONS = SampleConfig(temperature=1.3, top_p=0.95, image_temperature=1.0, image_top_p=0.9, max_new=16)
 
 pictures = st.lists(st.integers(0, 7), min_size=N_CODES, max_size=N_CODES).map(lambda codes: Image(tuple(codes)))
@@ -97,10 +100,30 @@ def test_generate_equals_a_loop_without_cache_batch_or_twins(rows, mode, guidanc
     assert together == [plain(model, row, options, mode, seed, i) for i, row in enumerate(rows)]
 
 
-def test_pictures_begin_in_free_mode_so_that_the_test_above_sees_guided_ones():
-    options = replace(OPTIONS, temperature=100.0, top_p=1.0, max_new=40)
-    rows = generate(MODEL, [[VOCAB.bos]] * 40, VOCAB, N_CODES, options)
-    assert 3 <= sum(VOCAB.boi in row[1:] for row in rows) < 40
+def test_so_does_it_where_guided_pictures_begin_between_words():
+    rows, options = [[VOCAB.bos, VOCAB.first_text + i] for i in range(6)], replace(OPTIONS, guidance=2.5, max_new=40)
+    together = generate(MODEL, rows, VOCAB, N_CODES, options, "both", 1)
+    begun = {i for row in together for i, token in enumerate(row) if token == VOCAB.boi}
+    assert len(begun) > 5 and max(begun) > 10
+    assert together == [plain(MODEL, row, options, "both", 1, i) for i, row in enumerate(rows)]
+
+
+def test_positions_count_from_0_in_every_document_that_attention_sees():
+    """Rotary scores see differences alone, so no logits would tell of a twin whose positions run on."""
+    fed = []
+    hook = MODEL.register_forward_pre_hook(lambda _, args: fed.append(args[1:3]))
+    prompts = [[VOCAB.bos], [VOCAB.bos, *TOKENIZER.encode("a red"), VOCAB.boi, VOCAB.first_code]]
+    try:
+        generate(MODEL, prompts, VOCAB, N_CODES, replace(OPTIONS, guidance=2.0, max_new=40), seed=1)
+    finally:
+        hook.remove()
+    positions, doc_ids = (torch.cat(parts, 1) for parts in zip(*fed, strict=True))
+    assert len(positions) == 4
+    for row, docs in zip(positions, doc_ids, strict=True):
+        for doc in set(docs.tolist()) - {-1}:
+            seen = row[docs == doc]
+            assert torch.equal(seen, torch.arange(len(seen)))
+    assert doc_ids[:2].unique().tolist() == [-1, 0] and doc_ids[2:].max() > 5
 
 
 @settings(max_examples=15)
@@ -108,8 +131,6 @@ def test_pictures_begin_in_free_mode_so_that_the_test_above_sees_guided_ones():
 def test_a_row_is_the_same_alone_and_in_any_batch(rows, seed, batch_size):
     together = generate(MODEL, rows, VOCAB, N_CODES, OPTIONS, seed=seed)
     assert generate(MODEL, rows, VOCAB, N_CODES, OPTIONS, seed=seed, batch_size=batch_size) == together
-    last = len(rows) - 1
-    assert generate(MODEL, rows[-1:], VOCAB, N_CODES, OPTIONS, seed=seed, first_row=last) == together[-1:]
 
 
 def test_guidance_0_draws_what_no_prompt_draws_and_guidance_1_listens():
@@ -210,8 +231,8 @@ def test_an_open_picture_needs_room_for_its_rest():
 @given(prompts(), st.sampled_from(["text", "image", "both"]), st.integers(0, 99))
 def test_a_stream_tells_what_generate_gives(prompt, mode, seed):
     options = replace(OPTIONS, temperature=100.0, top_p=1.0)
-    told = list(stream(MODEL, prompt, TOKENIZER, N_CODES, options, mode, seed, row=5, partial_every=2))
-    new = generate(MODEL, [prompt], VOCAB, N_CODES, options, mode, seed, first_row=5)[0]
+    told = list(stream(MODEL, prompt, TOKENIZER, N_CODES, options, mode, seed, row=2))
+    new = generate(MODEL, [prompt] * 3, VOCAB, N_CODES, options, mode, seed)[2]
     assert told[-1] == End(tuple(new)) and End not in map(type, told[:-1])
     segments = [event for event in told if isinstance(event, Text | Image)]
     joined = [segments[0]] if segments else []
@@ -227,7 +248,6 @@ def test_a_stream_tells_what_generate_gives(prompt, mode, seed):
     if not any(isinstance(s, Image) for s in joined):
         assert "".join(s.text for s in joined) == TOKENIZER.decode(letters)
     assert told.count(PictureStarted()) == len(everything) - len(before)
-    assert all(len(event.codes) in (2, 4) for event in told if isinstance(event, PartialPicture))
 
 
 def parse_open(prompt):
@@ -241,7 +261,7 @@ def test_pieces_of_text_never_split_a_character():
     words = "é日\U0001f44d".encode() + b"\xe6\x97" + b"a"
     ids = [VOCAB.first_text + byte for byte in words]
     ids += [VOCAB.boi, *range(4, 8), VOCAB.eoi, VOCAB.first_text + 0xC3, VOCAB.eos]
-    told = list(events(((torch.tensor([token]), None) for token in ids), [VOCAB.bos], TOKENIZER, None))
+    told = list(events(((torch.tensor([token]), None) for token in ids), [VOCAB.bos], TOKENIZER))
     texts = [event.text for event in told if isinstance(event, Text)]
     assert texts == ["é", "日", "\U0001f44d", "\ufffda", "\ufffd"]
     assert [type(event) for event in told[-4:]] == [PictureStarted, Image, Text, End]
