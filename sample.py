@@ -17,8 +17,13 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "regex") if not find_spec(name)]):
+    print(f"error: {missing[0]} is missing: run make demo, or pip install -c constraints.txt -e .", file=sys.stderr)
+    raise SystemExit(2)
 
 import tyro
 
@@ -51,6 +56,9 @@ class Args:
     """Of pictures: 1 is as the model says, more is nearer to the prompt."""
     max_new: int | None = None
     """Ids to write at most."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How a picture becomes a square: crop keeps the middle, as the pictures of training; pad keeps all of it, with a
+    white border, as the paper does for prompts."""
     seed: int = 0
     """The same seed gives the same samples."""
     out: Path | None = None
@@ -87,7 +95,7 @@ def is_picture(argument: str) -> bool:
     return os.path.isfile(argument) or argument.lower().endswith(PICTURE_ENDINGS)
 
 
-def read_segments(arguments: tuple[str, ...], resolution: int) -> list:
+def read_segments(arguments: tuple[str, ...], resolution: int, fit: Literal["crop", "pad"]) -> list:
     """Arguments -> Text and Picture segments. Raises UserError for a picture that is missing or cannot be read."""
     from nanochameleon.data import Picture
     from nanochameleon.documents import Text
@@ -96,7 +104,7 @@ def read_segments(arguments: tuple[str, ...], resolution: int) -> list:
     segments = []
     for argument in arguments:
         if is_picture(argument):
-            segments.append(Picture(preprocess(load_picture(argument), resolution, "pad")))
+            segments.append(Picture(preprocess(load_picture(argument), resolution, fit)))
         elif any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python shows bytes that are no UTF-8
             raise UserError(f"the prompt {argument!a} is not valid UTF-8")
         elif argument.strip():
@@ -137,13 +145,15 @@ def main(args: Args) -> list[list[str | Path]]:
 
     run = open_run(args.run, args.device)
     vocab, n_codes = run.vocab, run.images.n_codes_per_image
-    mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution), run.cfg)
+    mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution, args.fit), run.cfg)
     prompt = prompt_ids(segments, run, mode if mode in ("draw", "answer") else "go on")
     options = args.options(run.cfg.sample)
     shelf = Shelf(args, run.images)
     if mode == "draw":
         if args.max_new is None:  # a picture's length is no choice
             options = dataclasses.replace(options, max_new=n_codes + 1)
+        elif args.max_new <= n_codes:
+            raise UserError(f"--max-new must be at least {n_codes + 1} to draw a picture, not {args.max_new}")
         progress = "drawing" if sys.stderr.isatty() else None
         rows = generate(run.model, [prompt] * args.n, vocab, n_codes, options, "image", args.seed, progress=progress)
         return [[shelf.put([vocab.id_to_code(token) for token in row[:-1]])] for row in rows]
@@ -188,7 +198,7 @@ class Shelf:
         """One picture's codes -> the file it was saved in. Raises UserError where it cannot be written."""
         import torch
 
-        from nanochameleon.checkpoint import write_file
+        from nanochameleon.files import write_file
         from nanochameleon.report import as_terminal, png, terminal_mode
 
         picture = self.images.decode(torch.tensor([list(codes)]))[0]

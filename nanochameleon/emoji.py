@@ -51,7 +51,7 @@ def package_folder(package: str) -> Path:
     """Where a package is installed. Raises UserError if it is not."""
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise UserError(f"the emoji need the package {package}: pip install nanochameleon[data]")
+        raise UserError(f"the emoji need the package {package}: pip install -c constraints.txt -e '.[data]'")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -30,6 +30,7 @@ FILE_KEYS, TEXT_KEYS = ("file_name", "image"), ("text", "caption")
 TEST_FOLDERS = {"test", "validation", "valid", "val", "dev"}
 TEST_SHARE = 20  # without such folders one picture in this many is of the test split
 MAX_CAPTION = 1_000  # characters
+SKIPPED = "skipped.jsonl"  # beside the prepared pictures
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Report:
 def caption_files(folder: Path) -> list[Path]:
     """The caption file of the folder and of each subfolder. Raises UserError if there is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder")
+        raise UserError(f"{folder} is not a folder: set --data.path to the one with your pictures and their captions")
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     found = [[place / name for name in CAPTION_FILES if (place / name).is_file()][:1] for place in places]
     if not any(found):
@@ -181,7 +182,7 @@ def prepare_folder(
             raise UserError(
                 f"{folder} has no picture with a caption that can be used: {first or 'its caption file is empty'}"
             )
-        with open(new / "skipped.jsonl", "w", encoding="utf-8") as file:
+        with open(new / SKIPPED, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(item) + "\n" for item in report.skipped)
     return report
 

@@ -21,8 +21,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.vqgan import VQGAN
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 4_096 * 4_096
-MAX_SIDE = 8_192
+MAX_SIDE = 8_192  # pixels; so 67 million in all, and a photo of 48 million is taken
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -33,7 +32,7 @@ def load_picture(path: str | Path) -> Image.Image:
     """The picture in a file, upright, as RGB; alpha is blended on white, of an animation the first frame is taken.
 
     Raises UserError, naming the file, for one that is missing, empty, cut off, broken, of another format than FORMATS,
-    of more than MAX_PIXELS pixels or MAX_SIDE a side (known from its header, before decoding), or beyond 16 bits.
+    of more than MAX_SIDE pixels a side (known from its header, before decoding), or beyond 16 bits.
     """
     if not os.path.isfile(path):
         raise UserError(f"picture {path} is not there or is not a file")
@@ -58,14 +57,13 @@ def load_picture(path: str | Path) -> Image.Image:
 
 
 def check_size(path: str | Path, picture: Image.Image) -> None:
-    """Raises UserError if the size that the header states is over the limits; nothing is decoded yet."""
+    """Raises UserError if the size that the header states is over the limit; nothing is decoded yet."""
     width, height = picture.size
     # a TIFF is decoded tile by tile, and a tile may be larger than the picture
     tile = [int(picture.tag_v2.get(tag, 0)) for tag in (322, 323)] if picture.format == "TIFF" else [0, 0]
     for w, h in ((width, height), tile):
-        if max(w, h) > MAX_SIDE or w * h > MAX_PIXELS:
-            limits = f"at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all"
-            raise UserError(f"picture {path} is too large at {w:,} x {h:,} pixels: use {limits}")
+        if max(w, h) > MAX_SIDE:
+            raise UserError(f"picture {path} is too large at {w:,} x {h:,} pixels: use at most {MAX_SIDE:,} a side")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -12,8 +12,8 @@ from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import FORMS, Mixture, Shards, Source, fuse, write_shards
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
-from nanochameleon.errors import UserError
-from nanochameleon.folder import FolderSource, prepare_folder
+from nanochameleon.errors import Interrupted, UserError
+from nanochameleon.folder import SKIPPED, FolderSource, prepare_folder
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.shapes import ShapesSource, World
 from nanochameleon.text_tokenizer import TextTokenizer
@@ -27,18 +27,29 @@ def world(data: DataConfig) -> World | None:
 
 
 def store_pictures(cfg: RunConfig, folder: Path) -> None:
-    """Reads emoji or a folder into folder/pictures, unless they are there. Prints what was skipped."""
+    """Reads emoji or a folder into folder/pictures, unless they are there, and says what was skipped.
+
+    Raises UserError where a split is empty: now, and not when the first pictures of the test split are drawn.
+    """
     if cfg.data.source == "folder" and cfg.data.questions:
         raise UserError("a folder of captioned pictures has no questions: set --data.questions 0")
     stored = folder / "pictures"
-    if world(cfg.data) or (stored / "pictures.json").exists():
+    if world(cfg.data):
         return
+    if not (stored / "pictures.json").exists():
+        store(cfg, stored)
+    for split in ("train", "test"):
+        open_sources(cfg, folder, split)("pair")
+
+
+def store(cfg: RunConfig, stored: Path) -> None:
     if cfg.data.source == "emoji":
         prepare_emoji(stored, cfg.vqgan.resolution)
     elif cfg.data.path is None:
         raise UserError("source folder needs --data.path, the folder with the pictures and their captions")
     else:
-        print(prepare_folder(cfg.data.path, stored, cfg.vqgan.resolution))
+        report = prepare_folder(cfg.data.path, stored, cfg.vqgan.resolution)
+        print(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
 
 
 def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable[[str], Source]:
@@ -60,11 +71,15 @@ def mixture(cfg: RunConfig, folder: Path, split: str = "train") -> Mixture:
     return Mixture({form: (source(form), share) for form, share in shares.items() if share}, cfg.seed)
 
 
-def token_lists(docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer) -> Iterator[list[int]]:
+def token_lists(
+    docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[list[int]]:
     """Documents 0, 1, 2, ... as ids, without end; each picture of a finite source is encoded once."""
     known = None if all(source.size is None for source in docs.sources) else {}
     start = 0
     while True:
+        if stopped():
+            raise Interrupted
         raw = [docs.document(i) for i in range(start, start + CHUNK)]
         for doc in fuse(raw, images, known):
             yield render(doc, tokenizer, tokenizer.vocab)
@@ -72,21 +87,31 @@ def token_lists(docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer)
 
 
 def write_tokens(
-    cfg: RunConfig, docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path
+    cfg: RunConfig,
+    docs: Mixture,
+    images: ImageTokenizer,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Shards:
-    """Writes folder/data unless it is there: as many documents as the run reads, so that none comes twice."""
+    """Writes folder/data unless it is there: as many documents as the run reads, so that none comes twice.
+
+    `stopped` is asked before every CHUNK of documents; when it says so, nothing is written and Interrupted raised.
+    """
     directory = folder / "data"
     if not directory.exists():
         needed = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
-        write_shards(directory, enough(token_lists(docs, images, tokenizer), needed, cfg.data.n_documents))
+        write_shards(directory, enough(token_lists(docs, images, tokenizer, stopped), needed, cfg.data.n_documents))
     return Shards(directory)
 
 
 def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None) -> Iterator[list[int]]:
     """The first documents, until they hold n_tokens ids or, if given, are n_documents; with a progress bar."""
-    total = n_documents or n_tokens
+    total, done = n_documents or n_tokens, 0  # the bar does not count where it is switched off
     with tqdm(total=total, desc="tokenizing", unit="doc" if n_documents else "id", unit_scale=True) as bar:
-        while bar.n < total:
+        while done < total:
             ids = next(lists)
             yield ids
-            bar.update(1 if n_documents else len(ids))
+            new = 1 if n_documents else len(ids)
+            done += new
+            bar.update(new)

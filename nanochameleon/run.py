@@ -5,14 +5,16 @@
     image_tokenizer/        checkpoints of the VQGAN
     data/                   token shards
     step-NNNNNN/            checkpoints of the transformer
-    metrics.jsonl, samples/, curves.png, samples.png, report.json, report.html
+    metrics.jsonl, samples/, curves.png, samples.png, report.json, report.html, picture.png
 
 Writing it is train.py's work.
 """
 
 import dataclasses
 import json
+import shlex
 import shutil
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import torch
 from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig
 from nanochameleon.errors import UserError
+from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
@@ -47,20 +50,30 @@ class Run:
         return self.model.output.weight.device
 
 
+def command(script: str, *words: str) -> str:
+    """The line for a shell that runs a script with this Python, under the name by which it is found from here."""
+    python, here = Path(sys.executable or "python"), Path.cwd()
+    if shutil.which("python") == str(python):
+        name = "python"  # as in an active environment
+    else:
+        name = str(python.relative_to(here) if python.is_relative_to(here) else python)
+    return shlex.join([name, script, *words])
+
+
 def config_to_json(cfg: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=1, default=str) + "\n"
 
 
 def config_from_json(text: str) -> RunConfig:
     """Inverse of config_to_json. Raises ValueError for JSON that is not a RunConfig."""
-    return _build(RunConfig, json.loads(text))
+    return _build(RunConfig, json.loads(text), "RunConfig")
 
 
-def _build(kind, value):
+def _build(kind, value, name: str):
     """A JSON value -> a value of the annotated type: dataclasses, tuples and paths come back as they were."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        return None if value is None else _build(kinds[0], value)
+        return None if value is None else _build(kinds[0], value, name)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{kind.__name__} is {value!r}")
@@ -68,23 +81,27 @@ def _build(kind, value):
         if unknown := set(value) - set(known):
             raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
         try:
-            return kind(**{name: _build(known[name], v) for name, v in value.items()})
+            return kind(**{name: _build(known[name], v, name) for name, v in value.items()})
         except TypeError as error:
             raise ValueError(str(error)) from None
-    if kind is Path:
-        return Path(value)
-    return tuple(value) if typing.get_origin(kind) is tuple else value
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_build(typing.get_args(kind)[0], v, name) for v in value)
+    types_of = {int: (int,), float: (int, float), Path: (str,), bool: (bool,), str: (str,)}  # 1 may stand for 1.0
+    if type(value) not in types_of.get(kind, ()) and value not in typing.get_args(kind):  # those of a Literal
+        raise ValueError(f"{name} is {value!r}")
+    return Path(value) if kind is Path else value
 
 
 def read_config(folder: Path) -> RunConfig:
     """The configuration of a run. Raises UserError for a folder that is not one."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is not a run: it has no {CONFIG}; train one with python train.py toy")
+        raise UserError(f"{folder} is not a run: it has no {CONFIG}; train one with {command('train.py', 'toy')}")
     try:
         return config_from_json(path.read_text())
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not the configuration of a run ({error})") from None
+        why = f"{path} is not the configuration of a run ({error})"
+        raise UserError(f"{why}; if an older version wrote it, delete the folder and train anew") from None
 
 
 MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation")  # between the start of a run and its continuation
@@ -128,7 +145,7 @@ def start_folder(cfg: RunConfig) -> Path:
         raise UserError(f"{folder} holds files that are no run's: choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_file(folder / CONFIG, config_to_json(cfg).encode())
+        write_file(folder / CONFIG, config_to_json(cfg).encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
     return folder
@@ -167,6 +184,9 @@ def open_run(folder: Path, device: str = "auto") -> Run:
     folder = Path(folder)
     cfg = read_config(folder)
     where = pick_device(device)
+    if not checkpoint.checkpoints(folder):
+        line = command("train.py", cfg.name)
+        raise UserError(f"{folder} is not trained yet: go on with the line that began it, such as {line}")
     tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
     images = open_image_tokenizer(folder, cfg, where)
     tensors, _ = checkpoint.load(folder, groups=["weights"])

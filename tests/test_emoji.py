@@ -133,7 +133,7 @@ def test_the_licences_are_written_beside_the_pictures(prepared):
 def test_a_missing_package_is_named_with_the_way_to_get_it(missing, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    with pytest.raises(UserError, match=rf"{missing}: pip install nanochameleon\[data\]"):
+    with pytest.raises(UserError, match=rf"{missing}: pip install -c constraints.txt -e '\.\[data\]'"):
         prepare_emoji(tmp_path / "emoji", 16)
     assert list(tmp_path.iterdir()) == []
 

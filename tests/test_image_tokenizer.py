@@ -211,7 +211,7 @@ def test_broken_exif_costs_no_picture(tmp_path, exif):
         (png(20_000, 20_000, 1, 0, bytes(2_501 * 20_000)), "too large"),
         (png(20_000, 20_000, 1, 0, b"", packed=True), "too large"),
         (png(10_000, 10_000, 1, 0, bytes(1_251 * 10_000)), "too large at 10,000 x 10,000"),
-        (png(4_097, 4_096, 1, 0, b"", packed=True), "too large at 4,097 x 4,096"),
+        (png(8_193, 8_192, 1, 0, b"", packed=True), "too large at 8,193 x 8,192"),
         (png(1, 8_193, 1, 0, b"", packed=True), "too large at 1 x 8,193"),
         (tiff(10, 10, 8_208), "too large at 8,208 x 8,208"),
     ],
@@ -226,8 +226,8 @@ def test_a_bad_file_gets_one_sentence_that_names_it(tmp_path, data, why):
 
 def test_the_bomb_is_small_and_its_limit_is_not_too_low(tmp_path):
     assert len(png(20_000, 20_000, 1, 0, bytes(2_501 * 20_000))) < 50_000
-    (tmp_path / "large.png").write_bytes(png(4_096, 4_096, 1, 0, bytes(513 * 4_096)))
-    assert load_picture(tmp_path / "large.png").size == (4_096, 4_096)
+    (tmp_path / "large.png").write_bytes(png(8_064, 6_048, 1, 0, bytes(1_009 * 6_048)))  # as a camera's 48 million
+    assert load_picture(tmp_path / "large.png").size == (8_064, 6_048)
     assert load(tmp_path, png(8_192, 1, 1, 0, bytes(1_025))).shape == (1, 8_192, 3)
     assert load(tmp_path, tiff(10, 10, 16)).max() == 0
 

@@ -1,15 +1,20 @@
 """From a configuration to token shards: enough and no more, the same each time, true to the documents."""
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from tiny import training_config
+from tqdm import tqdm
 
+from nanochameleon import prepare
 from nanochameleon.data import FORMS, Loader, Picture, digest
 from nanochameleon.documents import Image, Text, parse
 from nanochameleon.errors import UserError
@@ -46,7 +51,7 @@ def write(folder: Path, tokenizer: TextTokenizer, cfg=CFG, images=None):
 
 def test_there_are_enough_ids_for_every_step_and_not_one_document_more(tmp_path, tokenizer):
     shards, needed = write(tmp_path, tokenizer), 12 * 2 * 192
-    assert shards.n_tokens - shards.lengths[-1] < needed <= shards.n_tokens
+    assert shards.lengths[:-1].sum() < needed <= shards.lengths.sum()
     loader = Loader(shards, CFG.train.batch_size, CFG.train.seq_len, 0, VOCAB.pad)
     assert loader.n_rows >= 12 * 2  # so no row is read twice
 
@@ -60,6 +65,36 @@ def test_enough_stops_at_once():
     assert len(list(enough(itertools.repeat([1, 2, 3]), 10, None))) == 4
     assert len(list(enough(itertools.repeat([1, 2, 3]), 9, None))) == 3
     assert len(list(enough(itertools.repeat([1, 2, 3]), 9, 5))) == 5
+
+
+def test_enough_stops_without_a_bar_too(monkeypatch):
+    monkeypatch.setattr(prepare, "tqdm", partial(tqdm, disable=True))
+    lists = itertools.chain(itertools.repeat([1, 2, 3], 9), iter(lambda: pytest.fail("it goes on and on"), None))
+    assert len(list(enough(lists, 10, None))) == 4 and len(list(enough(lists, 9, 5))) == 5
+
+
+def pictures_with_captions(folder: Path, n: int) -> None:
+    folder.mkdir()
+    for i in range(n):
+        PIL.Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(folder / f"{i}.png")
+    lines = [{"file_name": f"{i}.png", "text": "red"} for i in range(n + 1)]  # the last picture is not there
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_an_empty_split_is_found_at_once_and_the_list_of_what_was_skipped_is_named(tmp_path, capsys):
+    def store(n: int) -> Path:
+        path = tmp_path / f"mine{n}"
+        if not path.exists():
+            pictures_with_captions(path, n)
+        cfg = replace(CFG, data=replace(CFG.data, source="folder", path=path, questions=0.0))
+        store_pictures(cfg, tmp_path / f"run{n}")
+        return tmp_path / f"run{n}" / "pictures" / "skipped.jsonl"
+
+    listed = store(2)
+    assert f"1 missing pictures; listed in {listed}\n" in capsys.readouterr().out and listed.is_file()
+    for _ in range(2):  # stored by the first try, opened by the second
+        with pytest.raises(UserError, match="no picture in its test split"):
+            store(1)
 
 
 def test_the_same_run_writes_the_same_bytes_and_another_seed_others(tmp_path, tokenizer):

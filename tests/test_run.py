@@ -24,7 +24,16 @@ from nanochameleon.config import (
 )
 from nanochameleon.errors import UserError
 from nanochameleon.presets import PRESETS
-from nanochameleon.run import CONFIG, config_from_json, config_to_json, open_run, pick_device, read_config
+from nanochameleon.run import (
+    CONFIG,
+    command,
+    config_from_json,
+    config_to_json,
+    open_run,
+    pick_device,
+    read_config,
+    start_folder,
+)
 
 paths = st.text(st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), min_size=1).map(Path)
 whole, real = st.integers(1, 10**9), st.floats(allow_nan=False)
@@ -86,6 +95,13 @@ NOT_A_CONFIG = {
     "sizes that do not divide": (changed(lambda c: c["model"].update(n_heads=3)), "n_heads must divide dim"),
     "no heads": (changed(lambda c: c["model"].update(n_heads=0)), "config.json"),
     "a list": ("[]", "RunConfig"),
+    "a word for a number": (changed(lambda c: c["train"].update(steps="many")), "steps is 'many'"),
+    "half a step": (changed(lambda c: c["train"].update(steps=1.5)), "steps is 1.5"),
+    "true for a number": (changed(lambda c: c["optim"].update(lr=True)), "lr is True"),
+    "a number for a tuple": (changed(lambda c: c["vqgan"].update(ch_mult=2)), "ch_mult is 2"),
+    "a word in a tuple": (changed(lambda c: c["vqgan"].update(ch_mult=[1, "2"])), "ch_mult is '2'"),
+    "an unknown choice": (changed(lambda c: c["optim"].update(name="sgd")), "name is 'sgd'"),
+    "a number for a path": (changed(lambda c: c.update(out=3)), "out is 3"),
     "no JSON": ("{", "config.json"),
     "no text": (b"\xff\xfe", "config.json"),
 }
@@ -121,6 +137,30 @@ def test_a_run_without_one_of_its_parts_says_which(tmp_path):
         shutil.rmtree(part) if part.is_dir() else part.unlink()
         with pytest.raises(UserError, match=str(folder if missing.startswith("step") else part)):
             open_run(folder, "cpu")
+
+
+def test_a_run_that_has_no_model_yet_says_so(tmp_path):
+    (tmp_path / CONFIG).write_text(config_to_json(tiny_config()))
+    with pytest.raises(UserError, match=f"{tmp_path} is not trained yet: go on with .*train.py tiny"):
+        open_run(tmp_path, "cpu")
+
+
+def test_a_run_of_another_version_is_not_overwritten_and_the_way_out_is_said(tmp_path):
+    (tmp_path / CONFIG).write_text(changed(lambda c: c.update(renamed=1)))
+    with pytest.raises(UserError, match=r"no field 'renamed'.*delete the folder"):
+        start_folder(tiny_config(out=tmp_path, overwrite=True))
+    assert (tmp_path / CONFIG).exists()
+
+
+def test_a_command_names_the_python_that_runs_it_as_it_is_found_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/python")
+    assert command("train.py", "toy", "--out", "a b") == ".venv/bin/python train.py toy --out 'a b'"
+    monkeypatch.setattr("shutil.which", lambda name: str(tmp_path / ".venv/bin/python"))
+    assert command("train.py") == "python train.py"
+    monkeypatch.setattr("sys.executable", "/opt/python")
+    assert command("train.py") == "/opt/python train.py"
 
 
 def test_devices():

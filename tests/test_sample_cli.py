@@ -68,13 +68,19 @@ def test_the_model_reads_the_segments_in_the_order_given(run, picture, monkeypat
     seen = []
     monkeypatch.setattr("nanochameleon.engine.stream", lambda model, prompt, *rest: seen.append(prompt) or iter(()))
     main(Args(run, (picture, "red", "a"), mode="answer"))
-    main(Args(run, ("red", picture, "a"), mode="text"))
+    main(Args(run, (" red\n", picture, "", "a "), mode="text"))  # white space around words is not the model's to see
     first, second = seen
     red, a = TOKENIZER.encode("red"), TOKENIZER.encode("a")
     block = first[1 : N_CODES + 3]
     assert [block[0], block[-1]] == [VOCAB.boi, VOCAB.eoi] and all(VOCAB.is_image(token) for token in block[1:-1])
     assert first == [VOCAB.bos, *block, *red, *a, VOCAB.eot]
     assert second == [VOCAB.bos, *red, *block, *a]
+
+
+def test_a_picture_is_cropped_as_those_of_training_were_or_padded_if_asked(picture):
+    [cropped], [padded] = (sample.read_segments((picture,), 4, fit) for fit in ("crop", "pad"))
+    assert (padded.pixels[:, [0, -1]] == 255).all() and not (cropped.pixels[:, [0, -1]] == 255).all()  # 5 wide, 9 high
+    assert Args(Path()).fit == "crop"
 
 
 def test_a_picture_alone_is_asked_what_it_shows(run, picture):
@@ -111,7 +117,7 @@ def test_control_characters_do_not_reach_the_terminal(run, capsys):
         (["  "], ["prompt is empty"]),
         (["--mode", "answer"], ["--mode answer"]),
         (["ta " * 99], ["ids", "context of 64"]),
-        (["a", "--max-new", "3"], ["max_new is 3"]),
+        (["a", "--max-new", "4"], ["--max-new must be at least 5", "not 4"]),
         (["a", "--top-p", "0"], ["--top-p", "not 0"]),
         (["a", "--temperature", "nan"], ["--temperature", "nan"]),
         (["a", "--n", "0"], ["--n"]),
@@ -157,3 +163,8 @@ def test_arguments_are_parsed_before_torch_is_imported():
     code = "import sys, sample; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_python_without_the_packages_is_told_how_to_get_them():
+    done = subprocess.run([sys.executable, "-S", "sample.py", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: tyro is missing: run make demo, or pip install")
