@@ -11,7 +11,7 @@ import torch
 from tiny import TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run, training_config
 
 from nanochameleon.config import DataConfig
-from nanochameleon.data import Picture
+from nanochameleon.data import Picture, write_pictures
 from nanochameleon.documents import Image, Text, render
 from nanochameleon.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
 from nanochameleon.evaluate import report, shapes
@@ -50,6 +50,12 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, conte
     n_text = sum(len(lists[i]) - 1 - 4 for i in kept)  # no target is <s> or one of the 4 codes
     n_bytes = sum(len("réd ".encode()) * (i + 1) for i in kept)
     assert measured["bits_per_byte"] == pytest.approx(math.log2(VOCAB.size) * n_text / n_bytes, rel=1e-5)
+
+
+def test_what_nothing_was_counted_for_is_unknown_not_0(run):
+    short = tiny_model(max_seq_len=4)  # no document fits
+    measured = bits(replace(run, model=short, cfg=tiny_config(model=short.cfg)), Documents(), 3)
+    assert measured == {"bits_per_code": None, "bits_per_byte": None}
 
 
 def test_bits_do_not_depend_on_how_documents_are_batched(run):
@@ -126,6 +132,27 @@ def test_the_model_draws_whole_pictures_the_same_for_the_same_seed(run):
     first, again, other = (shapes.draw_pictures(run, captions, seed) for seed in (0, 0, 1))
     assert first.shape == (3, 4, 4, 3) and first.dtype == np.uint8
     assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_the_second_picture_follows_a_caption_its_picture_and_another_caption(run, monkeypatch):
+    """The model must see all three, and its drawing is judged by the second caption."""
+    wanted = list(scenes(WORLD, shapes.SCENE_SEED + 5, 6, test=True))
+    first = list(scenes(WORLD, shapes.SCENE_SEED + 4, 6, test=True))
+    prompts = []
+    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
+    monkeypatch.setattr(shapes, "draw_from", lambda run, ids, *rest: np.stack([draw(s, WORLD) for s in wanted]))
+    scores, drawn = shapes.second_picture(run, WORLD, 6)
+    assert scores["all_facts"] == 1 and [d.scene for d in drawn] == wanted
+    for (segments, ask), a, b in zip(prompts, first, wanted, strict=True):
+        caption, picture, second = segments
+        assert (caption.text, second.text, ask) == (a.caption(), b.caption(), "draw")
+        assert np.array_equal(picture.pixels, draw(a, WORLD))
+
+
+def test_where_two_pictures_have_no_room_nothing_is_claimed(run, monkeypatch):
+    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: [0] * 59)  # of 64, and a picture takes 6
+    assert shapes.second_picture(run, WORLD, 3) == (None, [])
+    assert shapes.has_room(run, [0] * 58) and not shapes.has_room(run, [0] * 59)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -212,3 +239,23 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
             assert talk["truth"] in {WHAT: names.values(), WHICH: ("flat", "outlined")}[talk["question"]]
         else:
             assert talk["question"] == "" and talk["truth"].split(" emoji of ")[1] in names.values()
+
+
+def test_captions_too_long_for_a_picture_are_not_drawn_and_what_needs_an_oracle_is_null(run, tmp_path):
+    """One such caption in a folder must not end a run; where all are, the sheet is empty."""
+    config = tiny_config(data=DataConfig("folder", questions=0.0))
+    shown = Run(config, run.vocab, run.tokenizer, run.images, run.model)
+    for name, texts in {"some": ["red", "ta " * 90], "all": ["ta " * 90] * 2}.items():
+        items = [{"file": str(i), "captions": [text], "folder": "test", "luck": i} for i, text in enumerate(texts)]
+        items.append({"file": "x", "captions": ["a"], "folder": "x", "luck": 9})
+        pixels = np.random.default_rng(0).integers(0, 256, (len(items), 4, 4, 3), np.uint8)
+        (tmp_path / name / "pictures").mkdir(parents=True)
+        write_pictures(tmp_path / name / "pictures", zip(pixels, items, strict=True), 4)
+        figures, sheet, talks = report.pictures_report(shown, tmp_path / name)
+        assert [caption for caption, _, _ in sheet] == (["red"] if name == "some" else []) and len(talks) == 2
+        report.sample_grid(shown, tmp_path / name / "samples" / "step-000001.png")
+        unknown = [
+            name for name in ("text_to_picture", "interleaved", "captions", "questions") if figures[name] is None
+        ]
+        assert len(unknown) == 4 and figures["tokenizer"]["oracle_on_clean"] is None
+        assert 0 < figures["tokenizer"]["mean_absolute_error"] < 1

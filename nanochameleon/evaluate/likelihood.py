@@ -12,10 +12,10 @@ from nanochameleon.run import Run
 
 
 @torch.inference_mode()
-def bits(run: Run, docs: Mixture, n: int, batch_size: int = 16) -> dict[str, float]:
+def bits(run: Run, docs: Mixture, n: int, batch_size: int = 16) -> dict[str, float | None]:
     """{"bits_per_code", "bits_per_byte"} over documents 0 .. n-1; all ids but picture codes count as text.
 
-    Documents longer than the context are left out.
+    Documents longer than the context are left out; a figure for which nothing is left is None.
     """
     fused = fuse([docs.document(i) for i in range(n)], run.images)
     seq_len = run.cfg.model.max_seq_len
@@ -32,6 +32,6 @@ def bits(run: Run, docs: Mixture, n: int, batch_size: int = 16) -> dict[str, flo
         image_count += float(parts.image_count)
         total += float(parts.cross_entropy)
     return {
-        "bits_per_code": image_sum / max(image_count, 1) / math.log(2),
-        "bits_per_byte": (total - image_sum) / max(n_bytes, 1) / math.log(2),
+        "bits_per_code": image_sum / image_count / math.log(2) if image_count else None,
+        "bits_per_byte": (total - image_sum) / n_bytes / math.log(2) if n_bytes else None,
     }

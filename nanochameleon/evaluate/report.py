@@ -3,7 +3,6 @@
 For the shapes worlds an oracle judges; for real pictures there is likelihood alone, and pictures to look at.
 """
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -13,17 +12,21 @@ import torch
 
 from nanochameleon.data import Picture
 from nanochameleon.documents import Text
+from nanochameleon.engine import prompt_ids
 from nanochameleon.evaluate import shapes
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
+from nanochameleon.files import write_file
 from nanochameleon.monitor import METRICS, plot_curves, read_metrics
 from nanochameleon.prepare import mixture, open_sources, world
-from nanochameleon.report import samples_sheet, write_report
-from nanochameleon.run import Run
+from nanochameleon.report import png, samples_sheet, write_report
+from nanochameleon.run import Run, command
 from nanochameleon.shapes import World, draw
 
 GRID = 14  # pictures of a sample grid during training
 SHEET = 28  # pictures in samples.png
+INTERLEAVED = 100  # documents of two pictures at most whose second one is drawn
+NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # of pictures without exact truth
 
 
 def peak_memory_gib() -> float | None:
@@ -44,9 +47,15 @@ def held_out_captions(run: Run, folder: Path, n: int) -> tuple[list[str], list[n
     return texts, [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
 
 
+def drawable(run: Run, captions: list[str]) -> list[str]:
+    """Those that leave room for their picture in the context; training leaves the others out as well."""
+    return [caption for caption in captions if shapes.has_room(run, prompt_ids([Text(caption)], run, "draw"))]
+
+
 def sample_grid(run: Run, path: Path) -> None:
     """Draws a few captions of the test split, the same ones each time, into one sheet."""
-    captions, _ = held_out_captions(run, path.parent.parent, GRID)
+    captions, _ = held_out_captions(run, path.parent.parent, SHEET)
+    captions = drawable(run, captions)[:GRID]
     path.parent.mkdir(exist_ok=True)
     samples_sheet([(c, p, None) for c, p in zip(captions, draw_pictures(run, captions, 0), strict=True)], path)
 
@@ -58,7 +67,7 @@ def training_seconds(folder: Path) -> dict[str, float]:
 
 
 def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
-    """Measures everything and writes samples.png, curves.png, report.json and report.html into the run's folder."""
+    """Measures everything; writes samples.png, curves.png, picture.png, report.json and report.html to the folder."""
     clock, place = time.perf_counter(), world(run.cfg.data)
     figures, sheet, talks = shapes_report(run, place) if place else pictures_report(run, folder)
     figures |= bits(run, mixture(run.cfg, folder, "test"), 200) | training_seconds(folder)
@@ -68,27 +77,31 @@ def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     figures = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()} | figures
     prompt = sheet[0][0] if sheet else "a red circle"
     question = talks[0]["question"] or "what is this?"
-    tries = ([prompt, "--n", "4"], ["picture.png", question])
-    commands = [shlex.join(["python", "sample.py", str(folder), *words]) for words in tries]
+    write_file(folder / "picture.png", png(talks[0]["picture"]))  # one of the test split, to ask about
+    tries = ([prompt, "--n", "4"], [str(folder / "picture.png"), question])
+    commands = [command("sample.py", str(folder), *words) for words in tries]
     return write_report(folder, figures, talks, commands, f"nanochameleon: {run.cfg.name}")
 
 
 def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
-    """Figures by the oracle; half of the sheet are seen, half held-out compositions."""
+    """Figures by the oracle; the sheet shows seen and held-out compositions, then ends of interleaved documents."""
     n = run.cfg.evaluation
     figures = {"tokenizer": shapes.tokenizer_scores(run.images, place, n.reconstructions)}
     seen, drawn_seen = shapes.text_to_picture(run, place, "seen", n.pictures)
     held_out, drawn_held_out = shapes.text_to_picture(run, place, "held_out", n.pictures)
+    interleaved, drawn_second = shapes.second_picture(run, place, min(n.pictures, INTERLEAVED))
     captions, captioned = shapes.caption_facts(run, place, n.answers)
     accuracy, answered = shapes.question_accuracy(run, place, n.answers)
     figures |= {
         "text_to_picture": {"seen": seen, "held_out": held_out},
+        "interleaved": interleaved,
         "captions": {"facts": captions},
         "questions": {"accuracy": accuracy, "question_only": shapes.question_only(place, answered)},
     }
     half = SHEET // 2
     sheet = [sheet_item(d, "") for d in drawn_seen[:half]]
     sheet += [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
+    sheet += [sheet_item(d, " (after another caption and its picture)") for d in drawn_second[:8]]
     return figures, sheet, [talk(a, place) for a in (*captioned[:6], *answered[:12])]
 
 
@@ -102,15 +115,17 @@ def talk(answer: Answer, place: World) -> dict:
 
 
 def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
-    """Reconstruction error and codebook use; the sheet shows captions of the test split as the model draws them."""
+    """Reconstruction error and codebook use, None for what an oracle has to tell; the sheet is of the test split."""
     captions, pictures = held_out_captions(run, folder, run.cfg.evaluation.reconstructions)
     clean = np.stack(pictures)
     codes = run.images.encode(clean)
     error = np.abs(clean.astype(int) - run.images.decode(codes)).mean() / 255
     used = len(torch.unique(codes)) / run.cfg.vqgan.n_codes
-    drawn = draw_pictures(run, captions[:SHEET], run.cfg.seed, "drawing")
-    figures = {"tokenizer": {"mean_absolute_error": float(error), "codebook_used": used}}
-    return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=False)], asked_about(run, folder, 12)
+    captions = drawable(run, captions)[:SHEET]
+    drawn = draw_pictures(run, captions, run.cfg.seed, "drawing")
+    figures = {"tokenizer": NO_ORACLE | {"mean_absolute_error": float(error), "codebook_used": used}}
+    figures |= {"text_to_picture": None, "interleaved": None, "captions": None, "questions": None}
+    return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=True)], asked_about(run, folder, 12)
 
 
 def asked_about(run: Run, folder: Path, n: int) -> list[dict]:

@@ -61,8 +61,19 @@ def tokenizer_scores(images: ImageTokenizer, world: World, n: int) -> dict:
 
 def draw_pictures(run: Run, captions: list[str], seed: int, progress: str | None = None) -> np.ndarray:
     """One picture for each caption: uint8 (n, R, R, 3)."""
-    prompts = [prompt_ids([Text(caption)], run, "draw") for caption in captions]
-    n_codes = run.images.n_codes_per_image
+    return draw_from(run, [prompt_ids([Text(caption)], run, "draw") for caption in captions], seed, progress)
+
+
+def has_room(run: Run, prompt: list[int]) -> bool:
+    """Does a picture fit in the context behind this prompt? Then <eoi> and </s> do, too, as in training."""
+    return len(prompt) + run.images.n_codes_per_image + 2 <= run.cfg.model.max_seq_len
+
+
+def draw_from(run: Run, prompts: list[list[int]], seed: int, progress: str | None = None) -> np.ndarray:
+    """One picture for each prompt, which ends in <boi>: uint8 (n, R, R, 3)."""
+    n_codes, side = run.images.n_codes_per_image, run.cfg.vqgan.resolution
+    if not prompts:
+        return np.empty((0, side, side, 3), np.uint8)
     options = replace(run.cfg.sample, max_new=n_codes + 2)
     rows = generate(run.model, prompts, run.vocab, n_codes, options, "image", seed, progress=progress)
     return run.images.decode(torch.tensor([row[:n_codes] for row in rows]) - run.vocab.first_code)
@@ -74,6 +85,23 @@ def text_to_picture(run: Run, world: World, compositions: str, n: int) -> tuple[
     pictures = draw_pictures(run, [s.caption() for s in wanted], run.cfg.seed, f"drawing {compositions}")
     drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, pictures, strict=True)]
     return mean_facts([d.facts for d in drawn]), drawn
+
+
+def second_picture(run: Run, world: World, n: int) -> tuple[dict | None, list[Drawn]]:
+    """Draws the end of interleaved documents: caption, picture, another caption -> its picture, for the oracle.
+
+    -> scores and what was drawn; None where the context has no room for two pictures.
+    """
+    first, second = (list(scenes(world, SCENE_SEED + k, n, test=True)) for k in (4, 5))
+    prompts = [
+        prompt_ids([Text(a.caption()), Picture(draw(a, world)), Text(b.caption())], run, "draw")
+        for a, b in zip(first, second, strict=True)
+    ]
+    kept = [i for i in range(n) if has_room(run, prompts[i])]
+    pictures = draw_from(run, [prompts[i] for i in kept], run.cfg.seed, "drawing interleaved")
+    wanted = [second[i] for i in kept]
+    drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, pictures, strict=True)]
+    return mean_facts([d.facts for d in drawn]) if drawn else None, drawn
 
 
 def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = None) -> list[str]:
