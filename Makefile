@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-long emoji test mutants lint format size clean
+.PHONY: help demo demo-long emoji test mutants lint format size clean clean-runs
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-12s%s\n", $$1, $$2 }'
 
 demo: .venv/.run  ## from nothing to a model that draws, writes and answers: runs/toy
 	$(BIN)/python train.py toy
@@ -34,12 +34,16 @@ format: .venv/.dev  ## mends style
 size:  ## lines of code, without tests
 	@git ls-files '*.py' | grep -v ^tests/ | xargs wc -l | sort -n
 
-clean:  ## removes the virtual environment and all runs
-	rm -rf .venv runs
+clean:  ## removes the virtual environment and caches
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-runs:  ## removes all runs
+	rm -rf runs
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanochameleon needs python 3.11 or newer: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }  # half of one would pass for a whole one
 
 .venv/.run: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e . && touch $@
