@@ -19,12 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = ("train.py", "sample.py")
 
 
 @dataclass(frozen=True)
 class Mutant:
     bug: str  # what it is, in words
-    file: str  # in the package; kernels/ lies beside it
+    file: str  # in the package, kernels/ included, or one of SCRIPTS
     old: str  # stands exactly once in that file
     new: str
     tests: str  # files that must turn red, under tests/, separated by spaces
@@ -61,9 +62,10 @@ MUTANTS = [
            "test_quantizer.py"),
     Mutant("beta on the codebook's term", "quantizer.py", "return F.mse_loss(vectors, quantized.detach())",
            "return F.mse_loss(quantized, vectors.detach())", "test_quantizer.py"),
-    Mutant("moving averages with the shares swapped", "quantizer.py", "self.sums.lerp_(sums, 1 - decay)",
-           "self.sums.lerp_(sums, decay)", "test_quantizer.py"),
-    Mutant("dead codes are counted, not moved", "quantizer.py", "self.sums[dead] = moved", "pass", "test_quantizer.py"),
+    Mutant("moving averages with the shares swapped", "quantizer.py", "self.sums.lerp_(hits.T @ flat, 1 - decay)",
+           "self.sums.lerp_(hits.T @ flat, decay)", "test_quantizer.py"),
+    Mutant("dead codes are counted, not moved", "quantizer.py", "self.sums[dead] = flat[picks.to(flat.device)]", "pass",
+           "test_quantizer.py"),
     Mutant("k-means starts anywhere", "quantizer.py", "weights = nearest if nearest.any() else torch.ones(len(flat))",
            "weights = torch.ones(len(flat))", "test_quantizer.py"),
     Mutant("the window is not looked at", "vqgan.py", "if self.cfg.window is None:", "if True:", "test_vqgan.py"),
@@ -82,6 +84,8 @@ MUTANTS = [
            "test_shapes.py"),
     Mutant("the oracle guesses", "evaluate/oracle.py", "if left[best] > TOLERANCE * energy[best]:", "if False:",
            "test_oracle.py"),
+    Mutant("every epoch in one order", "data.py", "permutation(self.n_rows, self.seed, p // self.n_rows)",
+           "permutation(self.n_rows, self.seed, 0)", "test_data.py"),
     Mutant("one sees the next token", "kernels/attention.py", ".tril(s - t)", ".tril(s - t + 1)",
            "kernels/test_attention.py test_transformer.py"),
     Mutant("documents see one another", "kernels/attention.py",
@@ -134,8 +138,8 @@ MUTANTS = [
     Mutant("the optimizer forgets", "checkpoint.py", "[field] = tensor.clone()", "[field] = torch.zeros_like(tensor)",
            "test_checkpoint.py"),
     Mutant("a configuration's tuples come back as lists", "run.py",
-           "return tuple(value) if typing.get_origin(kind) is tuple",
-           "return list(value) if typing.get_origin(kind) is tuple", "test_run.py"),
+           "return tuple(_build(typing.get_args(kind)[0], v, name)",
+           "return list(_build(typing.get_args(kind)[0], v, name)", "test_run.py"),
     Mutant("top-k keeps one more", "sampling.py", "stable=True)[..., :k]", "stable=True)[..., : k + 1]",
            "test_sampling.py"),
     Mutant("top-p stops before it reaches p", "sampling.py", "probs.cumsum(-1) - probs >= p", "probs.cumsum(-1) >= p",
@@ -144,22 +148,33 @@ MUTANTS = [
            "torch.where(ids == self.vocab.boi, self.n_codes - 1, -1)", "test_sampling.py test_engine.py"),
     Mutant("a picture begins without room", "sampling.py", "self.room >= self.n_codes + 2", "self.room >= self.n_codes",
            "test_sampling.py"),
+    Mutant("guidance pulls to the wrong side", "engine.py",
+           "guide(logits, F.linear(hidden[n + rows], weight).float(), o.guidance)",
+           "guide(F.linear(hidden[n + rows], weight).float(), logits, o.guidance)", "test_engine.py"),
+    Mutant("padding on the left is seen", "engine.py", "torch.where(positions < 0, -1, 0)",
+           "torch.zeros_like(positions)", "test_engine.py"),
+    Mutant("a resumed run repeats a step", "train.py", 'state["step"], state["tokens"]',
+           'max(0, state["step"] - 1), state["tokens"]', "test_train.py"),
+    Mutant("dropout draws on from anywhere", "train.py", "torch.manual_seed(cfg.seed * t.steps + step)", "pass",
+           "test_train.py"),
+    Mutant("a question's turn stays open", "sample.py", 'mode if mode in ("draw", "answer") else "go on"',
+           '"draw" if mode == "draw" else "go on"', "test_sample_cli.py"),
 ]  # fmt: skip
 
 
 def source(mutant: Mutant, root: Path) -> Path:
-    """Where its file is in the tree; in a copy kernels lies inside the package, as installing maps it."""
-    inside = root == ROOT and mutant.file.startswith("kernels/")
-    return root / mutant.file if inside else root / "nanochameleon" / mutant.file
+    """Where its file is in a copy, where kernels lies inside the package, as installing maps it."""
+    return root / mutant.file if mutant.file in SCRIPTS else root / "nanochameleon" / mutant.file
 
 
 def copy(target: Path) -> None:
-    """Package, kernels, tests and pytest's settings, laid out so that PYTHONPATH alone finds them."""
+    """Package, kernels, scripts, tests and pytest's settings, laid out so that PYTHONPATH alone finds them."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "nanochameleon", target / "nanochameleon", ignore=ignore)
     shutil.copytree(ROOT / "kernels", target / "nanochameleon" / "kernels", ignore=ignore)
     shutil.copytree(ROOT / "tests", target / "tests", ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", target)
+    for name in (*SCRIPTS, "pyproject.toml"):
+        shutil.copy(ROOT / name, target)
 
 
 HERE = """
