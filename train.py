@@ -2,7 +2,7 @@
 
     python train.py toy                                   the shapes world, minutes on two CPU cores
     python train.py toy_long                              the same scenes with an hour
-    python train.py emoji                                 real emoji from PyPI: pip install 'nanochameleon[data]' first
+    python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
     python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
 
@@ -11,6 +11,13 @@ transformer, report. Ctrl-C saves; the same command goes on. One process on one 
 are.
 """
 
+import sys
+from importlib.util import find_spec
+
+if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "regex") if not find_spec(name)]):
+    print(f"error: {missing[0]} is missing: run make demo, or pip install -c constraints.txt -e .", file=sys.stderr)
+    raise SystemExit(2)
+
 from nanochameleon.cli import complete, parse_run
 
 if __name__ == "__main__":
@@ -18,9 +25,8 @@ if __name__ == "__main__":
 
 import json
 import math
-import shlex
+import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,19 +37,18 @@ import torch
 from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader, Shards
-from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, sample_grid
+from nanochameleon.files import write_file
 from nanochameleon.losses import LossParts, next_token_loss
 from nanochameleon.monitor import Monitor
-from nanochameleon.optim import clip, learning_rate, make_optimizer
+from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import Batch
 from nanochameleon.prepare import mixture, open_sources, store_pictures, write_tokens
-from nanochameleon.run import Run, open_image_tokenizer, pick_device, start_folder
+from nanochameleon.run import Run, command, open_image_tokenizer, pick_device, start_folder
 from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
-
-TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping
@@ -61,7 +66,7 @@ class Stopper:
 
     def _note(self, number: int, frame: object) -> None:
         self.asked = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # a signal may come within a print
         self._restore()
 
     def _restore(self) -> None:
@@ -79,10 +84,6 @@ class Stopper:
 
     def __exit__(self, *error) -> None:
         self._restore()
-
-
-class Interrupted(Exception):
-    """Raised between steps once the state is saved."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,23 +152,21 @@ def figures(parts: LossParts, output_norm: torch.Tensor, grad_norm: float, lr: f
 
 def save(folder: Path, model: Chameleon, optimizer, state: dict, cfg: RunConfig) -> None:
     """state: step, tokens and precision, which may not change on the way where it was chosen by the clock."""
-    tensors = {
-        "weights": model.state_dict(),
-        "optim": checkpoint.optimizer_tensors(optimizer, model),
-        "rng": checkpoint.rng_tensors(),
-    }
+    tensors = {"weights": model.state_dict(), "optim": checkpoint.optimizer_tensors(optimizer, model)}
     checkpoint.save(folder, state["step"], tensors, state)
     checkpoint.keep_last(folder, cfg.train.keep)
 
 
 def resume(folder: Path, model: Chameleon, optimizer) -> dict:
-    """Takes up the newest whole checkpoint, if there is one; returns the state that was saved with it."""
-    if checkpoint.newest(folder) is None:
+    """Takes up the newest whole checkpoint, if there is one; returns the state that was saved with it.
+
+    Raises UserError where there are some and none is whole.
+    """
+    if not checkpoint.checkpoints(folder):
         return {"step": 0, "tokens": 0}
     tensors, state = checkpoint.load(folder)
     model.load_state_dict(tensors["weights"])
     checkpoint.load_optimizer(optimizer, model, tensors["optim"])
-    checkpoint.load_rng(tensors["rng"])
     return state
 
 
@@ -187,6 +186,7 @@ def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, st
     print(f"transformer: {sum(p.numel() for p in model.parameters()):,} parameters, {precision} on {run.device}")
     with Monitor(folder, t.steps, t.log_every, start) as monitor:
         for step in range(start, t.steps):
+            torch.manual_seed(cfg.seed * t.steps + step)  # dropout depends on the step alone: resuming is exact
             batch = loader.batch(step).to(run.device)
             model.train()
             parts, output_norm = forward(model, batch, vocab, precision)
@@ -225,7 +225,7 @@ class Laps:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
         self.last = now
-        checkpoint.write_file(self.path, json.dumps(self.seconds).encode())
+        write_file(self.path, json.dumps(self.seconds).encode())
 
 
 def main(cfg: RunConfig) -> Path:
@@ -233,31 +233,41 @@ def main(cfg: RunConfig) -> Path:
     cfg = complete(cfg)
     device, folder = pick_device(cfg.device), start_folder(cfg)
     laps = Laps(folder)
-    with Stopper() as stopped:
-        try:
-            store_pictures(cfg, folder)
-            docs = mixture(cfg, folder)
-            tokenizer = train_text_tokenizer(cfg, docs, folder)
-            laps.add("text_tokenizer")
-            if not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
-                raise Interrupted
-            images = open_image_tokenizer(folder, cfg, device)
-            laps.add("image_tokenizer")
-            shards = write_tokens(cfg, docs, images, tokenizer, folder)
-            laps.add("data")
-            torch.manual_seed(cfg.seed)
-            run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model).to(device))
-            train_transformer(cfg, run, shards, folder, stopped)
-            laps.add("transformer")
-        except Interrupted:
-            laps.add("interrupted")
-            again = shlex.join(["python", *(word for word in sys.argv if word != "--overwrite")])
-            print(f"stopped and saved in {folder}; this goes on: {again}")
-            return folder
-    run.model.eval()
-    make_report(run, folder, laps.seconds)
-    print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+    try:
+        with Stopper() as stopped:
+            run = stages(cfg, folder, device, laps, stopped)
+        make_report(run, folder, laps.seconds)
+        print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+    except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
+        laps.add("interrupted")
+        again = command("train.py", *(word for word in sys.argv[1:] if word != "--overwrite"))
+        print(f"stopped and saved in {folder}; this goes on: {again}")
+    except OSError as error:  # a full disk, a folder that may not be written
+        why = f"cannot go on in {folder}: {error}"
+        raise UserError(f"{why}; once that is mended, the same command without --overwrite goes on") from error
     return folder
+
+
+def stages(cfg: RunConfig, folder: Path, device: torch.device, laps: Laps, stopped: Callable[[], bool]) -> Run:
+    """The stages before the report. Raises Interrupted once a stop is saved."""
+    store_pictures(cfg, folder)
+    docs = mixture(cfg, folder)
+    tokenizer = train_text_tokenizer(cfg, docs, folder)
+    laps.add("text_tokenizer")
+    if not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
+        raise Interrupted
+    images = open_image_tokenizer(folder, cfg, device)
+    laps.add("image_tokenizer")
+    shards = write_tokens(cfg, docs, images, tokenizer, folder, stopped)
+    laps.add("data")
+    torch.manual_seed(cfg.seed)
+    run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model).to(device))
+    train_transformer(cfg, run, shards, folder, stopped)
+    laps.add("transformer")
+    if stopped():  # in the last step, which has nothing left to save
+        raise Interrupted
+    run.model.eval()
+    return run
 
 
 if __name__ == "__main__":

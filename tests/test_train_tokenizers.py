@@ -1,6 +1,7 @@
 """Training of the two tokenizers: done once, exact when resumed, and of use."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny import SHAPES_VQGAN, training_config
 
 from nanochameleon import checkpoint, train_tokenizers
 from nanochameleon.data import Mixture, Picture
+from nanochameleon.errors import UserError
 from nanochameleon.image_losses import PerceptualLoss
 from nanochameleon.image_tokenizer import to_pixels
 from nanochameleon.prepare import mixture
@@ -87,6 +89,38 @@ def test_stopped_after_every_step_it_ends_with_the_same_bits(kind, tmp_path, few
     for group, content in expected.items():
         assert set(tensors[group]) == set(content) and len(content) > 0
         assert [name for name in content if not torch.equal(tensors[group][name], content[name])] == []
+
+
+def test_a_kill_costs_the_steps_since_the_last_save_alone(tmp_path, few_pictures, monkeypatch):
+    monkeypatch.setattr(train_tokenizers, "SAVE_EVERY", 2)
+    cfg, steps = variant("window", tmp_path), itertools.count(1)
+
+    def killed():
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        train_image_tokenizer(cfg, SOURCE, tmp_path, CPU, killed)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / IMAGE_TOKENIZER)] == ["step-000004"]
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_path, few_pictures, monkeypatch):
+    real, calls, broken = train_tokenizers.tokenizer_loss, itertools.count(1), {1, 4, 5}
+
+    def loss(*args):
+        value, *rest = real(*args)
+        return (value * math.nan if next(calls) in broken else value, *rest)
+
+    monkeypatch.setattr(train_tokenizers, "tokenizer_loss", loss)
+    monkeypatch.setattr(train_tokenizers, "TOO_MANY", 3)
+    cfg = variant("window", tmp_path / "a")
+    assert train_image_tokenizer(cfg, SOURCE, cfg.folder, CPU, lambda: False)
+    weights = checkpoint.load(cfg.folder / IMAGE_TOKENIZER)[0]["model"]
+    assert all(weight.isfinite().all() for weight in weights.values())
+    broken |= {8, 9, 10}
+    with pytest.raises(UserError, match=r"3 steps in a row .* than --tokenizers\.optim\.lr 0\.003"):
+        train_image_tokenizer(cfg, SOURCE, tmp_path / "b", CPU, lambda: False)
 
 
 def test_a_finished_one_is_left_alone(tmp_path, few_pictures, monkeypatch):
