@@ -100,7 +100,12 @@ def test_any_field_can_be_overridden_and_the_others_stay():
     words = "toy --train.steps 3000 --vqgan.ch-mult 1 2 2 --vqgan.window None --optim.betas 0.5 0.6"
     words += " --out x --tokenizers.optim.lr 1"
     cfg, before = parse_run([*words.split(), "--overwrite"]), parse_run(["toy"])
-    assert (cfg.train.steps, cfg.vqgan.ch_mult, cfg.vqgan.window, cfg.optim.betas) == (3_000, (1, 2, 2), None, (0.5, 0.6))
+    assert (cfg.train.steps, cfg.vqgan.ch_mult, cfg.vqgan.window, cfg.optim.betas) == (
+        3_000,
+        (1, 2, 2),
+        None,
+        (0.5, 0.6),
+    )
     assert cfg.out == Path("x") and cfg.overwrite and cfg.tokenizers.optim.lr == 1 and cfg.optim.lr == before.optim.lr
     assert (cfg.train.batch_size, cfg.data, cfg.model) == (before.train.batch_size, before.data, before.model)
 
