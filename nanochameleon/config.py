@@ -116,7 +116,9 @@ class TokenizerTraining:
     steps: int = 600  # of the image tokenizer
     batch_size: int = 16  # pictures a step
     warmup_steps: int = 150  # first steps without quantization; then the codebook is put onto the latents by k-means
-    optim: OptimConfig = OptimConfig("muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="cosine")
+    optim: OptimConfig = OptimConfig(
+        "muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="cosine", clip=100.0
+    )
     beta: float = 0.25  # weight of the commitment loss
     codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: moving averages, or the codebook loss
     ema_decay: float = 0.95  # of the moving averages, a step

@@ -137,7 +137,7 @@ def train_image_tokenizer(
             group["lr"] = learning_rate(step, t.steps, t.optim)
         optimizer.zero_grad()
         loss.backward()
-        value, norm = float(loss.detach()), clip(vqgan.parameters(), math.inf)  # measured, not clipped
+        value, norm = float(loss.detach()), clip(vqgan.parameters(), t.optim.clip)
         failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
         if failed == TOO_MANY:
             lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"
