@@ -195,6 +195,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one

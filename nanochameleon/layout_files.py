@@ -135,7 +135,7 @@ def vqgan_from_tensors(meta: Meta, resolution: int) -> VQGANConfig:
 
 
 def check_vqgan(cfg: VQGANConfig, layout: str) -> None:
-    """Raises ValueError for an image tokenizer that the others' code, with its fixed numbers, would compute otherwise."""
+    """Raises ValueError for an image tokenizer that the others, with their fixed numbers, would compute otherwise."""
     if cfg.n_groups != 32:
         raise ValueError(f"its image tokenizer has vqgan.n_groups {cfg.n_groups}; Chameleon's has 32")
     if cfg.window is not None:

@@ -282,3 +282,30 @@ def tokenizer_of(parts: Parts, path: Path) -> TextTokenizer:
         return parts.tokenizer()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the text tokenizer in {path} is not usable with its model ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training on
+
+
+def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
+    """The run's configuration with the sizes of the model in cfg.init_from, and that model. Dropout stays the run's.
+
+    Raises UserError for a model that cannot be opened, or rows that it cannot take.
+    """
+    parts = open_parts(cfg.init_from)
+    if cfg.train.seq_len > parts.model.max_seq_len:
+        raise UserError(
+            f"train.seq_len is {cfg.train.seq_len}; {cfg.init_from} has a context of {parts.model.max_seq_len}"
+        )
+    model = dataclasses.replace(parts.model, dropout=cfg.model.dropout)
+    return dataclasses.replace(cfg, vqgan=parts.vqgan, model=model), parts
+
+
+def store_tokenizers(parts: Parts, cfg: RunConfig, folder: Path) -> None:
+    """Puts the model's two tokenizers where a run has its own, unless they are there."""
+    tokenizer = tokenizer_of(parts, cfg.init_from)
+    if not (folder / TEXT_TOKENIZER).exists():
+        tokenizer.save(folder / TEXT_TOKENIZER)
+    if not checkpoint.checkpoints(folder / IMAGE_TOKENIZER):
+        checkpoint.save(folder / IMAGE_TOKENIZER, 0, {"model": vq_state(parts)}, {"step": 0})
