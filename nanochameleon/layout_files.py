@@ -113,7 +113,8 @@ def with_ffn_dim(cfg: ModelConfig, ffn_dim: int) -> ModelConfig:
     for multiple_of in (cfg.multiple_of, *(2**n for n in range(12, -1, -1)), ffn_dim):
         if (found := dataclasses.replace(cfg, multiple_of=multiple_of)).ffn_dim == ffn_dim:
             return found
-    return dataclasses.replace(cfg, multiple_of=ffn_dim, ffn_dim_multiplier=ffn_dim / (4 * cfg.dim))
+    two_thirds = int(2 * 4 * cfg.dim / 3)  # half a unit more, so that cutting off the fraction gives ffn_dim
+    return dataclasses.replace(cfg, multiple_of=1, ffn_dim_multiplier=(ffn_dim + 0.5) / two_thirds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,20 @@ def rule(name: str) -> Rule:
     return Rule(f"model.{layers}.{number}.{found.hf}", f"{layers}.{number}.{found.meta}", found.cut)
 
 
+def skeleton(cfg: ModelConfig) -> dict[str, Tensor]:
+    """Our names in the order of Chameleon's state_dict, with their shapes, on the meta device; no module is built."""
+    d, e, groups, q, kv = cfg.dim, cfg.head_dim, cfg.qk_norm_groups, cfg.n_heads, cfg.kv_heads
+    sizes = {"wq": (q * e, d), "wk": (kv * e, d), "wv": (kv * e, d), "wo": (d, q * e), "q_norm": (groups, e),
+             "k_norm": (groups, e), "w1": (cfg.ffn_dim, d), "w3": (cfg.ffn_dim, d), "w2": (d, cfg.ffn_dim)}  # fmt: skip
+    shapes = {"tok_embeddings.weight": (cfg.vocab_size, d)}
+    for i in range(cfg.n_layers):
+        for name in LAYER:
+            if cfg.qk_norm or LAYER[name].cut != GROUPS:
+                shapes[f"layers.{i}.{name}"] = sizes.get(name.split(".")[-2], (d,))
+    shapes |= {"norm.weight": (d,), "output.weight": (cfg.vocab_size, d)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary order
 

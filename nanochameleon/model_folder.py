@@ -24,7 +24,7 @@ from nanochameleon import checkpoint, layout_files, layouts
 from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig, VQGANConfig
 from nanochameleon.errors import UserError
 from nanochameleon.image_tokenizer import ImageTokenizer
-from nanochameleon.layouts import DECODER, VQ_PREFIX
+from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, open_run, pick_device, read_config
 from nanochameleon.tensor_files import Get, Meta, Pth, Safetensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json
@@ -102,8 +102,7 @@ def open_parts(path: Path) -> Parts:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} cannot be read as a Chameleon in {layout} layout: {why}") from None
-    with torch.device("meta"):
-        vq = VQGAN(parts.vqgan).state_dict()
+    vq = VQGAN(parts.vqgan).state_dict()
     if not parts.has_decoder:
         vq = {name: x for name, x in vq.items() if not name.startswith(DECODER)}
     match(vq, parts.vq.meta, f"{path}: image tokenizer")
@@ -133,20 +132,15 @@ def match(expected: Meta, found: Meta, where: str) -> None:
             raise UserError(f"{where}: {name} is {tuple(found[name].shape)}, {tuple(x.shape)} by the configuration")
 
 
-def skeleton(cfg: ModelConfig) -> Meta:
-    """Our names and shapes."""
-    with torch.device("meta"):
-        return Chameleon(cfg).state_dict()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The four layouts
 
 
 def plain(files: Safetensors, cfg: ModelConfig, where: Path) -> Tensors:
     """Tensors that stand under our names."""
-    match(skeleton(cfg), files.meta, str(where))
-    return Tensors({name: files.meta[name] for name in skeleton(cfg)}, files.__getitem__)
+    ours = skeleton(cfg)
+    match(ours, files.meta, str(where))
+    return Tensors({name: files.meta[name] for name in ours}, files.__getitem__)
 
 
 def open_run_parts(folder: Path) -> Parts:
@@ -170,10 +164,11 @@ def open_nano(folder: Path) -> Parts:
 def open_hf(folder: Path) -> Parts:
     config, files = read_json(folder / CONFIG), open_safetensors(folder)
     model = layout_files.model_from_hf(config)
-    theirs = {layouts.rule(name).hf: name for name in skeleton(model)}
+    ours = skeleton(model)
+    theirs = {layouts.rule(name).hf: name for name in ours}
     found = {name: x for name, x in files.meta.items() if not name.startswith(VQ_PREFIX)}
-    match({hf: layouts.to_hf(ours, skeleton(model)[ours], model) for hf, ours in theirs.items()}, found, str(folder))
-    norms = [files[hf] for hf, ours in theirs.items() if layouts.rule(ours).cut == layouts.GROUPS]
+    match({hf: layouts.to_hf(name, ours[name], model) for hf, name in theirs.items()}, found, str(folder))
+    norms = [files[hf] for hf, name in theirs.items() if layouts.rule(name).cut == layouts.GROUPS]
     n_groups = layouts.n_groups_of_heads(norms, model.qk_norm_groups, model.kv_heads)
     if n_groups is None:
         raise ValueError("its QK-norm differs within the query heads of one key head, for which we have no place")

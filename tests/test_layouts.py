@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import model_configs
 from tiny import RELEASED_VQGAN, TOKENIZER, VOCAB
@@ -34,13 +34,19 @@ from nanochameleon.vqgan import VQGAN
 
 def tensors(cfg: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        meta = Chameleon(cfg).state_dict()
-    return {name: torch.randn(x.shape, generator=generator) for name, x in meta.items()}
+    return {name: torch.randn(x.shape, generator=generator) for name, x in layouts.skeleton(cfg).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors
+
+
+@settings(max_examples=20)
+@given(model_configs(), st.booleans())
+def test_the_skeleton_is_the_models(cfg, qk_norm):
+    cfg = dataclasses.replace(cfg, qk_norm=qk_norm)
+    model, ours = Chameleon(cfg).state_dict(), layouts.skeleton(cfg)
+    assert list(model) == list(ours) and all(model[name].shape == ours[name].shape for name in model)
 
 
 @given(model_configs(), st.integers(0, 99))
