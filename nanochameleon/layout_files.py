@@ -49,7 +49,7 @@ def meta_params(cfg: ModelConfig) -> dict:
 
 
 def model_from_meta(params: dict, n_shards: int) -> ModelConfig:
-    """params.json, merged as Meta's loader does, -> ModelConfig. Each shard has a group unless the note says else."""
+    """params.json, merged or not, -> ModelConfig. Each shard is a group unless the note says else."""
     p = params | params.get("model", {})
     fields = dict(
         vocab_size=p["vocab_size"], dim=p["dim"], n_layers=p["n_layers"], n_heads=p["n_heads"],

@@ -202,10 +202,12 @@ def meta_shards(folder: Path) -> list[Path]:
 def open_meta(folder: Path) -> Parts:
     shards = [Pth(path) for path in meta_shards(folder)]
     params = read_json(folder / "params.json")
+    params |= params.pop("model", {})  # Meta's loader merges in this order, the later winning
     if (folder / "consolidate_params.json").is_file():
         params |= read_json(folder / "consolidate_params.json")
-    if params.get("model_parallel_size", len(shards)) != len(shards):
-        raise UserError(f"{folder} has {len(shards)} of {params['model_parallel_size']} shards")
+    needed = params["dim"] // shards[0].meta["tok_embeddings.weight"].shape[1]  # of which each has so many columns
+    if needed != len(shards):
+        raise UserError(f"{folder} has {len(shards)} of {needed} shards")
     model = layout_files.model_from_meta(params, len(shards))
     ours = skeleton(model)
     for i, shard in enumerate(shards):

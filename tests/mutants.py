@@ -166,7 +166,7 @@ MUTANTS = [
     Mutant("files appear under their name at once", "convert.py", 'f".tmp-{args.dst.name}"', "args.dst.name",
            "test_convert.py"),
     Mutant("transformers' scale of pixels", "image_tokenizer.py", "* 0.0078 - 1", "/ 127.5 - 1", "test_parity.py"),
-    Mutant("weights are not taken over", "train.py", "        copy_weights(parts, model)", "        model.init_weights()",
+    Mutant("weights are not taken over", "train.py", "copy_weights(parts, model)", "model.init_weights()",
            "test_train.py"),
     Mutant("top-k keeps one more", "sampling.py", "stable=True)[..., :k]", "stable=True)[..., : k + 1]",
            "test_sampling.py"),
