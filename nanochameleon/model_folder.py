@@ -290,6 +290,8 @@ def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
 
     Raises UserError for a model that cannot be opened, or rows that it cannot take.
     """
+    if cfg.folder.resolve() == cfg.init_from.resolve():
+        raise UserError(f"{cfg.folder} is what the run is to begin with: choose another --out")
     parts = open_parts(cfg.init_from)
     if cfg.train.seq_len > parts.model.max_seq_len:
         raise UserError(

@@ -452,3 +452,5 @@ def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_pat
     with pytest.raises(UserError, match="does not exist"):
         train.main(replace(cfg, init_from=tmp_path / "nowhere"))
     assert not (tmp_path / "more").exists()
+    with pytest.raises(UserError, match="choose another --out"):
+        train.main(replace(cfg, init_from=finished, out=finished, overwrite=True))

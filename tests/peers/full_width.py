@@ -52,7 +52,8 @@ def layer(cfg) -> float:
 
 @torch.no_grad()
 def image_tokenizer() -> tuple[bool, float]:
-    """Are the codes of a picture equal? And the largest difference of pixels decoded from them."""
+    """Are the codes of a picture equal? And the largest difference of the pixels that they decode to: transformers'
+    encoder and the decoder that our export keeps beside it, against our own network."""
     torch.manual_seed(0)
     cfg = chameleon_7b().vqgan
     vqgan = VQGAN(cfg).eval()
@@ -65,7 +66,9 @@ def image_tokenizer() -> tuple[bool, float]:
     codes = theirs.encode(pixels.clone(), return_dict=True).image_tokens.view(1, -1)
     mine = vqgan.encode(pixels)
     print(f"{len(mine.unique())} different codes of {mine.numel()}")
-    return torch.equal(codes, mine), float((vqgan.decode(codes) - vqgan(pixels)[0]).abs().max())
+    decoder = {name: x for name, x in vqgan.state_dict().items() if name.startswith(layouts.DECODER)}
+    again = VQGAN.from_state(cfg, theirs.state_dict() | decoder).eval()
+    return torch.equal(codes, mine), float((again.decode(codes) - vqgan.decode(mine)).abs().max())
 
 
 def main() -> int:
