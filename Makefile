@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-long emoji test mutants lint format size clean clean-runs
+.PHONY: help demo demo-long emoji test mutants peers lint format size clean clean-runs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -22,6 +22,9 @@ test: .venv/.dev  ## all tests
 
 mutants: .venv/.dev  ## plants known bugs one by one; every one must turn a test red
 	$(BIN)/python tests/mutants.py
+
+peers: .venv/.dev  ## full-width layers beside transformers (6 GB of memory); tests/peers holds one more
+	$(BIN)/python tests/peers/full_width.py
 
 lint: .venv/.dev  ## style
 	$(BIN)/python -m ruff check .

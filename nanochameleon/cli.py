@@ -28,7 +28,8 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "evaluation.reconstructions",
     )),
     ("above 0", lambda x: 0 < x < math.inf, (
-        "model.norm_eps", "model.rope_theta", "optim.lr", "optim.clip", "tokenizers.optim.lr", "tokenizers.optim.clip",
+        "model.norm_eps", "model.rope_theta", "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
+        "tokenizers.optim.lr", "tokenizers.optim.clip",
     )),
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, (
         "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
@@ -66,6 +67,12 @@ def check_together(cfg: RunConfig) -> None:
         raise UserError(f"tokenizers.warmup_steps must be less than tokenizers.steps, {cfg.tokenizers.steps}")
     if not any((cfg.data.pairs, cfg.data.questions, cfg.data.interleaved)):
         raise UserError("data.pairs, data.questions and data.interleaved are all 0: raise one")
+    if cfg.init_from is None:
+        check_room(cfg)
+
+
+def check_room(cfg: RunConfig) -> None:
+    """Raises UserError for rows that hold no picture."""
     least = cfg.vqgan.codes_per_image + 5  # <s>, a word, <boi>, codes, <eoi>, </s>
     if cfg.train.seq_len < least:
         raise UserError(f"train.seq_len must be at least {least} for a picture and a word, not {cfg.train.seq_len}")
@@ -74,10 +81,13 @@ def check_together(cfg: RunConfig) -> None:
 def complete(cfg: RunConfig) -> RunConfig:
     """Sets what follows from other fields: the model's vocabulary and context.
 
+    With init_from these and all sizes are the other model's, which train.py takes over (model_folder.adopt).
     Raises UserError for numbers out of range, and for a vocabulary beyond the 65,536 ids that token shards hold.
     """
     check(cfg)
     check_together(cfg)
+    if cfg.init_from is not None:
+        return cfg
     from nanochameleon.vocab import Vocab
 
     vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)

@@ -57,6 +57,7 @@ class ModelConfig:
     n_heads: int = 32  # query heads
     n_kv_heads: int | None = None  # key and value heads; None means n_heads (no GQA), 8 in the 34B
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None  # of the feed-forward width before rounding; None in both released sizes
     max_seq_len: int = 4_096  # ids of context
     norm_eps: float = 1e-5  # RMSNorm and QK-norm
     rope_theta: float = 10_000.0  # base of the rotary embedding
@@ -77,6 +78,8 @@ class ModelConfig:
     def ffn_dim(self) -> int:
         """Width of the SwiGLU: two thirds of 4 dim, rounded up to a multiple of `multiple_of` (11,008 for the 7B)."""
         hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
     def __post_init__(self):
@@ -192,6 +195,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one

@@ -21,6 +21,10 @@ from nanochameleon.errors import UserError
 from nanochameleon.vqgan import VQGAN
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+NO_DECODER = (
+    "this model has no image decoder, since it came from transformers, which drops it: it reads pictures and cannot "
+    "draw them; convert Meta's files to have it"
+)
 MAX_SIDE = 8_192  # pixels; so 67 million in all, and a photo of 48 million is taken
 
 
@@ -140,8 +144,14 @@ def preprocess(picture: Image.Image, resolution: int, fit: Literal["crop", "pad"
 # Pixels and codes
 
 
-def to_pixels(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, R, R, 3) -> float32 (B, 3, R, R) with 0 -> -1 and 255 -> 1, exactly."""
+def to_pixels(pictures: np.ndarray, hf_compat: bool = False) -> Tensor:
+    """uint8 (B, R, R, 3) -> float32 (B, 3, R, R) with 0 -> -1 and 255 -> 1, exactly.
+
+    hf_compat: times 0.0078 less 1, as transformers' image processor does by default; white becomes 0.989, and codes
+    differ from Meta's. For comparisons alone.
+    """
+    if hf_compat:
+        return torch.tensor(pictures).permute(0, 3, 1, 2).float().contiguous() * 0.0078 - 1
     return torch.tensor(pictures).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
@@ -157,6 +167,10 @@ class ImageTokenizer:
     def __init__(self, vqgan: VQGAN):
         self.vqgan = vqgan.eval()
         self.n_codes_per_image = vqgan.cfg.codes_per_image
+
+    @property
+    def can_draw(self) -> bool:
+        return self.vqgan.decoder is not None
 
     @property
     def device(self) -> torch.device:
@@ -175,8 +189,10 @@ class ImageTokenizer:
         """Codes (B, n) -> uint8 (B, R, R, 3), `batch_size` pictures at a time.
 
         With fewer than n codes a picture, as while it is being drawn, the rest are taken to be like its first, as in
-        Chameleon's viewer. Raises ValueError for none or more than n.
+        Chameleon's viewer. Raises ValueError for none or more than n, UserError without a decoder.
         """
+        if not self.can_draw:
+            raise UserError(NO_DECODER)
         n_given, n = codes.shape[1], self.n_codes_per_image
         if not 1 <= n_given <= n:
             raise ValueError(f"a picture has 1 to {n} codes, not {n_given}")

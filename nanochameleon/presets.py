@@ -69,4 +69,23 @@ def folder() -> RunConfig:
     return dataclasses.replace(cfg, name="folder", data=data)
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {f.__name__: f for f in (toy, toy_long, toy_rich, emoji, folder)}
+def chameleon_7b() -> RunConfig:
+    """The released 7B with the paper's numbers, on your own pictures: see --init-from. Not for a laptop."""
+    # 57,076 merges make 65,536 ids; rows and steps are the paper's 8.4M tokens a step and 9.2T in all.
+    tokenizers = TokenizerTraining(n_merges=57_076)
+    data = folder().data
+    train = TrainConfig(steps=1_100_000, batch_size=2_048, seq_len=4_096, precision="bf16")
+    model, sample = ModelConfig(dropout=0.1), SampleConfig(guidance=3.0, max_new=4_096)
+    return RunConfig("chameleon_7b", VQGANConfig(), model, OptimConfig(), tokenizers, data, train, sample)
+
+
+def chameleon_34b() -> RunConfig:
+    """The released 34B: grouped queries, norms after the branches, QK-norm of 4 shards, no dropout."""
+    model = ModelConfig(dim=8_192, n_layers=48, n_heads=64, n_kv_heads=8, qk_norm_groups=4, norm_order="post")
+    train = TrainConfig(steps=730_000, batch_size=3_072, seq_len=4_096, precision="bf16")
+    return dataclasses.replace(chameleon_7b(), name="chameleon_34b", model=model, train=train)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    f.__name__: f for f in (toy, toy_long, toy_rich, emoji, folder, chameleon_7b, chameleon_34b)
+}

@@ -66,14 +66,14 @@ def config_to_json(cfg: RunConfig) -> str:
 
 def config_from_json(text: str) -> RunConfig:
     """Inverse of config_to_json. Raises ValueError for JSON that is not a RunConfig."""
-    return _build(RunConfig, json.loads(text), "RunConfig")
+    return build(RunConfig, json.loads(text), "RunConfig")
 
 
-def _build(kind, value, name: str):
+def build(kind, value, name: str):
     """A JSON value -> a value of the annotated type: dataclasses, tuples and paths come back as they were."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        return None if value is None else _build(kinds[0], value, name)
+        return None if value is None else build(kinds[0], value, name)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{kind.__name__} is {value!r}")
@@ -81,11 +81,11 @@ def _build(kind, value, name: str):
         if unknown := set(value) - set(known):
             raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
         try:
-            return kind(**{name: _build(known[name], v, name) for name, v in value.items()})
+            return kind(**{name: build(known[name], v, name) for name, v in value.items()})
         except TypeError as error:
             raise ValueError(str(error)) from None
     if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_build(typing.get_args(kind)[0], v, name) for v in value)
+        return tuple(build(typing.get_args(kind)[0], v, name) for v in value)
     types_of = {int: (int,), float: (int, float), Path: (str,), bool: (bool,), str: (str,)}  # 1 may stand for 1.0
     if type(value) not in types_of.get(kind, ()) and value not in typing.get_args(kind):  # those of a Literal
         raise ValueError(f"{name} is {value!r}")
@@ -174,9 +174,7 @@ def pick_device(wish: str) -> torch.device:
 def open_image_tokenizer(folder: Path, cfg: RunConfig, device: torch.device) -> ImageTokenizer:
     """The newest whole checkpoint of the run's image tokenizer. Raises UserError if there is none."""
     tensors, _ = checkpoint.load(Path(folder) / IMAGE_TOKENIZER, groups=["model"])
-    vqgan = VQGAN(cfg.vqgan)
-    vqgan.load_state_dict(tensors["model"])
-    return ImageTokenizer(vqgan.to(device))
+    return ImageTokenizer(VQGAN.from_state(cfg.vqgan, tensors["model"]).to(device))
 
 
 def open_run(folder: Path, device: str = "auto") -> Run:

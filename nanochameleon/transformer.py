@@ -45,9 +45,9 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 
     Pair i turns by position * theta^(-2i/E) (RoFormer, arXiv 2104.09864).
     """
-    rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    rates = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # Llama's rounding
     angles = positions[:, None, :, None].float() * rates
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.complex(angles.cos(), angles.sin())  # where torch.polar rounds otherwise
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

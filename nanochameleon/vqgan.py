@@ -178,6 +178,15 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.embed_dim, cfg.z_channels, 1)
         self.decoder = Decoder(cfg)
 
+    @staticmethod
+    def from_state(cfg: VQGANConfig, state: dict[str, Tensor]) -> "VQGAN":
+        """With these weights. Where they are of an encoder alone, as transformers keeps it, `decoder` is None."""
+        vqgan = VQGAN(cfg)
+        if not any(name.startswith("decoder.") for name in state):
+            vqgan.decoder = None
+        vqgan.load_state_dict(state)
+        return vqgan
+
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3, R, R) -> the vectors to be quantized (B, embed_dim, grid, grid)."""
         if self.cfg.window is None:

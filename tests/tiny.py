@@ -18,8 +18,10 @@ from nanochameleon.config import (
     TrainConfig,
     VQGANConfig,
 )
+from nanochameleon.convert import Args, write_nano
+from nanochameleon.model_folder import Parts, Tensors
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
-from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.text_tokenizer import TextTokenizer, to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 from nanochameleon.vqgan import VQGAN
@@ -59,6 +61,39 @@ def tiny_run(folder: Path, model: Chameleon | None = None, source: str = "shapes
     TOKENIZER.save(folder / TEXT_TOKENIZER)
     checkpoint.save(folder / IMAGE_TOKENIZER, 1, {"model": vqgan.state_dict()}, {})
     checkpoint.save(folder, 1, {"weights": model.state_dict()}, {})
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models as they are released: norms away from 1 and 0, an image tokenizer with the release's 32 groups
+
+RELEASED_VQGAN = VQGANConfig(
+    resolution=8, ch=32, ch_mult=(1, 2), n_res_blocks=1, z_channels=6, embed_dim=5, n_codes=8
+)  # fmt: skip
+
+
+def released_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Chameleon:
+    """`changes` are fields of ModelConfig; every tensor is random, norms too."""
+    model = tiny_model(seed, **changes)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.3)
+    return model.to(dtype)
+
+
+def in_memory(model: Chameleon, vqgan: VQGAN, tokenizer: TextTokenizer = TOKENIZER) -> Parts:
+    """As open_parts would give it."""
+    weights, vq = ({k: x.detach() for k, x in net.state_dict().items()} for net in (model, vqgan))
+    described = [Tensors({k: x.to("meta") for k, x in each.items()}, each.__getitem__) for each in (weights, vq)]
+    return Parts("nano", model.cfg, vqgan.cfg, to_json(tokenizer), *described)
+
+
+def nano_folder(folder: Path, model: Chameleon | None = None, vqgan: VQGAN | None = None, **more) -> Path:
+    """Writes a model in our layout and returns its folder."""
+    torch.manual_seed(1)
+    parts = in_memory(model or released_model(), vqgan or VQGAN(RELEASED_VQGAN), **more)
+    folder.mkdir(parents=True)
+    write_nano(parts, folder, parts.weights.get, Args(folder, folder, "nano"))
     return folder
 
 

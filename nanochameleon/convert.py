@@ -1,0 +1,187 @@
+"""Chameleon's weights from any layout into another: Meta's, Hugging Face's, ours, and from a run of train.py.
+
+    python -m nanochameleon.convert chameleon-meta chameleon-hf --to hf
+    python -m nanochameleon.convert chameleon-hf chameleon --to nano
+    python -m nanochameleon.convert runs/mine mine-meta --to meta --shards 4
+
+Tensors keep their type and come one at a time: memory holds one, and for Meta's layout the shard that is being written,
+which torch.save needs whole. All is written to .tmp-NAME beside the target and renamed at the end. Bits are kept: any
+chain of conversions that returns to its start gives the same tensors (only copies that differ between Meta's shards are
+averaged, with a warning). model_folder.py reads the four layouts, layouts.py and layout_files.py know them.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from nanochameleon import layout_files, layouts
+from nanochameleon.config import ModelConfig
+from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.files import fsync
+from nanochameleon.image_tokenizer import NO_DECODER
+from nanochameleon.layouts import DECODER, VQ_PREFIX
+from nanochameleon.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, tokenizer_of
+from nanochameleon.run import CONFIG, TEXT_TOKENIZER
+from nanochameleon.tensor_files import Get, write_pth, write_safetensors, write_sharded
+
+NAMES = {(4_096, 32): "7b", (8_192, 48): "30b"}  # (dim, n_layers) -> the release's folder
+
+
+@dataclass(frozen=True)
+class Args:
+    """Converts a model's folder."""
+
+    src: tyro.conf.Positional[Path]
+    """A run, or a model in Meta's, Hugging Face's or our layout."""
+    dst: tyro.conf.Positional[Path]
+    """The folder to make."""
+    to: Literal["meta", "hf", "nano"]
+    """The layout to write."""
+    shards: int | None = None
+    """Of Meta's layout: files that each hold a slice of every matrix; None is one for each group of QK-norm."""
+    file_gb: float = 5.0
+    """Of the others: largest size of a file in GB, if more than one tensor is in it."""
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three writers: Parts -> files in a folder. `get` is parts.weights.get behind a progress bar.
+
+
+def write_nano(parts: Parts, folder: Path, get: Get, args: Args) -> None:
+    write_sharded(folder, parts.weights.meta, get, int(args.file_gb * 1e9))
+    write_safetensors(folder / f"{NANO_VQGAN}.safetensors", parts.vq.meta, parts.vq.get)
+    sizes = {"model": dataclasses.asdict(parts.model), "vqgan": dataclasses.asdict(parts.vqgan)}
+    write_json(folder / CONFIG, {"layout": NANO} | sizes)
+    write_json(folder / TEXT_TOKENIZER, parts.tokenizer_json)
+
+
+def write_hf(parts: Parts, folder: Path, get: Get, args: Args) -> None:
+    ours = {layouts.rule(name).hf: name for name in parts.weights.meta}
+    meta = {hf: layouts.to_hf(name, parts.weights.meta[name], parts.model) for hf, name in ours.items()}
+    meta |= {VQ_PREFIX + name: x for name, x in parts.vq.meta.items() if not name.startswith(DECODER)}
+
+    def get_hf(name: str) -> Tensor:
+        if name.startswith(VQ_PREFIX):
+            return parts.vq.get(name.removeprefix(VQ_PREFIX))
+        return layouts.to_hf(ours[name], get(ours[name]), parts.model)
+
+    write_sharded(folder, meta, get_hf, int(args.file_gb * 1e9))
+    if parts.has_decoder:
+        decoder = {name: x for name, x in parts.vq.meta.items() if name.startswith(DECODER)}
+        write_safetensors(folder / f"{HF_DECODER}.safetensors", decoder, parts.vq.get)
+    vocab = parts.tokenizer().vocab
+    tokenizer = layout_files.tokenizer_to_hf(parts.tokenizer_json, vocab)
+    names, dtype = layout_files.vocabulary_map(tokenizer), str(parts.dtype).removeprefix("torch.")
+    write_json(folder / CONFIG, layout_files.hf_config(parts.model, parts.vqgan, vocab, names, dtype))
+    write_json(folder / "tokenizer.json", tokenizer)
+    for name, content in layout_files.processor_files(vocab, parts.vqgan).items():
+        write_json(folder / name, content)
+
+
+def write_meta(parts: Parts, folder: Path, get: Get, args: Args) -> None:
+    n = n_shards(parts.model, args)
+    inside, beside = folder / "models" / meta_name(parts.model), folder / "tokenizer"
+    inside.mkdir(parents=True)
+    beside.mkdir()
+    for i in range(n):
+        shard = {layouts.rule(name).meta: layouts.to_meta(name, get(name), i, n) for name in parts.weights.meta}
+        shard["rope.freqs"] = layouts.rope_freqs(parts.model, parts.dtype)
+        write_pth(inside / ("consolidated.pth" if n == 1 else f"consolidated.{i:02d}.pth"), shard)
+        del shard  # before the next one is gathered
+    write_json(inside / "params.json", layout_files.meta_params(parts.model) | {"model_parallel_size": n})
+    write_json(inside / "consolidate_params.json", {"model_parallel_size": n})
+    write_pth(beside / "vqgan.ckpt", {"state_dict": {name: parts.vq.get(name).clone() for name in parts.vq.meta}})
+    (beside / "vqgan.yaml").write_text(layout_files.vqgan_yaml(parts.vqgan))
+    write_json(beside / TEXT_TOKENIZER, parts.tokenizer_json)
+
+
+def n_shards(cfg: ModelConfig, args: Args) -> int:
+    return args.shards or (cfg.qk_norm_groups if cfg.qk_norm else 1)
+
+
+def meta_name(cfg: ModelConfig) -> str:
+    return NAMES.get((cfg.dim, cfg.n_layers), "nano")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def check(parts: Parts, args: Args) -> None:
+    """Raises UserError for a model that the wished layout cannot hold."""
+    if args.to == "nano":
+        return
+    try:
+        layout_files.check_exportable(parts.model, args.to)
+        layout_files.check_vqgan(parts.vqgan, args.to)
+    except ValueError as error:
+        raise UserError(f"{args.src} cannot be written in {args.to} layout: {error}") from None
+    if args.to == "meta" and (why := layouts.bad_shards(parts.model, n_shards(parts.model, args))):
+        raise UserError(f"{args.src} cannot be cut like that: {why}; choose another --shards")
+    if args.to == "meta" and not parts.has_decoder:
+        raise UserError(f"{args.src} cannot be written in meta layout: {NO_DECODER}")
+
+
+def convert(args: Args) -> Path:
+    """Writes the folder and returns it. Raises UserError; then, and after a kill, there is no args.dst."""
+    if args.dst.exists():
+        raise UserError(f"{args.dst} exists: choose another name")
+    if (args.shards or 1) < 1 or not args.file_gb > 0:
+        raise UserError("--shards must be at least 1 and --file-gb above 0")
+    parts = open_parts(args.src)
+    tokenizer_of(parts, args.src)
+    check(parts, args)
+    if not parts.has_decoder:
+        print(f"warning: {NO_DECODER}", file=sys.stderr)
+    aside = args.dst.parent / f".tmp-{args.dst.name}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion has left
+        aside.mkdir(parents=True)
+        needed = sum(x.nbytes for x in (*parts.weights.meta.values(), *parts.vq.meta.values()))
+        if shutil.disk_usage(aside).free < needed:
+            raise OSError(f"it needs {needed / 1e9:.1f} GB and the disk has less")
+        write(parts, aside, args)
+        os.rename(aside, args.dst)
+        fsync(args.dst.parent)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot write {args.dst}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return args.dst
+
+
+def write(parts: Parts, folder: Path, args: Args) -> None:
+    passes = n_shards(parts.model, args) if args.to == "meta" else 1  # each shard needs a slice of every tensor
+    total = passes * sum(x.nbytes for x in parts.weights.meta.values())
+    with tqdm(total=total, desc=f"to {args.to}", unit="B", unit_scale=True) as bar:
+
+        def get(name: str) -> Tensor:
+            tensor = parts.weights.get(name)
+            bar.update(tensor.nbytes)
+            return tensor
+
+        {"nano": write_nano, "hf": write_hf, "meta": write_meta}[args.to](parts, folder, get, args)
+
+
+def cli(arguments: Sequence[str] | None = None) -> None:
+    """The command line; by default the program's own arguments."""
+    args = tyro.cli(Args, description=__doc__, args=arguments, prog="python -m nanochameleon.convert")
+    print(exit_on_user_error(lambda: convert(args)))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,310 @@
+"""A model by its path, in any of four layouts; its tensors come one at a time, under our names.
+
+    run     what train.py writes
+    nano    config.json, model.safetensors (or shards with an index), vqgan.safetensors, text_tokenizer.json
+    hf      transformers' folder; the image decoder, which transformers has not, in vqgan_decoder.safetensors
+    meta    models/NAME/{consolidated.pth or .NN.pth, params.json, consolidate_params.json},
+            tokenizer/{text_tokenizer.json, vqgan.ckpt, vqgan.yaml}; the path is that of the whole or of models/NAME
+
+Every tensor is accounted for: one too many, one missing or one of another shape is an error that names it.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanochameleon import checkpoint, layout_files, layouts
+from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig, VQGANConfig
+from nanochameleon.errors import UserError
+from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
+from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, open_run, pick_device, read_config
+from nanochameleon.tensor_files import Get, Meta, Pth, Safetensors, open_safetensors
+from nanochameleon.text_tokenizer import TextTokenizer, from_json
+from nanochameleon.transformer import Chameleon
+from nanochameleon.vqgan import VQGAN
+
+NANO = "nanochameleon"  # what config.json of our own folders says under "layout"
+HF_DECODER, NANO_VQGAN = "vqgan_decoder", "vqgan"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Tensors(NamedTuple):
+    """Types and shapes by name, and the function that reads one."""
+
+    meta: Meta
+    get: Get
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model that is not loaded: sizes, the text tokenizer's JSON, and its tensors under our names."""
+
+    layout: str
+    model: ModelConfig
+    vqgan: VQGANConfig
+    tokenizer_json: dict
+    weights: Tensors
+    vq: Tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.meta["output.weight"].dtype
+
+    @property
+    def has_decoder(self) -> bool:
+        return any(name.startswith(DECODER) for name in self.vq.meta)
+
+    def tokenizer(self) -> TextTokenizer:
+        """Raises ValueError and the like, as from_json does, where file and model do not belong together."""
+        found = from_json(self.tokenizer_json)
+        if found.vocab.size != self.model.vocab_size:  # the release's last ids need not have pieces
+            found = from_json(self.tokenizer_json, dataclasses.replace(found.vocab, size=self.model.vocab_size))
+        if found.vocab.n_codes != self.vqgan.n_codes:
+            raise ValueError(f"it has {found.vocab.n_codes} picture codes, the image tokenizer {self.vqgan.n_codes}")
+        return found
+
+
+def layout_of(path: Path) -> tuple[str, Path]:
+    """-> 'run', 'nano', 'hf' or 'meta', and the folder with the configuration. Raises UserError for anything else."""
+    if not path.is_dir():
+        raise UserError(f"{path} {'is a file' if path.exists() else 'does not exist'}: give a model's folder")
+    if (path / "params.json").is_file():
+        return "meta", path
+    inside = sorted(p.parent for p in path.glob("models/*/params.json"))
+    if len(inside) > 1:
+        raise UserError(f"{path} holds several models: name one, such as {inside[0]}")
+    if inside:
+        return "meta", inside[0]
+    content = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if content.get("model_type") == "chameleon":
+        return "hf", path
+    if content.get("layout") == NANO:
+        return "nano", path
+    if (path / CONFIG).is_file() and "name" in content:
+        return "run", path
+    wanted = "a run, or a model in our, Hugging Face's or Meta's layout"
+    raise UserError(f"{path} is not {wanted}: it has no {CONFIG} of Chameleon, no params.json and no models/")
+
+
+def open_parts(path: Path) -> Parts:
+    """Opens a folder and checks that all tensors are there. Raises UserError naming what is missing or broken."""
+    layout, folder = layout_of(Path(path))
+    try:
+        parts = {"run": open_run_parts, "nano": open_nano, "hf": open_hf, "meta": open_meta}[layout](folder)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} cannot be read as a Chameleon in {layout} layout: {why}") from None
+    vq = VQGAN(parts.vqgan).state_dict()
+    if not parts.has_decoder:
+        vq = {name: x for name, x in vq.items() if not name.startswith(DECODER)}
+    match(vq, parts.vq.meta, f"{path}: image tokenizer")
+    return parts
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object")
+    return content
+
+
+def match(expected: Meta, found: Meta, where: str) -> None:
+    """Raises UserError naming a tensor that is missing, too many or of another shape."""
+    for names, what in ((expected.keys() - found.keys(), "misses"), (found.keys() - expected.keys(), "has left over")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{where} {what} {min(names)}{more}")
+    for name, x in expected.items():
+        if x.shape != found[name].shape:
+            raise UserError(f"{where}: {name} is {tuple(found[name].shape)}, {tuple(x.shape)} by the configuration")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four layouts
+
+
+def plain(files: Safetensors, cfg: ModelConfig, where: Path) -> Tensors:
+    """Tensors that stand under our names."""
+    ours = skeleton(cfg)
+    match(ours, files.meta, str(where))
+    return Tensors({name: files.meta[name] for name in ours}, files.__getitem__)
+
+
+def open_run_parts(folder: Path) -> Parts:
+    cfg, whole = read_config(folder), checkpoint.locate(folder)
+    model = dataclasses.replace(cfg.model, dropout=0.0)  # of training, not of the weights
+    vq = Safetensors([checkpoint.locate(folder / IMAGE_TOKENIZER) / "model.safetensors"])
+    weights = plain(Safetensors([whole / "weights.safetensors"]), model, whole)
+    tokenizer = read_json(folder / TEXT_TOKENIZER)
+    return Parts("run", model, cfg.vqgan, tokenizer, weights, Tensors(vq.meta, vq.__getitem__))
+
+
+def open_nano(folder: Path) -> Parts:
+    content = read_json(folder / CONFIG)
+    model = build(ModelConfig, content["model"], "model")
+    vqgan = build(VQGANConfig, content["vqgan"], "vqgan")
+    vq = open_safetensors(folder, NANO_VQGAN)
+    weights = plain(open_safetensors(folder), model, folder)
+    return Parts("nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, Tensors(vq.meta, vq.__getitem__))
+
+
+def open_hf(folder: Path) -> Parts:
+    config, files = read_json(folder / CONFIG), open_safetensors(folder)
+    model = layout_files.model_from_hf(config)
+    ours = skeleton(model)
+    theirs = {layouts.rule(name).hf: name for name in ours}
+    found = {name: x for name, x in files.meta.items() if not name.startswith(VQ_PREFIX)}
+    match({hf: layouts.to_hf(name, ours[name], model) for hf, name in theirs.items()}, found, str(folder))
+    norms = [files[hf] for hf, name in theirs.items() if layouts.rule(name).cut == layouts.GROUPS]
+    n_groups = layouts.n_groups_of_heads(norms, model.qk_norm_groups, model.kv_heads)
+    if n_groups is None:
+        raise ValueError("its QK-norm differs within the query heads of one key head, for which we have no place")
+    model = dataclasses.replace(model, qk_norm_groups=n_groups)
+
+    def get(name: str) -> Tensor:
+        return layouts.from_hf(name, files[layouts.rule(name).hf], model)
+
+    def get_vq(name: str) -> Tensor:
+        return decoder[name] if name.startswith(DECODER) else files[VQ_PREFIX + name]
+
+    decoder = open_safetensors(folder, HF_DECODER) if (folder / f"{HF_DECODER}.safetensors").is_file() else None
+    vq = {name.removeprefix(VQ_PREFIX): x for name, x in files.meta.items() if name.startswith(VQ_PREFIX)}
+    vq |= decoder.meta if decoder else {}
+    vqgan = layout_files.vqgan_from_tensors(vq, config.get("vq_config", {}).get("resolution", 512))
+    meta = {name: x.to(files.meta[layouts.rule(name).hf].dtype) for name, x in skeleton(model).items()}
+    tokenizer = layout_files.tokenizer_from_hf(read_json(folder / "tokenizer.json"))
+    return Parts("hf", model, vqgan, tokenizer, Tensors(meta, get), Tensors(vq, get_vq))
+
+
+def meta_shards(folder: Path) -> list[Path]:
+    """consolidated.pth, or consolidated.00.pth and so on. Raises UserError where one in between is missing."""
+    if (folder / "consolidated.pth").is_file():
+        return [folder / "consolidated.pth"]
+    paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", path.name))
+    if not paths or paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
+        raise UserError(f"{folder} has {len(paths)} consolidated.NN.pth, not all from 00 on")
+    return paths
+
+
+def open_meta(folder: Path) -> Parts:
+    shards = [Pth(path) for path in meta_shards(folder)]
+    params = read_json(folder / "params.json")
+    params |= params.pop("model", {})  # Meta's loader merges in this order, the later winning
+    if (folder / "consolidate_params.json").is_file():
+        params |= read_json(folder / "consolidate_params.json")
+    needed = params["dim"] // shards[0].meta["tok_embeddings.weight"].shape[1]  # of which each has so many columns
+    if needed != len(shards):
+        raise UserError(f"{folder} has {len(shards)} of {needed} shards")
+    model = layout_files.model_from_meta(params, len(shards))
+    ours = skeleton(model)
+    for i, shard in enumerate(shards):
+        expected = {layouts.rule(name).meta: layouts.to_meta(name, x, i, len(shards)) for name, x in ours.items()}
+        found = {name: x for name, x in shard.meta.items() if name != "rope.freqs"}
+        match(expected, found, str(shard.path))
+
+    said: set[str] = set()  # a tensor is read once for each shard that is written
+
+    def warn(sentence: str) -> None:
+        if sentence not in said:
+            print(f"warning: {sentence}", file=sys.stderr)
+        said.add(sentence)
+
+    def get(name: str) -> Tensor:
+        return layouts.from_meta(name, [shard[layouts.rule(name).meta] for shard in shards], model, warn)
+
+    meta = {name: x.to(shards[0].meta[layouts.rule(name).meta].dtype) for name, x in ours.items()}
+    beside = folder.parent.parent / "tokenizer"
+    vq = Pth(beside / "vqgan.ckpt", key="state_dict")
+    kept = {name: x for name, x in vq.meta.items() if not name.startswith("loss.")}  # taming's, of training alone
+    vqgan = layout_files.vqgan_from_tensors(kept, layout_files.resolution_of_yaml((beside / "vqgan.yaml").read_text()))
+    tokenizer = read_json(beside / TEXT_TOKENIZER)
+    return Parts("meta", model, vqgan, tokenizer, Tensors(meta, get), Tensors(kept, vq.__getitem__))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def copy_weights(parts: Parts, model: Chameleon) -> None:
+    """Reads each tensor straight into its place, in the model's own type and on its device."""
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            target.copy_(parts.weights.get(name))
+
+
+def load_model(parts: Parts, device: torch.device, dtype: torch.dtype | None = None) -> Chameleon:
+    """The transformer in its final type on its device: made there without content, then filled; no second copy."""
+    with torch.device("meta"):
+        model = Chameleon(parts.model).to(dtype or parts.dtype)
+    model.to_empty(device=device)
+    copy_weights(parts, model)
+    return model.eval()
+
+
+def vq_state(parts: Parts) -> dict[str, Tensor]:
+    """The image tokenizer's tensors in fp32."""
+    return {name: parts.vq.get(name).float() for name in parts.vq.meta}
+
+
+def open_model(path: Path, device: str = "auto", dtype: str = "auto") -> Run:
+    """A run or a model in any layout, ready for sampling. dtype: 'auto' is the files'. Raises UserError."""
+    layout, folder = layout_of(Path(path))
+    wish = DTYPES.get(dtype)
+    if layout == "run":
+        run = open_run(folder, device)
+        return dataclasses.replace(run, model=run.model.to(wish)) if wish else run
+    where, parts = pick_device(device), open_parts(path)
+    tokenizer = tokenizer_of(parts, path)
+    images = ImageTokenizer(VQGAN.from_state(parts.vqgan, vq_state(parts)).to(where))
+    cfg = RunConfig("converted", parts.vqgan, parts.model, OptimConfig(), data=DataConfig(source="folder"))
+    return Run(cfg, tokenizer.vocab, tokenizer, images, load_model(parts, where, wish))
+
+
+def tokenizer_of(parts: Parts, path: Path) -> TextTokenizer:
+    """Raises UserError, naming the folder."""
+    try:
+        return parts.tokenizer()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the text tokenizer in {path} is not usable with its model ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training on
+
+
+def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
+    """The run's configuration with the sizes of the model in cfg.init_from, and that model. Dropout stays the run's.
+
+    Raises UserError for a model that cannot be opened, or rows that it cannot take.
+    """
+    if cfg.folder.resolve() == cfg.init_from.resolve():
+        raise UserError(f"{cfg.folder} is what the run is to begin with: choose another --out")
+    parts = open_parts(cfg.init_from)
+    if cfg.train.seq_len > parts.model.max_seq_len:
+        raise UserError(
+            f"train.seq_len is {cfg.train.seq_len}; {cfg.init_from} has a context of {parts.model.max_seq_len}"
+        )
+    model = dataclasses.replace(parts.model, dropout=cfg.model.dropout)
+    return dataclasses.replace(cfg, vqgan=parts.vqgan, model=model), parts
+
+
+def store_tokenizers(parts: Parts, cfg: RunConfig, folder: Path) -> None:
+    """Puts the model's two tokenizers where a run has its own, unless they are there."""
+    tokenizer = tokenizer_of(parts, cfg.init_from)
+    if not (folder / TEXT_TOKENIZER).exists():
+        tokenizer.save(folder / TEXT_TOKENIZER)
+    if not checkpoint.checkpoints(folder / IMAGE_TOKENIZER):
+        checkpoint.save(folder / IMAGE_TOKENIZER, 0, {"model": vq_state(parts)}, {"step": 0})

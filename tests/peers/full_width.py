@@ -1,0 +1,87 @@
+"""A layer of the 7B and of the 34B in full width, the image tokenizer in its released size, beside transformers.
+
+    python tests/peers/full_width.py            about 6 GB of memory and some minutes on two cores
+
+Too large for `make test`; prints a row for each and ends with 1 if one is off by more than its bound.
+"""
+
+import dataclasses
+import sys
+
+import torch
+from transformers import ChameleonConfig
+from transformers.models.chameleon import modeling_chameleon as hf
+
+from nanochameleon import layouts
+from nanochameleon.layout_files import hf_config
+from nanochameleon.presets import chameleon_7b, chameleon_34b
+from nanochameleon.transformer import Chameleon, rotary_table
+from nanochameleon.vocab import Vocab
+from nanochameleon.vqgan import VQGAN
+
+LENGTH = 64
+
+
+@torch.no_grad()
+def layer(cfg) -> float:
+    """Largest difference of a layer's output to transformers', over the largest output."""
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(cfg, n_layers=1, dropout=0.0)
+    with torch.device("meta"):
+        block = Chameleon(cfg).layers[0]
+    block.to_empty(device="cpu")
+    for name, weight in block.named_parameters():
+        if "norm" in name:
+            weight.normal_(float(name.endswith("weight")), 0.3)
+        else:
+            weight.uniform_(-1, 1).mul_((3 / weight.shape[1]) ** 0.5)
+    config = ChameleonConfig(**hf_config(cfg, chameleon_7b().vqgan, Vocab(), {}, "float32"))
+    config._attn_implementation = "sdpa"
+    kind = hf.ChameleonSwinDecoderLayer if cfg.norm_order == "post" else hf.ChameleonDecoderLayer
+    with torch.device("meta"):
+        theirs = kind(config, 0)
+    named = {f"layers.0.{name}": weight for name, weight in block.state_dict().items()}
+    state = {layouts.rule(n).hf.removeprefix("model.layers.0."): layouts.to_hf(n, x, cfg) for n, x in named.items()}
+    theirs.load_state_dict(state, assign=True)
+    x, positions = torch.randn(1, LENGTH, cfg.dim), torch.arange(LENGTH)[None]
+    ours = block(x, rotary_table(positions, cfg.head_dim, cfg.rope_theta), None, None, 0)
+    embeddings = hf.ChameleonRotaryEmbedding(config)(x, positions)
+    other = theirs(x, attention_mask=None, position_ids=positions, position_embeddings=embeddings)[0]
+    return float((ours - other).abs().max() / other.abs().max())
+
+
+@torch.no_grad()
+def image_tokenizer() -> tuple[bool, float]:
+    """Are the codes of a picture equal? And the largest difference of the pixels that they decode to: transformers'
+    encoder and the decoder that our export keeps beside it, against our own network."""
+    torch.manual_seed(0)
+    cfg = chameleon_7b().vqgan
+    vqgan = VQGAN(cfg).eval()
+    torch.nn.init.normal_(vqgan.quantize.embedding.weight)
+    config = ChameleonConfig(**hf_config(chameleon_7b().model, cfg, Vocab(), {}, "float32"))
+    theirs = hf.ChameleonVQVAE._from_config(config.vq_config).eval()
+    state = {name: x for name, x in vqgan.state_dict().items() if not name.startswith(layouts.DECODER)}
+    theirs.load_state_dict(state)
+    pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 40, 40) * 2 - 1, size=cfg.resolution, mode="bicubic")
+    codes = theirs.encode(pixels.clone(), return_dict=True).image_tokens.view(1, -1)
+    mine = vqgan.encode(pixels)
+    print(f"{len(mine.unique())} different codes of {mine.numel()}")
+    decoder = {name: x for name, x in vqgan.state_dict().items() if name.startswith(layouts.DECODER)}
+    again = VQGAN.from_state(cfg, theirs.state_dict() | decoder).eval()
+    return torch.equal(codes, mine), float((again.decode(codes) - vqgan.decode(mine)).abs().max())
+
+
+def main() -> int:
+    bad = 0
+    for preset in (chameleon_7b, chameleon_34b):
+        error = layer(preset().model)
+        bad += not error < 1e-4
+        print(f"one layer of {preset.__name__}, float32, {LENGTH} tokens: relative difference {error:.2g} (bound 1e-4)")
+    equal, pixels = image_tokenizer()
+    bad += not (equal and pixels < 1e-5)
+    print(f"image tokenizer, 512 pixels: codes {'equal' if equal else 'DIFFER'}, pixels {pixels:.2g} (bound 1e-5)")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""A model's folder in four layouts: chains come back bit for bit, what is broken is named, memory stays small."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import TOKENIZER, nano_folder, released_model, tiny_run
+
+from nanochameleon.convert import Args, cli, convert
+from nanochameleon.errors import UserError
+from nanochameleon.model_folder import open_model, open_parts
+from nanochameleon.tensor_files import write_safetensors
+
+SHAPES = [  # GQA, groups, norm order, type
+    dict(), dict(dim=24, n_heads=4, n_kv_heads=2, qk_norm_groups=2, norm_order="post"),
+    dict(dim=32, n_heads=8, qk_norm_groups=4), dict(dim=64, n_heads=16, n_kv_heads=8, qk_norm_groups=8),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """One model in the three layouts, and a run."""
+    place = tmp_path_factory.mktemp("layouts")
+    nano = nano_folder(place / "nano", released_model(**SHAPES[1]))
+    for to in ("hf", "meta"):
+        convert(Args(nano, place / to, to))
+    return {name: place / name for name in ("nano", "hf", "meta")} | {"run": tiny_run(place / "run")}
+
+
+def same(a: Path, b: Path) -> None:
+    first, second = open_parts(a), open_parts(b)
+    assert (first.model, first.vqgan, first.tokenizer_json) == (second.model, second.vqgan, second.tokenizer_json)
+    for one, other in ((first.weights, second.weights), (first.vq, second.vq)):
+        assert one.meta.keys() == other.meta.keys()
+        for name in one.meta:
+            x, y = one.get(name), other.get(name)
+            assert x.dtype == y.dtype and torch.equal(x, y), name
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from(SHAPES), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99),
+    st.lists(st.sampled_from([("hf", None), ("nano", None), ("meta", None), ("meta", 8)]), min_size=1, max_size=4),
+)  # fmt: skip
+def test_any_chain_of_conversions_comes_back_bit_for_bit(tmp_path_factory, shape, dtype, seed, chain):
+    place = tmp_path_factory.mktemp("chain")
+    start = at = nano_folder(place / "start", released_model(seed, dtype, **shape))
+    for i, (to, shards) in enumerate(chain):
+        fits = (shape.get("n_kv_heads") or shape.get("n_heads", 2)) % 8 == 0
+        at = convert(Args(at, place / str(i), to, shards if fits else None, file_gb=1e-5))
+    same(start, at)
+
+
+def test_a_file_that_transformers_reads_is_the_one_we_started_from(folders, tmp_path):
+    """Not only our reading of it: names and bytes of Hugging Face's and Meta's files."""
+    back = convert(Args(convert(Args(folders["hf"], tmp_path / "m", "meta")), tmp_path / "h", "hf"))
+    for name in ("model.safetensors", "vqgan_decoder.safetensors"):
+        assert (back / name).read_bytes() == (folders["hf"] / name).read_bytes()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        assert json.loads((back / name).read_text()) == json.loads((folders["hf"] / name).read_text())
+    one, other = (torch.load(p / "models/nano/consolidated.00.pth") for p in (folders["meta"], tmp_path / "m"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert one["rope.freqs"].shape == (3,) and one["layers.0.attention.q_normalization.weight"].shape == (6,)
+
+
+def test_our_safetensors_are_those_of_the_library(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.tensor(2.0), "empty": torch.zeros(0, 4), "h": torch.ones(7).half()}
+    write_safetensors(tmp_path / "x.safetensors", {k: x.to("meta") for k, x in tensors.items()}, tensors.__getitem__)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[k], tensors[k]) for k in found)
+
+
+def test_every_layout_opens_for_sampling_with_the_same_numbers(folders):
+    ids = torch.randint(20, 280, (1, 9))
+    runs = [open_model(folders[name], "cpu") for name in ("nano", "hf", "meta")]
+    first = runs[0].model(ids)
+    for run in runs:
+        assert torch.equal(run.model(ids), first) and run.tokenizer.encode("a red") == TOKENIZER.encode("a red")
+    assert open_model(folders["meta"] / "models" / "nano", "cpu", "bf16").model.output.weight.dtype == torch.bfloat16
+    assert open_model(folders["run"], "cpu", "bf16").model.output.weight.dtype == torch.bfloat16
+
+
+def test_a_source_without_a_decoder_reads_and_does_not_draw(folders, tmp_path, capsys):
+    hf = convert(Args(folders["nano"], tmp_path / "hf", "hf"))
+    (hf / "vqgan_decoder.safetensors").unlink()
+    nano = convert(Args(hf, tmp_path / "nano", "nano"))
+    assert "no image decoder" in capsys.readouterr().err
+    run, whole = open_model(nano, "cpu"), open_model(folders["nano"], "cpu")
+    picture = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8).numpy()
+    assert torch.equal(run.images.encode(picture), whole.images.encode(picture))
+    with pytest.raises(UserError, match="no image decoder"):
+        run.images.decode(torch.zeros(1, 16, dtype=torch.long))
+    with pytest.raises(UserError, match="no image decoder"):
+        convert(Args(nano, tmp_path / "meta", "meta"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, by name; then nothing is left
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, (f"touch {Path('boom').absolute()}",)
+
+
+def edit_pth(path: Path, change) -> None:
+    content = torch.load(path)
+    change(content)
+    torch.save(content, path)
+
+
+def edit_safetensors(path: Path, change) -> None:
+    content = load_file(path)
+    change(content)
+    save_file(content, path)
+
+
+@pytest.mark.parametrize(
+    "layout, file, damage, words",
+    [
+        ("meta", "models/nano/consolidated.01.pth", lambda p: p.unlink(), ["1 of 2 shards"]),
+        ("meta", "models/nano/consolidated.00.pth", lambda p: p.unlink(), ["not all from 00"]),
+        ("meta", "models/nano/consolidated.01.pth", lambda p: p.write_bytes(pickle.dumps(Bomb())), ["cannot read"]),
+        ("meta", "models/nano/consolidated.01.pth", lambda p: torch.save({"x": Bomb()}, p), ["refused"]),
+        ("meta", "models/nano/consolidated.01.pth", lambda p: p.write_bytes(p.read_bytes()[:999]), ["consolidated.01"]),
+        (
+            "meta", "models/nano/consolidated.01.pth", lambda p: edit_pth(p, lambda c: c.pop("norm.weight")),
+            ["consolidated.01.pth misses norm.weight"],
+        ),
+        (
+            "meta", "models/nano/consolidated.01.pth", lambda p: edit_pth(p, lambda c: c.update(x=torch.ones(2))),
+            ["has left over x"],
+        ),
+        (
+            "meta", "models/nano/consolidated.00.pth",
+            lambda p: edit_pth(p, lambda c: c.update({"norm.weight": torch.ones(2)})), ["norm.weight is (2,)", "(24,)"],
+        ),
+        ("meta", "tokenizer/vqgan.yaml", lambda p: p.write_text("model:"), ["resolution"]),
+        ("meta", "tokenizer/text_tokenizer.json", lambda p: p.unlink(), ["text_tokenizer.json"]),
+        ("meta", "models/nano/params.json", lambda p: p.write_text('{"model": {"dim": 24}}'), ["lacks"]),
+        (
+            "hf", "model.safetensors", lambda p: edit_safetensors(p, lambda c: c.update({"model.x": torch.ones(2)})),
+            ["has left over model.x"],
+        ),
+        (
+            "hf", "model.safetensors",
+            lambda p: edit_safetensors(p, lambda c: c.pop("model.vqmodel.quant_conv.bias")), ["misses quant_conv.bias"],
+        ),
+        ("hf", "vqgan_decoder.safetensors", lambda p: p.write_bytes(b"x"), ["vqgan_decoder.safetensors"]),
+        ("hf", "model.safetensors", lambda p: p.unlink(), ["neither model.safetensors nor"]),
+        ("hf", "config.json", lambda p: p.write_text("{"), ["config.json is damaged"]),
+        ("nano", "config.json", lambda p: p.write_text('{"layout": "nanochameleon"}'), ["lacks 'model'"]),
+        ("nano", "vqgan.safetensors", lambda p: p.unlink(), ["vqgan.safetensors"]),
+    ],
+)  # fmt: skip
+def test_what_is_broken_is_named(layout, file, damage, words, tmp_path, monkeypatch, folders):
+    monkeypatch.chdir(tmp_path)
+    source = convert(Args(folders["nano"], tmp_path / "source", layout))
+    damage(source / file)
+    with pytest.raises(UserError) as error:
+        convert(Args(source, tmp_path / "target", "nano"))
+    assert all(word in str(error.value) for word in words), error.value
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]  # no target, no rest of one, no boom
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["{place}", "new", "--to", "hf"], "not a run, or a model"), (["nowhere", "new", "--to", "hf"], "not exist"),
+        (["{nano}", "{hf}", "--to", "hf"], "exists"), (["{nano}", "new", "--to", "meta", "--shards", "3"], "3 shards"),
+        (["{nano}", "new", "--to", "meta", "--shards", "1"], "2 groups"), (["{run}", "new", "--to", "hf"], "n_groups"),
+        (["{nano}", "new", "--to", "tar"], "tar"), (["{nano}", "new", "--to", "meta", "--shards", "-2"], "--shards"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_sentence(arguments, word, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli([a.format(place=tmp_path, **folders) for a in arguments])
+    assert end.value.code == 2 and word in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_two_tensors_of_one_name_and_an_index_that_lies_are_refused(folders, tmp_path):
+    split = convert(Args(folders["nano"], tmp_path / "split", "hf", file_gb=1e-5))
+    index = split / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    files = list(content["weight_map"].values())
+    name, file = next((n, f) for n, f in content["weight_map"].items() if files.count(f) > 1)
+    other = next(f for f in files if f != file)
+    index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {name: other}}))
+    with pytest.raises(UserError, match="which it does not"):
+        open_parts(split)
+    edit_safetensors(split / other, lambda c: c.update({name: torch.ones(1)}))
+    with pytest.raises(UserError, match=f"{name} stands both in"):
+        open_parts(split)
+    (split / other).unlink()
+    with pytest.raises(UserError, match=f"names {other}, which is not there"):
+        open_parts(split)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, and large
+
+LARGE = """
+    import os, resource, sys
+    from pathlib import Path
+    from nanochameleon.convert import Args, convert
+    from nanochameleon import layouts, tensor_files
+
+    tensor_files.REMAP = 2**22
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    before = peak()
+    convert(Args(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]) or None))
+    print(peak() - before)
+"""
+
+
+def memory(source: Path, target: Path, to: str, shards: int) -> int:
+    command = [sys.executable, "-c", textwrap.dedent(LARGE), str(source), str(target), to, str(shards)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+
+
+def test_memory_stays_below_one_and_a_half_shards(tmp_path):
+    """A model of about 100 MB in one piece and in four: more bytes than half a shard are never held beyond it."""
+    torch.manual_seed(0)
+    model = released_model(dim=512, n_layers=8, n_heads=8, multiple_of=256)
+    size = sum(p.nbytes for p in model.parameters())
+    start = nano_folder(tmp_path / "nano", model)
+    del model
+    assert size > 90e6
+    for source, to, shards in (("nano", "hf", 0), ("hf", "meta1", 1), ("meta1", "meta4", 4), ("meta4", "nano2", 0)):
+        used = memory(tmp_path / source, tmp_path / to, to.rstrip("0123456789"), shards)
+        assert used < 1.5 * size / max(1, shards), f"{source} to {to}: {used / 1e6:.0f} MB of {size / 1e6:.0f}"
+    same(start, tmp_path / "nano2")
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(folders, tmp_path):
+    code = """
+        import sys, time
+        from pathlib import Path
+        from nanochameleon import convert
+        written = convert.write_safetensors
+        def slow(path, *rest):
+            written(path, *rest)
+            print("written", flush=True)
+            time.sleep(60)
+        convert.write_safetensors = slow
+        convert.convert(convert.Args(Path(sys.argv[1]), Path(sys.argv[2]), "nano"))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folders["hf"]), str(tmp_path / "new")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-new"]
+    with pytest.raises(UserError):
+        open_parts(tmp_path / ".tmp-new")
+    same(convert(Args(folders["hf"], tmp_path / "new", "nano")), folders["nano"])
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
