@@ -33,11 +33,15 @@ from nanochameleon.kernels.simd import (
     FUSE,
     ROWS,
     STRIP,
+    ZERO,
     W,
+    add_product,
     address,
     block_add,
+    clear,
     constant,
     count,
+    dot_rows,
     exp2_of,
     f32,
     for_each_size,
@@ -49,30 +53,28 @@ from nanochameleon.kernels.simd import (
     largest,
     load,
     load_at,
-    load_bf16,
     peek,
-    peek_bf16,
     peek_int,
     pointer,
     poke,
-    poke_bf16,
     products,
+    read_row,
     splat,
     splat_of,
     store,
     store_at,
-    store_bf16,
     total,
     transpose,
     turn,
     turn_back,
+    write_row,
 )
 from numba import njit, types
 
 QUERIES, KEYS = 64, 64  # a tile of scores is 16 KB: it and a tile of keys fit the first-level cache
 BOUND = np.float32(60.0)  # of |score| in powers of two; sums of 2^60 are far from float32's 2^127
 LOG2E, LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
-ZERO, ONE, LEAST = np.float32(0), np.float32(1), np.float32(-1e30)
+ONE, LEAST = np.float32(1), np.float32(-1e30)
 
 
 class Job(NamedTuple):
@@ -115,39 +117,6 @@ def scratch_floats(job: Job, backward: bool) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
-
-
-@njit
-def read_row(p, size, e, out):
-    """e numbers -> float32, zeros up to the next whole register."""
-    whole = e // W * W
-    if size == 4:
-        for i in range(0, whole, W):
-            store(out + 4 * i, load(p + 4 * i))
-    else:
-        for i in range(0, whole, W):
-            store(out + 4 * i, load_bf16(p + 2 * i))
-    if whole < e:
-        store(out + 4 * whole, splat(ZERO))
-        for i in range(whole, e):
-            poke(out + 4 * i, peek(p + 4 * i) if size == 4 else peek_bf16(p + 2 * i))
-
-
-@njit
-def write_row(p, size, e, x, factor):
-    whole = e // W * W
-    for i in range(0, whole, W):
-        y = load(x + 4 * i) * splat(factor)
-        if size == 4:
-            store(p + 4 * i, y)
-        else:
-            store_bf16(p + 2 * i, y)
-    for i in range(whole, e):
-        y = peek(x + 4 * i) * factor
-        if size == 4:
-            poke(p + 4 * i, y)
-        else:
-            poke_bf16(p + 2 * i, y)
 
 
 @njit
@@ -213,20 +182,6 @@ def prepare_backward(dy, p, size, e, table, weight, d_weight, d_bias, eps, facto
 
 
 @njit
-def dot_rows(x, y, width):
-    s = splat(ZERO)
-    for i in range(0, width, W):
-        s += load(x + 4 * i) * load(y + 4 * i)
-    return total(s)
-
-
-@njit
-def clear(p, floats):
-    for i in range(0, floats, W):
-        store(p + 4 * i, splat(ZERO))
-
-
-@njit
 def pack_keys(rows, n, width, out):
     """(n, width) -> (width, KEYS), the transpose; columns from n on to the next register hold anything."""
     for j in range(0, n, W):
@@ -287,18 +242,6 @@ def block_ds(b, rows, n, d_out, width, vt, w, delta, ds):
             store_at(b, b.fmul(load_at(b, w, at), x, flags=FUSE), ds, at)
 
     for_each_size(b, rows, n, emit)
-
-
-@njit
-def add_product(m, n, a, across, along, p, ldb, c, ldc, k):
-    """c (m, n) += a p, n a multiple of W."""
-    for j in range(0, n, STRIP):
-        vectors = min(STRIP, n - j) // W
-        i = 0
-        while i < m:
-            rows = ROWS if i + ROWS <= m else 1
-            block_add(rows, vectors, a + 4 * i * across, across, along, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k)
-            i += rows
 
 
 @njit

@@ -19,7 +19,10 @@ NAMES = ("auto", "reference", "numba")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 
 # op -> what was measured to be fastest on a CPU in float32 and bfloat16
-AUTO = {"normed_attention": ("numba", "3 to 4 times torch's attention, norm and rotation")}
+AUTO = {
+    "normed_attention": ("numba", "3 to 4 times torch's attention, norm and rotation"),
+    "zloss_cross_entropy": ("numba", "no logits written in the forward pass"),
+}
 
 _wishes: list[str] = []
 

@@ -54,18 +54,17 @@ def scratch(floats: int) -> int:
     return _own.buffer.data_ptr()
 
 
-def run(task: Callable[[int, int], None], n: int) -> None:
-    """Calls task(first, last) until [0, n) is done; the caller's thread works too."""
+def run(task: Callable[[int, int, int], None], n: int, parts: int | None = None) -> None:
+    """Calls task(part, first, last) on stretches of [0, n), `parts` of them; the caller's thread works too.
+
+    None is a few for each thread, so that one that is held up leaves the rest to the others.
+    """
     threads = min(torch.get_num_threads(), n)
-    if threads <= 1:
-        if n:
-            task(0, n)
-        return
-    stretches = iter(split(n, 4 * threads))  # a thread that was held up leaves the rest to the others
+    stretches = iter(list(enumerate(split(n, parts or (4 * threads if threads > 1 else 1)))))
 
     def work() -> None:
-        for first, last in stretches:
-            task(first, last)
+        for part, (first, last) in stretches:
+            task(part, first, last)
 
     others = [pool(threads - 1, os.getpid()).submit(work) for _ in range(1, threads)]
     work()

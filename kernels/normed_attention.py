@@ -98,7 +98,7 @@ def _run(name: str, tensors: dict[str, Tensor | None], eps: float) -> None:
     kernel, floats = getattr(attention_numba, name), attention_numba.scratch_floats(job, name == "backward")
     numbers = np.float32(eps), np.float32(job.e**-0.5)
 
-    def task(first: int, last: int) -> None:
+    def task(part: int, first: int, last: int) -> None:
         kernel(job._replace(scratch=launch.scratch(floats)), first, last, *numbers)
 
     launch.run(task, len(tensors["q"]) * job.key_heads)

@@ -18,7 +18,7 @@ import operator
 
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
@@ -275,6 +275,59 @@ def transpose(b, source, lds, target, ldt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rows of e numbers, of `size` bytes each: 4 float32, 2 bfloat16
+
+ZERO = np.float32(0)
+
+
+@njit
+def read_row(p, size, e, out):
+    """e numbers -> float32, zeros up to the next whole register."""
+    whole = e // W * W
+    if size == 4:
+        for i in range(0, whole, W):
+            store(out + 4 * i, load(p + 4 * i))
+    else:
+        for i in range(0, whole, W):
+            store(out + 4 * i, load_bf16(p + 2 * i))
+    if whole < e:
+        store(out + 4 * whole, splat(ZERO))
+        for i in range(whole, e):
+            poke(out + 4 * i, peek(p + 4 * i) if size == 4 else peek_bf16(p + 2 * i))
+
+
+@njit
+def write_row(p, size, e, x, factor):
+    whole = e // W * W
+    for i in range(0, whole, W):
+        y = load(x + 4 * i) * splat(factor)
+        if size == 4:
+            store(p + 4 * i, y)
+        else:
+            store_bf16(p + 2 * i, y)
+    for i in range(whole, e):
+        y = peek(x + 4 * i) * factor
+        if size == 4:
+            poke(p + 4 * i, y)
+        else:
+            poke_bf16(p + 2 * i, y)
+
+
+@njit
+def dot_rows(x, y, width):
+    s = splat(ZERO)
+    for i in range(0, width, W):
+        s += load(x + 4 * i) * load(y + 4 * i)
+    return total(s)
+
+
+@njit
+def clear(p, floats):
+    for i in range(0, floats, W):
+        store(p + 4 * i, splat(ZERO))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The matrix product: ROWS x n vectors of sums that stay in registers while k runs
 
 
@@ -323,3 +376,15 @@ def block_add(b, rows, n, a, across, along, p, ldb, c, ldc, k):
             store_at(b, x, at[i // v], W * (i % v))
 
     for_each_size(b, rows, n, emit)
+
+
+@njit
+def add_product(m, n, a, across, along, p, ldb, c, ldc, k):
+    """c (m, n) += a p, n a multiple of W."""
+    for j in range(0, n, STRIP):
+        vectors = min(STRIP, n - j) // W
+        i = 0
+        while i < m:
+            rows = ROWS if i + ROWS <= m else 1
+            block_add(rows, vectors, a + 4 * i * across, across, along, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k)
+            i += rows
