@@ -33,6 +33,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from nanochameleon.kernels.dispatch import explain
 
 from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig
@@ -184,6 +185,7 @@ def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, st
     wish = state.get("precision", "auto") if t.precision == "auto" else t.precision
     precision, failed = pick_precision(wish, cfg.model.dim, run.device), 0
     print(f"transformer: {sum(p.numel() for p in model.parameters()):,} parameters, {precision} on {run.device}")
+    print(explain(run.device, torch.float32 if precision == "fp32" else torch.bfloat16))
     with Monitor(folder, t.steps, t.log_every, start) as monitor:
         for step in range(start, t.steps):
             torch.manual_seed(cfg.seed * t.steps + step)  # dropout depends on the step alone: resuming is exact

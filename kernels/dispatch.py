@@ -2,7 +2,7 @@
 
     with use_kernels("reference"): ...          for a block of code
     NANOCHAMELEON_KERNELS=reference python ...  for a process
-    otherwise "auto": the fastest one measured for this device and type (AUTO)
+    otherwise "auto": the fastest one measured for this device and type (the table AUTO)
 
 An explicit wish that cannot be met raises with the reason. Not here: the implementations.
 """
@@ -18,11 +18,17 @@ from torch import Tensor
 NAMES = ("auto", "reference", "numba")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 
-# op -> what was measured to be fastest on a CPU in float32 and bfloat16
-AUTO = {
-    "normed_attention": ("numba", "3 to 4 times torch's attention, norm and rotation"),
-    "zloss_cross_entropy": ("numba", "no logits written in the forward pass"),
+# (op, type on a CPU) -> the fastest, and what was measured; `python -m nanochameleon.bench kernels` measures again.
+# What is not in it, other devices and types included, runs on torch's own operations.
+AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
+    ("normed_attention", torch.float32): ("numba", "3 times torch's norm, rotation and fused attention"),
+    ("normed_attention", torch.bfloat16): ("numba", "3 to 4 times torch's norm, rotation and fused attention"),
+    ("zloss_cross_entropy", torch.float32): ("numba", "twice torch.compile, 4 times torch"),
+    ("zloss_cross_entropy", torch.bfloat16): ("numba", "twice torch.compile, 5 times torch"),
+    ("linear_zloss_cross_entropy", torch.float32): ("numba", "1.2 times torch.compile, and no logits in memory"),
+    ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
 }
+OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
 
 _wishes: list[str] = []
 
@@ -44,26 +50,39 @@ def _check(name: str) -> None:
 
 
 def wish() -> str:
+    """What was asked for: by use_kernels, else by the environment, else "auto"."""
     name = _wishes[-1] if _wishes else os.environ.get(VARIABLE, "auto")
     _check(name)
     return name
 
 
-def why_not_numba(x: Tensor) -> str | None:
-    """The reason why Numba's kernels cannot run on this tensor, or None."""
-    if x.device.type != "cpu":
-        return f"they are for the CPU, and this tensor is on {x.device.type}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"they take float32 and bfloat16, not {x.dtype}"
+def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why Numba's kernels cannot run on such tensors, or None."""
+    if device.type != "cpu":
+        return f"they are for the CPU, and the tensors are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None if find_spec("numba") else "numba is not installed"
 
 
-def choose(op: str, x: Tensor) -> str:
-    """The implementation of `op` for tensors like x. Raises ValueError for a wish that cannot be met."""
-    name = wish()
-    if name == "reference":
-        return name
-    reason = why_not_numba(x)
+def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(implementation, reason). Raises ValueError for a wish that cannot be met."""
+    name, reason = wish(), why_not_numba(device, dtype)
     if name == "numba" and reason:
         raise ValueError(f"numba's kernels were asked for {op}, but {reason}")
-    return "reference" if reason else AUTO[op][0] if name == "auto" else name
+    if name != "auto":
+        return name, "asked for"
+    if reason:
+        return "reference", f"numba's kernels do not do: {reason}"
+    return AUTO[op, dtype]
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The implementation of `op` for tensors like x."""
+    return decide(op, x.device, x.dtype)[0]
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for each op: what would run here, and why."""
+    lines = [f"{op:27} {name:10} {why}" for op, (name, why) in ((op, decide(op, device, dtype)) for op in OPS)]
+    return "\n".join(lines)

@@ -112,7 +112,7 @@ EXP2 = _exp2_coefficients()
 
 
 def exp2_of(b, x):
-    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126."""
+    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126; x < 128."""
     x = b.select(b.fcmp_ordered(">", x, constant(-126.0)), x, constant(-126.0))
     n = _call(b, f"llvm.rint.v{W}f32", V, x)
     f, y = b.fsub(x, n), constant(EXP2[5])

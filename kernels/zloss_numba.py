@@ -2,12 +2,12 @@
 
 Torch's own steps (maximum, difference, exponential, sum, gather, and their gradients) each read and write all logits; a
 row of 65,536 floats fits the second-level cache, so here it comes from memory once. Forward: the row is widened into
-scratch, its largest logit found on the way, then 2^x summed. Backward: from log Z alone, dx_v = (g + h) p_v - g [v = y].
+scratch, its largest logit found on the way, then 2^x summed. Backward, from log Z: dx_v = (g + h) p_v - g [v = y].
 
 `overwrite` does both at once, for a loss that is known before: 1 read and 1 write of memory, which is a copy's work.
 
-What each step buys is in docs/results.md; zloss_simple.py has the loops that these grew from. Addresses and sizes are
-int64; V logits a row, of `size` bytes each. Rows with a target below 0 count for nothing: zeros everywhere.
+Addresses and sizes are int64; V logits a row, of `size` bytes each. A row with a target below 0 counts for nothing:
+zeros everywhere.
 """
 
 import math
@@ -114,6 +114,12 @@ def put(p, size, i, x):
         poke_bf16(p + 2 * i, x)
 
 
+@njit
+def fill_row(p, size, v, x):
+    for i in range(v):
+        put(p, size, i, x)
+
+
 @kernel
 def forward(job, first, last, row):
     for n in range(first, last):
@@ -133,9 +139,12 @@ def backward(job, first, last, row):
     size, v = job.size, job.v
     for n in range(first, last):
         logits, gradient, y = job.logits + size * n * v, job.gradient + size * n * v, peek_int(job.targets + 8 * n)
+        if y < 0:
+            fill_row(gradient, size, v, ZERO)
+            continue
         g, h, shift = peek(job.g + 4 * n), peek(job.h + 4 * n), peek(job.log_z + 4 * n) * LOG2E
-        factor, s, scale = splat(g + h if y >= 0 else ZERO), splat(shift), splat(LOG2E)
-        at_target = look(logits, size, max(y, 0))
+        factor, s, scale = splat(g + h), splat(shift), splat(LOG2E)
+        at_target = look(logits, size, y)
         whole = v // W * W
         if size == 4:
             for i in range(0, whole, W):
@@ -147,9 +156,8 @@ def backward(job, first, last, row):
             read_row(logits + size * whole, size, v - whole, row)
             store(row, exp2(load(row) * scale - s) * factor)
             write_row(gradient + size * whole, size, v - whole, row, np.float32(1))
-        if y >= 0:
-            store(row, exp2(splat(at_target) * scale - s) * factor)
-            put(gradient, size, y, peek(row) - g)
+        store(row, exp2(splat(at_target) * scale - s) * factor)
+        put(gradient, size, y, peek(row) - g)
 
 
 @kernel
@@ -158,16 +166,16 @@ def overwrite(job, first, last, row, z, share):
     size, v = job.size, job.v
     for n in range(first, last):
         logits, y = job.logits + size * n * v, peek_int(job.targets + 8 * n)
-        cross_entropy, log_z, factor, weight = ZERO, ZERO, ZERO, ZERO
-        most = read_logits(logits, size, v, row)
-        powers = sum_of_powers(row, v, most, True)
-        if y >= 0:
+        cross_entropy, log_z = ZERO, ZERO
+        if y < 0:
+            fill_row(logits, size, v, ZERO)
+        else:
+            most = read_logits(logits, size, v, row)
+            powers = sum_of_powers(row, v, most, True)
             log_z = (most + np.float32(math.log2(powers))) * LN2
             cross_entropy = log_z - look(logits, size, y)
-            factor, weight = share * (np.float32(1) + np.float32(2) * z * log_z) / powers, share
-        at_target = peek(row + 4 * max(y, 0)) * factor - weight
-        write_row(logits, size, v, row, factor)
-        if y >= 0:
-            put(logits, size, y, at_target)
+            factor = share * (np.float32(1) + np.float32(2) * z * log_z) / powers
+            write_row(logits, size, v, row, factor)
+            put(logits, size, y, peek(row + 4 * y) * factor - share)
         poke(job.cross_entropy + 4 * n, cross_entropy)
         poke(job.log_z + 4 * n, log_z)

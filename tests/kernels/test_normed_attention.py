@@ -1,5 +1,7 @@
 """Attention as one op: every implementation against the reference in float64, in value and in gradient."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,3 +77,56 @@ def test_numba_is_as_good_as_the_reference(dtype, problem):
     size = sizes(problem)
     for x, plain, exact in zip(result, naive, truth, strict=True):
         assert_as_good_as(x, plain, exact, scale=size * (1 + exact.abs().max().item()))
+
+
+def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch):
+    """Every output and every piece of scratch is written before it is read."""
+    q, k, v = (torch.randn(2, 70, heads, 20) for heads in (4, 2, 2))
+    table, docs = rotary_table(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
+    norms = [(torch.randn(1, 20), torch.randn(1, 20)) for _ in "qk"]
+    empty, outcomes = torch.empty, []
+    for garbage in (0.0, torch.nan, 1e30):
+        monkeypatch.setattr(torch, "empty", lambda *shape, g=garbage, **kw: empty(*shape, **kw).fill_(g))
+        like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda x, g=garbage, like=like, **kw: like(x, **kw).fill_(g))
+        monkeypatch.setattr("nanochameleon.kernels.launch._own", threading.local())  # fresh scratch
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        with use_kernels("numba"):
+            out = normed_attention(*inputs, table, docs, *norms, EPS)
+        outcomes.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
+    for outcome_ in outcomes[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(outcome_, outcomes[0], strict=True))
+
+
+def test_inputs_of_other_strides_are_read_right_and_never_written():
+    fused = torch.randn(2, 9, 3, 4, 6)  # one buffer of q, k and v, as a fused projection gives it
+    table = rotary_table(torch.arange(9).expand(2, 9), 6, 1e4)
+    q, k, v = fused.unbind(2)
+    before = fused.clone()
+    with use_kernels("numba"):
+        out = normed_attention(q, k, v, table, None, None, None, EPS)
+        copied = normed_attention(*(x.contiguous() for x in (q, k, v)), table, None, None, None, EPS)
+    assert torch.equal(out, copied) and torch.equal(fused, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_rows_and_no_positions(shape):
+    x = torch.zeros(*shape, 2, 6, requires_grad=True)
+    table = torch.ones(shape[0], 1, shape[1], 3, dtype=torch.complex64)
+    with use_kernels("numba"):
+        out = normed_attention(x, x, x, table, None, None, None, EPS)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@given(st.integers(0, 100), st.sampled_from([0.1, 7.0]))
+@settings(max_examples=10)
+def test_with_the_norm_a_factor_on_queries_and_keys_changes_nothing(seed, factor):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 40, 2, 16, generator=generator) for _ in range(3))
+    table = rotary_table(torch.arange(40).expand(1, 40), 16, 1e4)
+    norms = [(torch.randn(1, 16, generator=generator), torch.randn(1, 16, generator=generator)) for _ in "qk"]
+    with use_kernels("numba"):
+        out, scaled = (normed_attention(c * q, c * k, v, table, None, *norms, 1e-12) for c in (1.0, factor))
+    torch.testing.assert_close(scaled, out, rtol=0, atol=1e-4)
