@@ -1,0 +1,1 @@
+"""Measurements beside torch, torch.compile and peers, in one process: `python -m nanochameleon.bench NAME`."""
