@@ -15,11 +15,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NAMES = ("auto", "reference", "numba")
+NAMES = ("auto", "reference", "numba", "cuda")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 
 # (op, type on a CPU) -> the fastest, and what was measured; `python -m nanochameleon.bench kernels` measures again.
-# What is not in it, other devices and types included, runs on torch's own operations.
+# What is not in it runs on torch's own operations: other devices and types, and GPUs until a table was measured on one.
 AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("normed_attention", torch.float32): ("numba", "3 times torch's norm, rotation and fused attention"),
     ("normed_attention", torch.bfloat16): ("numba", "3 to 4 times torch's norm, rotation and fused attention"),
@@ -35,7 +35,7 @@ _wishes: list[str] = []
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """Inside, every op runs this implementation: "reference", "numba" or "auto"."""
+    """Inside, every op runs this implementation: "reference", "numba", "cuda" or "auto"."""
     _check(name)
     _wishes.append(name)
     try:
@@ -65,11 +65,25 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if find_spec("numba") else "numba is not installed"
 
 
+def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the CUDA kernels cannot run on such tensors, or None."""
+    types = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}
+    if op not in types:
+        return "there is none for it"
+    if device.type != "cuda":
+        return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
+    if dtype not in types[op]:
+        return f"they do not take {str(dtype).removeprefix('torch.')}"
+    missing = [name for name in ("cupy", "nvidia") if not find_spec(name)]
+    return f"{missing[0]} is not installed: pip install nanochameleon[cuda]" if missing else None
+
+
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(implementation, reason). Raises ValueError for a wish that cannot be met."""
     name, reason = wish(), why_not_numba(device, dtype)
-    if name == "numba" and reason:
-        raise ValueError(f"numba's kernels were asked for {op}, but {reason}")
+    refusal = reason if name == "numba" else why_not_cuda(op, device, dtype) if name == "cuda" else None
+    if refusal:
+        raise ValueError(f"{name}'s kernels were asked for {op}, but {refusal}")
     if name != "auto":
         return name, "asked for"
     if reason:

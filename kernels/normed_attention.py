@@ -69,10 +69,16 @@ def normed_attention(
     eps: float,
 ) -> Tensor:  # fmt: skip
     """(B, T, H, E), the type of q; by the implementation that `dispatch.choose` names."""
-    if choose("normed_attention", q) == "reference":
+    name = choose("normed_attention", q)
+    if name == "reference":
         return normed_attention_reference(q, k, v, table, doc_ids, q_norm, k_norm, eps)
     turns = torch.view_as_real(table[:, 0]).flatten(-2)
     norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
+    if name == "cuda":
+        rotary = torch.ops.nanochameleon.norm_rotary
+        q, k = rotary(q, turns, *norms[:2], eps), rotary(k, turns, *norms[2:], eps)
+        mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+        return attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
     return torch.ops.nanochameleon.normed_attention(q, k, v, turns, doc_ids, *norms, eps)[0]
 
 
@@ -176,3 +182,52 @@ def _gradients(ctx, d_out, d_lse):
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: one pass for norm and turn, in front of torch's attention (attention.cu)
+
+
+@torch.library.custom_op("nanochameleon::norm_rotary", mutates_args=(), device_types="cuda")
+def _norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    from nanochameleon.kernels import gpu
+
+    weight, bias = (None if p is None else p.float().contiguous() for p in (weight, bias))
+    return gpu.norm_rotary(x.contiguous(), turns.expand(*x.shape[:2], -1).contiguous(), weight, bias, eps)
+
+
+@_norm_rotary.register_fake
+def _(x, turns, weight, bias, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("nanochameleon::norm_rotary_backward", mutates_args=(), device_types="cuda")
+def _norm_rotary_backward(
+    d_out: Tensor, x: Tensor, turns: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from nanochameleon.kernels import gpu
+
+    weight, turns = None if weight is None else weight.float().contiguous(), turns.expand(*x.shape[:2], -1)
+    return gpu.norm_rotary_backward(d_out.contiguous(), x.contiguous(), turns.contiguous(), weight, eps)
+
+
+@_norm_rotary_backward.register_fake
+def _(d_out, x, turns, weight, eps):
+    row = x.new_empty(x.shape[2:], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), row, torch.empty_like(row)
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    x, turns, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, turns, weight)
+    ctx.bias = None if bias is None else bias.dtype
+
+
+def _norm_gradients(ctx, d_out):
+    x, turns, weight = ctx.saved_tensors
+    d_x, d_weight, d_bias = torch.ops.nanochameleon.norm_rotary_backward(d_out, x, turns, weight, ctx.eps)
+    none = weight is None
+    return d_x, None, None if none else d_weight.to(weight.dtype), None if none else d_bias.to(ctx.bias), None
+
+
+_norm_rotary.register_autograd(_norm_gradients, setup_context=_save_norm)

@@ -117,6 +117,21 @@ def _(g, h, logits, targets, log_z):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+@_forward.register_kernel("cuda")
+def _(logits, targets):
+    from nanochameleon.kernels import gpu
+
+    return gpu.zloss_forward(logits.contiguous(), targets.long().contiguous())
+
+
+@_backward.register_kernel("cuda")
+def _(g, h, logits, targets, log_z):
+    from nanochameleon.kernels import gpu
+
+    g, h = g.float().contiguous(), h.float().contiguous()
+    return gpu.zloss_backward(g, h, logits.contiguous(), targets.long().contiguous(), log_z)
+
+
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
@@ -131,10 +146,15 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: float) -> tuple[Tensor, Tensor]:
     """Overwrites contiguous logits with the gradient of share * sum (loss + z_loss * z), in one pass over memory.
 
-    For a loop that makes its gradients itself; autograd knows nothing of it. CPU, float32 and bfloat16.
+    For a loop that makes its gradients itself; autograd knows nothing of it. float32 and bfloat16.
     """
     if not logits.is_contiguous():
         raise ValueError("logits that are overwritten must be contiguous")
+    if logits.is_cuda:
+        from nanochameleon.kernels import gpu
+
+        kilobytes = gpu.SHARED[gpu.architecture(logits.device.index)]
+        return gpu.zloss_overwrite(logits, targets.long().contiguous(), z_loss, share, kilobytes)
     targets = _checked(logits, targets)[1]
     cross_entropy, log_z = torch.empty(len(logits)), torch.empty(len(logits))
     _run("overwrite", logits, targets, z_loss, share, cross_entropy=cross_entropy, log_z=log_z)

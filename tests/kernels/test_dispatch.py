@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nanochameleon.kernels.dispatch import AUTO, NAMES, OPS, VARIABLE, choose, explain, use_kernels
+from nanochameleon.kernels.dispatch import AUTO, NAMES, OPS, VARIABLE, choose, decide, explain, use_kernels
 
 CPU = torch.device("cpu")
 x = torch.zeros(1)
@@ -29,6 +29,22 @@ def test_a_wish_that_cannot_be_met_says_why(tensor, reason):
         choose("normed_attention", tensor)
     with use_kernels("auto"):
         assert choose("normed_attention", tensor) == "reference"
+
+
+def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
+    with use_kernels("cuda"), pytest.raises(ValueError, match="tensors are on cpu"):
+        choose("normed_attention", x)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("nanochameleon.kernels.dispatch.find_spec", lambda name: None)
+    with use_kernels("cuda"):
+        with pytest.raises(ValueError, match=r"cupy is not installed: pip install nanochameleon\[cuda\]"):
+            decide("zloss_cross_entropy", gpu, torch.bfloat16)
+        with pytest.raises(ValueError, match="do not take float32"):
+            decide("normed_attention", gpu, torch.float32)
+        with pytest.raises(ValueError, match="there is none for it"):
+            decide("linear_zloss_cross_entropy", gpu, torch.bfloat16)
+    with use_kernels("auto"):
+        assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
 
 
 def test_unknown_names_are_refused(monkeypatch):
