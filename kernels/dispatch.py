@@ -25,6 +25,8 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("normed_attention", torch.bfloat16): ("numba", "3 to 4 times torch's norm, rotation and fused attention"),
     ("zloss_cross_entropy", torch.float32): ("numba", "twice torch.compile, 4 times torch"),
     ("zloss_cross_entropy", torch.bfloat16): ("numba", "twice torch.compile, 5 times torch"),
+    ("rms_norm", torch.float32): ("numba", "one pass instead of six"),
+    ("rms_norm", torch.bfloat16): ("numba", "one pass instead of six"),
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "1.2 times torch.compile, and no logits in memory"),
     ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
 }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention import attention, visible
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
+from nanochameleon.kernels.rms_norm import rms_norm
 
 
 @dataclass
@@ -49,6 +50,11 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angles = positions[:, None, :, None].float() * rates
     return torch.polar(torch.ones_like(angles), angles)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class QKNorm(nn.Module):
@@ -114,8 +120,8 @@ class Block(nn.Module):
         self.norm_order, self.dropout = cfg.norm_order, cfg.dropout
         self.attention = Attention(cfg)
         self.feed_forward = FeedForward(cfg)
-        self.attention_norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
-        self.ffn_norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         if self.norm_order == "pre":  # 7B
@@ -136,7 +142,7 @@ class Chameleon(nn.Module):
         self.cfg = cfg
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.init_weights()
 

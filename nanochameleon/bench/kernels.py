@@ -20,6 +20,7 @@ from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import UserError
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
+from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
 from nanochameleon.kernels.normed_attention import normed_attention_reference
 from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.optim import make_optimizer
@@ -51,7 +52,8 @@ class Case:
     name: str
     inputs: list[Tensor]
     variants: dict[str, Callable[..., Tensor]]
-    extra: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed as they are
+    extra: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f+b, as they are
+    extra_forward: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f
 
 
 def with_kernels(name: str, function: Callable) -> Callable:
@@ -92,7 +94,11 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
     ours = of(with_kernels(own(device), normed_attention))
     variants = {"reference": of(normed_attention_reference), own(device): ours}
-    return Case(name, [q, k, v, *norms], variants)
+    plain = {}
+    if device.type == "cpu" and dtype == torch.float32 and packed:
+        arrays = [x.detach().numpy() for x in (q, k, v, docs, torch.empty_like(q))]
+        plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and turn
+    return Case(name, [q, k, v, *norms], variants, extra_forward=plain)
 
 
 def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -112,6 +118,10 @@ def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case
         "in place": lambda: zloss_cross_entropy_(buffer, targets, Z_LOSS, 1 / n),
         "copy": lambda: copied.detach().copy_(buffer),
     }
+    if device.type == "cpu" and dtype == torch.float32:
+        rows = [torch.empty(n).numpy() for _ in range(2)]
+        arrays = logits.detach().numpy(), targets.numpy(), Z_LOSS, 1 / n, *rows, copied.detach().numpy()
+        in_place["loops"] = lambda: zloss_loops(*arrays)
     variants = {
         "reference": of(zloss_cross_entropy_reference),
         own(device): of(with_kernels(own(device), zloss_cross_entropy)),
@@ -193,7 +203,7 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
 
         return run
 
-    alone = {name: forward(function) for name, function in case.variants.items()}
+    alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
     both = {name: backward(function) for name, function in case.variants.items()} | case.extra
     ratio_to = "compile" if "compile" in case.variants else "reference"
     rows = to_rows("kernels", f"{case.name} f", seconds(alone, rounds, device), ratio_to, device)
