@@ -27,6 +27,8 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("zloss_cross_entropy", torch.bfloat16): ("numba", "twice torch.compile, 5 times torch"),
     ("rms_norm", torch.float32): ("numba", "one pass instead of six"),
     ("rms_norm", torch.bfloat16): ("numba", "one pass instead of six"),
+    ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
+    ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "1.2 times torch.compile, and no logits in memory"),
     ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
 }

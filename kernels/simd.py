@@ -222,6 +222,11 @@ def larger(b, x, y):
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
+@instruction(vec, vec, vec)
+def divide(b, x, y):
+    return b.fdiv(x, y)
+
+
 @instruction(number, vec)
 def total(b, x):
     """The sum of all lanes."""

@@ -17,6 +17,7 @@ from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention import attention, visible
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
 from nanochameleon.kernels.rms_norm import rms_norm
+from nanochameleon.kernels.swiglu import swiglu
 
 
 @dataclass
@@ -111,7 +112,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
