@@ -1,1 +1,1 @@
-"""Measurements beside torch, torch.compile and peers, in one process: `python -m nanochameleon.bench NAME`."""
+"""Speed beside the peers that are installed, in one run: `python -m nanochameleon.bench NAME`."""

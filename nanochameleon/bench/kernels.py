@@ -8,16 +8,13 @@ logits, the floor of anything that writes a gradient.
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
-from nanochameleon.bench.rows import Row, keep_pages, plot, seconds, show, to_rows, write_json
+from nanochameleon.bench.rows import Row
+from nanochameleon.bench.timing import keep_pages, seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.errors import UserError
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
 from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
@@ -27,22 +24,6 @@ from nanochameleon.optim import make_optimizer
 from nanochameleon.transformer import Chameleon, rotary_table
 
 Z_LOSS = 1e-5
-
-
-@dataclass(frozen=True)
-class Args:
-    """Times the kernels on this machine."""
-
-    op: Literal["all", "attention", "zloss", "linear_zloss", "step"] = "all"
-    """Only these cases."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """cpu is one thread."""
-    quick: bool = False
-    """One small case of each op, without torch.compile: under 50 seconds on two cores."""
-    json: Path | None = None
-    """Where to write the rows."""
-    plot: Path | None = None
-    """Where to draw them (PNG)."""
 
 
 @dataclass(frozen=True)
@@ -151,25 +132,23 @@ def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
-def cases(args: Args, device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
     wide, narrow = torch.float32, torch.bfloat16
-    if args.op in ("all", "attention"):
+    if op in ("all", "attention"):
         yield attention_case(8, 256, 4, 48, narrow, True, device)
-        if not args.quick:
+        if not quick:
             yield attention_case(8, 256, 4, 48, wide, True, device)
             for b, h, t in ((8, 8, 256), (4, 8, 512), (2, 8, 1_024)):
                 yield attention_case(b, t, h, 64, wide, False, device)
-    if args.op in ("all", "zloss"):
+    if op in ("all", "zloss"):
         yield zloss_case(2_048, 940, narrow, device)
-        if not args.quick:
+        if not quick:
             yield zloss_case(2_048, 940, wide, device)
             for n, v in ((2_048, 4_096), (1_024, 16_384), (512, 65_536)):
                 yield zloss_case(n, v, wide, device)
-    if args.op in ("all", "linear_zloss"):
-        yield (
-            linear_case(256, 4_096, 256, wide, device) if args.quick else linear_case(1_024, 16_384, 256, wide, device)
-        )
-        if not args.quick:
+    if op in ("all", "linear_zloss"):
+        yield (linear_case(256, 4_096, 256, wide, device) if quick else linear_case(1_024, 16_384, 256, wide, device))
+        if not quick:
             yield linear_case(512, 65_536, 256, wide, device)
 
 
@@ -231,27 +210,15 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
     return to_rows("kernels", f"step dim 256 x 6 layers {precision}", times, "reference", device)
 
 
-def main(words: list[str]) -> None:
-    args = tyro.cli(Args, args=words, prog="python -m nanochameleon.bench kernels")
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: leave --device at cpu")
+def bench(device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
+    """Checks and times the cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
     torch.set_num_threads(1)
     keep_pages()
-    rows: list[Row] = []
-    rounds = 5 if args.quick else 9
-    for case in cases(args, device):
+    rounds = 5 if quick else 9
+    for case in cases(device, quick, op):
         check(case)
-        if not args.quick:
+        if not quick:
             case.variants["compile"] = torch.compile(case.variants["reference"])
-        found = measure(case, rounds, device)
-        show(found)
-        rows += found
-    for precision in ("fp32", "bf16") if args.op in ("all", "step") else ():
-        found = step_rows(precision, rounds, device)
-        show(found)
-        rows += found
-    if args.json:
-        write_json(args.json, rows)
-    if args.plot:
-        plot(args.plot, rows)
+        yield from measure(case, rounds, device)
+    for precision in ("fp32", "bf16") if op in ("all", "step") else ():
+        yield from step_rows(precision, rounds, device)

@@ -1,10 +1,9 @@
-"""What every bench shares: variants timed in turns, and rows that say where and by which code they were measured.
+"""What every benchmark shares: timing that takes turns, rows of figures, and where they go.
 
-On a CPU one thread is timed by the process's own clock, which neighbours hardly disturb; on a GPU by its events.
-Medians. Variants take turns within each round, so that a machine that slows down slows all of them.
+A row: {"bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit"}; ratio is the
+peer's time over ours, so that more is better.
 """
 
-import ctypes
 import json
 import platform
 import statistics
@@ -21,102 +20,74 @@ from nanochameleon.files import write_file
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one case. `ratio` is the time of variant `ratio_to` over this one's: bigger is faster."""
-
     bench: str
-    case: str  # the op, then its sizes
+    case: str
     variant: str
     value: float
     unit: str
     ratio: float | None
-    ratio_to: str
+    ratio_to: str | None
     device: str
     torch: str
     commit: str
 
 
+def take_turns(jobs: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
+    """Median seconds of each job, run in turns so that what else the machine does meets all alike. Each runs once
+    before the clock; rounds end early, but not before the first, when `seconds` are over."""
+    for job in jobs.values():
+        job()
+    times, end = {name: [] for name in jobs}, time.perf_counter() + seconds
+    for number in range(rounds):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+        if number and time.perf_counter() > end:
+            break
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
 def commit() -> str:
-    """Of the code that runs, with + where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    """Of the source tree, "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, 1 thread"
+    names = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def keep_pages() -> None:
-    """Makes glibc keep freed memory. Else a large tensor is fresh pages each time, and the system's clearing of them
-    is timed in place of the arithmetic. Elsewhere it does nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    if mallopt is not None:
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
-            mallopt(option, value)
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
 
-def _once(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    before = time.process_time()
-    run()
-    return time.process_time() - before
+def rows_of(bench: str, case: str, ours: str, taken: dict[str, float], per: float, unit: str, device: str) -> list[Row]:
+    """Seconds by variant -> a row for each: value = per / seconds, or seconds * 1e3 / per where the unit is ms."""
+    same = dict(device=device, torch=torch.__version__, commit=commit())
+
+    def value(name):
+        return taken[name] * 1e3 / per if unit.startswith("ms") else per / taken[name]
+
+    peers = [name for name in taken if name != ours]
+    rows = [Row(bench, case, ours, value(ours), unit, taken[p] / taken[ours], p, **same) for p in peers]
+    rows = rows or [Row(bench, case, ours, value(ours), unit, None, None, **same)]
+    return rows + [Row(bench, case, p, value(p), unit, None, None, **same) for p in peers]
 
 
-def seconds(variants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """The median of each variant over the rounds, after two that do not count."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds + 2):
-        for name, run in variants.items():
-            times[name].append(_once(run, device))
-    return {name: statistics.median(each[2:]) for name, each in times.items()}
+def show(row: Row) -> None:
+    against = f"  {row.ratio:6.2f} x {row.ratio_to}" if row.ratio_to else ""
+    print(f"{row.case:34} {row.variant:28} {row.value:10.4g} {row.unit}{against}", flush=True)
 
 
-def to_rows(bench: str, case: str, times: dict[str, float], ratio_to: str, device: torch.device) -> list[Row]:
-    where = device_name(device), torch.__version__, commit()
-    return [
-        Row(bench, case, name, 1e3 * value, "ms", times[ratio_to] / value, ratio_to, *where)
-        for name, value in times.items()
-    ]
-
-
-def show(rows: list[Row]) -> None:
-    for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:6.2f} x {row.ratio_to}"
-        print(f"{row.case:48} {row.variant:14} {row.value:10.3f} {row.unit:9} {ratio}", flush=True)
-
-
-def write_json(path: Path, rows: list[Row]) -> None:
+def save(rows: list[Row], path: Path) -> None:
     write_file(path, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
-
-
-def plot(path: Path, rows: list[Row]) -> None:
-    """Bars of the ratios, a group for each case."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.3 * len(rows)), layout="constrained")
-    labels = [f"{row.case}   {row.variant}" for row in rows]
-    colours = [f"C{cases.index(row.case) % 10}" for row in rows]
-    axes.barh(labels, [row.ratio or 0.0 for row in rows], color=colours)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"times as fast as {rows[0].ratio_to} ({rows[0].device}, torch {rows[0].torch})")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_file(path, buffer.getvalue())

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from nanochameleon.bench.__main__ import main
+from nanochameleon.bench.__main__ import Args, main
 from nanochameleon.bench.kernels import attention_case, check, linear_case, zloss_case
-from nanochameleon.bench.rows import plot, seconds, to_rows, write_json
+from nanochameleon.bench.rows import save
+from nanochameleon.bench.timing import plot, seconds, to_rows
 from nanochameleon.errors import UserError
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ CASES = {
 def test_a_ratio_is_the_time_of_the_other_over_this_one_s(tmp_path):
     rows = to_rows("kernels", "zloss 1 x 2", {"reference": 0.004, "numba": 0.001}, "reference", CPU)
     assert [(row.value, row.unit, row.ratio) for row in rows] == [(4.0, "ms", 1.0), (1.0, "ms", 4.0)]
-    write_json(tmp_path / "rows.json", rows)
+    save(rows, tmp_path / "rows.json")
     names = "bench case variant value unit ratio ratio_to device torch commit"
     assert [list(row) for row in json.loads((tmp_path / "rows.json").read_text())] == [names.split()] * 2
     plot(tmp_path / "rows.png", rows)
@@ -44,13 +45,7 @@ def test_a_wrong_gradient_is_not_timed(name):
         check(dataclasses.replace(case, variants=wrong))
 
 
-@pytest.mark.parametrize("words", [[], ["kernel"]])
-def test_a_bench_must_be_named(words):
-    with pytest.raises(UserError, match="name a bench"):
-        main(words)
-
-
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA device"):
-        main(["kernels", "--device", "cuda"])
+        main(Args("kernels", device="cuda"))
