@@ -32,6 +32,7 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "1.2 times torch.compile, and no logits in memory"),
     ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
 }
+CUDA = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}  # written so far
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
 
 _wishes: list[str] = []
@@ -71,12 +72,9 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the CUDA kernels cannot run on such tensors, or None."""
-    types = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}
-    if op not in types:
-        return "there is none for it"
     if device.type != "cuda":
         return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
-    if dtype not in types[op]:
+    if dtype not in CUDA[op]:
         return f"they do not take {str(dtype).removeprefix('torch.')}"
     missing = [name for name in ("cupy", "nvidia") if not find_spec(name)]
     return f"{missing[0]} is not installed: pip install nanochameleon[cuda]" if missing else None
@@ -85,6 +83,8 @@ def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | Non
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(implementation, reason). Raises ValueError for a wish that cannot be met."""
     name, reason = wish(), why_not_numba(device, dtype)
+    if name == "cuda" and op not in CUDA:
+        return "reference", "there is no CUDA kernel of it"
     refusal = reason if name == "numba" else why_not_cuda(op, device, dtype) if name == "cuda" else None
     if refusal:
         raise ValueError(f"{name}'s kernels were asked for {op}, but {refusal}")

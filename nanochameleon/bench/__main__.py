@@ -30,12 +30,14 @@ class Args:
 def main(args: Args) -> None:
     import torch
 
-    from nanochameleon.bench import kernels, rows, timing
+    from nanochameleon.bench import gpu_cases, kernels, rows, timing
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: leave --device out")
+    what = torch.device(args.device), args.quick, args.op
+    found = gpu_cases.cases(*what) if args.device == "cuda" else kernels.checked(kernels.cases(*what))
     measured = []
-    for row in kernels.bench(torch.device(args.device), args.quick, args.op):
+    for row in kernels.bench(found, *what):
         rows.show(row)
         measured.append(row)
     try:

@@ -169,6 +169,12 @@ def check(case: Case) -> None:
             raise AssertionError(f"{case.name}: {name} is off by {each}, the reference by {errors['reference']}")
 
 
+def checked(found: Iterator[Case]) -> Iterator[Case]:
+    for case in found:
+        check(case)
+        yield case
+
+
 def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
     """Forward alone, then forward and backward."""
 
@@ -210,13 +216,12 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
     return to_rows("kernels", f"step dim 256 x 6 layers {precision}", times, "reference", device)
 
 
-def bench(device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
-    """Checks and times the cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
+def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
+    """Times checked cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
     torch.set_num_threads(1)
     keep_pages()
     rounds = 5 if quick else 9
-    for case in cases(device, quick, op):
-        check(case)
+    for case in found:
         if not quick:
             case.variants["compile"] = torch.compile(case.variants["reference"])
         yield from measure(case, rounds, device)

@@ -41,8 +41,7 @@ def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
             decide("zloss_cross_entropy", gpu, torch.bfloat16)
         with pytest.raises(ValueError, match="do not take float32"):
             decide("normed_attention", gpu, torch.float32)
-        with pytest.raises(ValueError, match="there is none for it"):
-            decide("linear_zloss_cross_entropy", gpu, torch.bfloat16)
+        assert decide("linear_zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # never written
     with use_kernels("auto"):
         assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
 
