@@ -43,6 +43,7 @@ from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, sample_grid
 from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import NO_DECODER
+from nanochameleon.kernels.dispatch import explain
 from nanochameleon.losses import LossParts, next_token_loss
 from nanochameleon.model_folder import Parts, adopt, copy_weights, store_tokenizers
 from nanochameleon.monitor import Monitor
@@ -195,6 +196,7 @@ def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, st
     wish = state.get("precision", "auto") if t.precision == "auto" else t.precision
     precision, failed = pick_precision(wish, cfg.model.dim, run.device), 0
     print(f"transformer: {sum(p.numel() for p in model.parameters()):,} parameters, {precision} on {run.device}")
+    print(explain(run.device, torch.float32 if precision == "fp32" else torch.bfloat16))
     with Monitor(folder, t.steps, t.log_every, start) as monitor:
         for step in range(start, t.steps):
             torch.manual_seed(cfg.seed * t.steps + step)  # dropout depends on the step alone: resuming is exact

@@ -35,9 +35,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, vocab: Vocab) -> LossParts:
     all gives zeros, not NaN.
     """
     kept = targets != IGNORE
-    targets = targets[kept]
-    cross_entropy, log_z = zloss_cross_entropy(logits[kept], targets)
-    image = vocab.is_image(targets)
+    cross_entropy, log_z = zloss_cross_entropy(logits, targets)  # zeros where a target is ignored
+    image = kept & vocab.is_image(targets)
     return LossParts(
         cross_entropy=cross_entropy.sum(),
         z=log_z.square().sum(),

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention import attention, visible
+from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
+from nanochameleon.kernels.rms_norm import rms_norm
+from nanochameleon.kernels.swiglu import swiglu
 
 
 @dataclass
@@ -50,14 +53,9 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())  # where torch.polar rounds otherwise
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E), Llama's and Meta's order of pairs.
-
-    A pair is a complex number, so turning it is one product.
-    """
-    wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class QKNorm(nn.Module):
@@ -74,18 +72,14 @@ class QKNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, E) -> the same, each head normalised."""
-        n_groups, head_dim = self.weight.shape
-        if n_groups == 1:
-            return F.layer_norm(x, (head_dim,), self.weight[0], self.bias[0], self.eps)
-        heads = x.shape[2] // n_groups
-        weight, bias = (p.repeat_interleave(heads, 0) for p in (self.weight, self.bias))
-        return F.layer_norm(x, (head_dim,), eps=self.eps) * weight + bias
+        return layer_norm(x, (self.weight, self.bias), self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.n_heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.kv_heads, cfg.head_dim
+        self.qk_norm, self.norm_eps = cfg.qk_norm, cfg.norm_eps
         self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
         self.wk = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
         self.wv = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
@@ -94,13 +88,17 @@ class Attention(nn.Module):
         self.k_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """Whole rows go through the fused op, which takes doc_ids for the mask; with a cache the steps stand here."""
         b, t, _ = x.shape
-        q = self.q_norm(self.wq(x).view(b, t, self.n_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.wk(x).view(b, t, self.kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.wv(x).view(b, t, self.kv_heads, self.head_dim).transpose(1, 2)
+        q = self.wq(x).view(b, t, self.n_heads, self.head_dim)
+        k = self.wk(x).view(b, t, self.kv_heads, self.head_dim)
+        v = self.wv(x).view(b, t, self.kv_heads, self.head_dim)
+        if cache is None:
+            norms = [(norm.weight, norm.bias) if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
+            return self.wo(normed_attention(q, k, v, table, mask, *norms, self.norm_eps).reshape(b, t, -1))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, table), rotate(k, table)  # after the norm: turning must not change what the norm fixed
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
+        k, v = cache.extend(layer, k, v)
         return self.wo(attention(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))
 
 
@@ -114,7 +112,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -123,8 +121,8 @@ class Block(nn.Module):
         self.norm_order, self.dropout = cfg.norm_order, cfg.dropout
         self.attention = Attention(cfg)
         self.feed_forward = FeedForward(cfg)
-        self.attention_norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
-        self.ffn_norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         if self.norm_order == "pre":  # 7B
@@ -145,7 +143,7 @@ class Chameleon(nn.Module):
         self.cfg = cfg
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.norm = nn.RMSNorm(cfg.dim, cfg.norm_eps)
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
         self.init_weights()
 
@@ -210,9 +208,9 @@ class Chameleon(nn.Module):
         return x
 
     def mask(self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """The attention mask (B, T, S), or None where plain causal attention does."""
+        """Who sees whom: (B, T, S) with a cache; without one the documents (B, T), or None where plain causal does."""
         if cache is None:
-            return None if doc_ids is None else visible(doc_ids, doc_ids)
+            return doc_ids
         start, end = cache.length, cache.length + tokens.shape[1]
         cache.doc_ids[:, start:end] = 0 if doc_ids is None else doc_ids
         return visible(cache.doc_ids[:, start:end], cache.doc_ids[:, :end])

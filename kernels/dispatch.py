@@ -1,0 +1,106 @@
+"""Which implementation of an op runs, and why: a value that a caller can set, never a constant of the import.
+
+    with use_kernels("reference"): ...          for a block of code
+    NANOCHAMELEON_KERNELS=reference python ...  for a process
+    otherwise "auto": the fastest one measured for this device and type (the table AUTO)
+
+An explicit wish that cannot be met raises with the reason. Not here: the implementations.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "reference", "numba", "cuda")
+VARIABLE = "NANOCHAMELEON_KERNELS"
+
+# (op, type on a CPU) -> the fastest, and what was measured; `python -m nanochameleon.bench kernels` measures again.
+# What is not in it runs on torch's own operations: other devices and types, and GPUs until a table was measured on one.
+AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
+    ("normed_attention", torch.float32): ("numba", "twice torch's norm, rotation and fused attention"),
+    ("normed_attention", torch.bfloat16): ("numba", "3 times torch's norm, rotation and fused attention"),
+    ("zloss_cross_entropy", torch.float32): ("numba", "1.3 to 1.8 times torch.compile, 3 to 5 times torch"),
+    ("zloss_cross_entropy", torch.bfloat16): ("numba", "1.5 times torch.compile, 4 times torch"),
+    ("rms_norm", torch.float32): ("numba", "one pass instead of six"),
+    ("rms_norm", torch.bfloat16): ("numba", "one pass instead of six"),
+    ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
+    ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
+    ("linear_zloss_cross_entropy", torch.float32): ("numba", "as fast as torch.compile, and no logits in memory"),
+    ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
+}
+CUDA = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}  # written so far
+OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
+
+_wishes: list[str] = []
+
+
+@contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """Inside, every op runs this implementation: "reference", "numba", "cuda" or "auto"."""
+    _check(name)
+    _wishes.append(name)
+    try:
+        yield
+    finally:
+        _wishes.pop()
+
+
+def _check(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"there are no kernels called {name!r}: choose one of {', '.join(NAMES)}")
+
+
+def wish() -> str:
+    """What was asked for: by use_kernels, else by the environment, else "auto"."""
+    name = _wishes[-1] if _wishes else os.environ.get(VARIABLE, "auto")
+    _check(name)
+    return name
+
+
+def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why Numba's kernels cannot run on such tensors, or None."""
+    if device.type != "cpu":
+        return f"they are for the CPU, and the tensors are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None if find_spec("numba") else "numba is not installed"
+
+
+def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the CUDA kernels cannot run on such tensors, or None."""
+    if device.type != "cuda":
+        return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
+    if dtype not in CUDA[op]:
+        return f"they do not take {str(dtype).removeprefix('torch.')}"
+    missing = [name for name in ("cupy", "nvidia") if not find_spec(name)]
+    return f"{missing[0]} is not installed: pip install nanochameleon[cuda]" if missing else None
+
+
+def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(implementation, reason). Raises ValueError for a wish that cannot be met."""
+    name, reason = wish(), why_not_numba(device, dtype)
+    if name == "cuda" and op not in CUDA:
+        return "reference", "there is no CUDA kernel of it"
+    refusal = reason if name == "numba" else why_not_cuda(op, device, dtype) if name == "cuda" else None
+    if refusal:
+        raise ValueError(f"{name}'s kernels were asked for {op}, but {refusal}")
+    if name != "auto":
+        return name, "asked for"
+    if reason:
+        return "reference", f"numba's kernels do not do: {reason}"
+    return AUTO[op, dtype]
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The implementation of `op` for tensors like x."""
+    return decide(op, x.device, x.dtype)[0]
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for each op: what would run here, and why."""
+    lines = [f"{op:27} {name:10} {why}" for op, (name, why) in ((op, decide(op, device, dtype)) for op in OPS)]
+    return "\n".join(lines)

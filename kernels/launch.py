@@ -1,0 +1,72 @@
+"""Compiles a kernel with a cache on disk, and runs its tasks on as many threads as torch has.
+
+Kernels release the interpreter's lock, so Python's own threads do: no second OpenMP beside torch's, nothing that a
+forked process could inherit half, and one compiled version for any number of threads.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+
+def kernel(function: Callable) -> Callable:
+    """Numba's njit, without the interpreter's lock, kept on disk in a folder named by all sources beside this one.
+
+    Numba's own cache looks at the function's file alone, and would not see that what it calls was edited.
+    """
+    from numba import config, njit
+
+    here, before = Path(__file__).parent, config.CACHE_DIR
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
+    config.CACHE_DIR = str((Path(before) if before else here / "__pycache__") / digest)  # read by njit, now
+    try:
+        return njit(cache=True, nogil=True)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """One pool for each number of threads, of this process: a forked child starts its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernel")
+
+
+def split(n: int, parts: int) -> list[tuple[int, int]]:
+    """[0, n) in at most `parts` stretches, as equal as can be, none empty."""
+    ends = [n * i // parts for i in range(parts + 1)]
+    return [(a, b) for a, b in pairwise(ends) if a < b]
+
+
+_own = threading.local()
+
+
+def scratch(floats: int) -> int:
+    """The address of this thread's float32 scratch, kept between calls: fresh pages cost more than the work."""
+    if getattr(_own, "buffer", None) is None or _own.buffer.numel() < floats:
+        _own.buffer = torch.empty(floats)
+    return _own.buffer.data_ptr()
+
+
+def run(task: Callable[[int, int, int], None], n: int, parts: int | None = None) -> None:
+    """Calls task(part, first, last) on stretches of [0, n), `parts` of them; the caller's thread works too.
+
+    None is a few for each thread, so that one that is held up leaves the rest to the others.
+    """
+    threads = min(torch.get_num_threads(), n)
+    stretches = iter(list(enumerate(split(n, parts or (4 * threads if threads > 1 else 1)))))
+
+    def work() -> None:
+        for part, (first, last) in stretches:
+            task(part, first, last)
+
+    others = [pool(threads - 1, os.getpid()).submit(work) for _ in range(1, threads)]
+    work()
+    for other in others:
+        other.result()

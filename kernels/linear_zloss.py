@@ -1,0 +1,114 @@
+"""Output layer and z-loss cross-entropy as one op that never holds the [rows, vocabulary] logits.
+
+    x_i = W hidden_i,   loss_i = log Z_i - x_i[y_i],   log Z_i = log sum_v exp x_i[v]
+
+The gradient, with g and h those of loss_i and log Z_i, needs only log Z of the forward pass:
+    dx_i[v] = (g_i + h_i) exp(x_i[v] - log Z_i) - g_i [v = y_i],   d hidden = dx W,   dW = dx^T hidden
+
+Shapes: hidden (N, D), weight (V, D), targets (N,) int64 below V, negative where a row is ignored. Returns the
+cross-entropy (N,) and log Z (N,), as zloss.py does.
+"""
+
+import torch
+import torch.nn.functional as F
+from nanochameleon.kernels.dispatch import choose
+from nanochameleon.kernels.zloss import zloss_cross_entropy, zloss_cross_entropy_reference
+from torch import Tensor
+
+ROWS_A_TASK = 256
+
+
+def linear_zloss_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return zloss_cross_entropy_reference(F.linear(hidden, weight), targets)
+
+
+def linear_zloss_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """By the implementation that `dispatch.choose` names; "reference" holds the logits."""
+    if choose("linear_zloss_cross_entropy", hidden) == "reference":
+        return zloss_cross_entropy(F.linear(hidden, weight), targets)
+    return torch.ops.nanochameleon.linear_zloss_cross_entropy(hidden, weight, targets)
+
+
+def _tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """As the kernels take them: float32, rows padded to whole registers, hidden times log2 e."""
+    from nanochameleon.kernels.linear_zloss_numba import LOG2E
+    from nanochameleon.kernels.simd import W
+
+    if len(targets) and int(targets.max()) >= len(weight):
+        raise IndexError(f"target {int(targets.max())} is out of range for {len(weight)} logits")
+    padding = 0, -hidden.shape[1] % W
+    hidden = F.pad(hidden.float(), padding) * float(LOG2E)
+    weight = F.pad(weight.float(), (*padding, 0, -len(weight) % W)).contiguous()  # tiles read whole registers of rows
+    return {"hidden": hidden.contiguous(), "weight": weight, "targets": targets.long().contiguous()}
+
+
+def _job(tensors: dict[str, Tensor], v: int):
+    from nanochameleon.kernels.linear_zloss_numba import Job
+
+    n, width = tensors["hidden"].shape
+    where = {name: x.data_ptr() for name, x in tensors.items()}
+    return Job(**(dict.fromkeys(Job._fields, 0) | where | {"n": n, "v": v, "width": width}))
+
+
+@torch.library.custom_op("nanochameleon::linear_zloss_cross_entropy", mutates_args=(), device_types="cpu")
+def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    from nanochameleon.kernels import launch
+    from nanochameleon.kernels import linear_zloss_numba as compiled
+
+    tensors = _tensors(hidden, weight, targets)
+    out = {"cross_entropy": torch.empty(len(hidden)), "log_z": torch.empty(len(hidden))}
+    job = _job(tensors | out, len(weight))
+
+    def task(part: int, first: int, last: int) -> None:
+        rows = launch.scratch(compiled.SCRATCH + compiled.KEYS * job.width)
+        for i in range(first * ROWS_A_TASK, min(last * ROWS_A_TASK, job.n), ROWS_A_TASK):
+            compiled.forward(job, i, min(i + ROWS_A_TASK, job.n), rows)
+
+    launch.run(task, -(-job.n // ROWS_A_TASK))
+    return out["cross_entropy"], out["log_z"]
+
+
+@_forward.register_fake
+def _(hidden, weight, targets):
+    return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanochameleon::linear_zloss_cross_entropy_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    g: Tensor, h: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of hidden and weight, in their types."""
+    from nanochameleon.kernels import launch
+    from nanochameleon.kernels import linear_zloss_numba as compiled
+
+    tensors = _tensors(hidden, weight, targets)
+    parts = torch.get_num_threads()
+    upstream = {"g": g.float().contiguous(), "h": h.float().contiguous(), "shift": log_z * float(compiled.LOG2E)}
+    d_hidden, d_weight = torch.zeros(parts, *tensors["hidden"].shape), torch.empty_like(tensors["weight"])
+    job = _job(tensors | upstream | {"d_hidden": d_hidden, "d_weight": d_weight}, len(weight))
+
+    def task(part: int, first: int, last: int) -> None:
+        floats = launch.scratch(compiled.SCRATCH + 2 * compiled.KEYS * job.width)
+        compiled.backward(job, part, first, last, floats)
+
+    launch.run(task, -(-len(weight) // compiled.KEYS), parts)
+    v, d = weight.shape
+    total = d_hidden[0] if parts == 1 else d_hidden.sum(0)
+    return total[:, :d].to(hidden.dtype).contiguous(), d_weight[:v, :d].to(weight.dtype).contiguous()
+
+
+@_backward.register_fake
+def _(g, h, hidden, weight, targets, log_z):
+    contiguous = torch.contiguous_format
+    return torch.empty_like(hidden, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradients(ctx, g, h):
+    return *torch.ops.nanochameleon.linear_zloss_cross_entropy_backward(g, h, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,233 @@
+"""The whole of Chameleon's attention between its projections, as one op: QK-norm, rotary positions, causal attention
+within documents, grouped keys.
+
+    q', k'  = turn(norm(q)), turn(norm(k))            norm: LayerNorm of each head with weight and bias, or none
+    out     = softmax(q' k'^T / sqrt(E), where seen) v
+
+Seen are the keys at or before a query, of its own document. The norm comes before the turn, which must not change what
+the norm fixed; a pair (x[2i], x[2i+1]) is turned as a complex number, Meta's order of pairs.
+
+The gradient. With weights P, scores s = q' k'^T / sqrt(E) and dO the gradient of out:
+    dv = P^T dO,   dP = dO v^T,   ds = P * (dP - D),   D_i = sum_j P_ij dP_ij = dO_i . out_i
+    dq' = ds k' / sqrt(E),   dk' = ds^T q' / sqrt(E)
+The turn is orthogonal, so its gradient is the turn back: g. With n the standardised row and u = g * weight:
+    d weight = sum g n,   d bias = sum g,   d row = (u - mean(u) - n mean(u n)) / deviation
+
+Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); table (B, 1, T, E/2) complex, the
+turns; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) heads in turn.
+"""
+
+import torch
+import torch.nn.functional as F
+from nanochameleon.kernels.attention import attention, visible
+from nanochameleon.kernels.dispatch import choose
+from torch import Tensor
+
+Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
+
+
+def per_head(norm: Norm | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """(groups, E) -> (heads, E), float32 or wider."""
+    if norm is None:
+        return None, None
+    weight, bias = (p.repeat_interleave(heads // p.shape[0], 0) for p in norm)
+    return weight, bias
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E), Llama's and Meta's order of pairs.
+
+    A pair is a complex number, so turning it is one product.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+
+
+def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
+    """(B, T, heads, E) -> the same, each head normalised."""
+    if norm is None:
+        return x
+    if len(norm[0]) == 1:
+        return F.layer_norm(x, x.shape[-1:], norm[0][0], norm[1][0], eps)
+    weight, bias = per_head(norm, x.shape[2])
+    return (F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias).type_as(x)
+
+
+def normed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, doc_ids: Tensor | None, q_norm: Norm | None, k_norm: Norm | None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """One step after the other, in torch's own operations."""
+    q, k = (layer_norm(x, norm, eps).transpose(1, 2) for x, norm in ((q, q_norm), (k, k_norm)))
+    mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+    return attention(rotate(q, table), rotate(k, table), v.transpose(1, 2), mask).transpose(1, 2)
+
+
+def normed_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, doc_ids: Tensor | None, q_norm: Norm | None, k_norm: Norm | None,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """(B, T, H, E), the type of q; by the implementation that `dispatch.choose` names."""
+    name = choose("normed_attention", q)
+    if name == "reference":
+        return normed_attention_reference(q, k, v, table, doc_ids, q_norm, k_norm, eps)
+    turns = torch.view_as_real(table[:, 0]).flatten(-2)
+    norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
+    if name == "cuda":
+        rotary = torch.ops.nanochameleon.norm_rotary
+        q, k = rotary(q, turns, *norms[:2], eps), rotary(k, turns, *norms[2:], eps)
+        mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+        return attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
+    return torch.ops.nanochameleon.normed_attention(q, k, v, turns, doc_ids, *norms, eps)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The op
+
+
+def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor):
+    """The tensors' addresses and the sizes, as the compiled kernels take them."""
+    from nanochameleon.kernels.attention_numba import Job, W
+
+    t, heads, e = q.shape[1:]
+    sizes = dict(t=t, heads=heads, key_heads=k.shape[2], e=e, width=-(-e // W) * W, size=q.element_size(), scratch=0)
+    where = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
+    return Job(**(dict.fromkeys(Job._fields, 0) | where | sizes))
+
+
+def _run(name: str, tensors: dict[str, Tensor | None], eps: float) -> None:
+    import numpy as np
+    from nanochameleon.kernels import attention_numba, launch
+
+    job = _job(tensors, tensors["q"], tensors["k"])
+    kernel, floats = getattr(attention_numba, name), attention_numba.scratch_floats(job, name == "backward")
+    numbers = np.float32(eps), np.float32(job.e**-0.5)
+
+    def task(part: int, first: int, last: int) -> None:
+        kernel(job._replace(scratch=launch.scratch(floats)), first, last, *numbers)
+
+    launch.run(task, len(tensors["q"]) * job.key_heads)
+
+
+def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias) -> dict[str, Tensor | None]:
+    """Contiguous, of one type, the small ones float32 and padded with zeros to whole registers."""
+    from nanochameleon.kernels.attention_numba import W
+
+    def row(x: Tensor | None) -> Tensor | None:
+        return None if x is None else F.pad(x.float(), (0, -x.shape[-1] % W)).contiguous()
+
+    b, t = q.shape[:2]
+    big = {name: x.to(q.dtype).contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
+    norms = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    docs = None if doc_ids is None else doc_ids.long().contiguous()
+    return big | {name: row(x) for name, x in norms.items()} | {"table": row(turns.expand(b, t, -1)), "docs": docs}
+
+
+@torch.library.custom_op("nanochameleon::normed_attention", mutates_args=(), device_types="cpu")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None, q_weight: Tensor | None,
+    q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> out (B, T, H, E), and (B, H, T) float32, log2 of the sum of 2^score that the gradient needs."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias)
+    _run("forward", inputs | {"out": out, "lse": lse}, eps)
+    return out, lse
+
+
+@_forward.register_fake
+def _(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
+    shape = q.shape[0], q.shape[2], q.shape[1]
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("nanochameleon::normed_attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None,
+    q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k, v and of the norms, (H, E) and (G, E); without norms those are of length 0."""
+    inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias)
+    big = {f"d{name}": torch.empty_like(inputs[name]) for name in "qkv"}
+    (b, _, h, e), g, width = q.shape, k.shape[2], inputs["table"].shape[-1]
+    heads = {"d_q_weight": h, "d_q_bias": h, "d_k_weight": g, "d_k_bias": g}
+    parts = {name: torch.zeros(b, n, width) for name, n in heads.items()}
+    saved = {"d_out": d_out.to(q.dtype).contiguous(), "out": out, "lse": lse}
+    _run("backward", inputs | big | parts | saved, eps)
+    norms = [x.sum(0)[:, :e].contiguous() if q_weight is not None else x.new_empty(0) for x in parts.values()]
+    return *big.values(), *norms
+
+
+@_backward.register_fake
+def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
+    big = [torch.empty_like(x, memory_format=torch.contiguous_format, dtype=q.dtype) for x in (q, k, v)]
+    given = q_weight, q_bias, k_weight, k_bias
+    norms = [q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in given]
+    return *big, *norms
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.types = [x.dtype if isinstance(x, Tensor) else None for x in tensors]
+
+
+def _gradients(ctx, d_out, d_lse):
+    out, lse, *tensors = ctx.saved_tensors
+    dq, dk, dv, *norms = torch.ops.nanochameleon.normed_attention_backward(d_out, out, lse, *tensors, ctx.eps)
+    norms = [x.to(kind) if kind is not None else None for x, kind in zip(norms, ctx.types[5:], strict=True)]
+    return dq, dk.to(ctx.types[1]), dv.to(ctx.types[2]), None, None, *norms, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: one pass for norm and turn, in front of torch's attention (attention.cu)
+
+
+@torch.library.custom_op("nanochameleon::norm_rotary", mutates_args=(), device_types="cuda")
+def _norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    from nanochameleon.kernels import gpu
+
+    weight, bias = (None if p is None else p.float().contiguous() for p in (weight, bias))
+    return gpu.norm_rotary(x.contiguous(), turns.expand(*x.shape[:2], -1).contiguous(), weight, bias, eps)
+
+
+@_norm_rotary.register_fake
+def _(x, turns, weight, bias, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("nanochameleon::norm_rotary_backward", mutates_args=(), device_types="cuda")
+def _norm_rotary_backward(
+    d_out: Tensor, x: Tensor, turns: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from nanochameleon.kernels import gpu
+
+    weight, turns = None if weight is None else weight.float().contiguous(), turns.expand(*x.shape[:2], -1)
+    return gpu.norm_rotary_backward(d_out.contiguous(), x.contiguous(), turns.contiguous(), weight, eps)
+
+
+@_norm_rotary_backward.register_fake
+def _(d_out, x, turns, weight, eps):
+    row = x.new_empty(x.shape[2:], dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), row, torch.empty_like(row)
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    x, turns, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, turns, weight)
+    ctx.bias = None if bias is None else bias.dtype
+
+
+def _norm_gradients(ctx, d_out):
+    x, turns, weight = ctx.saved_tensors
+    d_x, d_weight, d_bias = torch.ops.nanochameleon.norm_rotary_backward(d_out, x, turns, weight, ctx.eps)
+    none = weight is None
+    return d_x, None, None if none else d_weight.to(weight.dtype), None if none else d_bias.to(ctx.bias), None
+
+
+_norm_rotary.register_autograd(_norm_gradients, setup_context=_save_norm)

@@ -1,0 +1,78 @@
+"""CUDA C -> cubins, by NVIDIA's runtime compiler alone: no GPU, driver or toolkit is needed, so tests can compile too.
+
+The library comes from PyPI (nvidia-cuda-nvrtc) and is called through ctypes. Results lie in a cache on disk, named by
+source, architecture and compiler. Running them is gpu.py's.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
+
+
+@dataclass(frozen=True)
+class Cubin:
+    code: bytes
+    log: str  # of the assembler: registers and spills of each kernel
+
+    def spills(self) -> dict[str, int]:
+        """Bytes of registers that each kernel must put aside in memory."""
+        kernels = re.split(r"Compiling entry function '", self.log)[1:]
+        stores = (re.search(r"(\d+) bytes spill stores", part) for part in kernels)
+        return {part.split("'")[0]: int(found[1]) for part, found in zip(kernels, stores, strict=True)}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Raises ModuleNotFoundError, naming the package, where there is none."""
+    nvidia = find_spec("nvidia")
+    folders = [Path(place) for place in nvidia.submodule_search_locations] if nvidia else []
+    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    if not found:
+        raise ModuleNotFoundError("NVIDIA's runtime compiler is missing: pip install nvidia-cuda-nvrtc")
+    return ctypes.CDLL(str(found[-1]))
+
+
+def _text(size_of: str, get: str, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(library(), size_of)(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(library(), get)(program, buffer)
+    return buffer.raw
+
+
+def compile_source(source: str, name: str, architecture: str) -> Cubin:
+    """Raises RuntimeError with the compiler's messages."""
+    program = ctypes.c_void_p()
+    library().nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
+    options = [f"-arch={architecture}", "-std=c++17", "--ptxas-options=-v"]
+    array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    status = library().nvrtcCompileProgram(program, len(options), array)
+    log = _text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog", program).decode().rstrip("\0")
+    if status:
+        raise RuntimeError(f"{name} does not compile for {architecture}:\n{log}")
+    code = _text("nvrtcGetCUBINSize", "nvrtcGetCUBIN", program)
+    library().nvrtcDestroyProgram(ctypes.byref(program))
+    return Cubin(code, log)
+
+
+def cubin_file(source: Path, architecture: str) -> Path:
+    """The compiled file of a .cu, made where it is not in the cache (NANOCHAMELEON_CACHE, or ~/.cache)."""
+    text = source.read_text()
+    version = [ctypes.c_int(), ctypes.c_int()]
+    library().nvrtcVersion(*(ctypes.byref(number) for number in version))
+    key = f"{text}{architecture}{[number.value for number in version]}"
+    folder = Path(os.environ.get("NANOCHAMELEON_CACHE", Path.home() / ".cache" / "nanochameleon"))
+    path = folder / f"{source.stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_bytes(compile_source(text, source.name, architecture).code)
+        aside.replace(path)
+    return path

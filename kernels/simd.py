@@ -1,0 +1,395 @@
+"""Vectors for Numba: a register of W floats as a value, and the matrix product that everything else is built around.
+
+Plain Numba loops reach a third of this processor's arithmetic: LLVM vectorises one loop at a time and keeps a product's
+sums in memory. Here `Vec` is <W x float> of LLVM, W chosen at run time (16 lanes with AVX-512, else 8, which on Arm are
+two registers), and a kernel is ordinary Python on addresses:
+
+    x = load(p)                     16 floats from an address
+    store(p, exp2(x * c - splat(m)))
+
+Nothing in it is of one processor: LLVM writes the instructions. Not here: anything that knows what the numbers mean.
+
+Two rules. No function that uses these may be compiled with fastmath, which would rewrite their instructions as well. An
+address does not keep its array alive: kernels take addresses of tensors which their callers hold.
+"""
+
+import functools
+import operator
+
+import numpy as np
+from llvmlite import ir
+from numba import config, njit, types
+from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+FEATURES = (config.CPU_FEATURES or get_host_cpu_features()).split(",")
+W = 16 if "+avx512f" in FEATURES else 8  # lanes
+ROWS, COLUMNS = 4, (4 if W == 16 else 2)  # the product keeps ROWS x (COLUMNS * W) sums: 16 of 32 registers, or 8 of 16
+STRIP = COLUMNS * W
+
+f32, i16, i32, i64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+V, VI, VH = ir.VectorType(f32, W), ir.VectorType(i32, W), ir.VectorType(i16, W)
+FUSE = ("contract",)  # a * b + c may be one instruction; nothing else is reordered
+
+
+class VecType(types.Type):
+    def __init__(self):
+        super().__init__(name=f"Vec{W}")
+
+
+vec = VecType()
+
+
+@register_model(VecType)
+class _VecModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, V)
+
+
+def _operator(function, build) -> None:
+    """Vec x Vec -> Vec for one of Python's operators."""
+    template = type(function.__name__, (ConcreteTemplate,), {"cases": [signature(vec, vec, vec)]})
+    infer_global(function)(template)
+    lower_builtin(function, vec, vec)(lambda context, b, sig, args: build(b, *args))
+
+
+_operator(operator.add, lambda b, x, y: b.fadd(x, y, flags=FUSE))
+_operator(operator.iadd, lambda b, x, y: b.fadd(x, y, flags=FUSE))
+_operator(operator.sub, lambda b, x, y: b.fsub(x, y, flags=FUSE))
+_operator(operator.mul, lambda b, x, y: b.fmul(x, y, flags=FUSE))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of LLVM that several instructions share
+
+
+def pointer(b, address, kind, elements: int = 0):
+    """A pointer to `kind`, this many floats behind an address."""
+    return b.inttoptr(b.add(address, ir.Constant(i64, 4 * elements)), kind.as_pointer())
+
+
+def load_at(b, address, elements: int = 0):
+    return b.load(pointer(b, address, V, elements), align=4)
+
+
+def store_at(b, value, address, elements: int = 0) -> None:
+    b.store(value, pointer(b, address, V, elements), align=4)
+
+
+def constant(x: float) -> ir.Constant:
+    return ir.Constant(V, [x] * W)
+
+
+def splat_of(b, x, kind=V):
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), x, ir.Constant(i32, 0))
+    return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(VI, [0] * W))
+
+
+def _call(b, name: str, result, *args, **flags):
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), args, **flags)
+
+
+def _reduce(b, op: str, x, *start):
+    return _call(b, f"llvm.vector.reduce.{op}.v{W}f32", f32, *start, x, fastmath=("reassoc",))
+
+
+def lanes_below(b, n):
+    """Mask of the lanes that are smaller than n (int64)."""
+    lanes = ir.Constant(VI, list(range(W)))
+    return b.icmp_signed("<", lanes, splat_of(b, b.trunc(n, i32), VI))
+
+
+def _exp2_coefficients() -> list[float]:
+    """2^f on [-1/2, 1/2] as a polynomial of degree 5 with the least relative error, 1e-7: Chebyshev points."""
+    x = 0.5 * np.cos(np.pi * (np.arange(4_000) + 0.5) / 4_000)
+    powers = np.vander(x, 6, increasing=True) / np.exp2(x)[:, None]
+    return np.linalg.lstsq(powers, np.ones(4_000), rcond=None)[0].astype(np.float32).tolist()
+
+
+EXP2 = _exp2_coefficients()
+
+
+def exp2_of(b, x):
+    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126; x < 128."""
+    x = b.select(b.fcmp_ordered(">", x, constant(-126.0)), x, constant(-126.0))
+    n = _call(b, f"llvm.rint.v{W}f32", V, x)
+    f, y = b.fsub(x, n), constant(EXP2[5])
+    for c in EXP2[4::-1]:
+        y = b.fadd(b.fmul(y, f, flags=FUSE), constant(c), flags=FUSE)
+    bits = b.shl(b.fptosi(n, VI), ir.Constant(VI, [23] * W))
+    return b.bitcast(b.add(b.bitcast(y, VI), bits), V)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What kernels call
+
+
+def instruction(result, *arguments):
+    """Makes an intrinsic of these types from a function (builder, *LLVM values) -> LLVM value or None."""
+
+    def wrap(build):
+        def codegen(context, b, signature, args):
+            value = build(b, *args)
+            return context.get_dummy_value() if value is None else value
+
+        def typed(context, *args):
+            return result(*arguments), codegen
+
+        functools.update_wrapper(typed, build)  # whose parameters Numba counts: b stands where the context does
+        return intrinsic(typed)
+
+    return wrap
+
+
+address, number, count = types.int64, types.float32, types.int64
+
+
+@instruction(vec, address)
+def load(b, p):
+    """W floats."""
+    return load_at(b, p)
+
+
+@instruction(types.void, address, vec)
+def store(b, p, x):
+    store_at(b, x, p)
+
+
+@instruction(vec, address)
+def load_bf16(b, p):
+    """W bfloat16 numbers, widened: the upper halves of floats."""
+    half = b.load(b.inttoptr(p, VH.as_pointer()), align=2)
+    return b.bitcast(b.shl(b.zext(half, VI), ir.Constant(VI, [16] * W)), V)
+
+
+def _round_bf16(b, bits, kind, n):
+    """Float bits -> the upper half of the nearest bfloat16, ties to even. Not for NaN with all low bits set."""
+    odd = b.and_(b.lshr(bits, ir.Constant(kind, n(16))), ir.Constant(kind, n(1)))
+    return b.lshr(b.add(b.add(bits, odd), ir.Constant(kind, n(0x7FFF))), ir.Constant(kind, n(16)))
+
+
+@instruction(types.void, address, vec)
+def store_bf16(b, p, x):
+    half = b.trunc(_round_bf16(b, b.bitcast(x, VI), VI, lambda c: [c] * W), VH)
+    b.store(half, b.inttoptr(p, VH.as_pointer()), align=2)
+
+
+@instruction(number, address)
+def peek(b, p):
+    """One float."""
+    return b.load(b.inttoptr(p, f32.as_pointer()), align=4)
+
+
+@instruction(types.void, address, number)
+def poke(b, p, x):
+    b.store(x, b.inttoptr(p, f32.as_pointer()), align=4)
+
+
+@instruction(number, address)
+def peek_bf16(b, p):
+    half = b.load(b.inttoptr(p, i16.as_pointer()), align=2)
+    return b.bitcast(b.shl(b.zext(half, i32), ir.Constant(i32, 16)), f32)
+
+
+@instruction(types.void, address, number)
+def poke_bf16(b, p, x):
+    half = b.trunc(_round_bf16(b, b.bitcast(x, i32), i32, lambda c: c), i16)
+    b.store(half, b.inttoptr(p, i16.as_pointer()), align=2)
+
+
+@instruction(count, address)
+def peek_int(b, p):
+    """One int64."""
+    return b.load(b.inttoptr(p, i64.as_pointer()), align=8)
+
+
+@instruction(vec, number)
+def splat(b, x):
+    """x in every lane."""
+    return splat_of(b, x)
+
+
+@instruction(vec, vec, count, vec)
+def head(b, x, n, y):
+    """The first n lanes of x, the others of y."""
+    return b.select(lanes_below(b, n), x, y)
+
+
+@instruction(vec, vec, vec)
+def larger(b, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@instruction(vec, vec, vec)
+def divide(b, x, y):
+    return b.fdiv(x, y)
+
+
+@instruction(number, vec)
+def total(b, x):
+    """The sum of all lanes."""
+    return _reduce(b, "fadd", x, ir.Constant(f32, 0.0))
+
+
+@instruction(number, vec)
+def largest(b, x):
+    return _reduce(b, "fmax", x)
+
+
+@instruction(vec, vec)
+def exp2(b, x):
+    return exp2_of(b, x)
+
+
+def _turn(b, x, table, signs):
+    swap, even, odd = ([f(i) for i in range(W)] for f in (lambda i: i ^ 1, lambda i: i & ~1, lambda i: i | 1))
+    other, cos, sin = (b.shuffle_vector(v, v, ir.Constant(VI, m)) for v, m in ((x, swap), (table, even), (table, odd)))
+    sin = b.fmul(sin, ir.Constant(V, signs * (W // 2)))
+    return b.fadd(b.fmul(x, cos, flags=FUSE), b.fmul(other, sin, flags=FUSE), flags=FUSE)
+
+
+@instruction(vec, vec, vec)
+def turn(b, x, table):
+    """Pairs (x[2i], x[2i+1]) as complex numbers times (table[2i], table[2i+1]): Meta's order of rotary pairs."""
+    return _turn(b, x, table, [-1.0, 1.0])
+
+
+@instruction(vec, vec, vec)
+def turn_back(b, x, table):
+    """The same with the conjugate of the table: the inverse, and the gradient."""
+    return _turn(b, x, table, [1.0, -1.0])
+
+
+@instruction(types.void, address, count, address, count)
+def transpose(b, source, lds, target, ldt):
+    """(W, W) numbers, rows lds and ldt apart: swaps halves of ever smaller blocks, log2 W times."""
+    rows = [load_at(b, b.add(source, b.mul(lds, ir.Constant(i64, 4 * i)))) for i in range(W)]
+    d = W // 2
+    while d:
+        low = ir.Constant(VI, [i if i & d == 0 else W + i - d for i in range(W)])
+        high = ir.Constant(VI, [i + d if i & d == 0 else W + i for i in range(W)])
+        for i in range(W):
+            if i & d == 0:
+                x, y = rows[i], rows[i + d]
+                rows[i], rows[i + d] = b.shuffle_vector(x, y, low), b.shuffle_vector(x, y, high)
+        d //= 2
+    for i in range(W):
+        store_at(b, rows[i], b.add(target, b.mul(ldt, ir.Constant(i64, 4 * i))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of e numbers, of `size` bytes each: 4 float32, 2 bfloat16
+
+ZERO = np.float32(0)
+
+
+@njit
+def read_row(p, size, e, out):
+    """e numbers -> float32, zeros up to the next whole register."""
+    whole = e // W * W
+    if size == 4:
+        for i in range(0, whole, W):
+            store(out + 4 * i, load(p + 4 * i))
+    else:
+        for i in range(0, whole, W):
+            store(out + 4 * i, load_bf16(p + 2 * i))
+    if whole < e:
+        store(out + 4 * whole, splat(ZERO))
+        for i in range(whole, e):
+            poke(out + 4 * i, peek(p + 4 * i) if size == 4 else peek_bf16(p + 2 * i))
+
+
+@njit
+def write_row(p, size, e, x, factor):
+    whole = e // W * W
+    for i in range(0, whole, W):
+        y = load(x + 4 * i) * splat(factor)
+        if size == 4:
+            store(p + 4 * i, y)
+        else:
+            store_bf16(p + 2 * i, y)
+    for i in range(whole, e):
+        y = peek(x + 4 * i) * factor
+        if size == 4:
+            poke(p + 4 * i, y)
+        else:
+            poke_bf16(p + 2 * i, y)
+
+
+@njit
+def dot_rows(x, y, width):
+    s = splat(ZERO)
+    for i in range(0, width, W):
+        s += load(x + 4 * i) * load(y + 4 * i)
+    return total(s)
+
+
+@njit
+def clear(p, floats):
+    for i in range(0, floats, W):
+        store(p + 4 * i, splat(ZERO))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The matrix product: ROWS x n vectors of sums that stay in registers while k runs
+
+
+def products(b, rows: int, n: int, a, across, along, p, ldb, k, start: list) -> list:
+    """start[r, v] + sum_k a[r * across + k * along] * p[k * ldb + v], element strides; one loop over k."""
+    across, along, ldb = (b.mul(stride, ir.Constant(i64, 4)) for stride in (across, along, ldb))
+    shifts = [b.mul(across, ir.Constant(i64, r)) for r in range(rows)]
+    before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("done")
+    b.branch(loop)
+    b.position_at_end(loop)
+    left, at_a, at_p = (b.phi(i64) for _ in range(3))
+    sums = [b.phi(V) for _ in start]
+    columns = [load_at(b, at_p, W * v) for v in range(n)]
+    new = []
+    for r in range(rows):
+        scalar = splat_of(b, b.load(pointer(b, b.add(at_a, shifts[r]), f32), align=4))
+        new += [b.fadd(b.fmul(scalar, columns[v], flags=FUSE), sums[r * n + v], flags=FUSE) for v in range(n)]
+    less = b.sub(left, ir.Constant(i64, 1))
+    steps = [(left, k, less), (at_a, a, b.add(at_a, along)), (at_p, p, b.add(at_p, ldb))]
+    steps += zip(sums, start, new, strict=True)
+    for phi, first, following in steps:
+        phi.add_incoming(first, before)
+        phi.add_incoming(following, loop)
+    b.cbranch(b.icmp_signed(">", less, ir.Constant(i64, 0)), loop, after)
+    b.position_at_end(after)
+    return new
+
+
+def for_each_size(b, rows, n, emit) -> None:
+    """Writes emit(rows, n) for ROWS and single rows and for 1 .. COLUMNS vectors, and a choice between them."""
+    for r in (ROWS, 1):
+        with b.if_then(b.icmp_signed("==", rows, ir.Constant(i64, r))):
+            for v in range(1, COLUMNS + 1):
+                with b.if_then(b.icmp_signed("==", n, ir.Constant(i64, v))):
+                    emit(r, v)
+
+
+@instruction(types.void, count, count, address, count, count, address, count, address, count, count)
+def block_add(b, rows, n, a, across, along, p, ldb, c, ldc, k):
+    """c[r, :] += sum_k a[r * across + k * along] p[k, :] for `rows` (ROWS or 1) rows of n vectors."""
+
+    def emit(r: int, v: int) -> None:
+        at = [b.add(c, b.mul(ldc, ir.Constant(i64, 4 * i))) for i in range(r)]
+        start = [load_at(b, at[i], W * j) for i in range(r) for j in range(v)]
+        for i, x in enumerate(products(b, r, v, a, across, along, p, ldb, k, start)):
+            store_at(b, x, at[i // v], W * (i % v))
+
+    for_each_size(b, rows, n, emit)
+
+
+@njit
+def add_product(m, n, a, across, along, p, ldb, c, ldc, k):
+    """c (m, n) += a p, n a multiple of W."""
+    for j in range(0, n, STRIP):
+        vectors = min(STRIP, n - j) // W
+        i = 0
+        while i < m:
+            rows = ROWS if i + ROWS <= m else 1
+            block_add(rows, vectors, a + 4 * i * across, across, along, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k)
+            i += rows

@@ -1,0 +1,229 @@
+"""The kernels beside torch's own operations and torch.compile, each case checked before it is timed.
+
+Cases: attention (the whole op), zloss (cross-entropy on logits), linear_zloss (with the output layer), step (a whole
+training step). Variants: reference, compile (of the reference), numba; for zloss also `in place` and a `copy` of the
+logits, the floor of anything that writes a gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochameleon.bench.rows import Row
+from nanochameleon.bench.timing import keep_pages, seconds, to_rows
+from nanochameleon.config import ModelConfig, OptimConfig
+from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
+from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
+from nanochameleon.kernels.normed_attention import normed_attention_reference
+from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.optim import make_optimizer
+from nanochameleon.transformer import Chameleon, rotary_table
+
+Z_LOSS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """inputs: what gradients are taken of. Each variant maps them to one number."""
+
+    name: str
+    inputs: list[Tensor]
+    variants: dict[str, Callable[..., Tensor]]
+    extra: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f+b, as they are
+    extra_forward: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f
+
+
+def with_kernels(name: str, function: Callable) -> Callable:
+    def run(*args):
+        with use_kernels(name):
+            return function(*args)
+
+    return run
+
+
+def own(device: torch.device) -> str:
+    """The name of our own kernels on this device."""
+    return "cuda" if device.type == "cuda" else "numba"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases
+
+
+def documents(b: int, t: int) -> Tensor:
+    """Rows packed with documents of 82 to 170 ids, as the toy's are."""
+    lengths = torch.tensor([82, 170, 110, 94, 82, 120, 88, 164])
+    ends = lengths.repeat(t // 82).cumsum(0)
+    return torch.stack([torch.bucketize(torch.arange(t) + 37 * i, ends, right=True) for i in range(b)])
+
+
+def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: bool, device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(b, t, h, e, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+    norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
+    table = rotary_table(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
+    docs = documents(b, t).to(device) if packed else None
+    upstream = torch.randn(b, t, h, e, generator=generator).to(device, dtype)
+
+    def of(function: Callable) -> Callable:
+        return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * upstream).float().sum()
+
+    name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
+    ours = of(with_kernels(own(device), normed_attention))
+    variants = {"reference": of(normed_attention_reference), own(device): ours}
+    plain = {}
+    if device.type == "cpu" and dtype == torch.float32 and packed:
+        arrays = [x.detach().numpy() for x in (q, k, v, docs, torch.empty_like(q))]
+        plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and turn
+    return Case(name, [q, k, v, *norms], variants, extra_forward=plain)
+
+
+def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(n, v, generator=generator).to(device, dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=generator).to(device)
+
+    def of(function: Callable) -> Callable:
+        def loss(logits: Tensor) -> Tensor:
+            cross_entropy, log_z = function(logits, targets)
+            return (cross_entropy + Z_LOSS * log_z.square()).sum()
+
+        return loss
+
+    buffer, copied = logits.detach().clone(), torch.empty_like(logits)
+    in_place = {
+        "in place": lambda: zloss_cross_entropy_(buffer, targets, Z_LOSS, 1 / n),
+        "copy": lambda: copied.detach().copy_(buffer),
+    }
+    if device.type == "cpu" and dtype == torch.float32:
+        rows = [torch.empty(n).numpy() for _ in range(2)]
+        arrays = logits.detach().numpy(), targets.numpy(), Z_LOSS, 1 / n, *rows, copied.detach().numpy()
+        in_place["loops"] = lambda: zloss_loops(*arrays)
+    variants = {
+        "reference": of(zloss_cross_entropy_reference),
+        own(device): of(with_kernels(own(device), zloss_cross_entropy)),
+    }
+    return Case(f"zloss {n} x {v} {short(dtype)}", [logits], variants, in_place)
+
+
+def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator) * d**-0.5).to(device, dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=generator).to(device)
+
+    def of(function: Callable) -> Callable:
+        def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+            cross_entropy, log_z = function(hidden, weight, targets)
+            return (cross_entropy + Z_LOSS * log_z.square()).sum()
+
+        return loss
+
+    ours = of(with_kernels(own(device), linear_zloss_cross_entropy))
+    variants = {"reference": of(linear_zloss_cross_entropy_reference), own(device): ours}
+    return Case(f"linear_zloss {n} x {d} x {v} {short(dtype)}", [hidden, weight], variants)
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
+    wide, narrow = torch.float32, torch.bfloat16
+    if op in ("all", "attention"):
+        yield attention_case(8, 256, 4, 48, narrow, True, device)
+        if not quick:
+            yield attention_case(8, 256, 4, 48, wide, True, device)
+            for b, h, t in ((8, 8, 256), (4, 8, 512), (2, 8, 1_024)):
+                yield attention_case(b, t, h, 64, wide, False, device)
+    if op in ("all", "zloss"):
+        yield zloss_case(2_048, 940, narrow, device)
+        if not quick:
+            yield zloss_case(2_048, 940, wide, device)
+            for n, v in ((2_048, 4_096), (1_024, 16_384), (512, 65_536)):
+                yield zloss_case(n, v, wide, device)
+    if op in ("all", "linear_zloss"):
+        yield (linear_case(256, 4_096, 256, wide, device) if quick else linear_case(1_024, 16_384, 256, wide, device))
+        if not quick:
+            yield linear_case(512, 65_536, 256, wide, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking and timing
+
+
+def check(case: Case) -> None:
+    """Raises AssertionError where our gradients are worse than twice the reference's, with float64 as the truth."""
+    exact = [x.detach().double().requires_grad_() for x in case.inputs]
+    truth = torch.autograd.grad(case.variants["reference"](*exact), exact)
+    errors = {}
+    for name, function in case.variants.items():
+        result = torch.autograd.grad(function(*case.inputs), case.inputs)
+        errors[name] = [((x - y).norm() / y.norm()).item() for x, y in zip(result, truth, strict=True)]
+    for name, each in errors.items():
+        if not all(error <= 2 * plain + 1e-5 for error, plain in zip(each, errors["reference"], strict=True)):
+            raise AssertionError(f"{case.name}: {name} is off by {each}, the reference by {errors['reference']}")
+
+
+def checked(found: Iterator[Case]) -> Iterator[Case]:
+    for case in found:
+        check(case)
+        yield case
+
+
+def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
+    """Forward alone, then forward and backward."""
+
+    def backward(function: Callable) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
+
+    def forward(function: Callable) -> Callable[[], object]:
+        def run() -> None:
+            with torch.no_grad():
+                function(*case.inputs)
+
+        return run
+
+    alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
+    both = {name: backward(function) for name, function in case.variants.items()} | case.extra
+    ratio_to = "compile" if "compile" in case.variants else "reference"
+    rows = to_rows("kernels", f"{case.name} f", seconds(alone, rounds, device), ratio_to, device)
+    return rows + to_rows("kernels", f"{case.name} f+b", seconds(both, rounds, device), ratio_to, device)
+
+
+def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
+    """A training step of 6 layers of 256, 8 rows of 256 tokens: forward, loss, backward, AdamW."""
+    cfg = ModelConfig(vocab_size=940, dim=256, n_layers=6, n_heads=4, multiple_of=64, max_seq_len=256)
+    torch.manual_seed(0)
+    model = Chameleon(cfg).to(device)
+    optimizer = make_optimizer(model, OptimConfig("adamw"))
+    tokens, docs = torch.randint(940, (8, 256), device=device), documents(8, 256).to(device)
+    positions = torch.arange(256, device=device).expand(8, 256)
+
+    def step(name: str) -> None:
+        optimizer.zero_grad()
+        with use_kernels(name), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model.logits(model(tokens, positions, docs)).flatten(0, 1)
+            cross_entropy, log_z = zloss_cross_entropy(logits, tokens.flatten())
+        (cross_entropy + Z_LOSS * log_z.square()).mean().backward()
+        optimizer.step()
+
+    times = seconds({name: lambda name=name: step(name) for name in ("reference", own(device))}, rounds, device)
+    return to_rows("kernels", f"step dim 256 x 6 layers {precision}", times, "reference", device)
+
+
+def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
+    """Times checked cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
+    torch.set_num_threads(1)
+    keep_pages()
+    rounds = 5 if quick else 9
+    for case in found:
+        if not quick:
+            case.variants["compile"] = torch.compile(case.variants["reference"])
+        yield from measure(case, rounds, device)
+    for precision in ("fp32", "bf16") if op in ("all", "step") else ():
+        yield from step_rows(precision, rounds, device)

@@ -1,0 +1,66 @@
+"""Which implementation runs: a wish by call, by environment, by table; and what cannot be met is said."""
+
+import pytest
+import torch
+from nanochameleon.kernels.dispatch import AUTO, NAMES, OPS, VARIABLE, choose, decide, explain, use_kernels
+
+CPU = torch.device("cpu")
+x = torch.zeros(1)
+
+
+def test_a_wish_beats_the_environment_which_beats_the_table(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose("normed_attention", x) == AUTO["normed_attention", torch.float32][0]
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert choose("normed_attention", x) == "reference"
+    with use_kernels("numba"):
+        assert choose("normed_attention", x) == "numba"
+        with use_kernels("reference"):
+            assert choose("normed_attention", x) == "reference"
+        assert choose("normed_attention", x) == "numba"
+    assert choose("normed_attention", x) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"), [(x.double(), "not float64"), (torch.zeros(1, device="meta"), "tensors are on meta")]
+)
+def test_a_wish_that_cannot_be_met_says_why(tensor, reason):
+    with use_kernels("numba"), pytest.raises(ValueError, match=reason):
+        choose("normed_attention", tensor)
+    with use_kernels("auto"):
+        assert choose("normed_attention", tensor) == "reference"
+
+
+def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
+    with use_kernels("cuda"), pytest.raises(ValueError, match="tensors are on cpu"):
+        choose("normed_attention", x)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("nanochameleon.kernels.dispatch.find_spec", lambda name: None)
+    with use_kernels("cuda"):
+        with pytest.raises(ValueError, match=r"cupy is not installed: pip install nanochameleon\[cuda\]"):
+            decide("zloss_cross_entropy", gpu, torch.bfloat16)
+        with pytest.raises(ValueError, match="do not take float32"):
+            decide("normed_attention", gpu, torch.float32)
+        assert decide("linear_zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # never written
+    with use_kernels("auto"):
+        assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="'nmba': choose one of auto"), use_kernels("nmba"):
+        pass
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match="'fast'"):
+        choose("normed_attention", x)
+
+
+def test_the_table_names_each_op_for_each_type_once():
+    assert set(AUTO) == {(op, dtype) for op in OPS for dtype in (torch.float32, torch.bfloat16)}
+    assert {name for name, _ in AUTO.values()} <= set(NAMES) - {"auto"}
+
+
+def test_explain_has_a_line_for_each_op():
+    with use_kernels("auto"):
+        lines = explain(CPU, torch.bfloat16).splitlines()
+    for line, op in zip(lines, OPS, strict=True):
+        assert line.split()[:2] == [op, AUTO[op, torch.bfloat16][0]] and AUTO[op, torch.bfloat16][1] in line

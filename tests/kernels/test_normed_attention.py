@@ -1,0 +1,132 @@
+"""Attention as one op: every implementation against the reference in float64, in value and in gradient."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nanochameleon.kernels.dispatch import use_kernels
+from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
+from tolerance import assert_as_good_as
+
+from nanochameleon.transformer import rotary_table
+
+EPS = 1e-5
+NAMES = ["q", "k", "v", "q_weight", "q_bias", "k_weight", "k_bias"]
+
+
+@st.composite
+def problems(draw):
+    """(tensors in float64 whose values bfloat16 holds, turns, doc_ids, gradient of the output)."""
+    b, t = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 5, 17, 63, 64, 65, 130, 200]))
+    shared, key_heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
+    e = draw(st.sampled_from([2, 6, 16, 32, 48, 80, 128]))
+    gain = draw(st.sampled_from([0.2, 1.0, 20.0]))  # the last: scores beyond what no maximum is needed for
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator).bfloat16().double()
+
+    heads = shared * key_heads
+    tensors = {"q": numbers(b, t, heads, e), "k": numbers(b, t, key_heads, e), "v": numbers(b, t, key_heads, e)}
+    if draw(st.booleans()):
+        groups = draw(st.sampled_from([1, key_heads]))
+        for name in ("q", "k"):
+            tensors[f"{name}_weight"] = gain * (1 + 0.3 * numbers(groups, e))
+            tensors[f"{name}_bias"] = 0.3 * numbers(groups, e)
+    kind = draw(st.sampled_from(["none", "packed", "any"]))
+    docs = torch.randint(-1, 3, (b, t), generator=generator)
+    docs = {"none": None, "packed": docs.sort(1, descending=True).values, "any": docs}[kind]
+    return tensors, rotary_table(torch.arange(t).expand(b, t), e, 10_000.0), docs, numbers(b, t, heads, e)
+
+
+def outcome(function, problem, dtype) -> list[torch.Tensor]:
+    """The output and the gradients of all tensors; q, k and v of this type, the norms float32 at least."""
+    tensors, table, docs, upstream = problem
+    norm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x = {n: t.to(norm_dtype if "_" in n else dtype).requires_grad_() for n, t in tensors.items()}
+    norms = [(x[f"{n}_weight"], x[f"{n}_bias"]) if f"{n}_weight" in x else None for n in "qk"]
+    table = table.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    out = function(x["q"], x["k"], x["v"], table, docs, *norms, EPS)
+    return [out.detach(), *torch.autograd.grad(out, list(x.values()), upstream.to(dtype))]
+
+
+def sizes(problem) -> float:
+    """How large the numbers in between are: scores, and the differences that cancel in a score's gradient."""
+    tensors, _, _, upstream = problem
+    lengths = {name: x.norm(dim=-1).max().item() for name, x in (*tensors.items(), ("upstream", upstream))}
+    root = tensors["q"].shape[-1] ** 0.5
+
+    def longest(n: str) -> float:
+        weight = tensors.get(f"{n}_weight")
+        return lengths[n] if weight is None else root * weight.abs().max().item() + lengths[f"{n}_bias"]
+
+    q, k = longest("q"), longest("k")
+    return (1 + q * k / root) * (1 + lengths["upstream"] * lengths["v"] * max(q, k) / root)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=30)
+@given(problem=problems())
+def test_numba_is_as_good_as_the_reference(dtype, problem):
+    truth = outcome(normed_attention_reference, problem, torch.float64)
+    naive = outcome(normed_attention_reference, problem, dtype)
+    with use_kernels("numba"):
+        result = outcome(normed_attention, problem, dtype)
+    size = sizes(problem)
+    for x, plain, exact in zip(result, naive, truth, strict=True):
+        assert_as_good_as(x, plain, exact, scale=size * (1 + exact.abs().max().item()))
+
+
+def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch):
+    """Every output and every piece of scratch is written before it is read."""
+    q, k, v = (torch.randn(2, 70, heads, 20) for heads in (4, 2, 2))
+    table, docs = rotary_table(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
+    norms = [(torch.randn(1, 20), torch.randn(1, 20)) for _ in "qk"]
+    empty, outcomes = torch.empty, []
+    for garbage in (0.0, torch.nan, 1e30):
+        monkeypatch.setattr(torch, "empty", lambda *shape, g=garbage, **kw: empty(*shape, **kw).fill_(g))
+        like = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda x, g=garbage, like=like, **kw: like(x, **kw).fill_(g))
+        monkeypatch.setattr("nanochameleon.kernels.launch._own", threading.local())  # fresh scratch
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        with use_kernels("numba"):
+            out = normed_attention(*inputs, table, docs, *norms, EPS)
+        outcomes.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
+    for outcome_ in outcomes[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(outcome_, outcomes[0], strict=True))
+
+
+def test_inputs_of_other_strides_are_read_right_and_never_written():
+    fused = torch.randn(2, 9, 3, 4, 6)  # one buffer of q, k and v, as a fused projection gives it
+    table = rotary_table(torch.arange(9).expand(2, 9), 6, 1e4)
+    q, k, v = fused.unbind(2)
+    before = fused.clone()
+    with use_kernels("numba"):
+        out = normed_attention(q, k, v, table, None, None, None, EPS)
+        copied = normed_attention(*(x.contiguous() for x in (q, k, v)), table, None, None, None, EPS)
+    assert torch.equal(out, copied) and torch.equal(fused, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_rows_and_no_positions(shape):
+    x = torch.zeros(*shape, 2, 6, requires_grad=True)
+    table = torch.ones(shape[0], 1, shape[1], 3, dtype=torch.complex64)
+    with use_kernels("numba"):
+        out = normed_attention(x, x, x, table, None, None, None, EPS)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@given(st.integers(0, 100), st.sampled_from([0.1, 7.0]))
+@settings(max_examples=10)
+def test_with_the_norm_a_factor_on_queries_and_keys_changes_nothing(seed, factor):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 40, 2, 16, generator=generator) for _ in range(3))
+    table = rotary_table(torch.arange(40).expand(1, 40), 16, 1e4)
+    norms = [(torch.randn(1, 16, generator=generator), torch.randn(1, 16, generator=generator)) for _ in "qk"]
+    with use_kernels("numba"):
+        out, scaled = (normed_attention(c * q, c * k, v, table, None, *norms, 1e-12) for c in (1.0, factor))
+    torch.testing.assert_close(scaled, out, rtol=0, atol=1e-4)

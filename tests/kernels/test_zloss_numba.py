@@ -1,0 +1,124 @@
+"""The compiled losses against the formula in float64: any vocabulary size, ignored rows, odd memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nanochameleon.kernels import linear_zloss_cross_entropy, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
+from tolerance import assert_as_good_as
+
+SIZES = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 130, 940, 1_025]
+
+
+@st.composite
+def problems(draw):
+    """(logits (N, V) float64 that bfloat16 holds, targets with some ignored, upstream gradients (2, N))."""
+    n, v = draw(st.integers(0, 9)), draw(st.sampled_from(SIZES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    size, offset = draw(st.sampled_from([0.1, 1.0, 30.0])), draw(st.sampled_from([0.0, -200.0, 1_000.0]))
+    logits = (offset + size * torch.randn(n, v, generator=generator)).bfloat16().double()
+    targets = torch.randint(v, (n,), generator=generator)
+    ignored = torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    upstream = torch.randn(2, n, generator=generator).bfloat16().double()
+    return logits, torch.where(ignored, -100, targets), upstream
+
+
+def outcome(function, inputs, targets, upstream, dtype) -> list[torch.Tensor]:
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    loss, log_z = function(*inputs, targets)
+    wide = upstream.to(loss.dtype)
+    gradients = torch.autograd.grad((loss * wide[0] + log_z * wide[1]).sum(), inputs)
+    return [loss.detach(), log_z.detach(), *gradients]
+
+
+def numba(function):
+    def run(*inputs):
+        with use_kernels("numba"):
+            return function(*inputs)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(problem=problems())
+def test_loss_and_gradient_are_as_good_as_the_reference_s(dtype, problem):
+    logits, targets, upstream = problem
+    truth, naive, result = (
+        outcome(function, [logits], targets, upstream, kind)
+        for function, kind in (
+            (zloss_cross_entropy_reference, torch.float64),
+            (zloss_cross_entropy_reference, dtype),
+            (numba(zloss_cross_entropy), dtype),
+        )
+    )
+    scale = 2 * logits.abs().max().item() + 1 if logits.numel() else 1
+    for x, plain, exact in zip(result, naive, truth, strict=True):
+        assert_as_good_as(x, plain, exact, scale * (1 + exact.abs().max().item() if exact.numel() else 1))
+    assert all((x[targets < 0] == 0).all() for x in result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(problem=problems())
+def test_overwriting_gives_the_same_gradient(dtype, problem):
+    logits, targets, _ = problem
+    n = len(logits)
+    upstream = torch.full((n,), 0.25), 0.25 * 2 * 1e-2 * zloss_cross_entropy_reference(logits, targets)[1]
+    loss, log_z, gradient = outcome(numba(zloss_cross_entropy), [logits], targets, torch.stack(upstream), dtype)
+    buffer = logits.to(dtype)
+    results = (*zloss_cross_entropy_(buffer, targets, 1e-2, 0.25), buffer)
+    for x, y in zip(results, (loss, log_z, gradient), strict=True):
+        eps = torch.finfo(x.dtype).eps * 8
+        torch.testing.assert_close(x, y, rtol=eps, atol=eps * (1 + logits.abs().max().item() if n else 1))
+
+
+@given(problems(), st.sampled_from([1, 5, 16, 50]))
+@settings(max_examples=30)
+def test_the_output_layer_in_one_is_as_good_as_two_steps(problem, d):
+    logits, targets, upstream = problem
+    n, v = logits.shape
+    generator = torch.Generator().manual_seed(n * v)
+    inputs = [torch.randn(rows, d, generator=generator).bfloat16().double() for rows in (n, v)]
+    truth, naive, result = (
+        outcome(function, inputs, targets, upstream, kind)
+        for function, kind in (
+            (linear_zloss_cross_entropy_reference, torch.float64),
+            (linear_zloss_cross_entropy_reference, torch.float32),
+            (numba(linear_zloss_cross_entropy), torch.float32),
+        )
+    )
+    scale = 1 + max((x.norm(dim=-1).max().item() for x in inputs if x.numel()), default=0.0) ** 2
+    for x, plain, exact in zip(result, naive, truth, strict=True):
+        assert_as_good_as(x, plain, exact, 4 * scale)
+
+
+@given(problems(), st.sampled_from([-50.0, 3.0, 400.0]))
+def test_a_shift_of_all_logits_moves_log_z_alone(problem, c):
+    logits, targets, _ = problem
+    with use_kernels("numba"):
+        loss, log_z = zloss_cross_entropy(logits.float(), targets)
+        loss_c, log_z_c = zloss_cross_entropy(logits.float() + c, targets)
+    tolerance = dict(rtol=0, atol=1e-6 * (2_000 + abs(c)))
+    torch.testing.assert_close(loss_c, loss, **tolerance)
+    torch.testing.assert_close(log_z_c, torch.where(targets < 0, 0, log_z + c), **tolerance)
+
+
+def test_other_strides_and_upstream_of_stride_0():
+    logits, targets = torch.randn(40, 12).t(), torch.arange(12)
+    results = []
+    for x in (logits, logits.contiguous()):
+        x = x.detach().requires_grad_()
+        with use_kernels("numba"):
+            loss, _ = zloss_cross_entropy(x, targets)
+        loss.sum().backward()  # an expanded 1
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
+def test_a_target_beyond_the_vocabulary_is_refused():
+    with use_kernels("numba"):
+        with pytest.raises(IndexError, match="target 7 is out of range for 7 logits"):
+            zloss_cross_entropy(torch.zeros(2, 7), torch.tensor([0, 7]))
+        with pytest.raises(IndexError, match="target 7 is out of range for 7 logits"):
+            linear_zloss_cross_entropy(torch.zeros(2, 3), torch.zeros(7, 3), torch.tensor([0, 7]))

@@ -1,0 +1,51 @@
+"""The bench: rows that say what they are, cases that are checked before they are timed, wrong words refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from nanochameleon.bench.__main__ import Args, main
+from nanochameleon.bench.kernels import attention_case, check, linear_case, zloss_case
+from nanochameleon.bench.rows import save
+from nanochameleon.bench.timing import plot, seconds, to_rows
+from nanochameleon.errors import UserError
+
+CPU = torch.device("cpu")
+CASES = {
+    "attention": lambda: attention_case(1, 90, 2, 16, torch.bfloat16, True, CPU),
+    "zloss": lambda: zloss_case(12, 33, torch.float32, CPU),
+    "linear": lambda: linear_case(12, 33, 16, torch.float32, CPU),
+}
+
+
+def test_a_ratio_is_the_time_of_the_other_over_this_one_s(tmp_path):
+    rows = to_rows("kernels", "zloss 1 x 2", {"reference": 0.004, "numba": 0.001}, "reference", CPU)
+    assert [(row.value, row.unit, row.ratio) for row in rows] == [(4.0, "ms", 1.0), (1.0, "ms", 4.0)]
+    save(rows, tmp_path / "rows.json")
+    names = "bench case variant value unit ratio ratio_to device torch commit"
+    assert [list(row) for row in json.loads((tmp_path / "rows.json").read_text())] == [names.split()] * 2
+    plot(tmp_path / "rows.png", rows)
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_variants_take_turns():
+    calls = []
+    times = seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
+    assert calls == ["a", "b"] * 5 and set(times) == {"a", "b"} and min(times.values()) >= 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_gradient_is_not_timed(name):
+    case = CASES[name]()
+    check(case)
+    wrong = {**case.variants, "wrong": lambda *inputs: 1.01 * case.variants["numba"](*inputs)}
+    with pytest.raises(AssertionError, match="wrong is off"):
+        check(dataclasses.replace(case, variants=wrong))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        main(Args("kernels", device="cuda"))
