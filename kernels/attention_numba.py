@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
+from numba import njit, types
+
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.simd import (
     FUSE,
@@ -69,7 +71,6 @@ from nanochameleon.kernels.simd import (
     turn_back,
     write_row,
 )
-from numba import njit, types
 
 QUERIES, KEYS = 64, 64  # a tile of scores is 16 KB: it and a tile of keys fit the first-level cache
 BOUND = np.float32(60.0)  # of |score| in powers of two; sums of 2^60 are far from float32's 2^127

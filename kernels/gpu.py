@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from nanochameleon.kernels.nvrtc import cubin_file
 from torch import Tensor
+
+from nanochameleon.kernels.nvrtc import cubin_file
 
 SHARED = {"sm_80": 163, "sm_90a": 227, "sm_100a": 227}  # KB of shared memory that one block may have
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -11,9 +11,10 @@ cross-entropy (N,) and log Z (N,), as zloss.py does.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.zloss import zloss_cross_entropy, zloss_cross_entropy_reference
-from torch import Tensor
 
 ROWS_A_TASK = 256
 

@@ -15,6 +15,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+
 from nanochameleon.kernels.attention_numba import (
     KEYS,
     LEAST,

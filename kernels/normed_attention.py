@@ -19,9 +19,10 @@ turns; doc_ids (B, T) or None; weights and biases (groups, E), each for H / grou
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from nanochameleon.kernels.attention import attention, visible
 from nanochameleon.kernels.dispatch import choose
-from torch import Tensor
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
 
@@ -98,6 +99,7 @@ def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor):
 
 def _run(name: str, tensors: dict[str, Tensor | None], eps: float) -> None:
     import numpy as np
+
     from nanochameleon.kernels import attention_numba, launch
 
     job = _job(tensors, tensors["q"], tensors["k"])

@@ -9,8 +9,9 @@ it; otherwise that of x.
 
 import torch
 import torch.nn.functional as F
-from nanochameleon.kernels.dispatch import choose
 from torch import Tensor
+
+from nanochameleon.kernels.dispatch import choose
 
 
 def _result_type(x: Tensor) -> torch.dtype:
@@ -31,6 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _run(name: str, eps: float, parts: int | None, d: int, **tensors: Tensor) -> None:
     import numpy as np
+
     from nanochameleon.kernels import launch
     from nanochameleon.kernels import rms_norm_numba as compiled
 

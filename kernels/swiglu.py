@@ -5,8 +5,9 @@ The gradient, with s = sigmoid(a): da = g b s (1 + a (1 - s)),   db = g a s. a a
 
 import torch
 import torch.nn.functional as F
-from nanochameleon.kernels.dispatch import choose
 from torch import Tensor
+
+from nanochameleon.kernels.dispatch import choose
 
 
 def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:

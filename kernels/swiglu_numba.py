@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.simd import W, divide, exp2, larger, load, njit, read_row, splat, store, write_row
 

@@ -11,8 +11,9 @@ no rows at all is the caller's to avoid: rows stay apart here.
 """
 
 import torch
-from nanochameleon.kernels.dispatch import choose
 from torch import Tensor
+
+from nanochameleon.kernels.dispatch import choose
 
 
 def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,7 @@ def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 def _run(name: str, logits: Tensor, targets: Tensor, *numbers: float, **tensors: Tensor) -> None:
     import numpy as np
+
     from nanochameleon.kernels import launch, zloss_numba
 
     where = {key: x.data_ptr() for key, x in (("logits", logits), ("targets", targets), *tensors.items())}

@@ -14,6 +14,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.simd import (
     ZERO,

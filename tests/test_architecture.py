@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nanochameleon.kernels
 import pytest
 
 import nanochameleon
+import nanochameleon.kernels
 
 PACKAGE, KERNELS = Path(nanochameleon.__file__).parent, Path(nanochameleon.kernels.__file__).parent
 LAYOUT = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from nanochameleon.kernels import gpu, nvrtc
 
 FOLDER = Path(gpu.__file__).parent

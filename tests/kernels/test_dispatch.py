@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from nanochameleon.kernels.dispatch import AUTO, NAMES, OPS, VARIABLE, choose, decide, explain, use_kernels
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from nanochameleon.kernels import normed_attention, use_kernels
 from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
 from nanochameleon.kernels.zloss import zloss_cross_entropy_

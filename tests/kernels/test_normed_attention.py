@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanochameleon.kernels.dispatch import use_kernels
-from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
 from tolerance import assert_as_good_as
 
+from nanochameleon.kernels.dispatch import use_kernels
+from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
 from nanochameleon.transformer import rotary_table
 
 EPS = 1e-5

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.launch import run
-
 from nanochameleon.transformer import rotary_table
 
 B, T, H, G, E, V = 2, 19, 4, 2, 6, 37

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerance import assert_as_good_as
+
 from nanochameleon.kernels import rms_norm, use_kernels
 from nanochameleon.kernels.rms_norm import rms_norm_reference
-from tolerance import assert_as_good_as
 
 
 def outcome(function, x, weight, upstream, dtype) -> list[torch.Tensor]:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerance import assert_as_good_as
+
 from nanochameleon.kernels import swiglu, use_kernels
 from nanochameleon.kernels.swiglu import swiglu_reference
-from tolerance import assert_as_good_as
 
 
 def outcome(function, a, b, upstream, dtype) -> list[torch.Tensor]:

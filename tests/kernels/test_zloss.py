@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nanochameleon.kernels.zloss import zloss_cross_entropy, zloss_cross_entropy_reference
 from tolerance import assert_as_good_as
+
+from nanochameleon.kernels.zloss import zloss_cross_entropy, zloss_cross_entropy_reference
 
 
 @st.composite
