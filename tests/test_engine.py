@@ -102,7 +102,7 @@ def room_for(task):
     return prompt, replace(options, max_new=max(options.max_new, N_CODES + 2)), mode, stops
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.lists(tasks.map(room_for), min_size=1, max_size=6), st.integers(3, 9), st.integers(1, 40), st.integers(0, 99))
 def test_any_mixture_that_comes_and_goes_equals_plain_loops(tasks, n_rows, chunk, seed):
     """Every row with a modality, length, stop, seed and options of its own; new ones join a running batch."""
@@ -141,11 +141,10 @@ def test_a_row_is_the_same_alone_and_in_a_batch_in_the_numbers_that_models_have(
     """float32, the path that a CPU takes."""
     model = tiny_model()
     rows = [[VOCAB.bos, *range(VOCAB.first_text, VOCAB.first_text + i)] for i in range(20)]
-    options = replace(OPTIONS, max_new=40, guidance=2.0)
+    options = replace(OPTIONS, max_new=20, guidance=2.0)
     together = generate(model, rows, VOCAB, N_CODES, options, seed=5)
-    assert together == [
-        row for size in (1, 3, 5) for row in generate(model, rows, VOCAB, N_CODES, options, seed=5, batch_size=size)
-    ][:20]
+    for size in (3, 17):
+        assert generate(model, rows, VOCAB, N_CODES, options, seed=5, batch_size=size) == together
     assert len({tuple(row) for row in together}) > 15
 
 
@@ -245,30 +244,40 @@ def test_guidance_0_draws_what_no_prompt_draws_and_guidance_1_listens():
 # What comes out
 
 
-SHORT = [MODEL, GROUPED]
+def random_task(rng: random.Random):
+    prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
+    if rng.random() < 0.3:
+        prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
+    shares, scales, heat = [0.3, 0.9, 1.0], [0.0, 1.0, 1.2, 3.0], [0.0, 0.7, 1.3, 100.0]
+    text, image = (
+        (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
+    )
+    penalty, most = rng.choice([1.0, 1.2, 0.8]), rng.randrange(N_CODES + 2, 30)
+    options = SampleConfig(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
+    return prompt, options, rng.choice(MODES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
 
 
-@settings(max_examples=250)
-@given(st.lists(tasks.map(room_for), min_size=1, max_size=6), st.integers(0, 9), st.integers(9, 20))
-def test_a_sample_parses_fits_and_repeats(tasks, seed, spare):
-    """Invariant 20; 1,000 random options, a few in each batch."""
-    model = SHORT[spare % len(SHORT)]
+@pytest.mark.parametrize("model", [MODEL, GROUPED])
+def test_a_sample_parses_fits_and_repeats(model):
+    """Invariant 20, with 1,000 random options, two models together."""
+    rng = random.Random(model.cfg.n_heads)
+    drawn, context = [random_task(rng) for _ in range(500)], 30
 
-    def once():
-        engine = Engine(model, VOCAB, N_CODES, 12, max(len(prompt) for prompt, *_ in tasks) + spare)
-        for number, (prompt, options, mode, stops) in enumerate(tasks):
-            engine.add(prompt, options, mode, (seed, number), stops)
-        new = [[] for _ in tasks]
+    def once(n_rows, some):
+        engine = Engine(model, VOCAB, N_CODES, n_rows, context)
+        for number, (prompt, options, mode, stops) in some:
+            engine.add(prompt, options, mode, (number,), stops)
+        new = [[] for _ in some]
         for news in engine.run():
             new[news.handle] += news.ids
-        return new, engine.context
+        return new
 
-    new, context = once()
-    assert (new, context) == once()
-    for (prompt, options, mode, stops), ids in zip(tasks, new, strict=True):
+    new = once(64, list(enumerate(drawn)))
+    assert once(5, list(enumerate(drawn))[::50]) == new[::50]
+    for (prompt, options, mode, stops), ids in zip(drawn, new, strict=True):
         assert 1 <= len(ids) <= options.max_new and len(prompt) + len(ids) <= context
-        drawn = [segment for segment in parse(prompt + ids, TOKENIZER, VOCAB) if isinstance(segment, Image)]
-        assert all(len(picture.codes) == N_CODES for picture in drawn)
+        pictures = [segment for segment in parse(prompt + ids, TOKENIZER, VOCAB) if isinstance(segment, Image)]
+        assert all(len(picture.codes) == N_CODES for picture in pictures)
         ends = [i for i, token in enumerate(ids) if token in (VOCAB.eos, VOCAB.eot)]
         assert ends in ([], [len(ids) - 1])
         full = len(ids) == options.max_new or len(prompt) + len(ids) == context
