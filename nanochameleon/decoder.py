@@ -77,7 +77,9 @@ class Decoder:
         self.grammar.done.fill_(True)
         self.options = Options.of([SampleConfig()] * rows, device)
         self.seen = torch.zeros(rows, vocab.size, dtype=torch.bool, device=device)  # ids of the context
-        self.uniforms = torch.zeros(rows, context, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        self.uniforms = torch.zeros(
+            rows, context, dtype=torch.float64, device="cpu" if device.type == "mps" else device
+        )
         self.count = torch.zeros(rows, dtype=torch.long, device=device)  # ids drawn
         self.reads = torch.zeros(rows, dtype=torch.long, device=device)  # FULL, PICTURES or NOTHING
         self.sample = torch.zeros(3, rows, dtype=torch.long, device=device)  # the sample's row that reads each of them
@@ -109,8 +111,19 @@ class Decoder:
 
     def begin(self, row: int, task: "Task", reads: int, prompt: Sequence[int], hidden: Tensor) -> None:
         """A prompt that has been read whole, up to `hidden` (D,): from the next step on the row takes part."""
-        state = (self.vocab, self.grammar.n_codes, [task.mode], [task.left], [task.room], [task.stops], self.grammar.table)
-        for rows, new in ((self.grammar, Grammar.start(*state)), (self.options, Options.of([task.options], self.device))):
+        state = (
+            self.vocab,
+            self.grammar.n_codes,
+            [task.mode],
+            [task.left],
+            [task.room],
+            [task.stops],
+            self.grammar.table,
+        )
+        for rows, new in (
+            (self.grammar, Grammar.start(*state)),
+            (self.options, Options.of([task.options], self.device)),
+        ):
             for name in STATE if rows is self.grammar else vars(rows):
                 getattr(rows, name)[row] = getattr(new, name)[0]
         self.length[row], self.count[row], self.reads[row], self.hidden[row] = len(prompt), 0, reads, hidden
@@ -151,7 +164,9 @@ class Decoder:
         self.seen[:n].scatter_(1, ids[:, None], True)
         self.feed(n, ids, span)
 
-    def choose(self, n: int, grammar: Grammar, columns: Columns, guided: bool, needs: tuple[bool, bool, bool]) -> Tensor:
+    def choose(
+        self, n: int, grammar: Grammar, columns: Columns, guided: bool, needs: tuple[bool, bool, bool]
+    ) -> Tensor:
         """ids (n,) from the rows' hidden states."""
         vocab, kinds, options = self.vocab, grammar.kinds(), rows_of(self.options, n)
         draws, sorts, penalised = needs
@@ -168,7 +183,9 @@ class Decoder:
             logits = logits.masked_fill(~self.taken(grammar.allowed(), columns), -torch.inf)
         ids = logits.argmax(-1)
         if draws:
-            uniforms = self.uniforms[:n].gather(1, self.count[:n, None].clamp(max=self.context - 1).to(self.uniforms.device))[:, 0]
+            uniforms = self.uniforms[:n].gather(
+                1, self.count[:n, None].clamp(max=self.context - 1).to(self.uniforms.device)
+            )[:, 0]
             drawn = pick(filtered(logits, options, in_picture, sorts), uniforms)
             t = options.temperature
             ids = torch.where(torch.where(in_picture, t[:, 1], t[:, 0]) > 0, drawn, ids)

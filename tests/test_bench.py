@@ -9,7 +9,10 @@ from nanochameleon.bench import engine, rows
 from nanochameleon.config import ModelConfig
 from nanochameleon.vocab import Vocab
 
-SMALL, VOCAB = ModelConfig(396, 32, 2, 4, n_kv_heads=2, multiple_of=8, max_seq_len=64, qk_norm_groups=2), Vocab.toy(64, 64)
+SMALL, VOCAB = (
+    ModelConfig(396, 32, 2, 4, n_kv_heads=2, multiple_of=8, max_seq_len=64, qk_norm_groups=2),
+    Vocab.toy(64, 64),
+)
 
 
 def test_rows_hold_the_figures_and_the_ratio_is_their_time_over_ours(tmp_path):

@@ -201,7 +201,14 @@ def test_steps_stay_in_place_and_their_keys_are_few(monkeypatch):
     """What a CUDA graph needs: nothing that a step reads or writes ever moves, and few shapes."""
     engine = Engine(MODEL, VOCAB, N_CODES, 6)
     decoder = engine.decoder
-    state = [*decoder.row_tensors(), decoder.sample, decoder.log, decoder.tick, decoder.cache.keys, decoder.cache.values]
+    state = [
+        *decoder.row_tensors(),
+        decoder.sample,
+        decoder.log,
+        decoder.tick,
+        decoder.cache.keys,
+        decoder.cache.values,
+    ]
     for seed in range(12):
         engine.add([VOCAB.bos], replace(OPTIONS, guidance=2.0, max_new=30), "both", (seed,))
     list(engine.run())

@@ -31,7 +31,9 @@ def test_the_layer_is_the_product_with_the_rounded_weight():
 def test_every_matrix_is_int8_and_nothing_else():
     model, whole = quantize_(tiny_model()), tiny_model()
     types = {name: x.dtype for name, x in model.state_dict().items()}
-    matrices = {name for name, x in whole.named_parameters() if x.ndim == 2 and "norm" not in name and "tok" not in name}
+    matrices = {
+        name for name, x in whole.named_parameters() if x.ndim == 2 and "norm" not in name and "tok" not in name
+    }
     assert {name for name, kind in types.items() if kind == torch.int8} == matrices
     tokens = torch.arange(20)[None]
     close, far = model.logits(model(tokens)), whole.logits(whole(tokens))

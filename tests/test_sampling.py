@@ -115,7 +115,9 @@ def test_filters_apply_in_the_order_of_the_released_code():
 
 
 def test_each_row_has_numbers_of_its_own_and_pictures_have_others_than_text():
-    rows = [SampleConfig(1.0, 1.0, k, image_temperature=1.0, image_top_p=1.0, image_top_k=i) for k, i in ((1, 3), (2, 4))]
+    rows = [
+        SampleConfig(1.0, 1.0, k, image_temperature=1.0, image_top_p=1.0, image_top_k=i) for k, i in ((1, 3), (2, 4))
+    ]
     logits, twice = torch.arange(6.0).expand(4, 6), options(*rows, *rows)
     left = filtered(logits, twice, torch.tensor([False, False, True, True])).isfinite().sum(1)
     assert left.tolist() == [1, 2, 3, 4]
@@ -204,7 +206,10 @@ def batches(draw):
     n, rows = draw(st.integers(1, 4)), []
     for begun in draw(st.lists(st.none() | st.integers(0, n), min_size=1, max_size=4)):
         room = draw(st.integers(1 if begun is None else n - begun + 1, 20))
-        turns, mode = draw(st.lists(st.integers(0, 10**6), max_size=22)), draw(st.sampled_from(["text", "image", "both"]))
+        turns, mode = (
+            draw(st.lists(st.integers(0, 10**6), max_size=22)),
+            draw(st.sampled_from(["text", "image", "both"])),
+        )
         some = [(VOCAB.eos,), (VOCAB.eos, VOCAB.eot)] + [(VOCAB.eos, VOCAB.boi)] * (mode == "text")
         rows.append((begun, room, turns, mode, draw(st.sampled_from(some))))
     return n, rows

@@ -120,7 +120,13 @@ def text_case(
             assert jobs["nano"]() == jobs["transformers generate dynamic"](), "greedy ids differ from transformers'"
     per = n if unit.startswith("ms") else n * batch
     yield from rows_of(
-        "engine", f"{name} text batch {batch}", "nano", take_turns(jobs, rounds, seconds), per, unit, device_name(device)
+        "engine",
+        f"{name} text batch {batch}",
+        "nano",
+        take_turns(jobs, rounds, seconds),
+        per,
+        unit,
+        device_name(device),
     )
 
 
@@ -138,7 +144,13 @@ def mixed_case(model: Chameleon, vocab: Vocab, n: int, rounds: int, seconds: flo
     jobs = {"nano": lambda: run(16), "nano one by one": lambda: run(1)}
     assert run(16) == run(1)
     yield from rows_of(
-        "engine", "mixed batch of 16", "nano", take_turns(jobs, rounds, seconds), run(16), "tokens/s", device_name(device)
+        "engine",
+        "mixed batch of 16",
+        "nano",
+        take_turns(jobs, rounds, seconds),
+        run(16),
+        "tokens/s",
+        device_name(device),
     )
 
 
@@ -182,7 +194,9 @@ def bench(device: torch.device, quick: bool) -> Iterator[Row]:
         }
     for name, (model, vocab, batches, unit) in models.items():
         yield first_token(name, model, vocab)
-        with torch.no_grad():  # no id that is no text wins, so that a model without a grammar says what one with it says
+        with (
+            torch.no_grad()
+        ):  # no id that is no text wins, so that a model without a grammar says what one with it says
             model.output.weight[: vocab.first_text] *= 1e-3
         for batch in batches:
             yield from text_case(name, model, vocab, batch, n, unit, rounds, seconds)
