@@ -25,7 +25,7 @@ LANES, TILE, BLOCK = 16, 8, 32  # rows side by side; outputs at a time in regist
 
 
 def make_tile(n_outputs: int):
-    """-> tile(x, w, n, scale, out): rows n .. n + n_outputs - 1 of w (N, K) times one group x (K, 16), into out (N, 16).
+    """-> tile(x, w, n, scale, out): rows n .. n + n_outputs - 1 of w (N, K) times a group x (K, 16), into out (N, 16).
 
     LLVM's vectors by hand, since Numba keeps no array in registers: out[n + j] = scale[n + j] * sum_k w[n + j, k] x[k].
     """
@@ -215,7 +215,7 @@ def layer(x, positions, pre, eps, weights, norms, cos, sin, keys, values, scratc
     """One block on x (G, D, W), in place; the arguments are those of `CPUDecoder.step`."""
     (wqkv, sqkv), (wo, so), (w13, s13), (w2, s2) = weights
     attention_norm, ffn_norm, q_norm, k_norm = norms
-    groups, dim, lanes = x.shape
+    groups, _, lanes = x.shape
     branch = np.empty_like(x)
     if pre:
         rms_norm(x, attention_norm, eps, branch)

@@ -3,9 +3,9 @@
     step: hidden states -> logits of what may come -> guide -> filter -> draw -> grammar -> feed -> hidden states
 
 No shape and no branch depends on a value, so that a step is one CUDA graph and the host looks only when it wants to.
-Every row has a cache, a length, options and uniform numbers of its own. With guidance a sample has up to three rows: the
-one that read the whole prompt, one that read its pictures alone, and one that reads [<s>, <boi>, codes so far]. All take
-the ids of the first. Which request has which row is the host's to know (engine.py).
+Every row has a cache, a length, options and uniform numbers of its own. With guidance a sample has up to three rows:
+one that read the whole prompt, one that read its pictures alone, and one that reads [<s>, <boi>, codes so far]. All
+take the ids of the first. Which request has which row is the host's to know (engine.py).
 """
 
 from collections.abc import Sequence

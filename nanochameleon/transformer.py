@@ -227,10 +227,8 @@ class Chameleon(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        if cache is not None:
-            mask = cache.mask()
-        else:
-            mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+        mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+        mask = mask if cache is None else cache.mask()
         table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
