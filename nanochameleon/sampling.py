@@ -177,7 +177,8 @@ class Grammar:
     ) -> "Grammar":
         """A row for each mode, left, room and stops, as above; left = n_codes starts inside a picture.
 
-        table: grammar_table's, on the device wanted; None makes one. stops None: </s> alone. <boi> as a stop ends a row where the model wants to draw, as the released code does.
+        stops None: </s> alone; <boi> as a stop ends a row where the model wants to draw, as the released code does.
+        table: grammar_table's, on the device wanted; None makes one.
         Raises ValueError where an open picture has no room or a stop id could also be something else.
         """
         ends = (vocab.eos, vocab.eot, vocab.boi)
