@@ -1,8 +1,8 @@
 """One decode step of a whole model in Numba: for small models on a CPU, where torch's matrix products wait for memory.
 
-    tokens (N,), positions (N,) -> every layer, keys and values written into the cache -> hidden states (N, D)
+    tokens (n,), rows (n,), positions (n,) -> every layer, keys and values written into the cache -> hidden states (n, D)
 
-It equals `Chameleon.forward` on one new id a row, up to rounding. Activations lie as (groups, features, lanes): 16 rows
+It equals `Chameleon.forward` with a cache, up to rounding. Activations lie as (groups, features, lanes): 16 rows
 of the batch side by side, or one lane where the batch is one row. So a weight is read once for all of them, and a row's
 numbers do not depend on the rows beside it. Weights are float32, or int8 with a scale for each output (quantize.py).
 """
@@ -168,17 +168,18 @@ def attend(q, keys, values, n, scores, out):
 
 
 @njit(parallel=True, cache=True)
-def attention(qkv, positions, q_norm, k_norm, eps, cos, sin, keys, values, scratch, out):
-    """qkv (G, (H + 2 G_k) E, W) -> out (G, H E, W); keys and values (N, G_k, S, E) get the new ids' rows."""
+def attention(qkv, rows, positions, q_norm, k_norm, eps, cos, sin, keys, values, scratch, out):
+    """qkv (G, (H + 2 G_k) E, W) of new ids at places (rows, positions) of the cache -> out (G, H E, W).
+
+    keys and values (N, G_k, S, E) get all the new ids' before any query looks: several may be of one row.
+    """
     lanes, kv_heads, size = qkv.shape[2], keys.shape[1], keys.shape[3]
     n_heads = qkv.shape[1] // size - 2 * kv_heads
     each = n_heads // kv_heads
-    for job in prange(len(positions) * kv_heads):
-        row, kv = job // kv_heads, job % kv_heads
-        g, lane, position = row // lanes, row % lanes, positions[row]
-        q, o, scores = scratch[job, :size], scratch[job, size : 2 * size], scratch[job, 2 * size :]
-        at = (n_heads + kv) * size
-        group = kv * len(k_norm) // kv_heads
+    for job in prange(len(rows) * kv_heads):
+        i, kv = job // kv_heads, job % kv_heads
+        g, lane, row, position = i // lanes, i % lanes, rows[i], positions[i]
+        at, group = (n_heads + kv) * size, kv * len(k_norm) // kv_heads
         k = np.ascontiguousarray(qkv[g, at : at + size, lane])
         normed_and_turned(
             k, k_norm[group, 0], k_norm[group, 1], eps, cos[position], sin[position], keys[row, kv, position]
@@ -186,6 +187,10 @@ def attention(qkv, positions, q_norm, k_norm, eps, cos, sin, keys, values, scrat
         at += kv_heads * size
         for e in range(size):
             values[row, kv, position, e] = qkv[g, at + e, lane]
+    for job in prange(len(rows) * kv_heads):
+        i, kv = job // kv_heads, job % kv_heads
+        g, lane, row, position = i // lanes, i % lanes, rows[i], positions[i]
+        q, o, scores = scratch[job, :size], scratch[job, size : 2 * size], scratch[job, 2 * size :]
         for head in range(kv * each, (kv + 1) * each):
             query = np.ascontiguousarray(qkv[g, head * size : (head + 1) * size, lane])
             group = head * len(q_norm) // n_heads
@@ -211,7 +216,7 @@ def gate(x, out):
 
 
 @njit(cache=True)
-def layer(x, positions, pre, eps, weights, norms, cos, sin, keys, values, scratch):
+def layer(x, rows, positions, pre, eps, weights, norms, cos, sin, keys, values, scratch):
     """One block on x (G, D, W), in place; the arguments are those of `CPUDecoder.step`."""
     (wqkv, sqkv), (wo, so), (w13, s13), (w2, s2) = weights
     attention_norm, ffn_norm, q_norm, k_norm = norms
@@ -224,7 +229,7 @@ def layer(x, positions, pre, eps, weights, norms, cos, sin, keys, values, scratc
     qkv = np.empty((groups, len(wqkv), lanes), np.float32)
     linear(branch, wqkv, sqkv, qkv)
     heads = np.zeros((groups, wo.shape[1], lanes), np.float32)
-    attention(qkv, positions, q_norm, k_norm, eps, cos, sin, keys, values, scratch, heads)
+    attention(qkv, rows, positions, q_norm, k_norm, eps, cos, sin, keys, values, scratch, heads)
     linear(heads, wo, so, branch)
     if not pre:
         rms_norm(branch, attention_norm, eps, branch)
@@ -275,16 +280,18 @@ class CPUDecoder:
         positions = torch.arange(cache.keys.shape[3])[None]
         turns = rotary_table(positions, cfg.head_dim, cfg.rope_theta)[0, 0]
         self.cos, self.sin = turns.real.contiguous().numpy(), turns.imag.contiguous().numpy()
-        jobs = cache.keys.shape[1] * cfg.kv_heads
-        self.scratch = np.empty((jobs, 2 * cfg.head_dim + cache.keys.shape[3]), np.float32)
+        self.scratch = np.empty((0, 2 * cfg.head_dim + cache.keys.shape[3]), np.float32)  # grows with the batch
 
-    def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The next ids (n,) of the cache's first n rows, at positions (n,) -> hidden states (n, D), before the norm."""
+    def step(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """New ids (n,) at places (rows, positions) of the cache -> hidden states (n, D). One of each of many rows, or
+        the next ones of one row."""
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-        x, places = to_lanes(self.embeddings[tokens]), positions.numpy()
+        if len(self.scratch) < len(tokens) * self.cfg.kv_heads:
+            self.scratch = np.empty((len(tokens) * self.cfg.kv_heads, self.scratch.shape[1]), np.float32)
+        x, places = to_lanes(self.embeddings[tokens]), (rows.numpy(), positions.numpy())
         for i, (weights, norms) in enumerate(zip(self.weights, self.norms, strict=True)):
             caches = (self.keys[i], self.values[i])
-            layer(x, places, self.pre, self.eps, weights, norms, self.cos, self.sin, *caches, self.scratch)
+            layer(x, *places, self.pre, self.eps, weights, norms, self.cos, self.sin, *caches, self.scratch)
         rms_norm(x, self.norm.numpy(), self.eps, x)
         return from_lanes(x, len(tokens))
 

@@ -84,6 +84,7 @@ class Decoder:
         self.reads = torch.zeros(rows, dtype=torch.long, device=device)  # FULL, PICTURES or NOTHING
         self.sample = torch.zeros(3, rows, dtype=torch.long, device=device)  # the sample's row that reads each of them
         self.log = torch.zeros(n_codes + 1, rows, dtype=torch.long, device=device)  # ids since the host last looked
+        self.places = torch.arange(rows, device=device)
         self.tick = torch.zeros(1, dtype=torch.long, device=device)  # steps since then
 
     def row_tensors(self) -> list[Tensor]:
@@ -98,11 +99,12 @@ class Decoder:
 
     def prefill(self, ids: Sequence[int], row: int, start: int) -> Tensor:
         """The prompt's next ids, from place `start`, into a row's cache -> hidden state (D,) at the last one."""
-        end = start + len(ids)
+        end, tokens = start + len(ids), torch.tensor([ids], device=self.device)
         positions = torch.arange(start, end, device=self.device)[None]
         self.length[row] = end  # steps of other rows, before this one begins, write behind it
-        window = self.cache.window(slice(row, row + 1), positions, end)
-        return self.model(torch.tensor([ids], device=self.device), positions, cache=window)[0, -1]
+        if self.cpu is not None:
+            return self.cpu.step(tokens[0], torch.full_like(positions[0], row), positions[0])[-1]
+        return self.model(tokens, positions, cache=self.cache.window(slice(row, row + 1), positions, end))[0, -1]
 
     def share(self, source: int, target: int, length: int) -> None:
         """`target` has the prompt that has just been read into `source`."""
@@ -225,7 +227,7 @@ class Decoder:
         goes_on = ((reads == FULL) | of_picture) & (ids != vocab.pad)
         length.copy_(torch.where(goes_on, positions + 1, length))
         if self.cpu is not None:
-            self.hidden[:n] = self.cpu.step(ids, positions)
+            self.hidden[:n] = self.cpu.step(ids, self.places[:n], positions)
         else:
             window = self.cache.window(slice(0, n), positions[:, None], span)
             self.hidden[:n] = self.model(ids[:, None], positions[:, None], cache=window)[:, 0]

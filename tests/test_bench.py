@@ -7,6 +7,7 @@ import torch
 
 from nanochameleon.bench import engine, rows
 from nanochameleon.config import ModelConfig
+from nanochameleon.engine import Engine
 from nanochameleon.vocab import Vocab
 
 SMALL, VOCAB = (
@@ -40,5 +41,5 @@ def test_transformers_says_the_same_with_the_same_weights():
     prompts = torch.randint(VOCAB.first_text, SMALL.vocab_size, (3, 7))
     prompts[:, 0] = VOCAB.bos
     theirs = engine.their_ids(engine.as_transformers(model, VOCAB), prompts, 12)
-    assert theirs == engine.our_ids(model, VOCAB, prompts, 12)
+    assert theirs == engine.our_ids(Engine(model, VOCAB, 4, 3, 20), prompts, 12)
     assert len({tuple(row) for row in theirs}) == 3 and len(set(theirs[0])) > 3

@@ -25,7 +25,7 @@ def steps(model: Chameleon, tokens: torch.Tensor) -> tuple[CPUDecoder, torch.Ten
     n, length = tokens.shape
     cache = KVCache.empty(model.cfg, n + 1, length, CPU, torch.float32)
     decoder = CPUDecoder(model, cache)
-    hidden = [decoder.step(tokens[:, i], torch.full((n,), i)) for i in range(length)]
+    hidden = [decoder.step(tokens[:, i], torch.arange(n), torch.full((n,), i)) for i in range(length)]
     return decoder, torch.stack(hidden, 1), cache
 
 
@@ -57,6 +57,20 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it():
     _, together, _ = steps(model, tokens)
     for some in ([3, 7], [19, 0, 3], list(range(19, 2, -1))):
         assert torch.equal(steps(model, tokens[some])[1], together[some])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("parts", [(1, 20), (17, 4), (20, 1), (21,)])
+def test_a_prompt_in_any_parts_is_one_forward_pass(parts):
+    model, tokens = random_norms(tiny_model(3)), torch.arange(30, 51)
+    cache = KVCache.empty(model.cfg, 3, 30, CPU, torch.float32)
+    decoder, at, hidden = CPUDecoder(model, cache), 0, []
+    for part in parts:
+        places = torch.full((part,), 1), torch.arange(at, at + part)
+        hidden.append(decoder.step(tokens[at : at + part], *places))
+        at += part
+    torch.testing.assert_close(torch.cat(hidden), model(tokens[None])[0], atol=5e-5, rtol=1e-4)
+    assert not cache.keys[:, [0, 2]].any()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 33])

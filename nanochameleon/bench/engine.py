@@ -94,8 +94,14 @@ def their_ids(peer, prompts: Tensor, n: int, **options) -> list[list[int]]:
     return out[:, prompts.shape[1] :].tolist()
 
 
-def our_ids(model: Chameleon, vocab: Vocab, prompts: Tensor, n: int) -> list[list[int]]:
-    return generate(model, prompts.tolist(), vocab, 64, replace(GREEDY, max_new=n), "text", batch_size=len(prompts))
+def our_ids(engine: Engine, prompts: Tensor, n: int) -> list[list[int]]:
+    new = [[] for _ in prompts]
+    first = engine.n_added
+    for prompt in prompts.tolist():
+        engine.add(prompt, replace(GREEDY, max_new=n), "text")
+    for news in engine.run():
+        new[news.handle - first] += news.ids
+    return new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +115,8 @@ def text_case(
     device = model.output.weight.device
     prompts = torch.randint(vocab.first_text, vocab.size, (batch, 16), device=device)
     prompts[:, 0] = vocab.bos
-    jobs = {"nano": lambda: our_ids(model, vocab, prompts, n)}
+    engine = Engine(model, vocab, 64, batch, 16 + n)
+    jobs = {"nano": lambda: our_ids(engine, prompts, n)}
     if find_spec("transformers"):
         peer = as_transformers(model, vocab)
         jobs["transformers generate dynamic"] = lambda: their_ids(peer, prompts, n)
@@ -172,7 +179,7 @@ def picture_case(name: str, model: Chameleon, vocab: Vocab, n_codes: int, rounds
 def first_token(name: str, model: Chameleon, vocab: Vocab) -> Row:
     """Seconds from weights that are loaded to the first id, in this process for the first time."""
     start = time.perf_counter()
-    our_ids(model, vocab, torch.tensor([[vocab.bos, vocab.first_text]]), 1)
+    our_ids(Engine(model, vocab, 64, 1, 64), torch.tensor([[vocab.bos, vocab.first_text]]), 1)
     taken = {"nano": time.perf_counter() - start}
     device = device_name(model.output.weight.device)
     return rows_of("engine", f"{name} start to first token", "nano", taken, 1.0, "ms", device)[0]
