@@ -1,6 +1,6 @@
 """One decode step of a whole model in Numba: for small models on a CPU, where torch's matrix products wait for memory.
 
-    tokens (n,), rows (n,), positions (n,) -> every layer, keys and values written into the cache -> hidden states (n, D)
+    tokens, rows, positions (n,) -> every layer, keys and values written into the cache -> hidden states (n, D)
 
 It equals `Chameleon.forward` with a cache, up to rounding. Activations lie as (groups, features, lanes): 16 rows
 of the batch side by side, or one lane where the batch is one row. So a weight is read once for all of them, and a row's
