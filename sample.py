@@ -31,6 +31,7 @@ import tyro
 from nanochameleon.config import RunConfig, SampleConfig
 from nanochameleon.errors import UserError, exit_on_user_error
 
+PREVIEW = 32  # codes between two looks at a picture that is being drawn
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
@@ -55,6 +56,10 @@ class Args:
     """Draw from this many ids at most."""
     guidance: float | None = None
     """Of pictures: 1 is as the model says, more is nearer to the prompt."""
+    guidance_image: float | None = None
+    """The same by the prompt's pictures alone; None means as --guidance where that is given."""
+    repetition_penalty: float | None = None
+    """Of words: above 1 turns away from ids that were there before."""
     max_new: int | None = None
     """Ids to write at most."""
     fit: Literal["crop", "pad"] = "crop"
@@ -79,6 +84,12 @@ class Args:
             ("top-p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top-k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("guidance", self.guidance is None or 0 <= self.guidance < math.inf, "0 or more"),
+            ("guidance-image", self.guidance_image is None or 0 <= self.guidance_image < math.inf, "0 or more"),
+            (
+                "repetition-penalty",
+                self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
+                "above 0",
+            ),
             ("max-new", self.max_new is None or self.max_new >= 1, "at least 1"),
             ("seed", self.seed >= 0, "0 or more"),
             ("scale", self.scale is None or 1 <= self.scale <= 64, "1 to 64"),
@@ -88,7 +99,9 @@ class Args:
 
     def options(self, cfg: SampleConfig) -> SampleConfig:
         """The run's own settings, with those given here in their place."""
-        given = dict(guidance=self.guidance, max_new=self.max_new)
+        by_image = self.guidance if self.guidance_image is None else self.guidance_image
+        given = dict(guidance=self.guidance, guidance_image=by_image, max_new=self.max_new)
+        given["repetition_penalty"] = self.repetition_penalty
         for name in ("temperature", "top_p", "top_k"):
             given |= {name: getattr(self, name), f"image_{name}": getattr(self, name)}
         return dataclasses.replace(cfg, **{name: value for name, value in given.items() if value is not None})
@@ -160,13 +173,20 @@ def main(args: Args) -> list[list[str | Path]]:
             options = dataclasses.replace(options, max_new=n_codes + 1)
         elif args.max_new <= n_codes:
             raise UserError(f"--max-new must be at least {n_codes + 1} to draw a picture, not {args.max_new}")
+        if args.n == 1 and shelf.shows:
+            told = stream(run.model, prompt, run.tokenizer, n_codes, options, "image", args.seed, preview=PREVIEW)
+            return [show(told, shelf)]
         progress = "drawing" if sys.stderr.isatty() else None
         rows = generate(run.model, [prompt] * args.n, vocab, n_codes, options, "image", args.seed, progress=progress)
         return [[shelf.put([vocab.id_to_code(token) for token in row[:-1]])] for row in rows]
     grammar_mode = "both" if mode == "free" else "text"
     stops = (vocab.eos, vocab.eot) if mode == "answer" else (vocab.eos,)
+    preview = PREVIEW if shelf.shows else None
     return [
-        show(stream(run.model, prompt, run.tokenizer, n_codes, options, grammar_mode, args.seed, row, stops), shelf)
+        show(
+            stream(run.model, prompt, run.tokenizer, n_codes, options, grammar_mode, args.seed, row, stops, preview),
+            shelf,
+        )
         for row in range(args.n)
     ]
 
@@ -174,6 +194,7 @@ def main(args: Args) -> list[list[str | Path]]:
 def show(events, shelf: "Shelf") -> list[str | Path]:
     """Prints and saves one sample as it comes."""
     from nanochameleon.documents import Image, Text
+    from nanochameleon.events import PartialPicture
 
     parts, line_open = [], False
     for event in events:
@@ -185,10 +206,13 @@ def show(events, shelf: "Shelf") -> list[str | Path]:
                 parts[-1] += event.text
             else:
                 parts.append(event.text)
-        elif isinstance(event, Image):
+        elif isinstance(event, PartialPicture | Image):
             print(end="\n" if line_open else "")
             line_open = False
-            parts.append(shelf.put(event.codes))
+            if isinstance(event, Image):
+                parts.append(shelf.put(event.codes))
+            else:
+                shelf.preview(event.codes)
     print(end="\n" if line_open else "")
     return parts
 
@@ -200,12 +224,29 @@ class Shelf:
     args: Args
     images: object  # ImageTokenizer
 
+    @property
+    def shows(self) -> str | None:
+        """How the terminal shows pictures, None where it cannot."""
+        from nanochameleon.report import terminal_mode
+
+        return terminal_mode(os.environ, sys.stdout.isatty())
+
+    def preview(self, codes) -> None:
+        """Shows an unfinished picture, with the first code where codes lack; what is printed next goes over it."""
+        import torch
+
+        from nanochameleon.report import as_terminal
+
+        filled = [*codes, *[codes[0]] * (self.images.n_codes_per_image - len(codes))]
+        shown = as_terminal(self.images.decode(torch.tensor([filled]))[0])
+        print(shown, end=f"\n\x1b[{shown.count(chr(10)) + 1}F", flush=True)
+
     def put(self, codes) -> Path:
         """One picture's codes -> the file it was saved in. Raises UserError where it cannot be written."""
         import torch
 
         from nanochameleon.files import write_file
-        from nanochameleon.report import as_terminal, png, terminal_mode
+        from nanochameleon.report import as_terminal, png
 
         picture = self.images.decode(torch.tensor([list(codes)]))[0]
         scale = self.args.scale or math.ceil(256 / len(picture))
@@ -218,7 +259,7 @@ class Shelf:
         except OSError as error:
             why = f"cannot save a picture in {folder}: {error.strerror}"
             raise UserError(f"{why}; choose another folder with --out") from None
-        if how := terminal_mode(os.environ, sys.stdout.isatty()):
+        if how := self.shows:
             print(as_terminal(picture, how))
         print(path)
         return path

@@ -18,6 +18,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
         "tokenizers.adversarial", "tokenizers.adversarial_from", "data.pairs", "data.questions", "data.interleaved",
         "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
+        "sample.guidance_image",
     )),
     ("at least 1", lambda x: 1 <= x < math.inf, (
         "vqgan.resolution", "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim",
@@ -29,10 +30,11 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
     )),
     ("above 0", lambda x: 0 < x < math.inf, (
         "model.norm_eps", "model.rope_theta", "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
-        "tokenizers.optim.lr", "tokenizers.optim.clip",
+        "tokenizers.optim.lr", "tokenizers.optim.clip", "sample.repetition_penalty",
     )),
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, (
         "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
+        "sample.min_p", "sample.image_min_p",
     )),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("sample.top_p", "sample.image_top_p")),
 )  # fmt: skip

@@ -161,16 +161,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How ids are drawn. Defaults for text as the released code has them."""
+    """How ids are drawn. Defaults as the released code has them; what it lacks (top_k, min_p) is off."""
 
-    temperature: float = 0.7  # of text
+    temperature: float = 0.7  # of text; 0 is greedy
     top_p: float = 0.9  # of text: the smallest set of ids that holds this probability
     top_k: int | None = None  # of text: at most this many ids
+    min_p: float = 0.0  # of text: ids with at least this share of the likeliest one's probability
+    repetition_penalty: float = 1.2  # of text: on every id of the context; 1 is without
     image_temperature: float = 0.7  # of picture codes
     image_top_p: float = 0.9  # of picture codes
     image_top_k: int | None = None  # of picture codes
-    guidance: float = 1.0  # of pictures: 1 is as the model says, more is nearer to the prompt; the released code has 3
-    max_new: int = 256  # ids to write at most
+    image_min_p: float = 0.0  # of picture codes
+    guidance: float = 3.0  # of pictures, by the words of the prompt; with guidance_image 1, 1 is as the model says
+    guidance_image: float = 1.2  # of pictures, by the pictures of the prompt
+    max_new: int = 4_096  # ids to write at most; the context ends a sample, too
 
 
 @dataclass(frozen=True)

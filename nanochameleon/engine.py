@@ -1,31 +1,33 @@
-"""Generation: ids in, ids out, one step an id, many rows at once, each in its own state of text or picture.
+"""Generation: prompts join a running batch and leave it one by one, each in its own state of text or picture.
 
-    prompts, left-padded -> prefill -> [logits of what may come -> guide -> filter -> pick -> feed] until all have ended
+    add(prompt) -> wait -> prefill, chunk by chunk -> steps of all rows at once -> ids -> leave
 
-Padding has document id -1, which attention never sees, and positions count from each row's <s>, so a row's ids do not
-depend on the rows beside it. With guidance every row has an unconditional twin that reads [<s>, <boi>, codes so far].
-It leaves out CUDA graphs, a scheduler that takes in new rows, and any knowledge of pixels.
+The host decides who has which row and when to look; all else is tensors (decoder.py). While every row is in a picture
+nothing is looked at until the first of them ends: the grammar knows what comes. A sample's ids depend on its prompt,
+options and seed alone, not on who shares its batch: prompts are read one by one, and rows never see one another.
+It knows nothing of pixels.
 """
 
-import codecs
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from nanochameleon.config import SampleConfig
 from nanochameleon.data import RawDocument, fuse
-from nanochameleon.documents import Image, Text, render
+from nanochameleon.decoder import FULL, NOTHING, PICTURES, Decoder, Task
+from nanochameleon.documents import render
 from nanochameleon.errors import UserError
+from nanochameleon.events import Event, Reader, open_picture
+from nanochameleon.graphs import Graphs
 from nanochameleon.run import Run
-from nanochameleon.sampling import CLOSE, OPEN, PICTURE, SHUT, Grammar, Mode, filtered, guide, pick
+from nanochameleon.sampling import Mode, needed
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.transformer import Chameleon, KVCache
+from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,155 +43,231 @@ def prompt_ids(segments: RawDocument, run: Run, ask: Literal["draw", "answer", "
     return ids + {"draw": [run.vocab.boi], "answer": [run.vocab.eot], "go on": []}[ask]
 
 
-def open_picture(prompt: Sequence[int], vocab: Vocab) -> list[int] | None:
-    """<boi> and the codes behind it where a prompt ends inside a picture, else None."""
-    start = len(prompt)
-    while start and vocab.first_code <= prompt[start - 1] < vocab.eoi:
-        start -= 1
-    return list(prompt[start - 1 :]) if start and prompt[start - 1] == vocab.boi else None
+def make_task(
+    prompt: Sequence[int], vocab: Vocab, n_codes: int, context: int, options: SampleConfig, mode: Mode = "both",
+    seed: Sequence[int] = (0,), stops: Sequence[int] | None = None,
+) -> Task:  # fmt: skip
+    """Raises UserError, naming the lengths, for a prompt that leaves no room."""
+    if not prompt or prompt[0] != vocab.bos:
+        raise ValueError("a prompt starts with <s>")
+    begun = open_picture(prompt, vocab)
+    left = -1 if begun is None else n_codes + 1 - len(begun)
+    need = left + 1 if begun is not None else n_codes + 2 if mode == "image" else 1
+    what = "one new id" if need == 1 else f"the {need} ids of a picture"
+    if len(prompt) + need > context:
+        raise UserError(f"the prompt has {len(prompt)} ids, which leaves no room for {what} in a context of {context}")
+    if options.max_new < need:
+        raise UserError(f"max_new is {options.max_new}, which leaves no room for {what}")
+    room = min(options.max_new, context - len(prompt))
+    return Task(tuple(prompt), options, mode, tuple(seed), None if stops is None else tuple(stops), left, room)
 
 
-def start_grammar(
-    model: Chameleon,
-    prompts: Sequence[Sequence[int]],
-    vocab: Vocab,
-    n_codes: int,
-    options: SampleConfig,
-    mode: Mode,
-    stops: Sequence[int] | None,
-) -> Grammar:
-    """Each row's state after its prompt. Raises UserError, naming the lengths, for a prompt that leaves no room."""
-    context, left, room = model.cfg.max_seq_len, [], []
-    for prompt in prompts:
-        if not prompt or prompt[0] != vocab.bos:
-            raise ValueError("a prompt starts with <s>")
-        begun = open_picture(prompt, vocab)
-        left.append(-1 if begun is None else n_codes + 1 - len(begun))
-        need = left[-1] + 1 if begun is not None else n_codes + 2 if mode == "image" else 1
-        what = "one new id" if need == 1 else f"the {need} ids of a picture"
-        if len(prompt) + need > context:
-            raise UserError(
-                f"the prompt has {len(prompt)} ids, which leaves no room for {what} in a context of {context}"
-            )
-        if options.max_new < need:
-            raise UserError(f"max_new is {options.max_new}, which leaves no room for {what}")
-        room.append(min(options.max_new, context - len(prompt)))
-    device = model.output.weight.device
-    return Grammar.start(
-        vocab, n_codes, mode, torch.tensor(left, device=device), torch.tensor(room, device=device), stops
-    )
+def branches(task: Task, vocab: Vocab) -> dict[int, tuple[int, ...]]:
+    """What is read beside the whole prompt, for guidance: PICTURES and NOTHING -> its prompt. Only what makes a
+    difference: without earlier pictures the picture to come has seen nothing but words."""
+    by_text, by_image = task.options.guidance, task.options.guidance_image
+    if task.mode == "text" and task.left < 0:
+        return {}
+    begun = tuple(open_picture(task.prompt, vocab) or ())
+    nothing = {NOTHING: (vocab.bos, *begun)}
+    pictures = tuple(t for t in task.prompt if t == vocab.bos or vocab.first_code <= t <= vocab.boi)
+    if by_text == by_image or (task.mode != "both" and pictures == nothing[NOTHING]):  # the middle term is 0
+        return nothing if by_text != 1 else {}
+    return {PICTURES: pictures} if by_image == 1 else {PICTURES: pictures} | nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Steps
+# The engine
 
 
-def pad_left(rows: Sequence[Sequence[int]], width: int, pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of ids -> tokens, positions, doc_ids, each (N, width): padding in front, document -1, position 0."""
-    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    gaps = width - torch.tensor([len(row) for row in rows])
-    positions = torch.arange(width) - gaps[:, None]
-    return tokens, positions.clamp(min=0), torch.where(positions < 0, -1, 0)
+@dataclass(eq=False)
+class Row:
+    """A row of the batch: where it is, and how far its prompt has been read."""
+
+    place: int
+    reads: int
+    prompt: tuple[int, ...]
+    hidden: Tensor | None = None  # at the prompt's end, once that is read
+
+
+@dataclass(eq=False)
+class Sample:
+    """A task at work, on one to three rows; the first reads everything."""
+
+    handle: int
+    task: Task
+    rows: list[Row]
+    left: int  # as in Grammar, as far as the host has looked
+    n_new: int = 0
+    begun: bool = False
+
+
+@dataclass(frozen=True)
+class News:
+    """What the host has seen of one sample since it last looked."""
+
+    handle: int
+    ids: tuple[int, ...]
+    ended: bool
 
 
 @dataclass
-class Rows:
-    """N rows in one cache, or 2 N with the unconditional twins behind them.
-
-    Outside of a picture a twin is fed <s> as a new document at each step, so it always stands right before a <boi>.
-    """
+class Engine:
+    """A running batch. add() queues a task; each step() reads a chunk of the waiting prompts, runs some decode steps
+    and tells the news. The model must be in eval mode and keep its weights as long as the engine is in use."""
 
     model: Chameleon
-    cache: KVCache
-    twins: bool
-    n: int
-    positions: Tensor = field(init=False)  # (N or 2 N,) of the newest id
-    doc_ids: Tensor = field(init=False)
+    vocab: Vocab
+    n_codes: int  # codes a picture
+    n_rows: int = 16  # of the batch; a sample takes one, with guidance up to three
+    context: int | None = None  # ids a row can hold; None: as many as the model
+    chunk: int = 512  # ids of prompts read between two stretches of decoding
+    look: int | None = None  # steps between two looks at most; None: as many as the grammar foresees
+    waiting: deque[tuple[int, Task]] = field(default_factory=deque, init=False)
+    running: list[Sample] = field(default_factory=list, init=False)
+    prompts: dict[tuple[int, ...], list[Row]] = field(default_factory=dict, init=False)  # being read, by whom
+    n_live: int = field(default=0, init=False)  # rows in use: the first of the batch
+    n_added: int = field(default=0, init=False)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], vocab: Vocab) -> Tensor:
-        """Hidden states (N or 2 N, D) at the last id of each prompt."""
-        rows = list(prompts)
-        if self.twins:
-            rows += [[vocab.bos, *(open_picture(prompt, vocab) or [])] for prompt in prompts]
-        tensors = pad_left(rows, max(map(len, rows)), vocab.pad)
-        tokens, positions, doc_ids = (x.to(self.cache.doc_ids.device) for x in tensors)
-        self.positions, self.doc_ids = positions[:, -1], doc_ids[:, -1]
-        return self.model(tokens, positions, doc_ids, self.cache)[:, -1]
+    def __post_init__(self):
+        if self.model.training:
+            raise ValueError("call model.eval() first: dropout would be on")
+        self.context = self.context or self.model.cfg.max_seq_len
+        self.read: dict[tuple[int, ...], int] = {}  # ids of a prompt that have been read
+        with torch.inference_mode():
+            self.decoder = Decoder(self.model, self.vocab, self.n_codes, self.n_rows, self.context)
+        self.graphs = Graphs(self.decoder.device)
 
-    def feed(self, ids: Tensor, grammar: Grammar) -> Tensor:
-        """The rows' next ids (N,), after which `grammar` holds -> hidden states (N or 2 N, D)."""
-        positions, doc_ids = self.positions[: self.n] + 1, self.doc_ids[: self.n]
-        if self.twins:
-            inside = grammar.left >= 0
-            ids = torch.cat([ids, torch.where(inside, ids, grammar.vocab.bos)])
-            positions = torch.cat([positions, torch.where(inside, self.positions[self.n :] + 1, 0)])
-            doc_ids = torch.cat([doc_ids, self.doc_ids[self.n :] + ~inside])
-        self.positions, self.doc_ids = positions, doc_ids
-        return self.model(ids[:, None], positions[:, None], doc_ids[:, None], self.cache)[:, 0]
+    def add(self, prompt: Sequence[int], options: SampleConfig, mode: Mode = "both", seed: Sequence[int] = (0,),
+            stops: Sequence[int] | None = None) -> int:  # fmt: skip
+        """-> the handle by which its news are told. Raises UserError for a prompt without room."""
+        return self.add_task(make_task(prompt, self.vocab, self.n_codes, self.context, options, mode, seed, stops))
 
+    def add_task(self, task: Task) -> int:
+        if 1 + len(branches(task, self.vocab)) > self.n_rows:
+            raise UserError(f"guidance needs 3 rows of the batch, and it has {self.n_rows}")
+        self.waiting.append((self.n_added, task))
+        self.n_added += 1
+        return self.n_added - 1
 
-def choose(model: Chameleon, hidden: Tensor, grammar: Grammar, options: SampleConfig, uniforms: Tensor) -> Tensor:
-    """Hidden states (N or 2 N, D) and one uniform number a row (N,) -> ids (N,).
+    @torch.inference_mode()
+    def step(self) -> list[News]:
+        """One round; [] where only prompts were read, or nothing is left to do."""
+        self.admit()
+        self.read_prompts()
+        if not any(sample.begun for sample in self.running):
+            return []
+        return self.tell(self.decode())
 
-    Logits are computed for the rows that have a choice, and in a picture for the codes alone.
-    """
-    vocab, n, o = grammar.vocab, len(uniforms), options
-    kinds = grammar.kinds()
-    ids = torch.where(kinds == CLOSE, vocab.eoi, vocab.pad)
-    in_text = ((kinds == OPEN) | (kinds == SHUT), slice(0, vocab.size), (o.temperature, o.top_k, o.top_p))
-    in_picture = (
-        kinds == PICTURE,
-        slice(vocab.first_code, vocab.eoi),
-        (o.image_temperature, o.image_top_k, o.image_top_p),
-    )
-    for which, columns, settings in (in_text, in_picture):
-        rows = which.nonzero()[:, 0]
-        if not len(rows):
-            continue
-        weight = model.output.weight[columns]
-        logits = F.linear(hidden[rows], weight).float()
-        if columns is in_picture[1] and len(hidden) > n:
-            logits = guide(logits, F.linear(hidden[n + rows], weight).float(), o.guidance)
-        logits = logits.masked_fill(~grammar.table[kinds[rows], columns], -torch.inf)
-        ids[rows] = pick(filtered(logits, *settings), uniforms[rows.to(uniforms.device)]) + columns.start
-    return ids
+    def run(self) -> Iterator[News]:
+        """Until all that was added has ended; more may be added meanwhile."""
+        while self.waiting or self.running:
+            yield from self.step()
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # Who has which row
 
-@torch.inference_mode()
-def steps(
-    model: Chameleon, prompts: Sequence[Sequence[int]], grammar: Grammar, options: SampleConfig, uniforms: Tensor
-) -> Iterator[tuple[Tensor, Grammar]]:
-    """Yields each step's ids (N,), pad for rows that have ended, and the state after them, until all rows have ended.
+    def admit(self) -> None:
+        """In the order of coming, as long as there are rows."""
+        while self.waiting:
+            handle, task = self.waiting[0]
+            wanted = {FULL: task.prompt} | branches(task, self.vocab)
+            if self.n_live + len(wanted) > self.n_rows:
+                return
+            self.waiting.popleft()
+            rows = [Row(self.n_live + i, reads, prompt) for i, (reads, prompt) in enumerate(wanted.items())]
+            self.n_live += len(rows)
+            for row in rows:
+                self.decoder.grammar.done[row.place] = True  # it waits for its prompt
+                self.prompts.setdefault(row.prompt, []).append(row)
+            self.running.append(Sample(handle, task, rows, task.left))
 
-    uniforms: (N, S) float64, one for each row and step, S at least the largest room.
-    """
-    device, n_steps = model.output.weight.device, int(grammar.room.max())
-    auto = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if auto else model.output.weight.dtype
-    pictures = grammar.mode != "text" or bool((grammar.left >= 0).any())
-    twins = pictures and options.guidance != 1
-    longest = max(map(len, prompts))
-    cache = KVCache.empty(model.cfg, len(prompts) * (1 + twins), longest + n_steps, device, dtype)
-    rows = Rows(model, cache, twins, len(prompts))
-    hidden = rows.prefill(prompts, grammar.vocab)
-    if device.type != "mps":  # which has no float64; pick moves what it needs
-        uniforms = uniforms.to(device)
-    for step in range(n_steps):
-        ids = choose(model, hidden, grammar, options, uniforms[:, step])
-        grammar = grammar.after(ids)
-        yield ids, grammar
-        if grammar.done.all():
-            return
-        hidden = rows.feed(ids, grammar)
+    def read_prompts(self) -> None:
+        """A chunk of the oldest prompts. Chunks of a prompt begin at fixed places, whatever else is read."""
+        budget = self.chunk
+        while self.prompts and budget > 0:
+            prompt, rows = next(iter(self.prompts.items()))
+            start = self.read.pop(prompt, 0)
+            ids = prompt[start : start + self.chunk]
+            hidden = self.decoder.prefill(ids, rows[0].place, start)
+            budget -= len(ids)
+            if start + len(ids) < len(prompt):
+                self.read[prompt] = start + len(ids)
+                continue
+            for row in self.prompts.pop(prompt):
+                row.hidden = hidden
+                if row is not rows[0]:
+                    self.decoder.share(rows[0].place, row.place, len(prompt))
+        ready = [s for s in self.running if not s.begun and all(row.hidden is not None for row in s.rows)]
+        for sample in ready:
+            sample.begun = True
+            for row in sample.rows:
+                self.decoder.begin(row.place, sample.task, row.reads, row.prompt, row.hidden)
+        if ready:
+            self.seat()
 
+    def leave(self, sample: Sample) -> None:
+        """Rows in use stay the first ones: the last ones move into the gaps."""
+        self.running.remove(sample)
+        for gap in sorted((row.place for row in sample.rows), reverse=True):
+            self.n_live -= 1
+            last = next((row for s in self.running for row in s.rows if row.place == self.n_live), None)
+            if last is not None:
+                self.decoder.move(last.place, gap, self.context)
+                last.place = gap
+        self.seat()
 
-def row_uniforms(seed: int, rows: Sequence[int], n: int) -> Tensor:
-    """(len(rows), n) float64 in [0, 1): row r's are a function of (seed, r) alone."""
-    return torch.from_numpy(np.stack([np.random.default_rng((seed, row)).random(n) for row in rows]))
+    def seat(self) -> None:
+        """Tells the decoder which rows belong together. What a sample does not read is read by its next best row, so
+        that the terms of guidance that make no difference are 0."""
+        places = torch.arange(self.n_rows).repeat(3, 1)
+        for sample in self.running:
+            place = {row.reads: row.place for row in sample.rows}
+            nothing = place.get(NOTHING, place.get(PICTURES, place[FULL]))
+            for row in sample.rows:
+                places[FULL, row.place] = place[FULL]
+                places[PICTURES, row.place], places[NOTHING, row.place] = place.get(PICTURES, nothing), nothing
+        self.decoder.sample.copy_(places)
+        begun = [sample for sample in self.running if sample.begun]
+        self.needs = needed([sample.task.options for sample in begun])
+        self.guided = any(len(sample.rows) > 1 for sample in begun)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    def decode(self) -> tuple[list[list[int]], list[bool]]:
+        """As many steps as the grammar foresees without a look."""
+        samples = [sample for sample in self.running if sample.begun]
+        inside = [sample.left >= 0 for sample in samples]
+        columns = "picture" if all(inside) else "all" if any(inside) else "text"
+        steps = min(sample.left for sample in samples) + 1 if all(inside) else 1
+        steps = min(steps, self.look or steps)
+        longest = max(len(sample.task.prompt) + sample.n_new for sample in samples) + steps
+        span = min(-(-longest // 64) * 64, self.context)  # in steps of 64, so that graphs stay few
+        n = self.graphs.size(self.n_live, self.n_rows)
+        arguments = (n, span, columns, self.guided, self.needs)
+        for _ in range(steps):
+            self.graphs.run(arguments, lambda: self.decoder.step(*arguments))
+        return self.decoder.look(n, steps)
+
+    def tell(self, looked: tuple[list[list[int]], list[bool]]) -> list[News]:
+        news, pad = [], self.vocab.pad
+        for sample in [sample for sample in self.running if sample.begun]:
+            ids, ended = (x[sample.rows[0].place] for x in looked)
+            ids = ids[: ids.index(pad)] if pad in ids else ids  # pad is never drawn: the first one is behind the end
+            sample.n_new += len(ids)
+            for token in ids:
+                inside = sample.left >= 0
+                sample.left = sample.left - 1 if inside else self.n_codes if token == self.vocab.boi else -1
+            news.append(News(sample.handle, tuple(ids), ended))
+        ended = {one.handle for one in news if one.ended}
+        for sample in [sample for sample in self.running if sample.handle in ended]:
+            self.leave(sample)
+        return news
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many rows
+# Many samples, or one as it comes
 
 
 def generate(
@@ -207,54 +285,30 @@ def generate(
     """The new ids of each prompt, the stop id included, on the model's device.
 
     n_codes: codes a picture. mode: "text", "image" (one picture) or "both", see Grammar. Row i draws its numbers from
-    (seed, i), whatever the batch. stops: ids that end a row, by default </s> alone. progress: shows a bar of this name.
-    Raises UserError for a prompt without room.
+    (seed, i), whatever the batch of at most batch_size rows. stops: ids that end a row, by default </s> alone.
+    progress: shows a bar of this name. Raises UserError for a prompt without room, before any work.
     """
-    grammars = [  # all of them first: a prompt that is too long is refused before any work
-        start_grammar(model, prompts[i : i + batch_size], vocab, n_codes, options, mode, stops)
-        for i in range(0, len(prompts), batch_size)
+    context = model.cfg.max_seq_len
+    tasks = [
+        make_task(prompt, vocab, n_codes, context, options, mode, (seed, row), stops)
+        for row, prompt in enumerate(prompts)
     ]
-    out, was_training = [], model.training
-    totals = [int(grammar.room.max()) for grammar in grammars]
-    bar = tqdm(total=sum(totals), desc=progress, unit="step", disable=progress is None)
-    model.eval()
+    if not tasks:
+        return []
+    wanted = [1 + len(branches(task, vocab)) for task in tasks]
+    was_training, new = model.training, [[] for _ in tasks]
     try:
-        for number, (grammar, total) in enumerate(zip(grammars, totals, strict=True)):
-            batch = prompts[number * batch_size : (number + 1) * batch_size]
-            first = number * batch_size
-            uniforms = row_uniforms(seed, range(first, first + len(batch)), total)
-            out += run_batch(steps(model, batch, grammar, options, uniforms), vocab.pad, bar)
-            bar.update(sum(totals[: number + 1]) - bar.n)
+        longest = max(len(task.prompt) + task.room for task in tasks)
+        engine = Engine(model.eval(), vocab, n_codes, max(min(batch_size, sum(wanted)), *wanted, 1), longest)
+        for task in tasks:
+            engine.add_task(task)
+        with tqdm(total=len(tasks), desc=progress, unit="sample", disable=progress is None) as bar:
+            for news in engine.run():
+                new[news.handle] += news.ids
+                bar.update(news.ended)
     finally:
         model.train(was_training)
-        bar.close()
-    return out
-
-
-def run_batch(batch: Iterator[tuple[Tensor, Grammar]], pad: int, bar: tqdm) -> list[list[int]]:
-    """The ids of each row up to its end; pad is never drawn, so the first one is behind it."""
-    columns = []
-    for ids, _ in batch:
-        columns.append(ids)
-        bar.update()
-    return [row[: row.index(pad)] if pad in row else row for row in torch.stack(columns, 1).tolist()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One row, as it comes
-
-
-@dataclass(frozen=True)
-class PictureStarted:
-    """The model has begun to draw."""
-
-
-@dataclass(frozen=True)
-class End:
-    ids: tuple[int, ...]  # all new ids, the stop id included
-
-
-Event = Text | PictureStarted | Image | End
+    return new
 
 
 def stream(
@@ -267,44 +321,16 @@ def stream(
     seed: int = 0,
     row: int = 0,
     stops: Sequence[int] | None = None,
+    preview: int | None = None,
 ) -> Iterator[Event]:
     """What generate gives as row `row`, event by event: pieces of text, none of which splits a character, pictures.
 
-    The model must be in eval mode. Raises UserError, at the call and not later, for a prompt without room.
+    preview: unfinished pictures are told every so many codes. The model must be in eval mode. Raises UserError, at the
+    call and not later, for a prompt without room.
     """
-    if model.training:
-        raise ValueError("call model.eval() before stream: dropout would be on")
-    grammar = start_grammar(model, [prompt], tokenizer.vocab, n_codes, options, mode, stops)
-    uniforms = row_uniforms(seed, [row], int(grammar.room.max()))
-    return events(steps(model, [prompt], grammar, options, uniforms), prompt, tokenizer)
-
-
-def events(run: Iterator[tuple[Tensor, Grammar]], prompt: Sequence[int], tokenizer: TextTokenizer) -> Iterator[Event]:
-    """Steps of one row -> events."""
-    vocab, letters, new = tokenizer.vocab, codecs.getincrementaldecoder("utf-8")("replace"), []
-    picture = open_picture(prompt, vocab)
-    if picture is not None:
-        yield PictureStarted()
-    for ids, _ in run:
-        token = int(ids[0])
-        new.append(token)
-        is_text = vocab.is_text(token)
-        text = letters.decode(tokenizer.decode_bytes([token]) if is_text else b"", final=not is_text)
-        if text:
-            yield Text(text)
-        if token == vocab.boi:
-            picture = [token]
-            yield PictureStarted()
-        elif token == vocab.eoi:
-            yield Image(codes_of(picture, vocab))
-            picture = None
-        elif picture is not None:
-            picture.append(token)
-    if text := letters.decode(b"", final=True):
-        yield Text(text)
-    yield End(tuple(new))
-
-
-def codes_of(picture: Sequence[int], vocab: Vocab) -> tuple[int, ...]:
-    """<boi> and picture ids -> codes."""
-    return tuple(vocab.id_to_code(token) for token in picture[1:])
+    task = make_task(prompt, tokenizer.vocab, n_codes, model.cfg.max_seq_len, options, mode, (seed, row), stops)
+    context = len(prompt) + task.room
+    engine = Engine(model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview)
+    engine.add_task(task)
+    reader = Reader(prompt, tokenizer, preview)
+    return (event for news in engine.run() for event in reader.read(news.ids, news.ended))

@@ -22,7 +22,8 @@ TOY_VQGAN = VQGANConfig(
     mid_attention=False, window=4,
 )  # fmt: skip
 TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=4, multiple_of=64)
-TOY_SAMPLE = SampleConfig(image_temperature=0.5)
+PLAIN = SampleConfig(repetition_penalty=1.0, guidance=1.0, guidance_image=1.0, max_new=256)  # guidance hurts toys
+TOY_SAMPLE = dataclasses.replace(PLAIN, image_temperature=0.5)
 TOY_OPTIM = OptimConfig("muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup=30, schedule="cosine", final=0.02)
 
 
@@ -48,7 +49,7 @@ def toy_rich() -> RunConfig:
     vqgan = dataclasses.replace(TOY_VQGAN, resolution=48, n_codes=160)
     data = DataConfig(source="shapes_rich")
     train = TrainConfig(steps=12_000, seq_len=384, sample_every=2_000)
-    return RunConfig("toy_rich", vqgan, TOY_MODEL, TOY_OPTIM, data=data, train=train)
+    return RunConfig("toy_rich", vqgan, TOY_MODEL, TOY_OPTIM, data=data, train=train, sample=PLAIN)
 
 
 def emoji() -> RunConfig:
@@ -59,7 +60,7 @@ def emoji() -> RunConfig:
     )  # fmt: skip
     tokenizers = TokenizerTraining(n_merges=1_024, steps=800, warmup_steps=200, perceptual=0.3)
     data = DataConfig(source="emoji", pairs=0.7, questions=0.15, interleaved=0.15)
-    return RunConfig("emoji", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_000))
+    return RunConfig("emoji", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_000), PLAIN)
 
 
 def folder() -> RunConfig:

@@ -1,9 +1,10 @@
 """Which id comes next: filters on logits, the draw itself, guidance, and the grammar of what may come at all.
 
-    guide -> forbid what the grammar forbids -> temperature -> top_k -> top_p -> draw
+    guide -> forbid what the grammar forbids -> repetition -> temperature -> top_k -> top_p -> min_p -> draw
 
-All are pure functions of logits (N, V), one row a sample; -inf is an id that cannot come. `Grammar` replaces the stack
-of logits processors of the released code by one table that a test can prove. It runs no model (engine.py).
+All are pure functions of logits (N, V), one row a sample, each row with numbers of its own (N,); -inf is an id that
+cannot come. `Grammar` replaces the stack of logits processors of the released code by one table that a test can prove.
+No shape depends on a value, so that a whole step can be captured (engine.py). It runs no model.
 """
 
 from collections.abc import Sequence
@@ -13,34 +14,45 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nanochameleon.config import SampleConfig
 from nanochameleon.vocab import Vocab
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Filters
 
 
-def temperature(logits: Tensor, t: float) -> Tensor:
-    """Logits over t, the maximum moved to 0 first, so that no small t overflows. t = 0 keeps the largest alone."""
-    if t == 0:
-        return _only(logits, logits.argmax(-1, keepdim=True))
-    return (logits - logits.amax(-1, keepdim=True)) / max(t, 1e-30)  # what float32 can hold: 0 / 0 would be NaN
+def repetition(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Ids seen (N, V) in the context lose: positive logits are divided by the penalty, negative ones multiplied.
+
+    CTRL's (arXiv 1909.05858), with the sign taken care of.
+    """
+    penalty = penalty[:, None].to(logits.dtype)
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest, exactly min(k, V) of them: of equal ones the first; the others become -inf."""
-    # torch.topk may take any of equal ones, so a stable sort
-    return _only(logits, logits.argsort(dim=-1, descending=True, stable=True)[..., :k])
+def temperature(logits: Tensor, t: Tensor) -> Tensor:
+    """Logits over t, the maximum moved to 0 first, so that no small t overflows; t = 0 is as good as greedy."""
+    least = 1e-30  # what float32 can hold: 0 / 0 would be NaN
+    return (logits - logits.amax(-1, keepdim=True)) / t[:, None].clamp(min=least).to(logits.dtype)
 
 
-def top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest most probable ids that together reach p (arXiv 1904.09751), always the most probable one."""
-    if p >= 1:  # rounding would cut the tail
-        return logits
+def top(logits: Tensor, k: Tensor, p: Tensor) -> Tensor:
+    """The k largest, and of those the fewest that together reach p (arXiv 1904.09751); the others become -inf.
+
+    Exactly min(k, V) under ties, the first of equal ones, and always one. k = inf and p = 1 leave everything.
+    """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = probabilities(ordered)
-    reached = (probs.cumsum(-1) - probs >= p).to(logits.device)  # by those before it
-    reached[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(reached).scatter(-1, order, reached), -torch.inf)
+    keep = torch.arange(logits.shape[-1], device=logits.device) < k[:, None]
+    probs = probabilities(ordered.masked_fill(~keep, -torch.inf))
+    before, p = probs.cumsum(-1) - probs, p[:, None].to(probs.device)
+    keep &= ((before < p) | (p >= 1)).to(keep.device)  # p >= 1: rounding would cut the tail
+    keep[:, 0] = True
+    return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -torch.inf)
+
+
+def min_p(logits: Tensor, share: Tensor) -> Tensor:
+    """Ids at least `share` times as probable as the likeliest (arXiv 2407.01082); 0 leaves everything."""
+    return logits.masked_fill(logits - logits.amax(-1, keepdim=True) < share.log()[:, None], -torch.inf)
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -48,14 +60,53 @@ def probabilities(logits: Tensor) -> Tensor:
     return (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(-1)
 
 
-def _only(logits: Tensor, ids: Tensor) -> Tensor:
-    return torch.full_like(logits, -torch.inf).scatter(-1, ids, logits.gather(-1, ids))
+@dataclass(frozen=True)
+class Options:
+    """SampleConfig for N rows: a column for text and one for picture codes, (N, 2), where both have their own."""
+
+    temperature: Tensor
+    top_k: Tensor  # inf is without
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor  # (N,) of text alone
+    guidance: Tensor  # (N,) on the text of the prompt
+    guidance_image: Tensor  # (N,) on its pictures
+
+    @staticmethod
+    def of(configs: Sequence[SampleConfig], device: torch.device) -> "Options":
+        kind = torch.float32 if device.type == "mps" else torch.float64
+
+        def column(read):
+            return torch.tensor([read(c) for c in configs], dtype=kind, device=device)
+
+        return Options(
+            column(lambda c: (c.temperature, c.image_temperature)),
+            column(lambda c: [torch.inf if k is None else k for k in (c.top_k, c.image_top_k)]),
+            column(lambda c: (c.top_p, c.image_top_p)),
+            column(lambda c: (c.min_p, c.image_min_p)),
+            column(lambda c: c.repetition_penalty),
+            column(lambda c: c.guidance),
+            column(lambda c: c.guidance_image),
+        )
 
 
-def filtered(logits: Tensor, t: float, k: int | None, p: float) -> Tensor:
-    """The three filters in the order of the released code; k = None is without top_k."""
+def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
+    """What rows of these options need at all: (a draw, a sort, the repetition penalty). The rest is left out."""
+    draws = any(t > 0 for c in configs for t in (c.temperature, c.image_temperature))
+    sorts = draws and any(
+        k is not None or p < 1 for c in configs for k, p in ((c.top_k, c.top_p), (c.image_top_k, c.image_top_p))
+    )
+    return draws, sorts, any(c.repetition_penalty != 1 for c in configs)
+
+
+def filtered(logits: Tensor, options: Options, in_picture: Tensor, sorts: bool = True) -> Tensor:
+    """The filters of text or, where in_picture (N,), of pictures, in the order of the released code."""
+    column = in_picture.long()[:, None]
+    t, k, p, share = (
+        getattr(options, name).gather(1, column)[:, 0] for name in ("temperature", "top_k", "top_p", "min_p")
+    )
     logits = temperature(logits, t)
-    return top_p(logits if k is None else top_k(logits, k), p)
+    return min_p(top(logits, k, p) if sorts else logits, share.to(logits.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,24 +126,30 @@ def pick(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.where(probs.gather(-1, ids) > 0, ids, probs.argmax(-1, keepdim=True))[:, 0].to(logits.device)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): unconditional + scale * (conditional - unconditional).
+def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: Tensor, image_scale: Tensor) -> Tensor:
+    """Guidance on a prompt of text and pictures (InstructPix2Pix, arXiv 2211.09800), scales (N,):
 
-    lerp gives the conditional logits exactly at 1 and the unconditional ones exactly at 0.
+        nothing + image_scale * (image - nothing) + text_scale * (full - image),
+
+    of logits that saw the whole prompt, its pictures alone, and nothing of it. Where all three are the same row, or
+    both scales 1, it is the logits of the whole prompt.
     """
-    return torch.lerp(unconditional, conditional, float(scale))
+    by_text, by_image = (scale[:, None].to(full.dtype) for scale in (text_scale, image_scale))
+    guided = nothing + by_image * (image - nothing) + by_text * (full - image)
+    return torch.where((by_text == 1) & (by_image == 1), full, guided)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Grammar
 
 Mode = Literal["text", "image", "both"]
+MODES = ("text", "image", "both")
 OPEN, SHUT, PICTURE, CLOSE, DONE = range(5)  # in text with room for a picture, without; in a picture; at its end; ended
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What may come next in each of N rows, in state (left, room, done).
+    """What may come next in each of N rows, in state (left, room, done), each in a mode and with stops of its own.
 
     Modes: "text" never starts a picture; "image" is one picture and then the end; "both" mixes freely. A picture has
     exactly n_codes codes, then <eoi> with certainty, and starts only where all of it has room. Nowhere do pad, <s>,
@@ -101,55 +158,84 @@ class Grammar:
 
     vocab: Vocab
     n_codes: int  # codes a picture
-    mode: Mode
-    stops: tuple[int, ...]  # ids that end a row
-    table: Tensor  # (5, V) bool: which ids may come in OPEN .. DONE
+    table: Tensor  # (3 * 5, V) bool: which ids may come in each mode in OPEN .. DONE, stops apart
+    mode: Tensor  # (N,) index in MODES
+    stops: Tensor  # (N, 3) bool: does </s>, the end of turn, <boi> end the row?
     left: Tensor  # (N,) codes that the open picture lacks; -1 outside of a picture
     room: Tensor  # (N,) ids that may still be written
     done: Tensor  # (N,) bool
 
     @staticmethod
     def start(
-        vocab: Vocab, n_codes: int, mode: Mode, left: Tensor, room: Tensor, stops: Sequence[int] | None = None
+        vocab: Vocab,
+        n_codes: int,
+        modes: Sequence[Mode],
+        left: Sequence[int],
+        room: Sequence[int],
+        stops: Sequence[Sequence[int] | None],
+        table: Tensor | None = None,
     ) -> "Grammar":
-        """left, room (N,) int64, as above; left = n_codes starts inside a picture. stops: by default </s> alone.
+        """A row for each mode, left, room and stops, as above; left = n_codes starts inside a picture.
 
+        stops None: </s> alone; <boi> as a stop ends a row where the model wants to draw, as the released code does.
+        table: grammar_table's, on the device wanted; None makes one.
         Raises ValueError where an open picture has no room or a stop id could also be something else.
         """
-        stops = (vocab.eos,) if stops is None else tuple(stops)
-        if mode not in ("text", "image", "both") or not set(stops) <= {vocab.eos, vocab.eot} or not stops:
-            raise ValueError(f"mode is text, image or both and stops are </s>, end of turn or both: {mode}, {stops}")
-        if (left >= n_codes + 1).any() or ((left >= 0) & (room < left + 1)).any() or (room < 1).any():
-            raise ValueError("a row has no room for one new id or for the rest of its picture")
-        table = torch.zeros(5, vocab.size, dtype=torch.bool)
-        table[OPEN:PICTURE, list(stops)] = True
-        table[OPEN:PICTURE, vocab.first_text :] = True
-        table[OPEN, vocab.boi] = mode == "both"
-        if mode == "image":
-            table[OPEN] = torch.arange(vocab.size) == vocab.boi
-            table[SHUT, vocab.first_text :] = False
-        table[PICTURE, vocab.first_code : vocab.eoi] = True
-        table[CLOSE, vocab.eoi] = True
-        table[DONE, vocab.pad] = True
-        return Grammar(vocab, n_codes, mode, stops, table.to(left.device), left, room, torch.zeros_like(left) > 0)
+        ends = (vocab.eos, vocab.eot, vocab.boi)
+        for mode, some, lacks, free in zip(modes, stops, left, room, strict=True):
+            if mode not in MODES or (some is not None and not (some and set(some) <= set(ends))):
+                raise ValueError(f"mode is {MODES} and stops are </s>, end of turn or <boi>: {mode}, {some}")
+            if some is not None and vocab.boi in some and mode != "text":
+                raise ValueError(f"<boi> can end a row in mode text alone, not in {mode}")
+            if lacks > n_codes or (lacks >= 0 and free < lacks + 1) or free < 1:
+                raise ValueError("a row has no room for one new id or for the rest of its picture")
+        flags = [[end in (some or (vocab.eos,)) for end in ends] for some in stops]
+        table = grammar_table(vocab) if table is None else table
+        device = table.device
+        numbers = [MODES.index(mode) for mode in modes], left, room
+        mode, left, room = (torch.tensor(x, dtype=torch.long, device=device) for x in numbers)
+        flags = torch.tensor(flags, dtype=torch.bool, device=device).view(-1, len(ends))
+        return Grammar(vocab, n_codes, table, mode, flags, left, room, torch.zeros_like(left, dtype=torch.bool))
+
+    def rows(self, which) -> "Grammar":
+        """Some of the rows, by a slice or by indices."""
+        return replace(self, **{name: getattr(self, name)[which] for name in STATE})
 
     def kinds(self) -> Tensor:
-        """(N,) which row of the table holds."""
+        """(N,) OPEN .. DONE."""
         kinds = torch.where(self.room >= self.n_codes + 2, OPEN, SHUT)
         kinds = kinds.masked_fill(self.left > 0, PICTURE).masked_fill(self.left == 0, CLOSE)
         return kinds.masked_fill(self.done, DONE)
 
     def allowed(self) -> Tensor:
         """(N, V) bool."""
-        return self.table[self.kinds()]
+        kinds, vocab = self.kinds(), self.vocab
+        allowed, in_text = self.table[self.mode * 5 + kinds], kinds < PICTURE
+        for i, end in enumerate((vocab.eos, vocab.eot, vocab.boi)):
+            allowed[:, end] |= self.stops[:, i] & in_text & ((self.mode != 1) | (kinds == SHUT))
+        return allowed
 
     def after(self, ids: Tensor) -> "Grammar":
         """The state after each row's next id, (N,)."""
-        inside, room = self.left >= 0, self.room - 1
-        outside = torch.where(ids == self.vocab.boi, self.n_codes, -1)
-        stopped = (ids[:, None] == torch.tensor(self.stops, device=ids.device)).any(1)
-        if self.mode == "image":
-            stopped = stopped | (self.left == 0)
-        done = self.done | stopped | (room <= 0)
+        vocab, inside, room = self.vocab, self.left >= 0, self.room - 1
+        ends = torch.stack([ids == vocab.eos, ids == vocab.eot, ids == vocab.boi], 1)
+        stopped = ((ends & self.stops).any(1) & ~inside) | ((self.mode == 1) & (self.left == 0))
+        outside = torch.where((ids == vocab.boi) & ~stopped, self.n_codes, -1)
         left = torch.where(inside, self.left - 1, outside).masked_fill(self.done, -1)
-        return replace(self, left=left, room=room, done=done)
+        return replace(self, left=left, room=room, done=self.done | stopped | (room <= 0))
+
+
+STATE = ("mode", "stops", "left", "room", "done")
+
+
+def grammar_table(vocab: Vocab) -> Tensor:
+    """(3 * 5, V) bool: the table of Grammar."""
+    table = torch.zeros(3, 5, vocab.size, dtype=torch.bool)
+    text, image, both = table
+    for mode in (text, both):
+        mode[OPEN:PICTURE, vocab.first_text :] = True
+    image[OPEN, vocab.boi] = both[OPEN, vocab.boi] = True
+    table[:, PICTURE, vocab.first_code : vocab.eoi] = True
+    table[:, CLOSE, vocab.eoi] = True
+    table[:, DONE, vocab.pad] = True
+    return table.flatten(0, 1)

@@ -7,40 +7,63 @@ Shapes: B rows, T new positions, S positions in the cache, D = dim, H query head
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.attention import attention, visible
+from nanochameleon.kernels.attention import attention
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
 from nanochameleon.kernels.rms_norm import rms_norm
 from nanochameleon.kernels.swiglu import swiglu
 
 
-@dataclass
+@dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer so far, (B, G, max_len, E) each, and each position's document."""
+    """Keys and values of every layer, (L, B, G, S, E) each, of fixed shape: rows of the batch grow on their own."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    doc_ids: Tensor  # (B, max_len)
-    length: int = field(default=0)
+    keys: Tensor
+    values: Tensor
 
     @staticmethod
-    def empty(cfg: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
-        shape = (batch, cfg.kv_heads, max_len, cfg.head_dim)
-        keys, values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layers)] for _ in "kv")
-        return KVCache(keys, values, torch.zeros(batch, max_len, dtype=torch.long, device=device))
+    def empty(cfg: ModelConfig, rows: int, max_len: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        shape = (cfg.n_layers, rows, cfg.kv_heads, max_len, cfg.head_dim)
+        return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+    def window(self, rows: slice, positions: Tensor, span: int) -> "Window":
+        """For one forward pass: new ids of `rows` at positions (B, T) see the first `span` places up to their own."""
+        longest = self.keys.shape[3]
+        if span > longest:
+            raise ValueError(f"{span} ids do not fit a cache of {longest}")
+        return Window(self.keys[:, rows], self.values[:, rows], positions, span)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Row `source`'s first ids are row `target`'s, too."""
+        for x in (self.keys, self.values):
+            x[:, target, :, :length] = x[:, source, :, :length]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one forward pass sees of a cache."""
+
+    keys: Tensor  # (L, B, G, S, E)
+    values: Tensor
+    positions: Tensor  # (B, T) of the new ids
+    span: int
+
+    def mask(self) -> Tensor:
+        """(B, T, span)"""
+        return torch.arange(self.span, device=self.positions.device) <= self.positions[:, :, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (B, G, T, E) behind what is there and returns all keys and values (B, G, S + T, E)."""
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Writes (B, G, T, E) at the new ids' places and returns all keys and values in sight, (B, G, span, E)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        for cached, new in ((self.keys, k), (self.values, v)):
+            cached[layer].transpose(1, 2)[rows, self.positions] = new.transpose(1, 2).to(cached.dtype)
+        return self.keys[layer, :, :, : self.span], self.values[layer, :, :, : self.span]
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -87,7 +110,7 @@ class Attention(nn.Module):
         self.q_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int) -> Tensor:
         """Whole rows go through the fused op, which takes doc_ids for the mask; with a cache the steps stand here."""
         b, t, _ = x.shape
         q = self.wq(x).view(b, t, self.n_heads, self.head_dim)
@@ -124,7 +147,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int) -> Tensor:
         if self.norm_order == "pre":  # 7B
             x = x + self.drop(self.attention(self.attention_norm(x), table, mask, cache, layer))
             return x + self.drop(self.feed_forward(self.ffn_norm(x)))
@@ -133,6 +156,13 @@ class Block(nn.Module):
 
     def drop(self, branch: Tensor) -> Tensor:
         return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+class Output(nn.Linear):
+    """To logits; `columns` are the ids that they are wanted for."""
+
+    def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        return F.linear(x, self.weight[columns])
 
 
 class Chameleon(nn.Module):
@@ -144,7 +174,7 @@ class Chameleon(nn.Module):
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
+        self.output = Output(cfg.dim, cfg.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -175,7 +205,7 @@ class Chameleon(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Window | None = None,
     ) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D) after the final norm; see `residual` for the arguments."""
         return self.norm(self.residual(tokens, positions, doc_ids, cache))
@@ -185,36 +215,23 @@ class Chameleon(nn.Module):
         tokens: Tensor,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Window | None = None,
     ) -> Tensor:
         """tokens (B, T) -> the last block's output (B, T, D), whose norm is the paper's sign of trouble (figure 5a).
 
-        positions (B, T): place of each token in its document; None counts from the cache's length.
+        positions (B, T): place of each token in its document; None counts from 0.
         doc_ids (B, T): attention stays within a document; None means that a row is one document.
-        cache: is extended by the T tokens; raises ValueError when it has no room for them.
+        cache: takes the new keys and values at `positions`, and attention sees what it holds; for rows of one document.
         """
-        start = cache.length if cache else 0
-        if cache is not None and start + tokens.shape[1] > cache.doc_ids.shape[1]:
-            raise ValueError(f"{start} + {tokens.shape[1]} tokens do not fit a cache of {cache.doc_ids.shape[1]}")
         if positions is None:
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        mask = self.mask(tokens, doc_ids, cache)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        mask = doc_ids if cache is None else cache.mask()  # the fused op takes documents (B, T) for a mask
         table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
             x = layer(x, table, mask, cache, i)
-        if cache is not None:
-            cache.length += tokens.shape[1]
         return x
 
-    def mask(self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """Who sees whom: (B, T, S) with a cache; without one the documents (B, T), or None where plain causal does."""
-        if cache is None:
-            return doc_ids
-        start, end = cache.length, cache.length + tokens.shape[1]
-        cache.doc_ids[:, start:end] = 0 if doc_ids is None else doc_ids
-        return visible(cache.doc_ids[:, start:end], cache.doc_ids[:, :end])
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) -> logits (..., V)."""
-        return self.output(hidden)
+    def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V), or those of some columns alone."""
+        return self.output(hidden, columns)

@@ -1,5 +1,6 @@
-"""Generation: the cache, padding, rows beside rows and guidance all against one plain loop; what comes out is valid."""
+"""Generation: cache, batch, branches of guidance and looks all against one plain loop; what comes out is valid."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,17 +10,22 @@ from hypothesis import strategies as st
 from tiny import N_CODES, TOKENIZER, VOCAB, tiny_model
 
 from nanochameleon.config import SampleConfig
+from nanochameleon.decoder import uniforms
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
-from nanochameleon.engine import End, PictureStarted, events, generate, pad_left, row_uniforms, stream
+from nanochameleon.engine import Engine, generate, stream
 from nanochameleon.errors import UserError
-from nanochameleon.sampling import Grammar, filtered, guide, pick
-from nanochameleon.transformer import KVCache
+from nanochameleon.events import End, PartialPicture, PictureStarted, Reader
+from nanochameleon.sampling import MODES, Grammar, Options, filtered, pick
 
-MODEL, GROUPED = tiny_model(), tiny_model(1, n_heads=4, n_kv_heads=2, norm_order="post")
+# float64, so that rounding, which differs from one shape of a batch to another, decides nothing
+MODEL, GROUPED = tiny_model().double(), tiny_model(1, n_heads=4, n_kv_heads=2, norm_order="post").double()
 with torch.no_grad():  # so that both often begin a picture where they may
     for model in (MODEL, GROUPED):
         model.output.weight[VOCAB.boi] *= 6
-OPTIONS = SampleConfig(temperature=1.3, top_p=0.95, image_temperature=1.0, image_top_p=0.9, max_new=16)
+OPTIONS = SampleConfig(
+    temperature=1.3, top_p=0.95, repetition_penalty=1.1, image_temperature=1.0, guidance=1.0, guidance_image=1.0,
+    max_new=16,
+)  # fmt: skip
 
 pictures = st.lists(st.integers(0, 7), min_size=N_CODES, max_size=N_CODES).map(lambda codes: Image(tuple(codes)))
 documents = st.lists(st.sampled_from([Text("a red"), Text("ta"), EndOfTurn()]) | pictures, max_size=3)
@@ -37,93 +43,91 @@ def prompts(draw) -> list[int]:
 batches = st.lists(prompts(), min_size=1, max_size=4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cache and padding
+@st.composite
+def all_options(draw) -> SampleConfig:
+    shares, scales = st.sampled_from([0.3, 0.9, 1.0]), st.sampled_from([0.0, 1.0, 1.2, 3.0])
+    most, least = st.sampled_from([None, 1, 5]), st.sampled_from([0.0, 0.05])
+    heat = st.sampled_from([0.0, 0.7, 1.3, 100.0])
+    return SampleConfig(
+        draw(heat), draw(shares), draw(most), draw(least), draw(st.sampled_from([1.0, 1.2, 0.8])),
+        draw(heat), draw(shares), draw(most), draw(least), draw(scales), draw(scales), draw(st.integers(6, 40)),
+    )  # fmt: skip
 
 
-@given(st.integers(0, 9), st.lists(st.integers(1, 5), min_size=1, max_size=5), st.sampled_from([MODEL, GROUPED]))
-def test_prefill_and_decode_in_any_split_equal_one_forward(seed, parts, model):
-    """Invariant 15."""
-    tokens = torch.randint(VOCAB.size, (2, sum(parts)), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        cache = KVCache.empty(model.cfg, 2, sum(parts), torch.device("cpu"), torch.float32)
-        pieces = [model(piece, cache=cache) for piece in tokens.split(parts, 1)]
-        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=1e-5, rtol=1e-5)
-
-
-@given(batches, st.sampled_from([MODEL, GROUPED]))
-def test_padding_on_the_left_changes_no_logits(rows, model):
-    width = max(map(len, rows)) + 2
-    with torch.no_grad():
-        padded = model.logits(model(*pad_left(rows, width, VOCAB.pad)))
-        for i, row in enumerate(rows):
-            alone = model.logits(model(torch.tensor([row])))[0]
-            torch.testing.assert_close(padded[i, width - len(row) :], alone, atol=1e-5, rtol=1e-5)
+stop_ids = st.sampled_from([None, (VOCAB.eos, VOCAB.eot)])
+tasks = st.tuples(prompts(), all_options(), st.sampled_from(MODES), stop_ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Against a plain loop
 
 
+def plain_guided(model, ids, options) -> torch.Tensor:
+    """Logits of the next code: the published formula on three whole sequences."""
+    last = len(ids) - 1 - ids[::-1].index(VOCAB.boi)
+    seen = ids, [t for t in ids if t == VOCAB.bos or 4 <= t <= VOCAB.boi], [VOCAB.bos, *ids[last:]]
+    full, image, nothing = (model.logits(model(torch.tensor([some]))[0, -1]) for some in seen)
+    return nothing + options.guidance_image * (image - nothing) + options.guidance * (full - image)
+
+
 @torch.no_grad()
-def plain(model, prompt, options, mode, seed, row) -> list[int]:
-    """One row, no cache, no batch, no twins: every step runs the whole sequence, with guidance <s> <boi> codes too."""
+def plain(model, prompt, options, mode, seed, stops=None) -> list[int]:
+    """One sample, no cache, no batch, no branches kept: every step runs the whole sequences."""
     room = min(options.max_new, model.cfg.max_seq_len - len(prompt))
-    uniforms = row_uniforms(seed, [row], room)[0]
     start = max((i for i, token in enumerate(prompt) if token == VOCAB.boi), default=-1)
     begun = start >= 0 and VOCAB.eoi not in prompt[start:]
     left = N_CODES + 1 - (len(prompt) - start) if begun else -1
-    grammar = Grammar.start(VOCAB, N_CODES, mode, torch.tensor([left]), torch.tensor([room]))
-    new = []
+    grammar = Grammar.start(VOCAB, N_CODES, [mode], [left], [room], [stops])
+    numbers, row, new = uniforms(seed, room), Options.of([options], torch.device("cpu")), []
     while not grammar.done[0]:
-        ids = [*prompt, *new]
-        logits = model.logits(model(torch.tensor([ids])))[:, -1]
-        is_code = int(grammar.left) > 0
-        if is_code and options.guidance != 1:
-            last = len(ids) - 1 - ids[::-1].index(VOCAB.boi)
-            twin = model.logits(model(torch.tensor([[VOCAB.bos, *ids[last:]]])))[:, -1]
-            logits = guide(logits, twin, options.guidance)
-        logits = logits.masked_fill(~grammar.allowed(), -torch.inf)
-        names = ("image_temperature", "image_top_k", "image_top_p") if is_code else ("temperature", "top_k", "top_p")
-        logits = filtered(logits, *(getattr(options, name) for name in names))
-        new.append(int(pick(logits, uniforms[None, len(new)])))
+        ids, is_code = [*prompt, *new], int(grammar.left) > 0
+        if is_code:
+            logits = plain_guided(model, ids, options)
+        else:
+            logits = model.logits(model(torch.tensor([ids]))[0, -1])
+            for token in set(ids):
+                logits[token] *= 1 / options.repetition_penalty if logits[token] > 0 else options.repetition_penalty
+        logits = logits[None].masked_fill(~grammar.allowed(), -torch.inf)
+        if (options.image_temperature if is_code else options.temperature) == 0:
+            new.append(int(logits.argmax()))
+        else:
+            new.append(int(pick(filtered(logits, row, torch.tensor([is_code])), numbers[None, len(new)])))
         grammar = grammar.after(torch.tensor(new[-1:]))
     return new
 
 
-@settings(max_examples=25)
-@given(batches, st.sampled_from(["text", "image", "both"]), st.sampled_from([1.0, 0.0, 2.5]), st.integers(0, 99))
-def test_generate_equals_a_loop_without_cache_batch_or_twins(rows, mode, guidance, seed):
+def room_for(task):
+    """A task whose mode leaves room for a picture."""
+    prompt, options, mode, stops = task
+    return prompt, replace(options, max_new=max(options.max_new, N_CODES + 2)), mode, stops
+
+
+@settings(max_examples=15)
+@given(st.lists(tasks.map(room_for), min_size=1, max_size=6), st.integers(3, 9), st.integers(1, 40), st.integers(0, 99))
+def test_any_mixture_that_comes_and_goes_equals_plain_loops(tasks, n_rows, chunk, seed):
+    """Every row with a modality, length, stop, seed and options of its own; new ones join a running batch."""
     model = GROUPED if seed % 2 else MODEL
-    options = replace(OPTIONS, guidance=guidance, top_k=20, image_top_k=5)
-    together = generate(model, rows, VOCAB, N_CODES, options, mode, seed)
-    assert together == [plain(model, row, options, mode, seed, i) for i, row in enumerate(rows)]
+    engine = Engine(model, VOCAB, N_CODES, n_rows, chunk=chunk, look=seed % 5 or None)
+    queue, new = list(enumerate(tasks)), {}
+    order, joining = {}, random.Random(seed)
+    while queue or engine.waiting or engine.running:
+        while queue and joining.random() < 0.6:
+            number, (prompt, options, mode, stops) = queue.pop()
+            order[engine.add(prompt, options, mode, (seed, number), stops)] = number
+        for news in engine.step():
+            new.setdefault(order[news.handle], []).extend(news.ids)
+    for number, (prompt, options, mode, stops) in enumerate(tasks):
+        assert new[number] == plain(model, prompt, options, mode, (seed, number), stops)
+    assert engine.n_live == 0 and not engine.prompts
 
 
 def test_so_does_it_where_guided_pictures_begin_between_words():
-    rows, options = [[VOCAB.bos, VOCAB.first_text + i] for i in range(6)], replace(OPTIONS, guidance=2.5, max_new=40)
+    rows = [[VOCAB.bos, VOCAB.first_text + i] for i in range(6)]
+    options = replace(OPTIONS, guidance=2.5, guidance_image=-2.0, max_new=40)  # far from 1, where mistakes show
     together = generate(MODEL, rows, VOCAB, N_CODES, options, "both", 1)
     begun = {i for row in together for i, token in enumerate(row) if token == VOCAB.boi}
     assert len(begun) > 5 and max(begun) > 10
-    assert together == [plain(MODEL, row, options, "both", 1, i) for i, row in enumerate(rows)]
-
-
-def test_positions_count_from_0_in_every_document_that_attention_sees():
-    """Rotary scores see differences alone, so no logits would tell of a twin whose positions run on."""
-    fed = []
-    hook = MODEL.register_forward_pre_hook(lambda _, args: fed.append(args[1:3]))
-    prompts = [[VOCAB.bos], [VOCAB.bos, *TOKENIZER.encode("a red"), VOCAB.boi, VOCAB.first_code]]
-    try:
-        generate(MODEL, prompts, VOCAB, N_CODES, replace(OPTIONS, guidance=2.0, max_new=40), seed=1)
-    finally:
-        hook.remove()
-    positions, doc_ids = (torch.cat(parts, 1) for parts in zip(*fed, strict=True))
-    assert len(positions) == 4
-    for row, docs in zip(positions, doc_ids, strict=True):
-        for doc in set(docs.tolist()) - {-1}:
-            seen = row[docs == doc]
-            assert torch.equal(seen, torch.arange(len(seen)))
-    assert doc_ids[:2].unique().tolist() == [-1, 0] and doc_ids[2:].max() > 5
+    assert together == [plain(MODEL, row, options, "both", (1, i)) for i, row in enumerate(rows)]
 
 
 @settings(max_examples=15)
@@ -133,11 +137,109 @@ def test_a_row_is_the_same_alone_and_in_any_batch(rows, seed, batch_size):
     assert generate(MODEL, rows, VOCAB, N_CODES, OPTIONS, seed=seed, batch_size=batch_size) == together
 
 
+def test_a_row_is_the_same_alone_and_in_a_batch_in_the_numbers_that_models_have():
+    """float32, the path that a CPU takes."""
+    model = tiny_model()
+    rows = [[VOCAB.bos, *range(VOCAB.first_text, VOCAB.first_text + i)] for i in range(20)]
+    options = replace(OPTIONS, max_new=20, guidance=2.0)
+    together = generate(model, rows, VOCAB, N_CODES, options, seed=5)
+    for size in (3, 17):
+        assert generate(model, rows, VOCAB, N_CODES, options, seed=5, batch_size=size) == together
+    assert len({tuple(row) for row in together}) > 15
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shared, and what is not looked at
+
+
+def counted(monkeypatch, name):
+    """Calls of a method of Decoder, by their arguments."""
+    from nanochameleon.decoder import Decoder
+
+    calls, method = [], getattr(Decoder, name)
+    monkeypatch.setattr(Decoder, name, lambda self, *args: calls.append(args) or method(self, *args))
+    return calls
+
+
+def test_one_prompt_is_read_once_for_its_samples_and_their_branches(monkeypatch):
+    read = counted(monkeypatch, "prefill")
+    prompt = [VOCAB.bos, *TOKENIZER.encode("a red"), VOCAB.boi]
+    generate(MODEL, [prompt] * 5, VOCAB, N_CODES, replace(OPTIONS, guidance=3.0, guidance_image=1.2), "image")
+    assert sorted(list(ids) for ids, *_ in read) == sorted([prompt, [VOCAB.bos, VOCAB.boi]])
+
+
+def test_a_long_prompt_is_read_in_chunks_between_steps_of_others(monkeypatch):
+    read, looks = counted(monkeypatch, "prefill"), counted(monkeypatch, "look")
+    engine = Engine(MODEL, VOCAB, N_CODES, 2, chunk=8)
+    engine.add([VOCAB.bos], replace(OPTIONS, temperature=0.0, max_new=40), "text")
+    engine.step()
+    engine.add([VOCAB.bos] * 30, OPTIONS, "text")
+    before = len(looks)
+    while len(read) < 5:
+        engine.step()
+    assert [(len(ids), start) for ids, _, start in read[1:]] == [(8, 0), (8, 8), (8, 16), (6, 24)]
+    assert len(looks) - before >= 4
+
+
+def test_the_host_does_not_look_inside_a_picture(monkeypatch):
+    looks = counted(monkeypatch, "look")
+    prompt = [VOCAB.bos, VOCAB.boi]
+    generate(MODEL, [prompt, [*prompt, VOCAB.first_code]], VOCAB, N_CODES, OPTIONS, "image")
+    assert [steps for _, steps in looks] == [N_CODES, 1]  # the second picture's end, then the first one's
+
+
+def test_no_logits_but_those_that_may_come(monkeypatch):
+    chosen = counted(monkeypatch, "logits")
+    generate(MODEL, [[VOCAB.bos, VOCAB.boi]], VOCAB, N_CODES, OPTIONS, "image")
+    assert {columns for _, columns in chosen} == {"picture"}
+    chosen.clear()
+    generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, OPTIONS, "text")
+    assert {columns for _, columns in chosen} == {"text"}
+
+
+def test_steps_stay_in_place_and_their_keys_are_few(monkeypatch):
+    """What a CUDA graph needs: nothing that a step reads or writes ever moves, and few shapes."""
+    engine = Engine(MODEL, VOCAB, N_CODES, 6)
+    decoder = engine.decoder
+    state = [
+        *decoder.row_tensors(),
+        decoder.sample,
+        decoder.log,
+        decoder.tick,
+        decoder.cache.keys,
+        decoder.cache.values,
+    ]
+    for seed in range(12):
+        engine.add([VOCAB.bos], replace(OPTIONS, guidance=2.0, max_new=30), "both", (seed,))
+    list(engine.run())
+    engine.add([VOCAB.bos, VOCAB.boi], OPTIONS, "image")
+    list(engine.run())
+    now = [*decoder.row_tensors(), decoder.sample, decoder.log, decoder.tick, decoder.cache.keys, decoder.cache.values]
+    assert [x.data_ptr() for x in now] == [x.data_ptr() for x in state]
+    spans, columns = ({key[i] for key in engine.graphs.graphs} for i in (1, 2))
+    assert spans == {64} and columns == {"text", "picture", "all"}
+    engine.graphs.on = True
+    assert [engine.graphs.size(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+@settings(max_examples=15)
+@given(batches, st.integers(0, 99))
+def test_scales_of_1_are_no_guidance(rows, seed):
+    """With branches beside it, too: guidance 1 after pictures, where guidance_image is another number, has them."""
+    new = generate(MODEL, rows, VOCAB, N_CODES, replace(OPTIONS, max_new=40), seed=seed)
+    nearly = replace(OPTIONS, guidance=1 + 1e-12, guidance_image=1 - 1e-12, max_new=40)
+    assert generate(MODEL, rows, VOCAB, N_CODES, nearly, seed=seed) == new
+
+
 def test_guidance_0_draws_what_no_prompt_draws_and_guidance_1_listens():
     texts = [render([Text(text)], TOKENIZER, VOCAB, end=False) + [VOCAB.boi] for text in ("red", "a ta red")]
     drawn = {}
     for guidance in (0.0, 1.0):
-        options = replace(OPTIONS, guidance=guidance)
+        options = replace(OPTIONS, guidance=guidance, guidance_image=guidance)
         rows = [[VOCAB.bos, VOCAB.boi], *texts] * 4
         new = [generate(MODEL, [row], VOCAB, N_CODES, options, "image", seed)[0] for seed, row in enumerate(rows)]
         same = [generate(MODEL, [rows[0]], VOCAB, N_CODES, options, "image", seed)[0] for seed in range(len(rows))]
@@ -149,24 +251,43 @@ def test_guidance_0_draws_what_no_prompt_draws_and_guidance_1_listens():
 # What comes out
 
 
-@given(
-    batches, st.sampled_from(["text", "image", "both"]), st.sampled_from([0.0, 1.0, 100.0]), st.integers(1, 20),
-    st.sampled_from([None, (VOCAB.eos, VOCAB.eot)]),
-)  # fmt: skip
-def test_a_sample_parses_fits_and_repeats(rows, mode, temperature, max_new, stops):
-    """Invariant 20, with flat logits too."""
-    least = N_CODES + 2 if mode == "image" else N_CODES + 1
-    options = SampleConfig(temperature, 1.0, None, temperature, 1.0, None, max_new=max(least, max_new))
-    model = tiny_model(max_seq_len=max(map(len, rows)) + max(least, 9))
-    new = generate(model, rows, VOCAB, N_CODES, options, mode, 3, stops=stops)
-    assert new == generate(model, rows, VOCAB, N_CODES, options, mode, 3, stops=stops)
-    for prompt, ids in zip(rows, new, strict=True):
-        assert 1 <= len(ids) <= options.max_new and len(prompt) + len(ids) <= model.cfg.max_seq_len
-        drawn = [segment for segment in parse(prompt + ids, TOKENIZER, VOCAB) if isinstance(segment, Image)]
-        assert all(len(picture.codes) == N_CODES for picture in drawn)
+def random_task(rng: random.Random):
+    prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
+    if rng.random() < 0.3:
+        prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
+    shares, scales, heat = [0.3, 0.9, 1.0], [0.0, 1.0, 1.2, 3.0], [0.0, 0.7, 1.3, 100.0]
+    text, image = (
+        (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
+    )
+    penalty, most = rng.choice([1.0, 1.2, 0.8]), rng.randrange(N_CODES + 2, 30)
+    options = SampleConfig(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
+    return prompt, options, rng.choice(MODES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
+
+
+@pytest.mark.parametrize("model", [MODEL, GROUPED])
+def test_a_sample_parses_fits_and_repeats(model):
+    """Invariant 20, with 1,000 random options, two models together."""
+    rng = random.Random(model.cfg.n_heads)
+    drawn, context = [random_task(rng) for _ in range(500)], 30
+
+    def once(n_rows, some):
+        engine = Engine(model, VOCAB, N_CODES, n_rows, context)
+        for number, (prompt, options, mode, stops) in some:
+            engine.add(prompt, options, mode, (number,), stops)
+        new = [[] for _ in some]
+        for news in engine.run():
+            new[news.handle] += news.ids
+        return new
+
+    new = once(64, list(enumerate(drawn)))
+    assert once(5, list(enumerate(drawn))[::50]) == new[::50]
+    for (prompt, options, mode, stops), ids in zip(drawn, new, strict=True):
+        assert 1 <= len(ids) <= options.max_new and len(prompt) + len(ids) <= context
+        pictures = [segment for segment in parse(prompt + ids, TOKENIZER, VOCAB) if isinstance(segment, Image)]
+        assert all(len(picture.codes) == N_CODES for picture in pictures)
         ends = [i for i, token in enumerate(ids) if token in (VOCAB.eos, VOCAB.eot)]
         assert ends in ([], [len(ids) - 1])
-        full = len(ids) == options.max_new or len(prompt) + len(ids) == model.cfg.max_seq_len
+        full = len(ids) == options.max_new or len(prompt) + len(ids) == context
         assert ends or full or (mode == "image" and ids[-1] == VOCAB.eoi)
         assert stops or VOCAB.eot not in ids
         forbidden = {VOCAB.bos, VOCAB.pad, VOCAB.unk, *range(VOCAB.boi + 1, VOCAB.first_text)} - {VOCAB.eot}
@@ -177,13 +298,27 @@ def test_a_sample_parses_fits_and_repeats(rows, mode, temperature, max_new, stop
             assert sum(token == VOCAB.eoi for token in ids) == 1
 
 
+def test_a_stop_where_the_model_wants_to_draw():
+    """The released code's extra stop: <boi> may come, ends the row, and no code follows."""
+    rows = generate(MODEL, [[VOCAB.bos]] * 20, VOCAB, N_CODES, OPTIONS, "text", stops=(VOCAB.eos, VOCAB.boi))
+    assert sum(row[-1] == VOCAB.boi for row in rows) > 5
+    assert all(VOCAB.boi not in row[:-1] and not set(row) & set(range(4, VOCAB.eoi + 1)) for row in rows)
+
+
+def test_a_repetition_penalty_forbids_nothing_and_turns_a_model_away_from_what_it_said():
+    options = replace(OPTIONS, temperature=0.0, max_new=40)
+    [plainly] = generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, replace(options, repetition_penalty=1.0), "text")
+    [varied] = generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, replace(options, repetition_penalty=50.0), "text")
+    assert len(set(plainly)) < len(plainly) and len(set(varied)) == len(varied)
+
+
 def test_seeds_differ():
     several = [generate(MODEL, [[VOCAB.bos]] * 2, VOCAB, N_CODES, OPTIONS, "text", seed) for seed in (1, 2)]
     assert len({tuple(row) for rows in several for row in rows}) == 4
 
 
 def test_dropout_is_off_and_the_mode_put_back():
-    model = tiny_model(dropout=0.5)
+    model = tiny_model(dropout=0.5).double()
     rows = generate(model, [[VOCAB.bos]] * 3, VOCAB, N_CODES, OPTIONS)
     assert not model.training
     assert generate(model.train(), [[VOCAB.bos]] * 3, VOCAB, N_CODES, OPTIONS) == rows
@@ -223,15 +358,21 @@ def test_an_open_picture_needs_room_for_its_rest():
         generate(MODEL, [prompt[2:]], VOCAB, N_CODES, replace(OPTIONS, max_new=3), "image")
 
 
+def test_an_engine_without_rows_for_guidance_says_so():
+    engine = Engine(MODEL, VOCAB, N_CODES, 2)
+    with pytest.raises(UserError, match="guidance needs 3 rows of the batch, and it has 2"):
+        engine.add([VOCAB.bos], replace(OPTIONS, guidance=3.0, guidance_image=1.2))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streaming
 
 
 @settings(max_examples=25)
-@given(prompts(), st.sampled_from(["text", "image", "both"]), st.integers(0, 99))
-def test_a_stream_tells_what_generate_gives(prompt, mode, seed):
+@given(prompts(), st.sampled_from(["text", "image", "both"]), st.integers(0, 99), st.sampled_from([None, 1, 3]))
+def test_a_stream_tells_what_generate_gives(prompt, mode, seed, preview):
     options = replace(OPTIONS, temperature=100.0, top_p=1.0)
-    told = list(stream(MODEL, prompt, TOKENIZER, N_CODES, options, mode, seed, row=2))
+    told = list(stream(MODEL, prompt, TOKENIZER, N_CODES, options, mode, seed, row=2, preview=preview))
     new = generate(MODEL, [prompt] * 3, VOCAB, N_CODES, options, mode, seed)[2]
     assert told[-1] == End(tuple(new)) and End not in map(type, told[:-1])
     segments = [event for event in told if isinstance(event, Text | Image)]
@@ -250,6 +391,12 @@ def test_a_stream_tells_what_generate_gives(prompt, mode, seed):
     assert told.count(PictureStarted()) == len(everything) - len(before)
 
 
+def test_a_picture_is_told_while_it_grows():
+    told = list(stream(MODEL, [VOCAB.bos, VOCAB.boi], TOKENIZER, N_CODES, OPTIONS, "image", preview=2))
+    assert [type(event) for event in told] == [PictureStarted, PartialPicture, PartialPicture, Image, End]
+    assert told[1].codes == told[3].codes[:2] and told[2].codes == told[3].codes
+
+
 def parse_open(prompt):
     """The prompt's segments, an open picture at its end left out."""
     start = max((i for i, token in enumerate(prompt) if token == VOCAB.boi), default=0)
@@ -261,7 +408,8 @@ def test_pieces_of_text_never_split_a_character():
     words = "é日\U0001f44d".encode() + b"\xe6\x97" + b"a"
     ids = [VOCAB.first_text + byte for byte in words]
     ids += [VOCAB.boi, *range(4, 8), VOCAB.eoi, VOCAB.first_text + 0xC3, VOCAB.eos]
-    told = list(events(((torch.tensor([token]), None) for token in ids), [VOCAB.bos], TOKENIZER))
+    reader = Reader([VOCAB.bos], TOKENIZER)
+    told = [event for i, token in enumerate(ids) for event in reader.read([token], i == len(ids) - 1)]
     texts = [event.text for event in told if isinstance(event, Text)]
     assert texts == ["é", "日", "\U0001f44d", "\ufffda", "\ufffd"]
     assert [type(event) for event in told[-4:]] == [PictureStarted, Image, Text, End]

@@ -101,7 +101,7 @@ def test_free_mode_mixes_words_and_pictures(run, tmp_path):
 
 def test_control_characters_do_not_reach_the_terminal(run, capsys):
     from nanochameleon.documents import Text
-    from nanochameleon.engine import End
+    from nanochameleon.events import End
 
     parts = sample.show([Text("a\x1b[2Jb\n"), Text("c"), End(())], None)
     assert parts == ["a\x1b[2Jb\nc"] and capsys.readouterr().out == "a\ufffd[2Jb\nc\n"
@@ -124,6 +124,26 @@ def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_pat
     (hf / "vqgan_decoder.safetensors").unlink()
     assert len(main(Args(hf, (picture, "ta?"), max_new=5))) == 1
     assert "no image decoder" in refused([str(hf), "ta"], capsys)
+
+
+def test_a_terminal_that_can_shows_the_picture_while_it_grows(run, monkeypatch, capsys):
+    [[path]] = main(Args(run, ("a",)))
+    capsys.readouterr()
+    monkeypatch.setattr("nanochameleon.report.terminal_mode", lambda env, isatty: "blocks")
+    monkeypatch.setattr(sample, "PREVIEW", 2)
+    [[live]] = main(Args(run, ("a",)))
+    said = capsys.readouterr().out
+    assert said.count("\x1b[2F") == 2 and said.endswith(f"{live}\n")  # 4 x 4 pixels are two lines, gone over again
+    assert live.read_bytes() == path.read_bytes()
+
+
+def test_guidance_is_of_words_and_pictures_unless_told_apart(run):
+    from nanochameleon.config import SampleConfig
+
+    cfg = SampleConfig(guidance=3.0, guidance_image=1.2)
+    for given, scales in (({}, (3.0, 1.2)), ({"guidance": 1.0}, (1.0, 1.0)), ({"guidance_image": 2.0}, (3.0, 2.0))):
+        options = Args(run, **given).options(cfg)
+        assert (options.guidance, options.guidance_image) == scales
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -123,34 +123,41 @@ def test_a_packed_row_is_each_document_alone(lengths, seq_len, seed, norm_order)
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 1_000), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.booleans(), st.integers(0, 3))
-def test_any_split_into_prefill_and_steps_is_one_forward_pass(seed, parts, with_documents, spare):
-    model, n = random_model(seed), sum(parts)
-    ids = tokens(seed, 2, n)
-    docs = positions = None
-    if with_documents:  # a row of two documents, and one that begins with padding
-        docs = torch.zeros(2, n, dtype=torch.long)
-        docs[0, n // 2 :], docs[1, : n // 3] = 1, -1
-        starts = torch.tensor([n // 2, n // 3])[:, None]
-        positions = torch.arange(n).expand(2, n)
-        positions = torch.where(positions >= starts, positions - starts, positions)
-    whole = model(ids, positions, docs)
-    cache = KVCache.empty(model.cfg, 2, n + spare, torch.device("cpu"), torch.float64)
-    at, pieces = 0, []
-    for part in parts:
-        here = slice(at, at := at + part)
-        pieces.append(model(ids[:, here], *(x if x is None else x[:, here] for x in (positions, docs)), cache=cache))
-    assert cache.length == n
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-10)
+@given(st.integers(0, 1_000), st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=2, max_size=2))
+def test_any_split_into_prefill_and_steps_is_one_forward_pass(seed, splits):
+    """Invariant 15; the rows of a cache grow on their own."""
+    model, n = random_model(seed), max(sum(parts) for parts in splits) + 2
+    cache = KVCache.empty(model.cfg, 2, n, torch.device("cpu"), torch.float64)
+    cache.keys.fill_(7.0)  # what is not written yet is not seen
+    for row, parts in enumerate(splits):
+        ids, at, pieces = tokens(seed + row, 1, sum(parts)), 0, []
+        for part in parts:
+            positions = torch.arange(at, at + part)[None]
+            window = cache.window(slice(row, row + 1), positions, at + part + seed % 2)
+            pieces.append(model(ids[:, at : at + part], positions, cache=window))
+            at += part
+        torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-9, atol=1e-10)
+    lengths = torch.tensor([[sum(parts)] for parts in splits])
+    step = model(tokens(seed + 9, 2, 1), lengths, cache=cache.window(slice(0, 2), lengths, n))
+    for row, parts in enumerate(splits):  # one step of both rows, each at its own place
+        whole = torch.cat([tokens(seed + row, 1, sum(parts)), tokens(seed + 9, 2, 1)[row : row + 1]], 1)
+        torch.testing.assert_close(step[row, 0], model(whole)[0, -1], rtol=1e-9, atol=1e-10)
+
+
+def test_a_copied_row_goes_on_as_the_other_would():
+    model, ids = random_model(), tokens(0, 1, 4)
+    cache = KVCache.empty(TINY, 3, 6, torch.device("cpu"), torch.float64)
+    model(ids, torch.arange(4)[None], cache=cache.window(slice(0, 1), torch.arange(4)[None], 4))
+    cache.copy(0, 2, 4)
+    place = torch.tensor([[4]])
+    again = model(tokens(1, 1, 1), place, cache=cache.window(slice(2, 3), place, 6))
+    torch.testing.assert_close(again[0, 0], model(torch.cat([ids, tokens(1, 1, 1)], 1))[0, -1], rtol=1e-9, atol=1e-10)
 
 
 def test_a_cache_without_room_refuses():
-    model = random_model()
     cache = KVCache.empty(TINY, 1, 5, torch.device("cpu"), torch.float64)
-    model(tokens(0, 1, 3), cache=cache)
-    with pytest.raises(ValueError, match=r"3 \+ 3 tokens do not fit a cache of 5"):
-        model(tokens(0, 1, 3), cache=cache)
-    assert cache.length == 3
+    with pytest.raises(ValueError, match="6 ids do not fit a cache of 5"):
+        cache.window(slice(0, 1), torch.tensor([[5]]), 6)
 
 
 def test_logits_of_any_shape_are_the_output_layer():
@@ -158,6 +165,7 @@ def test_logits_of_any_shape_are_the_output_layer():
     hidden = model(tokens(0, 2, 5))
     torch.testing.assert_close(model.logits(hidden[:, -1]), hidden[:, -1] @ model.output.weight.T)
     torch.testing.assert_close(hidden, model.norm(model.residual(tokens(0, 2, 5))))
+    torch.testing.assert_close(model.logits(hidden, slice(3, 9)), model.logits(hidden)[..., 3:9])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""python -m nanochameleon.bench kernels [--op NAME] [--device cpu|cuda] [--quick] [--json FILE] [--plot FILE]"""
+"""python -m nanochameleon.bench kernels|engine [--device cpu|cuda] [--quick] [--json FILE] [--op NAME] [--plot FILE]"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from nanochameleon.errors import UserError, exit_on_user_error
 class Args:
     """Measures ours beside the peers that are installed and prints a row for each figure."""
 
-    bench: tyro.conf.Positional[Literal["kernels"]]
+    bench: tyro.conf.Positional[Literal["kernels", "engine"]]
     """What to measure."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
@@ -24,20 +25,33 @@ class Args:
     op: Literal["all", "attention", "zloss", "linear_zloss", "step"] = "all"
     """Of kernels: only this op's cases."""
     plot: Path | None = None
-    """File for a drawing of the ratios (PNG)."""
+    """Of kernels: file for a drawing of the ratios (PNG)."""
 
 
-def main(args: Args) -> None:
+def measure(args: Args) -> Iterator[dict]:
     import torch
-
-    from nanochameleon.bench import gpu_cases, kernels, rows, timing
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: leave --device out")
-    what = torch.device(args.device), args.quick, args.op
+    device = torch.device(args.device)
+    if args.bench == "engine":
+        from nanochameleon.bench import engine
+
+        if args.op != "all" or args.plot:
+            raise UserError("--op and --plot are for kernels: leave them out")
+        return engine.bench(device, args.quick)
+    from nanochameleon.bench import gpu_cases, kernels
+
+    what = device, args.quick, args.op
     found = gpu_cases.cases(*what) if args.device == "cuda" else kernels.checked(kernels.cases(*what))
+    return kernels.bench(found, *what)
+
+
+def main(args: Args) -> None:
+    from nanochameleon.bench import rows, timing
+
     measured = []
-    for row in kernels.bench(found, *what):
+    for row in measure(args):
         rows.show(row)
         measured.append(row)
     try:
