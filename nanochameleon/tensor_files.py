@@ -6,6 +6,7 @@ those, or one tensor that is larger, and never a shard.
 A .pth is a pickle; it is opened with weights_only=True, which builds tensors and refuses everything else.
 """
 
+import gc
 import json
 import pickle
 from collections.abc import Callable
@@ -61,7 +62,8 @@ class Pth:
     def __getitem__(self, name: str) -> Tensor:
         size = self.meta[name].nbytes
         if self.given and self.given + size > REMAP // self.n_shards:
-            self.tensors = {}  # first, so that two maps are never resident
+            self.tensors = {}
+            gc.collect()  # torch.load leaves a cycle that holds the map
             self.tensors, self.given = load_pth(self.path, self.key), 0
         self.given += size
         return self.tensors[name]
