@@ -491,7 +491,7 @@ def test_a_run_does_not_overwrite_what_it_is_to_begin_with(finished, tmp_path):
     run = tmp_path / "run"
     inside = convert(Args(finished, run / "nano", "nano"))
     (run / CONFIG).write_text((finished / CONFIG).read_text())
-    with pytest.raises(UserError, match="lies in .* choose another --out"):
+    with pytest.raises(UserError, match=r"lies in .* choose another --out"):
         train.main(training_config(run, init_from=inside, overwrite=True))
     open_parts(inside)
 
