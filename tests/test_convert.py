@@ -319,7 +319,7 @@ LARGE = """
     from nanochameleon import convert, tensor_files
 
     source, target, small, to, shards, hog = sys.argv[1:]
-    convert.convert(convert.Args(Path(small), Path(target + "-small"), to, 2 if to == "meta" else None))  # all is loaded
+    convert.convert(convert.Args(Path(small), Path(target + "-small"), to, 2 if to == "meta" else None))
     tensor_files.REMAP = 2**22
     if hog == "hog":
         kept, read = [], tensor_files.Safetensors.__getitem__
