@@ -285,9 +285,7 @@ def stages(
     """The stages before the report; `parts`: the model to go on from. Raises Interrupted once a stop is saved."""
     store_pictures(cfg, folder)
     docs = mixture(cfg, folder)
-    if parts:
-        store_tokenizers(parts, cfg, folder)
-    tokenizer = train_text_tokenizer(cfg, docs, folder)
+    tokenizer = store_tokenizers(parts, cfg, folder) if parts else train_text_tokenizer(cfg, docs, folder)
     laps.add("text_tokenizer")
     if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
         raise Interrupted

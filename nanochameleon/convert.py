@@ -4,8 +4,9 @@
     python -m nanochameleon.convert chameleon-hf chameleon --to nano
     python -m nanochameleon.convert runs/mine mine-meta --to meta --shards 4
 
-Tensors keep their type and come one at a time: memory holds one, and for Meta's layout the shard that is being written,
-which torch.save needs whole. All is written to .tmp-NAME beside the target and renamed at the end. Bits are kept: any
+Tensors keep their type and come one at a time. Memory holds the largest tensor up to three times (its pieces, joined,
+reordered), tensor_files.REMAP bytes of the files' maps, and for Meta's layout the shard that is being written, which
+torch.save needs whole. All is written to .tmp-NAME-PID beside the target and renamed at the end. Bits are kept: any
 chain of conversions that returns to its start gives the same tensors (only copies that differ between Meta's shards are
 averaged, with a warning). model_folder.py reads the four layouts, layouts.py and layout_files.py know them.
 """
@@ -79,17 +80,21 @@ def write_hf(parts: Parts, folder: Path, get: Get, args: Args) -> None:
             return parts.vq.get(name.removeprefix(VQ_PREFIX))
         return layouts.to_hf(ours[name], get(ours[name]), parts.model)
 
+    for name, content in hf_files(parts).items():  # before the weights, since these may be refused
+        write_json(folder / name, content)
     write_sharded(folder, meta, get_hf, int(args.file_gb * 1e9))
     if parts.has_decoder:
         decoder = {name: x for name, x in parts.vq.meta.items() if name.startswith(DECODER)}
         write_safetensors(folder / f"{HF_DECODER}.safetensors", decoder, parts.vq.get)
+
+
+def hf_files(parts: Parts) -> dict[str, dict]:
+    """File name -> its JSON. Raises ValueError for a tokenizer without a place for <image>."""
     vocab = parts.tokenizer().vocab
     tokenizer = layout_files.tokenizer_to_hf(parts.tokenizer_json, vocab)
     names, dtype = layout_files.vocabulary_map(tokenizer), str(parts.dtype).removeprefix("torch.")
-    write_json(folder / CONFIG, layout_files.hf_config(parts.model, parts.vqgan, vocab, names, dtype))
-    write_json(folder / "tokenizer.json", tokenizer)
-    for name, content in layout_files.processor_files(vocab, parts.vqgan).items():
-        write_json(folder / name, content)
+    config = layout_files.hf_config(parts.model, parts.vqgan, vocab, names, dtype)
+    return {CONFIG: config, "tokenizer.json": tokenizer} | layout_files.processor_files(vocab, parts.vqgan)
 
 
 def write_meta(parts: Parts, folder: Path, get: Get, args: Args) -> None:
@@ -147,9 +152,9 @@ def convert(args: Args) -> Path:
     check(parts, args)
     if not parts.has_decoder:
         print(f"warning: {NO_DECODER}", file=sys.stderr)
-    aside = args.dst.parent / f".tmp-{args.dst.name}"
+    aside = args.dst.parent / f".tmp-{args.dst.name}-{os.getpid()}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed conversion has left
+        sweep(args.dst)
         aside.mkdir(parents=True)
         needed = sum(x.nbytes for x in (*parts.weights.meta.values(), *parts.vq.meta.values()))
         if shutil.disk_usage(aside).free < needed:
@@ -162,6 +167,27 @@ def convert(args: Args) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return args.dst
+
+
+def sweep(dst: Path) -> None:
+    """Removes what killed conversions to this name have left, not what a running one is writing."""
+    for path in dst.absolute().parent.glob(".tmp-*"):
+        name, _, pid = path.name.rpartition("-")
+        if name == f".tmp-{dst.name}" and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Is there a process of this number? Where only a signal that kills could tell (Windows), yes."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write(parts: Parts, folder: Path, args: Args) -> None:

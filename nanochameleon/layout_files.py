@@ -1,7 +1,8 @@
 """What stands beside the tensors in Meta's and Hugging Face's layouts: configurations and the text tokenizer's file.
 
-All of it as plain values: a dict is read, a dict comes out. What a layout has no word for (our ffn rounding, the number
-of QK-norm groups, the context) goes into a note under the key NOTE, which the others' loaders pass over. The image
+All of it as plain values: a dict is read, a dict comes out. What a layout has no word for (Meta's the number of QK-norm
+groups and the context, Hugging Face's our ffn rounding) goes into a note under the key NOTE, which the others' loaders
+pass over; for what it has a word, that word counts, so a file that was edited means what it says. The image
 tokenizer's sizes are read from its tensors, which cannot disagree with themselves; of Meta's vqgan.yaml only the
 resolution is needed, so one line of it is read and the file written from a template: no YAML parser.
 """
@@ -15,15 +16,21 @@ from nanochameleon.tensor_files import Meta
 from nanochameleon.text_tokenizer import NOTE
 from nanochameleon.vocab import Vocab
 
-NOTED = ("multiple_of", "ffn_dim_multiplier", "qk_norm_groups", "max_seq_len")
+NOTED = {"meta": ("qk_norm_groups", "max_seq_len"), "hf": ("multiple_of", "ffn_dim_multiplier")}
 QK_NORM_EPS = 1e-5  # fixed in Meta's and Hugging Face's code
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer's configuration
 
 
-def note(cfg: ModelConfig) -> dict:
-    return {name: getattr(cfg, name) for name in NOTED}
+def note(cfg: ModelConfig, layout: str) -> dict:
+    """{NOTE: what the layout has no word for}."""
+    return {NOTE: {name: getattr(cfg, name) for name in NOTED[layout]}}
+
+
+def noted(content: dict, layout: str) -> dict:
+    """The fields of such a note; none without one."""
+    return {name: value for name, value in content.get(NOTE, {}).items() if name in NOTED[layout]}
 
 
 def check_exportable(cfg: ModelConfig, layout: str) -> None:
@@ -45,7 +52,7 @@ def meta_params(cfg: ModelConfig) -> dict:
         model["n_kv_heads"] = cfg.kv_heads
     if cfg.ffn_dim_multiplier is not None:
         model["ffn_dim_multiplier"] = cfg.ffn_dim_multiplier
-    return {"model": model, NOTE: note(cfg)}
+    return {"model": model} | note(cfg, "meta")
 
 
 def model_from_meta(params: dict, n_shards: int) -> ModelConfig:
@@ -61,7 +68,7 @@ def model_from_meta(params: dict, n_shards: int) -> ModelConfig:
     )  # fmt: skip
     if fields["n_kv_heads"] == fields["n_heads"]:
         fields["n_kv_heads"] = None
-    return ModelConfig(**fields | params.get(NOTE, {}))
+    return ModelConfig(**fields | noted(params, "meta"))
 
 
 def hf_config(cfg: ModelConfig, vqgan: VQGANConfig, vocab: Vocab, vocabulary_map: dict, dtype: str) -> dict:
@@ -81,7 +88,7 @@ def hf_config(cfg: ModelConfig, vqgan: VQGANConfig, vocab: Vocab, vocabulary_map
         attention_dropout=0.0, tie_word_embeddings=False, model_parallel_size=cfg.qk_norm_groups,
         swin_norm=cfg.norm_order == "post", bos_token_id=vocab.bos, eos_token_id=vocab.eos, pad_token_id=vocab.pad,
         torch_dtype=dtype, dtype=dtype, vq_config=vq_config, vocabulary_map=vocabulary_map,
-        **{NOTE: note(cfg)},
+        **note(cfg, "hf"),
     )  # fmt: skip
 
 
@@ -93,6 +100,7 @@ def model_from_hf(config: dict) -> ModelConfig:
         (config.get("hidden_act", "silu") != "silu", f"hidden_act {config.get('hidden_act')!r}"),
         (rope.get("rope_type", rope.get("type", "default")) != "default", f"rotary scaling {rope}"),
         (config.get("tie_word_embeddings", False), "tied embeddings"),
+        (config.get("intermediate_size", 11_008) < 1, f"intermediate_size {config.get('intermediate_size')}"),
     ):
         if bad:
             raise ValueError(f"{what} is not Chameleon's")
@@ -105,7 +113,7 @@ def model_from_hf(config: dict) -> ModelConfig:
         norm_order="post" if config.get("swin_norm", False) else "pre",
         qk_norm_groups=config.get("model_parallel_size", 1),
     )  # fmt: skip
-    return with_ffn_dim(ModelConfig(**fields | config.get(NOTE, {})), config.get("intermediate_size", 11_008))
+    return with_ffn_dim(ModelConfig(**fields | noted(config, "hf")), config.get("intermediate_size", 11_008))
 
 
 def with_ffn_dim(cfg: ModelConfig, ffn_dim: int) -> ModelConfig:
@@ -170,7 +178,7 @@ def vqgan_yaml(cfg: VQGANConfig) -> str:
 
 def resolution_of_yaml(text: str) -> int:
     """Raises ValueError where there is none."""
-    found = re.search(r"^\s*resolution:\s*(\d+)\s*$", text, re.MULTILINE)
+    found = re.search(r"^[ \t]*resolution:[ \t]*(\d+)[ \t]*(?:#.*)?$", text, re.MULTILINE)
     if not found:
         raise ValueError("it names no resolution")
     return int(found[1])
@@ -182,12 +190,12 @@ def resolution_of_yaml(text: str) -> int:
 PLACEHOLDER = "<image>"  # Hugging Face's name for the reserved id behind the end of turn (8711)
 
 
-def bos_first(vocab: Vocab) -> dict:
+def bos_first() -> dict:
     """The post-processor with which `tokenizers` puts <s> first; Meta's own code does so itself."""
-    bos = vocab.name(vocab.bos)
+    bos = "<s>"
     word, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     pair = [word, text, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    special = {bos: {"id": bos, "ids": [vocab.bos], "tokens": [bos]}}
+    special = {bos: {"id": bos, "ids": [Vocab.bos], "tokens": [bos]}}
     return {"type": "TemplateProcessing", "single": [word, text], "pair": pair, "special_tokens": special}
 
 
@@ -203,22 +211,20 @@ def renamed(content: dict, old: str, new: str) -> dict:
 def tokenizer_to_hf(content: dict, vocab: Vocab) -> dict:
     """text_tokenizer.json -> tokenizer.json: a reserved name becomes <image>, and <s> is put first.
 
-    Raises ValueError where no id is reserved behind the end of turn.
+    Raises ValueError where no id is reserved behind the end of turn, or where the file has no name for it.
     """
-    if vocab.eot + 1 >= vocab.first_text:
-        raise ValueError("its vocabulary has no reserved id behind the end of turn for Hugging Face's <image>")
+    if vocab.eot + 1 >= vocab.first_text or vocab.name(vocab.eot + 1) not in vocabulary_map(content):
+        raise ValueError("its vocabulary has no reserved name behind the end of turn for Hugging Face's <image>")
     content = renamed(content, vocab.name(vocab.eot + 1), PLACEHOLDER)
-    return content | {"post_processor": content["post_processor"] or bos_first(vocab)}
+    return content | {"post_processor": content.get("post_processor") or bos_first()}
 
 
 def tokenizer_from_hf(content: dict) -> dict:
-    """Inverse of tokenizer_to_hf."""
-    names = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    """Inverse of tokenizer_to_hf: a post-processor that is not the one added there stays."""
+    names, after = vocabulary_map(content), content.get("post_processor")
     if PLACEHOLDER in names:
         content = renamed(content, PLACEHOLDER, f"<reserved{names[PLACEHOLDER] - Vocab.first_code:05d}>")
-    after = content.get("post_processor") or {}
-    own = after.get("type") == "TemplateProcessing" and list(after.get("special_tokens", {})) == ["<s>"]
-    return content | {"post_processor": None if own else content.get("post_processor")}
+    return content | {"post_processor": None if after == bos_first() else after}
 
 
 def vocabulary_map(content: dict) -> dict[str, int]:

@@ -11,6 +11,7 @@ Every tensor is accounted for: one too many, one missing or one of another shape
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from torch import Tensor
 from nanochameleon import checkpoint, layout_files, layouts
 from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig, VQGANConfig
 from nanochameleon.errors import UserError
+from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
-from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, open_run, pick_device, read_config
+from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
 from nanochameleon.tensor_files import Get, Meta, Pth, Safetensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json
 from nanochameleon.transformer import Chameleon
@@ -99,10 +101,14 @@ def open_parts(path: Path) -> Parts:
     layout, folder = layout_of(Path(path))
     try:
         parts = {"run": open_run_parts, "nano": open_nano, "hf": open_hf, "meta": open_meta}[layout](folder)
+        with torch.device("meta"):
+            vq = VQGAN(parts.vqgan).state_dict()
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} cannot be read as a Chameleon in {layout} layout: {why}") from None
-    vq = VQGAN(parts.vqgan).state_dict()
+    except (ArithmeticError, RuntimeError) as error:  # a division by zero, a tensor of 10^300 rows
+        why = f"no model has the sizes that it names ({str(error).splitlines()[0]})"
+        raise UserError(f"{path} cannot be read as a Chameleon in {layout} layout: {why}") from None
     if not parts.has_decoder:
         vq = {name: x for name, x in vq.items() if not name.startswith(DECODER)}
     match(vq, parts.vq.meta, f"{path}: image tokenizer")
@@ -114,7 +120,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it is no JSON object")
@@ -144,7 +150,11 @@ def plain(files: Safetensors, cfg: ModelConfig, where: Path) -> Tensors:
 
 
 def open_run_parts(folder: Path) -> Parts:
-    cfg, whole = read_config(folder), checkpoint.locate(folder)
+    cfg = read_config(folder)
+    if not checkpoint.checkpoints(folder):
+        line = command("train.py", cfg.name)
+        raise UserError(f"{folder} is not trained yet: go on with the line that began it, such as {line}")
+    whole = checkpoint.locate(folder)
     model = dataclasses.replace(cfg.model, dropout=0.0)  # of training, not of the weights
     vq = Safetensors([checkpoint.locate(folder / IMAGE_TOKENIZER) / "model.safetensors"])
     weights = plain(Safetensors([whole / "weights.safetensors"]), model, whole)
@@ -190,17 +200,20 @@ def open_hf(folder: Path) -> Parts:
 
 
 def meta_shards(folder: Path) -> list[Path]:
-    """consolidated.pth, or consolidated.00.pth and so on. Raises UserError where one in between is missing."""
-    if (folder / "consolidated.pth").is_file():
-        return [folder / "consolidated.pth"]
+    """consolidated.pth, or consolidated.00.pth and so on. Raises UserError for both, or where one is missing."""
     paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"consolidated\.\d\d\.pth", path.name))
+    if (whole := folder / "consolidated.pth").is_file():
+        if paths:
+            raise UserError(f"{folder} has both {whole.name} and {paths[0].name}: take one of the two models away")
+        return [whole]
     if not paths or paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
         raise UserError(f"{folder} has {len(paths)} consolidated.NN.pth, not all from 00 on")
     return paths
 
 
 def open_meta(folder: Path) -> Parts:
-    shards = [Pth(path) for path in meta_shards(folder)]
+    paths = meta_shards(folder)
+    shards = [Pth(path, n_shards=len(paths)) for path in paths]
     params = read_json(folder / "params.json")
     params |= params.pop("model", {})  # Meta's loader merges in this order, the later winning
     if (folder / "consolidate_params.json").is_file():
@@ -214,6 +227,7 @@ def open_meta(folder: Path) -> Parts:
         expected = {layouts.rule(name).meta: layouts.to_meta(name, x, i, len(shards)) for name, x in ours.items()}
         found = {name: x for name, x in shard.meta.items() if name != "rope.freqs"}
         match(expected, found, str(shard.path))
+    model = with_groups_of_shards(model, shards)
 
     said: set[str] = set()  # a tensor is read once for each shard that is written
 
@@ -226,12 +240,22 @@ def open_meta(folder: Path) -> Parts:
         return layouts.from_meta(name, [shard[layouts.rule(name).meta] for shard in shards], model, warn)
 
     meta = {name: x.to(shards[0].meta[layouts.rule(name).meta].dtype) for name, x in ours.items()}
-    beside = folder.parent.parent / "tokenizer"
+    beside = Path(os.path.abspath(folder)).parent.parent / "tokenizer"  # of a path as short as "7b" or "."
     vq = Pth(beside / "vqgan.ckpt", key="state_dict")
     kept = {name: x for name, x in vq.meta.items() if not name.startswith("loss.")}  # taming's, of training alone
     vqgan = layout_files.vqgan_from_tensors(kept, layout_files.resolution_of_yaml((beside / "vqgan.yaml").read_text()))
     tokenizer = read_json(beside / TEXT_TOKENIZER)
     return Parts("meta", model, vqgan, tokenizer, Tensors(meta, get), Tensors(kept, vq.__getitem__))
+
+
+def with_groups_of_shards(cfg: ModelConfig, shards: list[Pth]) -> ModelConfig:
+    """With as many groups of QK-norm as the shards' vectors need. Raises ValueError where there is no such number."""
+    names = [layouts.rule(name).meta for name in skeleton(cfg) if layouts.rule(name).cut == layouts.GROUPS]
+    vectors = [torch.stack([shard[name] for shard in shards]) for name in names]
+    n_groups = layouts.n_groups_of_heads(vectors, cfg.qk_norm_groups, len(shards)) if vectors else cfg.qk_norm_groups
+    if n_groups is None:
+        raise ValueError(f"{len(shards)} shards do not hold {cfg.qk_norm_groups} or more groups of QK-norm")
+    return dataclasses.replace(cfg, qk_norm_groups=n_groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,22 +279,20 @@ def load_model(parts: Parts, device: torch.device, dtype: torch.dtype | None = N
 
 
 def vq_state(parts: Parts) -> dict[str, Tensor]:
-    """The image tokenizer's tensors in fp32."""
-    return {name: parts.vq.get(name).float() for name in parts.vq.meta}
+    """The image tokenizer's tensors in fp32, in memory of their own: what was read is a map of its file."""
+    return {name: parts.vq.get(name).to(torch.float32, copy=True) for name in parts.vq.meta}
 
 
 def open_model(path: Path, device: str = "auto", dtype: str = "auto") -> Run:
     """A run or a model in any layout, ready for sampling. dtype: 'auto' is the files'. Raises UserError."""
-    layout, folder = layout_of(Path(path))
-    wish = DTYPES.get(dtype)
-    if layout == "run":
-        run = open_run(folder, device)
-        return dataclasses.replace(run, model=run.model.to(wish)) if wish else run
     where, parts = pick_device(device), open_parts(path)
     tokenizer = tokenizer_of(parts, path)
     images = ImageTokenizer(VQGAN.from_state(parts.vqgan, vq_state(parts)).to(where))
-    cfg = RunConfig("converted", parts.vqgan, parts.model, OptimConfig(), data=DataConfig(source="folder"))
-    return Run(cfg, tokenizer.vocab, tokenizer, images, load_model(parts, where, wish))
+    if parts.layout == "run":
+        cfg = read_config(path)
+    else:
+        cfg = RunConfig("converted", parts.vqgan, parts.model, OptimConfig(), data=DataConfig(source="folder"))
+    return Run(cfg, tokenizer.vocab, tokenizer, images, load_model(parts, where, DTYPES.get(dtype)))
 
 
 def tokenizer_of(parts: Parts, path: Path) -> TextTokenizer:
@@ -288,11 +310,14 @@ def tokenizer_of(parts: Parts, path: Path) -> TextTokenizer:
 def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
     """The run's configuration with the sizes of the model in cfg.init_from, and that model. Dropout stays the run's.
 
-    Raises UserError for a model that cannot be opened, or rows that it cannot take.
+    A run with a checkpoint goes on from itself: what it began with may be gone. Raises UserError for a model that
+    cannot be opened, that lies in the run's folder, or that cannot take the rows.
     """
-    if cfg.folder.resolve() == cfg.init_from.resolve():
-        raise UserError(f"{cfg.folder} is what the run is to begin with: choose another --out")
-    parts = open_parts(cfg.init_from)
+    if cfg.init_from.resolve().is_relative_to(cfg.folder.resolve()):
+        raise UserError(f"{cfg.init_from}, which the run is to begin with, lies in {cfg.folder}: choose another --out")
+    if begun := begun_from(cfg):
+        cfg = dataclasses.replace(cfg, init_from=begun)
+    parts = open_parts(cfg.folder if begun else cfg.init_from)
     if cfg.train.seq_len > parts.model.max_seq_len:
         raise UserError(
             f"train.seq_len is {cfg.train.seq_len}; {cfg.init_from} has a context of {parts.model.max_seq_len}"
@@ -301,10 +326,21 @@ def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
     return dataclasses.replace(cfg, vqgan=parts.vqgan, model=model), parts
 
 
-def store_tokenizers(parts: Parts, cfg: RunConfig, folder: Path) -> None:
-    """Puts the model's two tokenizers where a run has its own, unless they are there."""
+def begun_from(cfg: RunConfig) -> Path | None:
+    """What the run in this folder began with, if it has both tokenizers and a checkpoint and is to go on."""
+    folder = cfg.folder
+    needed = ((folder / CONFIG).is_file(), (folder / TEXT_TOKENIZER).is_file())
+    steps = (checkpoint.checkpoints(folder), checkpoint.checkpoints(folder / IMAGE_TOKENIZER))
+    return None if cfg.overwrite or not all(needed + steps) else read_config(folder).init_from
+
+
+def store_tokenizers(parts: Parts, cfg: RunConfig, folder: Path) -> TextTokenizer:
+    """Puts the model's two tokenizers where a run has its own, unless they are there. The text tokenizer's file is
+    taken over as it is, with names that we have no use for."""
     tokenizer = tokenizer_of(parts, cfg.init_from)
     if not (folder / TEXT_TOKENIZER).exists():
-        tokenizer.save(folder / TEXT_TOKENIZER)
+        content = json.dumps(parts.tokenizer_json, ensure_ascii=False, indent=1)
+        write_file(folder / TEXT_TOKENIZER, content.encode())
     if not checkpoint.checkpoints(folder / IMAGE_TOKENIZER):
         checkpoint.save(folder / IMAGE_TOKENIZER, 0, {"model": vq_state(parts)}, {"step": 0})
+    return tokenizer

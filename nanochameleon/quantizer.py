@@ -44,8 +44,14 @@ class Quantizer(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(n_codes, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_codes, 1 / n_codes)
-        self.register_buffer("counts", torch.ones(n_codes), persistent=False)
-        self.register_buffer("sums", self.embedding.weight.detach().clone(), persistent=False)
+        self.register_buffer("counts", None, persistent=False)
+        self.register_buffer("sums", None, persistent=False)
+        self.start_averages()
+
+    def start_averages(self) -> None:
+        """As if each code had been hit once, by its own vector."""
+        self.sums = self.embedding.weight.detach().clone()
+        self.counts = torch.ones_like(self.sums[:, 0])
 
     def codes(self, z: Tensor) -> Tensor:
         """Encoder output (B, E, h, w) -> codes (B, h*w) in raster order."""

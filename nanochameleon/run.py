@@ -99,7 +99,7 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{folder} is not a run: it has no {CONFIG}; train one with {command('train.py', 'toy')}")
     try:
         return config_from_json(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         why = f"{path} is not the configuration of a run ({error})"
         raise UserError(f"{why}; if an older version wrote it, delete the folder and train anew") from None
 
@@ -175,20 +175,3 @@ def open_image_tokenizer(folder: Path, cfg: RunConfig, device: torch.device) -> 
     """The newest whole checkpoint of the run's image tokenizer. Raises UserError if there is none."""
     tensors, _ = checkpoint.load(Path(folder) / IMAGE_TOKENIZER, groups=["model"])
     return ImageTokenizer(VQGAN.from_state(cfg.vqgan, tensors["model"]).to(device))
-
-
-def open_run(folder: Path, device: str = "auto") -> Run:
-    """The newest whole checkpoint of a run, ready for sampling. Raises UserError naming what is missing or broken."""
-    folder = Path(folder)
-    cfg = read_config(folder)
-    where = pick_device(device)
-    if not checkpoint.checkpoints(folder):
-        line = command("train.py", cfg.name)
-        raise UserError(f"{folder} is not trained yet: go on with the line that began it, such as {line}")
-    tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
-    images = open_image_tokenizer(folder, cfg, where)
-    tensors, _ = checkpoint.load(folder, groups=["weights"])
-    with torch.device("meta"):
-        model = Chameleon(cfg.model)
-    model.load_state_dict(tensors["weights"], assign=True)
-    return Run(cfg, tokenizer.vocab, tokenizer, images, model.to(where).eval())

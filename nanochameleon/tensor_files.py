@@ -1,10 +1,12 @@
 """Files of tensors, one tensor at a time: safetensors read and written, torch's .pth read.
 
 Both kinds are mapped into memory rather than read, and what was touched stays resident as long as its map does. So a
-file is mapped anew after every REMAP bytes: walking through 70 GB of shards holds a few tensors and never a shard.
+file is mapped anew after every REMAP bytes (all shards of a model together): walking through 70 GB of shards holds
+those, or one tensor that is larger, and never a shard.
 A .pth is a pickle; it is opened with weights_only=True, which builds tensors and refuses everything else.
 """
 
+import gc
 import json
 import pickle
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from torch import Tensor
 from nanochameleon.errors import UserError
 from nanochameleon.files import fsync
 
-REMAP = 2**27  # bytes handed out before a file is mapped anew
+REMAP = 2**26  # bytes handed out before files are mapped anew
 INDEX = "model.safetensors.index.json"
 Meta = dict[str, Tensor]  # on the meta device: types and shapes without content
 Get = Callable[[str], Tensor]
@@ -52,17 +54,19 @@ def load_pth(path: Path, key: str | None = None) -> dict[str, Tensor]:
 class Pth:
     """The tensors of one .pth; `meta` holds their types and shapes."""
 
-    def __init__(self, path: Path, key: str | None = None):
-        self.path, self.key, self.given = path, key, 0
+    def __init__(self, path: Path, key: str | None = None, n_shards: int = 1):
+        self.path, self.key, self.given, self.n_shards = path, key, 0, n_shards
         self.tensors = load_pth(path, key)
         self.meta = {name: x.to("meta") for name, x in self.tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        if self.given > REMAP:
+        size = self.meta[name].nbytes
+        if self.given and self.given + size > REMAP // self.n_shards:
+            self.tensors = {}
+            gc.collect()  # torch.load leaves a cycle that holds the map
             self.tensors, self.given = load_pth(self.path, self.key), 0
-        tensor = self.tensors[name]
-        self.given += tensor.nbytes
-        return tensor
+        self.given += size
+        return self.tensors[name]
 
 
 class Safetensors:
@@ -89,11 +93,11 @@ class Safetensors:
         return self.open[path]
 
     def __getitem__(self, name: str) -> Tensor:
-        if self.given > REMAP:
+        size = self.meta[name].nbytes
+        if self.given and self.given + size > REMAP:
             self.open, self.given = {}, 0
-        tensor = self._map(self.where[name]).get_tensor(name)
-        self.given += tensor.nbytes
-        return tensor
+        self.given += size
+        return self._map(self.where[name]).get_tensor(name)
 
 
 def open_safetensors(folder: Path, stem: str = "model") -> Safetensors:
@@ -106,7 +110,7 @@ def open_safetensors(folder: Path, stem: str = "model") -> Safetensors:
     try:
         where = json.loads(index.read_text())["weight_map"]
         names = sorted(set(where.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is damaged ({error})") from None
     if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
         raise UserError(f"{index} names {missing[0]}, which is not there: {len(missing)} of {len(names)} files miss")

@@ -181,10 +181,12 @@ class VQGAN(nn.Module):
     @staticmethod
     def from_state(cfg: VQGANConfig, state: dict[str, Tensor]) -> "VQGAN":
         """With these weights. Where they are of an encoder alone, as transformers keeps it, `decoder` is None."""
-        vqgan = VQGAN(cfg)
+        with torch.device("meta"):  # no random weights that these would replace
+            vqgan = VQGAN(cfg)
         if not any(name.startswith("decoder.") for name in state):
             vqgan.decoder = None
-        vqgan.load_state_dict(state)
+        vqgan.load_state_dict(state, assign=True)
+        vqgan.quantize.start_averages()
         return vqgan
 
     def latents(self, pixels: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from nanochameleon.documents import Image, Text, render
 from nanochameleon.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
 from nanochameleon.evaluate import report, shapes
 from nanochameleon.evaluate.likelihood import bits
-from nanochameleon.run import Run, open_run
+from nanochameleon.model_folder import open_model
+from nanochameleon.run import Run
 from nanochameleon.shapes import ASK_CAPTION, Scene, Thing, World, draw, scenes
 
 WORLD = World()
@@ -24,7 +25,7 @@ WORLD = World()
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    return open_run(tiny_run(tmp_path_factory.mktemp("runs") / "tiny"), "cpu")
+    return open_model(tiny_run(tmp_path_factory.mktemp("runs") / "tiny"), "cpu")
 
 
 # --- likelihood ------------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ from nanochameleon.config import (
     VQGANConfig,
 )
 from nanochameleon.errors import UserError
+from nanochameleon.model_folder import open_model
 from nanochameleon.presets import PRESETS
 from nanochameleon.run import (
     CONFIG,
     command,
     config_from_json,
     config_to_json,
-    open_run,
     pick_device,
     read_config,
     start_folder,
@@ -116,14 +116,14 @@ def test_a_broken_configuration_is_named(tmp_path, content, why):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=f"{folder} is not a run"):
-            open_run(folder)
+    for folder, why in ((tmp_path, "is not a run"), (tmp_path / "missing", "does not exist")):
+        with pytest.raises(UserError, match=f"{folder} {why}"):
+            open_model(folder)
 
 
 def test_a_run_opens_with_the_weights_that_were_saved(tmp_path):
     model = tiny_model(seed=3, dropout=0.1)
-    run = open_run(tiny_run(tmp_path / "run", model), "cpu")
+    run = open_model(tiny_run(tmp_path / "run", model), "cpu")
     ids = torch.tensor([[0, 5, 20, 2]])
     torch.testing.assert_close(run.model(ids), model.eval()(ids), rtol=0, atol=0)
     assert not run.model.training and run.device == torch.device("cpu") and run.cfg.model == model.cfg
@@ -136,13 +136,13 @@ def test_a_run_without_one_of_its_parts_says_which(tmp_path):
         part = folder / missing
         shutil.rmtree(part) if part.is_dir() else part.unlink()
         with pytest.raises(UserError, match=str(folder if missing.startswith("step") else part)):
-            open_run(folder, "cpu")
+            open_model(folder, "cpu")
 
 
 def test_a_run_that_has_no_model_yet_says_so(tmp_path):
     (tmp_path / CONFIG).write_text(config_to_json(tiny_config()))
     with pytest.raises(UserError, match=f"{tmp_path} is not trained yet: go on with .*train.py tiny"):
-        open_run(tmp_path, "cpu")
+        open_model(tmp_path, "cpu")
 
 
 def test_a_run_of_another_version_is_not_overwritten_and_the_way_out_is_said(tmp_path):

@@ -15,15 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import SHAPES_VQGAN, training_config
+from tiny import SHAPES_VQGAN, nano_folder, released_model, training_config
 
 from nanochameleon import checkpoint, prepare, train_tokenizers
 from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.convert import Args, convert
 from nanochameleon.errors import UserError
+from nanochameleon.model_folder import open_parts
 from nanochameleon.monitor import read_metrics
 from nanochameleon.run import CONFIG, command, read_config, start_folder
 from nanochameleon.shapes import World, draw, draw_scene
+from nanochameleon.vqgan import VQGAN
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -443,6 +445,55 @@ def test_a_run_begins_with_the_sizes_tokenizers_and_weights_of_another(finished,
         for name, x in before["."]["weights"].items():
             torch.testing.assert_close(weights[name], x, rtol=0, atol=1e-6)  # one step of nearly no length
         assert (run / "report.json").is_file()
+
+
+def other_model(place: Path, layout: str) -> Path:
+    """A model with the release's forms, of pictures as large as the shapes world's, in a layout; its tokenizer's file
+    has a name that we have no use for."""
+    vqgan = replace(SHAPES_VQGAN, ch=32, n_groups=32, n_codes=8, mid_attention=True)
+    nano = nano_folder(place / "nano", released_model(max_seq_len=256), VQGAN(vqgan))
+    content = json.loads((nano / "text_tokenizer.json").read_text())
+    last = content["model"]["merges"].pop()
+    token = content["model"]["vocab"].pop("".join(last))
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": token, "content": "<sentinel:0>"})
+    (nano / "text_tokenizer.json").write_text(json.dumps(content))
+    source = convert(Args(nano, place / layout, layout.split("-")[0]))
+    if layout == "hf-encoder":
+        (source / "vqgan_decoder.safetensors").unlink()
+    return source
+
+
+@pytest.mark.parametrize("layout", ["hf", "hf-encoder", "meta"])
+def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layout, tmp_path, capsys):
+    source, run = other_model(tmp_path, layout), tmp_path / "run"
+    parts, few = open_parts(source), training_config(tmp_path).train
+    cfg = training_config(run, init_from=source, train=replace(few, steps=2, save_every=1, seq_len=256))
+    cfg = replace(cfg, evaluation=EvalConfig(1, 1, 1), model=ModelConfig(dropout=0.0))
+    cfg = replace(cfg, optim=replace(cfg.optim, lr=1e-30, weight_decay=0.0))
+    train.main(cfg)
+    assert json.loads((run / "text_tokenizer.json").read_text()) == parts.tokenizer_json
+    weights, images = checkpoint.load(run)[0]["weights"], checkpoint.load(run / "image_tokenizer")[0]["model"]
+    for name in parts.weights.meta:
+        torch.testing.assert_close(weights[name], parts.weights.get(name), rtol=0, atol=1e-6)
+    assert images.keys() == parts.vq.meta.keys() and all(torch.equal(x, parts.vq.get(k)) for k, x in images.items())
+    assert ("without samples" in capsys.readouterr().out) == (layout == "hf-encoder")
+    shutil.rmtree(source)
+    shutil.rmtree(run / "step-000002")  # as if it had been stopped
+    train.main(cfg)
+    assert checkpoint.newest(run).name == "step-000002"
+    train.main(replace(cfg, init_from=tmp_path / "moved"))
+    with pytest.raises(UserError, match="does not exist"):
+        train.main(replace(cfg, overwrite=True))
+    assert (run / "step-000002").is_dir()
+
+
+def test_a_run_does_not_overwrite_what_it_is_to_begin_with(finished, tmp_path):
+    run = tmp_path / "run"
+    inside = convert(Args(finished, run / "nano", "nano"))
+    (run / CONFIG).write_text((finished / CONFIG).read_text())
+    with pytest.raises(UserError, match=r"lies in .* choose another --out"):
+        train.main(training_config(run, init_from=inside, overwrite=True))
+    open_parts(inside)
 
 
 def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_path):

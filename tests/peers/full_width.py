@@ -7,14 +7,24 @@ Too large for `make test`; prints a row for each and ends with 1 if one is off b
 
 import dataclasses
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import ChameleonConfig
 from transformers.models.chameleon import modeling_chameleon as hf
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny import nano_folder, released_model
+
 from nanochameleon import layouts
+from nanochameleon.convert import Args, convert
 from nanochameleon.layout_files import hf_config
+from nanochameleon.model_folder import open_model
 from nanochameleon.presets import chameleon_7b, chameleon_34b
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon, rotary_table
 from nanochameleon.vocab import Vocab
 from nanochameleon.vqgan import VQGAN
@@ -53,21 +63,26 @@ def layer(cfg) -> float:
 @torch.no_grad()
 def image_tokenizer() -> tuple[bool, float]:
     """Are the codes of a picture equal? And the largest difference of the pixels that they decode to: transformers'
-    encoder and the decoder that our export keeps beside it, against our own network."""
+    encoder with the weights of our export, and the decoder that open_model finds beside them, against our own."""
     torch.manual_seed(0)
     cfg = chameleon_7b().vqgan
     vqgan = VQGAN(cfg).eval()
     torch.nn.init.normal_(vqgan.quantize.embedding.weight)
-    config = ChameleonConfig(**hf_config(chameleon_7b().model, cfg, Vocab(), {}, "float32"))
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer = TextTokenizer([], Vocab.toy(cfg.n_codes, 0))
+        model = released_model(vocab_size=tokenizer.vocab.size)
+        nano = nano_folder(Path(place) / "nano", model, vqgan, tokenizer=tokenizer)
+        export = convert(Args(nano, Path(place) / "hf", "hf"))
+        config = ChameleonConfig.from_pretrained(export)
+        files = load_file(export / "model.safetensors")
+        again = open_model(export, "cpu").images.vqgan
     theirs = hf.ChameleonVQVAE._from_config(config.vq_config).eval()
-    state = {name: x for name, x in vqgan.state_dict().items() if not name.startswith(layouts.DECODER)}
-    theirs.load_state_dict(state)
+    prefix = layouts.VQ_PREFIX
+    theirs.load_state_dict({name.removeprefix(prefix): x for name, x in files.items() if name.startswith(prefix)})
     pixels = torch.nn.functional.interpolate(torch.rand(1, 3, 40, 40) * 2 - 1, size=cfg.resolution, mode="bicubic")
     codes = theirs.encode(pixels.clone(), return_dict=True).image_tokens.view(1, -1)
     mine = vqgan.encode(pixels)
     print(f"{len(mine.unique())} different codes of {mine.numel()}")
-    decoder = {name: x for name, x in vqgan.state_dict().items() if name.startswith(layouts.DECODER)}
-    again = VQGAN.from_state(cfg, theirs.state_dict() | decoder).eval()
     return torch.equal(codes, mine), float((again.decode(codes) - vqgan.decode(mine)).abs().max())
 
 
