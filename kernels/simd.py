@@ -113,8 +113,8 @@ EXP2 = _exp2_coefficients()
 
 
 def exp2_of(b, x):
-    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126; from 2^128 on
-    it is infinity, and of NaN NaN: what has diverged must be seen."""
+    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126, from 2^128
+    on it is infinity, and NaN stays NaN: what has diverged must be seen."""
     x = b.select(b.fcmp_ordered("<", x, constant(-126.0)), constant(-126.0), x)
     n = _call(b, f"llvm.rint.v{W}f32", V, x)
     f, y = b.fsub(x, n), constant(EXP2[5])

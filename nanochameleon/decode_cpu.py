@@ -4,7 +4,8 @@
 
 It equals `Chameleon.forward` with a cache, up to rounding. Activations lie as (groups, features, lanes): 16 rows
 of the batch side by side, or one lane where the batch is one row. So a weight is read once for all of them, and a row's
-numbers do not depend on the rows beside it; those of a batch of one row equal them up to rounding (`dots`). Weights are float32, or int8 with a scale for each output (quantize.py).
+numbers do not depend on the rows beside it; those of a batch of one row equal them up to rounding (`dots`). Weights are
+float32, or int8 with a scale for each output (quantize.py).
 """
 
 import numba

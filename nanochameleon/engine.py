@@ -48,7 +48,7 @@ def make_task(
     prompt: Sequence[int], vocab: Vocab, n_codes: int, context: int, options: SampleConfig, mode: Mode = "both",
     seed: Sequence[int] = (0,), stops: Sequence[int] | None = None,
 ) -> Task:  # fmt: skip
-    """Raises UserError, naming the lengths, for a prompt that leaves no room, and ValueError for a wrong mode or stop."""
+    """Raises UserError, naming the lengths, for a prompt that leaves no room, ValueError for a wrong mode or stop."""
     if not prompt or prompt[0] != vocab.bos:
         raise ValueError("a prompt starts with <s>")
     check_stops(mode, stops, vocab)

@@ -370,7 +370,7 @@ def test_an_engine_without_rows_for_guidance_says_so():
 def test_a_wrong_mode_or_stop_is_refused_when_it_is_added_and_harms_nobody(mode, stops):
     engine = Engine(MODEL, VOCAB, N_CODES, 4)
     engine.add([VOCAB.bos], OPTIONS, seed=(0, 0))
-    with pytest.raises(ValueError, match="stops are|<boi> can end"):
+    with pytest.raises(ValueError, match=r"stops are|<boi> can end"):
         engine.add([VOCAB.bos], OPTIONS, mode, stops=stops)
     ids = [token for news in engine.run() for token in news.ids]
     assert [ids] == generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, OPTIONS)

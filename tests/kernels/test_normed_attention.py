@@ -109,6 +109,12 @@ def test_inputs_of_other_strides_are_read_right_and_never_written():
     assert torch.equal(out, copied) and torch.equal(fused, before)
 
 
+def test_the_sums_that_the_gradient_needs_have_none_themselves():
+    x, turns = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
+    out, lse = torch.ops.nanochameleon.normed_attention(x, x, x, turns, None, None, None, None, None, EPS)
+    assert out.requires_grad and not lse.requires_grad
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 6, requires_grad=True)
