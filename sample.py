@@ -191,7 +191,7 @@ def main(args: Args) -> list[list[str | Path]]:
     what = options, grammar_mode, args.seed
     if args.n == 1:
         preview = PREVIEW if shelf.shows else None
-        told = stream(run.model, prompt, run.tokenizer, n_codes, *what, stops=stops, preview=preview)
+        told = stream(run.model, prompt, run.tokenizer, n_codes, *what, 0, stops, preview)
         return [show(told, shelf)]
     rows = generate(run.model, [prompt] * args.n, vocab, n_codes, *what, stops, progress=progress)
     return [show(Reader(prompt, run.tokenizer).read(row, True), shelf) for row in rows]
