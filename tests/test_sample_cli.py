@@ -116,10 +116,14 @@ def test_several_samples_are_rows_of_one_engine_and_told_in_order(mode, run, tmp
     assert several[0] == said(main(dataclasses.replace(args, n=1)))[0]
 
 
-def test_int8_answers_and_draws(run, picture, tmp_path):
+def test_int8_answers_and_draws(run, picture, tmp_path, monkeypatch):
+    from nanochameleon import quantize
+
+    made, start = [], quantize.QuantizedLinear.__init__
+    monkeypatch.setattr(quantize.QuantizedLinear, "__init__", lambda self, w: made.append(w) or start(self, w))
     [[said]] = main(Args(run, (picture, "ta?"), max_new=5, dtype="int8"))
     [[path]] = main(Args(run, ("a",), out=tmp_path, dtype="int8"))
-    assert isinstance(said, str) and path.is_file()
+    assert isinstance(said, str) and path.is_file() and len(made) > 2
 
 
 def test_control_characters_do_not_reach_the_terminal(run, capsys):
