@@ -28,6 +28,7 @@ if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "r
 
 import tyro
 
+from nanochameleon.cli import check_kernels
 from nanochameleon.config import RunConfig, SampleConfig
 from nanochameleon.errors import UserError, exit_on_user_error
 
@@ -73,8 +74,9 @@ class Args:
     """Times that saved pictures are enlarged, without smoothing; None makes the side at least 256 pixels."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Type of the transformer's weights; auto is that of its files."""
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Type of the transformer's weights; auto is that of its files. int8 is made of that after loading, so the peak of
+    memory is that of loading."""
 
     def check(self) -> None:
         """Raises UserError for a value out of range, naming the option."""
@@ -157,17 +159,23 @@ def main(args: Args) -> list[list[str | Path]]:
     """Samples, prints and saves; returns each sample as its texts and the files of its pictures, in order."""
     args.check()
     from nanochameleon.engine import generate, prompt_ids, stream
+    from nanochameleon.events import Reader
     from nanochameleon.image_tokenizer import NO_DECODER
     from nanochameleon.model_folder import open_model
+    from nanochameleon.quantize import quantize_
+    from nanochameleon.run import pick_device
 
-    run = open_model(args.run, args.device, args.dtype)
+    check_kernels(pick_device(args.device))
+    run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype)
+    if args.dtype == "int8":
+        quantize_(run.model)
     vocab, n_codes = run.vocab, run.images.n_codes_per_image
     mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution, args.fit), run.cfg)
     if mode in ("draw", "free") and not run.images.can_draw:
         raise UserError(NO_DECODER)
     prompt = prompt_ids(segments, run, mode if mode in ("draw", "answer") else "go on")
     options = args.options(run.cfg.sample)
-    shelf = Shelf(args, run.images)
+    shelf, progress = Shelf(args, run.images), "sampling" if sys.stderr.isatty() else None
     if mode == "draw":
         if args.max_new is None:  # a picture's length is no choice
             options = dataclasses.replace(options, max_new=n_codes + 1)
@@ -176,19 +184,17 @@ def main(args: Args) -> list[list[str | Path]]:
         if args.n == 1 and shelf.shows:
             told = stream(run.model, prompt, run.tokenizer, n_codes, options, "image", args.seed, preview=PREVIEW)
             return [show(told, shelf)]
-        progress = "drawing" if sys.stderr.isatty() else None
         rows = generate(run.model, [prompt] * args.n, vocab, n_codes, options, "image", args.seed, progress=progress)
         return [[shelf.put([vocab.id_to_code(token) for token in row[:-1]])] for row in rows]
     grammar_mode = "both" if mode == "free" else "text"
     stops = (vocab.eos, vocab.eot) if mode == "answer" else (vocab.eos,)
-    preview = PREVIEW if shelf.shows else None
-    return [
-        show(
-            stream(run.model, prompt, run.tokenizer, n_codes, options, grammar_mode, args.seed, row, stops, preview),
-            shelf,
-        )
-        for row in range(args.n)
-    ]
+    what = options, grammar_mode, args.seed
+    if args.n == 1:
+        preview = PREVIEW if shelf.shows else None
+        told = stream(run.model, prompt, run.tokenizer, n_codes, *what, 0, stops, preview)
+        return [show(told, shelf)]
+    rows = generate(run.model, [prompt] * args.n, vocab, n_codes, *what, stops, progress=progress)
+    return [show(Reader(prompt, run.tokenizer).read(row, True), shelf) for row in rows]
 
 
 def show(events, shelf: "Shelf") -> list[str | Path]:

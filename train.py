@@ -20,7 +20,7 @@ if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "r
     print(f"error: {missing[0]} is missing: run make demo, or pip install -c constraints.txt -e .", file=sys.stderr)
     raise SystemExit(2)
 
-from nanochameleon.cli import check_room, complete, parse_run
+from nanochameleon.cli import check_kernels, check_room, complete, parse_run
 
 if __name__ == "__main__":
     CONFIG = parse_run()  # before torch is imported, so that --help and a wrong option answer at once
@@ -244,6 +244,7 @@ class Laps:
 def main(cfg: RunConfig) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
     cfg, device, parts = complete(cfg), pick_device(cfg.device), None
+    check_kernels(device)
     if cfg.init_from is not None:
         cfg, parts = adopt(cfg)
         check_room(cfg)

@@ -197,7 +197,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
 
 template <int E>
 __device__ void attention(const u32* q, const u32* k, const u32* v, const long long* docs, const int* first, u32* out,
-                          float* lse, int t, int heads, int key_heads) {
+                          int t, int heads, int key_heads) {
   const int KEYS = 64, LINE = E / 2 + 4;  // 4 words more than a row: rows start in different banks
   __shared__ __align__(16) u32 keys[KEYS * LINE], values[KEYS * LINE];
   __shared__ long long key_docs[KEYS];
@@ -296,7 +296,6 @@ __device__ void attention(const u32* q, const u32* k, const u32* v, const long l
     u32* p = out + (((long long)b * t + rows[r]) * heads + h) * (E / 2);
 #pragma unroll
     for (int c = 0; c < E / 8; c++) p[4 * c + member] = pack(o[c][2 * r] / sum[r], o[c][2 * r + 1] / sum[r]);
-    if (member == 0) lse[((long long)b * heads + h) * t + rows[r]] = largest[r] + __log2f(sum[r]);
   }
 }
 
@@ -308,8 +307,8 @@ __device__ void attention(const u32* q, const u32* k, const u32* v, const long l
   }                                                                                                                  \
   extern "C" __global__ void __launch_bounds__(128)                                                                  \
       attention_##E(const u32* q, const u32* k, const u32* v, const long long* docs, const int* first, u32* out,     \
-                    float* lse, int t, int heads, int key_heads) {                                                   \
-    attention<E>(q, k, v, docs, first, out, lse, t, heads, key_heads);                                               \
+                    int t, int heads, int key_heads) {                                                               \
+    attention<E>(q, k, v, docs, first, out, t, heads, key_heads);                                                    \
   }
 
 EXPORT(64)

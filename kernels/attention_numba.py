@@ -75,7 +75,7 @@ from nanochameleon.kernels.simd import (
 QUERIES, KEYS = 64, 64  # a tile of scores is 16 KB: it and a tile of keys fit the first-level cache
 BOUND = np.float32(60.0)  # of |score| in powers of two; sums of 2^60 are far from float32's 2^127
 LOG2E, LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
-ONE, LEAST = np.float32(1), np.float32(-1e30)
+ONE, LEAST = np.float32(1), np.float32(-math.inf)
 
 
 class Job(NamedTuple):
@@ -385,7 +385,7 @@ def peak_rows(scores, nq, nk, first, shift):
         seen = min(first + i, nk)
         x = splat(peek(shift + 4 * i))
         for j in range(0, seen, W):
-            x = larger(x, head(load(scores + 4 * (i * KEYS + j)), seen - j, x))
+            x = larger(head(load(scores + 4 * (i * KEYS + j)), seen - j, x), x)
         poke(shift + 4 * i, largest(x))
 
 

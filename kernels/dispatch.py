@@ -32,8 +32,11 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "as fast as torch.compile, and no logits in memory"),
     ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
 }
-CUDA = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}  # written so far
+# Written so far. Of attention it is norm and turn alone, in front of torch's own attention: the one of attention.cu has
+# a forward pass only, for heads of 64 and 128, and is for the bench.
+CUDA = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
+STEP = tuple(op for op in OPS if op != "linear_zloss_cross_entropy")  # what a training step runs: losses.py has logits
 
 _wishes: list[str] = []
 
@@ -77,7 +80,19 @@ def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if dtype not in CUDA[op]:
         return f"they do not take {str(dtype).removeprefix('torch.')}"
     missing = [name for name in ("cupy", "nvidia") if not find_spec(name)]
-    return f"{missing[0]} is not installed: pip install nanochameleon[cuda]" if missing else None
+    if missing:
+        return f"{missing[0]} is not installed: pip install nanochameleon[cuda]"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = architecture(major, minor)
+    return None if known else f"they are not written for a GPU of compute capability {major}.{minor}"
+
+
+def architecture(major: int, minor: int) -> str | None:
+    """What to compile for, by compute capability; None where nothing of ours can be loaded.
+
+    Code for sm_80 runs on all of 8.x; that for sm_90a and sm_100a has instructions of just these GPUs.
+    """
+    return "sm_80" if major == 8 else {(9, 0): "sm_90a", (10, 0): "sm_100a"}.get((major, minor))
 
 
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -101,6 +116,6 @@ def choose(op: str, x: Tensor) -> str:
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> str:
-    """One line for each op: what would run here, and why."""
-    lines = [f"{op:27} {name:10} {why}" for op, (name, why) in ((op, decide(op, device, dtype)) for op in OPS)]
+    """One line for each op of a training step: what would run here, and why."""
+    lines = [f"{op:27} {name:10} {why}" for op, (name, why) in ((op, decide(op, device, dtype)) for op in STEP)]
     return "\n".join(lines)

@@ -67,6 +67,10 @@ def run(task: Callable[[int, int, int], None], n: int, parts: int | None = None)
             task(part, first, last)
 
     others = [pool(threads - 1, os.getpid()).submit(work) for _ in range(1, threads)]
-    work()
-    for other in others:
-        other.result()
+    try:
+        work()
+    finally:  # whatever has happened here, the others still write into the caller's tensors
+        failures = [other.exception() for other in others]
+    for failure in failures:
+        if failure is not None:
+            raise failure

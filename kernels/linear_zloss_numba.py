@@ -73,7 +73,7 @@ def take_in(x, nk, largest_sum, i):
     p = largest_sum + 8 * i
     most = splat(peek(p))
     for j in range(0, nk, W):
-        most = larger(most, head(load(x + 4 * j), nk - j, most))
+        most = larger(head(load(x + 4 * j), nk - j, most), most)
     new, s = splat(largest(most)), splat(ZERO)
     for j in range(0, nk, W):
         s += head(exp2(load(x + 4 * j) - new), nk - j, splat(ZERO))

@@ -172,11 +172,12 @@ def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bi
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *tensors)
     ctx.types = [x.dtype if isinstance(x, Tensor) else None for x in tensors]
 
 
-def _gradients(ctx, d_out, d_lse):
+def _gradients(ctx, d_out, _):
     out, lse, *tensors = ctx.saved_tensors
     dq, dk, dv, *norms = torch.ops.nanochameleon.normed_attention_backward(d_out, out, lse, *tensors, ctx.eps)
     norms = [x.to(kind) if kind is not None else None for x, kind in zip(norms, ctx.types[5:], strict=True)]

@@ -3,8 +3,8 @@
 The gradient, with r = 1 / sqrt(mean x^2 + eps) and u = g * weight:
     dx = r (u - x r^2 mean(u x)),   dweight = sum over rows of g x r
 
-Shapes: x (..., D), weight (D,). Under autocast the result has autocast's type, since nothing but matrix products reads
-it; otherwise that of x.
+Shapes: x (..., D), weight (D,). Under autocast the result has autocast's type, that of the products which read it (with
+norm_order "post" the residual sum reads it, too); otherwise that of x.
 """
 
 import torch

@@ -14,6 +14,7 @@ address does not keep its array alive: kernels take addresses of tensors which t
 """
 
 import functools
+import math
 import operator
 
 import numpy as np
@@ -112,14 +113,16 @@ EXP2 = _exp2_coefficients()
 
 
 def exp2_of(b, x):
-    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126; x < 128."""
-    x = b.select(b.fcmp_ordered(">", x, constant(-126.0)), x, constant(-126.0))
+    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126, from 2^128
+    on it is infinity, and NaN stays NaN: what has diverged must be seen."""
+    x = b.select(b.fcmp_ordered("<", x, constant(-126.0)), constant(-126.0), x)
     n = _call(b, f"llvm.rint.v{W}f32", V, x)
     f, y = b.fsub(x, n), constant(EXP2[5])
     for c in EXP2[4::-1]:
         y = b.fadd(b.fmul(y, f, flags=FUSE), constant(c), flags=FUSE)
     bits = b.shl(b.fptosi(n, VI), ir.Constant(VI, [23] * W))
-    return b.bitcast(b.add(b.bitcast(y, VI), bits), V)
+    y = b.bitcast(b.add(b.bitcast(y, VI), bits), V)
+    return b.select(b.fcmp_ordered("<", x, constant(128.0)), y, b.fadd(x, constant(math.inf)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,6 +222,7 @@ def head(b, x, n, y):
 
 @instruction(vec, vec, vec)
 def larger(b, x, y):
+    """Where x is NaN it is y: a running maximum y passes over NaN, which the sum of powers then holds."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 

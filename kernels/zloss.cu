@@ -10,7 +10,7 @@
 //                       On sm_90 and later one thread asks for the row by bulk copies and all wait at a barrier; on
 //                       sm_80 each thread fetches its 16 bytes at a time past the registers.
 //
-// Reads and writes are 16 bytes a thread where rows are multiples of 16 bytes. A target below 0 is ignored: zeros.
+// Reads and writes are 16 bytes a thread where rows are multiples of 16 bytes and start at one. A target below 0 is ignored: zeros.
 // No header is included, so NVRTC alone compiles it.
 
 typedef unsigned short u16;
@@ -79,7 +79,7 @@ template <typename T>
 __device__ void forward(const T* logits, const long long* targets, float* loss, float* log_z, int v) {
   const long long row = blockIdx.x;
   const T* x = logits + row * v;
-  const int n = Pack<T>::n, whole = v % n ? 0 : v / n;
+  const int n = Pack<T>::n, whole = v % n || (u64)x % 16 ? 0 : v / n;
   float m = LEAST, s = 0.f;
   for (int i = threadIdx.x; i < whole; i += blockDim.x) {
     Pack<T> p;
@@ -102,7 +102,7 @@ __device__ void backward(const T* logits, const long long* targets, const float*
   const long long row = blockIdx.x, y = targets[row];
   const T* x = logits + row * v;
   T* d = gradient + row * v;
-  const int n = Pack<T>::n, whole = v % n ? 0 : v / n;
+  const int n = Pack<T>::n, whole = v % n || ((u64)x | (u64)d) % 16 ? 0 : v / n;
   const float shift = log_z[row] * LOG2E, take = y < 0 ? 0.f : g[row], factor = y < 0 ? 0.f : g[row] + h[row];
   for (int i = threadIdx.x; i < whole; i += blockDim.x) {
     Pack<T> p;

@@ -155,7 +155,7 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: 
     if logits.is_cuda:
         from nanochameleon.kernels import gpu
 
-        kilobytes = gpu.SHARED[gpu.architecture(logits.device.index)]
+        kilobytes = gpu.shared_kilobytes(logits.device.index)
         return gpu.zloss_overwrite(logits, targets.long().contiguous(), z_loss, share, kilobytes)
     targets = _checked(logits, targets)[1]
     cross_entropy, log_z = torch.empty(len(logits)), torch.empty(len(logits))

@@ -38,7 +38,7 @@ from nanochameleon.kernels.simd import (
     write_row,
 )
 
-LOG2E, LN2, LEAST = np.float32(1 / math.log(2)), np.float32(math.log(2)), np.float32(-1e30)
+LOG2E, LN2, LEAST = np.float32(1 / math.log(2)), np.float32(math.log(2)), np.float32(-math.inf)
 FOUR = 4 * W  # numbers a turn of the loops: four sums at once, since one would wait for itself
 
 
@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
 @njit
 def read_logits(p, size, v, out):
-    """A row -> float32 times log2 e, filled with -1e30 up to a multiple of FOUR. Returns the largest."""
+    """A row -> float32 times log2 e, filled with -infinity up to a multiple of FOUR. Returns the largest."""
     scale, least = splat(LOG2E), splat(LEAST)
     a, b, c, d = least, least, least, least
     whole = v // FOUR * FOUR

@@ -1,4 +1,4 @@
-"""The command line: presets as subcommands, any field of one by its dotted name (tyro). Imports no torch."""
+"""The command line: presets as subcommands, any field of one by its dotted name (tyro). Imports no torch at first."""
 
 import dataclasses
 import math
@@ -39,6 +39,19 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("sample.top_p", "sample.image_top_p")),
 )  # fmt: skip
 MAX_SEED = 2**32 - 1
+
+
+def check_kernels(device) -> None:
+    """Raises UserError where NANOCHAMELEON_KERNELS names no kernels, or some that cannot run on this torch.device."""
+    import torch
+
+    from nanochameleon.kernels.dispatch import OPS, VARIABLE, decide
+
+    try:
+        for op in OPS:
+            decide(op, device, torch.bfloat16)  # which all kernels take
+    except ValueError as error:
+        raise UserError(f"{VARIABLE}: {error}") from None
 
 
 def first_line(doc: str | None) -> str:

@@ -4,7 +4,8 @@
 
 It equals `Chameleon.forward` with a cache, up to rounding. Activations lie as (groups, features, lanes): 16 rows
 of the batch side by side, or one lane where the batch is one row. So a weight is read once for all of them, and a row's
-numbers do not depend on the rows beside it. Weights are float32, or int8 with a scale for each output (quantize.py).
+numbers do not depend on the rows beside it; those of a batch of one row equal them up to rounding (`dots`). Weights are
+float32, or int8 with a scale for each output (quantize.py).
 """
 
 import numba
@@ -80,7 +81,10 @@ tile_of_many, tile_of_one = make_tile(TILE), make_tile(1)
 
 @njit(fastmath=True, cache=True)
 def dots(x, w, first, last, scale, out):
-    """out[n, 0] = scale[n] * (w[n] . x[:, 0]) for n in first .. last - 1: a batch of one row."""
+    """out[n, 0] = scale[n] * (w[n] . x[:, 0]) for n in first .. last - 1: a batch of one row.
+
+    It adds up many lanes of k at once, and so in another order than a tile, which would wait for each product in turn.
+    """
     for n in range(first, last):
         total = np.float32(0)
         for k in range(w.shape[1]):
@@ -250,9 +254,9 @@ def layer(x, rows, positions, pre, eps, weights, norms, cos, sin, keys, values, 
 
 def joined(*linears: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     """Linear layers with one input, or their int8 versions -> all weights (N, K) and a scale for each output (N,)."""
-    weights = np.concatenate([layer.weight.detach().numpy() for layer in linears])
+    weights = [layer.weight.detach().numpy() for layer in linears]  # of one layer they stay where they are
     scales = [getattr(layer, "scale", torch.ones(len(layer.weight))).float().numpy() for layer in linears]
-    return weights, np.concatenate(scales)
+    return weights[0] if len(weights) == 1 else np.concatenate(weights), np.concatenate(scales)
 
 
 def qk_norm(norm: nn.Module) -> np.ndarray:

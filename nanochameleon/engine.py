@@ -4,7 +4,8 @@
 
 The host decides who has which row and when to look; all else is tensors (decoder.py). While every row is in a picture
 nothing is looked at until the first of them ends: the grammar knows what comes. A sample's ids depend on its prompt,
-options and seed alone, not on who shares its batch: prompts are read one by one, and rows never see one another.
+options and seed alone, not on who shares its batch, up to rounding: prompts are read one by one, and rows never see one
+another, but a product may add up in another order in a batch of another size.
 It knows nothing of pixels.
 """
 
@@ -25,7 +26,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.events import Event, Reader, open_picture
 from nanochameleon.graphs import Graphs
 from nanochameleon.run import Run
-from nanochameleon.sampling import Mode, needed
+from nanochameleon.sampling import Mode, check_stops, needed
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -47,11 +48,15 @@ def make_task(
     prompt: Sequence[int], vocab: Vocab, n_codes: int, context: int, options: SampleConfig, mode: Mode = "both",
     seed: Sequence[int] = (0,), stops: Sequence[int] | None = None,
 ) -> Task:  # fmt: skip
-    """Raises UserError, naming the lengths, for a prompt that leaves no room."""
+    """Raises UserError, naming the lengths, for a prompt that leaves no room, ValueError for a wrong mode or stop."""
     if not prompt or prompt[0] != vocab.bos:
         raise ValueError("a prompt starts with <s>")
+    check_stops(mode, stops, vocab)
     begun = open_picture(prompt, vocab)
     left = -1 if begun is None else n_codes + 1 - len(begun)
+    if begun is not None and left < 0:
+        codes = f"{len(begun) - 1} codes, and a picture has {n_codes}"
+        raise UserError(f"the picture that the prompt leaves open has {codes}: end it with <eoi>, or leave codes out")
     need = left + 1 if begun is not None else n_codes + 2 if mode == "image" else 1
     what = "one new id" if need == 1 else f"the {need} ids of a picture"
     if len(prompt) + need > context:
@@ -132,7 +137,10 @@ class Engine:
     def __post_init__(self):
         if self.model.training:
             raise ValueError("call model.eval() first: dropout would be on")
-        self.context = self.context or self.model.cfg.max_seq_len
+        most = self.model.cfg.max_seq_len
+        self.context = most if self.context is None else self.context
+        if not 1 <= self.context <= most:
+            raise ValueError(f"context must be 1 to the model's {most} ids, not {self.context}")
         self.read: dict[tuple[int, ...], int] = {}  # ids of a prompt that have been read
         with torch.inference_mode():
             self.decoder = Decoder(self.model, self.vocab, self.n_codes, self.n_rows, self.context)

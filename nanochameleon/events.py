@@ -55,20 +55,20 @@ class Reader:
         if not self.begun and self.picture is not None:
             yield PictureStarted()
         self.begun = True
-        for token in ids:
+        for i, token in enumerate(ids):
             self.new.append(token)
-            yield from self.read_one(token)
+            yield from self.read_one(token, ended and i == len(ids) - 1)
         if ended:
             if text := self.letters.decode(b"", final=True):
                 yield Text(text)
             yield End(tuple(self.new))
 
-    def read_one(self, token: int) -> Iterator[Event]:
+    def read_one(self, token: int, last: bool) -> Iterator[Event]:
         is_text = self.vocab.is_text(token)
         text = self.letters.decode(self.tokenizer.decode_bytes([token]) if is_text else b"", final=not is_text)
         if text:
             yield Text(text)
-        if token == self.vocab.boi:
+        if token == self.vocab.boi and not last:  # as the last id it is a stop, and no picture follows
             self.picture = [token]
             yield PictureStarted()
         elif token == self.vocab.eoi:

@@ -20,11 +20,11 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         q, scale = quantize(weight)
         self.register_buffer("weight", q)
-        self.register_buffer("scale", scale.to(weight.dtype))
+        self.register_buffer("scale", scale)  # float32, whatever the type of the activations
 
     def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        # scaled behind the product, which needs one weight in the type of x at a time
-        return F.linear(x, self.weight[columns].to(x.dtype)) * self.scale[columns]
+        # one weight in the type of x at a time; scaled before the product, whose sums in fp16 would else be infinite
+        return F.linear(x, self.weight[columns].to(x.dtype).mul_(self.scale[columns, None]))
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

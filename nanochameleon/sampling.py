@@ -147,6 +147,15 @@ MODES = ("text", "image", "both")
 OPEN, SHUT, PICTURE, CLOSE, DONE = range(5)  # in text with room for a picture, without; in a picture; at its end; ended
 
 
+def check_stops(mode: Mode, stops: Sequence[int] | None, vocab: Vocab) -> None:
+    """Raises ValueError for a mode that is none, and for a stop id that could also be something else."""
+    ends = {vocab.eos, vocab.eot, vocab.boi}
+    if mode not in MODES or (stops is not None and not (stops and set(stops) <= ends)):
+        raise ValueError(f"mode is {MODES} and stops are </s>, end of turn or <boi>: {mode}, {stops}")
+    if stops is not None and vocab.boi in stops and mode != "text":
+        raise ValueError(f"<boi> can end a row in mode text alone, not in {mode}")
+
+
 @dataclass(frozen=True)
 class Grammar:
     """What may come next in each of N rows, in state (left, room, done), each in a mode and with stops of its own.
@@ -183,10 +192,7 @@ class Grammar:
         """
         ends = (vocab.eos, vocab.eot, vocab.boi)
         for mode, some, lacks, free in zip(modes, stops, left, room, strict=True):
-            if mode not in MODES or (some is not None and not (some and set(some) <= set(ends))):
-                raise ValueError(f"mode is {MODES} and stops are </s>, end of turn or <boi>: {mode}, {some}")
-            if some is not None and vocab.boi in some and mode != "text":
-                raise ValueError(f"<boi> can end a row in mode text alone, not in {mode}")
+            check_stops(mode, some, vocab)
             if lacks > n_codes or (lacks >= 0 and free < lacks + 1) or free < 1:
                 raise ValueError("a row has no room for one new id or for the rest of its picture")
         flags = [[end in (some or (vocab.eos,)) for end in ends] for some in stops]

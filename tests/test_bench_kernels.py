@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from nanochameleon.bench import kernels
 from nanochameleon.bench.__main__ import Args, main
 from nanochameleon.bench.kernels import attention_case, check, linear_case, zloss_case
 from nanochameleon.bench.rows import save
@@ -49,3 +50,22 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA device"):
         main(Args("kernels", device="cuda"))
+
+
+def test_rows_are_kept_when_a_later_case_fails(tmp_path, monkeypatch):
+    def measure(args):
+        yield from to_rows("kernels", "zloss 1 x 2", {"reference": 0.004}, "reference", CPU)
+        raise RuntimeError("the next case")
+
+    monkeypatch.setattr("nanochameleon.bench.__main__.measure", measure)
+    with pytest.raises(RuntimeError, match="the next case"):
+        main(Args("kernels", json=tmp_path / "rows.json"))
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", ["fp32", "bf16"]), ("cuda", ["bf16"])])
+def test_a_step_is_measured_in_the_types_that_its_kernels_take(device, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "step_rows", lambda precision, *rest: seen.append(precision) or [])
+    list(kernels.bench(iter(()), torch.device(device), True, "step"))
+    assert seen == expected

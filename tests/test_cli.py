@@ -1,5 +1,6 @@
 """The command line: a wrong word ends with its name and code 2, before torch is imported and without a traceback."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,15 @@ def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tm
         "folder",
         "config.json",
     }
+
+
+@pytest.mark.parametrize(
+    "program", [["train.py", "toy"], ["sample.py", "nowhere", "a"], ["-m", "nanochameleon.bench", "kernels"]]
+)
+@pytest.mark.parametrize("wish, why", [("fast", "no kernels called 'fast'"), ("cuda", "the tensors are on cpu")])
+def test_kernels_that_are_not_there_are_refused_at_the_start(program, wish, why, tmp_path):
+    words = [ROOT / program[0] if program[0].endswith(".py") else program[0], *program[1:], "--device", "cpu"]
+    environment = os.environ | {"NANOCHAMELEON_KERNELS": wish}
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: NANOCHAMELEON_KERNELS: ")
+    assert why in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -79,3 +79,11 @@ def test_lanes_there_and_back(rows):
     lanes = to_lanes(x)
     assert lanes.shape == (-(-rows // lanes.shape[2]), 6, 1 if rows == 1 else 16)
     assert torch.equal(from_lanes(lanes, rows), x)
+
+
+def test_weights_that_are_not_joined_are_not_copied():
+    model = tiny_model()
+    decoder = CPUDecoder(model, KVCache.empty(model.cfg, 1, 8, CPU, torch.float32))
+    (_, (wo, _), _, (w2, _)), block = decoder.weights[0], model.layers[0]
+    pairs = [(wo, block.attention.wo), (w2, block.feed_forward.w2), (decoder.output, model.output)]
+    assert all(array.ctypes.data == layer.weight.data_ptr() for array, layer in pairs)

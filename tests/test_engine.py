@@ -364,6 +364,30 @@ def test_an_engine_without_rows_for_guidance_says_so():
         engine.add([VOCAB.bos], replace(OPTIONS, guidance=3.0, guidance_image=1.2))
 
 
+@pytest.mark.parametrize(
+    "mode, stops", [("draw", None), ("text", ()), ("text", (VOCAB.pad,)), ("both", (VOCAB.eos, VOCAB.boi))]
+)
+def test_a_wrong_mode_or_stop_is_refused_when_it_is_added_and_harms_nobody(mode, stops):
+    engine = Engine(MODEL, VOCAB, N_CODES, 4)
+    engine.add([VOCAB.bos], OPTIONS, seed=(0, 0))
+    with pytest.raises(ValueError, match=r"stops are|<boi> can end"):
+        engine.add([VOCAB.bos], OPTIONS, mode, stops=stops)
+    ids = [token for news in engine.run() for token in news.ids]
+    assert [ids] == generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, OPTIONS)
+
+
+def test_an_open_picture_of_too_many_codes_is_refused():
+    prompt = [VOCAB.bos, VOCAB.boi, *[VOCAB.first_code] * (N_CODES + 1)]
+    with pytest.raises(UserError, match="has 5 codes, and a picture has 4"):
+        generate(MODEL, [prompt], VOCAB, N_CODES, OPTIONS)
+
+
+@pytest.mark.parametrize("context", [0, MODEL.cfg.max_seq_len + 1])
+def test_a_context_that_the_model_does_not_have_is_refused(context):
+    with pytest.raises(ValueError, match="1 to the model's 64 ids"):
+        Engine(MODEL, VOCAB, N_CODES, 2, context)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streaming
 
@@ -413,3 +437,9 @@ def test_pieces_of_text_never_split_a_character():
     texts = [event.text for event in told if isinstance(event, Text)]
     assert texts == ["é", "日", "\U0001f44d", "\ufffda", "\ufffd"]
     assert [type(event) for event in told[-4:]] == [PictureStarted, Image, Text, End]
+
+
+def test_a_row_that_ends_where_the_model_wants_to_draw_tells_of_no_picture():
+    reader, letter = Reader([VOCAB.bos], TOKENIZER), VOCAB.first_text + 65
+    told = [*reader.read([letter], False), *reader.read([letter, VOCAB.boi], True)]
+    assert told == [Text("A"), Text("A"), End((letter, letter, VOCAB.boi))]

@@ -28,6 +28,15 @@ def test_the_layer_is_the_product_with_the_rounded_weight():
     torch.testing.assert_close(layer(x, slice(1, 5)), (x @ rounded.T)[:, 1:5])
 
 
+def test_wide_layers_in_fp16_are_finite_and_right():
+    """4,096 codes of up to 127 add up to more than 65,504, which is where float16 ends."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.rand(6, 4_096, generator=generator) * 1e-3, torch.rand(3, 4_096, generator=generator)
+    layer = QuantizedLinear(weight.half())
+    assert layer.scale.dtype == torch.float32
+    torch.testing.assert_close(layer(x.half()).float(), x @ weight.T, rtol=5e-3, atol=0)
+
+
 def test_every_matrix_is_int8_and_nothing_else():
     model, whole = quantize_(tiny_model()), tiny_model()
     types = {name: x.dtype for name, x in model.state_dict().items()}

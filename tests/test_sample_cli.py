@@ -1,5 +1,6 @@
 """sample.py on a run folder with random weights: what it draws, says, saves and refuses."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,32 @@ def test_free_mode_mixes_words_and_pictures(run, tmp_path):
     parts = [part for one in samples for part in one]
     files = [part for part in parts if isinstance(part, Path)]
     assert files and len(files) < len(parts) and all(path.is_file() for path in files)
+
+
+@pytest.mark.parametrize("mode", ["free", "text", "answer"])
+def test_several_samples_are_rows_of_one_engine_and_told_in_order(mode, run, tmp_path, monkeypatch):
+    from nanochameleon import engine
+
+    made, start = [], engine.Engine.__post_init__
+    monkeypatch.setattr(engine.Engine, "__post_init__", lambda self: made.append(self) or start(self))
+    args = Args(run, ("a",), mode=mode, n=5, temperature=20.0, top_p=1.0, max_new=20, scale=1, out=tmp_path)
+
+    def said(samples):
+        return [[part.read_bytes() if isinstance(part, Path) else part for part in one] for one in samples]
+
+    several = said(main(args))
+    assert len(made) == 1 and len(several) == 5
+    assert several[0] == said(main(dataclasses.replace(args, n=1)))[0]
+
+
+def test_int8_answers_and_draws(run, picture, tmp_path, monkeypatch):
+    from nanochameleon import quantize
+
+    made, start = [], quantize.QuantizedLinear.__init__
+    monkeypatch.setattr(quantize.QuantizedLinear, "__init__", lambda self, w: made.append(w) or start(self, w))
+    [[said]] = main(Args(run, (picture, "ta?"), max_new=5, dtype="int8"))
+    [[path]] = main(Args(run, ("a",), out=tmp_path, dtype="int8"))
+    assert isinstance(said, str) and path.is_file() and len(made) > 2
 
 
 def test_control_characters_do_not_reach_the_terminal(run, capsys):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from nanochameleon.cli import check_kernels
 from nanochameleon.errors import UserError, exit_on_user_error
 
 
@@ -34,6 +35,7 @@ def measure(args: Args) -> Iterator[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: leave --device out")
     device = torch.device(args.device)
+    check_kernels(device)
     if args.bench == "engine":
         from nanochameleon.bench import engine
 
@@ -48,12 +50,22 @@ def measure(args: Args) -> Iterator[dict]:
 
 
 def main(args: Args) -> None:
-    from nanochameleon.bench import rows, timing
+    from nanochameleon.bench import rows
 
     measured = []
-    for row in measure(args):
-        rows.show(row)
-        measured.append(row)
+    try:
+        for row in measure(args):
+            rows.show(row)
+            measured.append(row)
+    finally:  # what was measured is kept, whatever a later case does
+        if measured:
+            keep(args, measured)
+
+
+def keep(args: Args, measured: list) -> None:
+    """Writes the files that were asked for. Raises UserError where one cannot be written."""
+    from nanochameleon.bench import rows, timing
+
     try:
         if args.json:
             rows.save(measured, args.json)

@@ -64,7 +64,7 @@ def check_own_attention(device: torch.device) -> None:
             for kind in (torch.float64, NARROW)
         )
         for simple in (False, True):
-            out, _ = gpu.attention(q, k, v, docs, simple)
+            out = gpu.attention(q, k, v, docs, simple)
             compare(f"attention{'_simple' if simple else ''}_{e} at T {t}", out, plain, truth)
 
 

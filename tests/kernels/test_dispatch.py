@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from nanochameleon.kernels.dispatch import AUTO, NAMES, OPS, VARIABLE, choose, decide, explain, use_kernels
+from nanochameleon.kernels.dispatch import (
+    AUTO,
+    NAMES,
+    OPS,
+    STEP,
+    VARIABLE,
+    architecture,
+    choose,
+    decide,
+    explain,
+    use_kernels,
+)
 
 CPU = torch.device("cpu")
 x = torch.zeros(1)
@@ -60,8 +71,23 @@ def test_the_table_names_each_op_for_each_type_once():
     assert {name for name, _ in AUTO.values()} <= set(NAMES) - {"auto"}
 
 
-def test_explain_has_a_line_for_each_op():
+def test_explain_has_a_line_for_each_op_of_a_step():
     with use_kernels("auto"):
         lines = explain(CPU, torch.bfloat16).splitlines()
-    for line, op in zip(lines, OPS, strict=True):
+    for line, op in zip(lines, STEP, strict=True):
         assert line.split()[:2] == [op, AUTO[op, torch.bfloat16][0]] and AUTO[op, torch.bfloat16][1] in line
+    assert "linear_zloss_cross_entropy" not in STEP  # losses.py takes logits
+
+
+def test_a_gpu_that_no_kernel_was_written_for_is_named(monkeypatch):
+    monkeypatch.setattr("nanochameleon.kernels.dispatch.find_spec", lambda name: True)
+    decided = {}
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        with use_kernels("cuda"):
+            try:
+                decide("zloss_cross_entropy", torch.device("cuda"), torch.bfloat16)
+                decided[capability] = architecture(*capability)
+            except ValueError as error:
+                assert f"not written for a GPU of compute capability {capability[0]}.{capability[1]}" in str(error)
+    assert decided == {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90a", (10, 0): "sm_100a"}

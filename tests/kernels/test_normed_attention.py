@@ -109,6 +109,12 @@ def test_inputs_of_other_strides_are_read_right_and_never_written():
     assert torch.equal(out, copied) and torch.equal(fused, before)
 
 
+def test_the_sums_that_the_gradient_needs_have_none_themselves():
+    x, turns = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
+    out, lse = torch.ops.nanochameleon.normed_attention(x, x, x, turns, None, None, None, None, None, EPS)
+    assert out.requires_grad and not lse.requires_grad
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 6, requires_grad=True)
@@ -130,3 +136,33 @@ def test_with_the_norm_a_factor_on_queries_and_keys_changes_nothing(seed, factor
     with use_kernels("numba"):
         out, scaled = (normed_attention(c * q, c * k, v, table, None, *norms, 1e-12) for c in (1.0, factor))
     torch.testing.assert_close(scaled, out, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_has_diverged_is_seen_by_all_that_see_it(which, normed, value):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 70, 1, 16, generator=generator) for _ in "qkv"]
+    inputs[which][0, 20, 0, 3] = value
+    table = rotary_table(torch.arange(70).expand(1, 70), 16, 1e4)
+    norms = [(torch.ones(1, 16), torch.zeros(1, 16)) if normed else None for _ in "qk"]
+    outcomes = []
+    for function in (numba := with_numba(normed_attention), normed_attention_reference):
+        x = [y.clone().requires_grad_() for y in inputs]
+        out = function(*x, table, None, *norms, EPS)
+        outcomes.append([out.detach(), *torch.autograd.grad(out.sum(), x)])
+    result, naive = outcomes
+    assert not naive[0].isfinite().all()
+    met = [slice(20, None)] * 2 + [slice(0, 21) if which == 0 else slice(None)] * 2  # who sees it, and what it sees
+    for x, y, rows in zip(result, naive, met, strict=True):
+        assert not (x.isfinite() & ~y.isfinite())[:, rows].any()
+    assert numba(*inputs, table, None, *norms, EPS)[:, :20].isfinite().all()
+
+
+def with_numba(function):
+    def run(*args):
+        with use_kernels("numba"):
+            return function(*args)
+
+    return run

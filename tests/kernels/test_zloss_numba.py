@@ -123,3 +123,47 @@ def test_a_target_beyond_the_vocabulary_is_refused():
             zloss_cross_entropy(torch.zeros(2, 7), torch.tensor([0, 7]))
         with pytest.raises(IndexError, match="target 7 is out of range for 7 logits"):
             linear_zloss_cross_entropy(torch.zeros(2, 3), torch.zeros(7, 3), torch.tensor([0, 7]))
+
+
+BROKEN = {
+    "nan": [torch.nan], "inf": [torch.inf], "both": [torch.inf, -torch.inf], "one -inf": [-torch.inf],
+    "all -inf": [-torch.inf] * 90, "all nan": [torch.nan] * 90,
+}  # fmt: skip
+
+
+def assert_broken_where(results, references) -> None:
+    for x, y in zip(results, references, strict=True):
+        assert not (x.isfinite() & ~y.isfinite()).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at", [0, 70, 89])
+@pytest.mark.parametrize("values", BROKEN.values(), ids=BROKEN)
+def test_what_has_diverged_is_seen_in_the_loss_and_its_gradient(values, at, dtype):
+    logits, targets = torch.randn(3, 90), torch.tensor([5, 71, 8])
+    at = min(at, 90 - len(values))
+    logits[1, at : at + len(values)] = torch.tensor(values)
+    upstream = torch.rand(2, 3)
+    result, naive = (
+        outcome(function, [logits], targets, upstream, dtype)
+        for function in (numba(zloss_cross_entropy), zloss_cross_entropy_reference)
+    )
+    assert_broken_where(result, naive)
+    assert all(x[[0, 2]].isfinite().all() for x in result)  # the rows beside it
+    if values == [-torch.inf] and at != 71:
+        assert all(x.isfinite().all() for x in result)
+    buffer = logits.to(dtype)
+    assert_broken_where([*zloss_cross_entropy_(buffer, targets, 1e-2, 0.25), buffer], naive)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+def test_so_it_is_with_the_output_layer_in_one(where, value):
+    tensors = {"hidden": torch.randn(3, 20), "weight": torch.randn(90, 20).abs()}
+    tensors[where][1, 3] = value
+    result, naive = (
+        outcome(function, list(tensors.values()), torch.tensor([5, 71, 8]), torch.rand(2, 3), torch.float32)
+        for function in (numba(linear_zloss_cross_entropy), linear_zloss_cross_entropy_reference)
+    )
+    assert not all(x.isfinite().all() for x in naive)
+    assert_broken_where(result, naive)
