@@ -266,6 +266,17 @@ def qk_norm(norm: nn.Module) -> np.ndarray:
     return np.stack([norm.weight.detach().numpy(), norm.bias.detach().numpy()], 1)
 
 
+def share_threads() -> None:
+    """As many of Numba's threads as torch has; torch keeps its number.
+
+    Numba's first call sets that of the OpenMP that both use to all cores, and torch's sums then round differently.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 class CPUDecoder:
     """A model's weights, laid out for the step above, beside the cache that it reads and writes."""
 
@@ -289,7 +300,7 @@ class CPUDecoder:
     def step(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """New ids (n,) at places (rows, positions) of the cache -> hidden states (n, D). One of each of many rows, or
         the next ones of one row."""
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        share_threads()
         if len(self.scratch) < len(tokens) * self.cfg.kv_heads:
             self.scratch = np.empty((len(tokens) * self.cfg.kv_heads, self.scratch.shape[1]), np.float32)
         x, places = to_lanes(self.embeddings[tokens]), (rows.numpy(), positions.numpy())

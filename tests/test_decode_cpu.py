@@ -1,5 +1,8 @@
 """The step in Numba against the model's own forward pass, whatever the batch, the heads and the type of the weights."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import TINY_MODEL, tiny_model
@@ -87,3 +90,16 @@ def test_weights_that_are_not_joined_are_not_copied():
     (_, (wo, _), _, (w2, _)), block = decoder.weights[0], model.layers[0]
     pairs = [(wo, block.attention.wo), (w2, block.feed_forward.w2), (decoder.output, model.output)]
     assert all(array.ctypes.data == layer.weight.data_ptr() for array, layer in pairs)
+
+
+def test_torch_keeps_its_number_of_threads():
+    """Numba's first call would raise it to all cores; training after a sample would then round differently."""
+    lines = """
+import torch
+torch.set_num_threads(1)
+from nanochameleon import decode_cpu
+decode_cpu.share_threads()
+print(torch.get_num_threads())
+"""
+    said = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["1"]
