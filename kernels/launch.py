@@ -7,8 +7,9 @@ forked process could inherit half, and one compiled version for any number of th
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,20 +17,39 @@ from pathlib import Path
 import torch
 
 
-def kernel(function: Callable) -> Callable:
-    """Numba's njit, without the interpreter's lock, kept on disk in a folder named by all sources beside this one.
+@contextmanager
+def cache_folder(function: Callable) -> Iterator[None]:
+    """Inside, Numba keeps what it compiles in a folder named by all sources beside this one and beside the function's.
 
-    Numba's own cache looks at the function's file alone, and would not see that what it calls was edited.
+    Its own cache looks at the function's file alone, and would not see that what it calls was edited.
     """
-    from numba import config, njit
+    from numba import config
 
     here, before = Path(__file__).parent, config.CACHE_DIR
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
+    folders = sorted({here, Path(function.__code__.co_filename).parent})
+    sources = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))]
+    digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     config.CACHE_DIR = str((Path(before) if before else here / "__pycache__") / digest)  # read by njit, now
     try:
-        return njit(cache=True, nogil=True)(function)
+        yield
     finally:
         config.CACHE_DIR = before
+
+
+def kernel(function: Callable) -> Callable:
+    """Numba's njit, without the interpreter's lock, kept on disk."""
+    from numba import njit
+
+    with cache_folder(function):
+        return njit(cache=True, nogil=True)(function)
+
+
+def callback(function: Callable, signature) -> Callable:
+    """Numba's cfunc, kept on disk: compiled now, and then called by other compiled code at its `address`."""
+    from numba import cfunc
+
+    with cache_folder(function):
+        return cfunc(signature, cache=True)(function)
 
 
 @cache

@@ -15,18 +15,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nanochameleon.config import SampleConfig
 from nanochameleon.data import RawDocument, fuse
-from nanochameleon.decoder import FULL, NOTHING, PICTURES, Decoder, Task
+from nanochameleon.decoder import Decoder, Task
 from nanochameleon.documents import render
 from nanochameleon.errors import UserError
 from nanochameleon.events import Event, Reader, open_picture
 from nanochameleon.graphs import Graphs
 from nanochameleon.run import Run
-from nanochameleon.sampling import Mode, check_stops, needed
+from nanochameleon.sampling import FULL, NOTHING, PICTURES, Mode, check_stops, needed
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -92,7 +91,7 @@ class Row:
     place: int
     reads: int
     prompt: tuple[int, ...]
-    hidden: Tensor | None = None  # at the prompt's end, once that is read
+    read: bool = False  # all of it?
 
 
 @dataclass(eq=False)
@@ -192,25 +191,29 @@ class Engine:
 
     def read_prompts(self) -> None:
         """A chunk of the oldest prompts. Chunks of a prompt begin at fixed places, whatever else is read."""
-        budget = self.chunk
-        while self.prompts and budget > 0:
-            prompt, rows = next(iter(self.prompts.items()))
-            start = self.read.pop(prompt, 0)
-            ids = prompt[start : start + self.chunk]
-            hidden = self.decoder.prefill(ids, rows[0].place, start)
-            budget -= len(ids)
-            if start + len(ids) < len(prompt):
-                self.read[prompt] = start + len(ids)
-                continue
-            for row in self.prompts.pop(prompt):
-                row.hidden = hidden
-                if row is not rows[0]:
-                    self.decoder.share(rows[0].place, row.place, len(prompt))
-        ready = [s for s in self.running if not s.begun and all(row.hidden is not None for row in s.rows)]
+        budget, parts, whole = self.chunk, [], []
+        for prompt, rows in self.prompts.items():
+            start = self.read.get(prompt, 0)
+            parts.append((prompt[start : start + self.chunk], rows[0].place, start))
+            self.read[prompt] = start + len(parts[-1][0])
+            budget -= len(parts[-1][0])
+            whole += [prompt] if self.read[prompt] == len(prompt) else []
+            if budget <= 0:
+                break
+        if parts:
+            self.decoder.prefill(parts)
+        for prompt in whole:
+            first, *others = self.prompts.pop(prompt)
+            for row in others:
+                self.decoder.share(first.place, row.place, self.read[prompt])
+            del self.read[prompt]
+            for row in (first, *others):
+                row.read = True
+        ready = [s for s in self.running if not s.begun and all(row.read for row in s.rows)]
         for sample in ready:
             sample.begun = True
             for row in sample.rows:
-                self.decoder.begin(row.place, sample.task, row.reads, row.prompt, row.hidden)
+                self.decoder.begin(row.place, sample.task, row.reads)
         if ready:
             self.seat()
 
@@ -254,8 +257,11 @@ class Engine:
         span = min(-(-longest // 64) * 64, self.context)  # in steps of 64, so that graphs stay few
         n = self.graphs.size(self.n_live, self.n_rows)
         arguments = (n, span, columns, self.guided, self.needs)
-        for _ in range(steps):
-            self.graphs.run(arguments, lambda: self.decoder.step(*arguments))
+        if self.decoder.cpu is not None:
+            self.decoder.cpu.run(n, steps)
+        else:
+            for _ in range(steps):
+                self.graphs.run(arguments, lambda: self.decoder.step(*arguments))
         return self.decoder.look(n, steps)
 
     def tell(self, looked: tuple[list[list[int]], list[bool]]) -> list[News]:

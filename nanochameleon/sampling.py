@@ -52,7 +52,8 @@ def top(logits: Tensor, k: Tensor, p: Tensor) -> Tensor:
 
 def min_p(logits: Tensor, share: Tensor) -> Tensor:
     """Ids at least `share` times as probable as the likeliest (arXiv 2407.01082); 0 leaves everything."""
-    return logits.masked_fill(logits - logits.amax(-1, keepdim=True) < share.log()[:, None], -torch.inf)
+    least = share.log()[:, None].to(logits.dtype)
+    return logits.masked_fill(logits - logits.amax(-1, keepdim=True) < least, -torch.inf)
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -60,34 +61,29 @@ def probabilities(logits: Tensor) -> Tensor:
     return (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(-1)
 
 
+TEMPERATURE, TOP_K, TOP_P, MIN_P = range(0, 8, 2)  # rows of Options: of text, and behind it of picture codes
+PENALTY, GUIDANCE, GUIDANCE_IMAGE = range(8, 11)
+
+
 @dataclass(frozen=True)
 class Options:
-    """SampleConfig for N rows: a column for text and one for picture codes, (N, 2), where both have their own."""
+    """SampleConfig for N rows, (11, N): TEMPERATURE .. GUIDANCE_IMAGE; top_k inf is without."""
 
-    temperature: Tensor
-    top_k: Tensor  # inf is without
-    top_p: Tensor
-    min_p: Tensor
-    repetition_penalty: Tensor  # (N,) of text alone
-    guidance: Tensor  # (N,) on the text of the prompt
-    guidance_image: Tensor  # (N,) on its pictures
+    table: Tensor
 
     @staticmethod
     def of(configs: Sequence[SampleConfig], device: torch.device) -> "Options":
+        columns = [
+            (c.temperature, c.image_temperature, *(torch.inf if k is None else k for k in (c.top_k, c.image_top_k)),
+             c.top_p, c.image_top_p, c.min_p, c.image_min_p, c.repetition_penalty, c.guidance, c.guidance_image)
+            for c in configs
+        ]  # fmt: skip
         kind = torch.float32 if device.type == "mps" else torch.float64
+        return Options(torch.tensor(columns, dtype=kind).T.contiguous().to(device))
 
-        def column(read):
-            return torch.tensor([read(c) for c in configs], dtype=kind, device=device)
-
-        return Options(
-            column(lambda c: (c.temperature, c.image_temperature)),
-            column(lambda c: [torch.inf if k is None else k for k in (c.top_k, c.image_top_k)]),
-            column(lambda c: (c.top_p, c.image_top_p)),
-            column(lambda c: (c.min_p, c.image_min_p)),
-            column(lambda c: c.repetition_penalty),
-            column(lambda c: c.guidance),
-            column(lambda c: c.guidance_image),
-        )
+    def of_each(self, name: int, in_picture: Tensor) -> Tensor:
+        """(N,): that of pictures where in_picture (N,), else that of text."""
+        return torch.where(in_picture, self.table[name + 1], self.table[name])
 
 
 def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
@@ -101,12 +97,9 @@ def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
 
 def filtered(logits: Tensor, options: Options, in_picture: Tensor, sorts: bool = True) -> Tensor:
     """The filters of text or, where in_picture (N,), of pictures, in the order of the released code."""
-    column = in_picture.long()[:, None]
-    t, k, p, share = (
-        getattr(options, name).gather(1, column)[:, 0] for name in ("temperature", "top_k", "top_p", "min_p")
-    )
+    t, k, p, share = (options.of_each(name, in_picture) for name in (TEMPERATURE, TOP_K, TOP_P, MIN_P))
     logits = temperature(logits, t)
-    return min_p(top(logits, k, p) if sorts else logits, share.to(logits.dtype))
+    return min_p(top(logits, k, p) if sorts else logits, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,6 +117,9 @@ def pick(logits: Tensor, uniforms: Tensor) -> Tensor:
     ids = ids.clamp(max=logits.shape[-1] - 1)
     # A parallel sum need not be monotone to the last bit, so an impossible id could be hit at an edge.
     return torch.where(probs.gather(-1, ids) > 0, ids, probs.argmax(-1, keepdim=True))[:, 0].to(logits.device)
+
+
+FULL, PICTURES, NOTHING = range(3)  # what a branch reads of its sample: everything, pictures alone, the open one alone
 
 
 def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: Tensor, image_scale: Tensor) -> Tensor:
@@ -154,6 +150,11 @@ def check_stops(mode: Mode, stops: Sequence[int] | None, vocab: Vocab) -> None:
         raise ValueError(f"mode is {MODES} and stops are </s>, end of turn or <boi>: {mode}, {stops}")
     if stops is not None and vocab.boi in stops and mode != "text":
         raise ValueError(f"<boi> can end a row in mode text alone, not in {mode}")
+
+
+def stop_flags(stops: Sequence[int] | None, vocab: Vocab) -> list[bool]:
+    """Does </s>, the end of turn, <boi> end the row?"""
+    return [end in (stops or (vocab.eos,)) for end in (vocab.eos, vocab.eot, vocab.boi)]
 
 
 @dataclass(frozen=True)
@@ -190,17 +191,15 @@ class Grammar:
         table: grammar_table's, on the device wanted; None makes one.
         Raises ValueError where an open picture has no room or a stop id could also be something else.
         """
-        ends = (vocab.eos, vocab.eot, vocab.boi)
         for mode, some, lacks, free in zip(modes, stops, left, room, strict=True):
             check_stops(mode, some, vocab)
             if lacks > n_codes or (lacks >= 0 and free < lacks + 1) or free < 1:
                 raise ValueError("a row has no room for one new id or for the rest of its picture")
-        flags = [[end in (some or (vocab.eos,)) for end in ends] for some in stops]
         table = grammar_table(vocab) if table is None else table
         device = table.device
         numbers = [MODES.index(mode) for mode in modes], left, room
         mode, left, room = (torch.tensor(x, dtype=torch.long, device=device) for x in numbers)
-        flags = torch.tensor(flags, dtype=torch.bool, device=device).view(-1, len(ends))
+        flags = torch.tensor([stop_flags(some, vocab) for some in stops], dtype=torch.bool, device=device).view(-1, 3)
         return Grammar(vocab, n_codes, table, mode, flags, left, room, torch.zeros_like(left, dtype=torch.bool))
 
     def rows(self, which) -> "Grammar":
@@ -232,6 +231,8 @@ class Grammar:
 
 
 STATE = ("mode", "stops", "left", "room", "done")
+MODE, LEFT, ROOM, COUNT, READS, LENGTH = range(6)  # rows of Decoder.numbers, (6, N) int64
+EOS_STOPS, EOT_STOPS, BOI_STOPS, ENDED = range(4)  # rows of Decoder.flags, (4, N) bool
 
 
 def grammar_table(vocab: Vocab) -> Tensor:

@@ -1,0 +1,104 @@
+"""Where everything lies that a compiled step reads or writes: one record of sizes and addresses, MAP.
+
+Every function here takes it as `m`, one pointer, so that it costs nothing to pass on. D = dim, F = ffn_dim, H query
+heads, G key heads, E = head_dim; D', F', E' are rounded up to whole registers, and what fills a row up is 0. N rows of
+the batch, V ids.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+
+from nanochameleon.kernels.simd import W, address, instruction
+
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")  # what only compiled code calls
+
+SIZES = (
+    "dim", "ffn_dim", "n_heads", "kv_heads", "head_dim", "n_layers", "vocab_size",
+    "context",  # ids that a row of the cache holds
+    "groups",  # of QK-norm; 0 is without
+    "pre",  # 1: a norm before each branch; 0: behind it
+    "n_rows",  # of the batch
+    "members",  # of the team
+)  # fmt: skip
+IDS = ("eos", "pad", "eot", "boi", "eoi", "first_code", "first_text", "codes_each")  # the vocabulary's; codes a picture
+WEIGHTS = (
+    "product",  # the function of products.py for weights of this type
+    "product_fp32",
+    "embeddings",  # (V, D)
+    "norm",  # (D')
+    "output",  # (V, D)
+    "output_scale",  # (V,)
+    "turns",  # (context, E'): cos and sin of each pair in turn
+    "layers",  # (L, SLOTS) int64: see layers.py
+)
+ACTIVATIONS = (  # one line for each id that is being read, except the last three
+    "queue",  # (3, ids) int64: ids to be read, their rows and positions
+    "ids",  # how many that are at most
+    "x", "normed", "branch",  # (ids, D')
+    "qkv",  # (ids, (H + 2 G) E)
+    "heads",  # (ids, H E)
+    "up", "gate",  # (ids, F')
+    "scratch",  # (members, floats)
+    "floats",
+    "hidden",  # (N, D): the outcome, a row's newest
+)  # fmt: skip
+ROWS = (  # decoder.py's tensors
+    "numbers",  # (6, N) int64: MODE .. LENGTH
+    "flags",  # (4, N) bool: three stops, ENDED
+    "options",  # (11, N) float64
+    "seen",  # (N, V) bool
+    "uniforms",  # (N, context) float64
+    "sample",  # (3, N) int64
+    "log",  # (steps, N) int64
+)
+CHOICE = (  # a place is a row's among those whose logits are wanted
+    "asking",  # (N, D'): hidden states by place, those of text first
+    "logits",  # (N, V) by place
+    "places",  # (N,) int64: of each row
+    "leads",  # (N,) int64: the rows whose id is chosen
+    "chosen",  # (N,) int64: ids, by row
+    "lines",  # (members, V) float32
+    "weights",  # (members, V) float64
+    "heaps",  # (members, V + 3) int64
+)
+NAMES = ("board", *SIZES, *IDS, *WEIGHTS, *ACTIVATIONS, *ROWS, *CHOICE)
+MAP = np.dtype([*((name, np.int64) for name in NAMES), ("eps", np.float64)])
+
+
+@inner
+def padded(n):
+    return (n + W - 1) // W * W
+
+
+def pointer_to(kind):
+    @instruction(types.CPointer(kind), address)
+    def pointer(b, p):
+        return b.inttoptr(p, (ir.IntType(8) if kind == types.boolean else kinds[kind]).as_pointer())
+
+    return pointer
+
+
+kinds = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int64: ir.IntType(64)}
+_float, _double, _int, _bool = (pointer_to(kind) for kind in (types.float32, types.float64, types.int64, types.boolean))
+
+
+@inner
+def floats(p, n):
+    """n float32 at an address, as an array; the others alike."""
+    return carray(_float(p), n)
+
+
+@inner
+def doubles(p, n):
+    return carray(_double(p), n)
+
+
+@inner
+def ints(p, n):
+    return carray(_int(p), n)
+
+
+@inner
+def bools(p, n):
+    return carray(_bool(p), n)
