@@ -57,6 +57,7 @@ class CPUDecoder:
         names = "hidden", "numbers", "flags", "options", "seen", "uniforms", "sample", "log"
         for name, x in zip(names, (*state, decoder.sample, decoder.log), strict=True):
             fields[name] = self.at(x)
+        self.log, self.pad = decoder.log.numpy(), decoder.vocab.pad
         self.map = np.zeros(1, MAP)
         for name in MAP.names:
             self.map[name] = fields[name]
@@ -71,11 +72,14 @@ class CPUDecoder:
             self.run(0, 0, len(some))
 
     def run(self, n: int, steps: int, reading: int = 0) -> int:
-        """Reads that much of the queue; up to `steps` steps of the first n rows -> how many until all had ended."""
+        """Reads that much of the queue; up to `steps` steps of the first n rows -> how many until all had ended. Their
+        ids stand in the log, pad where a row or all have ended."""
         for i, follower in enumerate(self.followers):
             if follower is None or follower.done():
                 self.followers[i] = helpers(self.members - 1, os.getpid()).submit(self.work, i + 1)
-        return self.work(0, n, steps, reading)
+        made = self.work(0, n, steps, reading)
+        self.log[made:steps] = self.pad
+        return made
 
     def work(self, member: int, n: int = 0, steps: int = 0, reading: int = 0) -> int:
         return run(self.map[0], member, n, steps, reading)

@@ -126,7 +126,8 @@ class Engine:
     n_rows: int = 16  # of the batch; a sample takes one, with guidance up to three
     context: int | None = None  # ids a row can hold; None: as many as the model
     chunk: int = 512  # ids of prompts read between two stretches of decoding
-    look: int | None = None  # steps between two looks at most; None: as many as the grammar foresees
+    look: int | None = None  # steps between two looks at most; None: as many as need none
+    blind: int = 8  # steps of text without a look, where nobody waits for rows and a step sees ends by itself: on a CPU
     waiting: deque[tuple[int, Task]] = field(default_factory=deque, init=False)
     running: list[Sample] = field(default_factory=list, init=False)
     prompts: dict[tuple[int, ...], list[Row]] = field(default_factory=dict, init=False)  # being read, by whom
@@ -247,21 +248,23 @@ class Engine:
     # Steps
 
     def decode(self) -> tuple[list[list[int]], list[bool]]:
-        """As many steps as the grammar foresees without a look."""
+        """As many steps as need no look: inside pictures the grammar foresees them, and on a CPU steps see ends."""
         samples = [sample for sample in self.running if sample.begun]
         inside = [sample.left >= 0 for sample in samples]
-        columns = "picture" if all(inside) else "all" if any(inside) else "text"
         steps = min(sample.left for sample in samples) + 1 if all(inside) else 1
-        steps = min(steps, self.look or steps)
+        if self.decoder.cpu is not None and not self.waiting and not self.prompts:
+            steps = max(steps, self.blind)
+        steps = min(steps, self.look or steps, len(self.decoder.log))
+        if self.decoder.cpu is not None:
+            self.decoder.cpu.run(self.n_live, steps)
+            return self.decoder.look(self.n_live, steps)
+        columns = "picture" if all(inside) else "all" if any(inside) else "text"
         longest = max(len(sample.task.prompt) + sample.n_new for sample in samples) + steps
         span = min(-(-longest // 64) * 64, self.context)  # in steps of 64, so that graphs stay few
         n = self.graphs.size(self.n_live, self.n_rows)
         arguments = (n, span, columns, self.guided, self.needs)
-        if self.decoder.cpu is not None:
-            self.decoder.cpu.run(n, steps)
-        else:
-            for _ in range(steps):
-                self.graphs.run(arguments, lambda: self.decoder.step(*arguments))
+        for _ in range(steps):
+            self.graphs.run(arguments, lambda: self.decoder.step(*arguments))
         return self.decoder.look(n, steps)
 
     def tell(self, looked: tuple[list[list[int]], list[bool]]) -> list[News]:
@@ -344,7 +347,7 @@ def stream(
     """
     task = make_task(prompt, tokenizer.vocab, n_codes, model.cfg.max_seq_len, options, mode, (seed, row), stops)
     context = len(prompt) + task.room
-    engine = Engine(model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview)
+    engine = Engine(model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview, blind=1)
     engine.add_task(task)
     reader = Reader(prompt, tokenizer, preview)
     return (event for news in engine.run() for event in reader.read(news.ids, news.ended))

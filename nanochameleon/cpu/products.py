@@ -138,11 +138,9 @@ def make_tile(size: int):
     @instruction(types.void, count, count, address, count, address, count, address, address, count, address)
     def tile(b, rows, outs, x, across_x, w, k, scale, out, across_out, ahead):
         where = x, across_x, w, k, scale, out, across_out, ahead  # Numba counts the parameters
-        for j in (OUTS, 1):
-            with b.if_then(b.icmp_signed("==", outs, i64(j))):
-                for r in range(1, ROWS + 1):
-                    with b.if_then(b.icmp_signed("==", rows, i64(r))):
-                        emit_tile(b, size, r, j, *where)
+        for r, j in [(r, j) for r in range(1, ROWS + 1) for j in (OUTS, 1)]:
+            with b.if_then(b.and_(b.icmp_signed("==", rows, i64(r)), b.icmp_signed("==", outs, i64(j)))):
+                emit_tile(b, size, r, j, *where)
 
     return tile
 

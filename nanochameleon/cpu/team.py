@@ -12,6 +12,7 @@ waits for a member, only for blocks that somebody has taken: one that comes late
 phase gone and walks on. What a member reads before it holds a block must be its own, since others may have gone on.
 """
 
+import os
 import platform
 
 from llvmlite import ir
@@ -22,8 +23,10 @@ from nanochameleon.kernels.simd import address, cgutils, count, i64, instruction
 
 NEXT, DONE, ROUND, JOB = 0, 64, 128, 192  # bytes from the board's address: a cache line each
 BOARD = 32  # int64s that it has
-PATIENCE = 20_000  # spins before a follower goes home: about a millisecond
-SPINS = platform.machine().lower() in ("x86_64", "amd64")  # has an instruction for it
+TURNS = 200  # of waiting, before others that want the core are let through
+PATIENCE = 2_000  # turns before a follower goes home: about a millisecond
+PAUSES = platform.machine().lower() in ("x86_64", "amd64")  # has an instruction for waiting
+let_through = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else None
 
 
 def _place(b, p):
@@ -54,9 +57,18 @@ def swap(b, p, old, new):
 
 
 @instruction(types.void)
-def spin(b):
-    if SPINS:
+def pause(b):
+    if PAUSES:
         b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
+
+
+@inner
+def wait(turn):
+    """The turn-th time in vain. Somebody with a block may be waiting for this very core."""
+    if turn < TURNS or let_through is None:
+        pause()
+    else:
+        let_through()
 
 
 @inner
@@ -78,8 +90,10 @@ def share(board, start, n):
         yield block
         add(board + DONE, 1)
         block = take(board, start, n)
+    turn = 0
     while watch(board + DONE) < start + n:
-        spin()
+        wait(turn)
+        turn += 1
 
 
 @inner
@@ -97,12 +111,12 @@ def post(board, job):
 @inner
 def await_job(board, seen):
     """A follower's: -> (its round, the job, its first block), the first one after round `seen`; zeros, in the end."""
-    for _ in range(PATIENCE):
+    for turn in range(PATIENCE):
         round = watch(board + ROUND)
         if round > seen and round % 2 == 0:
             job = watch(board + JOB), watch(board + JOB + 8), watch(board + JOB + 16), watch(board + JOB + 24)
             start = watch(board + JOB + 32)
             if watch(board + ROUND) == round:
                 return round, job, start
-        spin()
+        wait(turn)
     return 0, (0, 0, 0, 0), 0
