@@ -69,7 +69,9 @@ def keep_top(line, weights, n, k, p, heap):
     The largest ones come out of a heap one by one, to its end. Of all that are rarer than (1 - p) / n on the average
     nobody can be needed for p.
     """
-    mass, size, few = weights[:n].sum(), 0, k < n
+    mass, size, few = 0.0, 0, k < n
+    for i in range(n):
+        mass += weights[i]
     for i in range(n):
         if few or weights[i] * n >= (1 - p) * mass:
             heap[size] = i

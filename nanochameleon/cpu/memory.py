@@ -5,13 +5,24 @@ heads, G key heads, E = head_dim; D', F', E' are rounded up to whole registers, 
 the batch, V ids.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 
 from nanochameleon.kernels.simd import W, address, instruction
 
-inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")  # what only compiled code calls
+
+
+def inner(function: Callable):
+    """What only compiled code calls: no wrappers for Python, and one version whatever constants it is called with."""
+    made = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
+    version_for = made.get_call_template
+    made.get_call_template = lambda args, kws: version_for([types.unliteral(kind) for kind in args], kws)
+    return made
+
+
 
 SIZES = (
     "dim", "ffn_dim", "n_heads", "kv_heads", "head_dim", "n_layers", "vocab_size",
