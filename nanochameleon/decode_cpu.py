@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.cpu.layers import SLOTS
+from nanochameleon.cpu.choose import choose_address
+from nanochameleon.cpu.layers import SLOTS, do_block_address
 from nanochameleon.cpu.memory import MAP
 from nanochameleon.cpu.products import product_address
 from nanochameleon.cpu.steps import run
@@ -123,7 +124,8 @@ class CPUDecoder:
         output, output_scale = linear(model.output)
         return dict(
             product=product_address(1 if isinstance(model.output, QuantizedLinear) else 4),
-            product_fp32=product_address(4), embeddings=self.at(model.tok_embeddings.weight.detach()),
+            product_fp32=product_address(4), do_block=do_block_address(), choose=choose_address(),
+            embeddings=self.at(model.tok_embeddings.weight.detach()),
             norm=padded(model.norm.weight), output=output, output_scale=output_scale,
             turns=padded(torch.view_as_real(turns[0, 0]).flatten(1)), layers=self.at(layers),
         )  # fmt: skip

@@ -5,10 +5,14 @@ The logits of the ids that may come are first gathered in one line, in the ids' 
 """
 
 import math
+from functools import cache
 
 import numpy as np
+from numba import types
 
-from nanochameleon.cpu.memory import bools, doubles, floats, inner, ints
+from nanochameleon.cpu.memory import RECORD, bools, call_at, doubles, floats, inner, ints
+from nanochameleon.kernels.launch import callback
+from nanochameleon.kernels.simd import address, count, i64, instruction
 from nanochameleon.sampling import (
     BOI_STOPS,
     CLOSE,
@@ -207,7 +211,6 @@ def gather_codes(m, row, line):
         line[i] = x if plain else z + by_image * (y - z) + by_text * (x - y)
 
 
-@inner
 def choose(m, row, member):
     """-> the next id of a row that reads everything."""
     what, v = kind(m, row), m.vocab_size
@@ -228,6 +231,16 @@ def choose(m, row, member):
         option(m, MIN_P + column, row), doubles(m.uniforms + 8 * row * m.context, m.context)[count], weights, heap,
     )  # fmt: skip
     return ends[at] if at < behind else first + at - behind
+
+
+@cache
+def choose_address() -> int:
+    return callback(choose, types.int64(RECORD, types.int64, types.int64)).address
+
+
+@instruction(count, address, RECORD, count, count)
+def call_choose(b, function, m, row, member):
+    return call_at(b, function, m, row, member, result=i64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,20 +8,26 @@ Activations are rows of float32, filled up with zeros to whole registers; see me
 """
 
 import math
+from functools import cache
 
 import numpy as np
+from numba import types
 
-from nanochameleon.cpu.memory import inner, padded
+from nanochameleon.cpu.memory import RECORD, call_at, inner, padded
 from nanochameleon.cpu.products import call_product
 from nanochameleon.kernels.attention_numba import LEAST, LOG2E, ONE, prepare
+from nanochameleon.kernels.launch import callback
 from nanochameleon.kernels.simd import (
     ZERO,
     W,
     add_product,
+    address,
     clear,
+    count,
     dot_rows,
     exp2,
     head,
+    instruction,
     larger,
     largest,
     load,
@@ -244,7 +250,6 @@ def multiply(m, layer, phase, n, first, last):
                 store(up, load(up) * sigmoid(load(up)) * load(gate))
 
 
-@inner
 def do_block(m, layer, phase, block, n, scratch):
     """One block of a phase with n ids."""
     if phase == REMEMBER:
@@ -256,3 +261,13 @@ def do_block(m, layer, phase, block, n, scratch):
     else:
         each = width(m, outputs(m, phase))
         multiply(m, layer, phase, n, block * each, min((block + 1) * each, outputs(m, phase)))
+
+
+@cache
+def do_block_address() -> int:
+    return callback(do_block, types.void(RECORD, *[types.int64] * 5)).address
+
+
+@instruction(types.void, address, RECORD, count, count, count, count, address)
+def call_do_block(b, function, m, layer, phase, block, n, scratch):
+    call_at(b, function, m, layer, phase, block, n, scratch)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, from_dtype, njit, types
 
 from nanochameleon.kernels.simd import W, address, instruction
 
@@ -34,8 +34,9 @@ SIZES = (
 )  # fmt: skip
 IDS = ("eos", "pad", "eot", "boi", "eoi", "first_code", "first_text", "codes_each")  # the vocabulary's; codes a picture
 WEIGHTS = (
-    "product",  # the function of products.py for weights of this type
-    "product_fp32",
+    "product", "product_fp32",  # functions: products.py for weights of the model's type, and for those of 4 bytes
+    "do_block",  # layers.py
+    "choose",  # choose.py
     "embeddings",  # (V, D)
     "norm",  # (D')
     "output",  # (V, D)
@@ -75,6 +76,15 @@ CHOICE = (  # a place is a row's among those whose logits are wanted
 )
 NAMES = ("board", *SIZES, *IDS, *WEIGHTS, *ACTIVATIONS, *ROWS, *CHOICE)
 MAP = np.dtype([*((name, np.int64) for name in NAMES), ("eps", np.float64)])
+
+
+RECORD = from_dtype(MAP)  # m's type
+
+
+def call_at(b, function, *arguments, result=None):
+    """Calls a function by its address: what is called so is compiled once, on its own, and not with each caller."""
+    kind = ir.FunctionType(result or ir.VoidType(), [x.type for x in arguments])
+    return b.call(b.inttoptr(function, kind.as_pointer()), arguments)
 
 
 @inner

@@ -12,6 +12,7 @@ from functools import cache
 from llvmlite import ir
 from numba import types
 
+from nanochameleon.cpu.memory import call_at
 from nanochameleon.kernels.launch import callback
 from nanochameleon.kernels.simd import (
     FUSE,
@@ -150,7 +151,7 @@ tile_fp32, tile_int8 = make_tile(4), make_tile(1)
 
 @cache
 def product_address(size: int) -> int:
-    """Of the compiled product for weights of `size` bytes. Called by address, it is compiled once, and only if used."""
+    """Of the compiled product for weights of `size` bytes a number."""
 
     def product(x, rows, across_x, w, k, scale, first, last, out, across_out):
         """Outputs first .. last - 1 of `rows` rows. Addresses; x and out have rows so many floats apart, w is (N, k)."""
@@ -175,5 +176,4 @@ def product_address(size: int) -> int:
 
 @instruction(types.void, *[address] * (1 + ARGUMENTS))
 def call_product(b, function, x, rows, across_x, w, k, scale, first, last, out, across_out):
-    kind = ir.FunctionType(ir.VoidType(), [i64] * ARGUMENTS)
-    b.call(b.inttoptr(function, kind.as_pointer()), [x, rows, across_x, w, k, scale, first, last, out, across_out])
+    call_at(b, function, x, rows, across_x, w, k, scale, first, last, out, across_out)

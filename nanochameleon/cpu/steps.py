@@ -5,8 +5,8 @@ row's state, so logits are made of what may come alone, rows that have ended cos
 needs no look by the host.
 """
 
-from nanochameleon.cpu.choose import advance, branch, choose, flag, kind, number
-from nanochameleon.cpu.layers import PHASES, blocks, do_block, embed, width
+from nanochameleon.cpu.choose import advance, branch, call_choose, flag, kind, number
+from nanochameleon.cpu.layers import PHASES, blocks, call_do_block, embed, width
 from nanochameleon.cpu.memory import inner, ints, padded
 from nanochameleon.cpu.products import call_product
 from nanochameleon.cpu.team import await_job, post, share
@@ -116,9 +116,9 @@ def do(m, phase, block, job, member, scratch):
         logits(m, block, job[2], job[3])
     elif phase == PICK:
         row = ints(m.leads, m.n_rows)[block]
-        ints(m.chosen, m.n_rows)[row] = choose(m, row, member)
+        ints(m.chosen, m.n_rows)[row] = call_choose(m.choose, m, row, member)
     else:
-        do_block(m, phase // PHASES, phase % PHASES, block, job[1], scratch)
+        call_do_block(m.do_block, m, phase // PHASES, phase % PHASES, block, job[1], scratch)
 
 
 @kernel
