@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.config import SampleConfig
+from nanochameleon.decode_torch import TorchStep
 from nanochameleon.sampling import (
     CLOSE,
     COUNT,
@@ -95,11 +96,13 @@ class Decoder:
         self.sample = torch.zeros(3, rows, dtype=torch.long, device=device)  # the sample's row that reads each of them
         self.log = torch.zeros(n_codes + 1, rows, dtype=torch.long, device=device)  # ids since the host last looked
         self.tick = torch.zeros(1, dtype=torch.long, device=device)  # steps since then
-        self.cpu = None
+        self.cpu = self.joined = None
         if device.type == "cpu" and dtype == torch.float32:
             from nanochameleon.decode_cpu import CPUDecoder
 
             self.cpu = CPUDecoder(self)
+        elif not auto:  # autocast has rules of its own for sums in place
+            self.joined = TorchStep(model, context)
 
     def row_tensors(self) -> list[Tensor]:
         """All that belongs to a row, rows first, but for its cache and its place in `sample`."""
@@ -222,4 +225,7 @@ class Decoder:
         goes_on = ((reads == FULL) | of_picture) & (ids != vocab.pad)
         length.copy_(torch.where(goes_on, positions + 1, length))
         window = self.cache.window(slice(0, n), positions[:, None], span)
-        self.hidden[:n] = self.model(ids[:, None], positions[:, None], cache=window)[:, 0]
+        if self.joined is not None:
+            self.hidden[:n] = self.joined(ids, positions, window)
+        else:
+            self.hidden[:n] = self.model(ids[:, None], positions[:, None], cache=window)[:, 0]

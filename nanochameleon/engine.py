@@ -260,7 +260,8 @@ class Engine:
             return self.decoder.look(self.n_live, steps)
         columns = "picture" if all(inside) else "all" if any(inside) else "text"
         longest = max(len(sample.task.prompt) + sample.n_new for sample in samples) + steps
-        span = min(-(-longest // 64) * 64, self.context)  # in steps of 64, so that graphs stay few
+        coarse = max(64, 1 << longest.bit_length() - 3)  # in steps of at most a quarter, so that graphs stay few
+        span = min(-(-longest // coarse) * coarse, self.context)
         n = self.graphs.size(self.n_live, self.n_rows)
         arguments = (n, span, columns, self.guided, self.needs)
         for _ in range(steps):
@@ -347,7 +348,9 @@ def stream(
     """
     task = make_task(prompt, tokenizer.vocab, n_codes, model.cfg.max_seq_len, options, mode, (seed, row), stops)
     context = len(prompt) + task.room
-    engine = Engine(model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview, blind=1)
+    engine = Engine(
+        model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview, blind=1
+    )
     engine.add_task(task)
     reader = Reader(prompt, tokenizer, preview)
     return (event for news in engine.run() for event in reader.read(news.ids, news.ended))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import N_CODES, TOKENIZER, VOCAB, tiny_model
+from tiny import N_CODES, TOKENIZER, VOCAB, random_task, tiny_model
 
 from nanochameleon.config import SampleConfig
 from nanochameleon.decoder import uniforms
@@ -251,19 +251,6 @@ def test_guidance_0_draws_what_no_prompt_draws_and_guidance_1_listens():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes out
-
-
-def random_task(rng: random.Random):
-    prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
-    if rng.random() < 0.3:
-        prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
-    shares, scales, heat = [0.3, 0.9, 1.0], [0.0, 1.0, 1.2, 3.0], [0.0, 0.7, 1.3, 100.0]
-    text, image = (
-        (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
-    )
-    penalty, most = rng.choice([1.0, 1.2, 0.8]), rng.randrange(N_CODES + 2, 30)
-    options = SampleConfig(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
-    return prompt, options, rng.choice(MODES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
 
 
 @pytest.mark.parametrize("model", [MODEL, GROUPED])

@@ -82,9 +82,9 @@ def outputs(m, phase):
 @inner
 def blocks(m, phase, n):
     """Of a phase with n ids."""
-    if phase == REMEMBER or phase == ATTEND:
+    if phase in (REMEMBER, ATTEND):
         return n * m.kv_heads
-    if phase == JOIN or phase == JOIN_AGAIN:
+    if phase in (JOIN, JOIN_AGAIN):
         return n
     each = width(m, outputs(m, phase))
     return (outputs(m, phase) + each - 1) // each
@@ -256,7 +256,7 @@ def do_block(m, layer, phase, block, n, scratch):
         remember(m, layer, block // m.kv_heads, block % m.kv_heads, scratch)
     elif phase == ATTEND:
         attend(m, layer, block // m.kv_heads, block % m.kv_heads, scratch)
-    elif phase == JOIN or phase == JOIN_AGAIN:
+    elif phase in (JOIN, JOIN_AGAIN):
         join(m, layer, phase, block, n, scratch)
     else:
         each = width(m, outputs(m, phase))

@@ -14,14 +14,12 @@ from numba import carray, from_dtype, njit, types
 from nanochameleon.kernels.simd import W, address, instruction
 
 
-
 def inner(function: Callable):
     """What only compiled code calls: no wrappers for Python, and one version whatever constants it is called with."""
     made = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
     version_for = made.get_call_template
     made.get_call_template = lambda args, kws: version_for([types.unliteral(kind) for kind in args], kws)
     return made
-
 
 
 SIZES = (
@@ -34,7 +32,8 @@ SIZES = (
 )  # fmt: skip
 IDS = ("eos", "pad", "eot", "boi", "eoi", "first_code", "first_text", "codes_each")  # the vocabulary's; codes a picture
 WEIGHTS = (
-    "product", "product_fp32",  # functions: products.py for weights of the model's type, and for those of 4 bytes
+    "product",
+    "product_fp32",  # functions: products.py for weights of the model's type, and for those of 4 bytes
     "do_block",  # layers.py
     "choose",  # choose.py
     "embeddings",  # (V, D)

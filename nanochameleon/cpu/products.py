@@ -154,7 +154,7 @@ def product_address(size: int) -> int:
     """Of the compiled product for weights of `size` bytes a number."""
 
     def product(x, rows, across_x, w, k, scale, first, last, out, across_out):
-        """Outputs first .. last - 1 of `rows` rows. Addresses; x and out have rows so many floats apart, w is (N, k)."""
+        """Outputs first .. last - 1 of `rows` rows. Addresses; rows of x and out are so many floats apart, w (N, k)."""
         for some in range(0, rows, 4 * ROWS):  # rows of x that stay in cache while the weights pass by
             most = min(some + 4 * ROWS, rows)
             n = first

@@ -99,7 +99,7 @@ def logits(m, block, texts, pictures):
 @inner
 def blocks_of(m, phase, job):
     _, n, texts, pictures = job
-    if phase == EMBED or phase == PICK:
+    if phase in (EMBED, PICK):
         return n
     if phase != LOGITS:
         return blocks(m, phase % PHASES, n)

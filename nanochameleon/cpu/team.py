@@ -1,8 +1,8 @@
 """Threads that do one job after the other together, without Python and without waking up in between.
 
-A job is a few numbers on a board. One member leads: it posts jobs and works on them itself. The others follow: they wait
-for the next job in compiled code, spinning, and go home to Python when none comes for a moment. A job is phases, a phase
-is blocks, and whoever is free takes the next block:
+A job is a few numbers on a board. One member leads: it posts jobs and works on them itself. The others follow: they
+wait for the next job in compiled code, and go home to Python when none comes for a moment. A job is phases, a phase is
+blocks, and whoever is free takes the next block:
 
     for block in share(board, start, n): ...     # all n blocks are done, by whomever, when the loop ends
     start += n
