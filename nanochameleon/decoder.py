@@ -97,7 +97,7 @@ class Decoder:
         self.log = torch.zeros(n_codes + 1, rows, dtype=torch.long, device=device)  # ids since the host last looked
         self.tick = torch.zeros(1, dtype=torch.long, device=device)  # steps since then
         self.cpu = self.joined = None
-        if device.type == "cpu" and dtype == torch.float32:
+        if device.type == "cpu" and not auto and all(x.dtype == torch.float32 for x in model.parameters()):
             from nanochameleon.decode_cpu import CPUDecoder
 
             self.cpu = CPUDecoder(self)

@@ -4,8 +4,8 @@
 
 The host decides who has which row and when to look; all else is tensors (decoder.py). While every row is in a picture
 nothing is looked at until the first of them ends: the grammar knows what comes. A sample's ids depend on its prompt,
-options and seed alone, not on who shares its batch, up to rounding: prompts are read one by one, and rows never see one
-another, but a product may add up in another order in a batch of another size.
+options and seed alone, not on who shares its batch: bit for bit in float32 on a CPU; elsewhere up to rounding, since
+there a product may add up in another order in a batch of another size.
 It knows nothing of pixels.
 """
 
@@ -260,7 +260,7 @@ class Engine:
             return self.decoder.look(self.n_live, steps)
         columns = "picture" if all(inside) else "all" if any(inside) else "text"
         longest = max(len(sample.task.prompt) + sample.n_new for sample in samples) + steps
-        coarse = max(64, 1 << longest.bit_length() - 3)  # in steps of at most a quarter, so that graphs stay few
+        coarse = max(64, (1 << longest.bit_length()) >> 3)  # in steps of at most a quarter, so that graphs stay few
         span = min(-(-longest // coarse) * coarse, self.context)
         n = self.graphs.size(self.n_live, self.n_rows)
         arguments = (n, span, columns, self.guided, self.needs)
