@@ -134,12 +134,13 @@ ARGUMENTS = 10  # of a product, all int64
 
 
 def make_tile(size: int):
-    """-> tile(...): up to ROWS rows, OUTS outputs or one, with weights of `size` bytes a number; strides in bytes."""
+    """-> tile(...): up to ROWS rows and OUTS outputs, or one and one, with weights of `size` bytes a number; strides in
+    bytes."""
 
     @instruction(types.void, count, count, address, count, address, count, address, address, count, address)
     def tile(b, rows, outs, x, across_x, w, k, scale, out, across_out, ahead):
         where = x, across_x, w, k, scale, out, across_out, ahead  # Numba counts the parameters
-        for r, j in [(r, j) for r in range(1, ROWS + 1) for j in (OUTS, 1)]:
+        for r, j in [*((r, OUTS) for r in range(1, ROWS + 1)), (1, 1)]:
             with b.if_then(b.and_(b.icmp_signed("==", rows, i64(r)), b.icmp_signed("==", outs, i64(j)))):
                 emit_tile(b, size, r, j, *where)
 
@@ -159,16 +160,15 @@ def product_address(size: int) -> int:
             most = min(some + 4 * ROWS, rows)
             n = first
             while n < last:
-                outs = OUTS if n + OUTS <= last else 1
-                for r in range(some, most, ROWS):
+                outs, each = (OUTS, ROWS) if n + OUTS <= last else (1, 1)
+                for r in range(some, most, each):
                     from_x, from_w, ahead = x + 4 * r * across_x, w + size * n * k, n + AHEAD + (r - some) // ROWS
-                    to, ahead = out + 4 * (r * across_out + n), w + size * ahead * k
-                    some_rows = min(ROWS, most - r)
+                    to, ahead, rows_now = out + 4 * (r * across_out + n), w + size * ahead * k, min(each, most - r)
                     if size == 4:
-                        tile_fp32(some_rows, outs, from_x, 4 * across_x, from_w, k, 0, to, 4 * across_out, ahead)
+                        tile_fp32(rows_now, outs, from_x, 4 * across_x, from_w, k, 0, to, 4 * across_out, ahead)
                     else:
                         scales = scale + 4 * n
-                        tile_int8(some_rows, outs, from_x, 4 * across_x, from_w, k, scales, to, 4 * across_out, ahead)
+                        tile_int8(rows_now, outs, from_x, 4 * across_x, from_w, k, scales, to, 4 * across_out, ahead)
                 n += outs
 
     return callback(product, types.void(*[types.int64] * ARGUMENTS)).address
