@@ -54,10 +54,11 @@ class CPUDecoder:
         fields = self.sizes(decoder.model.cfg, decoder.cache) | self.ids(decoder.vocab, decoder.grammar.n_codes)
         fields |= self.weights(decoder.model, decoder.cache) | self.activations(decoder.model.cfg, decoder.context)
         fields |= self.choice(decoder.model.cfg)
-        state = decoder.hidden, decoder.numbers, decoder.flags, decoder.options.table, decoder.seen, decoder.uniforms
-        names = "hidden", "numbers", "flags", "options", "seen", "uniforms", "sample", "log"
-        for name, x in zip(names, (*state, decoder.sample, decoder.log), strict=True):
-            fields[name] = self.at(x)
+        for name in ("hidden", "numbers", "seen", "uniforms", "sample", "log"):
+            fields[name] = self.at(getattr(decoder, name))
+        for name in ("may", "turns", "done"):
+            fields[name] = self.at(getattr(decoder.grammar, name))
+        fields["options"] = self.at(decoder.options.table)
         self.log, self.pad = decoder.log.numpy(), decoder.vocab.pad
         self.map = np.zeros(1, MAP)
         for name in MAP.names:
@@ -127,7 +128,7 @@ class CPUDecoder:
             product_fp32=product_address(4), do_block=do_block_address(), choose=choose_address(),
             embeddings=self.at(model.tok_embeddings.weight.detach()),
             norm=padded(model.norm.weight), output=output, output_scale=output_scale,
-            turns=padded(torch.view_as_real(turns[0, 0]).flatten(1)), layers=self.at(layers),
+            rotations=padded(torch.view_as_real(turns[0, 0]).flatten(1)), layers=self.at(layers),
         )  # fmt: skip
 
     def activations(self, cfg: ModelConfig, context: int) -> dict[str, int]:

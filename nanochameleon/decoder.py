@@ -19,17 +19,15 @@ from torch import Tensor
 from nanochameleon.config import SampleConfig
 from nanochameleon.decode_torch import TorchStep
 from nanochameleon.sampling import (
+    BY_RULES,
     CLOSE,
     COUNT,
     DONE,
-    ENDED,
     FULL,
     GUIDANCE,
     GUIDANCE_IMAGE,
     LEFT,
     LENGTH,
-    MODE,
-    MODES,
     NOTHING,
     PENALTY,
     PICTURE,
@@ -42,11 +40,11 @@ from nanochameleon.sampling import (
     Mode,
     Options,
     filtered,
-    grammar_table,
+    grammar_tables,
     guide,
     pick,
     repetition,
-    stop_flags,
+    rules_of,
 )
 from nanochameleon.transformer import Chameleon, KVCache
 from nanochameleon.vocab import Vocab
@@ -82,11 +80,11 @@ class Decoder:
         dtype = torch.get_autocast_dtype(device.type) if auto else model.tok_embeddings.weight.dtype
         self.cache = KVCache.empty(model.cfg, rows, context, device, dtype)
         self.hidden = torch.zeros(rows, model.cfg.dim, device=device, dtype=dtype)  # at the newest id, normed
-        self.numbers = torch.zeros(6, rows, dtype=torch.long, device=device)  # MODE .. LENGTH
-        self.flags = torch.zeros(4, rows, dtype=torch.bool, device=device)  # the three stops, ENDED
-        self.flags[ENDED] = True
-        state = self.numbers[MODE], self.flags[:ENDED].T, self.numbers[LEFT], self.numbers[ROOM], self.flags[ENDED]
-        self.grammar = Grammar(vocab, n_codes, grammar_table(vocab).to(device), *state)
+        self.numbers = torch.zeros(6, rows, dtype=torch.long, device=device)  # BY_RULES .. LENGTH
+        tables = (table.to(device) for table in grammar_tables(vocab, n_codes))
+        state = (self.numbers[name] for name in (BY_RULES, LEFT, ROOM))
+        ended = torch.ones(rows, dtype=torch.bool, device=device)
+        self.grammar = Grammar(vocab, n_codes, *tables, *state, ended)
         self.count, self.length = self.numbers[COUNT], self.numbers[LENGTH]  # ids drawn; ids in the cache
         self.options = Options.of([SampleConfig()] * rows, device)
         self.seen = torch.zeros(rows, vocab.size, dtype=torch.bool, device=device)  # ids of the context
@@ -106,7 +104,7 @@ class Decoder:
 
     def row_tensors(self) -> list[Tensor]:
         """All that belongs to a row, rows first, but for its cache and its place in `sample`."""
-        return [self.hidden, self.seen, self.uniforms, self.numbers.T, self.flags.T, self.options.table.T]
+        return [self.hidden, self.seen, self.uniforms, self.numbers.T, self.grammar.done, self.options.table.T]
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the host does with a row
@@ -129,9 +127,9 @@ class Decoder:
 
     def begin(self, row: int, task: Task, reads: int) -> None:
         """A prompt that has been read whole: from the next step on the row takes part."""
-        numbers = [MODES.index(task.mode), task.left, task.room, 0, reads]
+        numbers = [rules_of(task.mode, task.stops, self.vocab), task.left, task.room, 0, reads]
         self.numbers[:LENGTH, row] = torch.tensor(numbers, device=self.device)
-        self.flags[:, row] = torch.tensor([*stop_flags(task.stops, self.vocab), False], device=self.device)
+        self.grammar.done[row] = False
         self.options.table[:, row] = Options.of([task.options], self.device).table[:, 0]
         self.seen[row] = False
         self.seen[row, torch.tensor(task.prompt, device=self.device)] = True

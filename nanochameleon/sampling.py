@@ -152,9 +152,14 @@ def check_stops(mode: Mode, stops: Sequence[int] | None, vocab: Vocab) -> None:
         raise ValueError(f"<boi> can end a row in mode text alone, not in {mode}")
 
 
-def stop_flags(stops: Sequence[int] | None, vocab: Vocab) -> list[bool]:
-    """Does </s>, the end of turn, <boi> end the row?"""
-    return [end in (stops or (vocab.eos,)) for end in (vocab.eos, vocab.eot, vocab.boi)]
+def rules_of(mode: Mode, stops: Sequence[int] | None, vocab: Vocab) -> int:
+    """Mode and stops as a number below RULES: 8 times the mode, and a bit each for </s>, the end of turn, <boi>."""
+    ends = (vocab.eos, vocab.eot, vocab.boi)
+    return 8 * MODES.index(mode) + sum((end in (stops or (vocab.eos,))) << i for i, end in enumerate(ends))
+
+
+RULES = 8 * len(MODES)
+GOES_ON, STOPS = -1, -2  # in Grammar.turns
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,9 @@ class Grammar:
 
     vocab: Vocab
     n_codes: int  # codes a picture
-    table: Tensor  # (3 * 5, V) bool: which ids may come in each mode in OPEN .. DONE, stops apart
-    mode: Tensor  # (N,) index in MODES
-    stops: Tensor  # (N, 3) bool: does </s>, the end of turn, <boi> end the row?
+    may: Tensor  # (RULES * 5, V) bool: which ids may come by each rules in OPEN .. DONE
+    turns: Tensor  # (RULES, V) int32: outside of a picture an id GOES_ON, STOPS, or begins so many codes
+    rules: Tensor  # (N,), see rules_of
     left: Tensor  # (N,) codes that the open picture lacks; -1 outside of a picture
     room: Tensor  # (N,) ids that may still be written
     done: Tensor  # (N,) bool
@@ -183,24 +188,21 @@ class Grammar:
         left: Sequence[int],
         room: Sequence[int],
         stops: Sequence[Sequence[int] | None],
-        table: Tensor | None = None,
     ) -> "Grammar":
         """A row for each mode, left, room and stops, as above; left = n_codes starts inside a picture.
 
         stops None: </s> alone; <boi> as a stop ends a row where the model wants to draw, as the released code does.
-        table: grammar_table's, on the device wanted; None makes one.
         Raises ValueError where an open picture has no room or a stop id could also be something else.
         """
         for mode, some, lacks, free in zip(modes, stops, left, room, strict=True):
             check_stops(mode, some, vocab)
             if lacks > n_codes or (lacks >= 0 and free < lacks + 1) or free < 1:
                 raise ValueError("a row has no room for one new id or for the rest of its picture")
-        table = grammar_table(vocab) if table is None else table
-        device = table.device
-        numbers = [MODES.index(mode) for mode in modes], left, room
-        mode, left, room = (torch.tensor(x, dtype=torch.long, device=device) for x in numbers)
-        flags = torch.tensor([stop_flags(some, vocab) for some in stops], dtype=torch.bool, device=device).view(-1, 3)
-        return Grammar(vocab, n_codes, table, mode, flags, left, room, torch.zeros_like(left, dtype=torch.bool))
+        rules = [rules_of(mode, some, vocab) for mode, some in zip(modes, stops, strict=True)]
+        state = (torch.tensor(x, dtype=torch.long) for x in (rules, left, room))
+        return Grammar(
+            vocab, n_codes, *grammar_tables(vocab, n_codes), *state, torch.zeros(len(rules), dtype=torch.bool)
+        )
 
     def rows(self, which) -> "Grammar":
         """Some of the rows, by a slice or by indices."""
@@ -214,35 +216,36 @@ class Grammar:
 
     def allowed(self) -> Tensor:
         """(N, V) bool."""
-        kinds, vocab = self.kinds(), self.vocab
-        allowed, in_text = self.table[self.mode * 5 + kinds], kinds < PICTURE
-        for i, end in enumerate((vocab.eos, vocab.eot, vocab.boi)):
-            allowed[:, end] |= self.stops[:, i] & in_text & ((self.mode != 1) | (kinds == SHUT))
-        return allowed
+        return self.may[self.rules * 5 + self.kinds()]
 
     def after(self, ids: Tensor) -> "Grammar":
-        """The state after each row's next id, (N,)."""
-        vocab, inside, room = self.vocab, self.left >= 0, self.room - 1
-        ends = torch.stack([ids == vocab.eos, ids == vocab.eot, ids == vocab.boi], 1)
-        stopped = ((ends & self.stops).any(1) & ~inside) | ((self.mode == 1) & (self.left == 0))
-        outside = torch.where((ids == vocab.boi) & ~stopped, self.n_codes, -1)
-        left = torch.where(inside, self.left - 1, outside).masked_fill(self.done, -1)
-        return replace(self, left=left, room=room, done=self.done | stopped | (room <= 0))
+        """The state after each row's next id, (N,), one that may come."""
+        turns, room = self.turns[self.rules, ids], self.room - 1
+        left = torch.where(self.left >= 0, self.left - 1, turns.clamp(min=GOES_ON))
+        return replace(self, left=left, room=room, done=self.done | (turns == STOPS) | (room <= 0))
 
 
-STATE = ("mode", "stops", "left", "room", "done")
-MODE, LEFT, ROOM, COUNT, READS, LENGTH = range(6)  # rows of Decoder.numbers, (6, N) int64
-EOS_STOPS, EOT_STOPS, BOI_STOPS, ENDED = range(4)  # rows of Decoder.flags, (4, N) bool
+STATE = ("rules", "left", "room", "done")
+BY_RULES, LEFT, ROOM, COUNT, READS, LENGTH = range(6)  # rows of Decoder.numbers, (6, N) int64
 
 
-def grammar_table(vocab: Vocab) -> Tensor:
-    """(3 * 5, V) bool: the table of Grammar."""
-    table = torch.zeros(3, 5, vocab.size, dtype=torch.bool)
-    text, image, both = table
+def grammar_tables(vocab: Vocab, n_codes: int) -> tuple[Tensor, Tensor]:
+    """The tables of Grammar."""
+    may = torch.zeros(len(MODES), 8, 5, vocab.size, dtype=torch.bool)
+    turns = torch.full((len(MODES), 8, vocab.size), GOES_ON, dtype=torch.int32)
+    text, image, both = range(len(MODES))
     for mode in (text, both):
-        mode[OPEN:PICTURE, vocab.first_text :] = True
-    image[OPEN, vocab.boi] = both[OPEN, vocab.boi] = True
-    table[:, PICTURE, vocab.first_code : vocab.eoi] = True
-    table[:, CLOSE, vocab.eoi] = True
-    table[:, DONE, vocab.pad] = True
-    return table.flatten(0, 1)
+        may[mode, :, OPEN:PICTURE, vocab.first_text :] = True
+    for mode in (image, both):
+        may[mode, :, OPEN, vocab.boi] = True
+    may[:, :, PICTURE, vocab.first_code : vocab.eoi] = True
+    may[:, :, CLOSE, vocab.eoi] = True
+    may[:, :, DONE, vocab.pad] = True
+    turns[:, :, vocab.boi] = n_codes
+    turns[image, :, vocab.eoi] = STOPS
+    for bits in range(8):
+        for end in (end for i, end in enumerate((vocab.eos, vocab.eot, vocab.boi)) if bits >> i & 1):
+            turns[:, bits, end] = STOPS
+            may[[text, both], bits, OPEN:PICTURE, end] = True
+            may[image, bits, SHUT, end] = True  # where a picture has room, one comes first
+    return may.flatten(0, 2), turns.flatten(0, 1)

@@ -10,24 +10,20 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from nanochameleon.cpu.memory import RECORD, bools, call_at, doubles, floats, inner, ints
+from nanochameleon.cpu.memory import RECORD, bools, call_at, doubles, floats, inner, ints, ints32
 from nanochameleon.kernels.launch import callback
 from nanochameleon.kernels.simd import address, count, i64, instruction
 from nanochameleon.sampling import (
-    BOI_STOPS,
+    BY_RULES,
     CLOSE,
     COUNT,
     DONE,
-    ENDED,
-    EOS_STOPS,
-    EOT_STOPS,
     FULL,
+    GOES_ON,
     GUIDANCE,
     GUIDANCE_IMAGE,
     LEFT,
     MIN_P,
-    MODE,
-    MODES,
     NOTHING,
     OPEN,
     PENALTY,
@@ -35,12 +31,12 @@ from nanochameleon.sampling import (
     PICTURES,
     ROOM,
     SHUT,
+    STOPS,
     TEMPERATURE,
     TOP_K,
     TOP_P,
 )
 
-TEXT, IMAGE = MODES.index("text"), MODES.index("image")
 LEAST_HEAT = 1e-30  # as in temperature()
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,8 +132,8 @@ def number(m, name, row):
 
 
 @inner
-def flag(m, name, row):
-    return bools(m.flags, 4 * m.n_rows)[name * m.n_rows + row]
+def done(m, row):
+    return bools(m.done, m.n_rows)[row]
 
 
 @inner
@@ -166,7 +162,7 @@ def logits_of(m, row):
 @inner
 def kind(m, row):
     """As Grammar.kinds."""
-    if flag(m, ENDED, row):
+    if done(m, row):
         return DONE
     left = number(m, LEFT, row)
     if left >= 0:
@@ -182,20 +178,18 @@ def penalised(logit, seen, penalty):
 
 
 @inner
-def gather_text(m, row, is_open, line, ends):
-    """As Grammar.allowed, outside of a picture -> how many ids that may come are none of text, and how many in all."""
+def gather_text(m, row, what, line, ends):
+    """Outside of a picture -> how many ids that may come are none of text, and how many in all."""
     logits, seen, penalty = logits_of(m, row), seen_by(m, row), np.float32(option(m, PENALTY, row))
-    mode, n = number(m, MODE, row), 0
-    for end, stop in ((m.eos, EOS_STOPS), (m.boi, BOI_STOPS), (m.eot, EOT_STOPS)):
-        stops = flag(m, stop, row) and not (mode == IMAGE and is_open)
-        if stops or (end == m.boi and is_open and mode != TEXT):
+    may, n = bools(m.may + (number(m, BY_RULES, row) * 5 + what) * m.vocab_size, m.vocab_size), 0
+    for end in (m.eos, m.boi, m.eot):
+        if may[end]:
             ends[n], line[n] = end, penalised(logits[end], seen[end], penalty)
             n += 1
     behind = n
-    if mode != IMAGE:
-        for token in range(m.first_text, m.vocab_size):
-            line[n] = penalised(logits[token], seen[token], penalty)
-            n += 1
+    for token in range(m.first_text, m.vocab_size if may[m.first_text] else 0):
+        line[n] = penalised(logits[token], seen[token], penalty)
+        n += 1
     return behind, n
 
 
@@ -223,7 +217,7 @@ def choose(m, row, member):
         gather_codes(m, row, line)
         behind, n, column, first = 0, m.eoi - m.first_code, 1, m.first_code
     else:
-        behind, n = gather_text(m, row, what == OPEN, line, ends)
+        behind, n = gather_text(m, row, what, line, ends)
         column, first = 0, m.first_text
     count = min(number(m, COUNT, row), m.context - 1)
     at = pick(
@@ -250,16 +244,11 @@ def call_choose(b, function, m, row, member):
 @inner
 def advance(m, row, token):
     """As Grammar.after, in place."""
-    numbers, flags, n = ints(m.numbers, 6 * m.n_rows), bools(m.flags, 4 * m.n_rows), m.n_rows
-    left = numbers[LEFT * n + row]
-    stops = (token == m.eos and flag(m, EOS_STOPS, row)) or (token == m.eot and flag(m, EOT_STOPS, row))
-    stops = left < 0 and (stops or (token == m.boi and flag(m, BOI_STOPS, row)))
-    stops = stops or (left == 0 and number(m, MODE, row) == IMAGE)
-    if left >= 0:
-        numbers[LEFT * n + row] = left - 1
-    elif token == m.boi and not stops:
-        numbers[LEFT * n + row] = m.codes_each
+    numbers, n = ints(m.numbers, 6 * m.n_rows), m.n_rows
+    left, at = numbers[LEFT * n + row], number(m, BY_RULES, row) * m.vocab_size + token
+    turn = ints32(m.turns + 4 * at, 1)[0]
+    numbers[LEFT * n + row] = left - 1 if left >= 0 else max(turn, GOES_ON)
     numbers[ROOM * n + row] -= 1
     numbers[COUNT * n + row] += 1
     seen_by(m, row)[token] = True
-    flags[ENDED * n + row] = stops or numbers[ROOM * n + row] <= 0
+    bools(m.done, n)[row] = turn == STOPS or numbers[ROOM * n + row] <= 0

@@ -151,7 +151,7 @@ def turned(m, norms, group, source, position, factor, out):
     """Norm and turn of one head -> out (E')."""
     wide = padded(m.head_dim)
     weight = norms + 8 * group * wide if m.groups > 0 else 0
-    table = m.turns + 4 * position * wide
+    table = m.rotations + 4 * position * wide
     prepare(source, 4, m.head_dim, table, weight, weight + 4 * wide, np.float32(m.eps), factor, out)
 
 

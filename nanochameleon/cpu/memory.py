@@ -40,7 +40,7 @@ WEIGHTS = (
     "norm",  # (D')
     "output",  # (V, D)
     "output_scale",  # (V,)
-    "turns",  # (context, E'): cos and sin of each pair in turn
+    "rotations",  # (context, E'): cos and sin of each pair in turn
     "layers",  # (L, SLOTS) int64: see layers.py
 )
 ACTIVATIONS = (  # one line for each id that is being read, except the last three
@@ -55,8 +55,10 @@ ACTIVATIONS = (  # one line for each id that is being read, except the last thre
     "hidden",  # (N, D): the outcome, a row's newest
 )  # fmt: skip
 ROWS = (  # decoder.py's tensors
-    "numbers",  # (6, N) int64: MODE .. LENGTH
-    "flags",  # (4, N) bool: three stops, ENDED
+    "numbers",  # (6, N) int64: BY_RULES .. LENGTH
+    "done",  # (N,) bool
+    "may",
+    "turns",  # the grammar's tables
     "options",  # (11, N) float64
     "seen",  # (N, V) bool
     "uniforms",  # (N, context) float64
@@ -94,13 +96,15 @@ def padded(n):
 def pointer_to(kind):
     @instruction(types.CPointer(kind), address)
     def pointer(b, p):
-        return b.inttoptr(p, (ir.IntType(8) if kind == types.boolean else kinds[kind]).as_pointer())
+        return b.inttoptr(p, kinds[kind].as_pointer())
 
     return pointer
 
 
-kinds = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int64: ir.IntType(64)}
-_float, _double, _int, _bool = (pointer_to(kind) for kind in (types.float32, types.float64, types.int64, types.boolean))
+kinds = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int64: ir.IntType(64),
+         types.int32: ir.IntType(32), types.boolean: ir.IntType(8)}  # fmt: skip
+_float, _double, _bool = (pointer_to(kind) for kind in (types.float32, types.float64, types.boolean))
+_int, _int32 = (pointer_to(kind) for kind in (types.int64, types.int32))
 
 
 @inner
@@ -122,3 +126,8 @@ def ints(p, n):
 @inner
 def bools(p, n):
     return carray(_bool(p), n)
+
+
+@inner
+def ints32(p, n):
+    return carray(_int32(p), n)

@@ -5,14 +5,14 @@ row's state, so logits are made of what may come alone, rows that have ended cos
 needs no look by the host.
 """
 
-from nanochameleon.cpu.choose import advance, branch, call_choose, flag, kind, number
+from nanochameleon.cpu.choose import advance, branch, call_choose, done, kind, number
 from nanochameleon.cpu.layers import PHASES, blocks, call_do_block, embed, width
 from nanochameleon.cpu.memory import inner, ints, padded
 from nanochameleon.cpu.products import call_product
 from nanochameleon.cpu.team import await_job, post, share
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.simd import read_row
-from nanochameleon.sampling import ENDED, FULL, LENGTH, NOTHING, PICTURE, READS
+from nanochameleon.sampling import FULL, LENGTH, NOTHING, PICTURE, READS
 
 STOP, READ, CHOOSE = range(3)  # jobs
 LOGITS, PICK, EMBED = -3, -2, -1  # the phases of choosing, and that in front of the layers'
@@ -29,7 +29,7 @@ def plan(m, n):
     for pictures in (False, True):
         for row in range(n):
             what, lead = kind(m, row), branch(m, FULL, row) == row
-            if not pictures and lead and not flag(m, ENDED, row):
+            if not pictures and lead and not done(m, row):
                 leads[n_leads] = row
                 n_leads += 1
             if what == PICTURE if pictures else what < PICTURE and lead:
@@ -50,7 +50,7 @@ def feed(m, n, step):
     numbers, waiting = ints(m.numbers, 6 * m.n_rows), 0
     for row in range(n):
         log[row] = m.pad
-        if flag(m, ENDED, row):
+        if done(m, row):
             continue
         token, reads = ints(m.chosen, m.n_rows)[branch(m, FULL, row)], number(m, READS, row)
         log[row] = token
@@ -59,7 +59,7 @@ def feed(m, n, step):
             continue
         position = 1 if reads == NOTHING and token == m.boi else number(m, LENGTH, row)
         numbers[LENGTH * m.n_rows + row] = position + 1
-        if not flag(m, ENDED, row):
+        if not done(m, row):
             for i, x in enumerate((token, row, position)):
                 queue[i * m.ids + waiting] = x
             waiting += 1
