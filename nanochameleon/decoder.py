@@ -184,7 +184,7 @@ class Decoder:
             if penalised:
                 penalty = options.table[PENALTY].masked_fill(in_picture, 1.0)
                 logits = repetition(logits, self.taken(self.seen[:n], columns), penalty)
-            logits = logits.masked_fill(~self.taken(grammar.allowed(), columns), -torch.inf)
+            logits = logits.masked_fill(~self.taken(grammar.allowed(kinds), columns), -torch.inf)
         ids = logits.argmax(-1)
         if draws:
             uniforms = self.uniforms[:n].gather(

@@ -214,9 +214,9 @@ class Grammar:
         kinds = kinds.masked_fill(self.left > 0, PICTURE).masked_fill(self.left == 0, CLOSE)
         return kinds.masked_fill(self.done, DONE)
 
-    def allowed(self) -> Tensor:
-        """(N, V) bool."""
-        return self.may[self.rules * 5 + self.kinds()]
+    def allowed(self, kinds: Tensor | None = None) -> Tensor:
+        """(N, V) bool. kinds: those of `kinds`, if they are at hand."""
+        return self.may[self.rules * 5 + (self.kinds() if kinds is None else kinds)]
 
     def after(self, ids: Tensor) -> "Grammar":
         """The state after each row's next id, (N,), one that may come."""
