@@ -38,7 +38,7 @@ import torch
 
 from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig
-from nanochameleon.data import Loader, Shards
+from nanochameleon.data import Loader
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, sample_grid
 from nanochameleon.files import write_file
@@ -49,7 +49,7 @@ from nanochameleon.model_folder import Parts, adopt, copy_weights, store_tokeniz
 from nanochameleon.monitor import Monitor
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import Batch
-from nanochameleon.prepare import mixture, open_sources, store_pictures, write_tokens
+from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
 from nanochameleon.run import Run, command, open_image_tokenizer, pick_device, start_folder
 from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
@@ -182,7 +182,7 @@ def resume(folder: Path, model: Chameleon, optimizer) -> dict:
     return state
 
 
-def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, stopped: Callable[[], bool]) -> None:
+def train_transformer(cfg: RunConfig, run: Run, loader: Loader, folder: Path, stopped: Callable[[], bool]) -> None:
     """Runs cfg.train.steps updates, from the newest checkpoint on. Raises Interrupted once a stop is saved."""
     t, model, vocab = cfg.train, run.model, run.vocab
     optimizer = make_optimizer(model, cfg.optim)
@@ -190,9 +190,9 @@ def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, st
     start, tokens = state["step"], state["tokens"]
     if start == t.steps:
         return
-    loader = Loader(shards, t.batch_size, t.seq_len, cfg.seed, vocab.pad)
-    if loader.n_too_long:
-        print(f"{loader.n_too_long:,} of {len(shards):,} documents are longer than {t.seq_len} ids and left out")
+    for name, rows in loader.rows.items():
+        if rows.n_too_long:
+            print(f"{rows.n_too_long:,} documents of {name} are longer than {t.seq_len} ids and left out")
     wish = state.get("precision", "auto") if t.precision == "auto" else t.precision
     precision, failed = pick_precision(wish, cfg.model.dim, run.device), 0
     print(f"transformer: {sum(p.numel() for p in model.parameters()):,} parameters, {precision} on {run.device}")
@@ -288,15 +288,17 @@ def stages(
     docs = mixture(cfg, folder)
     tokenizer = store_tokenizers(parts, cfg, folder) if parts else train_text_tokenizer(cfg, docs, folder)
     laps.add("text_tokenizer")
-    if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
+    if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
         raise Interrupted
     images = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
-    shards = write_tokens(cfg, docs, images, tokenizer, folder, stopped)
+    if not cfg.data.live:
+        write_tokens(cfg, images, tokenizer, folder, stopped)
+    loader = open_loader(cfg, images, tokenizer, folder)
     laps.add("data")
     torch.manual_seed(cfg.seed)
     run = Run(cfg, tokenizer.vocab, tokenizer, images, start_model(cfg, parts, folder, device))
-    train_transformer(cfg, run, shards, folder, stopped)
+    train_transformer(cfg, run, loader, folder, stopped)
     laps.add("transformer")
     if stopped():  # in the last step, which has nothing left to save
         raise Interrupted

@@ -23,6 +23,7 @@ from nanochameleon.convert import Args, convert
 from nanochameleon.errors import UserError
 from nanochameleon.model_folder import open_parts
 from nanochameleon.monitor import read_metrics
+from nanochameleon.presets import mixed
 from nanochameleon.run import CONFIG, command, read_config, start_folder
 from nanochameleon.shapes import World, draw, draw_scene
 from nanochameleon.vqgan import VQGAN
@@ -368,8 +369,8 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 def folder_config(out: Path, path: Path | None) -> RunConfig:
-    data = DataConfig("folder", path, pairs=1.0, questions=0.0, interleaved=0.0)
-    return training_config(out, vqgan=replace(SHAPES_VQGAN, resolution=16, ch_mult=(1, 1, 1)), data=data)
+    vqgan = replace(SHAPES_VQGAN, resolution=16, ch_mult=(1, 1, 1))
+    return training_config(out, vqgan=vqgan, data=DataConfig("folder", path), stages=mixed(pairs=1.0))
 
 
 def test_a_folder_of_pictures_goes_all_the_way_and_bad_ones_are_counted(tmp_path, monkeypatch, capsys):
@@ -406,10 +407,10 @@ def test_a_run_that_failed_before_it_began_may_begin_with_another_path(tmp_path)
         assert set(contents(tmp_path / "run")) == {CONFIG}
 
 
-def test_a_folder_with_questions_is_refused_before_anything_is_read(tmp_path):
+def test_a_source_that_the_data_has_not_is_refused_before_anything_is_read(tmp_path):
     cfg = folder_config(tmp_path / "run", tmp_path)
-    with pytest.raises(UserError, match=r"--data\.questions 0"):
-        train.main(replace(cfg, data=replace(cfg.data, questions=0.2)))
+    with pytest.raises(UserError, match=r"stages\.0\.weights names 'questions'; folder has pairs, interleaved"):
+        train.main(replace(cfg, stages=mixed(pairs=0.8, questions=0.2)))
 
 
 def test_emoji_without_their_packages_are_refused_in_a_sentence(tmp_path, monkeypatch):
@@ -467,7 +468,8 @@ def other_model(place: Path, layout: str) -> Path:
 def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layout, tmp_path, capsys):
     source, run = other_model(tmp_path, layout), tmp_path / "run"
     parts, few = open_parts(source), training_config(tmp_path).train
-    cfg = training_config(run, init_from=source, train=replace(few, steps=2, save_every=1, seq_len=256))
+    train_cfg = replace(few, steps=2, save_every=1, seq_len=256)
+    cfg = training_config(run, init_from=source, train=train_cfg, stages=mixed(pairs=1.0))
     cfg = replace(cfg, evaluation=EvalConfig(1, 1, 1), model=ModelConfig(dropout=0.0))
     cfg = replace(cfg, optim=replace(cfg.optim, lr=1e-30, weight_decay=0.0))
     train.main(cfg)
