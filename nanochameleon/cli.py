@@ -16,7 +16,8 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
         "tokenizers.warmup_steps", "tokenizers.optim.warmup", "tokenizers.optim.eps", "tokenizers.optim.weight_decay",
         "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
-        "tokenizers.adversarial", "tokenizers.adversarial_from", "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
+        "tokenizers.adversarial", "tokenizers.adversarial_from",
+        "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
         "sample.guidance_image",
     )),
     ("at least 1", lambda x: 1 <= x < math.inf, (
@@ -89,7 +90,8 @@ def check_stages(cfg: RunConfig) -> None:
     starts = [*cfg.stage_starts, cfg.train.steps] if all(0 < stage.share < math.inf for stage in cfg.stages) else [0, 0]
     for number, (stage, first, behind) in enumerate(zip(cfg.stages, starts, starts[1:], strict=False)):
         if first >= behind:
-            raise UserError(f"stages.{number}.share must give {stage.name!r} at least one of the {cfg.train.steps} steps")
+            steps = f"at least one of the {cfg.train.steps} steps"
+            raise UserError(f"stages.{number}.share must give {stage.name!r} {steps}")
         names = [name for name, _ in stage.weights]
         if not names or len(set(names)) < len(names) or not all(0 < w < math.inf for _, w in stage.weights):
             wish = "sources, each once, and weights above 0, such as: pairs 0.7 text 0.3"

@@ -78,9 +78,7 @@ def answers(ids: Sequence[int], eot: int) -> np.ndarray:
     return np.concatenate([[0], turns[:-1]]) % 2 == 1
 
 
-def fill(
-    rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answers_from: int | None = None
-) -> Batch:
+def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answers_from: int | None = None) -> Batch:
     """For each row its documents, which must fit -> Batch of len(rows) rows of seq_len.
 
     answers_from: the end of turn; then only answers have targets.

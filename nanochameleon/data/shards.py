@@ -1,6 +1,6 @@
 """Token shards: documents of ids as uint16 files, which hold 65,536 ids exactly, mapped into memory.
 
-    write_shards(folder, lists of ids)  ->  shard-00000.bin, shard-00001.bin, ..., offsets.bin, index.json
+write_shards(folder, lists of ids)  ->  shard-00000.bin, shard-00001.bin, ..., offsets.bin, index.json
 """
 
 import json
