@@ -19,11 +19,12 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanochameleon.config import ModelConfig, ParallelConfig
 from nanochameleon.errors import UserError
 from nanochameleon.objective import Objective
+from nanochameleon.sharding import is_sharded
 from nanochameleon.transformer import Chameleon
 
 T = TypeVar("T")
@@ -213,7 +214,7 @@ def spread_layers(model: Chameleon, mesh: Mesh) -> None:
     parallelize_module(model, ranks, plan, src_data_rank=None)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not hasattr(parameter, "to_local"):
+            if not is_sharded(parameter):
                 whole = distribute_tensor(parameter.detach(), ranks, [Replicate()], src_data_rank=None)
                 module.register_parameter(name, nn.Parameter(whole))
 
@@ -230,7 +231,7 @@ def shard(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
     fully_shard(objective, mesh=mesh.grid["data"], mp_policy=policy)
 
 
-def is_sharded(mesh: Mesh, parallel: ParallelConfig) -> bool:
+def shards(mesh: Mesh, parallel: ParallelConfig) -> bool:
     return mesh.world > 1 and (parallel.mode == "fsdp" or mesh.tensor > 1)
 
 
@@ -258,7 +259,7 @@ class Trainee:
 def spread(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
     """Where the model is to be sharded: in place, while its weights have no content yet, so that no rank ever holds
     them all."""
-    if not is_sharded(mesh, parallel):
+    if not shards(mesh, parallel):
         return
     if mesh.tensor > 1:
         spread_layers(objective.model, mesh)
@@ -271,19 +272,9 @@ def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> Trainee:
     if parallel.compile:
         for block in objective.model.layers:
             block.compile()
-    if mesh.world == 1 or is_sharded(mesh, parallel):
+    if mesh.world == 1 or shards(mesh, parallel):
         return Trainee(objective, objective, mesh)
     from torch.nn.parallel import DistributedDataParallel
 
     run = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
     return Trainee(run, objective, mesh)
-
-
-def place(full: Tensor, target: Tensor) -> None:
-    """Copies a whole tensor into a parameter, or this rank's part of it into a sharded one; nothing is sent."""
-    if hasattr(target, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
-
-        full = full.to(target.device, target.dtype)
-        full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(full)

@@ -21,6 +21,7 @@ from nanochameleon.kernels.dropout import derive, dropout
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
 from nanochameleon.kernels.rms_norm import rms_norm
 from nanochameleon.kernels.swiglu import swiglu
+from nanochameleon.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,6 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())  # where torch.polar rounds otherwise
 
 
-def local(x: Tensor) -> Tensor:
-    """A parameter that the ranks of a layer hold alike (distributed.py) as a plain tensor; any other is one already."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, local(self.weight), self.eps)
@@ -104,7 +100,7 @@ class QKNorm(nn.Module):
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Weight and bias (n_groups, E), plain tensors. Where the heads of a layer are spread over ranks, those of this
         rank's heads; each rank's gradient is then a part of the whole, which `to_local` is told to sum."""
-        if not hasattr(self.weight, "to_local"):
+        if not is_sharded(self.weight):
             return self.weight, self.bias
         from torch.distributed.tensor import Partial
 
