@@ -9,12 +9,13 @@
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
     torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
     torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.mode fsdp --parallel.compile
-    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 \\
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
+        --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
         train.py chameleon_34b --data.path=tokens --parallel.mode fsdp --parallel.tensor 8 --parallel.recompute
 
 The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
 transformer, report. Ctrl-C and SIGTERM save; the same command goes on, on as many processes as you like. config.py says
-what the numbers are.
+what the numbers are. The variable above lets torchrun's restarts after a dead rank meet (pytorch issue 167288).
 """
 
 import sys
