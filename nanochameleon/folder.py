@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from nanochameleon.data import Pictures, RawDocument, aside, interleaved, pair, permutation, write_pictures
+from nanochameleon.data import Pictures, RawDocument, aside, captioned, interleaved, permutation, write_pictures
 from nanochameleon.errors import UserError
 from nanochameleon.image_tokenizer import load_picture, preprocess
 
@@ -203,12 +203,14 @@ def is_test(items: list[dict]) -> list[bool]:
 
 
 class FolderSource:
-    """One split ("train" or "test") of a prepared folder, as documents of one form: "pair" or "interleaved".
+    """One split ("train" or "test") of a prepared folder, as documents of one of its FORMS.
 
     Raises UserError if the directory is not whole or the split is empty.
     """
 
-    def __init__(self, directory: Path, split: str, seed: int, form: str = "pair"):
+    FORMS = ("pairs", "interleaved", "text", "drawings")
+
+    def __init__(self, directory: Path, split: str, seed: int, form: str = "pairs"):
         self.stored, self.form = Pictures(directory), form
         self.seed = seed
         self.numbers = [n for n, test in enumerate(is_test(self.stored.items)) if test == (split == "test")]
@@ -233,7 +235,7 @@ class FolderSource:
         if self.form == "interleaved":
             both = (index, int(rng.integers(self.size)))
             return interleaved([(self.caption(i), self.pixels(i)) for i in both])
-        return pair(self.caption(index), self.pixels(index), rng)
+        return captioned(self.form, self.caption(index), self.pixels(index), rng)
 
     def captions(self, n: int) -> Iterator[str]:
         """Captions in a drawn order, over all those of a picture only when n exceeds the number of pictures."""

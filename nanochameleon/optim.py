@@ -168,4 +168,5 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
 
     A norm that is not finite leaves gradients that are not: look at it before stepping.
     """
-    return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of sharded gradients: of all shards

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanochameleon.config import DataConfig, RunConfig
-from nanochameleon.data import FORMS, Mixture, Shards, Source, fuse, write_shards
+from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
 from nanochameleon.errors import Interrupted, UserError
@@ -31,15 +31,30 @@ def store_pictures(cfg: RunConfig, folder: Path) -> None:
 
     Raises UserError where a split is empty: now, and not when the first pictures of the test split are drawn.
     """
-    if cfg.data.source == "folder" and cfg.data.questions:
-        raise UserError("a folder of captioned pictures has no questions: set --data.questions 0")
+    check_sources(cfg)
     stored = folder / "pictures"
     if world(cfg.data):
         return
     if not (stored / "pictures.json").exists():
         store(cfg, stored)
     for split in ("train", "test"):
-        open_sources(cfg, folder, split)("pair")
+        open_sources(cfg, folder, split)("pairs")
+
+
+def kind_of(data: DataConfig) -> type[Source]:
+    if world(data):
+        return ShapesSource
+    return EmojiSource if data.source == "emoji" else FolderSource
+
+
+def check_sources(cfg: RunConfig) -> None:
+    """Raises UserError for a name in a stage's weights that this data has not."""
+    forms = kind_of(cfg.data).FORMS
+    for number, stage in enumerate(cfg.stages):
+        for name, _ in stage.weights:
+            if name not in forms:
+                some = ", ".join(forms)
+                raise UserError(f"stages.{number}.weights names {name!r}; {cfg.data.source} has {some}")
 
 
 def store(cfg: RunConfig, stored: Path) -> None:
@@ -60,22 +75,37 @@ def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable
                 f"{cfg.data.source} are drawn at {shapes.resolution} pixels: set --vqgan.resolution to that"
             )
         return lambda form: ShapesSource(shapes, form, cfg.seed, test=split == "test")
-    opened = EmojiSource if cfg.data.source == "emoji" else FolderSource
+    opened = kind_of(cfg.data)
     return lambda form: opened(folder / "pictures", split, cfg.seed, form)
 
 
 def mixture(cfg: RunConfig, folder: Path, split: str = "train") -> Mixture:
-    """Documents of all forms in the configured shares."""
-    shares = dict(zip(FORMS, (cfg.data.pairs, cfg.data.questions, cfg.data.interleaved), strict=True))
+    """Documents of all forms, each in its share over all stages."""
     source = open_sources(cfg, folder, split)
-    return Mixture({form: (source(form), share) for form, share in shares.items() if share}, cfg.seed)
+    return Mixture({form: (source(form), share) for form, share in cfg.mixture.items()}, cfg.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents of ids
+
+
+class Epochs:
+    """A source as an endless one: document i shows each item once before any comes again."""
+
+    size = None
+
+    def __init__(self, source: Source, seed: int, name: str):
+        self.source, self.seed, self.name = source, seed, name
+
+    def document(self, i: int):
+        return self.source.document(in_epochs(i, self.source.size, self.seed, self.name))
 
 
 def token_lists(
-    docs: Mixture, images: ImageTokenizer, tokenizer: TextTokenizer, stopped: Callable[[], bool] = lambda: False
+    docs: Epochs, images: ImageTokenizer, tokenizer: TextTokenizer, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[list[int]]:
     """Documents 0, 1, 2, ... as ids, without end; each picture of a finite source is encoded once."""
-    known = None if all(source.size is None for source in docs.sources) else {}
+    known = None if docs.source.size is None else {}
     start = 0
     while True:
         if stopped():
@@ -86,32 +116,60 @@ def token_lists(
         start += CHUNK
 
 
+def amounts(cfg: RunConfig) -> dict[str, tuple[int, int | None]]:
+    """For each source how many ids the run reads of it, and how many documents were asked for instead, if any."""
+    total = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
+    wish = cfg.data.n_documents
+    return {
+        name: (round(share * total) + cfg.train.seq_len, None if wish is None else max(1, round(share * wish)))
+        for name, share in cfg.mixture.items()
+    }
+
+
 def write_tokens(
     cfg: RunConfig,
-    docs: Mixture,
     images: ImageTokenizer,
     tokenizer: TextTokenizer,
     folder: Path,
     stopped: Callable[[], bool] = lambda: False,
-) -> Shards:
-    """Writes folder/data unless it is there: as many documents as the run reads, so that none comes twice.
+) -> None:
+    """Writes folder/data/SOURCE for each source unless it is there: as many documents as the run reads, so that none
+    comes twice.
 
-    `stopped` is asked before every CHUNK of documents; when it says so, nothing is written and Interrupted raised.
+    `stopped` is asked before every CHUNK of documents; when it says so, that source is not written, and Interrupted
+    raised.
     """
-    directory = folder / "data"
-    if not directory.exists():
-        needed = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
-        write_shards(directory, enough(token_lists(docs, images, tokenizer, stopped), needed, cfg.data.n_documents))
-    return Shards(directory)
+    source = open_sources(cfg, folder)
+    for name, (n_ids, n_documents) in amounts(cfg).items():
+        if not (folder / "data" / name).exists():
+            docs = Epochs(source(name), cfg.seed, name)
+            lists = token_lists(docs, images, tokenizer, stopped)
+            write_shards(folder / "data" / name, enough(lists, n_ids, n_documents, name))
 
 
-def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None) -> Iterator[list[int]]:
+def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None, name: str) -> Iterator[list[int]]:
     """The first documents, until they hold n_tokens ids or, if given, are n_documents; with a progress bar."""
     total, done = n_documents or n_tokens, 0  # the bar does not count where it is switched off
-    with tqdm(total=total, desc="tokenizing", unit="doc" if n_documents else "id", unit_scale=True) as bar:
+    unit = "doc" if n_documents else "id"
+    with tqdm(total=total, desc=f"tokenizing {name}", unit=unit, unit_scale=True) as bar:
         while done < total:
             ids = next(lists)
             yield ids
             new = 1 if n_documents else len(ids)
             done += new
             bar.update(new)
+
+
+def open_loader(cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Loader:
+    """What the transformer is trained on. Raises UserError where nothing of a source fits in a row."""
+    t, source, rows = cfg.train, open_sources(cfg, folder), {}
+    for name, (n_ids, n_documents) in amounts(cfg).items():
+        if cfg.data.live:
+            docs = Live(Epochs(source(name), cfg.seed, name), images, tokenizer, n_ids, n_documents)
+            rows[name] = Rows(name, docs, t.seq_len, cfg.seed)
+        else:
+            path = folder / "data" / name
+            rows[name] = Rows(name, Shards(path), t.seq_len, cfg.seed, path)
+    stages = [(start, dict(stage.weights)) for start, stage in zip(cfg.stage_starts, cfg.stages, strict=True)]
+    vocab = tokenizer.vocab
+    return Loader(rows, stages, t.batch_size, t.seq_len, cfg.seed, vocab.pad, vocab.eot if t.answers_only else None)

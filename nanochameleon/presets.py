@@ -12,6 +12,7 @@ from nanochameleon.config import (
     OptimConfig,
     RunConfig,
     SampleConfig,
+    StageConfig,
     TokenizerTraining,
     TrainConfig,
     VQGANConfig,
@@ -28,6 +29,11 @@ TOY_SAMPLE = dataclasses.replace(PLAIN, image_temperature=0.5)
 TOY_OPTIM = OptimConfig("muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup=30, schedule="cosine", final=0.02)
 
 
+def mixed(**weights: float) -> tuple[StageConfig, ...]:
+    """One stage: each source's share of the rows."""
+    return (StageConfig(weights=tuple(weights.items())),)
+
+
 def toy() -> RunConfig:
     """The shapes world in minutes on two CPU cores: what `make demo` runs.
 
@@ -35,16 +41,18 @@ def toy() -> RunConfig:
     """
     vqgan = dataclasses.replace(TOY_VQGAN, n_codes=512)
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
-    data = DataConfig(pairs=0.25, questions=0.42, interleaved=0.33)
-    return RunConfig("toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_350), TOY_SAMPLE)
+    stages = mixed(pairs=0.16, questions=0.45, interleaved=0.39)
+    return RunConfig(
+        "toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, stages=stages, train=TrainConfig(steps=1_350), sample=TOY_SAMPLE
+    )
 
 
 def toy_long() -> RunConfig:
     """The same scenes with an hour of CPU time, and few codes, which all shapes share: slower, composes better."""
     vqgan = dataclasses.replace(TOY_VQGAN, n_codes=48)
-    data = DataConfig(pairs=0.5, questions=0.2, interleaved=0.3)
+    stages = mixed(pairs=0.35, questions=0.25, interleaved=0.4)
     train = TrainConfig(steps=6_000, sample_every=1_500)
-    return dataclasses.replace(toy(), name="toy_long", vqgan=vqgan, data=data, train=train)
+    return dataclasses.replace(toy(), name="toy_long", vqgan=vqgan, stages=stages, train=train)
 
 
 def toy_rich() -> RunConfig:
@@ -62,15 +70,16 @@ def emoji() -> RunConfig:
         n_groups=4, mid_attention=False,
     )  # fmt: skip
     tokenizers = TokenizerTraining(n_merges=1_024, steps=800, warmup_steps=200, perceptual=0.3)
-    data = DataConfig(source="emoji", pairs=0.7, questions=0.15, interleaved=0.15)
-    return RunConfig("emoji", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, data, TrainConfig(steps=1_000), PLAIN)
+    return RunConfig(
+        "emoji", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, DataConfig("emoji"),
+        mixed(pairs=0.6, questions=0.15, interleaved=0.25), TrainConfig(steps=1_000), PLAIN,
+    )  # fmt: skip
 
 
 def folder() -> RunConfig:
     """Your own pictures: a folder with captions.jsonl, metadata.csv or metadata.jsonl (--data.path)."""
     cfg = emoji()
-    data = dataclasses.replace(cfg.data, source="folder", pairs=1.0, questions=0.0, interleaved=0.0)
-    return dataclasses.replace(cfg, name="folder", data=data)
+    return dataclasses.replace(cfg, name="folder", data=DataConfig("folder"), stages=mixed(pairs=1.0))
 
 
 def chameleon_7b() -> RunConfig:
@@ -80,7 +89,9 @@ def chameleon_7b() -> RunConfig:
     data = folder().data
     train = TrainConfig(steps=1_100_000, batch_size=2_048, seq_len=4_096, precision="bf16")
     model, sample = ModelConfig(dropout=0.1), SampleConfig(guidance=3.0, max_new=4_096)
-    return RunConfig("chameleon_7b", VQGANConfig(), model, OptimConfig(), tokenizers, data, train, sample)
+    return RunConfig(
+        "chameleon_7b", VQGANConfig(), model, OptimConfig(), tokenizers, data, mixed(pairs=1.0), train, sample
+    )
 
 
 def chameleon_34b() -> RunConfig:

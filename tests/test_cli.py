@@ -48,10 +48,10 @@ WRONG = {
     "a moving average of one value": (["toy", "--optim.betas", "0.9", "1"], "optim.betas must be at least 0 and less"),
     "more dropped than there is": (["toy", "--model.dropout", "2"], "model.dropout must be at least 0 and less than 1"),
     "no probability": (["toy", "--sample.top-p", "0"], "sample.top_p must be above 0 and at most 1, not 0"),
-    "a negative share": (["toy", "--data.pairs", "-1"], "data.pairs must be at least 0, not -1"),
-    "no documents at all": (
-        ["toy", "--data.pairs", "0", "--data.questions", "0", "--data.interleaved", "0"], "are all 0: raise one"
-    ),
+    "a negative weight": (["toy", "--stages.0.weights", "pairs", "-1"], "stages.0.weights must be sources"),
+    "a source twice": (["toy", "--stages.0.weights", "text", "1", "text", "2"], "each once"),
+    "no sources at all": (["toy", "--stages.0.weights"], "stages.0.weights must be sources"),
+    "a stage without steps": (["toy", "--stages.0.share", "0"], "stages.0.share must give 'all' at least one of the"),
     "rows too short for a picture": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
     "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from nanochameleon.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_
 from nanochameleon.evaluate import report, shapes
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.model_folder import open_model
+from nanochameleon.presets import mixed
 from nanochameleon.run import Run
 from nanochameleon.shapes import ASK_CAPTION, Scene, Thing, World, draw, scenes
 
@@ -232,7 +233,8 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
     chosen = list(held_out_styles(both))[:4]
     names = {text: name for text, name in concepts().items() if text in chosen}
     prepare_emoji(tmp_path / "pictures", 4, names)
-    asking = replace(run, cfg=tiny_config(data=DataConfig("emoji", questions=questions)))
+    stages = mixed(pairs=0.8, questions=questions) if questions else mixed(pairs=1.0)
+    asking = replace(run, cfg=tiny_config(data=DataConfig("emoji"), stages=stages))
     talks = report.asked_about(asking, Path(tmp_path), 3)
     assert len(talks) == 3 and all(talk["picture"].shape == (4, 4, 3) for talk in talks)
     for talk in talks:
@@ -244,7 +246,7 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
 
 def test_captions_too_long_for_a_picture_are_not_drawn_and_what_needs_an_oracle_is_null(run, tmp_path):
     """One such caption in a folder must not end a run; where all are, the sheet is empty."""
-    config = tiny_config(data=DataConfig("folder", questions=0.0))
+    config = tiny_config(data=DataConfig("folder"), stages=mixed(pairs=1.0))
     shown = Run(config, run.vocab, run.tokenizer, run.images, run.model)
     for name, texts in {"some": ["red", "ta " * 90], "all": ["ta " * 90] * 2}.items():
         items = [{"file": str(i), "captions": [text], "folder": "test", "luck": i} for i, text in enumerate(texts)]

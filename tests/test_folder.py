@@ -205,7 +205,7 @@ def source(tmp_path):
     return FolderSource(tmp_path / "prepared", "train", 7)
 
 
-@pytest.mark.parametrize("form", ["pair", "interleaved"])
+@pytest.mark.parametrize("form", FolderSource.FORMS)
 def test_documents_pair_each_picture_with_its_own_captions(form, source, tmp_path):
     source, orders = FolderSource(tmp_path / "prepared", "train", 7, form), Counter()
     for i in range(200):
@@ -213,8 +213,11 @@ def test_documents_pair_each_picture_with_its_own_captions(form, source, tmp_pat
         orders[" ".join(type(s).__name__ for s in doc)] += 1
         texts = [s.text for s in doc if isinstance(s, Text)]
         colours = [tuple(s.pixels[8, 8].tolist()) for s in doc if isinstance(s, Picture)]
-        assert [text.split(" in ")[0] for text in texts] == [str(colour) for colour in colours]
-    expected = {"pair": {"Picture Text", "Text Picture"}, "interleaved": {"Text Picture Text Picture"}}
+        assert form == "text" or [text.split(" in ")[0] for text in texts] == [str(colour) for colour in colours]
+    expected = {
+        "pairs": {"Picture Text", "Text Picture"}, "interleaved": {"Text Picture Text Picture"},
+        "text": {"Text"}, "drawings": {"Text Picture"},
+    }  # fmt: skip
     assert set(orders) == expected[form] and min(orders.values()) > 70
     assert {source.caption(i)[-1] for i in (0, 4, 8)} == {"a", "b", "c"}  # another caption each time round
 

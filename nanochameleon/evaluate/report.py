@@ -41,7 +41,7 @@ def peak_memory_gib() -> float | None:
 
 def held_out_captions(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarray]]:
     """Captions of the test split and their own pictures."""
-    source = open_sources(run.cfg, folder, "test")("pair")
+    source = open_sources(run.cfg, folder, "test")("pairs")
     docs = [source.document(i) for i in range(n if source.size is None else min(n, source.size))]
     texts = [next(s.text for s in doc if not isinstance(s, Picture)) for doc in docs]
     return texts, [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
@@ -130,7 +130,7 @@ def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
 
 def asked_about(run: Run, folder: Path, n: int) -> list[dict]:
     """What the model says of pictures of the test split: answers where it learnt questions, else captions."""
-    if not run.cfg.data.questions:
+    if "questions" not in run.cfg.mixture:
         truths, pictures = held_out_captions(run, folder, n)
         asked = [""] * len(truths)
     else:
