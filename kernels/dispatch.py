@@ -28,6 +28,8 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("zloss_cross_entropy", torch.bfloat16): ("numba", "1.5 times torch.compile, 4 times torch"),
     ("rms_norm", torch.float32): ("numba", "one pass instead of six"),
     ("rms_norm", torch.bfloat16): ("numba", "one pass instead of six"),
+    ("linear", torch.float32): ("joined", "layers that read one input as one product, gradients without sums"),
+    ("linear", torch.bfloat16): ("joined", "the same, and weights brought into the products' type in one pass"),
     ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
     ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "as fast as torch.compile, and no logits in memory"),

@@ -7,7 +7,6 @@ with another OpenMP, and in a forked process, which has inherited only the promi
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import struct
@@ -38,7 +37,7 @@ def compiled(function: Callable, integers: int):
         config.CACHE_DIR = before
 
 
-class kernel:  # noqa: N801, a decorator
+class kernel:
     """kernel(job, part, first, last, scratch), compiled when it first runs; see region_numba.py."""
 
     def __init__(self, function: Callable):

@@ -1,7 +1,7 @@
 """An op as torch sees it: registered, so that torch.compile keeps it whole, and called without that registration.
 
-torch.library's Python side costs 60 us a call in the forward pass and 100 us with the gradient, about as long as a small
-model's norm takes. So in eager mode the same functions run as a torch.autograd.Function.
+torch.library's Python side costs 60 us a call in the forward pass and 100 us with the gradient, about as long as a
+small model's norm takes. So in eager mode the same functions run as a torch.autograd.Function.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type of the matrix products that read x: autocast's, or that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def differentiable(name: str, forward: Callable, backward: Callable, save: Callable, gradients: Callable) -> Callable:

@@ -2,7 +2,7 @@
 residual sum that stands beside it in a block:
 
     add_norm   s = x + branch,        y = norm(s)       norm before each branch (7B): s goes on, y is what is read next
-    norm_add   s = x + norm(branch),  y = s             norm behind each branch (34B)
+    norm_add   x + norm(branch)                         norm behind each branch (34B)
 
 The norm's gradient, with r = 1 / sqrt(mean x^2 + eps) and u = g * weight:
     dx = r (u - x r^2 mean(u x)),   dweight = sum over rows of g x r
@@ -16,16 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import differentiable
-
-
-def _result_type(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+from nanochameleon.kernels.ops import differentiable, product_type
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps).to(_result_type(x))
+    return F.rms_norm(x, weight.shape, weight, eps).to(product_type(x))
 
 
 def add_norm_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -33,28 +28,27 @@ def add_norm_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) ->
     return s, rms_norm_reference(s, weight, eps)
 
 
-def norm_add_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    s = x + F.rms_norm(branch, weight.shape, weight.to(branch.dtype), eps)
-    return s, s.to(_result_type(x))
+def norm_add_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x + rms_norm_reference(branch, weight, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """By the implementation that `dispatch.choose` names, as the two below."""
     if choose("rms_norm", x) == "reference":
         return rms_norm_reference(x, weight, eps)
-    return rms_norm_op(x, weight, eps, _result_type(x) == torch.bfloat16)
+    return rms_norm_op(x, weight, eps, product_type(x) == torch.bfloat16)
 
 
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if choose("rms_norm", x) == "reference":
         return add_norm_reference(x, branch, weight, eps)
-    return add_norm_op(x, branch, weight, eps, _result_type(x) == torch.bfloat16)
+    return add_norm_op(x, branch, weight, eps, product_type(x) == torch.bfloat16)
 
 
-def norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
     if choose("rms_norm", x) == "reference":
         return norm_add_reference(x, branch, weight, eps)
-    return norm_add_op(x, branch, weight, eps, _result_type(x) == torch.bfloat16)
+    return norm_add_op(x, branch, weight, eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,18 +103,15 @@ def _add_norm_backward(
     return dx, d_branch, _run("add_norm_backward", weight, eps, parts, **given)
 
 
-def _norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float, bf16: bool) -> tuple[Tensor, Tensor]:
-    s, y = _new(x), _new(x, bf16)
-    _run("norm_add", weight, eps, x=x.contiguous(), branch=branch.contiguous(), s=s, y=y)
-    return s, y
+def _norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+    s = _new(x)
+    _run("norm_add", weight, eps, x=x.contiguous(), branch=branch.contiguous(), s=s)
+    return s
 
 
-def _norm_add_backward(
-    ds: Tensor, dy: Tensor, branch: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, d_branch, parts = _new(ds), _new(branch), torch.get_num_threads()
-    given = dict(branch=branch.contiguous(), ds=ds.contiguous(), dy=dy.contiguous(), dx=dx, d_branch=d_branch)
-    return dx, d_branch, _run("norm_add_backward", weight, eps, parts, **given)
+def _norm_add_backward(ds: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dx, parts = _new(branch), torch.get_num_threads()
+    return dx, _run("add_norm_backward", weight, eps, parts, x=branch.contiguous(), dy=ds.contiguous(), dx=dx)
 
 
 def _save_norm(ctx, inputs, output) -> None:
@@ -135,7 +126,7 @@ def _save_add_norm(ctx, inputs, output) -> None:
 
 
 def _save_norm_add(ctx, inputs, output) -> None:
-    _, branch, weight, ctx.eps, _ = inputs
+    _, branch, weight, ctx.eps = inputs
     ctx.save_for_backward(branch, weight)
 
 
@@ -148,8 +139,8 @@ def _add_norm_gradients(backward, ctx, ds, dy):
     return dx, d_branch if ctx.narrow else dx.to(ctx.kind), d_weight, None, None
 
 
-def _norm_add_gradients(backward, ctx, ds, dy):
-    return *backward(ds, dy, *ctx.saved_tensors, ctx.eps), None, None
+def _norm_add_gradients(backward, ctx, ds):
+    return ds, *backward(ds, *ctx.saved_tensors, ctx.eps), None
 
 
 rms_norm_op = differentiable("rms_norm", _norm, _norm_backward, _save_norm, _norm_gradients)
@@ -168,7 +159,6 @@ def _(dy, x, weight, eps):
 
 
 @torch.library.register_fake("nanochameleon::add_norm")
-@torch.library.register_fake("nanochameleon::norm_add")
 def _(x, branch, weight, eps, bf16):
     return _new(x), _new(x, bf16)
 
@@ -178,6 +168,11 @@ def _(ds, dy, s, weight, eps, narrow):
     return _new(s), _new(s, narrow) if narrow else s.new_empty(0), torch.empty_like(weight)
 
 
+@torch.library.register_fake("nanochameleon::norm_add")
+def _(x, branch, weight, eps):
+    return _new(x)
+
+
 @torch.library.register_fake("nanochameleon::norm_add_backward")
-def _(ds, dy, branch, weight, eps):
-    return _new(ds), _new(branch), torch.empty_like(weight)
+def _(ds, branch, weight, eps):
+    return _new(branch), torch.empty_like(weight)

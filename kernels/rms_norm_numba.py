@@ -119,7 +119,7 @@ def add_norm_backward(job, part, first, last, row):
 
 @kernel
 def norm_add(job, part, first, last, row):
-    """s = x + norm(branch), and y the same in its own type."""
+    """s = x + norm(branch). Its gradient is the norm's alone: `add_norm_backward` without ds."""
     job = read_job(job)
     extra = row + 4 * job.width
     for n in range(first * job.d, last * job.d, job.d):
@@ -127,19 +127,3 @@ def norm_add(job, part, first, last, row):
         norm(row, job)
         add_row(job.x + job.size * n, job.size, job, row, extra)
         write_row(job.s + job.size * n, job.size, job.d, row, ONE)
-        write_row(job.y + job.y_size * n, job.y_size, job.d, row, ONE)
-
-
-@kernel
-def norm_add_backward(job, part, first, last, row):
-    """dx = ds + dy, and for the branch the norm's gradient of that sum."""
-    job = read_job(job)
-    d_weight, g, extra = job.d_weight + 4 * part * job.width, row + 4 * job.width, row + 8 * job.width
-    clear(d_weight, job.width)
-    for n in range(first * job.d, last * job.d, job.d):
-        read_row(job.ds + job.size * n, job.size, job.d, g)
-        add_row(job.dy + job.y_size * n, job.y_size, job, g, extra)
-        write_row(job.dx + job.size * n, job.size, job.d, g, ONE)
-        read_row(job.branch + job.branch_size * n, job.branch_size, job.d, row)
-        norm_backward(row, g, job, d_weight)
-        write_row(job.d_branch + job.branch_size * n, job.branch_size, job.d, g, ONE)

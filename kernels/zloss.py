@@ -73,7 +73,9 @@ def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 # The op
 
 
-def _run(name: str, logits: Tensor, targets: Tensor, z_loss: float = 0.0, share: float = 0.0, **tensors: Tensor) -> None:
+def _run(
+    name: str, logits: Tensor, targets: Tensor, z_loss: float = 0.0, share: float = 0.0, **tensors: Tensor
+) -> None:
     from nanochameleon.kernels import launch, zloss_numba
 
     where = {key: x.data_ptr() for key, x in (("logits", logits), ("targets", targets), *tensors.items())}

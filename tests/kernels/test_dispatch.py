@@ -68,7 +68,7 @@ def test_unknown_names_are_refused(monkeypatch):
 
 def test_the_table_names_each_op_for_each_type_once():
     assert set(AUTO) == {(op, dtype) for op in OPS for dtype in (torch.float32, torch.bfloat16)}
-    assert {name for name, _ in AUTO.values()} <= set(NAMES) - {"auto"}
+    assert {name for name, _ in AUTO.values()} <= {*NAMES, "joined"} - {"auto"}  # the last: linear.py's own
 
 
 def test_explain_has_a_line_for_each_op_of_a_step():

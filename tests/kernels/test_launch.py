@@ -73,6 +73,8 @@ def test_python_s_own_threads_may_run_kernels_at_the_same_time(way, threads):
             assert done == [0.5] * 500
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP is looked for on Linux; elsewhere Python's threads do")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="torch's OpenMP is looked for on Linux; elsewhere Python's threads do"
+)
 def test_torch_s_openmp_is_found():
     assert launch.openmp() is not None
