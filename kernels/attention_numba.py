@@ -31,6 +31,7 @@ from llvmlite import ir
 from numba import njit, types
 
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
     FUSE,
     ROWS,
@@ -81,10 +82,10 @@ ONE, LEAST = np.float32(1), np.float32(-math.inf)
 class Job(NamedTuple):
     """Where everything lies; gradients are 0 in the forward pass."""
 
-    q: int  # (B, T, H, E), of `size` bytes a number: 4 float32, 2 bfloat16
+    q: int  # (B, T, H, E), of `size` bytes a number: 4 float32, 2 bfloat16; rows of a position `q_row` numbers apart
     k: int  # (B, T, G, E)
     v: int
-    out: int  # like q
+    out: int  # (B, T, H, E)
     lse: int  # (B, H, T) float32: log2 of the sum of 2^score
     table: int  # (B, T, E) float32: cos and sin of each pair in turn
     docs: int  # (B, T) int64, or 0: a row is one document
@@ -92,8 +93,8 @@ class Job(NamedTuple):
     q_bias: int
     k_weight: int  # (G, width)
     k_bias: int
-    d_out: int  # like q
-    dq: int
+    d_out: int  # like out
+    dq: int  # like q, k, v, rows `d_row` numbers apart
     dk: int
     dv: int
     d_q_weight: int  # (B, H, width) float32
@@ -106,7 +107,14 @@ class Job(NamedTuple):
     e: int
     width: int
     size: int
-    scratch: int  # of one thread, `scratch_floats` float32
+    q_row: int
+    k_row: int
+    v_row: int
+    d_row: int
+    eps: float
+
+
+read_job = reader(Job)
 
 
 def scratch_floats(job: Job, backward: bool) -> int:
@@ -347,33 +355,39 @@ def tiles(docs, t):
 
 
 @njit
-def prepare_queries(job, b, head_, eps, scale, q):
+def scale_of(job):
+    return ONE / np.float32(math.sqrt(job.e))
+
+
+@njit
+def prepare_queries(job, b, head_, q):
     """Rows (T, width) of one query head; returns the largest square of a length."""
     most = ZERO
     for i in range(job.t):
-        at = ((b * job.t + i) * job.heads + head_) * job.e
+        at = (b * job.t + i) * job.q_row + head_ * job.e
         weight = job.q_weight + 4 * head_ * job.width if job.q_weight != 0 else 0
         table = job.table + 4 * (b * job.t + i) * job.width
         square = prepare(
-            job.q + job.size * at, job.size, job.e, table, weight, job.q_bias + 4 * head_ * job.width, eps,
-            scale * LOG2E, q + 4 * i * job.width,
+            job.q + job.size * at, job.size, job.e, table, weight, job.q_bias + 4 * head_ * job.width, job.eps,
+            scale_of(job) * LOG2E, q + 4 * i * job.width,
         )  # fmt: skip
         most = max(most, square)
     return most
 
 
 @njit
-def prepare_keys(job, b, g, eps, k, v):
+def prepare_keys(job, b, g, k, v):
     most = ZERO
     for i in range(job.t):
-        at = ((b * job.t + i) * job.key_heads + g) * job.e
+        at = (b * job.t + i) * job.k_row + g * job.e
         weight = job.k_weight + 4 * g * job.width if job.k_weight != 0 else 0
         table = job.table + 4 * (b * job.t + i) * job.width
         square = prepare(
-            job.k + job.size * at, job.size, job.e, table, weight, job.k_bias + 4 * g * job.width, eps, ONE,
+            job.k + job.size * at, job.size, job.e, table, weight, job.k_bias + 4 * g * job.width, job.eps, ONE,
             k + 4 * i * job.width,
         )  # fmt: skip
         most = max(most, square)
+        at = (b * job.t + i) * job.v_row + g * job.e
         read_row(job.v + job.size * at, job.size, job.e, v + 4 * i * job.width)
     return most
 
@@ -405,10 +419,11 @@ def find_shifts(job, docs, q, k, kt, scores, shift):
 
 
 @kernel
-def forward(job, first_task, last_task, eps, scale):
+def forward(job, part, first_task, last_task, scratch):
     """out and lse of tasks [first_task, last_task), each a batch row and a key head."""
+    job = read_job(job)
     t, width, shared = job.t, job.width, job.heads // job.key_heads
-    q = job.scratch
+    q = scratch
     out = q + 4 * shared * t * width
     k = out + 4 * shared * t * width
     v = k + 4 * t * width
@@ -419,9 +434,9 @@ def forward(job, first_task, last_task, eps, scale):
     for task in range(first_task, last_task):
         b, g = task // job.key_heads, task % job.key_heads
         docs = job.docs + 8 * b * t if job.docs != 0 else 0
-        longest_k, longest_q = prepare_keys(job, b, g, eps, k, v), ZERO
+        longest_k, longest_q = prepare_keys(job, b, g, k, v), ZERO
         for s in range(shared):
-            longest_q = max(longest_q, prepare_queries(job, b, g * shared + s, eps, scale, q + 4 * s * t * width))
+            longest_q = max(longest_q, prepare_queries(job, b, g * shared + s, q + 4 * s * t * width))
         clear(out, shared * t * width)
         clear(sums, shared * t * W)
         if longest_k * longest_q < BOUND * BOUND:
@@ -449,10 +464,11 @@ def forward(job, first_task, last_task, eps, scale):
 
 
 @kernel
-def backward(job, first_task, last_task, eps, scale):
+def backward(job, part, first_task, last_task, scratch):
     """dq, dk, dv and each head's share of the norms' gradients (which start as zeros)."""
+    job = read_job(job)
     t, width, size, e, shared = job.t, job.width, job.size, job.e, job.heads // job.key_heads
-    q = job.scratch
+    q = scratch
     d_out = q + 4 * shared * t * width
     dq = d_out + 4 * shared * t * width
     k = dq + 4 * shared * t * width
@@ -469,9 +485,9 @@ def backward(job, first_task, last_task, eps, scale):
         b, g = task // job.key_heads, task % job.key_heads
         docs = job.docs + 8 * b * t if job.docs != 0 else 0
         lse = job.lse + 4 * (b * job.heads + g * shared) * t
-        prepare_keys(job, b, g, eps, k, v)
+        prepare_keys(job, b, g, k, v)
         for s in range(shared):
-            prepare_queries(job, b, g * shared + s, eps, scale, q + 4 * s * t * width)
+            prepare_queries(job, b, g * shared + s, q + 4 * s * t * width)
             for i in range(t):
                 at = size * (((b * t + i) * job.heads + g * shared + s) * e)
                 target = d_out + 4 * (s * t + i) * width
@@ -494,27 +510,28 @@ def backward(job, first_task, last_task, eps, scale):
                 times_queries(w, nq, nk, first, d_out + queries, width, dv + keys)
                 times_queries(ds, nq, nk, first, q + queries, width, dk + keys)
                 times_keys(ds, nq, nk, first, k + keys, width, dq + queries)
-        finish_backward(job, b, g, eps, scale, dq, dk, dv, row)
+        finish_backward(job, b, g, dq, dk, dv, row)
 
 
 @njit
-def finish_backward(job, b, g, eps, scale, dq, dk, dv, row):
+def finish_backward(job, b, g, dq, dk, dv, row):
     """Gradients of prepared rows -> of the rows that came in."""
     t, width, size, e, shared = job.t, job.width, job.size, job.e, job.heads // job.key_heads
     for i in range(t):
         table = job.table + 4 * (b * t + i) * width
+        out = size * ((b * t + i) * job.d_row)
         for s in range(shared):
             h = g * shared + s
-            at, part = size * (((b * t + i) * job.heads + h) * e), 4 * (b * job.heads + h) * width
+            at, part = size * ((b * t + i) * job.q_row + h * e), 4 * (b * job.heads + h) * width
             weight = job.q_weight + 4 * h * width if job.q_weight != 0 else 0
             prepare_backward(
                 dq + 4 * (s * t + i) * width, job.q + at, size, e, table, weight, job.d_q_weight + part,
-                job.d_q_bias + part, eps, scale, row, job.dq + at,
+                job.d_q_bias + part, job.eps, scale_of(job), row, job.dq + out + size * h * e,
             )  # fmt: skip
-        at, part = size * (((b * t + i) * job.key_heads + g) * e), 4 * (b * job.key_heads + g) * width
+        at, part = size * ((b * t + i) * job.k_row + g * e), 4 * (b * job.key_heads + g) * width
         weight = job.k_weight + 4 * g * width if job.k_weight != 0 else 0
         prepare_backward(
-            dk + 4 * i * width, job.k + at, size, e, table, weight, job.d_k_weight + part, job.d_k_bias + part, eps,
-            LN2, row, job.dk + at,
+            dk + 4 * i * width, job.k + at, size, e, table, weight, job.d_k_weight + part, job.d_k_bias + part, job.eps,
+            LN2, row, job.dk + out + size * g * e,
         )  # fmt: skip
-        write_row(job.dv + at, size, e, dv + 4 * i * width, ONE)
+        write_row(job.dv + out + size * g * e, size, e, dv + 4 * i * width, ONE)
