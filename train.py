@@ -9,12 +9,13 @@
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
     torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
     torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.mode fsdp --parallel.compile
-    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 \\
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
+        --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
         train.py chameleon_34b --data.path=tokens --parallel.mode fsdp --parallel.tensor 8 --parallel.recompute
 
 The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
 transformer, report. Ctrl-C and SIGTERM save; the same command goes on, on as many processes as you like. config.py says
-what the numbers are.
+what the numbers are. The variable above lets torchrun's restarts after a dead rank meet (pytorch issue 167288).
 """
 
 import sys
@@ -44,7 +45,7 @@ from torch.utils._pytree import tree_map
 from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
-from nanochameleon.distributed import Mesh, Trainee, check_tensor, is_sharded, local_device, place, spread, start, wrap
+from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
@@ -58,6 +59,7 @@ from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
 from nanochameleon.run import TEXT_TOKENIZER, Run, command, open_image_tokenizer, pick_device, start_folder
 from nanochameleon.saver import Saver, find
+from nanochameleon.sharding import part_of
 from nanochameleon.stopping import Laps, Stopper
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
@@ -242,8 +244,7 @@ def train_transformer(
     progress.precision = precision
     if mesh.first:
         announce(model, loader, precision, mesh, cfg)
-    sharded = is_sharded(mesh, cfg.parallel)
-    keep = t.keep, cfg.parallel.save_in_background, sharded
+    keep = t.keep, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
         if progress.step < t.steps:
@@ -256,7 +257,7 @@ def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
     with torch.no_grad():
         for name, target in model.state_dict().items():
             whole = parts.weights.get(name) if parts else model.initial(name, target.shape, seed, target.device)
-            place(whole, target)
+            target.copy_(part_of(whole, target))
 
 
 def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: RunConfig) -> None:
@@ -302,7 +303,7 @@ def main(cfg: RunConfig) -> Path:
 
 def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
     """By one rank, with the whole model: of a sharded one as it was saved."""
-    if is_sharded(mesh, run.cfg.parallel):
+    if shards(mesh, run.cfg.parallel):
         run = open_model(folder, str(mesh.device))
     if run.images.can_draw:
         make_report(run, folder, laps.seconds)

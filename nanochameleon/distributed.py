@@ -19,11 +19,12 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanochameleon.config import ModelConfig, ParallelConfig
-from nanochameleon.errors import UserError
+from nanochameleon.errors import PeerLost, UserError
 from nanochameleon.objective import Objective
+from nanochameleon.sharding import is_sharded
 from nanochameleon.transformer import Chameleon
 
 T = TypeVar("T")
@@ -39,7 +40,8 @@ class Mesh:
     world: int = 1
     tensor: int = 1  # ranks that share every layer
     grid: Any = None  # DeviceMesh ("data", "tensor"), None for one process
-    host: Any = None  # a process group of CPU tensors, patient
+    host: Any = None  # process groups of the CPU's: for each step, and for waiting as long as it takes
+    patient: Any = None
 
     @property
     def first(self) -> bool:
@@ -87,7 +89,7 @@ class Mesh:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.host)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def once(self, work: Callable[[], T]) -> T:
@@ -147,18 +149,21 @@ def start(parallel: ParallelConfig, batch_size: int, device: torch.device) -> It
         return
     import torch.distributed as dist
 
-    # restarts by torchrun meet the store of the ranks that died otherwise: pytorch issues 135712 and 167288
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
-    host = dist.new_group(backend="gloo", timeout=PATIENCE)
+    timeout = timedelta(seconds=parallel.timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    host, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, PATIENCE))
     sizes = (world // parallel.tensor, parallel.tensor)
     grid = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("data", "tensor"))
     torch.set_num_threads(max(1, n_cores() // environment("LOCAL_WORLD_SIZE", 1)))  # torchrun gives each only one
     try:
-        yield Mesh(device, rank, world, parallel.tensor, grid, host)
+        yield Mesh(device, rank, world, parallel.tensor, grid, host, patient)
         gc.collect()  # DDP's threads abort the process at its end if tensors are still theirs
-        dist.barrier(group=host)
+        dist.barrier(group=patient)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            why = f"another rank has died, or has not answered for {parallel.timeout} s"
+            raise PeerLost(f"rank {rank} of {world}: {why} ({str(error).splitlines()[0][:200]})") from error
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -213,7 +218,7 @@ def spread_layers(model: Chameleon, mesh: Mesh) -> None:
     parallelize_module(model, ranks, plan, src_data_rank=None)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not hasattr(parameter, "to_local"):
+            if not is_sharded(parameter):
                 whole = distribute_tensor(parameter.detach(), ranks, [Replicate()], src_data_rank=None)
                 module.register_parameter(name, nn.Parameter(whole))
 
@@ -230,7 +235,7 @@ def shard(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
     fully_shard(objective, mesh=mesh.grid["data"], mp_policy=policy)
 
 
-def is_sharded(mesh: Mesh, parallel: ParallelConfig) -> bool:
+def shards(mesh: Mesh, parallel: ParallelConfig) -> bool:
     return mesh.world > 1 and (parallel.mode == "fsdp" or mesh.tensor > 1)
 
 
@@ -258,7 +263,7 @@ class Trainee:
 def spread(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
     """Where the model is to be sharded: in place, while its weights have no content yet, so that no rank ever holds
     them all."""
-    if not is_sharded(mesh, parallel):
+    if not shards(mesh, parallel):
         return
     if mesh.tensor > 1:
         spread_layers(objective.model, mesh)
@@ -271,19 +276,9 @@ def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> Trainee:
     if parallel.compile:
         for block in objective.model.layers:
             block.compile()
-    if mesh.world == 1 or is_sharded(mesh, parallel):
+    if mesh.world == 1 or shards(mesh, parallel):
         return Trainee(objective, objective, mesh)
     from torch.nn.parallel import DistributedDataParallel
 
     run = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
     return Trainee(run, objective, mesh)
-
-
-def place(full: Tensor, target: Tensor) -> None:
-    """Copies a whole tensor into a parameter, or this rank's part of it into a sharded one; nothing is sent."""
-    if hasattr(target, "to_local"):
-        from torch.distributed.tensor import distribute_tensor
-
-        full = full.to(target.device, target.dtype)
-        full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(full)

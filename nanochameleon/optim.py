@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
+from nanochameleon.sharding import part_of, whole
 
 TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
 
@@ -94,17 +95,17 @@ class Muon(torch.optim.Optimizer):
                 self.step_adam(with_gradient, group)
 
     def step_matrices(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Matrices of one shape go through the iteration together."""
+        """Matrices of one shape go through the iteration together; sharded ones are gathered for it, on every rank."""
         by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
         for parameter in parameters:
-            by_shape.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+            by_shape.setdefault((len(parameter), parameter.shape[1:].numel()), []).append(parameter)
         for shape, same in by_shape.items():
-            updates = torch.stack([self.momentum(p, group["momentum"]).reshape(shape) for p in same])
+            updates = torch.stack([whole(self.momentum(p, group["momentum"])).reshape(shape) for p in same])
             rate = group["lr"] * 0.2 * max(shape) ** 0.5
             for parameter, update in zip(same, orthogonalize(updates), strict=True):
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-rate)
+                parameter.add_(part_of(update.view(parameter.shape), parameter), alpha=-rate)
 
     def momentum(self, parameter: nn.Parameter, beta: float) -> Tensor:
         """The gradient looking one step ahead along its running mean (Nesterov)."""
@@ -169,4 +170,4 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     A norm that is not finite leaves gradients that are not: look at it before stepping.
     """
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of sharded gradients: of all shards
+    return float(whole(norm))  # of sharded gradients: of all shards

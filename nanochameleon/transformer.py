@@ -22,6 +22,7 @@ from nanochameleon.kernels.linear import linear
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
 from nanochameleon.kernels.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.swiglu import swiglu
+from nanochameleon.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,6 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())  # where torch.polar rounds otherwise
 
 
-def local(x: Tensor) -> Tensor:
-    """A parameter that the ranks of a layer hold alike (distributed.py) as a plain tensor; any other is one already."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each of several linear layers makes of x; in training those that are just that are one product."""
     plain = all(type(layer) is nn.Linear and type(layer.weight) is nn.Parameter for layer in layers)
@@ -121,7 +117,7 @@ class QKNorm(nn.Module):
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Weight and bias (n_groups, E), plain tensors. Where the heads of a layer are spread over ranks, those of this
         rank's heads; each rank's gradient is then a part of the whole, which `to_local` is told to sum."""
-        if not hasattr(self.weight, "to_local"):
+        if not is_sharded(self.weight):
             return self.weight, self.bias
         from torch.distributed.tensor import Partial
 

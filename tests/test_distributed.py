@@ -1,28 +1,25 @@
 """Ranks that train together: what they learn does not depend on how many share the work, or in which way."""
 
-import dataclasses
-import math
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ranks import run_on
 from tiny import training_config
 
 from nanochameleon import checkpoint
 from nanochameleon.config import ModelConfig, ParallelConfig, RunConfig
-from nanochameleon.distributed import Mesh, check_tensor, start
+from nanochameleon.distributed import check_tensor, start
 from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.losses import next_token_loss
+from nanochameleon.model_folder import open_parts
 from nanochameleon.monitor import read_metrics
 from nanochameleon.packing import IGNORE
-from nanochameleon.run import open_image_tokenizer
+from nanochameleon.run import CONFIG, config_to_json
+from nanochameleon.tensor_files import Cut
 from nanochameleon.vocab import Vocab
 
 CPU = torch.device("cpu")
@@ -77,35 +74,35 @@ def test_layers_that_cannot_be_cut_are_refused():
     with pytest.raises(UserError, match="n_kv_heads, 4"):
         check_tensor(model, 3)
     with pytest.raises(UserError, match="one must divide the other"):
-        check_tensor(replace(model, n_heads=12, n_kv_heads=12), 6)
+        check_tensor(replace(model, dim=96, n_heads=12, n_kv_heads=12, multiple_of=24), 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss over a vocabulary that is spread
 
 
-def spread_loss(n_columns: int, logits: torch.Tensor, targets: torch.Tensor) -> tuple:
-    with start(ParallelConfig(mode="fsdp", tensor=2), 1, CPU) as mesh:
-        width = -(-n_columns // 2)
+def spread_loss(vocab: Vocab, logits: torch.Tensor, targets: torch.Tensor) -> tuple:
+    with start(ParallelConfig(tensor=2), 1, CPU) as mesh:
+        width = -(-vocab.size // 2)
         mine = logits[:, mesh.rank * width : (mesh.rank + 1) * width].clone().requires_grad_()
-        parts = next_token_loss(mine, targets, Vocab.toy(8, n_columns - 278), mesh.layer_ranks)
+        parts = next_token_loss(mine, targets, vocab, mesh.layer_ranks)
         parts.total(1e-2, 3.0).backward()
-        return [float(x) for x in parts], mine.grad
+        return [x.item() for x in parts], mine.grad
 
 
-@pytest.mark.parametrize("n_columns", [280, 281])  # of the odd one the ranks have different shares
+@pytest.mark.parametrize("n_merges", [2, 3])  # with one of them the ranks have different shares
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
-def test_the_loss_over_spread_columns_is_that_of_all_columns(n_columns, ignored):
-    generator = torch.Generator().manual_seed(n_columns)
-    logits = 5 * torch.randn(20, n_columns, generator=generator)
-    targets = torch.randint(n_columns, (20,), generator=generator)
+def test_the_loss_over_spread_columns_is_that_of_all_columns(n_merges, ignored):
+    vocab, generator = Vocab.toy(8, n_merges), torch.Generator().manual_seed(n_merges)
+    logits = 5 * torch.randn(20, vocab.size, generator=generator)
+    targets = torch.randint(vocab.size, (20,), generator=generator)
     targets[torch.rand(20, generator=generator) < ignored] = IGNORE
     whole = logits.clone().requires_grad_()
-    expected = next_token_loss(whole, targets, Vocab.toy(8, n_columns - 278))
+    expected = next_token_loss(whole, targets, vocab)
     expected.total(1e-2, 3.0).backward()
-    results = run_on(2, spread_loss, n_columns, logits, targets)
+    results = run_on(2, spread_loss, vocab, logits, targets)
     for numbers, _ in results:
-        assert numbers == pytest.approx([float(x) for x in expected], rel=1e-5, abs=1e-5)
+        assert numbers == pytest.approx([x.item() for x in expected], rel=1e-5, abs=1e-5)
     torch.testing.assert_close(torch.cat([grad for _, grad in results], 1), whole.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -122,16 +119,20 @@ def config(out: Path, **parallel) -> RunConfig:
     return replace(cfg, model=model, train=train, optim=optim, parallel=ParallelConfig(**parallel))
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A run before the transformer's first step. Read only."""
+def prepare(folder: Path, **parallel) -> Path:
+    """A run before the transformer's first step."""
     import train
 
-    folder = tmp_path_factory.mktemp("prepared") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_transformer", interrupted)
-        train.main(config(folder))
+        train.main(config(folder, **parallel))
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """Read only."""
+    return prepare(tmp_path_factory.mktemp("prepared") / "run")
 
 
 def interrupted(*_):
@@ -153,18 +154,29 @@ def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
         train.main(replace(cfg, out=folder))
 
 
+def trained(prepared: Path, folder: Path, ranks: int, until: int | None = None, **parallel) -> Path:
+    """A run on so many ranks, from the prepared one."""
+    cfg = config(folder, **parallel)
+    if not folder.exists():
+        shutil.copytree(prepared, folder)
+        (folder / CONFIG).write_text(config_to_json(cfg))
+    if ranks == 1:
+        learn(folder, cfg, until)
+    else:
+        run_on(ranks, learn, folder, cfg, until)
+    return folder
+
+
 def curve(folder: Path) -> list[list[float]]:
     lines = read_metrics(folder / "metrics.jsonl")
     return [[line[name] for name in ("loss", "loss_text", "loss_image", "log_z", "output_norm", "grad_norm")]
             for line in lines]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
+@pytest.fixture(scope="module")
 def alone(request, prepared, tmp_path_factory) -> Path:
-    """The run on one process. Read only."""
-    folder = Path(shutil.copytree(prepared, tmp_path_factory.mktemp("alone") / request.param))
-    learn(folder, config(folder, optim=request.param))
-    return folder
+    """The run on one process, with an optimizer. Read only."""
+    return trained(prepared, tmp_path_factory.mktemp("alone") / request.param, 1, optim=request.param)
 
 
 WAYS = {
@@ -179,10 +191,51 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+MUON = ("2 ranks", "4 shards, micro-batches, recomputed", "2 shards of layers over 2 ranks")
+CASES = [("adamw", way) for way in WAYS] + [("muon", way) for way in MUON]
+
+
+@pytest.mark.parametrize("alone, way", CASES, indirect=["alone"])
 def test_what_is_learnt_does_not_depend_on_how_the_work_is_shared(way, alone, prepared, tmp_path):
     """Losses and norms of twelve steps, dropout included; and the weights at the end, read from what was saved."""
     ranks, parallel = WAYS[way]
-    folder = Path(shutil.copytree(prepared, tmp_path / "run"))
-    run_on(ranks, learn, folder, config(folder, optim=alone.name, **parallel))
+    folder = trained(prepared, tmp_path / "run", ranks, optim=alone.name, **parallel)
     assert curve(folder) == [pytest.approx(line, rel=2e-4, abs=1e-6) for line in curve(alone)]
+    weights, expected = (open_parts(path).weights for path in (folder, alone))
+    for name in expected.meta:
+        torch.testing.assert_close(weights.get(name), expected.get(name), rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on with other ranks
+
+CHANGES = {
+    "4 ranks, 2, 1": [(4, {}), (2, {}), (1, {})],
+    "1 rank, 4 shards, 2 shards": [(1, {}), (4, {"mode": "fsdp"}), (2, {"mode": "fsdp"})],
+    "4 shards of layers, 2 shards, 1 rank": [(4, {"tensor": 2}), (2, {"mode": "fsdp"}), (1, {})],
+    "2 ranks, layers over 4 ranks, 4 shards": [(2, {}), (4, {"tensor": 4}), (4, {"mode": "fsdp"})],
+}
+
+
+@pytest.mark.parametrize("alone", ["adamw"], indirect=True)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_in_another_mesh(change, alone, prepared, tmp_path):
+    for until, (ranks, parallel) in zip((3, 7, None), CHANGES[change], strict=True):
+        folder = trained(prepared, tmp_path / "run", ranks, until, optim=alone.name, **parallel)
+        if until:
+            assert checkpoint.newest(folder).name == f"step-{until:06d}"
+    assert curve(folder) == [pytest.approx(line, rel=2e-4, abs=1e-6) for line in curve(alone)]
+
+
+@pytest.mark.parametrize("way", ["2 ranks", "2 shards", "layers over 2 ranks"])
+def test_ranks_that_stop_and_go_on_end_with_the_same_bits(way, prepared, tmp_path):
+    """Invariant 21, on ranks."""
+    ranks, parallel = WAYS[way]
+    whole = trained(prepared, tmp_path / "whole", ranks, **parallel)
+    for until in (2, 5, None):
+        stopped = trained(prepared, tmp_path / "stopped", ranks, until, **parallel)
+    assert curve(stopped) == curve(whole)
+    ends = [checkpoint.newest(folder) for folder in (stopped, whole)]
+    names = checkpoint.stored_shapes(ends[1]).keys()
+    tensors, expected = (Cut(sorted(end.glob("*.safetensors")), names) for end in ends)
+    assert [name for name in names if not torch.equal(tensors[name], expected[name])] == [] and len(names) > 60
