@@ -37,6 +37,7 @@ from pathlib import Path
 import torch
 
 from nanochameleon import checkpoint
+from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
@@ -45,7 +46,7 @@ from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import explain
 from nanochameleon.losses import LossParts, next_token_loss
-from nanochameleon.model_folder import Parts, adopt, copy_weights, store_tokenizers
+from nanochameleon.model_folder import Parts, copy_weights
 from nanochameleon.monitor import Monitor
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import Batch
@@ -243,16 +244,15 @@ class Laps:
 
 def main(cfg: RunConfig) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
-    cfg, device, parts = complete(cfg), pick_device(cfg.device), None
+    cfg, device = complete(cfg), pick_device(cfg.device)
     check_kernels(device)
-    if cfg.init_from is not None:
-        cfg, parts = adopt(cfg)
-        check_room(cfg)
+    cfg, begun = begin(cfg)
+    check_room(cfg)
     folder = start_folder(cfg)
     laps = Laps(folder)
     try:
         with Stopper() as stopped:
-            run = stages(cfg, parts, folder, device, laps, stopped)
+            run = stages(cfg, begun, folder, device, laps, stopped)
         if run.images.can_draw:
             make_report(run, folder, laps.seconds)
             print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
@@ -281,14 +281,14 @@ def start_model(cfg: RunConfig, parts: Parts | None, folder: Path, device: torch
 
 
 def stages(
-    cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.device, laps: Laps, stopped: Callable[[], bool]
+    cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped: Callable[[], bool]
 ) -> Run:
-    """The stages before the report; `parts`: the model to go on from. Raises Interrupted once a stop is saved."""
+    """The stages before the report. Raises Interrupted once a stop is saved."""
     store_pictures(cfg, folder)
-    docs = mixture(cfg, folder)
-    tokenizer = store_tokenizers(parts, cfg, folder) if parts else train_text_tokenizer(cfg, docs, folder)
+    ours = begun.tokenizers is None
+    tokenizer = train_text_tokenizer(cfg, mixture(cfg, folder), folder) if ours else begun.store_tokenizers(cfg, folder)
     laps.add("text_tokenizer")
-    if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
+    if ours and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
         raise Interrupted
     images = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
@@ -297,7 +297,7 @@ def stages(
     loader = open_loader(cfg, images, tokenizer, folder)
     laps.add("data")
     torch.manual_seed(cfg.seed)
-    run = Run(cfg, tokenizer.vocab, tokenizer, images, start_model(cfg, parts, folder, device))
+    run = Run(cfg, tokenizer.vocab, tokenizer, images, start_model(cfg, begun.parts, folder, device))
     train_transformer(cfg, run, loader, folder, stopped)
     laps.add("transformer")
     if stopped():  # in the last step, which has nothing left to save
