@@ -7,6 +7,7 @@ padding for those it is shown (arXiv 2405.09818 section 3.2), then exactly [-1, 
 animation beyond the first frame, and colour profiles: numbers are taken as sRGB, CMYK by its plain formula.
 """
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -32,21 +33,22 @@ MAX_SIDE = 8_192  # pixels; so 67 million in all, and a photo of 48 million is t
 # Files
 
 
-def load_picture(path: str | Path) -> Image.Image:
-    """The picture in a file, upright, as RGB; alpha is blended on white, of an animation the first frame is taken.
+def load_picture(path: str | Path, data: bytes | None = None) -> Image.Image:
+    """The picture in a file, or in `data` that was read from a place called `path`: upright, as RGB; alpha is blended
+    on white, of an animation the first frame is taken.
 
     Raises UserError, naming the file, for one that is missing, empty, cut off, broken, of another format than FORMATS,
     of more than MAX_SIDE pixels a side (known from its header, before decoding), or beyond 16 bits.
     """
-    if not os.path.isfile(path):
+    if data is None and not os.path.isfile(path):
         raise UserError(f"picture {path} is not there or is not a file")
     # Pillow warns of sizes, which check_size refuses, and of broken metadata, which no pixel depends on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if os.path.getsize(path) == 0:
+            if (os.path.getsize(path) if data is None else len(data)) == 0:
                 raise UserError(f"picture {path} is an empty file")
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as picture:
                 check_size(path, picture)
                 picture.load()
                 return to_rgb(ImageOps.exif_transpose(picture))

@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
+from nanochameleon.data.reading import SKIPPED
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
 from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.files import write_file
-from nanochameleon.folder import SKIPPED, FolderSource, prepare_folder
+from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.prepared import sources as prepared_sources
 from nanochameleon.shapes import ShapesSource, World
