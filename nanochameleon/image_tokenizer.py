@@ -178,8 +178,15 @@ class ImageTokenizer:
     def device(self) -> torch.device:
         return next(self.vqgan.parameters()).device
 
-    def encode(self, pictures: np.ndarray, batch_size: int = 256) -> Tensor:
+    @property
+    def batch_size(self) -> int:
+        """Pictures at a time: 4 of the release's on a CPU, which need 134 MB for each layer and picture."""
+        pixels = 2**20 if self.device.type == "cpu" else 2**23
+        return min(256, max(1, pixels // self.vqgan.cfg.resolution**2))
+
+    def encode(self, pictures: np.ndarray, batch_size: int | None = None) -> Tensor:
         """uint8 (B, R, R, 3) -> codes int64 (B, n) on the CPU, `batch_size` pictures at a time."""
+        batch_size = batch_size or self.batch_size
         # made out here, since autograd refuses tensors that were made in inference mode
         codes = torch.empty(len(pictures), self.n_codes_per_image, dtype=torch.int64)
         with torch.inference_mode():
@@ -187,7 +194,7 @@ class ImageTokenizer:
                 codes[i : i + batch_size] = self.vqgan.encode(to_pixels(pictures[i : i + batch_size]).to(self.device))
         return codes
 
-    def decode(self, codes: Tensor, batch_size: int = 256) -> np.ndarray:
+    def decode(self, codes: Tensor, batch_size: int | None = None) -> np.ndarray:
         """Codes (B, n) -> uint8 (B, R, R, 3), `batch_size` pictures at a time.
 
         With fewer than n codes a picture, as while it is being drawn, the rest are taken to be like its first, as in
@@ -201,5 +208,8 @@ class ImageTokenizer:
         codes = torch.cat([codes, codes[:, :1].expand(-1, n - n_given)], dim=1)
         with torch.inference_mode():
             return np.concatenate(
-                [to_pictures(self.vqgan.decode(part.to(self.device))) for part in codes.split(batch_size)]
+                [
+                    to_pictures(self.vqgan.decode(part.to(self.device)))
+                    for part in codes.split(batch_size or self.batch_size)
+                ]
             )

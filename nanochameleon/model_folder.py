@@ -50,6 +50,7 @@ class Tokenizers:
     """Both tokenizers, not loaded: all that decides which ids a document becomes."""
 
     vocab_size: int
+    context: int  # ids that their model reads at most; it has no say in ids
     vqgan: VQGANConfig
     tokenizer_json: dict
     vq: Tensors
@@ -104,7 +105,7 @@ class Parts:
 
     @property
     def tokenizers(self) -> Tokenizers:
-        return Tokenizers(self.model.vocab_size, self.vqgan, self.tokenizer_json, self.vq)
+        return Tokenizers(self.model.vocab_size, self.model.max_seq_len, self.vqgan, self.tokenizer_json, self.vq)
 
 
 def layout_of(path: Path) -> tuple[str, Path]:
@@ -190,14 +191,20 @@ def open_run_parts(folder: Path) -> Parts:
     whole = checkpoint.locate(folder)
     model = dataclasses.replace(cfg.model, dropout=0.0)  # of training, not of the weights
     weights = plain(Safetensors([whole / "weights.safetensors"]), model, whole)
-    kept = stored_tokenizers(folder, cfg.model.vocab_size, cfg.vqgan)
+    kept = run_tokenizers(folder)
     return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
 
 
-def stored_tokenizers(folder: Path, vocab_size: int, vqgan: VQGANConfig) -> Tokenizers:
+def run_tokenizers(folder: Path) -> Tokenizers:
+    """Of a run, whose transformer need not be trained."""
+    cfg = read_config(folder)
+    return stored_tokenizers(folder, cfg.model.vocab_size, cfg.model.max_seq_len, cfg.vqgan)
+
+
+def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANConfig) -> Tokenizers:
     """As runs and prepared data hold them."""
     vq = Safetensors([checkpoint.locate(folder / IMAGE_TOKENIZER) / "model.safetensors"])
-    return Tokenizers(vocab_size, vqgan, read_json(folder / TEXT_TOKENIZER), Tensors(vq.meta, vq.__getitem__))
+    return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), Tensors(vq.meta, vq.__getitem__))
 
 
 def open_nano(folder: Path) -> Parts:
@@ -338,7 +345,4 @@ def text_of(tokenizers: Tokenizers, path: Path) -> TextTokenizer:
 def open_tokenizers(path: Path) -> Tokenizers:
     """Those of a run, whose transformer need not be trained, or of a model in any layout. Raises UserError."""
     layout, folder = layout_of(Path(path))
-    if layout != "run":
-        return open_parts(path).tokenizers
-    cfg = read_config(folder)
-    return stored_tokenizers(folder, cfg.model.vocab_size, cfg.vqgan)
+    return run_tokenizers(folder) if layout == "run" else open_parts(path).tokenizers

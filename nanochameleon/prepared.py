@@ -30,7 +30,8 @@ def open_prepared(folder: Path) -> Tokenizers:
     """The tokenizers of prepared data. Raises UserError for a folder of anything else, or a damaged one."""
     index = read_index(folder, INDEX, FORMAT)
     try:
-        found = stored_tokenizers(folder, index["vocab_size"], build(VQGANConfig, index["vqgan"], "vqgan"))
+        vqgan = build(VQGANConfig, index["vqgan"], "vqgan")
+        found = stored_tokenizers(folder, index["vocab_size"], index["context"], vqgan)
         same = found.digest() == index["digest"]
     except (KeyError, ValueError, TypeError, AttributeError):
         same = False
@@ -50,17 +51,20 @@ def store_prepared(folder: Path, tokenizers: Tokenizers) -> None:
                 f"{folder} holds data of other tokenizers, whose ids mean other things: choose another --out"
             )
         return
+    ours = (IMAGE_TOKENIZER, TEXT_TOKENIZER)
+    if folder.exists() and any(path.name not in ours and path.name[:5] != ".new-" for path in folder.iterdir()):
+        raise UserError(f"{folder} is in the way: it holds no prepared data; choose another --out")
     aside = folder / f".new-{os.getpid()}"
     write_tokenizers(tokenizers, aside)
-    for name in (IMAGE_TOKENIZER, TEXT_TOKENIZER):
+    for name in ours:
         try:
             os.rename(aside / name, folder / name)
         except OSError:  # another process was first
             if not (folder / name).exists():
                 raise
     shutil.rmtree(aside)
-    index = {"vocab_size": tokenizers.vocab_size, "vqgan": dataclasses.asdict(tokenizers.vqgan)}
-    index |= {"format": FORMAT, "digest": tokenizers.digest()}
+    index = {"format": FORMAT, "digest": tokenizers.digest(), "vocab_size": tokenizers.vocab_size}
+    index |= {"context": tokenizers.context, "vqgan": dataclasses.asdict(tokenizers.vqgan)}
     write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
