@@ -19,8 +19,8 @@ def fsync(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes beside `path`, then replaces it in one step."""
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    """Writes beside `path`, then replaces it in one step; several processes may do so at once, on several machines."""
+    aside = path.with_name(f".tmp-{os.urandom(6).hex()}-{path.name}")
     try:
         aside.write_bytes(data)
         fsync(aside)

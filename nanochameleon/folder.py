@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from nanochameleon.data import Pictures, RawDocument, aside, captioned, interleaved, permutation, write_pictures
 from nanochameleon.data.reading import (
-    SKIPPED,
     TEXT_KEYS,
     Bad,
     File,
@@ -183,7 +182,7 @@ def prepare_folder(folder: Path, directory: Path, resolution: int, fit: Fit = "c
         if not report.pictures:
             first = first_few(report.skipped) or "its caption files and tars are empty"
             raise UserError(f"{folder} has no picture with a caption that can be used: {first}")
-        write_skipped(report.skipped, new / SKIPPED)
+        write_skipped(report.skipped, new)
     return report
 
 

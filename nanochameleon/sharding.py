@@ -10,7 +10,6 @@ there were: a unit's ids are a function of the plan alone, its pictures are enco
 """
 
 import json
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -257,9 +256,10 @@ def shortened_parts(doc: Document, parts: list[list[int]], room: int, captioned:
 def begin(job: Job) -> bool:
     """Writes the plan, or finds it there; True if all is done. Raises UserError where another one is there."""
     plan, finished = job.directory / "plan.json", (job.directory / Shards.INDEX).exists()
-    if job.directory.exists() and not plan.exists() and (finished or any(job.directory.iterdir())):
-        raise UserError(f"{job.directory} was not written by this: choose another --name")
     job.directory.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in job.directory.iterdir() if not path.name.startswith(".tmp-")}
+    if names and plan.name not in names:
+        raise UserError(f"{job.directory} was not written by this: choose another --name")
     if not plan.exists():
         write_file(plan, job.plan())
     elif plan.read_bytes() != job.plan():
@@ -305,8 +305,7 @@ def finish(job: Job) -> str:
     totals = {name: sum(outcome[name] for outcome in found) for name in ("pictures", "cut", "mended")}
     totals = {"documents": len(lengths), "ids": int(lengths.sum())} | totals | {"skipped": len(skipped)}
     write_file(job.directory / "offsets.bin", np.concatenate([[0], np.cumsum(lengths)]).astype("<u8").tobytes())
-    write_skipped(skipped, aside := job.directory / f".tmp-{os.getpid()}-{SKIPPED}")
-    os.replace(aside, job.directory / SKIPPED)
+    write_skipped(skipped, job.directory)
     index = {"format": Shards.FORMAT, "documents_per_shard": [len(outcome["lengths"]) for outcome in found]}
     index |= {"form": job.form, "seq_len": job.most, "tokenizers": job.digest} | totals
     write_file(job.directory / Shards.INDEX, (json.dumps(index) + "\n").encode())

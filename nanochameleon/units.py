@@ -86,24 +86,31 @@ def found_in(folder: Path, form: str) -> list[Path]:
 def cut(path: Path, name: str, form: str) -> Iterator[Unit]:
     """A tar and a table are one unit: their parts can be found by reading them from the start alone."""
     size = path.stat().st_size
-    edges = [0]
-    if path.suffix in (".jsonl", ".txt"):
+    edges, following = [0], {".jsonl": next_line, ".txt": next_break}.get(path.suffix)
+    if following:
         with open(path, "rb") as file:
             while edges[-1] + STRETCH[form] < size:
-                edges.append(next_line(file, edges[-1] + STRETCH[form]))
+                edges.append(following(file, edges[-1] + STRETCH[form]))
     ends = [*edges[1:], size]
     return (Unit(path, name, start, end) for start, end in zip(edges, ends, strict=True) if start < end)
 
 
 def next_line(file: BinaryIO, place: int) -> int:
-    """Where the next line begins; after MAX_LINE bytes without one, where the next letter does."""
+    """Where the next line begins."""
     file.seek(place)
-    line = file.readline(MAX_LINE)
-    if not line.endswith(b"\n"):
+    while (line := file.readline(MAX_LINE)) and not line.endswith(b"\n"):
+        pass
+    return file.tell()
+
+
+def next_break(file: BinaryIO, place: int) -> int:
+    """The same in a .txt; after MAX_LINE bytes without one, where the next letter begins."""
+    file.seek(place)
+    if not file.readline(MAX_LINE).endswith(b"\n"):
         while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a letter
             pass
         return file.tell() - len(byte)
-    return place + len(line)
+    return file.tell()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +221,7 @@ def prose(unit: Unit) -> Iterator[tuple[Item, int]]:
     with open(unit.path, "rb") as file:
         place = unit.start
         while place < unit.end:
-            behind = min(next_line(file, place + BLOCK), unit.end) if place + BLOCK < unit.end else unit.end
+            behind = min(next_break(file, place + BLOCK), unit.end) if place + BLOCK < unit.end else unit.end
             file.seek(place)
             data, where = file.read(behind - place), f"{unit.name} at byte {place}"
             text = data.decode("utf-8-sig", "replace")

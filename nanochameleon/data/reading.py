@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import load_picture, preprocess
 
 TEXT_KEYS = ("text", "caption")  # of a JSON object or a table that holds a text
@@ -81,9 +82,8 @@ def first_few(skipped: list[Bad]) -> str:
     return "; ".join(f"{bad.where} ({bad.reason})" for bad in skipped[:3])
 
 
-def write_skipped(skipped: Iterable[Bad], path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(bad)) + "\n" for bad in skipped)
+def write_skipped(skipped: Iterable[Bad], folder: Path) -> None:
+    write_file(folder / SKIPPED, "".join(json.dumps(asdict(bad)) + "\n" for bad in skipped).encode())
 
 
 def first_text(row: dict, keys: tuple[str, ...]) -> str:
