@@ -23,9 +23,12 @@ class Beginning:
     parts: Parts | None = None
     tokenizers: Tokenizers | None = None
 
+    def text(self, cfg: RunConfig) -> TextTokenizer:
+        return text_of(self.tokenizers, cfg.init_from if self.parts else cfg.data.path)
+
     def store_tokenizers(self, cfg: RunConfig, folder: Path) -> TextTokenizer:
         """Puts both tokenizers where a run has its own, unless they are there."""
-        tokenizer = text_of(self.tokenizers, cfg.init_from if self.parts else cfg.data.path)
+        tokenizer = self.text(cfg)
         write_tokenizers(self.tokenizers, folder)
         return tokenizer
 

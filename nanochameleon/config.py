@@ -169,6 +169,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread: over the processes that torchrun starts, and over time. What is learnt stays the same, up
+    to rounding."""
+
+    mode: Literal["ddp", "fsdp"] = "ddp"  # each rank has the whole model, or a shard of every tensor (FSDP2)
+    tensor: int = 1  # ranks that share every layer: its heads, its feed-forward width, the vocabulary; makes mode fsdp
+    micro_batch: int | None = None  # rows that a rank runs at a time; None is all it has of a batch
+    recompute: bool = False  # forget each block's activations and compute them again in the backward pass
+    compile: bool = False  # torch.compile for every block; pays on GPUs
+    timeout: int = 600  # seconds without an answer after which a rank takes the others for dead
+    save_in_background: bool = True  # checkpoints are written while training goes on, from a copy in the host's memory
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How ids are drawn. Defaults as the released code has them; what it lacks (top_k, min_p) is off."""
 
@@ -209,6 +223,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw

@@ -28,7 +28,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
-from nanochameleon.tensor_files import Get, Meta, Pth, Safetensors, open_safetensors
+from nanochameleon.tensor_files import Cut, Get, Meta, Pth, Safetensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vqgan import VQGAN
@@ -176,7 +176,7 @@ def match(expected: Meta, found: Meta, where: str) -> None:
 # The four layouts
 
 
-def plain(files: Safetensors, cfg: ModelConfig, where: Path) -> Tensors:
+def plain(files: Safetensors | Cut, cfg: ModelConfig, where: Path) -> Tensors:
     """Tensors that stand under our names."""
     ours = skeleton(cfg)
     match(ours, files.meta, str(where))
@@ -190,8 +190,11 @@ def open_run_parts(folder: Path) -> Parts:
         raise UserError(f"{folder} is not trained yet: go on with the line that began it, such as {line}")
     whole = checkpoint.locate(folder)
     model = dataclasses.replace(cfg.model, dropout=0.0)  # of training, not of the weights
-    weights = plain(Safetensors([whole / "weights.safetensors"]), model, whole)
-    kept = run_tokenizers(folder)
+    if (whole / "weights.safetensors").is_file():
+        files = Safetensors([whole / "weights.safetensors"])
+    else:  # written by ranks that had a shard of each tensor
+        files = Cut(sorted(whole.glob("shard-*.safetensors")), skeleton(model).keys())
+    weights, kept = plain(files, model, whole), run_tokenizers(folder)
     return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
 
 

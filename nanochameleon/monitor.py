@@ -37,10 +37,10 @@ BAR = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}, {remainin
 class Monitor:
     """Writes the log and shows the bar of one run, from step `start` on.
 
-        with Monitor(run_dir, total_steps=1_000, every=10, start=0) as monitor:
+        with Monitor(run_dir, total_steps=1_000, start=0) as monitor:
             for step in range(0, 1_000):
                 ...
-                if monitor.due(step):
+                if step % 10 == 0:
                     monitor.log(step, loss=..., loss_text=..., lr=..., tokens=...)
                 monitor.progress(step)
 
@@ -48,18 +48,11 @@ class Monitor:
     once. `clock` returns seconds.
     """
 
-    def __init__(
-        self, run_dir: Path, total_steps: int, every: int, start: int = 0, clock: Callable[[], float] = time.monotonic
-    ):
+    def __init__(self, run_dir: Path, total_steps: int, start: int = 0, clock: Callable[[], float] = time.monotonic):
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        self.path = Path(run_dir) / METRICS
-        kept = [line for line in read_metrics(self.path) if line["step"] < start]
-        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        before = kept[-1] if kept else {}
-        self.total_steps, self.every, self.clock = total_steps, every, clock
-        self.seconds, self.tokens = before.get("seconds") or 0.0, before.get("tokens") or 0
-        self.last = clock()
-        self.file = self.path.open("a")
+        self.path, self.file = Path(run_dir) / METRICS, None
+        self.total_steps, self.clock = total_steps, clock
+        self.open_at(start)
         # Without a terminal each update is a line of its own in some log, so there are few.
         pause = 0.5 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
@@ -67,9 +60,22 @@ class Monitor:
             bar_format=BAR, dynamic_ncols=True, file=sys.stderr,
         )  # fmt: skip
 
-    def due(self, step: int) -> bool:
-        """Is this a step to log: every `every`-th and the last one?"""
-        return step % self.every == 0 or step == self.total_steps - 1
+    def open_at(self, start: int) -> None:
+        """Goes on behind the lines of the steps before `start`."""
+        if self.file:
+            self.file.close()
+        kept = [line for line in read_metrics(self.path) if line["step"] < start]
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        before = kept[-1] if kept else {}
+        self.seconds, self.tokens = before.get("seconds") or 0.0, before.get("tokens") or 0
+        self.last = self.clock()
+        self.file = self.path.open("a")
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step."""
+        self.open_at(step)
+        self.bar.n = step
+        self.bar.refresh()
 
     def log(self, step: int, **values) -> dict:
         """Appends one line of numbers (or 0-d tensors) by the names of FIELDS, and returns it; more names are fine."""

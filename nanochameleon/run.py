@@ -109,7 +109,8 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{why}; if an older version wrote it, delete the folder and train anew") from None
 
 
-MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation")  # between the start of a run and its continuation
+# between the start of a run and its continuation
+MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation", "parallel")
 MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep", "precision")
 
 

@@ -13,9 +13,9 @@ from nanochameleon.monitor import Monitor, plot_curves, read_metrics, smooth, su
 
 
 def run(run_dir, total, every, start, stop, clock=lambda: 0.0):
-    with Monitor(run_dir, total, every, start, clock) as monitor:
+    with Monitor(run_dir, total, start, clock) as monitor:
         for step in range(start, stop):
-            if monitor.due(step):
+            if step % every == 0 or step == total - 1:
                 monitor.log(step, loss=torch.tensor(1.5), loss_text=float(step), run=start, tokens=100 * (step + 1))
             monitor.progress(step)
 
@@ -39,7 +39,7 @@ def test_a_run_that_dies_and_resumes_logs_each_due_step_once(tmp_path_factory, d
 
 
 def test_lines_are_on_the_disk_as_they_are_logged(tmp_path):
-    with Monitor(tmp_path, 10, 1) as monitor:
+    with Monitor(tmp_path, 10) as monitor:
         monitor.log(0, loss=2.0)
         assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
 
@@ -61,7 +61,7 @@ def test_every_line_is_strict_json(tmp_path_factory, value):
         raise AssertionError(name)
 
     run_dir = tmp_path_factory.mktemp("run")
-    with Monitor(run_dir, 1, 1) as monitor:
+    with Monitor(run_dir, 1) as monitor:
         monitor.log(0, loss=value, loss_text=torch.tensor(value, dtype=torch.float64), loss_image=None)
     line = json.loads((run_dir / "metrics.jsonl").read_text(), parse_constant=refuse)
     expected = value if math.isfinite(value) else None
@@ -69,7 +69,7 @@ def test_every_line_is_strict_json(tmp_path_factory, value):
 
 
 def test_the_bar_shows_progress_time_left_and_the_loss_of_each_modality(tmp_path, capsys):
-    with Monitor(tmp_path, 8, 1, start=2) as monitor:
+    with Monitor(tmp_path, 8, start=2) as monitor:
         for step in range(2, 6):
             monitor.log(step, loss_text=2.3, loss_image=3.25, lr=1e-4, tokens=step)
             monitor.progress(step)
@@ -109,3 +109,13 @@ def test_the_curves_are_a_picture_1000_pixels_wide_that_shows_the_data(tmp_path,
     assert pictures[0].width == 1000
     assert (pictures[0].tobytes() != pictures[1].tobytes()) == (lines > 1)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_a_run_that_rolls_back_logs_each_step_once(tmp_path):
+    with Monitor(tmp_path, 10, clock=lambda: 0.0) as monitor:
+        for step in range(6):
+            monitor.log(step, tokens=10 * step)
+        monitor.rewind(3)
+        monitor.log(3, tokens=70)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["tokens"]) for line in lines] == [(0, 0), (1, 10), (2, 20), (3, 70)]

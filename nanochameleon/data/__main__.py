@@ -76,7 +76,7 @@ def check(args: Args) -> None:
 
 def main(args: Args) -> None:
     check(args)
-    from nanochameleon import sharding
+    from nanochameleon import tokenizing
     from nanochameleon.model_folder import open_tokenizers, text_of
     from nanochameleon.prepared import open_prepared, store_prepared
     from nanochameleon.run import pick_device
@@ -91,8 +91,8 @@ def main(args: Args) -> None:
     images = tokenizers.images(pick_device(device_of(args.device)))
     store_prepared(args.out, tokenizers)
     where = args.out / args.name, args.form, most, args.seed
-    job = sharding.Job(*where, text, images, tokenizers.digest(), units)
-    print(sharding.run(job, rank, world, args.threads or max(1, min(16, (os.cpu_count() or 1) // local))), flush=True)
+    job = tokenizing.Job(*where, text, images, tokenizers.digest(), units)
+    print(tokenizing.run(job, rank, world, args.threads or max(1, min(16, (os.cpu_count() or 1) // local))), flush=True)
 
 
 def guarded(args: Args) -> None:
@@ -105,4 +105,4 @@ def guarded(args: Args) -> None:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__)
-    exit_on_user_error(lambda: guarded(arguments))
+    exit_on_user_error(lambda: guarded(arguments), each=True)

@@ -25,13 +25,13 @@ from test_webdataset import write_tar
 from tiny import TOKENIZER, VOCAB, tiny_run
 from tqdm import tqdm
 
-from nanochameleon import sharding
+from nanochameleon import tokenizing
 from nanochameleon.data import Shards
 from nanochameleon.data.__main__ import Args, main
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
 from nanochameleon.errors import UserError
 from nanochameleon.run import TEXT_TOKENIZER
-from nanochameleon.sharding import Job, Outcome, fit, run, tokenize
+from nanochameleon.tokenizing import Job, Outcome, fit, run, tokenize
 from nanochameleon.units import Unit, plan
 
 
@@ -219,12 +219,12 @@ def test_what_is_done_is_not_done_again_and_nothing_is_there_before_all_is(tars,
         done.append(number)
         return tokenize(number, *rest)
 
-    monkeypatch.setattr(sharding, "tokenize", stops)
+    monkeypatch.setattr(tokenizing, "tokenize", stops)
     with pytest.raises(KeyboardInterrupt):
         run(job(tmp_path / "out", "pairs", [tars]), 0, 1, 2)
     with pytest.raises(UserError, match=r"no readable index\.json"):
         Shards(tmp_path / "out")
-    monkeypatch.setattr(sharding, "tokenize", lambda number, *rest: done.append(number) or tokenize(number, *rest))
+    monkeypatch.setattr(tokenizing, "tokenize", lambda number, *rest: done.append(number) or tokenize(number, *rest))
     run(job(tmp_path / "out", "pairs", [tars]), 0, 1, 2)
     run(job(tmp_path / "one", "pairs", [tars]), 0, 1, 2)
     assert sorted(done[:7]) == list(range(7)) and contents(tmp_path / "out") == contents(tmp_path / "one")
