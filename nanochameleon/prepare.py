@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanochameleon.alignment import CATEGORIES, AlignmentSource
 from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
 from nanochameleon.data.reading import SKIPPED
@@ -55,6 +56,7 @@ def check_sources(cfg: RunConfig) -> None:
     """Raises UserError for a name in a stage's weights that this data has not."""
     prepared = cfg.data.source == "prepared"
     names = prepared_sources(cfg.data.path) if prepared else kind_of(cfg.data).FORMS
+    names = [*names, *CATEGORIES] if world(cfg.data) else names
     for number, stage in enumerate(cfg.stages):
         for name, _ in stage.weights:
             if name not in names:
@@ -73,13 +75,17 @@ def store(cfg: RunConfig, stored: Path) -> None:
 
 
 def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable[[str], Source]:
-    """A function from a form of documents (data.FORMS) to their source. Raises UserError for a wrong resolution."""
+    """A function from a form of documents (data.FORMS), or a category of alignment, to their source.
+
+    Raises UserError for a wrong resolution.
+    """
     if shapes := world(cfg.data):
         if cfg.vqgan.resolution != shapes.resolution:
             raise UserError(
                 f"{cfg.data.source} are drawn at {shapes.resolution} pixels: set --vqgan.resolution to that"
             )
-        return lambda form: ShapesSource(shapes, form, cfg.seed, test=split == "test")
+        test = split == "test"
+        return lambda form: (AlignmentSource if form in CATEGORIES else ShapesSource)(shapes, form, cfg.seed, test)
     opened = kind_of(cfg.data)
     return lambda form: opened(folder / "pictures", split, cfg.seed, form)
 

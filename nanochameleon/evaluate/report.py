@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanochameleon.alignment import CATEGORIES
 from nanochameleon.data import Picture
 from nanochameleon.documents import Text
 from nanochameleon.engine import prompt_ids
-from nanochameleon.evaluate import shapes
+from nanochameleon.evaluate import alignment, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
@@ -101,6 +102,10 @@ def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
         "captions": {"facts": captions},
         "questions": {"accuracy": accuracy, "question_only": shapes.question_only(place, answered)},
     }
+    learnt = [name for name in CATEGORIES if name in run.cfg.mixture]
+    aligned = {name: alignment.answered(run, place, name, n.alignment) for name in learnt}
+    if aligned:
+        figures["alignment"] = {name: alignment.share_right(answers) for name, answers in aligned.items()}
     half = SHEET // 2
     sheet = [sheet_item(d, "") for d in drawn_seen[:half]]
     sheet += [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
