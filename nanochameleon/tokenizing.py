@@ -268,17 +268,17 @@ def begin(job: Job) -> bool:
     return finished
 
 
-def run(job: Job, rank: int, world: int, threads: int) -> str:
+def run(job: Job, rank: int, world: int, threads: int, quiet: bool = False) -> str:
     """Prepares units rank, rank + world, ... that are not there; whoever finds all there finishes. -> what was done.
 
-    Raises UserError for too many bad items, and where all are bad.
+    quiet: without a bar. Raises UserError for too many bad items, and where all are bad.
     """
     if begin(job):
         return f"{job.directory} is prepared already"
     mine = range(rank, len(job.units), world)
     todo = [number for number in mine if not job.outcome(number).exists()]
     size, left = (sum(job.units[n].end - job.units[n].start for n in numbers) for numbers in (mine, todo))
-    shown = dict(total=size, initial=size - left, unit="B", unit_scale=True, disable=rank > 0)
+    shown = dict(total=size, initial=size - left, unit="B", unit_scale=True, disable=quiet or rank > 0)
     # Pillow warns of broken metadata; the switch for that is one for all threads, so it is thrown here
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool, tqdm(desc="preparing", **shown) as bar:
         warnings.simplefilter("ignore")
