@@ -20,6 +20,7 @@ from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.data.__main__ import Args, main
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import held_out, report
+from nanochameleon.layouts import DECODER
 from nanochameleon.model_folder import open_model, open_tokenizers
 from nanochameleon.prepare import open_loader
 from nanochameleon.prepared import INDEX, open_prepared, sources
@@ -138,6 +139,20 @@ def test_more_ids_than_there_are_mean_further_epochs(data, tmp_path):
     seen = [tuple(rows.documents(i)) for i in range(3 * len(rows))]
     epochs = [seen[e * len(rows) : (e + 1) * len(rows)] for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1]
+
+
+def test_a_digest_knows_what_decides_ids_and_nothing_else(model):
+    """A model that came without its image decoder has the same ids; any other encoder, codebook or merge has not."""
+    whole = open_tokenizers(model)
+    encoder = {name: x for name, x in whole.vq.meta.items() if not name.startswith(DECODER)}
+    assert len(encoder) < len(whole.vq.meta)
+    assert replace(whole, vq=whole.vq._replace(meta=encoder), context=9).digest() == whole.digest()
+    for changed in ("quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.bias"):
+        vq = whole.vq._replace(get=lambda name, changed=changed: whole.vq.get(name) + (name == changed))
+        assert replace(whole, vq=vq).digest() != whole.digest()
+    fewer = json.loads(json.dumps(whole.tokenizer_json))
+    fewer["model"]["merges"].pop()
+    assert replace(whole, tokenizer_json=fewer).digest() != whole.digest()
 
 
 BROKEN = {
