@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 from nanochameleon.data import Pictures, RawDocument, aside, captioned, interleaved, permutation, write_pictures
 from nanochameleon.data.reading import (
+    SKIPPED,
     TEXT_KEYS,
     Bad,
     File,
     Report,
+    as_line,
     first_few,
     first_text,
     is_utf8,
     shortened,
-    write_skipped,
 )
 from nanochameleon.errors import UserError
 from nanochameleon.webdataset import captioned as captioned_in_tar
@@ -182,7 +183,7 @@ def prepare_folder(folder: Path, directory: Path, resolution: int, fit: Fit = "c
         if not report.pictures:
             first = first_few(report.skipped) or "its caption files and tars are empty"
             raise UserError(f"{folder} has no picture with a caption that can be used: {first}")
-        write_skipped(report.skipped, new)
+        (new / SKIPPED).write_bytes(b"".join(map(as_line, report.skipped)))
     return report
 
 

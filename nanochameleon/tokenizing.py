@@ -11,7 +11,7 @@ there were: a unit's ids are a function of the plan alone, its pictures are enco
 
 import json
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from nanochameleon.checkpoint import sweep
 from nanochameleon.data import Picture, RawDocument, Shards, fuse
-from nanochameleon.data.reading import SKIPPED, Bad, File, first_few, reasons, write_skipped
+from nanochameleon.data.reading import SKIPPED, Bad, File, as_line, first_few, reasons
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, render_segment
 from nanochameleon.errors import UserError
-from nanochameleon.files import write_file
+from nanochameleon.files import replacing, write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.units import Item, Loose, Unit, items
@@ -35,6 +35,7 @@ IN_A_ROW = 100  # bad items after which something else is wrong
 DOCUMENTS = 256  # of a batch at most
 PIXELS = 2**24  # of a batch, about
 WAITING = 2**28  # bytes of pictures that wait for a decoder, about
+TOTALS = ("documents", "ids", "pictures", "cut", "mended", "skipped")  # in index.json
 CHARACTERS = 64  # of a text that are looked at for each id that it may have
 
 
@@ -284,41 +285,48 @@ def run(job: Job, rank: int, world: int, threads: int, quiet: bool = False) -> s
         warnings.simplefilter("ignore")
         for number in todo:
             tokenize(number, job, pool, bar)
-    if not all(job.outcome(number).exists() for number in range(len(job.units))):
-        return f"{len(mine)} units of {job.directory} are prepared; other processes are at the rest"
     try:
-        return finish(job)
-    except FileNotFoundError:
+        if all(job.outcome(number).exists() for number in range(len(job.units))):
+            return finish(job)
+    except FileNotFoundError:  # taken away by another process that has finished
         if not (job.directory / Shards.INDEX).exists():
             raise
-        return f"{job.directory} is prepared"  # another process finished it meanwhile
+    if (job.directory / Shards.INDEX).exists():
+        return f"{job.directory} is prepared"
+    return f"{len(mine)} units of {job.directory} are prepared; other processes are at the rest"
 
 
 def finish(job: Job) -> str:
-    """Joins what the units came to. Raises UserError where nothing can be used."""
-    found = [json.loads(job.outcome(number).read_bytes()) for number in range(len(job.units))]
-    skipped = [Bad(**bad) for outcome in found for bad in outcome["skipped"]]
-    lengths = np.array([length for outcome in found for length in outcome["lengths"]], "<u8")
-    if not len(lengths):
-        why = first_few(skipped) or "the sources are empty"
-        raise UserError(f"nothing of {job.directory} can be used: {why}; delete it before you try others")
-    totals = {name: sum(outcome[name] for outcome in found) for name in ("pictures", "cut", "mended")}
-    totals = {"documents": len(lengths), "ids": int(lengths.sum())} | totals | {"skipped": len(skipped)}
-    write_file(job.directory / "offsets.bin", np.concatenate([[0], np.cumsum(lengths)]).astype("<u8").tobytes())
-    write_skipped(skipped, job.directory)
-    index = {"format": Shards.FORMAT, "documents_per_shard": [len(outcome["lengths"]) for outcome in found]}
-    index |= {"form": job.form, "seq_len": job.most, "tokenizers": job.digest} | totals
+    """Joins what the units came to, one after another. Raises UserError where nothing can be used."""
+    totals, counts, per_shard, first = Counter(), Counter(), [], []
+    with replacing(job.directory / "offsets.bin") as offsets, replacing(job.directory / SKIPPED) as listed:
+        offsets.write(bytes(8))
+        for number in range(len(job.units)):
+            outcome = Outcome(**json.loads(job.outcome(number).read_bytes()))
+            offsets.write((totals["ids"] + np.cumsum(outcome.lengths, dtype=np.int64)).astype("<u8").tobytes())
+            skipped = [Bad(**bad) for bad in outcome.skipped]
+            listed.writelines(map(as_line, skipped))
+            counts.update(bad.reason for bad in skipped)
+            first = (first + skipped)[:3]
+            per_shard.append(len(outcome.lengths))
+            totals += Counter(documents=per_shard[-1], ids=sum(outcome.lengths), pictures=outcome.pictures)
+            totals += Counter(cut=outcome.cut, mended=outcome.mended, skipped=len(skipped))
+        if not totals["documents"]:
+            why = first_few(first) or "the sources are empty"
+            raise UserError(f"nothing of {job.directory} can be used: {why}; delete it before you try others")
+    index = {"format": Shards.FORMAT, "documents_per_shard": per_shard, "form": job.form, "seq_len": job.most}
+    index |= {"tokenizers": job.digest} | {name: totals[name] for name in TOTALS}
     write_file(job.directory / Shards.INDEX, (json.dumps(index) + "\n").encode())
     for number in range(len(job.units)):
         with suppress(FileNotFoundError):
             job.outcome(number).unlink()
     sweep(job.directory)
-    return said(job, totals, skipped)
+    return said(job, totals, counts)
 
 
-def said(job: Job, totals: dict[str, int], skipped: list[Bad]) -> str:
-    text = "{documents:,} documents of {ids:,} ids with {pictures:,} pictures".format(**totals)
+def said(job: Job, totals: Counter[str], counts: Counter[str]) -> str:
+    ids = f"{totals['documents']:,} documents of {totals['ids']:,} ids with {totals['pictures']:,} pictures"
     for name, what in (("cut", "cut to fit"), ("mended", "with bytes that were no UTF-8")):
-        text += f"; {totals[name]:,} {what}" if totals[name] else ""
-    text += f"; {reasons(skipped)}; listed in {job.directory / SKIPPED}" if skipped else ""
-    return f"{job.directory}: {text}"
+        ids += f"; {totals[name]:,} {what}" if totals[name] else ""
+    ids += f"; {reasons(counts)}; listed in {job.directory / SKIPPED}" if counts else ""
+    return f"{job.directory}: {ids}"

@@ -7,12 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import load_picture, preprocess
 
 TEXT_KEYS = ("text", "caption")  # of a JSON object or a table that holds a text
@@ -69,21 +69,21 @@ class Report:
         text = f"{self.pictures:,} pictures with {self.captions:,} captions"
         if self.cut:
             text += f", {self.cut:,} of them cut"
-        return text + (f"; {reasons(self.skipped)}" if self.skipped else "")
+        return text + (f"; {reasons(Counter(bad.reason for bad in self.skipped))}" if self.skipped else "")
 
 
-def reasons(skipped: Iterable[Bad]) -> str:
+def reasons(counts: Counter[str]) -> str:
     """'3 skipped: 2 missing pictures, 1 broken lines'."""
-    counts = Counter(bad.reason for bad in skipped)
     return f"{counts.total():,} skipped: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common())
 
 
-def first_few(skipped: list[Bad]) -> str:
-    return "; ".join(f"{bad.where} ({bad.reason})" for bad in skipped[:3])
+def first_few(skipped: Iterable[Bad]) -> str:
+    return "; ".join(f"{bad.where} ({bad.reason})" for bad in islice(skipped, 3))
 
 
-def write_skipped(skipped: Iterable[Bad], folder: Path) -> None:
-    write_file(folder / SKIPPED, "".join(json.dumps(asdict(bad)) + "\n" for bad in skipped).encode())
+def as_line(bad: Bad) -> bytes:
+    """Of skipped.jsonl."""
+    return (json.dumps(asdict(bad)) + "\n").encode()
 
 
 def first_text(row: dict, keys: tuple[str, ...]) -> str:
