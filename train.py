@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nanochameleon import checkpoint
+from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
@@ -51,7 +52,7 @@ from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_g
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import explain
 from nanochameleon.kernels.dropout import derive
-from nanochameleon.model_folder import Parts, adopt, open_model, store_tokenizers, tokenizer_of
+from nanochameleon.model_folder import Parts, open_model
 from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
 from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
@@ -310,19 +311,18 @@ def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: 
 
 def main(cfg: RunConfig) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
-    cfg, device, parts = complete(cfg), local_device(cfg.device, pick_device), None
+    cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
     with start(cfg.parallel, cfg.train.batch_size, device) as mesh:
-        if cfg.init_from is not None:
-            cfg, parts = adopt(cfg)
-            check_room(cfg)
+        cfg, begun = begin(cfg)
+        check_room(cfg)
         if mesh.tensor > 1:
             check_tensor(cfg.model, mesh.tensor)
         folder = mesh.once(lambda: start_folder(cfg))
         laps = Laps(folder)
         try:
             with Stopper() as stopped:
-                run = stages(cfg, parts, folder, mesh, laps, stopped)
+                run = stages(cfg, begun, folder, mesh, laps, stopped)
             mesh.once(lambda: report(run, folder, mesh, laps))
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
             if mesh.first:
@@ -346,13 +346,13 @@ def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
         print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
 
 
-def prepare(cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
+def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
     """The stages before the transformer, which one rank does for all. Raises Interrupted once a stop is saved."""
     store_pictures(cfg, folder)
-    docs = mixture(cfg, folder)
-    tokenizer = store_tokenizers(parts, cfg, folder) if parts else train_text_tokenizer(cfg, docs, folder)
+    own = begun.tokenizers is None
+    tokenizer = train_text_tokenizer(cfg, mixture(cfg, folder), folder) if own else begun.store_tokenizers(cfg, folder)
     laps.add("text_tokenizer")
-    if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
+    if own and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
         raise Interrupted
     images = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
@@ -362,17 +362,15 @@ def prepare(cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.dev
     laps.add("data")
 
 
-def stages(
-    cfg: RunConfig, parts: Parts | None, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]
-) -> Run:
-    """The stages before the report; `parts`: the model to go on from. Raises Interrupted once a stop is saved."""
-    mesh.once(lambda: prepare(cfg, parts, folder, mesh.device, laps, stopped))
-    tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER) if parts is None else tokenizer_of(parts, cfg.init_from)
+def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]) -> Run:
+    """The stages before the report. Raises Interrupted once a stop is saved."""
+    mesh.once(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
+    tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
     images = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, images, tokenizer, folder)
     with torch.device("meta"):
         run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model))
-    train_transformer(cfg, run, parts, loader, folder, mesh, stopped)
+    train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
     if mesh.first:
         laps.add("transformer")
     if mesh.most(float(stopped()))[0]:  # in the last step, which has nothing left to save

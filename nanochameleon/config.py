@@ -208,6 +208,7 @@ class EvalConfig:
     pictures: int = 300  # prompts drawn for each of seen and held-out compositions
     answers: int = 400  # pictures to caption, and as many questions
     reconstructions: int = 400  # pictures for the image tokenizer's score
+    alignment: int = 100  # prompts of each category of alignment that was trained on
 
 
 @dataclass(frozen=True)

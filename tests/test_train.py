@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tiny import SHAPES_VQGAN, nano_folder, released_model, training_config
 
 from nanochameleon import checkpoint, prepare, train_tokenizers
+from nanochameleon.alignment import CATEGORIES
 from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.convert import Args, convert
 from nanochameleon.errors import UserError
@@ -543,3 +544,14 @@ def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_pat
     assert not (tmp_path / "more").exists()
     with pytest.raises(UserError, match="choose another --out"):
         train.main(replace(cfg, init_from=finished, out=finished, overwrite=True))
+
+
+def test_a_run_of_the_shapes_is_aligned_and_each_category_measured(finished, tmp_path):
+    few = replace(training_config(tmp_path).train, steps=4, save_every=4, answers_only=True)
+    stages = mixed(**dict.fromkeys(CATEGORIES, 1.0))
+    cfg = training_config(tmp_path / "aligned", init_from=finished, train=few, stages=stages)
+    train.main(replace(cfg, evaluation=replace(cfg.evaluation, alignment=2)))
+    report = json.loads((tmp_path / "aligned" / "report.json").read_text())
+    assert_shape(report, REPORT | {"alignment": dict.fromkeys(CATEGORIES, SHARE)})
+    assert {path.name for path in (tmp_path / "aligned" / "data").iterdir()} == set(CATEGORIES)
+    assert "alignment" not in json.loads((finished / "report.json").read_text())
