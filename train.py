@@ -7,10 +7,15 @@
     python train.py folder --init-from chameleon-7b       goes on from a run or a model in any layout: its sizes,
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
+    torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
+    torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.mode fsdp --parallel.compile
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
+        --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
+        train.py chameleon_34b --data.path=tokens --parallel.mode fsdp --parallel.tensor 8 --parallel.recompute
 
 The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
-transformer, report. Ctrl-C saves; the same command goes on. One process on one device; config.py says what the numbers
-are.
+transformer, report. Ctrl-C and SIGTERM save; the same command goes on, on as many processes as you like. config.py says
+what the numbers are. The variable above lets torchrun's restarts after a dead rank meet (pytorch issue 167288).
 """
 
 import sys
@@ -25,136 +30,79 @@ from nanochameleon.cli import check_kernels, check_room, complete, parse_run
 if __name__ == "__main__":
     CONFIG = parse_run()  # before torch is imported, so that --help and a wrong option answer at once
 
-import json
 import math
-import os
-import signal
-import time
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nanochameleon import checkpoint
+from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
-from nanochameleon.data import Loader, Shards
+from nanochameleon.data import Loader
+from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
-from nanochameleon.evaluate.report import make_report, sample_grid
-from nanochameleon.files import write_file
+from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import explain
-from nanochameleon.losses import LossParts, next_token_loss
-from nanochameleon.model_folder import Parts, adopt, copy_weights, store_tokenizers
-from nanochameleon.monitor import Monitor
+from nanochameleon.kernels.dropout import derive
+from nanochameleon.model_folder import Parts, open_model
+from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
+from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
-from nanochameleon.packing import Batch
-from nanochameleon.prepare import mixture, open_sources, store_pictures, write_tokens
-from nanochameleon.run import Run, command, open_image_tokenizer, pick_device, start_folder
+from nanochameleon.packing import IGNORE, Batch
+from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
+from nanochameleon.run import TEXT_TOKENIZER, Run, command, open_image_tokenizer, pick_device, start_folder
+from nanochameleon.saver import Saver, find
+from nanochameleon.scaling import flop_per_id, peak_of
+from nanochameleon.sharding import part_of
+from nanochameleon.stopping import Laps, Stopper
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
-from nanochameleon.vocab import Vocab
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
-
-
-class Stopper:
-    """Turns the first Ctrl-C or SIGTERM into `asked`, which loops look at between steps; a second one stops at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.before: dict[int, object] = {}
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def _note(self, number: int, frame: object) -> None:
-        self.asked = True
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # a signal may come within a print
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def __enter__(self) -> "Stopper":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread, as in a notebook's server
-                break
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._restore()
-
+from nanochameleon.watch import attention_peaks, gradient_norms
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 
 
-def pick_precision(wish: str, dim: int, device: torch.device) -> str:
-    """'auto' is bf16 where a matrix product of the model's width is clearly faster in it than in fp32."""
-    if wish != "auto":
-        return wish
+def gradients(trainee: Trainee, batch: Batch, keys: Tensor, cfg: RunConfig) -> tuple[Sums, float]:
+    """Adds the gradients of this rank's rows of a batch, a micro-batch at a time; keys (B,) are for their dropout.
 
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2_048, dim), (dim, 4 * dim)))
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            float((a @ b)[0, 0])
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    return "bf16" if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else "fp32"
-
-
-def matrix_products(precision: str, device: torch.device) -> AbstractContextManager:
-    """Where matrix products run in `precision`; weights, sums and norms stay in fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+    -> the sums over these rows, and the supervised tokens of the whole batch, by which all ranks divide.
+    """
+    mesh, n_rows, total = trainee.mesh, len(batch.tokens), None
+    (count,) = mesh.total(float((batch.targets != IGNORE).sum()))
+    size = cfg.parallel.micro_batch or n_rows
+    for first in range(0, n_rows, size):
+        rows = slice(first, first + size)
+        with trainee.accumulate(last=first + size >= n_rows):
+            sums = trainee.run(batch[rows], keys[rows])
+            loss = sums.parts.total(cfg.train.z_loss, max(count, 1.0))
+            (loss * mesh.data_size).backward()  # DDP and FSDP take the mean over ranks, and sums are wanted
+        sums = tree_map(torch.Tensor.detach, sums)
+        total = sums if total is None else tree_map(torch.add, total, sums)
+    return total, count
 
 
-def forward(model: Chameleon, batch: Batch, vocab: Vocab, precision: str) -> tuple[LossParts, torch.Tensor]:
-    """-> the loss's parts, and the last block's output norm, averaged over tokens (paper figure 5a)."""
-    with matrix_products(precision, batch.tokens.device):
-        residual = model.residual(batch.tokens, batch.positions, batch.doc_ids)
-        logits = model.logits(model.norm(residual).flatten(0, 1))
-    return next_token_loss(logits, batch.targets.flatten(), vocab), residual.detach().float().norm(dim=-1).mean()
-
-
-def update(
-    model: Chameleon, optimizer: torch.optim.Optimizer, parts: LossParts, cfg: RunConfig, lr: float, precision: str
-) -> float:
-    """One step of the optimizer; returns the gradient's norm. If that or the loss is not finite, nothing moves."""
-    optimizer.zero_grad()
-    loss = parts.total(cfg.train.z_loss, parts.count)
-    loss.backward()
-    norm = clip(model.parameters(), cfg.optim.clip)
-    if not math.isfinite(float(loss.detach())):  # an infinite loss can have a finite gradient
-        norm = math.nan
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        with matrix_products(precision, loss.device):  # Muon's iteration is a fifth of a toy's step in fp32
-            optimizer.step()
-    return norm
-
-
-def figures(parts: LossParts, output_norm: torch.Tensor, grad_norm: float, lr: float, cfg: RunConfig) -> dict:
-    """What the monitor logs: means per token of each kind."""
-    text_sum, text_count = parts.cross_entropy - parts.image_cross_entropy, parts.count - parts.image_count
+def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
+    """What the monitor logs: means per token of each kind, over the whole batch."""
+    cross_entropy, z, log_z, n, of_images, n_images = mesh.total(*map(float, sums.parts))
+    output_norm, n_tokens = mesh.total(float(sums.output_norm), float(sums.n_tokens))
+    z_loss, n_text = cfg.train.z_loss * z / max(n, 1.0), n - n_images
     return {
-        "loss": float(parts.total(cfg.train.z_loss, parts.count).detach()),
-        "loss_text": float((text_sum / text_count).detach()),
-        "loss_image": float(parts.image_cross_entropy / parts.image_count),
-        "z_loss": float((cfg.train.z_loss * parts.z / parts.count).detach()),
-        "log_z": float(parts.log_z / parts.count),
-        "output_norm": float(output_norm),
-        "grad_norm": grad_norm,
-        "lr": lr,
+        "loss": cross_entropy / max(n, 1.0) + z_loss,
+        "loss_text": (cross_entropy - of_images) / n_text if n_text else math.nan,
+        "loss_image": of_images / n_images if n_images else math.nan,
+        "z_loss": z_loss,
+        "log_z": log_z / max(n, 1.0),
+        "output_norm": output_norm / n_tokens,
     }
 
 
@@ -162,143 +110,270 @@ def figures(parts: LossParts, output_norm: torch.Tensor, grad_norm: float, lr: f
 # The transformer's training
 
 
-def save(folder: Path, model: Chameleon, optimizer, state: dict, cfg: RunConfig) -> None:
-    """state: step, tokens and precision, which may not change on the way where it was chosen by the clock."""
-    tensors = {"weights": model.state_dict(), "optim": checkpoint.optimizer_tensors(optimizer, model)}
-    checkpoint.save(folder, state["step"], tensors, state)
-    checkpoint.keep_last(folder, cfg.train.keep)
+def peaks(trainee: Trainee, batch: Batch, keys: Tensor) -> list[float]:
+    """Each layer's largest attention logit on the first row of the whole batch, whoever has it."""
+    mesh, found = trainee.mesh, attention_peaks(trainee.objective, batch[:1], keys[:1])
+    return mesh.most(*(found if mesh.rows(len(batch.tokens) * mesh.data_size).start == 0 else [-math.inf] * len(found)))
 
 
-def resume(folder: Path, model: Chameleon, optimizer) -> dict:
-    """Takes up the newest whole checkpoint, if there is one; returns the state that was saved with it.
-
-    Raises UserError where there are some and none is whole.
-    """
-    if not checkpoint.checkpoints(folder):
-        return {"step": 0, "tokens": 0}
-    tensors, state = checkpoint.load(folder)
-    model.load_state_dict(tensors["weights"])
-    checkpoint.load_optimizer(optimizer, model, tensors["optim"])
-    return state
+def memory_gib(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return peak_memory_gib()
 
 
-def train_transformer(cfg: RunConfig, run: Run, shards: Shards, folder: Path, stopped: Callable[[], bool]) -> None:
-    """Runs cfg.train.steps updates, from the newest checkpoint on. Raises Interrupted once a stop is saved."""
-    t, model, vocab = cfg.train, run.model, run.vocab
-    optimizer = make_optimizer(model, cfg.optim)
-    state = resume(folder, model, optimizer)
-    start, tokens = state["step"], state["tokens"]
-    if start == t.steps:
-        return
-    loader = Loader(shards, t.batch_size, t.seq_len, cfg.seed, vocab.pad)
-    if loader.n_too_long:
-        print(f"{loader.n_too_long:,} of {len(shards):,} documents are longer than {t.seq_len} ids and left out")
-    wish = state.get("precision", "auto") if t.precision == "auto" else t.precision
-    precision, failed = pick_precision(wish, cfg.model.dim, run.device), 0
-    print(f"transformer: {sum(p.numel() for p in model.parameters()):,} parameters, {precision} on {run.device}")
-    print(explain(run.device, torch.float32 if precision == "fp32" else torch.bfloat16))
-    with Monitor(folder, t.steps, t.log_every, start) as monitor:
-        for step in range(start, t.steps):
-            torch.manual_seed(cfg.seed * t.steps + step)  # dropout depends on the step alone: resuming is exact
-            batch = loader.batch(step).to(run.device)
-            model.train()
-            parts, output_norm = forward(model, batch, vocab, precision)
-            lr = learning_rate(step, t.steps, cfg.optim)
-            grad_norm = update(model, optimizer, parts, cfg, lr, precision)
-            tokens += int(parts.count)
-            failed = 0 if math.isfinite(grad_norm) else failed + 1
-            if failed == TOO_MANY:
-                lower = f"start anew with --overwrite and less than --optim.lr {cfg.optim.lr}"
-                raise UserError(f"{failed} steps in a row had no finite loss: {lower}")
-            if monitor.due(step):
-                monitor.log(step, tokens=tokens, **figures(parts, output_norm, grad_norm, lr, cfg))
-            monitor.progress(step)
-            done, stop = step + 1, stopped()  # asked once: a signal after this is seen in the next step
-            if done % t.save_every == 0 or done == t.steps or stop:
-                save(folder, model, optimizer, {"step": done, "tokens": tokens, "precision": precision}, cfg)
-            if stop and done < t.steps:
+def mfu_per_id(cfg: RunConfig, precision: str, mesh: Mesh) -> float | None:
+    """The share of all devices' peak that one id a second takes; a CPU's peak is what a plain product reaches."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if mesh.device.type == "cuda":
+        peak = peak_of(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
+    else:
+        peak = product_rate(cfg.model.dim, dtype, mesh.device)
+    return flop_per_id(cfg.model, cfg.train.seq_len) / (peak * mesh.world) if peak else None
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside tensors."""
+
+    precision: str  # which may not change on the way where it was chosen by the clock
+    step: int = 0  # updates done
+    tokens: int = 0  # supervised ones
+    passed: int = 0  # batches passed over by rolling back
+    loss: float | None = None  # mean of what was logged since the checkpoint before
+
+
+ROLL_BACKS = 3  # before a run gives up
+
+
+@dataclass
+class Training:
+    """A transformer under training; every rank has one, and all run the same steps."""
+
+    cfg: RunConfig
+    trainee: Trainee
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    folder: Path
+    saver: Saver
+    progress: Progress
+    losses: list[float] = field(default_factory=list)  # logged since the last checkpoint
+    failed: int = 0  # steps in a row without a finite loss
+    rolled_back: int = 0
+
+    def step(self, monitor: Monitor | None, stopped: Callable[[], bool]) -> bool:
+        """One update, logged and saved when due; -> whether a stop was asked for on any rank. If loss or gradient are
+        not finite anywhere, nothing moves."""
+        cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
+        number, rows = p.step + p.passed, mesh.rows(t.batch_size)
+        batch = self.loader.batch(number, rows).to(mesh.device)
+        places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
+        self.trainee.model.train()
+        self.optimizer.zero_grad()
+        keys = derive(places[rows], cfg.seed)
+        sums, count = gradients(self.trainee, batch, keys, cfg)
+        due = p.step % t.log_every == 0 or p.step == t.steps - 1
+        norms = gradient_norms(self.trainee.model, self.trainee.objective.vocab) if due else {}
+        norm = clip(self.trainee.model.parameters(), cfg.optim.clip)
+        finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
+        bad, stop = mesh.most(float(not finite), float(stopped()))
+        lr = learning_rate(p.step, t.steps, cfg.optim)
+        if bad:
+            self.set_aside(batch, number)
+        else:
+            self.move(lr)
+        self.failed = self.failed + 1 if bad else 0
+        p.tokens += int(count)
+        if due:
+            line = figures(sums, mesh, cfg) | norms | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
+            line["attention_logits"] = peaks(self.trainee, batch, keys)
+            line |= {"ids": (p.step + 1) * t.batch_size * t.seq_len, "memory_gib": memory_gib(mesh.device)}
+            self.losses.append(line["loss"])
+            if monitor:
+                monitor.log(p.step, **line)
+        p.step += 1
+        return bool(stop)
+
+    def move(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with matrix_products(self.progress.precision, self.trainee.mesh.device):  # Muon has some
+            self.optimizer.step()
+
+    def set_aside(self, batch: Batch, number: int) -> None:
+        """Keeps a batch whose loss or gradient was not finite: bad/step-NNNNNN-rank-N.safetensors."""
+        path = self.folder / "bad" / f"step-{number:06d}-rank-{self.trainee.mesh.rank}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: x.cpu() for name, x in vars(batch).items()}, path)
+        if self.trainee.mesh.first:
+            step, where = self.progress.step, path.parent
+            print(f"\nwarning: loss or gradient of step {step} is not finite: left out, its batch is in {where}")
+
+    def save(self, last: bool) -> None:
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        self.progress.loss = sum(finite) / len(finite) if finite else None
+        self.losses = []
+        self.saver.save(asdict(self.progress), last)
+
+    def roll_back(self) -> int:
+        """To the newest checkpoint, to go on with the batches after those that failed; -> its step. Raises UserError
+        where there is none, or this has happened too often."""
+        lower = f"start anew with --overwrite and less than --optim.lr {self.cfg.optim.lr}"
+        self.saver.finish()
+        path = find(self.folder, self.trainee.mesh)
+        if path is None or self.rolled_back == ROLL_BACKS:
+            raise UserError(f"{self.failed} steps in a row had no finite loss: {lower}")
+        reached = self.progress.step + self.progress.passed
+        self.progress = Progress(**checkpoint.restore(path, self.trainee.model, self.optimizer))
+        self.progress.passed = reached - self.progress.step
+        self.failed, self.losses, self.rolled_back = 0, [], self.rolled_back + 1
+        if self.trainee.mesh.first:
+            print(f"\nwarning: {TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
+        return self.progress.step
+
+    def run(self, monitor: Monitor | None, run: Run, stopped: Callable[[], bool]) -> None:
+        """To the end. Raises Interrupted once a stop is saved."""
+        t, p = self.cfg.train, self.progress
+        while p.step < t.steps:
+            stop = self.step(monitor, stopped)
+            if self.failed == TOO_MANY:
+                start_again = self.roll_back()
+                p = self.progress
+                if monitor:
+                    monitor.rewind(start_again)
+                continue
+            if monitor:
+                monitor.progress(p.step - 1)
+            done = p.step == t.steps
+            if done or stop or p.step % t.save_every == 0:
+                self.save(last=done or stop)
+            if stop and not done:
                 raise Interrupted
-            if done % t.sample_every == 0 and done < t.steps and run.images.can_draw:
-                model.eval()
-                sample_grid(run, folder / "samples" / f"step-{done:06d}.png")
+            if monitor and p.step % t.sample_every == 0 and not done and run.images.can_draw and not self.saver.sharded:
+                self.trainee.model.eval()
+                sample_grid(run, self.folder / "samples" / f"step-{p.step:06d}.png")
+                plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
+
+
+def train_transformer(
+    cfg: RunConfig, run: Run, parts: Parts | None, loader: Loader, folder: Path, mesh: Mesh, stopped: Callable[[], bool]
+) -> None:
+    """Runs cfg.train.steps updates of run.model, which has no weights yet, from the newest checkpoint on, or from those
+    of `parts`, or from random ones. Raises Interrupted once a stop is saved."""
+    t, model = cfg.train, run.model
+    path = find(folder, mesh)
+    before = checkpoint.read_state(path) if path else {}
+    wish = before.get("precision", "auto") if t.precision == "auto" else t.precision
+    precision = mesh.tell(pick_precision(wish, cfg.model.dim, mesh.device))
+    objective = Objective(model, run.vocab, precision, mesh.layer_ranks)
+    spread(objective, mesh, cfg.parallel)
+    model.to_empty(device=mesh.device)
+    if path is None:
+        fill(model, parts, cfg.seed)
+    optimizer = make_optimizer(model, cfg.optim)
+    progress = Progress(**checkpoint.restore(path, model, optimizer)) if path else Progress(precision)
+    progress.precision = precision
+    if mesh.first:
+        announce(model, loader, precision, mesh, cfg)
+    keep = t.keep, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
+    with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
+        training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
+        if progress.step < t.steps:
+            monitor = None
+            if mesh.first:
+                board = open_board(folder / "tensorboard") if t.tensorboard else None
+                rate = mfu_per_id(cfg, precision, mesh)
+                monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_id=rate, board=board))
+            training.run(monitor, run, stopped)
+
+
+def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
+    """Sets all weights: those of `parts`, or random ones; of each tensor the part that this rank holds."""
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            whole = parts.weights.get(name) if parts else model.initial(name, target.shape, seed, target.device)
+            target.copy_(part_of(whole, target))
+
+
+def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: RunConfig) -> None:
+    for name, rows in loader.rows.items():
+        if rows.n_too_long:
+            print(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
+    ranks = f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.mode})" if mesh.world > 1 else ""
+    size = sum(p.numel() for p in model.parameters())
+    print(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
+    print(explain(mesh.device, torch.float32 if precision == "fp32" else torch.bfloat16))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All stages
 
 
-class Laps:
-    """Seconds of each stage, kept in the run's folder so that they add up over interruptions."""
-
-    def __init__(self, folder: Path):
-        self.path, self.last = folder / "seconds.json", time.perf_counter()
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def add(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
-        self.last = now
-        write_file(self.path, json.dumps(self.seconds).encode())
-
-
 def main(cfg: RunConfig) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
-    cfg, device, parts = complete(cfg), pick_device(cfg.device), None
+    cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
-    if cfg.init_from is not None:
-        cfg, parts = adopt(cfg)
+    with start(cfg.parallel, cfg.train.batch_size, device) as mesh:
+        cfg, begun = begin(cfg)
         check_room(cfg)
-    folder = start_folder(cfg)
-    laps = Laps(folder)
-    try:
-        with Stopper() as stopped:
-            run = stages(cfg, parts, folder, device, laps, stopped)
-        if run.images.can_draw:
-            make_report(run, folder, laps.seconds)
-            print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
-        else:
-            print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
-    except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
-        laps.add("interrupted")
-        again = command("train.py", *(word for word in sys.argv[1:] if word != "--overwrite"))
-        print(f"stopped and saved in {folder}; this goes on: {again}")
-    except OSError as error:  # a full disk, a folder that may not be written
-        why = f"cannot go on in {folder}: {error}"
-        raise UserError(f"{why}; once that is mended, the same command without --overwrite goes on") from error
+        if mesh.tensor > 1:
+            check_tensor(cfg.model, mesh.tensor)
+        folder = mesh.once(lambda: start_folder(cfg))
+        laps = Laps(folder)
+        try:
+            with Stopper() as stopped:
+                run = stages(cfg, begun, folder, mesh, laps, stopped)
+            mesh.once(lambda: report(run, folder, mesh, laps))
+        except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
+            if mesh.first:
+                laps.add("interrupted")
+                again = command("train.py", *(word for word in sys.argv[1:] if word != "--overwrite"))
+                print(f"stopped and saved in {folder}; this goes on: {again}")
+        except OSError as error:  # a full disk, a folder that may not be written
+            why = f"cannot go on in {folder}: {error}"
+            raise UserError(f"{why}; once that is mended, the same command without --overwrite goes on") from error
     return folder
 
 
-def start_model(cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.device) -> Chameleon:
-    """In fp32 on the device: with random weights, or with those of `parts` unless a checkpoint will replace them."""
-    if not parts:
-        return Chameleon(cfg.model).to(device)
-    with torch.device("meta"):
-        model = Chameleon(cfg.model)
-    model.to_empty(device=device)
-    if not checkpoint.checkpoints(folder):
-        copy_weights(parts, model)
-    return model
+def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
+    """By one rank, with the whole model: of a sharded one as it was saved."""
+    if shards(mesh, run.cfg.parallel):
+        run = open_model(folder, str(mesh.device))
+    if run.images.can_draw:
+        make_report(run, folder, laps.seconds)
+        print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+    else:
+        print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
 
 
-def stages(
-    cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.device, laps: Laps, stopped: Callable[[], bool]
-) -> Run:
-    """The stages before the report; `parts`: the model to go on from. Raises Interrupted once a stop is saved."""
+def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
+    """The stages before the transformer, which one rank does for all. Raises Interrupted once a stop is saved."""
     store_pictures(cfg, folder)
-    docs = mixture(cfg, folder)
-    tokenizer = store_tokenizers(parts, cfg, folder) if parts else train_text_tokenizer(cfg, docs, folder)
+    own = begun.tokenizers is None
+    tokenizer = train_text_tokenizer(cfg, mixture(cfg, folder), folder) if own else begun.store_tokenizers(cfg, folder)
     laps.add("text_tokenizer")
-    if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pair"), folder, device, stopped):
+    if own and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
         raise Interrupted
     images = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
-    shards = write_tokens(cfg, docs, images, tokenizer, folder, stopped)
+    if not cfg.data.live:
+        write_tokens(cfg, images, tokenizer, folder, stopped)
+        open_loader(cfg, images, tokenizer, folder)  # packs the rows once, for all
     laps.add("data")
-    torch.manual_seed(cfg.seed)
-    run = Run(cfg, tokenizer.vocab, tokenizer, images, start_model(cfg, parts, folder, device))
-    train_transformer(cfg, run, shards, folder, stopped)
-    laps.add("transformer")
-    if stopped():  # in the last step, which has nothing left to save
+
+
+def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]) -> Run:
+    """The stages before the report. Raises Interrupted once a stop is saved."""
+    mesh.once(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
+    tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
+    images = open_image_tokenizer(folder, cfg, mesh.device)
+    loader = open_loader(cfg, images, tokenizer, folder)
+    with torch.device("meta"):
+        run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model))
+    train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
+    if mesh.first:
+        laps.add("transformer")
+    if mesh.most(float(stopped()))[0]:  # in the last step, which has nothing left to save
         raise Interrupted
     run.model.eval()
     return run

@@ -1,6 +1,7 @@
 """Checkpoints: step-NNNNNN/ folders that are either whole or do not count.
 
     step-000200/  model.safetensors  optim.safetensors  state.json  manifest.json
+    step-000400/  shard-00001-model-00001-of-00001.safetensors, ...  state.json  manifest.json     of a sharded model
 
 All files are written into .tmp-...; the manifest (size and sha256 of each) comes last, then one rename. So a kill at
 any moment leaves the older ones as they were, and a flipped byte or a cut file is noticed: the newest checkpoint is the
@@ -10,15 +11,17 @@ It moves state; it builds no model and knows no configuration.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,20 +88,25 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state:
     Raises UserError when the disk is full or not writable; then nothing new is left and the older ones are untouched.
     """
     run_dir = Path(run_dir)
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
     aside = run_dir / f".tmp-step-{step:06d}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         sweep(run_dir)
-        if shutil.disk_usage(run_dir).free < needed:
-            raise OSError(f"it needs {needed / 1e6:.0f} MB and the disk has less")
+        check_room(run_dir, (t for group in tensors.values() for t in group.values()))
         aside.mkdir()
-        _write_files(aside, tensors, state)
-        return _move_in(aside, run_dir / f"step-{step:06d}")
+        _write_tensors(aside, tensors)
+        return commit(aside, run_dir, step, state, describe(aside.iterdir()))
     except OSError as error:
         raise UserError(f"cannot save a checkpoint in {run_dir}: {error}; older checkpoints are untouched") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_room(run_dir: Path, tensors: Iterable[Tensor]) -> None:
+    """Raises OSError where the disk has no room for them."""
+    needed = sum(t.numel() * t.element_size() for t in tensors)
+    if shutil.disk_usage(run_dir).free < needed:
+        raise OSError(f"it needs {needed / 1e6:.0f} MB and the disk has less")
 
 
 def sweep(run_dir: Path) -> None:
@@ -110,19 +118,31 @@ def sweep(run_dir: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+def _write_tensors(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
     for group, content in tensors.items():
         try:
             save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, folder / f"{group}.safetensors")
         except SafetensorError as error:  # how a full disk shows here
             raise OSError(str(error)) from error
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
-    entries = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
-    for name in entries:
-        fsync(folder / name)
-    (folder / MANIFEST).write_bytes(render_manifest(entries))
-    fsync(folder / MANIFEST)
-    fsync(folder)
+
+
+def describe(paths: Iterable[Path]) -> dict[str, dict]:
+    """The manifest's entries of files, which are on the disk when this returns."""
+    entries = {}
+    for path in paths:
+        fsync(path)
+        entries[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return entries
+
+
+def commit(aside: Path, run_dir: Path, step: int, state: dict, entries: dict[str, dict]) -> Path:
+    """Makes a checkpoint of a folder whose tensors are written and described; returns its place."""
+    (aside / "state.json").write_text(json.dumps(state, indent=1))
+    entries = entries | describe([aside / "state.json"])
+    (aside / MANIFEST).write_bytes(render_manifest(entries))
+    fsync(aside / MANIFEST)
+    fsync(aside)
+    return _move_in(aside, run_dir / f"step-{step:06d}")
 
 
 def _move_in(aside: Path, target: Path) -> Path:
@@ -173,7 +193,7 @@ def load(path: Path, groups: Collection[str] | None = None) -> tuple[dict[str, d
     for group in groups or ():
         if group not in tensors:
             raise UserError(f"{path} has no {group}.safetensors; it was saved by another stage or version")
-    return tensors, json.loads((path / "state.json").read_text())
+    return tensors, read_state(path)
 
 
 def locate(path: Path) -> Path:
@@ -197,19 +217,34 @@ def locate(path: Path) -> Path:
 
 
 def keep_last(run_dir: Path, k: int) -> None:
-    """Deletes what is older than the k newest whole checkpoints; damaged ones do not count among the k."""
+    """Deletes what is older than the k newest whole checkpoints, but for the best one: that of the least "loss" in its
+    state, where states have one. Damaged ones do not count among the k."""
     if k < 1:
         raise ValueError(f"keep at least 1 checkpoint, not {k}")
     sweep(run_dir)
-    whole = 0
+    whole, old = 0, []
     for path in checkpoints(run_dir):
         if whole >= k:
-            # Renamed first: a kill in the middle leaves a .tmp-*, not half a checkpoint.
-            doomed = path.with_name(f".tmp-old-{path.name}")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            old.append(path)
         elif damage(path) is None:
             whole += 1
+    best = min(checkpoints(run_dir), key=loss_of, default=None)
+    for path in old:
+        if path == best and loss_of(path) < math.inf and damage(path) is None:
+            continue
+        # Renamed first: a kill in the middle leaves a .tmp-*, not half a checkpoint.
+        doomed = path.with_name(f".tmp-old-{path.name}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def loss_of(checkpoint: Path) -> float:
+    """The "loss" in its state; infinity without one."""
+    try:
+        loss = json.loads((checkpoint / "state.json").read_text()).get("loss")
+    except (OSError, ValueError, AttributeError):
+        return math.inf
+    return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,3 +282,60 @@ def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
     """id(parameter) -> its position in the optimizer, which is how torch's state_dict names it."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return {id(parameter): position for position, parameter in enumerate(parameters)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# straight into a model and its optimizer, sharded or not, from a checkpoint that was sharded or not
+
+
+def read_state(path: Path) -> dict:
+    """What a whole checkpoint holds beside tensors."""
+    return json.loads((path / "state.json").read_text())
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Reads a whole checkpoint into parameters and the optimizer's state, each rank what it holds; returns the state.
+
+    Raises UserError where tensors are missing, too many or of another shape.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    weights, named = model.state_dict(), dict(model.named_parameters())
+    shapes = stored_shapes(path)
+    optim = {}
+    for key, shape in shapes.items():
+        name, _, _ = key.rpartition(".")
+        if key not in weights and name in named:
+            optim[key] = torch.zeros_like(named[name]) if shape else torch.zeros(())
+    wanted = weights | optim
+    for key in shapes.keys() ^ wanted.keys():
+        raise UserError(f"{path} and this model do not belong together: {key} is in one of them alone")
+    for key, shape in shapes.items():
+        if tuple(wanted[key].shape) != shape:
+            raise UserError(f"{path}: {key} is {shape}, this model needs {tuple(wanted[key].shape)}")
+    with warnings.catch_warnings():  # it says that it works alone, as it is told to
+        warnings.simplefilter("ignore", UserWarning)
+        load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)  # safetensors alone, no pickle
+    load_optimizer(optimizer, model, optim)
+    return read_state(path)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a checkpoint's safetensors, put together from shards where it is cut."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            offsets = shard_offsets(opened.metadata())
+            for name in opened.keys():  # noqa: SIM118
+                shape = tuple(opened.get_slice(name).get_shape())
+                ends = tuple(a + b for a, b in zip(offsets.get(name, (0,) * len(shape)), shape, strict=True))
+                before = shapes.get(name, (0,) * len(ends))
+                shapes[name] = tuple(max(a, b) for a, b in zip(ends, before, strict=True))
+    return shapes
+
+
+def shard_offsets(metadata: dict[str, str] | None) -> dict[str, tuple[int, ...]]:
+    """Where each tensor of a file begins in the whole one, as torch.distributed.checkpoint notes it; {} if all are
+    whole."""
+    noted = json.loads((metadata or {}).get("DCP_SHARDING_INFO", "{}"))
+    return {name: tuple(entry["saved_offsets"]) for name, entry in noted.items()}

@@ -16,7 +16,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
         "tokenizers.warmup_steps", "tokenizers.optim.warmup", "tokenizers.optim.eps", "tokenizers.optim.weight_decay",
         "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
-        "tokenizers.adversarial", "tokenizers.adversarial_from", "data.pairs", "data.questions", "data.interleaved",
+        "tokenizers.adversarial", "tokenizers.adversarial_from",
         "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
         "sample.guidance_image",
     )),
@@ -26,7 +26,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
         "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
         "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
-        "evaluation.reconstructions",
+        "evaluation.reconstructions", "evaluation.alignment",
     )),
     ("above 0", lambda x: 0 < x < math.inf, (
         "model.norm_eps", "model.rope_theta", "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
@@ -80,10 +80,29 @@ def check_together(cfg: RunConfig) -> None:
         raise UserError(f"vqgan.n_groups ({cfg.vqgan.n_groups}) must divide the channels of every level")
     if cfg.tokenizers.warmup_steps >= cfg.tokenizers.steps:  # then the codebook would never be put to use
         raise UserError(f"tokenizers.warmup_steps must be less than tokenizers.steps, {cfg.tokenizers.steps}")
-    if not any((cfg.data.pairs, cfg.data.questions, cfg.data.interleaved)):
-        raise UserError("data.pairs, data.questions and data.interleaved are all 0: raise one")
-    if cfg.init_from is None:
+    check_stages(cfg)
+    if cfg.data.source == "prepared" and (cfg.data.live or cfg.data.n_documents):
+        raise UserError("data.live and data.n_documents are for documents made here: leave them out for prepared data")
+    if not sizes_come_later(cfg):
         check_room(cfg)
+
+
+def sizes_come_later(cfg: RunConfig) -> bool:
+    """Are the sizes, or the tokenizers' at least, those of another model or of prepared data (beginning.py)?"""
+    return cfg.init_from is not None or cfg.data.source == "prepared"
+
+
+def check_stages(cfg: RunConfig) -> None:
+    """Raises UserError for stages without steps or with weights that make no mixture."""
+    starts = [*cfg.stage_starts, cfg.train.steps] if all(0 < stage.share < math.inf for stage in cfg.stages) else [0, 0]
+    for number, (stage, first, behind) in enumerate(zip(cfg.stages, starts, starts[1:], strict=False)):
+        if first >= behind:
+            steps = f"at least one of the {cfg.train.steps} steps"
+            raise UserError(f"stages.{number}.share must give {stage.name!r} {steps}")
+        names = [name for name, _ in stage.weights]
+        if not names or len(set(names)) < len(names) or not all(0 < w < math.inf for _, w in stage.weights):
+            wish = "sources, each once, and weights above 0, such as: pairs 0.7 text 0.3"
+            raise UserError(f"stages.{number}.weights must be {wish}; got {dict(stage.weights)}")
 
 
 def check_room(cfg: RunConfig) -> None:
@@ -96,12 +115,12 @@ def check_room(cfg: RunConfig) -> None:
 def complete(cfg: RunConfig) -> RunConfig:
     """Sets what follows from other fields: the model's vocabulary and context.
 
-    With init_from these and all sizes are the other model's, which train.py takes over (model_folder.adopt).
+    Where sizes_come_later they are not known yet.
     Raises UserError for numbers out of range, and for a vocabulary beyond the 65,536 ids that token shards hold.
     """
     check(cfg)
     check_together(cfg)
-    if cfg.init_from is not None:
+    if sizes_come_later(cfg):
         return cfg
     from nanochameleon.vocab import Vocab
 

@@ -134,14 +134,22 @@ class TokenizerTraining:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model reads, and in which shares."""
+    """Where documents come from."""
 
-    source: Literal["shapes", "shapes_rich", "emoji", "folder"] = "shapes"  # where documents come from
-    path: Path | None = None  # the folder of pictures and captions, for source folder
-    pairs: float = 0.5  # share of documents that are a picture and its caption, either first
-    questions: float = 0.2  # share that are a picture with questions and answers
-    interleaved: float = 0.3  # share that are two captions, each followed by its picture
+    source: Literal["shapes", "shapes_rich", "emoji", "folder", "prepared"] = "shapes"  # prepared: token shards
+    path: Path | None = None  # of source folder: pictures and captions; of prepared: what `nanochameleon.data` wrote
     n_documents: int | None = None  # documents to prepare; None is as many as the run reads, so that none comes twice
+    live: bool = False  # tokenize documents when a batch asks for them, without shards; pictures are encoded each time
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A part of the transformer's training with a mixture of its own (paper section 2.2: two parts, 80% and 20%)."""
+
+    name: str = "all"  # in the log
+    share: float = 1.0  # of train.steps, relative to the sum over all stages
+    # each source of documents and its share of the rows, relative to their sum, such as: pairs 0.7 text 0.3
+    weights: tuple[tuple[str, float], ...] = (("pairs", 0.5), ("questions", 0.2), ("interleaved", 0.3))
 
 
 @dataclass(frozen=True)
@@ -152,11 +160,27 @@ class TrainConfig:
     batch_size: int = 8  # rows a step
     seq_len: int = 256  # ids a row; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
+    answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # checkpoints kept, beside the one of the least loss
+    tensorboard: bool = False  # also write the log as TensorBoard's files, into tensorboard/
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is spread: over the processes that torchrun starts, and over time. What is learnt stays the same, up
+    to rounding."""
+
+    mode: Literal["ddp", "fsdp"] = "ddp"  # each rank has the whole model, or a shard of every tensor (FSDP2)
+    tensor: int = 1  # ranks that share every layer: its heads, its feed-forward width, the vocabulary; makes mode fsdp
+    micro_batch: int | None = None  # rows that a rank runs at a time; None is all it has of a batch
+    recompute: bool = False  # forget each block's activations and compute them again in the backward pass
+    compile: bool = False  # torch.compile for every block; pays on GPUs
+    timeout: int = 600  # seconds without an answer after which a rank takes the others for dead
+    save_in_background: bool = True  # checkpoints are written while training goes on, from a copy in the host's memory
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,7 @@ class EvalConfig:
     pictures: int = 300  # prompts drawn for each of seen and held-out compositions
     answers: int = 400  # pictures to caption, and as many questions
     reconstructions: int = 400  # pictures for the image tokenizer's score
+    alignment: int = 100  # prompts of each category of alignment that was trained on
 
 
 @dataclass(frozen=True)
@@ -196,9 +221,11 @@ class RunConfig:
     optim: OptimConfig
     tokenizers: TokenizerTraining = field(default_factory=TokenizerTraining)
     data: DataConfig = field(default_factory=DataConfig)
+    stages: tuple[StageConfig, ...] = (StageConfig(),)  # one after the other, under one schedule of the learning rate
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
@@ -208,3 +235,22 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return self.out or Path("runs") / self.name
+
+    @property
+    def stage_starts(self) -> list[int]:
+        """The first step of each stage."""
+        total, starts = sum(stage.share for stage in self.stages), [0.0]
+        for stage in self.stages[:-1]:
+            starts.append(starts[-1] + stage.share)
+        return [round(start / total * self.train.steps) for start in starts]
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Each source's share of all rows of the training, over all stages."""
+        total, shares = sum(stage.share for stage in self.stages), {}
+        for stage in self.stages:
+            weights = dict(stage.weights)
+            for name, weight in weights.items():
+                part = weight / sum(weights.values()) * stage.share / total
+                shares[name] = shares.get(name, 0.0) + part
+        return {name: share for name, share in shares.items() if share}

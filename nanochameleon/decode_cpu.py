@@ -18,8 +18,8 @@ from nanochameleon.cpu.choose import choose_address
 from nanochameleon.cpu.layers import SLOTS, do_block_address
 from nanochameleon.cpu.memory import MAP
 from nanochameleon.cpu.products import product_address
-from nanochameleon.cpu.steps import run
-from nanochameleon.cpu.team import BOARD
+from nanochameleon.cpu.steps import runner
+from nanochameleon.cpu.team import BOARD, MADE
 from nanochameleon.kernels.simd import W
 from nanochameleon.quantize import QuantizedLinear
 from nanochameleon.transformer import Chameleon, KVCache, rotary_table
@@ -50,7 +50,7 @@ class CPUDecoder:
     def __init__(self, decoder: "Decoder"):  # noqa: F821
         self.kept: list[Tensor | np.ndarray] = []  # all whose addresses are in use
         self.members, self.rows = team_size(decoder.model.cfg), len(decoder.hidden)
-        self.queue = np.zeros((3, max(self.rows, READ)), np.int64)
+        self.queue, self.board = np.zeros((3, max(self.rows, READ)), np.int64), np.zeros(BOARD, np.int64)
         fields = self.sizes(decoder.model.cfg, decoder.cache) | self.ids(decoder.vocab, decoder.grammar.n_codes)
         fields |= self.weights(decoder.model, decoder.cache) | self.activations(decoder.model.cfg, decoder.context)
         fields |= self.choice(decoder.model.cfg)
@@ -79,12 +79,13 @@ class CPUDecoder:
         for i, follower in enumerate(self.followers):
             if follower is None or follower.done():
                 self.followers[i] = helpers(self.members - 1, os.getpid()).submit(self.work, i + 1)
-        made = self.work(0, n, steps, reading)
+        self.work(0, n, steps, reading)
+        made = int(self.board[MADE // 8])
         self.log[made:steps] = self.pad
         return made
 
-    def work(self, member: int, n: int = 0, steps: int = 0, reading: int = 0) -> int:
-        return run(self.map[0], member, n, steps, reading)
+    def work(self, member: int, n: int = 0, steps: int = 0, reading: int = 0) -> None:
+        runner()(self.map.ctypes.data, member, n, steps, reading)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the map says
@@ -99,7 +100,7 @@ class CPUDecoder:
         return {name: getattr(cfg, name) for name in names} | dict(
             context=cache.keys.shape[3], groups=cfg.qk_norm_groups if cfg.qk_norm else 0, eps=cfg.norm_eps,
             pre=cfg.norm_order == "pre", n_rows=self.rows, members=self.members,
-            board=self.at(np.zeros(BOARD, np.int64)),
+            board=self.at(self.board),
         )  # fmt: skip
 
     def ids(self, vocab: Vocab, n_codes: int) -> dict[str, int]:

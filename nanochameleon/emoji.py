@@ -18,11 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from nanochameleon.data import (
+    FORMS,
     Pictures,
     RawDocument,
     aside,
+    captioned,
     interleaved,
-    pair,
     permutation,
     question_answer,
     write_pictures,
@@ -168,7 +169,9 @@ class EmojiSource:
     Raises UserError if the directory is not whole or the split is empty.
     """
 
-    def __init__(self, directory: Path, split: str, seed: int, form: str = "pair"):
+    FORMS = FORMS
+
+    def __init__(self, directory: Path, split: str, seed: int, form: str = "pairs"):
         self.stored, self.form = Pictures(directory), form
         chosen = held_out_styles(self.stored.items)
         self.seed = seed
@@ -203,7 +206,7 @@ class EmojiSource:
             item = self.item(index)
             qas = [(WHAT, item["name"]), (WHICH, item["style"])]
             return question_answer(self.pixels(index), qas[:: 1 if rng.random() < 0.5 else -1])
-        return pair(self.caption(index), self.pixels(index), rng)
+        return captioned(self.form, self.caption(index), self.pixels(index), rng)
 
     def captions(self, n: int) -> Iterator[str]:
         """Captions in a drawn order; one text in eight is a question."""

@@ -4,6 +4,7 @@ Every mistake that a user can cause raises UserError with the sentence to print;
 that sentence on stderr and exit code 2. Anything else is a bug of ours and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,16 +16,24 @@ class UserError(Exception):
     """A wrong option, file or prompt: the message names what is wrong and what to do about it."""
 
 
+class PeerLost(UserError):
+    """Another process of this run is gone: every one that is left says so."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, met between two steps: what is done is saved, and the same command goes on."""
 
 
-def exit_on_user_error(main: Callable[[], T]) -> T:
-    """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130."""
+def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
+    """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130.
+
+    Of several processes, which all find the same fault, the first one says it; with `each` every one its own.
+    """
     try:
         return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if each or isinstance(error, PeerLost) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

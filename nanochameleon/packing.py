@@ -71,8 +71,18 @@ def assign_rows(lengths: Sequence[int], seq_len: int) -> np.ndarray:
     return rows
 
 
-def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int) -> Batch:
-    """For each row its documents, which must fit -> Batch of len(rows) rows of seq_len."""
+def answers(ids: Sequence[int], eot: int) -> np.ndarray:
+    """Which ids of a conversation are of an answer: (n,) bool. Turns end with `eot`; the second, fourth, ... of them
+    are answers, and the id that ends an answer belongs to it (paper section 3.2: loss on answers alone)."""
+    turns = np.cumsum(np.asarray(ids) == eot)
+    return np.concatenate([[0], turns[:-1]]) % 2 == 1
+
+
+def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answers_from: int | None = None) -> Batch:
+    """For each row its documents, which must fit -> Batch of len(rows) rows of seq_len.
+
+    answers_from: the end of turn; then only answers have targets.
+    """
     shape = len(rows), seq_len
     tokens, targets = np.full(shape, pad, np.int64), np.full(shape, IGNORE, np.int64)
     doc_ids, positions = np.full(shape, NO_DOCUMENT, np.int64), np.zeros(shape, np.int64)
@@ -81,7 +91,10 @@ def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int) -> Bat
         for number, ids in enumerate(docs):
             end = start + len(ids)
             tokens[r, start:end] = ids
-            targets[r, start : end - 1] = ids[1:]
+            following = np.asarray(ids[1:], np.int64)
+            if answers_from is not None:
+                following = np.where(answers(ids, answers_from)[1:], following, IGNORE)
+            targets[r, start : end - 1] = following
             doc_ids[r, start:end] = number
             positions[r, start:end] = np.arange(end - start)
             start = end

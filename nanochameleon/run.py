@@ -85,7 +85,12 @@ def build(kind, value, name: str):
         except TypeError as error:
             raise ValueError(str(error)) from None
     if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(build(typing.get_args(kind)[0], v, name) for v in value)
+        kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        if len(kinds) != len(value):
+            raise ValueError(f"{name} is {value!r}")
+        return tuple(build(k, v, name) for k, v in zip(kinds, value, strict=True))
     types_of = {int: (int,), float: (int, float), Path: (str,), bool: (bool,), str: (str,)}  # 1 may stand for 1.0
     if type(value) not in types_of.get(kind, ()) and value not in typing.get_args(kind):  # those of a Literal
         raise ValueError(f"{name} is {value!r}")
@@ -104,8 +109,9 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{why}; if an older version wrote it, delete the folder and train anew") from None
 
 
-MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation")  # between the start of a run and its continuation
-MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep", "precision")
+# between the start of a run and its continuation
+MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation", "parallel")
+MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep", "precision", "tensorboard")
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -20,7 +20,7 @@ from functools import cache
 
 import numpy as np
 
-from nanochameleon.data import FORMS, RawDocument, interleaved, pair, question_answer
+from nanochameleon.data import FORMS, RawDocument, captioned, interleaved, question_answer
 
 COLOURS = {
     "red": (222, 40, 40),
@@ -319,20 +319,21 @@ class ShapesSource:
     seed: int
     test: bool = False  # the split that no training picture shows
     size = None  # endless
+    FORMS = FORMS
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         seed = self.seed + 1_000 * FORMS.index(self.form)
         return draw_scene(self.world, seed, index, test=self.test), np.random.default_rng((seed, index, 2))
 
     def document(self, index: int) -> RawDocument:
-        """A pair in either order; a picture with up to 6 questions; or two captions, each followed by its picture."""
+        """As its form says; with questions, up to 6 of them a picture."""
         if self.form == "interleaved":
             both = [self.scene(2 * index + i) for i in range(2)]
             return interleaved([(caption(scene, rng), draw(scene, self.world)) for scene, rng in both])
         scene, rng = self.scene(index)
         pixels = draw(scene, self.world)
-        if self.form == "pair":
-            return pair(caption(scene, rng), pixels, rng)
+        if self.form != "questions":
+            return captioned(self.form, caption(scene, rng), pixels, rng)
         asked = questions(scene, self.world, rng)
         chosen = [asked[i] for i in rng.permutation(len(asked))[:5]] + [(ASK_CAPTION, scene.caption())]
         return question_answer(pixels, [chosen[i] for i in rng.permutation(len(chosen))])

@@ -9,13 +9,14 @@ A .pth is a pickle; it is opened with weights_only=True, which builds tensors an
 import gc
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanochameleon import checkpoint
 from nanochameleon.errors import UserError
 from nanochameleon.files import fsync
 
@@ -98,6 +99,32 @@ class Safetensors:
             self.open, self.given = {}, 0
         self.given += size
         return self._map(self.where[name]).get_tensor(name)
+
+
+class Cut:
+    """Tensors that lie in pieces in several .safetensors, as a sharded checkpoint has them (saver.py); those of `names`
+    alone. Each is put together when it is asked for."""
+
+    def __init__(self, paths: list[Path], names: Collection[str]):
+        self.pieces: dict[str, list[tuple[Path, tuple[slice, ...]]]] = {}
+        self.meta: Meta = {}
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                offsets = checkpoint.shard_offsets(file.metadata())
+                for name in names & set(file.keys()):
+                    part = file.get_slice(name)
+                    begins = offsets.get(name, (0,) * len(part.get_shape()))
+                    ends = [a + n for a, n in zip(begins, part.get_shape(), strict=True)]
+                    self.pieces.setdefault(name, []).append((path, tuple(map(slice, begins, ends))))
+                    shape = map(max, ends, self.meta[name].shape if name in self.meta else ends)
+                    self.meta[name] = torch.empty(tuple(shape), dtype=DTYPES[part.get_dtype()], device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        whole = torch.empty_like(self.meta[name], device="cpu")
+        for path, where in self.pieces[name]:
+            with safe_open(path, framework="pt") as file:
+                whole[where] = file.get_tensor(name)
+        return whole
 
 
 def open_safetensors(folder: Path, stem: str = "model") -> Safetensors:

@@ -7,17 +7,22 @@ Shapes: B rows, T new positions, S positions in the cache, D = dim, H query head
 """
 
 import math
+import zlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention import attention
+from nanochameleon.kernels.dropout import derive, dropout
+from nanochameleon.kernels.linear import linear
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
-from nanochameleon.kernels.rms_norm import rms_norm
+from nanochameleon.kernels.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.swiglu import swiglu
+from nanochameleon.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,25 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())  # where torch.polar rounds otherwise
 
 
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x; in training those that are just that are one product."""
+    plain = all(type(layer) is nn.Linear and type(layer.weight) is nn.Parameter for layer in layers)
+    if plain and torch.is_grad_enabled():
+        return linear(x, [layer.weight for layer in layers])
+    return tuple(layer(x) for layer in layers)
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, local(self.weight), self.eps)
+
+    def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm; None is no branch yet."""
+        return (x, self(x)) if branch is None else add_norm(x, branch, local(self.weight), self.eps)
+
+    def added_to(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + the norm of the branch."""
+        return norm_add(x, branch, local(self.weight), self.eps)
 
 
 class QKNorm(nn.Module):
@@ -93,15 +114,26 @@ class QKNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_groups, head_dim))
         self.bias = nn.Parameter(torch.zeros(n_groups, head_dim))
 
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias (n_groups, E), plain tensors. Where the heads of a layer are spread over ranks, those of this
+        rank's heads; each rank's gradient is then a part of the whole, which `to_local` is told to sum."""
+        if not is_sharded(self.weight):
+            return self.weight, self.bias
+        from torch.distributed.tensor import Partial
+
+        ranks, rank, groups = self.weight.device_mesh.size(), self.weight.device_mesh.get_local_rank(), len(self.weight)
+        mine = slice(rank * groups // ranks, -(-(rank + 1) * groups // ranks))
+        return tuple(x.to_local(grad_placements=[Partial()])[mine] for x in (self.weight, self.bias))
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, E) -> the same, each head normalised."""
-        return layer_norm(x, (self.weight, self.bias), self.eps)
+        return layer_norm(x, self.vectors(), self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.n_heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.kv_heads, cfg.head_dim
+        self.head_dim = cfg.head_dim
         self.qk_norm, self.norm_eps = cfg.qk_norm, cfg.norm_eps
         self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
         self.wk = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
@@ -113,12 +145,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int) -> Tensor:
         """Whole rows go through the fused op, which takes doc_ids for the mask; with a cache the steps stand here."""
         b, t, _ = x.shape
-        q = self.wq(x).view(b, t, self.n_heads, self.head_dim)
-        k = self.wk(x).view(b, t, self.kv_heads, self.head_dim)
-        v = self.wv(x).view(b, t, self.kv_heads, self.head_dim)
+        q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.wq, self.wk, self.wv))
         if cache is None:
-            norms = [(norm.weight, norm.bias) if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
-            return self.wo(normed_attention(q, k, v, table, mask, *norms, self.norm_eps).reshape(b, t, -1))
+            norms = [norm.vectors() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
+            out = normed_attention(q, k, v, table, mask, *norms, self.norm_eps)
+            return project(out.reshape(b, t, -1), self.wo)[0]
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, table), rotate(k, table)  # after the norm: turning must not change what the norm fixed
         k, v = cache.extend(layer, k, v)
@@ -135,7 +166,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return project(swiglu(*project(x, self.w1, self.w3)), self.w2)[0]
 
 
 class Block(nn.Module):
@@ -147,15 +178,30 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, branch: Tensor | None, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int,
+        keys: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The residual stream comes and goes as x + branch: the norm that reads the sum makes it on the way."""
         if self.norm_order == "pre":  # 7B
-            x = x + self.drop(self.attention(self.attention_norm(x), table, mask, cache, layer))
-            return x + self.drop(self.feed_forward(self.ffn_norm(x)))
-        x = x + self.drop(self.attention_norm(self.attention(x, table, mask, cache, layer)))  # 34B: bounds each branch
-        return x + self.drop(self.ffn_norm(self.feed_forward(x)))
+            x, read = self.attention_norm.of_sum(x, branch)
+            branch = self.drop(self.attention(read, table, mask, cache, layer), keys, 0)
+            x, read = self.ffn_norm.of_sum(x, branch)
+            return x, self.drop(self.feed_forward(read), keys, 1)
+        x = self.add_normed(x, self.attention_norm, self.attention(x, table, mask, cache, layer), keys, 0)
+        return self.add_normed(x, self.ffn_norm, self.feed_forward(x), keys, 1), None
 
-    def drop(self, branch: Tensor) -> Tensor:
-        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+    def add_normed(self, x: Tensor, norm: RMSNorm, branch: Tensor, keys: Tensor | None, number: int) -> Tensor:
+        """34B: the norm behind a branch bounds it."""
+        if self.training and self.dropout:
+            return x + self.drop(norm(branch), keys, number)
+        return norm.added_to(x, branch)
+
+    def drop(self, branch: Tensor, keys: Tensor | None, number: int) -> Tensor:
+        """Dropout of the branch of this number; keys (B,), see kernels/dropout.py."""
+        if not self.training or not self.dropout:
+            return branch
+        return dropout(branch, derive(keys, number), self.dropout)
 
 
 class Output(nn.Linear):
@@ -170,15 +216,24 @@ class Chameleon(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.recompute = cfg, False  # recompute: blocks keep no activations for the backward pass
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = Output(cfg.dim, cfg.vocab_size, bias=False)
         self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self) -> None:
-        """The paper does not state its own; ours is GPT-2's scaled by width.
+        """Random weights, by a seed that torch's generator draws; on the meta device there is nothing to set."""
+        if not self.norm.weight.is_meta:
+            seed = int(torch.randint(2**31, (), device="cpu"))
+            for name, parameter in self.named_parameters():
+                parameter.copy_(self.initial(name, parameter.shape, seed, parameter.device))
+
+    def initial(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+        """The whole tensor of this name at the start of training: a function of (seed, name), so that ranks which hold
+        parts of it agree. The paper does not state its own; ours is GPT-2's scaled by width.
 
         | weight                 | std                             |
         |------------------------|---------------------------------|
@@ -188,17 +243,14 @@ class Chameleon(nn.Module):
         | output                 | 0, so the first loss is log V   |
         | norms                  | weight 1, bias 0                |
         """
-        for name, weight in self.named_parameters():
-            if weight.ndim < 2 or "q_norm" in name or "k_norm" in name:
-                continue
-            std = 1 / math.sqrt(weight.shape[1])
-            if name.startswith("tok_embeddings"):
-                std = 0.02
-            elif name.startswith("output"):
-                std = 0.0
-            elif name.endswith(("wo.weight", "w2.weight")):
-                std /= math.sqrt(2 * self.cfg.n_layers)
-            nn.init.normal_(weight, std=std)
+        if len(shape) < 2 or "q_norm" in name or "k_norm" in name:
+            return torch.full(shape, float(name.endswith("weight")), device=device)
+        branches = 2 * self.cfg.n_layers if name.endswith(("wo.weight", "w2.weight")) else 1
+        std = 1 / math.sqrt(shape[1] * branches)
+        if name.startswith(("tok_embeddings", "output")):
+            std = 0.02 if name.startswith("tok") else 0.0
+        generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        return torch.randn(shape, generator=generator, device=device) * std
 
     def forward(
         self,
@@ -206,9 +258,10 @@ class Chameleon(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: Window | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D) after the final norm; see `residual` for the arguments."""
-        return self.norm(self.residual(tokens, positions, doc_ids, cache))
+        return self.norm(self.residual(tokens, positions, doc_ids, cache, keys))
 
     def residual(
         self,
@@ -216,21 +269,29 @@ class Chameleon(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: Window | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """tokens (B, T) -> the last block's output (B, T, D), whose norm is the paper's sign of trouble (figure 5a).
 
         positions (B, T): place of each token in its document; None counts from 0.
         doc_ids (B, T): attention stays within a document; None means that a row is one document.
         cache: takes the new keys and values at `positions`, and attention sees what it holds; for rows of one document.
+        keys (B,): what dropout is drawn from, one a row; needed in training with dropout, ValueError without.
         """
+        if self.training and self.cfg.dropout and keys is None:
+            raise ValueError("training with dropout needs a key for each row")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         mask = doc_ids if cache is None else cache.mask()  # the fused op takes documents (B, T) for a mask
         table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        x = self.tok_embeddings(tokens)
+        x, branch = self.tok_embeddings(tokens), None
         for i, layer in enumerate(self.layers):
-            x = layer(x, table, mask, cache, i)
-        return x
+            inputs = x, branch, table, mask, cache, i, None if keys is None else derive(keys, i)
+            if self.recompute and self.training:  # what is random is a function of the keys, so no generator's state
+                x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, branch = layer(*inputs)
+        return x if branch is None else x + branch
 
     def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
         """Hidden states (..., D) -> logits (..., V), or those of some columns alone."""

@@ -11,13 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TOKENIZER
 
 from nanochameleon.data import (
+    Live,
     Loader,
     Mixture,
     Picture,
     Pictures,
+    Rows,
     Shards,
+    Shares,
+    captioned,
     fuse,
     interleaved,
     pair,
@@ -25,7 +30,9 @@ from nanochameleon.data import (
     write_pictures,
     write_shards,
 )
-from nanochameleon.documents import EndOfTurn, Image, Text
+from nanochameleon.data.loader import shuffled
+from nanochameleon.data.mixture import BLOCK
+from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.errors import UserError
 from nanochameleon.packing import NO_DOCUMENT
 
@@ -87,6 +94,13 @@ def test_the_forms_of_documents():
     ]  # fmt: skip
 
 
+def test_one_captioned_picture_in_three_forms():
+    rng, picture = np.random.default_rng(0), ("picture", grey(5).tobytes())
+    assert plain(captioned("drawings", "x", grey(5), rng)) == [Text("x"), picture]
+    assert plain(captioned("text", "x", grey(5), rng)) == [Text("x")]
+    assert len(captioned("pairs", "x", grey(5), rng)) == 2
+
+
 def test_fuse_puts_each_picture_s_codes_in_its_place_and_encodes_it_once():
     tokenizer, known = LevelTokenizer(), {}
     docs = [
@@ -133,7 +147,7 @@ def test_a_mixture_depends_on_seed_and_index_alone():
     one = make(4)
     assert [one.document(i) for i in reversed(range(300))][::-1] == forwards
     assert [make(5).document(i) for i in range(300)] != forwards
-    blocks = [[one.draw(i)[0] for i in range(b * Mixture.BLOCK, (b + 1) * Mixture.BLOCK)] for b in range(2)]
+    blocks = [[one.draw(i)[0] for i in range(b * BLOCK, (b + 1) * BLOCK)] for b in range(2)]
     assert blocks[0] != blocks[1]
     in_epoch = [[t for d in forwards if (t := d[0].text).startswith("a")][5 * e : 5 * e + 5] for e in range(20)]
     assert len({tuple(int(t.split()[1]) % 5 for t in texts) for texts in in_epoch}) > 10  # each epoch its own order
@@ -161,7 +175,8 @@ def test_shards_give_back_every_document(docs, shard_tokens):
         shards = Shards(Path(folder) / "tokens")
         assert [ids.tolist() for ids in shards] == docs and len(shards) == len(docs)
         assert all(ids.dtype == np.uint16 for ids in shards)
-        assert shards.lengths.tolist() == [len(ids) for ids in docs]
+        assert shards.sizes(0, len(docs)).tolist() == [len(ids) for ids in docs]
+        assert [i for first, last in shards.groups for i in range(first, last)] == list(range(len(docs)))
         sizes = [f.stat().st_size // 2 for f in (Path(folder) / "tokens").glob("shard-*.bin")]
         assert sum(sizes) == sum(map(len, docs)) and all(n <= max(shard_tokens, *map(len, docs)) for n in sizes)
 
@@ -277,23 +292,29 @@ def documents_in(batch) -> list[list[int]]:
     return found
 
 
+def loader_of(shards: Shards, batch_size: int, seq_len: int, seed: int) -> Loader:
+    """Of one source."""
+    return Loader({"all": Rows("all", shards, seq_len, seed)}, [(0, {"all": 1.0})], batch_size, seq_len, seed, PAD)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_epoch_shows_each_document_that_fits_exactly_once(shards, seed):
-    loader = Loader(shards, 1, 10, seed, PAD)
+    loader = loader_of(shards, 1, 10, seed)
+    n_rows = len(loader.rows["all"])
     short = sorted(ids.tolist() for ids in shards if len(ids) <= 10)
-    epochs = [[documents_in(loader.batch(e * loader.n_rows + r)) for r in range(loader.n_rows)] for e in range(3)]
+    epochs = [[documents_in(loader.batch(e * n_rows + r)) for r in range(n_rows)] for e in range(3)]
     for epoch in epochs:
         assert sorted(ids for row in epoch for ids in row) == short
     assert epochs[0] != epochs[1] != epochs[2]
-    assert loader.n_too_long == 10
+    assert loader.rows["all"].n_too_long == 10
 
 
 @given(st.integers(1, 40), st.integers(0, 3), st.lists(st.integers(0, 60), min_size=1, max_size=6))
 def test_a_batch_depends_on_seed_and_step_alone(shards, batch_size, seed, steps):
-    one_by_one = Loader(shards, 1, 12, seed, PAD)
-    used = Loader(shards, batch_size, 12, seed, PAD)
+    one_by_one = loader_of(shards, 1, 12, seed)
+    used = loader_of(shards, batch_size, 12, seed)
     for step in steps:
-        resumed = Loader(shards, batch_size, 12, seed, PAD).batch(step)
+        resumed = loader_of(shards, batch_size, 12, seed).batch(step)
         for name in ("tokens", "targets", "doc_ids", "positions"):
             assert torch.equal(getattr(used.batch(step), name), getattr(resumed, name))
         # the order of rows does not depend on how many a step takes
@@ -301,14 +322,22 @@ def test_a_batch_depends_on_seed_and_step_alone(shards, batch_size, seed, steps)
         assert torch.equal(torch.cat(rows), resumed.tokens)
 
 
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 9))
+def test_the_shares_of_all_ranks_make_the_batch(shards, ranks, each, step):
+    loader = loader_of(shards, ranks * each, 12, 0)
+    shares = [loader.batch(step, slice(r * each, (r + 1) * each)).tokens for r in range(ranks)]
+    assert torch.equal(torch.cat(shares), loader.batch(step).tokens)
+
+
 def test_another_seed_is_another_order_and_puts_other_documents_side_by_side(shards):
-    loaders = [Loader(shards, 1, 12, seed, PAD) for seed in (0, 1)]
-    rows = [[tuple(loader.documents(step)[0]) for step in range(loader.n_rows)] for loader in loaders]
+    loaders = [loader_of(shards, 1, 12, seed) for seed in (0, 1)]
+    rows = [[next(x.numbers(step))[1] for step in range(len(x.rows["all"]))] for x in loaders]
+    rows = [[tuple(row) for row in each] for each in rows]
     assert rows[0] != rows[1] and {frozenset(row) for row in rows[0]} != {frozenset(row) for row in rows[1]}
 
 
 def test_rows_of_a_batch_hold_padding_only_at_their_end(shards):
-    batch = Loader(shards, 20, 12, 0, PAD).batch(0)
+    batch = loader_of(shards, 20, 12, 0).batch(0)
     padded = batch.doc_ids == NO_DOCUMENT
     assert (batch.tokens[padded] == PAD).all() and (batch.tokens[~padded] != PAD).all()
     assert (padded[:, 1:] >= padded[:, :-1]).all()
@@ -318,5 +347,99 @@ def test_a_loader_with_nothing_that_fits_says_so(tmp_path):
     write_shards(tmp_path / "none", [])
     write_shards(tmp_path / "long", [[1] * 9])
     for name in ("none", "long"):
-        with pytest.raises(UserError, match="raise seq_len"):
-            Loader(Shards(tmp_path / name), 2, 8, 0, PAD)
+        with pytest.raises(UserError, match=rf"{name}.*raise train\.seq_len"):
+            Rows(name, Shards(tmp_path / name), 8, 0)
+
+
+def test_rows_are_packed_once_and_found_beside_the_shards(tmp_path, monkeypatch):
+    path = write_two_shards(tmp_path / "tokens")
+    first = Rows("x", Shards(path), 4, 0, path)
+    monkeypatch.setattr("nanochameleon.data.loader.pack_all", None)
+    again = Rows("x", Shards(path), 4, 0, path)
+    assert [again.documents(i) for i in range(9)] == [first.documents(i) for i in range(9)]
+    (path / "rows-4-0-edges.npy").unlink()  # as if killed between the two files
+    with pytest.raises(TypeError):
+        Rows("x", Shards(path), 4, 0, path)
+
+
+@given(st.integers(1, 300), st.lists(st.integers(0, 2**32), max_size=3))
+def test_shuffled_is_a_permutation(n, seed):
+    assert sorted(shuffled(i, n, *seed) for i in range(n)) == list(range(n))
+
+
+def test_shuffled_orders_look_drawn():
+    """Each place is reached about equally often over many seeds, and no neighbour stays one more often than by luck."""
+    n, orders = 8, np.array([[shuffled(i, 8, seed) for i in range(8)] for seed in range(4_000)])
+    for place in range(n):
+        counts = np.bincount(orders[:, place], minlength=n)
+        assert abs(counts - 500).max() < 5 * (500 * 7 / 8) ** 0.5
+    followed = (orders[:, 1:] - orders[:, :-1] == 1).mean()
+    assert abs(followed - 1 / n) < 5 * (1 / n / (4_000 * 7)) ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory):
+    """Rows of documents of one id each, 2 + their number, or 1000 + their number."""
+    place = tmp_path_factory.mktemp("two")
+    write_shards(place / "a", [[2 + i] * 4 for i in range(50)])
+    write_shards(place / "b", [[1_000 + i] * 4 for i in range(30)])
+    return {name: Rows(name, Shards(place / name), 4, 0) for name in "ab"}
+
+
+def of_each(loader: Loader, first: int, last: int) -> Counter:
+    rows = (loader.batch(step).tokens[:, 0].tolist() for step in range(first, last))
+    return Counter("a" if token < 1_000 else "b" for row in rows for token in row)
+
+
+def test_each_stage_has_its_shares_of_the_rows(two_sources):
+    stages = [(0, {"a": 3.0, "b": 1.0}), (500, {"b": 1.0}), (600, {"a": 0.5, "b": 0.5})]
+    loader = Loader(two_sources, stages, 2, 4, 7, PAD)
+    assert of_each(loader, 0, 500) == {"a": 750, "b": 250}
+    assert of_each(loader, 500, 600) == {"b": 200}
+    assert of_each(loader, 600, 1_100) == {"a": 500, "b": 500}
+
+
+def test_no_row_comes_again_before_all_of_its_source_came_whatever_the_stage(two_sources):
+    stages = [(0, {"a": 0.5, "b": 0.5}), (13, {"a": 1.0}), (20, {"b": 0.3, "a": 0.7})]
+    loader = Loader(two_sources, stages, 3, 4, 7, PAD)
+    seen = {"a": [], "b": []}
+    for row in range(400):
+        name, count = loader.place(row)
+        assert count == len(seen[name])
+        seen[name].append(int(loader.batch(row // 3, slice(row % 3, row % 3 + 1)).tokens[0, 0]))
+    for name, size in (("a", 50), ("b", 30)):
+        for epoch in range(len(seen[name]) // size):
+            assert len(set(seen[name][epoch * size : (epoch + 1) * size])) == size
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=1, max_size=4), st.integers(0, 9), st.integers(0, 3_000))
+@settings(max_examples=30)
+def test_what_a_source_has_given_is_counted_without_drawing(weights, seed, n):
+    shares = Shares({f"s{k}": w for k, w in enumerate(weights)}, seed)
+    assert shares.given(n) == {f"s{k}": sum(shares.draw(i)[0] == k for i in range(n)) for k in range(len(weights))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents that are made when they are asked for
+
+
+def test_live_documents_are_those_of_the_shards(tmp_path):
+    class Levels:
+        size = None
+
+        def document(self, i):
+            doc = [Picture(grey(i % 7)), Text("a" * (i % 5)), EndOfTurn(), Text("ta")]
+            return doc[i % 2 :]
+
+    images = LevelTokenizer()
+    images.n_codes_per_image = 2
+    live = Live(Levels(), images, TOKENIZER, 120, None)
+    expected = [render(fuse([Levels().document(i)], images)[0], TOKENIZER, TOKENIZER.vocab) for i in range(40)]
+    assert [ids.tolist() for ids in live.fetch(range(len(live.lengths)))] == expected[: len(live.lengths)]
+    assert live.sizes(0, 99).tolist() == [len(ids) for ids in expected[: len(live.lengths)]]
+    assert live.lengths[:-1].sum() < 120 <= live.lengths.sum()
+    assert Live(Levels(), images, TOKENIZER, 1, 3).groups == [(0, 3)]

@@ -11,12 +11,13 @@ import torch
 from tiny import TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run, training_config
 
 from nanochameleon.config import DataConfig
-from nanochameleon.data import Picture, write_pictures
+from nanochameleon.data import write_pictures
 from nanochameleon.documents import Image, Text, render
 from nanochameleon.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
 from nanochameleon.evaluate import report, shapes
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.model_folder import open_model
+from nanochameleon.presets import mixed
 from nanochameleon.run import Run
 from nanochameleon.shapes import ASK_CAPTION, Scene, Thing, World, draw, scenes
 
@@ -31,11 +32,10 @@ def run(tmp_path_factory) -> Run:
 # --- likelihood ------------------------------------------------------------------------------------------------------
 
 
-class Documents:
-    """A picture of noise and a text, the longer the later."""
-
-    def document(self, i: int) -> list:
-        return [Picture(np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)), Text("réd " * (i + 1))]
+def documents(n: int) -> list[list[int]]:
+    """A picture of drawn codes and a text, the longer the later."""
+    codes = np.random.default_rng(0).integers(0, 8, (n, 4)).tolist()
+    return [render([Image(tuple(codes[i])), Text("réd " * (i + 1))], TOKENIZER, VOCAB) for i in range(n)]
 
 
 @pytest.mark.parametrize("context", [64, 24])
@@ -43,10 +43,10 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, conte
     """Texts that do not fit in the context count neither as ids nor as bytes."""
     untrained = tiny_model(max_seq_len=context)
     torch.nn.init.zeros_(untrained.output.weight)
-    lists = [render([Image((0,) * 4), Text("réd " * (i + 1))], TOKENIZER, VOCAB) for i in range(5)]
+    lists = documents(5)
     kept = [i for i in range(5) if len(lists[i]) <= context]
     assert len(kept) == (5 if context == 64 else 3)
-    measured = bits(replace(run, model=untrained, cfg=tiny_config(model=untrained.cfg)), Documents(), 5, batch_size=2)
+    measured = bits(replace(run, model=untrained, cfg=tiny_config(model=untrained.cfg)), documents(5), batch_size=2)
     assert measured["bits_per_code"] == pytest.approx(math.log2(VOCAB.size), rel=1e-5)
     n_text = sum(len(lists[i]) - 1 - 4 for i in kept)  # no target is <s> or one of the 4 codes
     n_bytes = sum(len("réd ".encode()) * (i + 1) for i in kept)
@@ -55,12 +55,12 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, conte
 
 def test_what_nothing_was_counted_for_is_unknown_not_0(run):
     short = tiny_model(max_seq_len=4)  # no document fits
-    measured = bits(replace(run, model=short, cfg=tiny_config(model=short.cfg)), Documents(), 3)
+    measured = bits(replace(run, model=short, cfg=tiny_config(model=short.cfg)), documents(3))
     assert measured == {"bits_per_code": None, "bits_per_byte": None}
 
 
 def test_bits_do_not_depend_on_how_documents_are_batched(run):
-    first, second = bits(run, Documents(), 6, batch_size=1), bits(run, Documents(), 6, batch_size=16)
+    first, second = bits(run, documents(6), batch_size=1), bits(run, documents(6), batch_size=16)
     assert first == pytest.approx(second, rel=1e-5) and first["bits_per_code"] > 3
 
 
@@ -232,7 +232,8 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
     chosen = list(held_out_styles(both))[:4]
     names = {text: name for text, name in concepts().items() if text in chosen}
     prepare_emoji(tmp_path / "pictures", 4, names)
-    asking = replace(run, cfg=tiny_config(data=DataConfig("emoji", questions=questions)))
+    stages = mixed(pairs=0.8, questions=questions) if questions else mixed(pairs=1.0)
+    asking = replace(run, cfg=tiny_config(data=DataConfig("emoji"), stages=stages))
     talks = report.asked_about(asking, Path(tmp_path), 3)
     assert len(talks) == 3 and all(talk["picture"].shape == (4, 4, 3) for talk in talks)
     for talk in talks:
@@ -244,7 +245,7 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
 
 def test_captions_too_long_for_a_picture_are_not_drawn_and_what_needs_an_oracle_is_null(run, tmp_path):
     """One such caption in a folder must not end a run; where all are, the sheet is empty."""
-    config = tiny_config(data=DataConfig("folder", questions=0.0))
+    config = tiny_config(data=DataConfig("folder"), stages=mixed(pairs=1.0))
     shown = Run(config, run.vocab, run.tokenizer, run.images, run.model)
     for name, texts in {"some": ["red", "ta " * 90], "all": ["ta " * 90] * 2}.items():
         items = [{"file": str(i), "captions": [text], "folder": "test", "luck": i} for i, text in enumerate(texts)]

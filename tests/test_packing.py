@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.packing import IGNORE, NO_DOCUMENT, assign_rows, pack
+from nanochameleon.packing import IGNORE, NO_DOCUMENT, assign_rows, fill, pack
 
 PAD = 1
 
@@ -86,3 +87,18 @@ def test_rows_of_a_batch_can_be_taken_apart():
         IGNORE,
         IGNORE,
     ]
+
+
+@given(st.lists(st.lists(st.integers(10, 20), max_size=4), min_size=1, max_size=7))
+def test_of_a_conversation_only_answers_are_learnt_up_to_their_end(turns):
+    """Turns end with 3, the last one with 2: the second, fourth, ... is an answer, and its end is learnt with it."""
+    ids, learnt = [0], []
+    for number, turn in enumerate(turns):
+        end = 2 if number == len(turns) - 1 else 3
+        ids += [*turn, end]
+        learnt += [*turn, end] if number % 2 else []
+    batch = fill([[ids]], 40, PAD, answers_from=3)
+    targets = batch.targets[0]
+    assert targets[targets != IGNORE].tolist() == learnt
+    everything = fill([[ids]], 40, PAD).targets[0]
+    assert torch.equal(targets[targets != IGNORE], everything[targets != IGNORE])

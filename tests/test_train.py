@@ -9,22 +9,30 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import SHAPES_VQGAN, nano_folder, released_model, training_config
 
 from nanochameleon import checkpoint, prepare, train_tokenizers
+from nanochameleon.alignment import CATEGORIES
 from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.convert import Args, convert
 from nanochameleon.errors import UserError
 from nanochameleon.model_folder import open_parts
 from nanochameleon.monitor import read_metrics
-from nanochameleon.run import CONFIG, command, read_config, start_folder
+from nanochameleon.objective import Objective
+from nanochameleon.prepare import open_loader
+from nanochameleon.presets import mixed
+from nanochameleon.run import CONFIG, TEXT_TOKENIZER, command, open_image_tokenizer, read_config, start_folder
 from nanochameleon.shapes import World, draw, draw_scene
+from nanochameleon.stopping import Stopper
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vqgan import VQGAN
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -151,13 +159,13 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
     """Invariant 21 on the whole script: in the image tokenizer before and after its codebook is put, in the
     transformer before and after its first regular checkpoint."""
     cfg = training_config(tmp_path / "stopped")
-    monkeypatch.setattr(train, "make_report", lambda run, folder, seconds: None)
+    monkeypatch.setattr(train, "make_report", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["train.py", "toy", "--out", "a b", "--overwrite"])
     places = [
         (train_tokenizers, "tokenizer_loss", 1, "image_tokenizer", [1]),
         (train_tokenizers, "tokenizer_loss", 4, "image_tokenizer", [5]),
-        (train, "forward", 2, ".", [2]),
-        (train, "forward", 5, ".", [7, 5]),
+        (train, "gradients", 2, ".", [2]),
+        (train, "gradients", 5, ".", [7, 5]),
     ]
     for owner, name, number, where, steps in places:
         with monkeypatch.context() as patch:
@@ -180,7 +188,7 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(copy, 
         raise AssertionError("trained again")
 
     for owner, name in (
-        (train, "forward"),
+        (train, "gradients"),
         (train_tokenizers, "tokenizer_loss"),
         (train_tokenizers.TextTokenizer, "train"),
     ):
@@ -207,7 +215,7 @@ def test_a_stop_while_documents_are_tokenized_is_heard_and_leaves_no_half_of_the
 
 def test_a_stop_in_the_last_step_is_heard_before_the_report(before_transformer, monkeypatch):
     monkeypatch.setattr(train, "make_report", None)
-    interrupt_in_call(monkeypatch, train, "forward", 12)
+    interrupt_in_call(monkeypatch, train, "gradients", 12)
     train.main(training_config(before_transformer))
     assert steps_of(before_transformer) == [12, 10]
 
@@ -253,7 +261,7 @@ def test_the_precision_that_the_clock_chose_is_kept(before_transformer, monkeypa
     monkeypatch.setattr(train, "pick_precision", lambda wish, *_: wishes.append(wish) or "bf16")
     for _ in range(2):
         with monkeypatch.context() as patch:
-            interrupt_in_call(patch, train, "forward", 1)
+            interrupt_in_call(patch, train, "gradients", 1)
             train.main(cfg)
     assert wishes == ["auto", "bf16"]
 
@@ -268,14 +276,14 @@ def heard_ctrl_c():
 
 def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back(heard_ctrl_c):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with train.Stopper() as stopped:
+    with Stopper() as stopped:
         assert not stopped()
         signal.raise_signal(signal.SIGTERM)
         assert stopped()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    with train.Stopper():
+    with Stopper():
         pass
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -283,33 +291,63 @@ def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back(heard_ctrl_c)
 # --- losses that are not finite --------------------------------------------------------------------------------------
 
 BROKEN = {
-    "nan": lambda parts: replace(parts, cross_entropy=parts.cross_entropy * math.nan),
-    "infinite, with a finite gradient": lambda parts: replace(parts, cross_entropy=parts.cross_entropy + math.inf),
+    "nan": lambda parts: parts._replace(cross_entropy=parts.cross_entropy * math.nan),
+    "infinite, with a finite gradient": lambda parts: parts._replace(cross_entropy=parts.cross_entropy + math.inf),
 }
 
 
+def break_losses(monkeypatch, kind: str, broken: Callable[[int], bool]) -> list[torch.Tensor]:
+    """Breaks the loss of those forward passes, counted from 1; -> a list that gets the weights at each of them."""
+    real, weights = Objective.forward, []
+
+    def forward(self, batch, keys):
+        weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+        sums = real(self, batch, keys)
+        return sums._replace(parts=BROKEN[kind](sums.parts)) if broken(len(weights)) else sums
+
+    monkeypatch.setattr(Objective, "forward", forward)
+    monkeypatch.setattr(train, "make_report", lambda *_: None)
+    return weights
+
+
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_loss_that_is_not_finite_moves_nothing_and_ten_in_a_row_end_the_run(kind, before_transformer, monkeypatch):
-    real, weights = train.forward, []
-
-    def forward(model, *args):
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        parts, norm = real(model, *args)
-        return (BROKEN[kind](parts) if len(weights) in broken else parts), norm
-
-    monkeypatch.setattr(train, "forward", forward)
-    monkeypatch.setattr(train, "make_report", lambda run, folder, seconds: None)
-    monkeypatch.setattr(train, "save", lambda *_: None)
+def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind, before_transformer, monkeypatch):
     broken = range(2, 11)  # nine in a row
-    train.main(training_config(before_transformer))
+    weights = break_losses(monkeypatch, kind, lambda call: call in broken)
+    cfg = training_config(before_transformer)
+    train.main(cfg)
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
     assert moved == [call not in broken for call in range(1, 12)]
-    assert read_metrics(before_transformer / "metrics.jsonl")[1]["grad_norm"] is None
-    weights.clear()
-    broken = range(2, 13)
-    with pytest.raises(UserError, match=r"10 steps in a row had no finite loss.*--optim\.lr 0\.003"):
-        train.main(training_config(before_transformer))
-    assert len(weights) == 11
+    assert read_metrics(before_transformer / "metrics.jsonl")[1]["loss"] is None
+    kept = sorted((before_transformer / "bad").iterdir())
+    assert [path.name for path in kept] == [f"step-{call - 1:06d}-rank-0.safetensors" for call in broken]
+    images = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
+    text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
+    loader = open_loader(cfg, images, text, before_transformer)
+    assert torch.equal(load_file(kept[0])["tokens"], loader.batch(1).tokens)
+
+
+def test_many_such_steps_in_a_row_roll_the_run_back_and_later_batches_follow(before_transformer, monkeypatch, capsys):
+    """A checkpoint after 5 steps; of the calls that follow the second to the fourth fail, three in a row."""
+    monkeypatch.setattr(train, "TOO_MANY", 3)
+    weights = break_losses(monkeypatch, "nan", lambda call: 7 <= call <= 9)
+    cfg = training_config(before_transformer)
+    train.main(replace(cfg, train=replace(cfg.train, log_every=1)))
+    assert f"back to {before_transformer / 'step-000005'}" in capsys.readouterr().out
+    assert len(weights) == 9 + 7 and torch.equal(weights[9], weights[5]) and not torch.equal(weights[9], weights[8])
+    state = checkpoint.load(before_transformer)[1]
+    assert state["step"] == 12 and state["passed"] == 9 - 5
+    assert [line["step"] for line in read_metrics(before_transformer / "metrics.jsonl")] == list(range(12))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_rolling_back_does_not_help_gives_up_with_a_sentence(saved, before_transformer, monkeypatch):
+    monkeypatch.setattr(train, "TOO_MANY", 3)
+    cfg = training_config(before_transformer)
+    weights = break_losses(monkeypatch, "nan", lambda call: call > 6)
+    with pytest.raises(UserError, match=r"3 steps in a row had no finite loss.*--optim\.lr 0\.003"):
+        train.main(replace(cfg, train=replace(cfg.train, save_every=5 if saved else 100)))
+    assert len(weights) == (6 + 3 * (1 + train.ROLL_BACKS) if saved else 9)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -368,8 +406,8 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 def folder_config(out: Path, path: Path | None) -> RunConfig:
-    data = DataConfig("folder", path, pairs=1.0, questions=0.0, interleaved=0.0)
-    return training_config(out, vqgan=replace(SHAPES_VQGAN, resolution=16, ch_mult=(1, 1, 1)), data=data)
+    vqgan = replace(SHAPES_VQGAN, resolution=16, ch_mult=(1, 1, 1))
+    return training_config(out, vqgan=vqgan, data=DataConfig("folder", path), stages=mixed(pairs=1.0))
 
 
 def test_a_folder_of_pictures_goes_all_the_way_and_bad_ones_are_counted(tmp_path, monkeypatch, capsys):
@@ -406,10 +444,10 @@ def test_a_run_that_failed_before_it_began_may_begin_with_another_path(tmp_path)
         assert set(contents(tmp_path / "run")) == {CONFIG}
 
 
-def test_a_folder_with_questions_is_refused_before_anything_is_read(tmp_path):
+def test_a_source_that_the_data_has_not_is_refused_before_anything_is_read(tmp_path):
     cfg = folder_config(tmp_path / "run", tmp_path)
-    with pytest.raises(UserError, match=r"--data\.questions 0"):
-        train.main(replace(cfg, data=replace(cfg.data, questions=0.2)))
+    with pytest.raises(UserError, match=r"stages\.0\.weights names 'questions'; folder has pairs, interleaved"):
+        train.main(replace(cfg, stages=mixed(pairs=0.8, questions=0.2)))
 
 
 def test_emoji_without_their_packages_are_refused_in_a_sentence(tmp_path, monkeypatch):
@@ -467,7 +505,8 @@ def other_model(place: Path, layout: str) -> Path:
 def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layout, tmp_path, capsys):
     source, run = other_model(tmp_path, layout), tmp_path / "run"
     parts, few = open_parts(source), training_config(tmp_path).train
-    cfg = training_config(run, init_from=source, train=replace(few, steps=2, save_every=1, seq_len=256))
+    train_cfg = replace(few, steps=2, save_every=1, seq_len=256)
+    cfg = training_config(run, init_from=source, train=train_cfg, stages=mixed(pairs=1.0))
     cfg = replace(cfg, evaluation=EvalConfig(1, 1, 1), model=ModelConfig(dropout=0.0))
     cfg = replace(cfg, optim=replace(cfg.optim, lr=1e-30, weight_decay=0.0))
     train.main(cfg)
@@ -505,3 +544,14 @@ def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_pat
     assert not (tmp_path / "more").exists()
     with pytest.raises(UserError, match="choose another --out"):
         train.main(replace(cfg, init_from=finished, out=finished, overwrite=True))
+
+
+def test_a_run_of_the_shapes_is_aligned_and_each_category_measured(finished, tmp_path):
+    few = replace(training_config(tmp_path).train, steps=4, save_every=4, answers_only=True)
+    stages = mixed(**dict.fromkeys(CATEGORIES, 1.0))
+    cfg = training_config(tmp_path / "aligned", init_from=finished, train=few, stages=stages)
+    train.main(replace(cfg, evaluation=replace(cfg.evaluation, alignment=2)))
+    report = json.loads((tmp_path / "aligned" / "report.json").read_text())
+    assert_shape(report, REPORT | {"alignment": dict.fromkeys(CATEGORIES, SHARE)})
+    assert {path.name for path in (tmp_path / "aligned" / "data").iterdir()} == set(CATEGORIES)
+    assert "alignment" not in json.loads((finished / "report.json").read_text())

@@ -31,7 +31,7 @@ from nanochameleon.train_tokenizers import (
 from nanochameleon.vqgan import VQGAN, cut
 
 CPU = torch.device("cpu")
-SOURCE = ShapesSource(World(), "pair", 0)
+SOURCE = ShapesSource(World(), "pairs", 0)
 
 
 def some_pictures(n: int) -> torch.Tensor:

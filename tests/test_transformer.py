@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanochameleon.config import ModelConfig
+from nanochameleon.kernels.dropout import derive
 from nanochameleon.packing import pack
 from nanochameleon.transformer import Chameleon, KVCache, QKNorm, rotary_table, rotate
 
@@ -282,6 +283,31 @@ def test_dropout_acts_on_branches_and_in_training_only(norm_order):
     assert torch.equal(model(ids), plain(ids)) and torch.equal(model(ids), model(ids))
     model.train()
     plain.train()
-    assert not torch.equal(model(ids), model(ids)) and torch.equal(plain(ids), plain(ids))
-    everything = random_model(norm_order=norm_order, dropout=1.0).train()  # no branch gets through, the stream does
-    torch.testing.assert_close(everything.residual(ids), everything.tok_embeddings(ids))
+    keys, others = torch.tensor([7]), torch.tensor([8])
+    assert torch.equal(model(ids, keys=keys), model(ids, keys=keys))  # a function of the row's key
+    assert not torch.equal(model(ids, keys=keys), model(ids, keys=others)) and torch.equal(plain(ids), plain(ids))
+    with pytest.raises(ValueError, match="a key for each row"):
+        model(ids)
+    everything = random_model(norm_order=norm_order, dropout=1 - 1e-9).train()  # no branch gets through
+    torch.testing.assert_close(everything.residual(ids, keys=keys), everything.tok_embeddings(ids))
+
+
+def test_a_row_is_dropped_alike_whoever_shares_its_batch():
+    model, ids, keys = random_model(dropout=0.5).train(), tokens(0, 5, 6), torch.arange(5)
+    together = model.residual(ids, keys=keys)
+    for row in range(5):
+        alone = model.residual(ids[row : row + 1], keys=keys[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row])
+
+
+def test_each_branch_of_each_layer_drops_its_own():
+    """Two that dropped alike would drop half of all places together; independent ones drop a quarter together."""
+    dropped, keys = [], torch.tensor([3])
+    model = random_model(dropout=0.5).train()
+    for layer in range(len(model.layers)):
+        for branch in range(2):
+            block = model.layers[layer]
+            dropped.append(block.drop(torch.ones(1, 40, 40), derive(keys, layer), branch) == 0)
+    for i, one in enumerate(dropped):
+        for other in dropped[:i]:
+            assert 0.2 < (one & other).float().mean() < 0.3

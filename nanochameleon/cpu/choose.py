@@ -10,9 +10,9 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from nanochameleon.cpu.memory import RECORD, bools, call_at, doubles, floats, inner, ints, ints32
-from nanochameleon.kernels.launch import callback
-from nanochameleon.kernels.simd import address, count, i64, instruction
+from nanochameleon.cpu.memory import bools, call_at, doubles, floats, inner, ints, ints32, map_at
+from nanochameleon.kernels.launch import compiled
+from nanochameleon.kernels.simd import address, count, instruction
 from nanochameleon.sampling import (
     BY_RULES,
     CLOSE,
@@ -205,11 +205,10 @@ def gather_codes(m, row, line):
         line[i] = x if plain else z + by_image * (y - z) + by_text * (x - y)
 
 
-def choose(m, row, member):
-    """-> the next id of a row that reads everything."""
+@inner
+def choice(m, row, member):
+    """-> the next id, where more than one may come."""
     what, v = kind(m, row), m.vocab_size
-    if what == CLOSE:
-        return m.eoi
     line, weights = floats(m.lines + 4 * member * v, v), doubles(m.weights + 8 * member * v, v)
     heap = ints(m.heaps + 8 * member * (v + 3), v)
     ends = ints(m.heaps + 8 * (member * (v + 3) + v), 3)
@@ -227,14 +226,20 @@ def choose(m, row, member):
     return ends[at] if at < behind else first + at - behind
 
 
+def choose(where, row, member):
+    """The next id of a row that reads everything, into m.chosen; `where` m lies."""
+    m = map_at(where)
+    ints(m.chosen, m.n_rows)[row] = m.eoi if kind(m, row) == CLOSE else choice(m, row, member)
+
+
 @cache
 def choose_address() -> int:
-    return callback(choose, types.int64(RECORD, types.int64, types.int64)).address
+    return compiled(choose, 3).address
 
 
-@instruction(count, address, RECORD, count, count)
-def call_choose(b, function, m, row, member):
-    return call_at(b, function, m, row, member, result=i64)
+@instruction(types.void, address, address, count, count)
+def call_choose(b, function, where, row, member):
+    call_at(b, function, where, row, member)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from nanochameleon.cpu.memory import RECORD, call_at, inner, padded
+from nanochameleon.cpu.memory import call_at, inner, map_at, padded
 from nanochameleon.cpu.products import call_product
-from nanochameleon.kernels.attention_numba import LEAST, LOG2E, ONE, prepare
-from nanochameleon.kernels.launch import callback
+from nanochameleon.kernels.attention_numba import LEAST, LOG2E
+from nanochameleon.kernels.launch import compiled
 from nanochameleon.kernels.simd import (
     ZERO,
     W,
@@ -38,10 +38,12 @@ from nanochameleon.kernels.simd import (
     splat,
     store,
     total,
+    turn,
     write_row,
 )
 from nanochameleon.kernels.swiglu_numba import sigmoid
 
+ONE = np.float32(1)
 SLOTS = 20  # numbers of a layer, at m.layers
 WQ, WK, WV, WO, W1, W3, W2 = range(0, 14, 2)  # a matrix and, behind it, its scales
 ATTENTION_NORM, FFN_NORM, Q_NORM, K_NORM, KEYS, VALUES = range(14, 20)  # (D'), (groups, 2, E'), (N, G, context, E)
@@ -147,12 +149,31 @@ def projected(m, i, h):
 
 
 @inner
+def centre(x, e):
+    """One head (E'), in place: mean 0, zeros behind it -> its variance."""
+    s = splat(ZERO)
+    for d in range(0, e, W):
+        s += load(x + 4 * d)
+    mean, s = splat(total(s) / np.float32(e)), splat(ZERO)
+    for d in range(0, e, W):
+        y = head(load(x + 4 * d) - mean, e - d, splat(ZERO))
+        store(x + 4 * d, y)
+        s += y * y
+    return total(s) / np.float32(e)
+
+
+@inner
 def turned(m, norms, group, source, position, factor, out):
-    """Norm and turn of one head -> out (E')."""
-    wide = padded(m.head_dim)
-    weight = norms + 8 * group * wide if m.groups > 0 else 0
-    table = m.rotations + 4 * position * wide
-    prepare(source, 4, m.head_dim, table, weight, weight + 4 * wide, np.float32(m.eps), factor, out)
+    """Norm and turn of one head -> out (E'), times factor."""
+    e, wide = m.head_dim, padded(m.head_dim)
+    weight, table = norms + 8 * group * wide, m.rotations + 4 * position * wide
+    read_row(source, 4, e, out)
+    scale = splat(np.float32(ONE / math.sqrt(centre(out, e) + m.eps)) if m.groups > 0 else ONE)
+    for d in range(0, 4 * e, 4 * W):
+        y = load(out + d)
+        if m.groups > 0:
+            y = y * scale * load(weight + d) + load(weight + 4 * wide + d)
+        store(out + d, turn(y, load(table + d)) * splat(factor))
 
 
 @inner
@@ -250,8 +271,9 @@ def multiply(m, layer, phase, n, first, last):
                 store(up, load(up) * sigmoid(load(up)) * load(gate))
 
 
-def do_block(m, layer, phase, block, n, scratch):
-    """One block of a phase with n ids."""
+def do_block(where, layer, phase, block, n, scratch):
+    """One block of a phase with n ids; `where` m lies."""
+    m = map_at(where)
     if phase == REMEMBER:
         remember(m, layer, block // m.kv_heads, block % m.kv_heads, scratch)
     elif phase == ATTEND:
@@ -265,9 +287,9 @@ def do_block(m, layer, phase, block, n, scratch):
 
 @cache
 def do_block_address() -> int:
-    return callback(do_block, types.void(RECORD, *[types.int64] * 5)).address
+    return compiled(do_block, 6).address
 
 
-@instruction(types.void, address, RECORD, count, count, count, count, address)
-def call_do_block(b, function, m, layer, phase, block, n, scratch):
-    call_at(b, function, m, layer, phase, block, n, scratch)
+@instruction(types.void, address, address, count, count, count, count, address)
+def call_do_block(b, function, where, layer, phase, block, n, scratch):
+    call_at(b, function, where, layer, phase, block, n, scratch)

@@ -1,6 +1,6 @@
 """Where everything lies that a compiled step reads or writes: one record of sizes and addresses, MAP.
 
-Every function here takes it as `m`, one pointer, so that it costs nothing to pass on. D = dim, F = ffn_dim, H query
+Functions take it as `m`, one pointer, so that it costs nothing to pass on. D = dim, F = ffn_dim, H query
 heads, G key heads, E = head_dim; D', F', E' are rounded up to whole registers, and what fills a row up is 0. N rows of
 the batch, V ids.
 """
@@ -79,13 +79,19 @@ NAMES = ("board", *SIZES, *IDS, *WEIGHTS, *ACTIVATIONS, *ROWS, *CHOICE)
 MAP = np.dtype([*((name, np.int64) for name in NAMES), ("eps", np.float64)])
 
 
-RECORD = from_dtype(MAP)  # m's type
+RECORD = from_dtype(MAP)
 
 
-def call_at(b, function, *arguments, result=None):
+@instruction(RECORD, address)
+def map_at(b, p):
+    """m, from its address."""
+    return b.inttoptr(p, ir.ArrayType(ir.IntType(8), RECORD.size).as_pointer())
+
+
+def call_at(b, function, *arguments) -> None:
     """Calls a function by its address: what is called so is compiled once, on its own, and not with each caller."""
-    kind = ir.FunctionType(result or ir.VoidType(), [x.type for x in arguments])
-    return b.call(b.inttoptr(function, kind.as_pointer()), arguments)
+    kind = ir.FunctionType(ir.VoidType(), [x.type for x in arguments])
+    b.call(b.inttoptr(function, kind.as_pointer()), arguments)
 
 
 @inner

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from nanochameleon.cpu.memory import call_at
-from nanochameleon.kernels.launch import callback
+from nanochameleon.kernels.launch import compiled
 from nanochameleon.kernels.simd import (
     FUSE,
     VI,
@@ -24,6 +24,7 @@ from nanochameleon.kernels.simd import (
     constant,
     count,
     f32,
+    halves,
     i32,
     i64,
     instruction,
@@ -65,13 +66,12 @@ def fetch(b, p) -> None:
 def totals(b, sums: list):
     """Up to W registers -> one of their totals, in order. Halves of ever smaller blocks are added, those of two
     registers at a time; each total is added up in the same order, however many there are."""
-    sums, size = [sums[i % len(sums)] for i in range(W)], W
-    while size > 1:
-        low = [l // size * size + l % (size // 2) + (W if l % size >= size // 2 else 0) for l in range(W)]
-        low, high = ir.Constant(VI, low), ir.Constant(VI, [l + size // 2 for l in low])
-        pairs = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+    sums, d = [sums[i % len(sums)] for i in range(W)], W // 2
+    while d:
+        low, high = halves(d)
+        pairs = zip(sums[:d], sums[d:], strict=True)
         sums = [b.fadd(b.shuffle_vector(x, y, low), b.shuffle_vector(x, y, high)) for x, y in pairs]
-        size //= 2
+        d //= 2
     return sums[0]
 
 
@@ -171,7 +171,7 @@ def product_address(size: int) -> int:
                         tile_int8(rows_now, outs, from_x, 4 * across_x, from_w, k, scales, to, 4 * across_out, ahead)
                 n += outs
 
-    return callback(product, types.void(*[types.int64] * ARGUMENTS)).address
+    return compiled(product, ARGUMENTS).address
 
 
 @instruction(types.void, *[address] * (1 + ARGUMENTS))

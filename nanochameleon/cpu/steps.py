@@ -5,12 +5,16 @@ row's state, so logits are made of what may come alone, rows that have ended cos
 needs no look by the host.
 """
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
 from nanochameleon.cpu.choose import advance, branch, call_choose, done, kind, number
 from nanochameleon.cpu.layers import PHASES, blocks, call_do_block, embed, width
-from nanochameleon.cpu.memory import inner, ints, padded
+from nanochameleon.cpu.memory import inner, ints, map_at, padded
 from nanochameleon.cpu.products import call_product
-from nanochameleon.cpu.team import await_job, post, share
-from nanochameleon.kernels.launch import kernel
+from nanochameleon.cpu.team import MADE, await_job, post, put, share
+from nanochameleon.kernels.launch import compiled
 from nanochameleon.kernels.simd import read_row
 from nanochameleon.sampling import FULL, LENGTH, NOTHING, PICTURE, READS
 
@@ -109,22 +113,21 @@ def blocks_of(m, phase, job):
 
 
 @inner
-def do(m, phase, block, job, member, scratch):
+def do(m, where, phase, block, job, member, scratch):
     if phase == EMBED:
         embed(m, block)
     elif phase == LOGITS:
         logits(m, block, job[2], job[3])
     elif phase == PICK:
-        row = ints(m.leads, m.n_rows)[block]
-        ints(m.chosen, m.n_rows)[row] = call_choose(m.choose, m, row, member)
+        call_choose(m.choose, where, ints(m.leads, m.n_rows)[block], member)
     else:
-        call_do_block(m.do_block, m, phase // PHASES, phase % PHASES, block, job[1], scratch)
+        call_do_block(m.do_block, where, phase // PHASES, phase % PHASES, block, job[1], scratch)
 
 
-@kernel
-def run(m, member, n, steps, reading):
-    """The leader: reads the queue's first `reading` ids, then makes up to `steps` steps of the first n rows, and
-    returns how many until all had ended. The others follow until nothing comes for a moment."""
+def run(where, member, n, steps, reading):
+    """The leader: reads the queue's first `reading` ids, then makes up to `steps` steps of the first n rows, and leaves
+    on the board how many until all had ended. The others follow until nothing comes for a moment."""
+    m = map_at(where)
     step, seen, start, job = 0, 0, 0, (STOP, 0, 0, 0)
     scratch = m.scratch + 4 * member * m.floats
     while True:
@@ -141,9 +144,20 @@ def run(m, member, n, steps, reading):
             if job[0] != STOP:
                 start = post(m.board, job)
         if job[0] == STOP:
-            return step
+            if member == 0:
+                put(m.board + MADE, step)
+            return
         for phase in range(EMBED, m.n_layers * PHASES) if job[0] == READ else range(LOGITS, EMBED):
             count = blocks_of(m, phase, job)
             for block in share(m.board, start, count):
-                do(m, phase, block, job, member, scratch)
+                do(m, where, phase, block, job, member, scratch)
             start += count
+
+
+@cache
+def runner() -> Callable[[int, int, int, int, int], None]:
+    """`run` for Python, whose lock it leaves alone."""
+    native = compiled(run, 5)
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(native.address)
+    function.keep = native
+    return function

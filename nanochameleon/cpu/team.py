@@ -21,8 +21,8 @@ from numba import types
 from nanochameleon.cpu.memory import inner
 from nanochameleon.kernels.simd import address, cgutils, count, i64, instruction
 
-NEXT, DONE, ROUND, JOB = 0, 64, 128, 192  # bytes from the board's address: a cache line each
-BOARD = 32  # int64s that it has
+NEXT, DONE, ROUND, JOB, MADE = 0, 64, 128, 192, 256  # bytes from the board's address: a cache line each
+BOARD = 40  # int64s that it has
 TURNS = 200  # of waiting, before others that want the core are let through
 PATIENCE = 2_000  # turns before a follower goes home: about a millisecond
 PAUSES = platform.machine().lower() in ("x86_64", "amd64")  # has an instruction for waiting

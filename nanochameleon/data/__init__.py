@@ -1,0 +1,26 @@
+"""From raw documents to batches: the forms of documents, mixtures, stored pictures, token shards, the loader."""
+
+from nanochameleon.data.folders import aside
+from nanochameleon.data.forms import (
+    FORMS,
+    Picture,
+    RawDocument,
+    Source,
+    captioned,
+    digest,
+    fuse,
+    interleaved,
+    pair,
+    question_answer,
+)
+from nanochameleon.data.live import Live
+from nanochameleon.data.loader import Loader, Rows
+from nanochameleon.data.mixture import Mixture, Shares, in_epochs, permutation
+from nanochameleon.data.pictures import Pictures, write_pictures
+from nanochameleon.data.shards import Shards, write_shards
+
+__all__ = [
+    "FORMS", "Live", "Loader", "Mixture", "Picture", "Pictures", "RawDocument", "Rows", "Shards", "Shares", "Source",
+    "aside", "captioned", "digest", "fuse", "in_epochs", "interleaved", "pair", "permutation", "question_answer",
+    "write_pictures", "write_shards",
+]  # fmt: skip

@@ -1,0 +1,65 @@
+"""What is trained: the model and its loss as one module, rows of ids in, sums out. DDP and FSDP wrap it as a whole.
+
+It leaves out the optimizer and who has which rows (train.py, distributed.py).
+"""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nanochameleon.losses import LossParts, next_token_loss
+from nanochameleon.packing import Batch
+from nanochameleon.transformer import Chameleon
+from nanochameleon.vocab import Vocab
+
+
+class Sums(NamedTuple):
+    """Sums over rows: the loss's parts, and of the last block's output over its tokens (paper figure 5a)."""
+
+    parts: LossParts
+    output_norm: Tensor  # Euclidean norms
+    n_tokens: Tensor  # padding included
+
+
+class Objective(nn.Module):
+    """model: its weights are the only ones. ranks: the process group that shares each layer, None without."""
+
+    def __init__(self, model: Chameleon, vocab: Vocab, precision: str, ranks=None):
+        super().__init__()
+        self.model, self.vocab, self.precision, self.ranks = model, vocab, precision, ranks
+
+    def forward(self, batch: Batch, keys: Tensor | None) -> Sums:
+        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.residual."""
+        with matrix_products(self.precision, batch.tokens.device):
+            residual = self.model.residual(batch.tokens, batch.positions, batch.doc_ids, keys=keys)
+            logits = self.model.logits(self.model.norm(residual).flatten(0, 1))
+        parts = next_token_loss(logits, batch.targets.flatten(), self.vocab, self.ranks)
+        norms = residual.detach().float().norm(dim=-1)
+        return Sums(parts, norms.sum(), torch.tensor(float(norms.numel()), device=norms.device))
+
+
+def matrix_products(precision: str, device: torch.device) -> AbstractContextManager:
+    """Where matrix products run in `precision`; weights, sums and norms stay in fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def product_rate(dim: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Floating point operations a second of a matrix product of the model's width, the best of four."""
+    a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2_048, dim), (dim, 4 * dim)))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])
+        times.append(time.perf_counter() - start)
+    return 2 * 2_048 * dim * 4 * dim / min(times[1:])
+
+
+def pick_precision(wish: str, dim: int, device: torch.device) -> str:
+    """'auto' is bf16 where a matrix product of the model's width is clearly faster in it than in fp32."""
+    if wish != "auto":
+        return wish
+    narrow, wide = (product_rate(dim, dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    return "bf16" if narrow > 1.4 * wide else "fp32"

@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM, turned into a question that loops ask between steps; and how long the stages have taken."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from nanochameleon.files import write_file
+
+ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
+
+
+class Stopper:
+    """The first Ctrl-C or SIGTERM sets `asked`, which loops look at between steps; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.since = 0.0
+        self.before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked:
+            if time.monotonic() - self.since > ONE_STOP:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.asked, self.since = True, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # it may come within a print
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __enter__(self) -> "Stopper":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread, as in a notebook's server
+                break
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._restore()
+
+
+class Laps:
+    """Seconds of each stage, kept in the run's folder so that they add up over interruptions."""
+
+    def __init__(self, folder: Path):
+        self.path, self.last = folder / "seconds.json", time.perf_counter()
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def add(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
+        write_file(self.path, json.dumps(self.seconds).encode())
