@@ -1,4 +1,4 @@
-"""python -m nanochameleon.bench kernels|engine [--device cpu|cuda] [--quick] [--json FILE] [--op NAME] [--plot FILE]"""
+"""python -m nanochameleon.bench kernels|engine|train [--device cpu|cuda] [--quick] [--json FILE]; kernels: [--op OP]"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from nanochameleon.errors import UserError, exit_on_user_error
 class Args:
     """Measures ours beside the peers that are installed and prints a row for each figure."""
 
-    bench: tyro.conf.Positional[Literal["kernels", "engine"]]
+    bench: tyro.conf.Positional[Literal["kernels", "engine", "train"]]
     """What to measure."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
@@ -36,12 +36,12 @@ def measure(args: Args) -> Iterator[dict]:
         raise UserError("there is no CUDA device here: leave --device out")
     device = torch.device(args.device)
     check_kernels(device)
-    if args.bench == "engine":
-        from nanochameleon.bench import engine
+    if args.bench != "kernels":
+        from nanochameleon.bench import engine, train
 
         if args.op != "all" or args.plot:
             raise UserError("--op and --plot are for kernels: leave them out")
-        return engine.bench(device, args.quick)
+        return (engine if args.bench == "engine" else train).bench(device, args.quick)
     from nanochameleon.bench import gpu_cases, kernels
 
     what = device, args.quick, args.op
