@@ -9,7 +9,6 @@ follow one another, and their peak memory is a row, too.
 """
 
 import gc
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -182,8 +181,7 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         check(case, device)
         jobs = steps(case, device, quick)
         if device.type == "cpu":
-            clock = time.perf_counter if torch.get_num_threads() > 1 else time.process_time
-            taken, peak = take_turns({name: make() for name, make in jobs.items()}, rounds, seconds, clock), {}
+            taken, peak = take_turns({name: make() for name, make in jobs.items()}, rounds, seconds), {}
         else:
             taken, peak = one_by_one(jobs, rounds, seconds)
         best = fastest(taken)
