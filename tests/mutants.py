@@ -317,8 +317,9 @@ MUTANTS = [
            'max(0, state["step"] - 1), state["tokens"]', "test_train.py"),
     Mutant("dropout draws on from anywhere", "train.py", "torch.manual_seed(cfg.seed * t.steps + step)", "pass",
            "test_train.py"),
-    Mutant("a question's turn stays open", "sample.py", 'mode if mode in ("draw", "answer") else "go on"',
-           '"draw" if mode == "draw" else "go on"', "test_sample_cli.py"),
+    Mutant("a question's turn stays open", "sample.py", '"answer": "answer", ', "", "test_sample_cli.py"),
+    Mutant("an aligned run is not asked but gone on from", "sample.py", '"chat": "answer"}', '"chat": "go on"}',
+           "test_sample_cli.py"),
 ]  # fmt: skip
 
 
