@@ -9,12 +9,13 @@
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
     torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
     torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.mode fsdp --parallel.compile
-    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 \\
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
+        --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
         train.py chameleon_34b --data.path=tokens --parallel.mode fsdp --parallel.tensor 8 --parallel.recompute
 
 The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
 transformer, report. Ctrl-C and SIGTERM save; the same command goes on, on as many processes as you like. config.py says
-what the numbers are.
+what the numbers are. The variable above lets torchrun's restarts after a dead rank meet (pytorch issue 167288).
 """
 
 import sys
@@ -47,23 +48,25 @@ from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
-from nanochameleon.evaluate.report import make_report, sample_grid
+from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import explain
 from nanochameleon.kernels.dropout import derive
 from nanochameleon.model_folder import Parts, open_model
-from nanochameleon.monitor import Monitor
-from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision
+from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
+from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
 from nanochameleon.run import TEXT_TOKENIZER, Run, command, open_image_tokenizer, pick_device, start_folder
 from nanochameleon.saver import Saver, find
+from nanochameleon.scaling import flop_per_id, peak_of
 from nanochameleon.sharding import part_of
 from nanochameleon.stopping import Laps, Stopper
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
+from nanochameleon.watch import attention_peaks, gradient_norms
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -107,6 +110,28 @@ def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
 # The transformer's training
 
 
+def peaks(trainee: Trainee, batch: Batch, keys: Tensor) -> list[float]:
+    """Each layer's largest attention logit on the first row of the whole batch, whoever has it."""
+    mesh, found = trainee.mesh, attention_peaks(trainee.objective, batch[:1], keys[:1])
+    return mesh.most(*(found if mesh.rows(len(batch.tokens) * mesh.data_size).start == 0 else [-math.inf] * len(found)))
+
+
+def memory_gib(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return peak_memory_gib()
+
+
+def mfu_per_id(cfg: RunConfig, precision: str, mesh: Mesh) -> float | None:
+    """The share of all devices' peak that one id a second takes; a CPU's peak is what a plain product reaches."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if mesh.device.type == "cuda":
+        peak = peak_of(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
+    else:
+        peak = product_rate(cfg.model.dim, dtype, mesh.device)
+    return flop_per_id(cfg.model, cfg.train.seq_len) / (peak * mesh.world) if peak else None
+
+
 @dataclass
 class Progress:
     """What a checkpoint holds beside tensors."""
@@ -145,7 +170,10 @@ class Training:
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
-        sums, count = gradients(self.trainee, batch, derive(places[rows], cfg.seed), cfg)
+        keys = derive(places[rows], cfg.seed)
+        sums, count = gradients(self.trainee, batch, keys, cfg)
+        due = p.step % t.log_every == 0 or p.step == t.steps - 1
+        norms = gradient_norms(self.trainee.model, self.trainee.objective.vocab) if due else {}
         norm = clip(self.trainee.model.parameters(), cfg.optim.clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
         bad, stop = mesh.most(float(not finite), float(stopped()))
@@ -156,8 +184,10 @@ class Training:
             self.move(lr)
         self.failed = self.failed + 1 if bad else 0
         p.tokens += int(count)
-        if p.step % t.log_every == 0 or p.step == t.steps - 1:
-            line = figures(sums, mesh, cfg) | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
+        if due:
+            line = figures(sums, mesh, cfg) | norms | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
+            line["attention_logits"] = peaks(self.trainee, batch, keys)
+            line |= {"ids": (p.step + 1) * t.batch_size * t.seq_len, "memory_gib": memory_gib(mesh.device)}
             self.losses.append(line["loss"])
             if monitor:
                 monitor.log(p.step, **line)
@@ -222,6 +252,7 @@ class Training:
             if monitor and p.step % t.sample_every == 0 and not done and run.images.can_draw and not self.saver.sharded:
                 self.trainee.model.eval()
                 sample_grid(run, self.folder / "samples" / f"step-{p.step:06d}.png")
+                plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
 
 
 def train_transformer(
@@ -248,7 +279,11 @@ def train_transformer(
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
         if progress.step < t.steps:
-            monitor = stack.enter_context(Monitor(folder, t.steps, progress.step)) if mesh.first else None
+            monitor = None
+            if mesh.first:
+                board = open_board(folder / "tensorboard") if t.tensorboard else None
+                rate = mfu_per_id(cfg, precision, mesh)
+                monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_id=rate, board=board))
             training.run(monitor, run, stopped)
 
 

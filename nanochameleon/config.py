@@ -165,7 +165,8 @@ class TrainConfig:
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # checkpoints kept, beside the one of the least loss
+    tensorboard: bool = False  # also write the log as TensorBoard's files, into tensorboard/
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nanochameleon.config import ModelConfig, ParallelConfig
-from nanochameleon.errors import UserError
+from nanochameleon.errors import PeerLost, UserError
 from nanochameleon.objective import Objective
 from nanochameleon.sharding import is_sharded
 from nanochameleon.transformer import Chameleon
@@ -40,7 +40,8 @@ class Mesh:
     world: int = 1
     tensor: int = 1  # ranks that share every layer
     grid: Any = None  # DeviceMesh ("data", "tensor"), None for one process
-    host: Any = None  # a process group of CPU tensors, patient
+    host: Any = None  # process groups of the CPU's: for each step, and for waiting as long as it takes
+    patient: Any = None
 
     @property
     def first(self) -> bool:
@@ -88,7 +89,7 @@ class Mesh:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.host)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def once(self, work: Callable[[], T]) -> T:
@@ -148,18 +149,21 @@ def start(parallel: ParallelConfig, batch_size: int, device: torch.device) -> It
         return
     import torch.distributed as dist
 
-    # restarts by torchrun meet the store of the ranks that died otherwise: pytorch issues 135712 and 167288
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
-    host = dist.new_group(backend="gloo", timeout=PATIENCE)
+    timeout = timedelta(seconds=parallel.timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    host, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, PATIENCE))
     sizes = (world // parallel.tensor, parallel.tensor)
     grid = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("data", "tensor"))
     torch.set_num_threads(max(1, n_cores() // environment("LOCAL_WORLD_SIZE", 1)))  # torchrun gives each only one
     try:
-        yield Mesh(device, rank, world, parallel.tensor, grid, host)
+        yield Mesh(device, rank, world, parallel.tensor, grid, host, patient)
         gc.collect()  # DDP's threads abort the process at its end if tensors are still theirs
-        dist.barrier(group=host)
+        dist.barrier(group=patient)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            why = f"another rank has died, or has not answered for {parallel.timeout} s"
+            raise PeerLost(f"rank {rank} of {world}: {why} ({str(error).splitlines()[0][:200]})") from error
+        raise
     finally:
         dist.destroy_process_group()
 

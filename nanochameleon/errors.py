@@ -16,6 +16,10 @@ class UserError(Exception):
     """A wrong option, file or prompt: the message names what is wrong and what to do about it."""
 
 
+class PeerLost(UserError):
+    """Another process of this run is gone: every one that is left says so."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, met between two steps: what is done is saved, and the same command goes on."""
 
@@ -28,7 +32,7 @@ def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
     try:
         return main()
     except UserError as error:
-        if each or os.environ.get("RANK", "0") == "0":
+        if each or isinstance(error, PeerLost) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

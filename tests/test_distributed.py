@@ -119,16 +119,20 @@ def config(out: Path, **parallel) -> RunConfig:
     return replace(cfg, model=model, train=train, optim=optim, parallel=ParallelConfig(**parallel))
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A run before the transformer's first step. Read only."""
+def prepare(folder: Path, **parallel) -> Path:
+    """A run before the transformer's first step."""
     import train
 
-    folder = tmp_path_factory.mktemp("prepared") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_transformer", interrupted)
-        train.main(config(folder))
+        train.main(config(folder, **parallel))
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """Read only."""
+    return prepare(tmp_path_factory.mktemp("prepared") / "run")
 
 
 def interrupted(*_):
@@ -169,9 +173,9 @@ def curve(folder: Path) -> list[list[float]]:
             for line in lines]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
+@pytest.fixture(scope="module")
 def alone(request, prepared, tmp_path_factory) -> Path:
-    """The run on one process. Read only."""
+    """The run on one process, with an optimizer. Read only."""
     return trained(prepared, tmp_path_factory.mktemp("alone") / request.param, 1, optim=request.param)
 
 
@@ -187,7 +191,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+MUON = ("2 ranks", "4 shards, micro-batches, recomputed", "2 shards of layers over 2 ranks")
+CASES = [("adamw", way) for way in WAYS] + [("muon", way) for way in MUON]
+
+
+@pytest.mark.parametrize("alone, way", CASES, indirect=["alone"])
 def test_what_is_learnt_does_not_depend_on_how_the_work_is_shared(way, alone, prepared, tmp_path):
     """Losses and norms of twelve steps, dropout included; and the weights at the end, read from what was saved."""
     ranks, parallel = WAYS[way]
@@ -209,6 +217,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("alone", ["adamw"], indirect=True)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_run_goes_on_in_another_mesh(change, alone, prepared, tmp_path):
     for until, (ranks, parallel) in zip((3, 7, None), CHANGES[change], strict=True):
