@@ -128,7 +128,8 @@ def two_stages() -> tuple[StageConfig, ...]:
 def at_scale(name: str, model: ModelConfig, lr: float, rows: int, steps: int) -> RunConfig:
     """Pre-training as the paper has it, on prepared data, in rows of 4,096 ids."""
     # 57,076 merges make the released 65,536 ids
-    train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16")
+    every = dict(save_every=1_000, sample_every=steps // 10)
+    train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16", **every)
     return RunConfig(
         name, VQGANConfig(), model, OptimConfig(lr=lr), TokenizerTraining(n_merges=57_076), DataConfig("prepared"),
         two_stages(), train, SampleConfig(guidance=3.0, max_new=4_096),
