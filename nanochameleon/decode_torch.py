@@ -47,11 +47,12 @@ class JoinedBlock:
     def __init__(self, block: Block):
         a, f = block.attention, block.feed_forward
         self.block, self.post, self.eps = block, block.norm_order == "post", a.norm_eps
-        self.n_heads, self.kv_heads, self.head_dim = a.n_heads, a.kv_heads, a.head_dim
+        self.head_dim = a.head_dim
+        self.n_heads, self.kv_heads = (len(w.weight) // a.head_dim for w in (a.wq, a.wk))
         self.wqkv, self.wo = join_([a.wq, a.wk, a.wv]), join_([a.wo])
         self.w13, self.w2 = join_([f.w1, f.w3]), join_([f.w2])
         norms = [per_head((norm.weight, norm.bias), heads) for norm, heads in
-                 ((a.q_norm, a.n_heads), (a.k_norm, a.kv_heads))] if a.qk_norm else []  # fmt: skip
+                 ((a.q_norm, self.n_heads), (a.k_norm, self.kv_heads))] if a.qk_norm else []  # fmt: skip
         self.qk_norm = [torch.cat(parts).detach() for parts in zip(*norms, strict=True)]
 
     def __call__(self, x: Tensor, turns: Tensor, bias: Tensor, keys: Tensor, values: Tensor, places: tuple) -> Tensor:
