@@ -141,6 +141,7 @@ class Progress:
     step: int = 0  # updates done
     tokens: int = 0  # supervised ones
     passed: int = 0  # batches passed over by rolling back
+    left_out: int = 0  # updates that did not happen, since loss or gradient was not finite
     loss: float | None = None  # mean of what was logged since the checkpoint before
 
 
@@ -182,6 +183,7 @@ class Training:
         bad, stop = mesh.most(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
         if bad:
+            p.left_out += 1
             self.set_aside(batch, number)
         else:
             self.move(lr)
@@ -190,7 +192,7 @@ class Training:
         if due:
             line = figures(sums, mesh, cfg) | norms | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
             line["attention_logits"] = peaks(self.trainee, batch, keys)
-            line |= {"ids": (p.step + 1) * t.batch_size * t.seq_len, "memory_gib": memory_gib(mesh.device)}
+            line |= {"left_out": p.left_out, "ids": (p.step + 1) * t.batch_size * t.seq_len, "memory_gib": memory_gib(mesh.device)}
             self.losses.append(line["loss"])
             if monitor:
                 monitor.log(p.step, **line)
@@ -226,9 +228,9 @@ class Training:
         path = find(self.folder, self.trainee.mesh)
         if path is None or self.rolled_back == ROLL_BACKS:
             raise UserError(f"{self.failed} steps in a row had no finite loss: {lower}")
-        reached = self.progress.step + self.progress.passed
+        reached, left_out = self.progress.step + self.progress.passed, self.progress.left_out
         self.progress = Progress(**checkpoint.restore(path, self.trainee.model, self.optimizer))
-        self.progress.passed = reached - self.progress.step
+        self.progress.passed, self.progress.left_out = reached - self.progress.step, left_out
         self.failed, self.losses, self.rolled_back = 0, [], self.rolled_back + 1
         if self.trainee.mesh.first:
             print(f"\nwarning: {TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")

@@ -339,7 +339,7 @@ def test_many_such_steps_in_a_row_roll_the_run_back_and_later_batches_follow(bef
     assert f"back to {before_transformer / 'step-000005'}" in capsys.readouterr().out
     assert len(weights) == 9 + 7 and torch.equal(weights[9], weights[5]) and not torch.equal(weights[9], weights[8])
     state = checkpoint.load(before_transformer)[1]
-    assert state["step"] == 12 and state["passed"] == 9 - 5
+    assert state["step"] == 12 and state["passed"] == 9 - 5 and state["left_out"] == 3
     assert [line["step"] for line in read_metrics(before_transformer / "metrics.jsonl")] == list(range(12))
 
 
