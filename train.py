@@ -192,7 +192,8 @@ class Training:
         if due:
             line = figures(sums, mesh, cfg) | norms | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
             line["attention_logits"] = peaks(self.trainee, batch, keys)
-            line |= {"left_out": p.left_out, "ids": (p.step + 1) * t.batch_size * t.seq_len, "memory_gib": memory_gib(mesh.device)}
+            line |= {"left_out": p.left_out, "memory_gib": memory_gib(mesh.device)}
+            line["ids"] = (p.step + 1) * t.batch_size * t.seq_len
             self.losses.append(line["loss"])
             if monitor:
                 monitor.log(p.step, **line)
