@@ -4,6 +4,7 @@
     python train.py toy_long                              the same scenes with an hour
     python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
     python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
+    python train.py stability                             the paper's ablations at a small size, into a table and a plot
     python train.py folder --init-from chameleon-7b       goes on from a run or a model in any layout: its sizes,
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
@@ -42,7 +43,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nanochameleon import checkpoint
+from nanochameleon import checkpoint, stability
 from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
@@ -56,7 +57,7 @@ from nanochameleon.model_folder import Parts, open_model
 from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
 from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
-from nanochameleon.packing import IGNORE, Batch
+from nanochameleon.packing import IGNORE, Batch, without
 from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
 from nanochameleon.run import TEXT_TOKENIZER, Run, command, open_image_tokenizer, pick_device, start_folder
 from nanochameleon.saver import Saver, find
@@ -166,14 +167,16 @@ class Training:
         not finite anywhere, nothing moves."""
         cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
         number, rows = p.step + p.passed, mesh.rows(t.batch_size)
-        batch = self.loader.batch(number, rows).to(mesh.device)
+        batch, vocab = self.loader.batch(number, rows).to(mesh.device), self.trainee.objective.vocab
+        if not t.pictures:
+            batch = without(batch, range(vocab.first_code, vocab.eoi))
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
         keys = derive(places[rows], cfg.seed)
         sums, count = gradients(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
-        norms = gradient_norms(self.trainee.model, self.trainee.objective.vocab) if due else {}
+        norms = gradient_norms(self.trainee.model, vocab) if due else {}
         norm = clip(self.trainee.model.parameters(), cfg.optim.clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
         bad, stop = mesh.most(float(not finite), float(stopped()))
@@ -309,7 +312,7 @@ def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: 
 # All stages
 
 
-def main(cfg: RunConfig) -> Path:
+def main(cfg: RunConfig, with_report: bool = True) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
@@ -323,7 +326,8 @@ def main(cfg: RunConfig) -> Path:
         try:
             with Stopper() as stopped:
                 run = stages(cfg, begun, folder, mesh, laps, stopped)
-            mesh.once(lambda: report(run, folder, mesh, laps))
+            if with_report:
+                mesh.once(lambda: report(run, folder, mesh, laps))
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
             if mesh.first:
                 laps.add("interrupted")
@@ -379,5 +383,10 @@ def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Lap
     return run
 
 
+def study(cfg: RunConfig) -> Path:
+    """Many small runs, each leaving a part of the recipe out: see stability.py."""
+    return stability.run(cfg, lambda one: main(one, with_report=False))
+
+
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(CONFIG))
+    exit_on_user_error(lambda: (study if CONFIG.name == "stability" else main)(CONFIG))

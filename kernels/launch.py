@@ -22,14 +22,17 @@ PROCESS = os.getpid()
 
 
 def compiled(function: Callable, integers: int):
-    """A C function of int64s without a result, kept on disk in a folder named by all sources beside this one.
+    """A C function of int64s without a result, kept on disk in a folder named by all sources beside this one and beside
+    the function's.
 
     Numba's own cache looks at the function's file alone, and would not see that what it calls was edited.
     """
     from numba import cfunc, config, types
 
     here, before = Path(__file__).parent, config.CACHE_DIR
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
+    folders = sorted({here, Path(function.__code__.co_filename).parent})
+    sources = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))]
+    digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     config.CACHE_DIR = str((Path(before) if before else here / "__pycache__") / digest)  # read by cfunc, now
     try:
         return cfunc(types.void(*[types.int64] * integers), cache=True, error_model="numpy")(function)

@@ -160,6 +160,7 @@ class TrainConfig:
     batch_size: int = 8  # rows a step
     seq_len: int = 256  # ids a row; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
+    pictures: bool = True  # learn to draw, too; without, picture codes are only read (paper figure 6b)
     answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
     log_every: int = 10  # steps

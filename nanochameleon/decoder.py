@@ -17,25 +17,39 @@ import torch
 from torch import Tensor
 
 from nanochameleon.config import SampleConfig
+from nanochameleon.decode_torch import TorchStep
 from nanochameleon.sampling import (
+    BY_RULES,
     CLOSE,
+    COUNT,
     DONE,
+    FULL,
+    GUIDANCE,
+    GUIDANCE_IMAGE,
+    LEFT,
+    LENGTH,
+    NOTHING,
+    PENALTY,
     PICTURE,
+    PICTURES,
+    READS,
+    ROOM,
     STATE,
+    TEMPERATURE,
     Grammar,
     Mode,
     Options,
     filtered,
-    grammar_table,
+    grammar_tables,
     guide,
     pick,
     repetition,
+    rules_of,
 )
 from nanochameleon.transformer import Chameleon, KVCache
 from nanochameleon.vocab import Vocab
 
 Columns = Literal["text", "picture", "all"]
-FULL, PICTURES, NOTHING = range(3)  # what a row reads of its sample: everything, pictures alone, the open picture alone
 
 
 @dataclass(frozen=True)
@@ -65,70 +79,58 @@ class Decoder:
         auto = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if auto else model.tok_embeddings.weight.dtype
         self.cache = KVCache.empty(model.cfg, rows, context, device, dtype)
-        self.cpu = None
-        if device.type == "cpu" and dtype == torch.float32:
-            from nanochameleon.decode_cpu import CPUDecoder
-
-            self.cpu = CPUDecoder(model, self.cache)
         self.hidden = torch.zeros(rows, model.cfg.dim, device=device, dtype=dtype)  # at the newest id, normed
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)  # ids in the cache
-        idle, table = [-1] * rows, grammar_table(vocab).to(device)
-        self.grammar = Grammar.start(vocab, n_codes, ["text"] * rows, idle, [1] * rows, [None] * rows, table)
-        self.grammar.done.fill_(True)
+        self.numbers = torch.zeros(6, rows, dtype=torch.long, device=device)  # BY_RULES .. LENGTH
+        tables = (table.to(device) for table in grammar_tables(vocab, n_codes))
+        state = (self.numbers[name] for name in (BY_RULES, LEFT, ROOM))
+        ended = torch.ones(rows, dtype=torch.bool, device=device)
+        self.grammar = Grammar(vocab, n_codes, *tables, *state, ended)
+        self.count, self.length = self.numbers[COUNT], self.numbers[LENGTH]  # ids drawn; ids in the cache
         self.options = Options.of([SampleConfig()] * rows, device)
         self.seen = torch.zeros(rows, vocab.size, dtype=torch.bool, device=device)  # ids of the context
         self.uniforms = torch.zeros(
             rows, context, dtype=torch.float64, device="cpu" if device.type == "mps" else device
         )
-        self.count = torch.zeros(rows, dtype=torch.long, device=device)  # ids drawn
-        self.reads = torch.zeros(rows, dtype=torch.long, device=device)  # FULL, PICTURES or NOTHING
         self.sample = torch.zeros(3, rows, dtype=torch.long, device=device)  # the sample's row that reads each of them
         self.log = torch.zeros(n_codes + 1, rows, dtype=torch.long, device=device)  # ids since the host last looked
-        self.places = torch.arange(rows, device=device)
         self.tick = torch.zeros(1, dtype=torch.long, device=device)  # steps since then
+        self.cpu = self.joined = None
+        if device.type == "cpu" and not auto and all(x.dtype == torch.float32 for x in model.parameters()):
+            from nanochameleon.decode_cpu import CPUDecoder
+
+            self.cpu = CPUDecoder(self)
+        elif not auto:  # autocast has rules of its own for sums in place
+            self.joined = TorchStep(model, context)
 
     def row_tensors(self) -> list[Tensor]:
-        """All that belongs to a row, but for its cache and its place in `sample`."""
-        state = [getattr(self.grammar, name) for name in STATE]
-        return [self.hidden, self.length, self.seen, self.uniforms, self.count, self.reads, *state] + list(
-            vars(self.options).values()
-        )
+        """All that belongs to a row, rows first, but for its cache and its place in `sample`."""
+        return [self.hidden, self.seen, self.uniforms, self.numbers.T, self.grammar.done, self.options.table.T]
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the host does with a row
 
-    def prefill(self, ids: Sequence[int], row: int, start: int) -> Tensor:
-        """The prompt's next ids, from place `start`, into a row's cache -> hidden state (D,) at the last one."""
-        end, tokens = start + len(ids), torch.tensor([ids], device=self.device)
-        positions = torch.arange(start, end, device=self.device)[None]
-        self.length[row] = end  # steps of other rows, before this one begins, write behind it
+    def prefill(self, parts: Sequence[tuple[Sequence[int], int, int]]) -> None:
+        """(ids, row, start): a prompt's next ids, from place `start`, into a row's cache and its hidden state."""
+        for ids, row, start in parts:
+            self.length[row] = start + len(ids)  # steps of other rows, before this one begins, write behind it
         if self.cpu is not None:
-            return self.cpu.step(tokens[0], torch.full_like(positions[0], row), positions[0])[-1]
-        return self.model(tokens, positions, cache=self.cache.window(slice(row, row + 1), positions, end))[0, -1]
+            return self.cpu.read(parts)
+        for ids, row, start in parts:
+            tokens, places = (torch.tensor([x], device=self.device) for x in (ids, range(start, start + len(ids))))
+            window = self.cache.window(slice(row, row + 1), places, start + len(ids))
+            self.hidden[row] = self.model(tokens, places, cache=window)[0, -1]
 
     def share(self, source: int, target: int, length: int) -> None:
         """`target` has the prompt that has just been read into `source`."""
         self.cache.copy(source, target, length)
-        self.length[target] = length
+        self.length[target], self.hidden[target] = length, self.hidden[source]
 
-    def begin(self, row: int, task: "Task", reads: int, prompt: Sequence[int], hidden: Tensor) -> None:
-        """A prompt that has been read whole, up to `hidden` (D,): from the next step on the row takes part."""
-        state = (
-            self.vocab,
-            self.grammar.n_codes,
-            [task.mode],
-            [task.left],
-            [task.room],
-            [task.stops],
-            self.grammar.table,
-        )
-        for rows, new in (
-            (self.grammar, Grammar.start(*state)),
-            (self.options, Options.of([task.options], self.device)),
-        ):
-            for name in STATE if rows is self.grammar else vars(rows):
-                getattr(rows, name)[row] = getattr(new, name)[0]
-        self.length[row], self.count[row], self.reads[row], self.hidden[row] = len(prompt), 0, reads, hidden
+    def begin(self, row: int, task: Task, reads: int) -> None:
+        """A prompt that has been read whole: from the next step on the row takes part."""
+        numbers = [rules_of(task.mode, task.stops, self.vocab), task.left, task.room, 0, reads]
+        self.numbers[:LENGTH, row] = torch.tensor(numbers, device=self.device)
+        self.grammar.done[row] = False
+        self.options.table[:, row] = Options.of([task.options], self.device).table[:, 0]
         self.seen[row] = False
         self.seen[row, torch.tensor(task.prompt, device=self.device)] = True
         self.uniforms[row, : task.room] = uniforms(task.seed, task.room)
@@ -170,27 +172,26 @@ class Decoder:
         self, n: int, grammar: Grammar, columns: Columns, guided: bool, needs: tuple[bool, bool, bool]
     ) -> Tensor:
         """ids (n,) from the rows' hidden states."""
-        vocab, kinds, options = self.vocab, grammar.kinds(), rows_of(self.options, n)
+        vocab, kinds, options = self.vocab, grammar.kinds(), Options(self.options.table[:, :n])
         draws, sorts, penalised = needs
         in_picture = kinds == PICTURE
         logits = self.logits(self.hidden[:n], columns)
         if guided and columns != "text":
             full, image, nothing = (logits[self.sample[reads, :n]] for reads in (FULL, PICTURES, NOTHING))
-            by_picture = guide(full, image, nothing, options.guidance, options.guidance_image)
+            by_picture = guide(full, image, nothing, options.table[GUIDANCE], options.table[GUIDANCE_IMAGE])
             logits = torch.where(in_picture[:, None], by_picture, logits)
         if columns != "picture":
             if penalised:
-                penalty = options.repetition_penalty.masked_fill(in_picture, 1.0)
+                penalty = options.table[PENALTY].masked_fill(in_picture, 1.0)
                 logits = repetition(logits, self.taken(self.seen[:n], columns), penalty)
-            logits = logits.masked_fill(~self.taken(grammar.allowed(), columns), -torch.inf)
+            logits = logits.masked_fill(~self.taken(grammar.allowed(kinds), columns), -torch.inf)
         ids = logits.argmax(-1)
         if draws:
             uniforms = self.uniforms[:n].gather(
                 1, self.count[:n, None].clamp(max=self.context - 1).to(self.uniforms.device)
             )[:, 0]
             drawn = pick(filtered(logits, options, in_picture, sorts), uniforms)
-            t = options.temperature
-            ids = torch.where(torch.where(in_picture, t[:, 1], t[:, 0]) > 0, drawn, ids)
+            ids = torch.where(options.of_each(TEMPERATURE, in_picture) > 0, drawn, ids)
         if columns == "picture":
             ids = ids + vocab.first_code
         elif columns == "text":
@@ -199,12 +200,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor, columns: Columns) -> Tensor:
         """(n, D) -> (n, V'), float32 or wider, of the columns that may come."""
-        parts = []
-        for part in self.slices(columns):
-            if self.cpu is not None:
-                parts.append(self.cpu.logits(hidden, part))
-            else:
-                parts.append(self.model.logits(hidden, part))
+        parts = [self.model.logits(hidden, part) for part in self.slices(columns)]
         logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -220,18 +216,14 @@ class Decoder:
 
     def feed(self, n: int, ids: Tensor, span: int) -> None:
         """Each row reads its sample's next id, if it reads such ids; if not, what it writes is overwritten later."""
-        vocab, reads, length = self.vocab, self.reads[:n], self.length[:n]
+        vocab, reads, length = self.vocab, self.numbers[READS, :n], self.length[:n]
         of_picture = (ids >= vocab.first_code) & (ids <= vocab.boi)
         begins = (reads == NOTHING) & (ids == vocab.boi)  # [<s>] is in the cache, and the last picture is forgotten
         positions = torch.where(begins, 1, length).clamp(max=self.context - 1)
         goes_on = ((reads == FULL) | of_picture) & (ids != vocab.pad)
         length.copy_(torch.where(goes_on, positions + 1, length))
-        if self.cpu is not None:
-            self.hidden[:n] = self.cpu.step(ids, self.places[:n], positions)
+        window = self.cache.window(slice(0, n), positions[:, None], span)
+        if self.joined is not None:
+            self.hidden[:n] = self.joined(ids, positions, window)
         else:
-            window = self.cache.window(slice(0, n), positions[:, None], span)
             self.hidden[:n] = self.model(ids[:, None], positions[:, None], cache=window)[:, 0]
-
-
-def rows_of(options: Options, n: int) -> Options:
-    return Options(**{name: value[:n] for name, value in vars(options).items()})

@@ -4,8 +4,8 @@
 
 The host decides who has which row and when to look; all else is tensors (decoder.py). While every row is in a picture
 nothing is looked at until the first of them ends: the grammar knows what comes. A sample's ids depend on its prompt,
-options and seed alone, not on who shares its batch, up to rounding: prompts are read one by one, and rows never see one
-another, but a product may add up in another order in a batch of another size.
+options and seed alone, not on who shares its batch: bit for bit in float32 on a CPU; elsewhere up to rounding, since
+there a product may add up in another order in a batch of another size.
 It knows nothing of pixels.
 """
 
@@ -15,18 +15,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nanochameleon.config import SampleConfig
 from nanochameleon.data import RawDocument, fuse
-from nanochameleon.decoder import FULL, NOTHING, PICTURES, Decoder, Task
+from nanochameleon.decoder import Decoder, Task
 from nanochameleon.documents import render
 from nanochameleon.errors import UserError
 from nanochameleon.events import Event, Reader, open_picture
 from nanochameleon.graphs import Graphs
 from nanochameleon.run import Run
-from nanochameleon.sampling import Mode, check_stops, needed
+from nanochameleon.sampling import FULL, NOTHING, PICTURES, Mode, check_stops, needed
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -92,7 +91,7 @@ class Row:
     place: int
     reads: int
     prompt: tuple[int, ...]
-    hidden: Tensor | None = None  # at the prompt's end, once that is read
+    read: bool = False  # all of it?
 
 
 @dataclass(eq=False)
@@ -127,7 +126,8 @@ class Engine:
     n_rows: int = 16  # of the batch; a sample takes one, with guidance up to three
     context: int | None = None  # ids a row can hold; None: as many as the model
     chunk: int = 512  # ids of prompts read between two stretches of decoding
-    look: int | None = None  # steps between two looks at most; None: as many as the grammar foresees
+    look: int | None = None  # steps between two looks at most; None: as many as need none
+    blind: int = 8  # steps of text without a look, where nobody waits for rows and a step sees ends by itself: on a CPU
     waiting: deque[tuple[int, Task]] = field(default_factory=deque, init=False)
     running: list[Sample] = field(default_factory=list, init=False)
     prompts: dict[tuple[int, ...], list[Row]] = field(default_factory=dict, init=False)  # being read, by whom
@@ -192,25 +192,29 @@ class Engine:
 
     def read_prompts(self) -> None:
         """A chunk of the oldest prompts. Chunks of a prompt begin at fixed places, whatever else is read."""
-        budget = self.chunk
-        while self.prompts and budget > 0:
-            prompt, rows = next(iter(self.prompts.items()))
-            start = self.read.pop(prompt, 0)
-            ids = prompt[start : start + self.chunk]
-            hidden = self.decoder.prefill(ids, rows[0].place, start)
-            budget -= len(ids)
-            if start + len(ids) < len(prompt):
-                self.read[prompt] = start + len(ids)
-                continue
-            for row in self.prompts.pop(prompt):
-                row.hidden = hidden
-                if row is not rows[0]:
-                    self.decoder.share(rows[0].place, row.place, len(prompt))
-        ready = [s for s in self.running if not s.begun and all(row.hidden is not None for row in s.rows)]
+        budget, parts, whole = self.chunk, [], []
+        for prompt, rows in self.prompts.items():
+            start = self.read.get(prompt, 0)
+            parts.append((prompt[start : start + self.chunk], rows[0].place, start))
+            self.read[prompt] = start + len(parts[-1][0])
+            budget -= len(parts[-1][0])
+            whole += [prompt] if self.read[prompt] == len(prompt) else []
+            if budget <= 0:
+                break
+        if parts:
+            self.decoder.prefill(parts)
+        for prompt in whole:
+            first, *others = self.prompts.pop(prompt)
+            for row in others:
+                self.decoder.share(first.place, row.place, self.read[prompt])
+            del self.read[prompt]
+            for row in (first, *others):
+                row.read = True
+        ready = [s for s in self.running if not s.begun and all(row.read for row in s.rows)]
         for sample in ready:
             sample.begun = True
             for row in sample.rows:
-                self.decoder.begin(row.place, sample.task, row.reads, row.prompt, row.hidden)
+                self.decoder.begin(row.place, sample.task, row.reads)
         if ready:
             self.seat()
 
@@ -244,14 +248,20 @@ class Engine:
     # Steps
 
     def decode(self) -> tuple[list[list[int]], list[bool]]:
-        """As many steps as the grammar foresees without a look."""
+        """As many steps as need no look: inside pictures the grammar foresees them, and on a CPU steps see ends."""
         samples = [sample for sample in self.running if sample.begun]
         inside = [sample.left >= 0 for sample in samples]
-        columns = "picture" if all(inside) else "all" if any(inside) else "text"
         steps = min(sample.left for sample in samples) + 1 if all(inside) else 1
-        steps = min(steps, self.look or steps)
+        if self.decoder.cpu is not None and not self.waiting and not self.prompts:
+            steps = max(steps, self.blind)
+        steps = min(steps, self.look or steps, len(self.decoder.log))
+        if self.decoder.cpu is not None:
+            self.decoder.cpu.run(self.n_live, steps)
+            return self.decoder.look(self.n_live, steps)
+        columns = "picture" if all(inside) else "all" if any(inside) else "text"
         longest = max(len(sample.task.prompt) + sample.n_new for sample in samples) + steps
-        span = min(-(-longest // 64) * 64, self.context)  # in steps of 64, so that graphs stay few
+        coarse = max(64, (1 << longest.bit_length()) >> 3)  # in steps of at most a quarter, so that graphs stay few
+        span = min(-(-longest // coarse) * coarse, self.context)
         n = self.graphs.size(self.n_live, self.n_rows)
         arguments = (n, span, columns, self.guided, self.needs)
         for _ in range(steps):
@@ -338,7 +348,9 @@ def stream(
     """
     task = make_task(prompt, tokenizer.vocab, n_codes, model.cfg.max_seq_len, options, mode, (seed, row), stops)
     context = len(prompt) + task.room
-    engine = Engine(model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview)
+    engine = Engine(
+        model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview, blind=1
+    )
     engine.add_task(task)
     reader = Reader(prompt, tokenizer, preview)
     return (event for news in engine.run() for event in reader.read(news.ids, news.ended))

@@ -52,7 +52,8 @@ def top(logits: Tensor, k: Tensor, p: Tensor) -> Tensor:
 
 def min_p(logits: Tensor, share: Tensor) -> Tensor:
     """Ids at least `share` times as probable as the likeliest (arXiv 2407.01082); 0 leaves everything."""
-    return logits.masked_fill(logits - logits.amax(-1, keepdim=True) < share.log()[:, None], -torch.inf)
+    least = share.log()[:, None].to(logits.dtype)
+    return logits.masked_fill(logits - logits.amax(-1, keepdim=True) < least, -torch.inf)
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -60,34 +61,29 @@ def probabilities(logits: Tensor) -> Tensor:
     return (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(-1)
 
 
+TEMPERATURE, TOP_K, TOP_P, MIN_P = range(0, 8, 2)  # rows of Options: of text, and behind it of picture codes
+PENALTY, GUIDANCE, GUIDANCE_IMAGE = range(8, 11)
+
+
 @dataclass(frozen=True)
 class Options:
-    """SampleConfig for N rows: a column for text and one for picture codes, (N, 2), where both have their own."""
+    """SampleConfig for N rows, (11, N): TEMPERATURE .. GUIDANCE_IMAGE; top_k inf is without."""
 
-    temperature: Tensor
-    top_k: Tensor  # inf is without
-    top_p: Tensor
-    min_p: Tensor
-    repetition_penalty: Tensor  # (N,) of text alone
-    guidance: Tensor  # (N,) on the text of the prompt
-    guidance_image: Tensor  # (N,) on its pictures
+    table: Tensor
 
     @staticmethod
     def of(configs: Sequence[SampleConfig], device: torch.device) -> "Options":
+        columns = [
+            (c.temperature, c.image_temperature, *(torch.inf if k is None else k for k in (c.top_k, c.image_top_k)),
+             c.top_p, c.image_top_p, c.min_p, c.image_min_p, c.repetition_penalty, c.guidance, c.guidance_image)
+            for c in configs
+        ]  # fmt: skip
         kind = torch.float32 if device.type == "mps" else torch.float64
+        return Options(torch.tensor(columns, dtype=kind).T.contiguous().to(device))
 
-        def column(read):
-            return torch.tensor([read(c) for c in configs], dtype=kind, device=device)
-
-        return Options(
-            column(lambda c: (c.temperature, c.image_temperature)),
-            column(lambda c: [torch.inf if k is None else k for k in (c.top_k, c.image_top_k)]),
-            column(lambda c: (c.top_p, c.image_top_p)),
-            column(lambda c: (c.min_p, c.image_min_p)),
-            column(lambda c: c.repetition_penalty),
-            column(lambda c: c.guidance),
-            column(lambda c: c.guidance_image),
-        )
+    def of_each(self, name: int, in_picture: Tensor) -> Tensor:
+        """(N,): that of pictures where in_picture (N,), else that of text."""
+        return torch.where(in_picture, self.table[name + 1], self.table[name])
 
 
 def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
@@ -101,12 +97,9 @@ def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
 
 def filtered(logits: Tensor, options: Options, in_picture: Tensor, sorts: bool = True) -> Tensor:
     """The filters of text or, where in_picture (N,), of pictures, in the order of the released code."""
-    column = in_picture.long()[:, None]
-    t, k, p, share = (
-        getattr(options, name).gather(1, column)[:, 0] for name in ("temperature", "top_k", "top_p", "min_p")
-    )
+    t, k, p, share = (options.of_each(name, in_picture) for name in (TEMPERATURE, TOP_K, TOP_P, MIN_P))
     logits = temperature(logits, t)
-    return min_p(top(logits, k, p) if sorts else logits, share.to(logits.dtype))
+    return min_p(top(logits, k, p) if sorts else logits, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,6 +117,9 @@ def pick(logits: Tensor, uniforms: Tensor) -> Tensor:
     ids = ids.clamp(max=logits.shape[-1] - 1)
     # A parallel sum need not be monotone to the last bit, so an impossible id could be hit at an edge.
     return torch.where(probs.gather(-1, ids) > 0, ids, probs.argmax(-1, keepdim=True))[:, 0].to(logits.device)
+
+
+FULL, PICTURES, NOTHING = range(3)  # what a branch reads of its sample: everything, pictures alone, the open one alone
 
 
 def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: Tensor, image_scale: Tensor) -> Tensor:
@@ -156,6 +152,16 @@ def check_stops(mode: Mode, stops: Sequence[int] | None, vocab: Vocab) -> None:
         raise ValueError(f"<boi> can end a row in mode text alone, not in {mode}")
 
 
+def rules_of(mode: Mode, stops: Sequence[int] | None, vocab: Vocab) -> int:
+    """Mode and stops as a number below RULES: 8 times the mode, and a bit each for </s>, the end of turn, <boi>."""
+    ends = (vocab.eos, vocab.eot, vocab.boi)
+    return 8 * MODES.index(mode) + sum((end in (stops or (vocab.eos,))) << i for i, end in enumerate(ends))
+
+
+RULES = 8 * len(MODES)
+GOES_ON, STOPS = -1, -2  # in Grammar.turns
+
+
 @dataclass(frozen=True)
 class Grammar:
     """What may come next in each of N rows, in state (left, room, done), each in a mode and with stops of its own.
@@ -167,9 +173,9 @@ class Grammar:
 
     vocab: Vocab
     n_codes: int  # codes a picture
-    table: Tensor  # (3 * 5, V) bool: which ids may come in each mode in OPEN .. DONE, stops apart
-    mode: Tensor  # (N,) index in MODES
-    stops: Tensor  # (N, 3) bool: does </s>, the end of turn, <boi> end the row?
+    may: Tensor  # (RULES * 5, V) bool: which ids may come by each rules in OPEN .. DONE
+    turns: Tensor  # (RULES, V) int32: outside of a picture an id GOES_ON, STOPS, or begins so many codes
+    rules: Tensor  # (N,), see rules_of
     left: Tensor  # (N,) codes that the open picture lacks; -1 outside of a picture
     room: Tensor  # (N,) ids that may still be written
     done: Tensor  # (N,) bool
@@ -182,26 +188,21 @@ class Grammar:
         left: Sequence[int],
         room: Sequence[int],
         stops: Sequence[Sequence[int] | None],
-        table: Tensor | None = None,
     ) -> "Grammar":
         """A row for each mode, left, room and stops, as above; left = n_codes starts inside a picture.
 
         stops None: </s> alone; <boi> as a stop ends a row where the model wants to draw, as the released code does.
-        table: grammar_table's, on the device wanted; None makes one.
         Raises ValueError where an open picture has no room or a stop id could also be something else.
         """
-        ends = (vocab.eos, vocab.eot, vocab.boi)
         for mode, some, lacks, free in zip(modes, stops, left, room, strict=True):
             check_stops(mode, some, vocab)
             if lacks > n_codes or (lacks >= 0 and free < lacks + 1) or free < 1:
                 raise ValueError("a row has no room for one new id or for the rest of its picture")
-        flags = [[end in (some or (vocab.eos,)) for end in ends] for some in stops]
-        table = grammar_table(vocab) if table is None else table
-        device = table.device
-        numbers = [MODES.index(mode) for mode in modes], left, room
-        mode, left, room = (torch.tensor(x, dtype=torch.long, device=device) for x in numbers)
-        flags = torch.tensor(flags, dtype=torch.bool, device=device).view(-1, len(ends))
-        return Grammar(vocab, n_codes, table, mode, flags, left, room, torch.zeros_like(left, dtype=torch.bool))
+        rules = [rules_of(mode, some, vocab) for mode, some in zip(modes, stops, strict=True)]
+        state = (torch.tensor(x, dtype=torch.long) for x in (rules, left, room))
+        return Grammar(
+            vocab, n_codes, *grammar_tables(vocab, n_codes), *state, torch.zeros(len(rules), dtype=torch.bool)
+        )
 
     def rows(self, which) -> "Grammar":
         """Some of the rows, by a slice or by indices."""
@@ -213,35 +214,38 @@ class Grammar:
         kinds = kinds.masked_fill(self.left > 0, PICTURE).masked_fill(self.left == 0, CLOSE)
         return kinds.masked_fill(self.done, DONE)
 
-    def allowed(self) -> Tensor:
-        """(N, V) bool."""
-        kinds, vocab = self.kinds(), self.vocab
-        allowed, in_text = self.table[self.mode * 5 + kinds], kinds < PICTURE
-        for i, end in enumerate((vocab.eos, vocab.eot, vocab.boi)):
-            allowed[:, end] |= self.stops[:, i] & in_text & ((self.mode != 1) | (kinds == SHUT))
-        return allowed
+    def allowed(self, kinds: Tensor | None = None) -> Tensor:
+        """(N, V) bool. kinds: those of `kinds`, if they are at hand."""
+        return self.may[self.rules * 5 + (self.kinds() if kinds is None else kinds)]
 
     def after(self, ids: Tensor) -> "Grammar":
-        """The state after each row's next id, (N,)."""
-        vocab, inside, room = self.vocab, self.left >= 0, self.room - 1
-        ends = torch.stack([ids == vocab.eos, ids == vocab.eot, ids == vocab.boi], 1)
-        stopped = ((ends & self.stops).any(1) & ~inside) | ((self.mode == 1) & (self.left == 0))
-        outside = torch.where((ids == vocab.boi) & ~stopped, self.n_codes, -1)
-        left = torch.where(inside, self.left - 1, outside).masked_fill(self.done, -1)
-        return replace(self, left=left, room=room, done=self.done | stopped | (room <= 0))
+        """The state after each row's next id, (N,), one that may come."""
+        turns, room = self.turns[self.rules, ids], self.room - 1
+        left = torch.where(self.left >= 0, self.left - 1, turns.clamp(min=GOES_ON))
+        return replace(self, left=left, room=room, done=self.done | (turns == STOPS) | (room <= 0))
 
 
-STATE = ("mode", "stops", "left", "room", "done")
+STATE = ("rules", "left", "room", "done")
+BY_RULES, LEFT, ROOM, COUNT, READS, LENGTH = range(6)  # rows of Decoder.numbers, (6, N) int64
 
 
-def grammar_table(vocab: Vocab) -> Tensor:
-    """(3 * 5, V) bool: the table of Grammar."""
-    table = torch.zeros(3, 5, vocab.size, dtype=torch.bool)
-    text, image, both = table
+def grammar_tables(vocab: Vocab, n_codes: int) -> tuple[Tensor, Tensor]:
+    """The tables of Grammar."""
+    may = torch.zeros(len(MODES), 8, 5, vocab.size, dtype=torch.bool)
+    turns = torch.full((len(MODES), 8, vocab.size), GOES_ON, dtype=torch.int32)
+    text, image, both = range(len(MODES))
     for mode in (text, both):
-        mode[OPEN:PICTURE, vocab.first_text :] = True
-    image[OPEN, vocab.boi] = both[OPEN, vocab.boi] = True
-    table[:, PICTURE, vocab.first_code : vocab.eoi] = True
-    table[:, CLOSE, vocab.eoi] = True
-    table[:, DONE, vocab.pad] = True
-    return table.flatten(0, 1)
+        may[mode, :, OPEN:PICTURE, vocab.first_text :] = True
+    for mode in (image, both):
+        may[mode, :, OPEN, vocab.boi] = True
+    may[:, :, PICTURE, vocab.first_code : vocab.eoi] = True
+    may[:, :, CLOSE, vocab.eoi] = True
+    may[:, :, DONE, vocab.pad] = True
+    turns[:, :, vocab.boi] = n_codes
+    turns[image, :, vocab.eoi] = STOPS
+    for bits in range(8):
+        for end in (end for i, end in enumerate((vocab.eos, vocab.eot, vocab.boi)) if bits >> i & 1):
+            turns[:, bits, end] = STOPS
+            may[[text, both], bits, OPEN:PICTURE, end] = True
+            may[image, bits, SHUT, end] = True  # where a picture has room, one comes first
+    return may.flatten(0, 2), turns.flatten(0, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import N_CODES, TOKENIZER, VOCAB, tiny_model
+from tiny import N_CODES, TOKENIZER, VOCAB, random_task, tiny_model
 
 from nanochameleon.config import SampleConfig
 from nanochameleon.decoder import uniforms
@@ -19,8 +19,9 @@ from nanochameleon.sampling import MODES, Grammar, Options, filtered, pick
 
 # float64, so that rounding, which differs from one shape of a batch to another, decides nothing
 MODEL, GROUPED = tiny_model().double(), tiny_model(1, n_heads=4, n_kv_heads=2, norm_order="post").double()
-with torch.no_grad():  # so that both often begin a picture where they may
-    for model in (MODEL, GROUPED):
+SINGLE = tiny_model()  # MODEL in float32, the path that a CPU takes
+with torch.no_grad():  # so that all often begin a picture where they may
+    for model in (MODEL, GROUPED, SINGLE):
         model.output.weight[VOCAB.boi] *= 6
 OPTIONS = SampleConfig(
     temperature=1.3, top_p=0.95, repetition_penalty=1.1, image_temperature=1.0, guidance=1.0, guidance_image=1.0,
@@ -121,13 +122,14 @@ def test_any_mixture_that_comes_and_goes_equals_plain_loops(tasks, n_rows, chunk
     assert engine.n_live == 0 and not engine.prompts
 
 
-def test_so_does_it_where_guided_pictures_begin_between_words():
+@pytest.mark.parametrize("model", [MODEL, SINGLE], ids=["double", "single"])
+def test_so_does_it_where_guided_pictures_begin_between_words(model):
     rows = [[VOCAB.bos, VOCAB.first_text + i] for i in range(6)]
     options = replace(OPTIONS, guidance=2.5, guidance_image=-2.0, max_new=40)  # far from 1, where mistakes show
-    together = generate(MODEL, rows, VOCAB, N_CODES, options, "both", 1)
+    together = generate(model, rows, VOCAB, N_CODES, options, "both", 1)
     begun = {i for row in together for i, token in enumerate(row) if token == VOCAB.boi}
     assert len(begun) > 5 and max(begun) > 10
-    assert together == [plain(MODEL, row, options, "both", (1, i)) for i, row in enumerate(rows)]
+    assert together == [plain(model, row, options, "both", (1, i)) for i, row in enumerate(rows)]
 
 
 @settings(max_examples=15)
@@ -138,13 +140,11 @@ def test_a_row_is_the_same_alone_and_in_any_batch(rows, seed, batch_size):
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch_in_the_numbers_that_models_have():
-    """float32, the path that a CPU takes."""
-    model = tiny_model()
     rows = [[VOCAB.bos, *range(VOCAB.first_text, VOCAB.first_text + i)] for i in range(20)]
     options = replace(OPTIONS, max_new=20, guidance=2.0)
-    together = generate(model, rows, VOCAB, N_CODES, options, seed=5)
+    together = generate(SINGLE, rows, VOCAB, N_CODES, options, seed=5)
     for size in (3, 17):
-        assert generate(model, rows, VOCAB, N_CODES, options, seed=5, batch_size=size) == together
+        assert generate(SINGLE, rows, VOCAB, N_CODES, options, seed=5, batch_size=size) == together
     assert len({tuple(row) for row in together}) > 15
 
 
@@ -162,10 +162,11 @@ def counted(monkeypatch, name):
 
 
 def test_one_prompt_is_read_once_for_its_samples_and_their_branches(monkeypatch):
-    read = counted(monkeypatch, "prefill")
+    calls = counted(monkeypatch, "prefill")
     prompt = [VOCAB.bos, *TOKENIZER.encode("a red"), VOCAB.boi]
     generate(MODEL, [prompt] * 5, VOCAB, N_CODES, replace(OPTIONS, guidance=3.0, guidance_image=1.2), "image")
-    assert sorted(list(ids) for ids, *_ in read) == sorted([prompt, [VOCAB.bos, VOCAB.boi]])
+    read = [list(ids) for (parts,) in calls for ids, *_ in parts]
+    assert sorted(read) == sorted([prompt, [VOCAB.bos, VOCAB.boi]])
 
 
 def test_a_long_prompt_is_read_in_chunks_between_steps_of_others(monkeypatch):
@@ -177,7 +178,8 @@ def test_a_long_prompt_is_read_in_chunks_between_steps_of_others(monkeypatch):
     before = len(looks)
     while len(read) < 5:
         engine.step()
-    assert [(len(ids), start) for ids, _, start in read[1:]] == [(8, 0), (8, 8), (8, 16), (6, 24)]
+    parts = [(len(ids), start) for (parts,) in read[1:] for ids, _, start in parts]
+    assert parts == [(8, 0), (8, 8), (8, 16), (6, 24)]
     assert len(looks) - before >= 4
 
 
@@ -249,19 +251,6 @@ def test_guidance_0_draws_what_no_prompt_draws_and_guidance_1_listens():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes out
-
-
-def random_task(rng: random.Random):
-    prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
-    if rng.random() < 0.3:
-        prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
-    shares, scales, heat = [0.3, 0.9, 1.0], [0.0, 1.0, 1.2, 3.0], [0.0, 0.7, 1.3, 100.0]
-    text, image = (
-        (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
-    )
-    penalty, most = rng.choice([1.0, 1.2, 0.8]), rng.randrange(N_CODES + 2, 30)
-    options = SampleConfig(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
-    return prompt, options, rng.choice(MODES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
 
 
 @pytest.mark.parametrize("model", [MODEL, GROUPED])

@@ -1,6 +1,7 @@
 """The smallest models and the smallest run folder: random weights, 4 codes a picture, made in milliseconds."""
 
 import dataclasses
+import random
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from nanochameleon.config import (
 from nanochameleon.convert import Args, write_nano
 from nanochameleon.model_folder import Parts, Tensors
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
+from nanochameleon.sampling import MODES
 from nanochameleon.text_tokenizer import TextTokenizer, to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -43,6 +45,20 @@ def tiny_model(seed: int = 0, **changes) -> Chameleon:
     model = Chameleon(dataclasses.replace(TINY_MODEL, **changes))
     torch.nn.init.normal_(model.output.weight, std=0.5)
     return model.eval()
+
+
+def random_task(rng: random.Random) -> tuple[list[int], SampleConfig, str, tuple[int, ...] | None]:
+    """Any prompt, options, mode and stops, with room for a picture."""
+    prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
+    if rng.random() < 0.3:
+        prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
+    shares, scales, heat = [0.3, 0.9, 1.0], [0.0, 1.0, 1.2, 3.0], [0.0, 0.7, 1.3, 100.0]
+    text, image = (
+        (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
+    )
+    penalty, most = rng.choice([1.0, 1.2, 0.8]), rng.randrange(N_CODES + 2, 30)
+    options = SampleConfig(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
+    return prompt, options, rng.choice(MODES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
 
 
 def tiny_config(**changes) -> RunConfig:

@@ -1,10 +1,10 @@
 """Generation beside transformers' `generate` with equal random weights, and against itself in other ways.
 
-On a CPU: a 5.9M model, where ids must agree; a mixed batch against its rows one by one; guidance. On a GPU: the shapes
-of the 7B and a 1.3B. transformers is optional, and skipped by name where it is missing.
+On a CPU: a 5.9M model, where ids must agree; a mixed batch against its rows one by one; guidance; with
+OMP_NUM_THREADS=1 in CPU time, which neighbours hardly disturb. On a GPU: the shapes of the 7B and a 1.3B. transformers
+is optional, and skipped by name where it is missing.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
+from nanochameleon.bench.rows import Row, clock, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, SampleConfig
 from nanochameleon.engine import Engine, generate
 from nanochameleon.transformer import Chameleon
@@ -178,9 +178,9 @@ def picture_case(name: str, model: Chameleon, vocab: Vocab, n_codes: int, rounds
 
 def first_token(name: str, model: Chameleon, vocab: Vocab) -> Row:
     """Seconds from weights that are loaded to the first id, in this process for the first time."""
-    start = time.perf_counter()
+    start = clock()
     our_ids(Engine(model, vocab, 64, 1, 64), torch.tensor([[vocab.bos, vocab.first_text]]), 1)
-    taken = {"nano": time.perf_counter() - start}
+    taken = {"nano": clock() - start}
     device = device_name(model.output.weight.device)
     return rows_of("engine", f"{name} start to first token", "nano", taken, 1.0, "ms", device)[0]
 

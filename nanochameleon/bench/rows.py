@@ -32,6 +32,12 @@ class Row:
     commit: str
 
 
+def clock() -> float:
+    """Seconds: on a CPU with one thread the process's own, which neighbours hardly disturb."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if alone else time.perf_counter()
+
+
 def take_turns(jobs: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
     """Median seconds of each job, run in turns so that what else the machine does meets all alike. Each runs once
     before the clock; rounds end early, but not before the first, when `seconds` are over."""
@@ -40,11 +46,11 @@ def take_turns(jobs: dict[str, Callable[[], object]], rounds: int, seconds: floa
     times, end = {name: [] for name in jobs}, time.perf_counter() + seconds
     for number in range(rounds):
         for name, job in jobs.items():
-            start = time.perf_counter()
+            start = clock()
             job()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
         if number and time.perf_counter() > end:
             break
     return {name: statistics.median(taken) for name, taken in times.items()}
