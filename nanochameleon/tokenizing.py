@@ -208,9 +208,10 @@ def fit(doc: Document, job: Job) -> tuple[list[list[int]], bool]:
     if job.form == "text":
         ids = job.text.encode(doc[0].text)
         return [[vocab.bos, *ids[i : i + room], vocab.eos] for i in range(0, len(ids), room)], False
-    parts = [render_segment(clipped(s, job.most), job.text, vocab) for s in doc]
+    clipped = [clip(s, job.most) for s in doc]
+    parts = [render_segment(s, job.text, vocab) for s in clipped]
     if sum(map(len, parts)) <= room:
-        return [[vocab.bos, *(token for part in parts for token in part), vocab.eos]], False
+        return [[vocab.bos, *(token for part in parts for token in part), vocab.eos]], clipped != doc
     if job.form == "chat":
         kept = whole_turns(doc, parts, room)
     else:
@@ -218,7 +219,7 @@ def fit(doc: Document, job: Job) -> tuple[list[list[int]], bool]:
     return [[vocab.bos, *kept, vocab.eos]] if kept else [], bool(kept)
 
 
-def clipped(segment, most: int):
+def clip(segment, most: int):
     """A text beyond all measure is cut before its words are looked for."""
     return Text(segment.text[: CHARACTERS * most]) if isinstance(segment, Text) else segment
 
