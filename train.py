@@ -46,6 +46,7 @@ from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
+from nanochameleon.drawing import to_learn
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
@@ -141,8 +142,10 @@ class Training:
         not finite anywhere, nothing moves."""
         cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
         number, rows = p.step + p.passed, mesh.rows(t.batch_size)
-        batch = self.loader.batch(number, rows).to(mesh.device)
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
+        batch = to_learn(self.loader.batch(number, rows), cfg, self.trainee.objective.vocab, places[rows]).to(
+            mesh.device
+        )
         self.trainee.model.train()
         self.optimizer.zero_grad()
         sums, count = gradients(self.trainee, batch, derive(places[rows], cfg.seed), cfg)
