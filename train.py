@@ -4,6 +4,7 @@
     python train.py toy_long                              the same scenes with an hour
     python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
     python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
+    python train.py stability                             the paper's ablations at a small size, into a table and a plot
     python train.py folder --init-from chameleon-7b       goes on from a run or a model in any layout: its sizes,
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
@@ -42,29 +43,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nanochameleon import checkpoint
+from nanochameleon import checkpoint, stability
+from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
-from nanochameleon.drawing import to_learn
+from nanochameleon.drawing import noisy, to_learn
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
-from nanochameleon.evaluate.report import make_report, sample_grid
+from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import explain
 from nanochameleon.kernels.dropout import derive
-from nanochameleon.model_folder import Parts, adopt, open_model, store_tokenizers, tokenizer_of
-from nanochameleon.monitor import Monitor
-from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision
+from nanochameleon.model_folder import Parts, open_model
+from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
+from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
 from nanochameleon.run import TEXT_TOKENIZER, Run, command, open_image_tokenizer, pick_device, start_folder
 from nanochameleon.saver import Saver, find
+from nanochameleon.scaling import flop_per_id, peak_of
 from nanochameleon.sharding import part_of
 from nanochameleon.stopping import Laps, Stopper
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
+from nanochameleon.watch import attention_peaks, gradient_norms
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -108,6 +112,28 @@ def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
 # The transformer's training
 
 
+def peaks(trainee: Trainee, batch: Batch, keys: Tensor) -> list[float]:
+    """Each layer's largest attention logit on the first row of the whole batch, whoever has it."""
+    mesh, found = trainee.mesh, attention_peaks(trainee.objective, batch[:1], keys[:1])
+    return mesh.most(*(found if mesh.rows(len(batch.tokens) * mesh.data_size).start == 0 else [-math.inf] * len(found)))
+
+
+def memory_gib(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return peak_memory_gib()
+
+
+def mfu_per_id(cfg: RunConfig, precision: str, mesh: Mesh) -> float | None:
+    """The share of all devices' peak that one id a second takes; a CPU's peak is what a plain product reaches."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if mesh.device.type == "cuda":
+        peak = peak_of(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
+    else:
+        peak = product_rate(cfg.model.dim, dtype, mesh.device)
+    return flop_per_id(cfg.model, cfg.train.seq_len) / (peak * mesh.world) if peak else None
+
+
 @dataclass
 class Progress:
     """What a checkpoint holds beside tensors."""
@@ -142,13 +168,18 @@ class Training:
         not finite anywhere, nothing moves."""
         cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
         number, rows = p.step + p.passed, mesh.rows(t.batch_size)
+        vocab = self.trainee.objective.vocab
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
-        batch = to_learn(self.loader.batch(number, rows), cfg, self.trainee.objective.vocab, places[rows]).to(
-            mesh.device
-        )
+        batch = to_learn(self.loader.batch(number, rows), cfg, vocab)
+        if t.code_noise:
+            batch = noisy(batch, cfg.vqgan.codes_per_image, vocab, t.code_noise, cfg.seed, places[rows])
+        batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
-        sums, count = gradients(self.trainee, batch, derive(places[rows], cfg.seed), cfg)
+        keys = derive(places[rows], cfg.seed)
+        sums, count = gradients(self.trainee, batch, keys, cfg)
+        due = p.step % t.log_every == 0 or p.step == t.steps - 1
+        norms = gradient_norms(self.trainee.model, vocab) if due else {}
         norm = clip(self.trainee.model.parameters(), cfg.optim.clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
         bad, stop = mesh.most(float(not finite), float(stopped()))
@@ -159,8 +190,10 @@ class Training:
             self.move(lr)
         self.failed = self.failed + 1 if bad else 0
         p.tokens += int(count)
-        if p.step % t.log_every == 0 or p.step == t.steps - 1:
-            line = figures(sums, mesh, cfg) | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
+        if due:
+            line = figures(sums, mesh, cfg) | norms | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
+            line["attention_logits"] = peaks(self.trainee, batch, keys)
+            line |= {"ids": (p.step + 1) * t.batch_size * t.seq_len, "memory_gib": memory_gib(mesh.device)}
             self.losses.append(line["loss"])
             if monitor:
                 monitor.log(p.step, **line)
@@ -225,6 +258,7 @@ class Training:
             if monitor and p.step % t.sample_every == 0 and not done and run.images.can_draw and not self.saver.sharded:
                 self.trainee.model.eval()
                 sample_grid(run, self.folder / "samples" / f"step-{p.step:06d}.png")
+                plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
 
 
 def train_transformer(
@@ -251,7 +285,11 @@ def train_transformer(
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
         if progress.step < t.steps:
-            monitor = stack.enter_context(Monitor(folder, t.steps, progress.step)) if mesh.first else None
+            monitor = None
+            if mesh.first:
+                board = open_board(folder / "tensorboard") if t.tensorboard else None
+                rate = mfu_per_id(cfg, precision, mesh)
+                monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_id=rate, board=board))
             training.run(monitor, run, stopped)
 
 
@@ -277,22 +315,22 @@ def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: 
 # All stages
 
 
-def main(cfg: RunConfig) -> Path:
+def main(cfg: RunConfig, with_report: bool = True) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
-    cfg, device, parts = complete(cfg), local_device(cfg.device, pick_device), None
+    cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
     with start(cfg.parallel, cfg.train.batch_size, device) as mesh:
-        if cfg.init_from is not None:
-            cfg, parts = adopt(cfg)
-            check_room(cfg)
+        cfg, begun = begin(cfg)
+        check_room(cfg)
         if mesh.tensor > 1:
             check_tensor(cfg.model, mesh.tensor)
         folder = mesh.once(lambda: start_folder(cfg))
         laps = Laps(folder)
         try:
             with Stopper() as stopped:
-                run = stages(cfg, parts, folder, mesh, laps, stopped)
-            mesh.once(lambda: report(run, folder, mesh, laps))
+                run = stages(cfg, begun, folder, mesh, laps, stopped)
+            if with_report:
+                mesh.once(lambda: report(run, folder, mesh, laps))
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
             if mesh.first:
                 laps.add("interrupted")
@@ -315,13 +353,13 @@ def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
         print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
 
 
-def prepare(cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
+def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
     """The stages before the transformer, which one rank does for all. Raises Interrupted once a stop is saved."""
     store_pictures(cfg, folder)
-    docs = mixture(cfg, folder)
-    tokenizer = store_tokenizers(parts, cfg, folder) if parts else train_text_tokenizer(cfg, docs, folder)
+    own = begun.tokenizers is None
+    tokenizer = train_text_tokenizer(cfg, mixture(cfg, folder), folder) if own else begun.store_tokenizers(cfg, folder)
     laps.add("text_tokenizer")
-    if not parts and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
+    if own and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
         raise Interrupted
     images = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
@@ -331,17 +369,15 @@ def prepare(cfg: RunConfig, parts: Parts | None, folder: Path, device: torch.dev
     laps.add("data")
 
 
-def stages(
-    cfg: RunConfig, parts: Parts | None, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]
-) -> Run:
-    """The stages before the report; `parts`: the model to go on from. Raises Interrupted once a stop is saved."""
-    mesh.once(lambda: prepare(cfg, parts, folder, mesh.device, laps, stopped))
-    tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER) if parts is None else tokenizer_of(parts, cfg.init_from)
+def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]) -> Run:
+    """The stages before the report. Raises Interrupted once a stop is saved."""
+    mesh.once(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
+    tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
     images = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, images, tokenizer, folder)
     with torch.device("meta"):
         run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model))
-    train_transformer(cfg, run, parts, loader, folder, mesh, stopped)
+    train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
     if mesh.first:
         laps.add("transformer")
     if mesh.most(float(stopped()))[0]:  # in the last step, which has nothing left to save
@@ -350,5 +386,10 @@ def stages(
     return run
 
 
+def study(cfg: RunConfig) -> Path:
+    """Many small runs, each leaving a part of the recipe out: see stability.py."""
+    return stability.run(cfg, lambda one: main(one, with_report=False))
+
+
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(CONFIG))
+    exit_on_user_error(lambda: (study if CONFIG.name == "stability" else main)(CONFIG))

@@ -30,7 +30,17 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
+from nanochameleon.kernels.attention_rows_numba import (
+    ONE,
+    Norm,
+    Rows,
+    block_floats,
+    prepare,
+    prepare_backward,
+    row_products,
+)
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
     FUSE,
     ROWS,
@@ -43,7 +53,6 @@ from nanochameleon.kernels.simd import (
     clear,
     constant,
     count,
-    dot_rows,
     exp2_of,
     f32,
     for_each_size,
@@ -63,28 +72,25 @@ from nanochameleon.kernels.simd import (
     read_row,
     splat,
     splat_of,
-    store,
     store_at,
     total,
     transpose,
-    turn,
-    turn_back,
     write_row,
 )
 
 QUERIES, KEYS = 64, 64  # a tile of scores is 16 KB: it and a tile of keys fit the first-level cache
 BOUND = np.float32(60.0)  # of |score| in powers of two; sums of 2^60 are far from float32's 2^127
 LOG2E, LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
-ONE, LEAST = np.float32(1), np.float32(-math.inf)
+LEAST = np.float32(-math.inf)
 
 
 class Job(NamedTuple):
     """Where everything lies; gradients are 0 in the forward pass."""
 
-    q: int  # (B, T, H, E), of `size` bytes a number: 4 float32, 2 bfloat16
+    q: int  # (B, T, H, E), of `size` bytes a number: 4 float32, 2 bfloat16; rows of a position `q_row` numbers apart
     k: int  # (B, T, G, E)
     v: int
-    out: int  # like q
+    out: int  # (B, T, H, E)
     lse: int  # (B, H, T) float32: log2 of the sum of 2^score
     table: int  # (B, T, E) float32: cos and sin of each pair in turn
     docs: int  # (B, T) int64, or 0: a row is one document
@@ -92,8 +98,8 @@ class Job(NamedTuple):
     q_bias: int
     k_weight: int  # (G, width)
     k_bias: int
-    d_out: int  # like q
-    dq: int
+    d_out: int  # like out
+    dq: int  # like q, k, v, rows `d_row` numbers apart
     dk: int
     dv: int
     d_q_weight: int  # (B, H, width) float32
@@ -106,80 +112,21 @@ class Job(NamedTuple):
     e: int
     width: int
     size: int
-    scratch: int  # of one thread, `scratch_floats` float32
+    q_row: int
+    k_row: int
+    v_row: int
+    d_row: int
+    eps: float
+
+
+read_job = reader(Job)
 
 
 def scratch_floats(job: Job, backward: bool) -> int:
     """Scratch of one task: rows of queries for each head that shares the keys, rows of keys, two tiles of each kind."""
     queries, keys = job.t * (job.heads // job.key_heads), job.t
     rows = (3 * queries + 4 * keys if backward else 2 * queries + 2 * keys) * job.width
-    return rows + queries * (W + 2) + 2 * KEYS * (job.width + QUERIES) + W * (job.width + W)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-
-
-@njit
-def standardise(x, e, eps):
-    """Mean 0 and variance 1, in place; returns what it multiplied by. The zeros behind the row stay zeros."""
-    s = splat(ZERO)
-    for i in range(0, e, W):
-        s += load(x + 4 * i)
-    mean = splat(total(s) / np.float32(e))
-    s = splat(ZERO)
-    for i in range(0, e, W):
-        y = head(load(x + 4 * i) - mean, e - i, splat(ZERO))
-        store(x + 4 * i, y)
-        s += y * y
-    factor = ONE / math.sqrt(total(s) / np.float32(e) + eps)
-    for i in range(0, e, W):
-        store(x + 4 * i, load(x + 4 * i) * splat(factor))
-    return factor
-
-
-@njit
-def prepare(p, size, e, table, weight, bias, eps, factor, out):
-    """A head's row of queries or keys -> normed, turned, times factor. Returns the square of its length."""
-    read_row(p, size, e, out)
-    if weight != 0:
-        standardise(out, e, eps)
-        for i in range(0, e, W):
-            store(out + 4 * i, load(out + 4 * i) * load(weight + 4 * i) + load(bias + 4 * i))
-    square = splat(ZERO)
-    for i in range(0, e, W):
-        y = turn(load(out + 4 * i), load(table + 4 * i)) * splat(factor)
-        store(out + 4 * i, y)
-        square += y * y
-    return total(square)
-
-
-@njit
-def prepare_backward(dy, p, size, e, table, weight, d_weight, d_bias, eps, factor, row, out):
-    """The gradient dy of a prepared row -> of the row itself, written to `out`; adds to d_weight and d_bias.
-
-    With n the standardised row and g = dy turned back: d_weight += g n, d_bias += g, and the norm's own
-    gradient is (u - mean u - n mean(u n)) / deviation, u = g weight.
-    """
-    for i in range(0, e, W):
-        store(dy + 4 * i, turn_back(load(dy + 4 * i), load(table + 4 * i)) * splat(factor))
-    if weight != 0:
-        read_row(p, size, e, row)
-        inverse = standardise(row, e, eps)
-        s, s_n = splat(ZERO), splat(ZERO)
-        for i in range(0, e, W):
-            g, n = load(dy + 4 * i), load(row + 4 * i)
-            store(d_weight + 4 * i, load(d_weight + 4 * i) + g * n)
-            store(d_bias + 4 * i, load(d_bias + 4 * i) + g)
-            u = g * load(weight + 4 * i)
-            store(dy + 4 * i, u)
-            s += u
-            s_n += u * n
-        mean, mean_n = splat(total(s) / np.float32(e)), splat(total(s_n) / np.float32(e))
-        for i in range(0, e, W):
-            y = load(dy + 4 * i) - mean - load(row + 4 * i) * mean_n
-            store(dy + 4 * i, y * splat(inverse))
-    write_row(out, size, e, dy, ONE)
+    return rows + queries * (W + 2) + 2 * KEYS * (job.width + QUERIES) + W + block_floats(job.width)
 
 
 @njit
@@ -347,34 +294,52 @@ def tiles(docs, t):
 
 
 @njit
-def prepare_queries(job, b, head_, eps, scale, q):
+def rows_of(job, p, row, b, head):
+    """The rows of one head, of tensors whose positions are `row` numbers apart."""
+    return Rows(p + job.size * (b * job.t * row + head * job.e), job.size * row, job.size, job.e)
+
+
+@njit
+def query_norm(job, b, h):
+    if job.q_weight == 0:
+        return Norm(0, 0, 0, 0, job.eps)
+    at, part = 4 * h * job.width, 4 * (b * job.heads + h) * job.width
+    return Norm(job.q_weight + at, job.q_bias + at, job.d_q_weight + part, job.d_q_bias + part, job.eps)
+
+
+@njit
+def key_norm(job, b, g):
+    if job.k_weight == 0:
+        return Norm(0, 0, 0, 0, job.eps)
+    at, part = 4 * g * job.width, 4 * (b * job.key_heads + g) * job.width
+    return Norm(job.k_weight + at, job.k_bias + at, job.d_k_weight + part, job.d_k_bias + part, job.eps)
+
+
+@njit
+def score_scale(job):
+    return LOG2E / np.float32(math.sqrt(job.e))
+
+
+@njit
+def prepare_queries(job, b, h, q, scratch):
     """Rows (T, width) of one query head; returns the largest square of a length."""
-    most = ZERO
-    for i in range(job.t):
-        at = ((b * job.t + i) * job.heads + head_) * job.e
-        weight = job.q_weight + 4 * head_ * job.width if job.q_weight != 0 else 0
-        table = job.table + 4 * (b * job.t + i) * job.width
-        square = prepare(
-            job.q + job.size * at, job.size, job.e, table, weight, job.q_bias + 4 * head_ * job.width, eps,
-            scale * LOG2E, q + 4 * i * job.width,
-        )  # fmt: skip
-        most = max(most, square)
+    rows, norm, most = rows_of(job, job.q, job.q_row, b, h), query_norm(job, b, h), ZERO
+    table = job.table + 4 * b * job.t * job.width
+    for i in range(0, job.t, W):
+        n = min(W, job.t - i)
+        most = max(most, prepare(rows, i, n, job.width, table, norm, score_scale(job), q + 4 * i * job.width, scratch))
     return most
 
 
 @njit
-def prepare_keys(job, b, g, eps, k, v):
-    most = ZERO
+def prepare_keys(job, b, g, k, v, scratch):
+    rows, norm, most = rows_of(job, job.k, job.k_row, b, g), key_norm(job, b, g), ZERO
+    values, table = rows_of(job, job.v, job.v_row, b, g), job.table + 4 * b * job.t * job.width
+    for i in range(0, job.t, W):
+        n = min(W, job.t - i)
+        most = max(most, prepare(rows, i, n, job.width, table, norm, ONE, k + 4 * i * job.width, scratch))
     for i in range(job.t):
-        at = ((b * job.t + i) * job.key_heads + g) * job.e
-        weight = job.k_weight + 4 * g * job.width if job.k_weight != 0 else 0
-        table = job.table + 4 * (b * job.t + i) * job.width
-        square = prepare(
-            job.k + job.size * at, job.size, job.e, table, weight, job.k_bias + 4 * g * job.width, eps, ONE,
-            k + 4 * i * job.width,
-        )  # fmt: skip
-        most = max(most, square)
-        read_row(job.v + job.size * at, job.size, job.e, v + 4 * i * job.width)
+        read_row(values.p + i * values.step, job.size, job.e, v + 4 * i * job.width)
     return most
 
 
@@ -405,10 +370,11 @@ def find_shifts(job, docs, q, k, kt, scores, shift):
 
 
 @kernel
-def forward(job, first_task, last_task, eps, scale):
+def forward(job, part, first_task, last_task, scratch):
     """out and lse of tasks [first_task, last_task), each a batch row and a key head."""
+    job = read_job(job)
     t, width, shared = job.t, job.width, job.heads // job.key_heads
-    q = job.scratch
+    q = scratch
     out = q + 4 * shared * t * width
     k = out + 4 * shared * t * width
     v = k + 4 * t * width
@@ -416,12 +382,13 @@ def forward(job, first_task, last_task, eps, scale):
     w = kt + 4 * width * KEYS
     sums = w + 4 * QUERIES * KEYS
     shift = sums + 4 * shared * t * W
+    block = shift + 4 * shared * t
     for task in range(first_task, last_task):
         b, g = task // job.key_heads, task % job.key_heads
         docs = job.docs + 8 * b * t if job.docs != 0 else 0
-        longest_k, longest_q = prepare_keys(job, b, g, eps, k, v), ZERO
+        longest_k, longest_q = prepare_keys(job, b, g, k, v, block), ZERO
         for s in range(shared):
-            longest_q = max(longest_q, prepare_queries(job, b, g * shared + s, eps, scale, q + 4 * s * t * width))
+            longest_q = max(longest_q, prepare_queries(job, b, g * shared + s, q + 4 * s * t * width, block))
         clear(out, shared * t * width)
         clear(sums, shared * t * W)
         if longest_k * longest_q < BOUND * BOUND:
@@ -449,10 +416,11 @@ def forward(job, first_task, last_task, eps, scale):
 
 
 @kernel
-def backward(job, first_task, last_task, eps, scale):
+def backward(job, part, first_task, last_task, scratch):
     """dq, dk, dv and each head's share of the norms' gradients (which start as zeros)."""
-    t, width, size, e, shared = job.t, job.width, job.size, job.e, job.heads // job.key_heads
-    q = job.scratch
+    job = read_job(job)
+    t, width, shared = job.t, job.width, job.heads // job.key_heads
+    q = scratch
     d_out = q + 4 * shared * t * width
     dq = d_out + 4 * shared * t * width
     k = dq + 4 * shared * t * width
@@ -464,20 +432,15 @@ def backward(job, first_task, last_task, eps, scale):
     w = vt + 4 * width * KEYS
     ds = w + 4 * QUERIES * KEYS
     delta = ds + 4 * QUERIES * KEYS
-    row = delta + 4 * (shared * t + W)
+    block = delta + 4 * (shared * t + W)
     for task in range(first_task, last_task):
         b, g = task // job.key_heads, task % job.key_heads
         docs = job.docs + 8 * b * t if job.docs != 0 else 0
         lse = job.lse + 4 * (b * job.heads + g * shared) * t
-        prepare_keys(job, b, g, eps, k, v)
+        prepare_keys(job, b, g, k, v, block)
         for s in range(shared):
-            prepare_queries(job, b, g * shared + s, eps, scale, q + 4 * s * t * width)
-            for i in range(t):
-                at = size * (((b * t + i) * job.heads + g * shared + s) * e)
-                target = d_out + 4 * (s * t + i) * width
-                read_row(job.d_out + at, size, e, target)
-                read_row(job.out + at, size, e, row)
-                poke(delta + 4 * (s * t + i), dot_rows(target, row, width))
+            prepare_queries(job, b, g * shared + s, q + 4 * s * t * width, block)
+            read_gradient(job, b, g * shared + s, d_out + 4 * s * t * width, delta + 4 * s * t, block)
         clear(dq, shared * t * width)
         clear(dk, 2 * t * width)  # and dv
         packed = -1
@@ -494,27 +457,35 @@ def backward(job, first_task, last_task, eps, scale):
                 times_queries(w, nq, nk, first, d_out + queries, width, dv + keys)
                 times_queries(ds, nq, nk, first, q + queries, width, dk + keys)
                 times_keys(ds, nq, nk, first, k + keys, width, dq + queries)
-        finish_backward(job, b, g, eps, scale, dq, dk, dv, row)
+        finish_backward(job, b, g, dq, dk, dv, block)
 
 
 @njit
-def finish_backward(job, b, g, eps, scale, dq, dk, dv, row):
+def read_gradient(job, b, h, d_out, delta, scratch):
+    """Rows (T, width) of the gradient of one head's output, and their products with the output."""
+    rows, out = rows_of(job, job.d_out, job.heads * job.e, b, h), rows_of(job, job.out, job.heads * job.e, b, h)
+    for i in range(0, job.t, W):
+        n = min(W, job.t - i)
+        for r in range(i, i + n):
+            read_row(rows.p + r * rows.step, job.size, job.e, d_out + 4 * r * job.width)
+        row_products(d_out + 4 * i * job.width, out, i, n, job.width, delta + 4 * i, scratch)
+
+
+@njit
+def finish_backward(job, b, g, dq, dk, dv, scratch):
     """Gradients of prepared rows -> of the rows that came in."""
-    t, width, size, e, shared = job.t, job.width, job.size, job.e, job.heads // job.key_heads
+    t, width, shared = job.t, job.width, job.heads // job.key_heads
+    table, keys = job.table + 4 * b * t * width, rows_of(job, job.k, job.k_row, b, g)
+    norm, target = key_norm(job, b, g), rows_of(job, job.dk, job.d_row, b, g)
+    for i in range(0, t, W):
+        prepare_backward(dk + 4 * i * width, keys, i, min(W, t - i), width, table, norm, LN2, target, scratch)
+    for s in range(shared):
+        h = g * shared + s
+        rows, target = rows_of(job, job.q, job.q_row, b, h), rows_of(job, job.dq, job.d_row, b, h)
+        norm = query_norm(job, b, h)
+        for i in range(0, t, W):
+            dy, n = dq + 4 * (s * t + i) * width, min(W, t - i)
+            prepare_backward(dy, rows, i, n, width, table, norm, score_scale(job) * LN2, target, scratch)
+    target = rows_of(job, job.dv, job.d_row, b, g)
     for i in range(t):
-        table = job.table + 4 * (b * t + i) * width
-        for s in range(shared):
-            h = g * shared + s
-            at, part = size * (((b * t + i) * job.heads + h) * e), 4 * (b * job.heads + h) * width
-            weight = job.q_weight + 4 * h * width if job.q_weight != 0 else 0
-            prepare_backward(
-                dq + 4 * (s * t + i) * width, job.q + at, size, e, table, weight, job.d_q_weight + part,
-                job.d_q_bias + part, eps, scale, row, job.dq + at,
-            )  # fmt: skip
-        at, part = size * (((b * t + i) * job.key_heads + g) * e), 4 * (b * job.key_heads + g) * width
-        weight = job.k_weight + 4 * g * width if job.k_weight != 0 else 0
-        prepare_backward(
-            dk + 4 * i * width, job.k + at, size, e, table, weight, job.d_k_weight + part, job.d_k_bias + part, eps,
-            LN2, row, job.dk + at,
-        )  # fmt: skip
-        write_row(job.dv + at, size, e, dv + 4 * i * width, ONE)
+        write_row(target.p + i * target.step, job.size, job.e, dv + 4 * i * width, ONE)

@@ -8,6 +8,7 @@ An explicit wish that cannot be met raises with the reason. Not here: the implem
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -27,6 +28,8 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("zloss_cross_entropy", torch.bfloat16): ("numba", "1.5 times torch.compile, 4 times torch"),
     ("rms_norm", torch.float32): ("numba", "one pass instead of six"),
     ("rms_norm", torch.bfloat16): ("numba", "one pass instead of six"),
+    ("linear", torch.float32): ("joined", "layers that read one input as one product, gradients without sums"),
+    ("linear", torch.bfloat16): ("joined", "the same, and weights brought into the products' type in one pass"),
     ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
     ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "as fast as torch.compile, and no logits in memory"),
@@ -64,13 +67,18 @@ def wish() -> str:
     return name
 
 
+def installed(package: str) -> bool:
+    """The search takes as long as a small kernel, so first among what is loaded."""
+    return package in sys.modules or find_spec(package) is not None
+
+
 def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why Numba's kernels cannot run on such tensors, or None."""
     if device.type != "cpu":
         return f"they are for the CPU, and the tensors are on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return None if find_spec("numba") else "numba is not installed"
+    return None if installed("numba") else "numba is not installed"
 
 
 def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -79,7 +87,7 @@ def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
     if dtype not in CUDA[op]:
         return f"they do not take {str(dtype).removeprefix('torch.')}"
-    missing = [name for name in ("cupy", "nvidia") if not find_spec(name)]
+    missing = [name for name in ("cupy", "nvidia") if not installed(name)]
     if missing:
         return f"{missing[0]} is not installed: pip install nanochameleon[cuda]"
     major, minor = torch.cuda.get_device_capability(device)

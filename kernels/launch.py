@@ -1,35 +1,74 @@
-"""Compiles a kernel with a cache on disk, and runs its tasks on as many threads as torch has.
+"""Compiles a kernel with a cache on disk, and runs it on torch's own threads.
 
-Kernels release the interpreter's lock, so Python's own threads do: no second OpenMP beside torch's, nothing that a
-forked process could inherit half, and one compiled version for any number of threads.
+Torch's OpenMP threads wait for work in a loop that keeps their cores busy. Threads of our own would have to share those
+cores, and on two cores a second one brought nothing; so kernels run on torch's (`GOMP_parallel`, which its library
+exports), where a call costs a few microseconds. Python's threads step in where there are none to borrow: on systems
+with another OpenMP, and in a forked process, which has inherited only the promise of its parent's threads.
 """
 
+import ctypes
 import hashlib
 import os
+import struct
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
+PROCESS = os.getpid()
 
-def kernel(function: Callable) -> Callable:
-    """Numba's njit, without the interpreter's lock, kept on disk in a folder named by all sources beside this one.
+
+def compiled(function: Callable, integers: int):
+    """A C function of int64s without a result, kept on disk in a folder named by all sources beside this one.
 
     Numba's own cache looks at the function's file alone, and would not see that what it calls was edited.
     """
-    from numba import config, njit
+    from numba import cfunc, config, types
 
     here, before = Path(__file__).parent, config.CACHE_DIR
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
-    config.CACHE_DIR = str((Path(before) if before else here / "__pycache__") / digest)  # read by njit, now
+    config.CACHE_DIR = str((Path(before) if before else here / "__pycache__") / digest)  # read by cfunc, now
     try:
-        return njit(cache=True, nogil=True)(function)
+        return cfunc(types.void(*[types.int64] * integers), cache=True, error_model="numpy")(function)
     finally:
         config.CACHE_DIR = before
+
+
+class kernel:
+    """kernel(job, part, first, last, scratch), compiled when it first runs; see region_numba.py."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    @cached_property
+    def compiled(self):
+        return compiled(self.function, 5)
+
+
+@cache
+def region() -> Callable[[int], None]:
+    """region_numba.region, which leaves the interpreter's lock alone while it runs."""
+    from nanochameleon.kernels import region_numba
+
+    native = compiled(region_numba.region, 1)
+    function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(native.address)
+    function.keep = native
+    return function
+
+
+@cache
+def openmp() -> Callable | None:
+    """GOMP_parallel(function, argument, threads, flags) of the OpenMP that torch has loaded, or None."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # not there; no such thing as "the process's symbols" (Windows)
+        return None
+    function.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    function.restype = None
+    return function
 
 
 @cache
@@ -38,10 +77,17 @@ def pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernel")
 
 
-def split(n: int, parts: int) -> list[tuple[int, int]]:
-    """[0, n) in at most `parts` stretches, as equal as can be, none empty."""
-    ends = [n * i // parts for i in range(parts + 1)]
-    return [(a, b) for a, b in pairwise(ends) if a < b]
+def on_threads(threads: int, p: int) -> None:
+    """Runs the region at p on this many threads, the caller's among them, and returns when all are done."""
+    if threads == 1:
+        region()(p)
+    elif (parallel := openmp()) and os.getpid() == PROCESS:
+        parallel(ctypes.cast(region(), ctypes.c_void_p), p, threads, 0)
+    else:
+        others = [pool(threads - 1, os.getpid()).submit(region(), p) for _ in range(1, threads)]
+        region()(p)
+        for other in others:
+            other.result()
 
 
 _own = threading.local()
@@ -54,23 +100,26 @@ def scratch(floats: int) -> int:
     return _own.buffer.data_ptr()
 
 
-def run(task: Callable[[int, int, int], None], n: int, parts: int | None = None) -> None:
-    """Calls task(part, first, last) on stretches of [0, n), `parts` of them; the caller's thread works too.
+@cache
+def _form(job: type) -> struct.Struct:
+    return struct.Struct("".join("f4x" if kind is float else "q" for kind in job.__annotations__.values()))
+
+
+def packed(job: tuple) -> ctypes.Array:
+    """A NamedTuple of ints and floats in memory, eight bytes each."""
+    return ctypes.create_string_buffer(_form(type(job)).pack(*job))
+
+
+def run(function: kernel, job: tuple, n: int, floats: int = 0, parts: int | None = None) -> None:
+    """Runs a kernel on stretches of [0, n), `parts` of them, with `floats` of scratch for each thread.
 
     None is a few for each thread, so that one that is held up leaves the rest to the others.
     """
-    threads = min(torch.get_num_threads(), n)
-    stretches = iter(list(enumerate(split(n, parts or (4 * threads if threads > 1 else 1)))))
-
-    def work() -> None:
-        for part, (first, last) in stretches:
-            task(part, first, last)
-
-    others = [pool(threads - 1, os.getpid()).submit(work) for _ in range(1, threads)]
-    try:
-        work()
-    finally:  # whatever has happened here, the others still write into the caller's tensors
-        failures = [other.exception() for other in others]
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    if n == 0:
+        return
+    threads = torch.get_num_threads() if n > 1 else 1
+    parts, floats = min(n, parts or (4 * threads if threads > 1 else 1)), -(-floats // 64) * 64  # whole cache lines
+    words, memory = packed(job), scratch(floats * threads)
+    header = struct.pack("8q", function.compiled.address, ctypes.addressof(words), n, parts, memory, 4 * floats, 0, 0)
+    whole = ctypes.create_string_buffer(header)
+    on_threads(threads, ctypes.addressof(whole))

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
+from nanochameleon.kernels.ops import differentiable
 from nanochameleon.kernels.zloss import zloss_cross_entropy, zloss_cross_entropy_reference
-
-ROWS_A_TASK = 256
 
 
 def linear_zloss_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +26,7 @@ def linear_zloss_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) 
     """By the implementation that `dispatch.choose` names; "reference" holds the logits."""
     if choose("linear_zloss_cross_entropy", hidden) == "reference":
         return zloss_cross_entropy(F.linear(hidden, weight), targets)
-    return torch.ops.nanochameleon.linear_zloss_cross_entropy(hidden, weight, targets)
+    return linear_zloss_op(hidden, weight, targets)
 
 
 def _tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -51,30 +50,18 @@ def _job(tensors: dict[str, Tensor], v: int):
     return Job(**(dict.fromkeys(Job._fields, 0) | where | {"n": n, "v": v, "width": width}))
 
 
-@torch.library.custom_op("nanochameleon::linear_zloss_cross_entropy", mutates_args=(), device_types="cpu")
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     from nanochameleon.kernels import launch
     from nanochameleon.kernels import linear_zloss_numba as compiled
 
     tensors = _tensors(hidden, weight, targets)
-    out = {"cross_entropy": torch.empty(len(hidden)), "log_z": torch.empty(len(hidden))}
-    job = _job(tensors | out, len(weight))
-
-    def task(part: int, first: int, last: int) -> None:
-        rows = launch.scratch(compiled.SCRATCH + compiled.KEYS * job.width)
-        for i in range(first * ROWS_A_TASK, min(last * ROWS_A_TASK, job.n), ROWS_A_TASK):
-            compiled.forward(job, i, min(i + ROWS_A_TASK, job.n), rows)
-
-    launch.run(task, -(-job.n // ROWS_A_TASK))
-    return out["cross_entropy"], out["log_z"]
+    cross_entropy, log_z = torch.empty(len(hidden)), torch.empty(len(hidden))
+    job = _job(tensors | {"cross_entropy": cross_entropy, "log_z": log_z}, len(weight))
+    tasks = -(-job.n // compiled.ROWS_A_TASK)
+    launch.run(compiled.forward, job, tasks, compiled.SCRATCH + compiled.KEYS * job.width)
+    return cross_entropy, log_z
 
 
-@_forward.register_fake
-def _(hidden, weight, targets):
-    return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
-
-
-@torch.library.custom_op("nanochameleon::linear_zloss_cross_entropy_backward", mutates_args=(), device_types="cpu")
 def _backward(
     g: Tensor, h: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_z: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -87,29 +74,30 @@ def _backward(
     upstream = {"g": g.float().contiguous(), "h": h.float().contiguous(), "shift": log_z * float(compiled.LOG2E)}
     d_hidden, d_weight = torch.zeros(parts, *tensors["hidden"].shape), torch.empty_like(tensors["weight"])
     job = _job(tensors | upstream | {"d_hidden": d_hidden, "d_weight": d_weight}, len(weight))
-
-    def task(part: int, first: int, last: int) -> None:
-        floats = launch.scratch(compiled.SCRATCH + 2 * compiled.KEYS * job.width)
-        compiled.backward(job, part, first, last, floats)
-
-    launch.run(task, -(-len(weight) // compiled.KEYS), parts)
+    tiles, floats = -(-len(weight) // compiled.KEYS), compiled.SCRATCH + 2 * compiled.KEYS * job.width
+    launch.run(compiled.backward, job, tiles, floats, parts)
     v, d = weight.shape
     total = d_hidden[0] if parts == 1 else d_hidden.sum(0)
     return total[:, :d].to(hidden.dtype).contiguous(), d_weight[:v, :d].to(weight.dtype).contiguous()
-
-
-@_backward.register_fake
-def _(g, h, hidden, weight, targets, log_z):
-    contiguous = torch.contiguous_format
-    return torch.empty_like(hidden, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _gradients(ctx, g, h):
-    return *torch.ops.nanochameleon.linear_zloss_cross_entropy_backward(g, h, *ctx.saved_tensors), None
+def _gradients(backward, ctx, g, h):
+    return *backward(g, h, *ctx.saved_tensors), None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+linear_zloss_op = differentiable("linear_zloss_cross_entropy", _forward, _backward, _save, _gradients)
+
+
+@torch.library.register_fake("nanochameleon::linear_zloss_cross_entropy")
+def _(hidden, weight, targets):
+    return hidden.new_empty(len(hidden), dtype=torch.float32), hidden.new_empty(len(hidden), dtype=torch.float32)
+
+
+@torch.library.register_fake("nanochameleon::linear_zloss_cross_entropy_backward")
+def _(g, h, hidden, weight, targets, log_z):
+    contiguous = torch.contiguous_format
+    return torch.empty_like(hidden, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)

@@ -29,6 +29,7 @@ from nanochameleon.kernels.attention_numba import (
     times_queries,
 )
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
     ZERO,
     W,
@@ -48,7 +49,8 @@ from nanochameleon.kernels.simd import (
     total,
 )
 
-SCRATCH = 64 * 1024  # floats besides those that depend on the width
+ROWS_A_TASK = 256
+SCRATCH = QUERIES * KEYS + 2 * ROWS_A_TASK + W  # floats besides those that depend on the width
 
 
 class Job(NamedTuple):
@@ -67,6 +69,9 @@ class Job(NamedTuple):
     width: int
 
 
+read_job = reader(Job)
+
+
 @njit
 def take_in(x, nk, largest_sum, i):
     """One row of nk logits into the row's (largest, sum of 2^(x - largest)) at largest_sum."""
@@ -83,8 +88,15 @@ def take_in(x, nk, largest_sum, i):
 
 
 @kernel
-def forward(job, first, last, scratch):
-    """Rows [first, last): cross-entropy and log Z."""
+def forward(job, part, first, last, scratch):
+    """Tasks [first, last), each ROWS_A_TASK rows: cross-entropy and log Z."""
+    job = read_job(job)
+    for i in range(first * ROWS_A_TASK, min(last * ROWS_A_TASK, job.n), ROWS_A_TASK):
+        forward_rows(job, i, min(i + ROWS_A_TASK, job.n), scratch)
+
+
+@njit
+def forward_rows(job, first, last, scratch):
     width = job.width
     tile, largest_sum = scratch, scratch + 4 * QUERIES * KEYS
     wt = largest_sum + 8 * (last - first)
@@ -116,6 +128,7 @@ def forward(job, first, last, scratch):
 @kernel
 def backward(job, part, first, last, scratch):
     """Tiles [first, last) of the vocabulary: d_weight, and their share of d_hidden in this part's buffer."""
+    job = read_job(job)
     width = job.width
     tile, wt = scratch, scratch + 4 * QUERIES * KEYS
     d_weight = wt + 4 * width * KEYS
@@ -144,4 +157,4 @@ def backward(job, part, first, last, scratch):
             store(job.d_weight + 4 * (j * width + c), load(d_weight + 4 * c) * splat(LN2))
 
 
-__all__ = ["KEYS", "LOG2E", "ONE", "SCRATCH", "Job", "backward", "forward"]
+__all__ = ["KEYS", "LOG2E", "ONE", "ROWS_A_TASK", "SCRATCH", "Job", "backward", "forward"]

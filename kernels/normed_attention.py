@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanochameleon.kernels.attention import attention, visible
 from nanochameleon.kernels.dispatch import choose
+from nanochameleon.kernels.ops import differentiable
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
 
@@ -80,94 +81,90 @@ def normed_attention(
         q, k = rotary(q, turns, *norms[:2], eps), rotary(k, turns, *norms[2:], eps)
         mask = None if doc_ids is None else visible(doc_ids, doc_ids)
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
-    return torch.ops.nanochameleon.normed_attention(q, k, v, turns, doc_ids, *norms, eps)[0]
+    return normed_attention_op(q, k, v, turns, doc_ids, *norms, eps)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The op
 
 
-def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor):
+def _row(x: Tensor) -> int:
+    """Numbers from one position's row to the next."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor, v: Tensor, eps: float):
     """The tensors' addresses and the sizes, as the compiled kernels take them."""
     from nanochameleon.kernels.attention_numba import Job, W
 
     t, heads, e = q.shape[1:]
-    sizes = dict(t=t, heads=heads, key_heads=k.shape[2], e=e, width=-(-e // W) * W, size=q.element_size(), scratch=0)
+    sizes = dict(t=t, heads=heads, key_heads=k.shape[2], e=e, width=-(-e // W) * W, size=q.element_size(), eps=eps)
+    rows = dict(q_row=_row(q), k_row=_row(k), v_row=_row(v), d_row=(heads + 2 * k.shape[2]) * e)
     where = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
-    return Job(**(dict.fromkeys(Job._fields, 0) | where | sizes))
+    return Job(**(dict.fromkeys(Job._fields, 0) | where | sizes | rows))
 
 
 def _run(name: str, tensors: dict[str, Tensor | None], eps: float) -> None:
-    import numpy as np
-
     from nanochameleon.kernels import attention_numba, launch
 
-    job = _job(tensors, tensors["q"], tensors["k"])
-    kernel, floats = getattr(attention_numba, name), attention_numba.scratch_floats(job, name == "backward")
-    numbers = np.float32(eps), np.float32(job.e**-0.5)
+    job = _job(tensors, *(tensors[name] for name in "qkv"), eps)
+    floats = attention_numba.scratch_floats(job, name == "backward")
+    launch.run(getattr(attention_numba, name), job, len(tensors["q"]) * job.key_heads, floats)
 
-    def task(part: int, first: int, last: int) -> None:
-        kernel(job._replace(scratch=launch.scratch(floats)), first, last, *numbers)
 
-    launch.run(task, len(tensors["q"]) * job.key_heads)
+def _in_rows(x: Tensor) -> Tensor:
+    """As it is where only positions lie apart, as in the output of a product that makes q, k and v (linear.py)."""
+    b, t, heads, e = x.shape
+    row = _row(x)
+    regular = (e == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == e) and (b == 1 or x.stride(0) == t * row)
+    return x if regular else x.contiguous()
 
 
 def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias) -> dict[str, Tensor | None]:
-    """Contiguous, of one type, the small ones float32 and padded with zeros to whole registers."""
+    """Of one type and regular strides, the small ones float32 and padded with zeros to whole registers."""
     from nanochameleon.kernels.attention_numba import W
 
     def row(x: Tensor | None) -> Tensor | None:
-        return None if x is None else F.pad(x.float(), (0, -x.shape[-1] % W)).contiguous()
+        if x is None:
+            return None
+        x = x.float()
+        return (F.pad(x, (0, -x.shape[-1] % W)) if x.shape[-1] % W else x).contiguous()
 
     b, t = q.shape[:2]
-    big = {name: x.to(q.dtype).contiguous() for name, x in (("q", q), ("k", k), ("v", v))}
+    big = {name: _in_rows(x.to(q.dtype)) for name, x in (("q", q), ("k", k), ("v", v))}
     norms = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     docs = None if doc_ids is None else doc_ids.long().contiguous()
     return big | {name: row(x) for name, x in norms.items()} | {"table": row(turns.expand(b, t, -1)), "docs": docs}
 
 
-@torch.library.custom_op("nanochameleon::normed_attention", mutates_args=(), device_types="cpu")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None, q_weight: Tensor | None,
     q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out (B, T, H, E), and (B, H, T) float32, log2 of the sum of 2^score that the gradient needs."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty(q.shape)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
     inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias)
     _run("forward", inputs | {"out": out, "lse": lse}, eps)
     return out, lse
 
 
-@_forward.register_fake
-def _(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
-    shape = q.shape[0], q.shape[2], q.shape[1]
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(shape, dtype=torch.float32)
-
-
-@torch.library.custom_op("nanochameleon::normed_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(
     d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and of the norms, (H, E) and (G, E); without norms those are of length 0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k, v side by side, (B, T, H + 2 G, E), and of the norms, (H, E) and (G, E); without norms
+    those are of length 0."""
     inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias)
-    big = {f"d{name}": torch.empty_like(inputs[name]) for name in "qkv"}
-    (b, _, h, e), g, width = q.shape, k.shape[2], inputs["table"].shape[-1]
+    (b, t, h, e), g, width = q.shape, k.shape[2], inputs["table"].shape[-1]
+    both = q.new_empty(b, t, h + 2 * g, e)
+    big = dict(zip(("dq", "dk", "dv"), both.split([h, g, g], 2), strict=True))
     heads = {"d_q_weight": h, "d_q_bias": h, "d_k_weight": g, "d_k_bias": g}
     parts = {name: torch.zeros(b, n, width) for name, n in heads.items()}
     saved = {"d_out": d_out.to(q.dtype).contiguous(), "out": out, "lse": lse}
     _run("backward", inputs | big | parts | saved, eps)
     norms = [x.sum(0)[:, :e].contiguous() if q_weight is not None else x.new_empty(0) for x in parts.values()]
-    return *big.values(), *norms
-
-
-@_backward.register_fake
-def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
-    big = [torch.empty_like(x, memory_format=torch.contiguous_format, dtype=q.dtype) for x in (q, k, v)]
-    given = q_weight, q_bias, k_weight, k_bias
-    norms = [q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in given]
-    return *big, *norms
+    return both, *norms
 
 
 def _save(ctx, inputs, output) -> None:
@@ -177,14 +174,27 @@ def _save(ctx, inputs, output) -> None:
     ctx.types = [x.dtype if isinstance(x, Tensor) else None for x in tensors]
 
 
-def _gradients(ctx, d_out, _):
+def _gradients(backward, ctx, d_out, _):
     out, lse, *tensors = ctx.saved_tensors
-    dq, dk, dv, *norms = torch.ops.nanochameleon.normed_attention_backward(d_out, out, lse, *tensors, ctx.eps)
+    both, *norms = backward(d_out, out, lse, *tensors, ctx.eps)
+    dq, dk, dv = both.split([x.shape[2] for x in tensors[:3]], 2)
     norms = [x.to(kind) if kind is not None else None for x, kind in zip(norms, ctx.types[5:], strict=True)]
     return dq, dk.to(ctx.types[1]), dv.to(ctx.types[2]), None, None, *norms, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+normed_attention_op = differentiable("normed_attention", _forward, _backward, _save, _gradients)
+
+
+@torch.library.register_fake("nanochameleon::normed_attention")
+def _(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("nanochameleon::normed_attention_backward")
+def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
+    given = q_weight, q_bias, k_weight, k_bias
+    norms = [q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in given]
+    return q.new_empty(*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]), *norms
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
-"""RMSNorm (arXiv 1910.07467): y = x / sqrt(mean x^2 + eps) * weight, over the last dimension.
+"""RMSNorm (arXiv 1910.07467), y = x / sqrt(mean x^2 + eps) * weight over the last dimension, alone and with the
+residual sum that stands beside it in a block:
 
-The gradient, with r = 1 / sqrt(mean x^2 + eps) and u = g * weight:
+    add_norm   s = x + branch,        y = norm(s)       norm before each branch (7B): s goes on, y is what is read next
+    norm_add   x + norm(branch)                         norm behind each branch (34B)
+
+The norm's gradient, with r = 1 / sqrt(mean x^2 + eps) and u = g * weight:
     dx = r (u - x r^2 mean(u x)),   dweight = sum over rows of g x r
 
-Shapes: x (..., D), weight (D,). Under autocast the result has autocast's type, that of the products which read it (with
-norm_order "post" the residual sum reads it, too); otherwise that of x.
+Shapes: x and branch (..., D), weight (D,); s has the type of x. Under autocast y has autocast's type, that of the
+products which read it; otherwise that of x.
 """
 
 import torch
@@ -12,92 +16,163 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-
-
-def _result_type(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+from nanochameleon.kernels.ops import differentiable, product_type
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps).to(_result_type(x))
+    return F.rms_norm(x, weight.shape, weight, eps).to(product_type(x))
+
+
+def add_norm_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    s = x + branch
+    return s, rms_norm_reference(s, weight, eps)
+
+
+def norm_add_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x + rms_norm_reference(branch, weight, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """By the implementation that `dispatch.choose` names."""
+    """By the implementation that `dispatch.choose` names, as the two below."""
     if choose("rms_norm", x) == "reference":
         return rms_norm_reference(x, weight, eps)
-    return torch.ops.nanochameleon.rms_norm(x, weight, eps, _result_type(x) == torch.bfloat16)
+    return rms_norm_op(x, weight, eps, product_type(x) == torch.bfloat16)
 
 
-def _run(name: str, eps: float, parts: int | None, d: int, **tensors: Tensor) -> None:
-    import numpy as np
+def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if choose("rms_norm", x) == "reference":
+        return add_norm_reference(x, branch, weight, eps)
+    return add_norm_op(x, branch, weight, eps, product_type(x) == torch.bfloat16)
 
+
+def norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if choose("rms_norm", x) == "reference":
+        return norm_add_reference(x, branch, weight, eps)
+    return norm_add_op(x, branch, weight, eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ops
+
+
+def _run(name: str, weight: Tensor, eps: float, parts: int | None = None, **tensors: Tensor | None) -> Tensor | None:
+    """Runs a kernel on contiguous tensors; with `parts` returns the weight's gradient."""
     from nanochameleon.kernels import launch
     from nanochameleon.kernels import rms_norm_numba as compiled
 
-    sizes = {"d": d, "size": tensors["x"].element_size(), "y_size": tensors["y"].element_size()}
-    where = {key: tensor.data_ptr() for key, tensor in tensors.items()}
-    job = compiled.Job(**(dict.fromkeys(compiled.Job._fields, 0) | where | sizes))
-
-    def task(part: int, first: int, last: int) -> None:
-        row, extra = launch.scratch(2 * d + compiled.W), (part,) if parts else ()
-        getattr(compiled, name)(job, *extra, first, last, row, np.float32(eps))
-
-    launch.run(task, tensors["x"].numel() // d, parts)
-
-
-def _padded(x: Tensor) -> Tensor:
-    """Contiguous, with zeros to whole registers, which change no sum; the mean is scaled back by the caller."""
-    from nanochameleon.kernels.simd import W
-
-    return F.pad(x, (0, -x.shape[-1] % W)).contiguous()
+    d = len(weight)
+    width = -(-d // compiled.W) * compiled.W
+    tensors["weight"] = weight.float() if d == width else F.pad(weight.float(), (0, width - d))
+    tensors["d_weight"] = torch.zeros(parts, width) if parts else None
+    where = {key: 0 if x is None else x.data_ptr() for key, x in tensors.items()}
+    kinds = {"size": ("x", "dx"), "branch_size": ("branch", "d_branch"), "y_size": ("y", "dy")}
+    sizes = {key: next((tensors[n].element_size() for n in names if n in tensors), 0) for key, names in kinds.items()}
+    job = compiled.Job(**(dict.fromkeys(compiled.Job._fields, 0) | where | sizes | dict(d=d, width=width, eps=eps)))
+    some = next(x for x in tensors.values() if x is not None)
+    launch.run(getattr(compiled, name), job, some.numel() // d, 3 * width, parts)
+    return tensors["d_weight"].sum(0)[:d].to(weight.dtype) if parts else None
 
 
-def _scaled(weight: Tensor, eps: float, width: int) -> tuple[Tensor, float, float]:
-    """Padding changes mean x^2 by D / width: the same result from sqrt(D / width) weight and D / width eps."""
-    share = weight.shape[0] / width
-    return _padded(weight.float()) * share**0.5, eps * share, share**0.5
+def _new(x: Tensor, bf16: bool = False) -> Tensor:
+    return torch.empty_like(x, dtype=torch.bfloat16 if bf16 else x.dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("nanochameleon::rms_norm", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, weight: Tensor, eps: float, bf16: bool) -> Tensor:
-    padded = _padded(x)
-    scaled, eps, _ = _scaled(weight, eps, padded.shape[-1])
-    y = torch.empty_like(padded, dtype=torch.bfloat16 if bf16 else x.dtype)
-    _run("forward", eps, None, padded.shape[-1], x=padded, weight=scaled, y=y)
-    return y if y.shape == x.shape else y[..., : x.shape[-1]].contiguous()
+def _norm(x: Tensor, weight: Tensor, eps: float, bf16: bool) -> Tensor:
+    y = _new(x, bf16)
+    _run("add_norm", weight, eps, x=x.contiguous(), y=y)
+    return y
 
 
-@_forward.register_fake
-def _(x, weight, eps, bf16):
-    contiguous = torch.contiguous_format
-    return torch.empty_like(x, dtype=torch.bfloat16 if bf16 else x.dtype, memory_format=contiguous)
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dx, parts = _new(x), torch.get_num_threads()
+    return dx, _run("add_norm_backward", weight, eps, parts, x=x.contiguous(), dy=dy.contiguous(), dx=dx)
 
 
-@torch.library.custom_op("nanochameleon::rms_norm_backward", mutates_args=(), device_types="cpu")
-def _backward(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    padded, upstream, d = _padded(x), _padded(g), x.shape[-1]
-    scaled, eps, share = _scaled(weight, eps, padded.shape[-1])
-    dx, parts = torch.empty_like(padded), torch.get_num_threads()
-    d_weight = torch.zeros(parts, padded.shape[-1])
-    _run("backward", eps, parts, padded.shape[-1], x=padded, weight=scaled, y=upstream, dx=dx, d_weight=d_weight)
-    dx = dx if dx.shape == x.shape else dx[..., :d].contiguous()
-    return dx, (d_weight.sum(0)[:d] * share).to(weight.dtype)
+def _add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, bf16: bool) -> tuple[Tensor, Tensor]:
+    s, y = _new(x), _new(x, bf16)
+    _run("add_norm", weight, eps, x=x.contiguous(), branch=branch.contiguous(), s=s, y=y)
+    return s, y
 
 
-@_backward.register_fake
-def _(g, x, weight, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+def _add_norm_backward(
+    ds: Tensor, dy: Tensor, s: Tensor, weight: Tensor, eps: float, narrow: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of x, the same in bfloat16 for the branch (nothing where not `narrow`), and that of the weight."""
+    dx, d_branch, parts = _new(s), _new(s, narrow) if narrow else s.new_empty(0), torch.get_num_threads()
+    given = dict(x=s, ds=ds.contiguous(), dy=dy.contiguous(), dx=dx) | (dict(d_branch=d_branch) if narrow else {})
+    return dx, d_branch, _run("add_norm_backward", weight, eps, parts, **given)
 
 
-def _save(ctx, inputs, output) -> None:
+def _norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+    s = _new(x)
+    _run("norm_add", weight, eps, x=x.contiguous(), branch=branch.contiguous(), s=s)
+    return s
+
+
+def _norm_add_backward(ds: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dx, parts = _new(branch), torch.get_num_threads()
+    return dx, _run("add_norm_backward", weight, eps, parts, x=branch.contiguous(), dy=ds.contiguous(), dx=dx)
+
+
+def _save_norm(ctx, inputs, output) -> None:
     x, weight, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _gradients(ctx, g):
-    return *torch.ops.nanochameleon.rms_norm_backward(g, *ctx.saved_tensors, ctx.eps), None, None
+def _save_add_norm(ctx, inputs, output) -> None:
+    x, branch, weight, ctx.eps, _ = inputs
+    ctx.save_for_backward(output[0], weight)
+    ctx.narrow, ctx.kind = x.dtype == torch.float32 and branch.dtype == torch.bfloat16, branch.dtype
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+def _save_norm_add(ctx, inputs, output) -> None:
+    _, branch, weight, ctx.eps = inputs
+    ctx.save_for_backward(branch, weight)
+
+
+def _norm_gradients(backward, ctx, dy):
+    return *backward(dy, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _add_norm_gradients(backward, ctx, ds, dy):
+    dx, d_branch, d_weight = backward(ds, dy, *ctx.saved_tensors, ctx.eps, ctx.narrow)
+    return dx, d_branch if ctx.narrow else dx.to(ctx.kind), d_weight, None, None
+
+
+def _norm_add_gradients(backward, ctx, ds):
+    return ds, *backward(ds, *ctx.saved_tensors, ctx.eps), None
+
+
+rms_norm_op = differentiable("rms_norm", _norm, _norm_backward, _save_norm, _norm_gradients)
+add_norm_op = differentiable("add_norm", _add_norm, _add_norm_backward, _save_add_norm, _add_norm_gradients)
+norm_add_op = differentiable("norm_add", _norm_add, _norm_add_backward, _save_norm_add, _norm_add_gradients)
+
+
+@torch.library.register_fake("nanochameleon::rms_norm")
+def _(x, weight, eps, bf16):
+    return _new(x, bf16)
+
+
+@torch.library.register_fake("nanochameleon::rms_norm_backward")
+def _(dy, x, weight, eps):
+    return _new(x), torch.empty_like(weight)
+
+
+@torch.library.register_fake("nanochameleon::add_norm")
+def _(x, branch, weight, eps, bf16):
+    return _new(x), _new(x, bf16)
+
+
+@torch.library.register_fake("nanochameleon::add_norm_backward")
+def _(ds, dy, s, weight, eps, narrow):
+    return _new(s), _new(s, narrow) if narrow else s.new_empty(0), torch.empty_like(weight)
+
+
+@torch.library.register_fake("nanochameleon::norm_add")
+def _(x, branch, weight, eps):
+    return _new(x)
+
+
+@torch.library.register_fake("nanochameleon::norm_add_backward")
+def _(ds, branch, weight, eps):
+    return _new(branch), torch.empty_like(weight)

@@ -231,6 +231,12 @@ def divide(b, x, y):
     return b.fdiv(x, y)
 
 
+@instruction(vec, vec)
+def root(b, x):
+    """Square roots."""
+    return _call(b, f"llvm.sqrt.v{W}f32", V, x)
+
+
 @instruction(number, vec)
 def total(b, x):
     """The sum of all lanes."""
@@ -266,14 +272,33 @@ def turn_back(b, x, table):
     return _turn(b, x, table, [1.0, -1.0])
 
 
+def halves(d: int) -> tuple[ir.Constant, ir.Constant]:
+    """Of two registers: the stretches of d lanes whose number is even, those of the second in the places of the odd
+    ones of the first; and the same with odd and even exchanged."""
+    low = ir.Constant(VI, [i if i & d == 0 else W + i - d for i in range(W)])
+    high = ir.Constant(VI, [i + d if i & d == 0 else W + i for i in range(W)])
+    return low, high
+
+
+@instruction(vec, address)
+def row_sums(b, p):
+    """(W, W) numbers -> the sum of each row: pairs of rows share a register, log2 W times."""
+    rows, d = [load_at(b, p, W * i) for i in range(W)], W // 2
+    while d:
+        low, high = halves(d)
+        pairs = [(rows[i], rows[i + d]) for i in range(d)]
+        rows = [b.fadd(b.shuffle_vector(x, y, low), b.shuffle_vector(x, y, high)) for x, y in pairs]
+        d //= 2
+    return rows[0]
+
+
 @instruction(types.void, address, count, address, count)
 def transpose(b, source, lds, target, ldt):
     """(W, W) numbers, rows lds and ldt apart: swaps halves of ever smaller blocks, log2 W times."""
     rows = [load_at(b, b.add(source, b.mul(lds, ir.Constant(i64, 4 * i)))) for i in range(W)]
     d = W // 2
     while d:
-        low = ir.Constant(VI, [i if i & d == 0 else W + i - d for i in range(W)])
-        high = ir.Constant(VI, [i + d if i & d == 0 else W + i for i in range(W)])
+        low, high = halves(d)
         for i in range(W):
             if i & d == 0:
                 x, y = rows[i], rows[i + d]

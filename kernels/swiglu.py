@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
+from nanochameleon.kernels.ops import differentiable
 
 
 def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:
@@ -18,53 +19,60 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """By the implementation that `dispatch.choose` names."""
     if choose("swiglu", a) == "reference":
         return swiglu_reference(a, b)
-    return torch.ops.nanochameleon.swiglu(a, b)
+    return swiglu_op(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The op
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """(N, F), a view where x is one half of a wider tensor (linear.py)."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()
 
 
 def _run(name: str, **tensors: Tensor) -> None:
     from nanochameleon.kernels import launch
     from nanochameleon.kernels import swiglu_numba as compiled
 
+    a, b = tensors["a"], tensors["b"]
+    sizes = {"f": a.shape[1], "a_row": a.stride(0), "b_row": b.stride(0), "size": a.element_size()}
     where = {key: x.data_ptr() for key, x in tensors.items()}
-    sizes = {"n": tensors["a"].numel(), "size": tensors["a"].element_size()}
     job = compiled.Job(**(dict.fromkeys(compiled.Job._fields, 0) | where | sizes))
-    kernel, floats = getattr(compiled, name), 3 * compiled.CHUNK
-    chunks = -(-sizes["n"] // compiled.CHUNK)
-    launch.run(lambda part, first, last: kernel(job, first, last, launch.scratch(floats)), chunks)
+    launch.run(getattr(compiled, name), job, len(a), 3 * compiled.W)
 
 
-@torch.library.custom_op("nanochameleon::swiglu", mutates_args=(), device_types="cpu")
 def _forward(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.contiguous(), b.contiguous()
-    y = torch.empty_like(a)
-    _run("forward", a=a, b=b, y=y)
+    y = torch.empty_like(a, memory_format=torch.contiguous_format)
+    _run("forward", a=_in_rows(a), b=_in_rows(b), y=y)
     return y
 
 
-@_forward.register_fake
-def _(a, b):
-    return torch.empty_like(a, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("nanochameleon::swiglu_backward", mutates_args=(), device_types="cpu")
-def _backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    a, b, g = a.contiguous(), b.contiguous(), g.contiguous()
-    da, db = torch.empty_like(a), torch.empty_like(b)
-    _run("backward", a=a, b=b, y=g, da=da, db=db)
-    return da, db
-
-
-@_backward.register_fake
-def _(g, a, b):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))
+def _backward(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(..., 2 F): the gradients of a and of b side by side."""
+    both = a.new_empty(*a.shape[:-1], 2 * a.shape[-1])
+    da, db = _in_rows(both).chunk(2, 1)
+    _run("backward", a=_in_rows(a), b=_in_rows(b), y=g.contiguous(), da=da, db=db)
+    return both
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx, g):
-    return torch.ops.nanochameleon.swiglu_backward(g, *ctx.saved_tensors)
+def _gradients(backward, ctx, g):
+    return backward(g, *ctx.saved_tensors).chunk(2, -1)
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+swiglu_op = differentiable("swiglu", _forward, _backward, _save, _gradients)
+
+
+@torch.library.register_fake("nanochameleon::swiglu")
+def _(a, b):
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("nanochameleon::swiglu_backward")
+def _(g, a, b):
+    return a.new_empty(*a.shape[:-1], 2 * a.shape[-1])

@@ -1,7 +1,7 @@
 """SwiGLU for the CPU: silu(a) b in one pass. silu(a) = a s with s = 1 / (1 + 2^(-a log2 e)).
 
 Backward, g the gradient of the result: da = g b s (1 + a (1 - s)),   db = g a s.
-All of `size` bytes a number (4 float32, 2 bfloat16); tasks are stretches of CHUNK numbers.
+Rows of F numbers, of `size` bytes each; those of a and b may lie in one wide row, as those of da and db do.
 """
 
 import math
@@ -10,55 +10,101 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochameleon.kernels.launch import kernel
-from nanochameleon.kernels.simd import W, divide, exp2, larger, load, njit, read_row, splat, store, write_row
+from nanochameleon.kernels.region_numba import reader
+from nanochameleon.kernels.simd import (
+    W,
+    divide,
+    exp2,
+    load,
+    load_bf16,
+    njit,
+    read_row,
+    splat,
+    store,
+    store_bf16,
+    write_row,
+)
 
-CHUNK = 512  # numbers a turn: three of them in the first-level cache
-MINUS_LOG2E, ONE, LEAST = np.float32(-1 / math.log(2)), np.float32(1), np.float32(-126.0)
+MINUS_LOG2E, ONE = np.float32(-1 / math.log(2)), np.float32(1)
 
 
 class Job(NamedTuple):
-    a: int
+    a: int  # (N, F), rows `a_row` numbers apart
     b: int
-    y: int  # the result; in the backward pass its gradient
-    da: int
+    y: int  # (N, F), the result; in the backward pass its gradient
+    da: int  # (N, F), rows 2 F numbers apart
     db: int
-    n: int  # numbers in each
-    size: int
+    f: int
+    a_row: int
+    b_row: int
+    size: int  # 4 float32, 2 bfloat16
+
+
+read_job = reader(Job)
 
 
 @njit
 def sigmoid(x):
-    """1 / (1 + 2^(-x log2 e)); below x = -87 the power is held at 2^126."""
-    power = x * splat(MINUS_LOG2E)
-    held = splat(np.float32(0)) - larger(splat(np.float32(0)) - power, splat(LEAST))
-    return divide(splat(ONE), splat(ONE) + exp2(held))
+    return divide(splat(ONE), splat(ONE) + exp2(x * splat(MINUS_LOG2E)))
 
 
-@kernel
-def forward(job, first, last, scratch):
-    a, b = scratch, scratch + 4 * CHUNK
-    for c in range(first, last):
-        at, n = job.size * c * CHUNK, min(CHUNK, job.n - c * CHUNK)
-        read_row(job.a + at, job.size, n, a)
-        read_row(job.b + at, job.size, n, b)
-        for i in range(0, n, W):
-            x = load(a + 4 * i)
-            store(a + 4 * i, x * sigmoid(x) * load(b + 4 * i))
-        write_row(job.y + at, job.size, n, a, ONE)
+def _rows(load, store, size):
+    """gate and gate_backward for whole registers of one type."""
 
+    @njit
+    def gate(a, b, y, n):
+        for i in range(0, size * n, size * W):
+            x = load(a + i)
+            store(y + i, x * sigmoid(x) * load(b + i))
 
-@kernel
-def backward(job, first, last, scratch):
-    a, b, g = scratch, scratch + 4 * CHUNK, scratch + 8 * CHUNK
-    for c in range(first, last):
-        at, n = job.size * c * CHUNK, min(CHUNK, job.n - c * CHUNK)
-        read_row(job.a + at, job.size, n, a)
-        read_row(job.b + at, job.size, n, b)
-        read_row(job.y + at, job.size, n, g)
-        for i in range(0, n, W):
-            x, y = load(a + 4 * i), load(g + 4 * i)
+    @njit
+    def gate_backward(a, b, g, da, db, n):
+        for i in range(0, size * n, size * W):
+            x, y = load(a + i), load(g + i)
             s = sigmoid(x)
-            store(a + 4 * i, y * load(b + 4 * i) * s * (splat(ONE) + x * (splat(ONE) - s)))
-            store(b + 4 * i, y * x * s)
-        write_row(job.da + at, job.size, n, a, ONE)
-        write_row(job.db + at, job.size, n, b, ONE)
+            store(da + i, y * load(b + i) * s * (splat(ONE) + x * (splat(ONE) - s)))
+            store(db + i, y * x * s)
+
+    return gate, gate_backward
+
+
+gate, gate_backward = _rows(load, store, 4)
+gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2)
+
+
+@kernel
+def forward(job, part, first, last, scratch):
+    job = read_job(job)
+    size, whole = job.size, job.f // W * W
+    tail, rest = size * whole, job.f - whole
+    for n in range(first, last):
+        a, b, y = job.a + size * n * job.a_row, job.b + size * n * job.b_row, job.y + size * n * job.f
+        if size == 4:
+            gate(a, b, y, whole)
+        else:
+            gate_bf16(a, b, y, whole)
+        if rest:
+            read_row(a + tail, size, rest, scratch)
+            read_row(b + tail, size, rest, scratch + 4 * W)
+            gate(scratch, scratch + 4 * W, scratch, W)
+            write_row(y + tail, size, rest, scratch, ONE)
+
+
+@kernel
+def backward(job, part, first, last, scratch):
+    job = read_job(job)
+    size, whole = job.size, job.f // W * W
+    tail, rest = size * whole, job.f - whole
+    for n in range(first, last):
+        a, b, g = job.a + size * n * job.a_row, job.b + size * n * job.b_row, job.y + size * n * job.f
+        da, db = job.da + 2 * size * n * job.f, job.db + 2 * size * n * job.f
+        if size == 4:
+            gate_backward(a, b, g, da, db, whole)
+        else:
+            gate_bf16_backward(a, b, g, da, db, whole)
+        if rest:
+            for i, row in enumerate((a, b, g)):
+                read_row(row + tail, size, rest, scratch + 4 * W * i)
+            gate_backward(scratch, scratch + 4 * W, scratch + 8 * W, scratch, scratch + 4 * W, W)
+            write_row(da + tail, size, rest, scratch, ONE)
+            write_row(db + tail, size, rest, scratch + 4 * W, ONE)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
+from nanochameleon.kernels.ops import differentiable
 
 
 def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,26 +63,25 @@ def zloss_cross_entropy_by_hand(logits: Tensor, targets: Tensor) -> tuple[Tensor
 
 def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Equal to the reference, by the implementation that `dispatch.choose` names."""
-    if choose("zloss_cross_entropy", logits) == "reference":
+    name = choose("zloss_cross_entropy", logits)
+    if name == "reference":
         return zloss_cross_entropy_by_hand(logits, targets)
-    return torch.ops.nanochameleon.zloss_cross_entropy(logits, targets)
+    return (zloss_op if name == "numba" else torch.ops.nanochameleon.zloss_cross_entropy)(logits, targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The op
 
 
-def _run(name: str, logits: Tensor, targets: Tensor, *numbers: float, **tensors: Tensor) -> None:
-    import numpy as np
-
+def _run(
+    name: str, logits: Tensor, targets: Tensor, z_loss: float = 0.0, share: float = 0.0, **tensors: Tensor
+) -> None:
     from nanochameleon.kernels import launch, zloss_numba
 
     where = {key: x.data_ptr() for key, x in (("logits", logits), ("targets", targets), *tensors.items())}
-    sizes = {"v": logits.shape[1], "size": logits.element_size()}
+    sizes = {"v": logits.shape[1], "size": logits.element_size(), "z_loss": z_loss, "share": share}
     job = zloss_numba.Job(**(dict.fromkeys(zloss_numba.Job._fields, 0) | where | sizes))
-    kernel, floats = getattr(zloss_numba, name), logits.shape[1] + 2 * zloss_numba.FOUR
-    numbers = tuple(np.float32(x) for x in numbers)
-    launch.run(lambda part, first, last: kernel(job, first, last, launch.scratch(floats), *numbers), len(logits))
+    launch.run(getattr(zloss_numba, name), job, len(logits), logits.shape[1] + 2 * zloss_numba.FOUR)
 
 
 def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,6 @@ def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logits.contiguous(), targets.long().contiguous()
 
 
-@torch.library.custom_op("nanochameleon::zloss_cross_entropy", mutates_args=(), device_types="cpu")
 def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits, targets = _checked(logits, targets)
     cross_entropy, log_z = torch.empty(len(logits)), torch.empty(len(logits))
@@ -99,12 +98,6 @@ def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return cross_entropy, log_z
 
 
-@_forward.register_fake
-def _(logits, targets):
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
-
-
-@torch.library.custom_op("nanochameleon::zloss_cross_entropy_backward", mutates_args=(), device_types="cpu")
 def _backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> Tensor:
     """The gradient of the logits, in their type, for the gradients g and h of the two outputs."""
     logits, targets = logits.contiguous(), targets.long().contiguous()
@@ -114,35 +107,40 @@ def _backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tens
     return gradient
 
 
-@_backward.register_fake
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradients(backward, ctx, g, h):
+    return backward(g, h, *ctx.saved_tensors), None
+
+
+zloss_op = differentiable("zloss_cross_entropy", _forward, _backward, _save, _gradients)
+
+
+@torch.library.register_fake("nanochameleon::zloss_cross_entropy")
+def _(logits, targets):
+    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@torch.library.register_fake("nanochameleon::zloss_cross_entropy_backward")
 def _(g, h, logits, targets, log_z):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@_forward.register_kernel("cuda")
+@torch.library.register_kernel("nanochameleon::zloss_cross_entropy", "cuda")
 def _(logits, targets):
     from nanochameleon.kernels import gpu
 
     return gpu.zloss_forward(logits.contiguous(), targets.long().contiguous())
 
 
-@_backward.register_kernel("cuda")
+@torch.library.register_kernel("nanochameleon::zloss_cross_entropy_backward", "cuda")
 def _(g, h, logits, targets, log_z):
     from nanochameleon.kernels import gpu
 
     g, h = g.float().contiguous(), h.float().contiguous()
     return gpu.zloss_backward(g, h, logits.contiguous(), targets.long().contiguous(), log_z)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _gradients(ctx, g, h):
-    return torch.ops.nanochameleon.zloss_cross_entropy_backward(g, h, *ctx.saved_tensors), None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
 
 
 def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: float) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
     ZERO,
     W,
@@ -52,6 +53,11 @@ class Job(NamedTuple):
     gradient: int  # (N, V), may be the logits
     v: int
     size: int
+    z_loss: float  # these two where the loss is known before
+    share: float
+
+
+read_job = reader(Job)
 
 
 @njit
@@ -122,7 +128,8 @@ def fill_row(p, size, v, x):
 
 
 @kernel
-def forward(job, first, last, row):
+def forward(job, part, first, last, row):
+    job = read_job(job)
     for n in range(first, last):
         logits, y = job.logits + job.size * n * job.v, peek_int(job.targets + 8 * n)
         cross_entropy, log_z = ZERO, ZERO
@@ -135,8 +142,9 @@ def forward(job, first, last, row):
 
 
 @kernel
-def backward(job, first, last, row):
+def backward(job, part, first, last, row):
     """gradient = (g + h) 2^(x log2 e - log2 Z), and - g at the target, which is rounded once."""
+    job = read_job(job)
     size, v = job.size, job.v
     for n in range(first, last):
         logits, gradient, y = job.logits + size * n * v, job.gradient + size * n * v, peek_int(job.targets + 8 * n)
@@ -162,8 +170,9 @@ def backward(job, first, last, row):
 
 
 @kernel
-def overwrite(job, first, last, row, z, share):
-    """Forward, and the gradient of share * (cross-entropy + z log Z^2) over the logits, in one pass."""
+def overwrite(job, part, first, last, row):
+    """Forward, and the gradient of share * (cross-entropy + z_loss log Z^2) over the logits, in one pass."""
+    job = read_job(job)
     size, v = job.size, job.v
     for n in range(first, last):
         logits, y = job.logits + size * n * v, peek_int(job.targets + 8 * n)
@@ -175,8 +184,8 @@ def overwrite(job, first, last, row, z, share):
             powers = sum_of_powers(row, v, most, True)
             log_z = (most + np.float32(math.log2(powers))) * LN2
             cross_entropy = log_z - look(logits, size, y)
-            factor = share * (np.float32(1) + np.float32(2) * z * log_z) / powers
+            factor = job.share * (np.float32(1) + np.float32(2) * job.z_loss * log_z) / powers
             write_row(logits, size, v, row, factor)
-            put(logits, size, y, peek(row + 4 * y) * factor - share)
+            put(logits, size, y, peek(row + 4 * y) * factor - job.share)
         poke(job.cross_entropy + 4 * n, cross_entropy)
         poke(job.log_z + 4 * n, log_z)

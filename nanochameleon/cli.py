@@ -26,7 +26,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
         "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
         "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
-        "evaluation.reconstructions",
+        "evaluation.reconstructions", "evaluation.alignment",
     )),
     ("above 0", lambda x: 0 < x < math.inf, (
         "model.norm_eps", "model.rope_theta", "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
@@ -82,8 +82,15 @@ def check_together(cfg: RunConfig) -> None:
     if cfg.tokenizers.warmup_steps >= cfg.tokenizers.steps:  # then the codebook would never be put to use
         raise UserError(f"tokenizers.warmup_steps must be less than tokenizers.steps, {cfg.tokenizers.steps}")
     check_stages(cfg)
-    if cfg.init_from is None:
+    if cfg.data.source == "prepared" and (cfg.data.live or cfg.data.n_documents):
+        raise UserError("data.live and data.n_documents are for documents made here: leave them out for prepared data")
+    if not sizes_come_later(cfg):
         check_room(cfg)
+
+
+def sizes_come_later(cfg: RunConfig) -> bool:
+    """Are the sizes, or the tokenizers' at least, those of another model or of prepared data (beginning.py)?"""
+    return cfg.init_from is not None or cfg.data.source == "prepared"
 
 
 def check_stages(cfg: RunConfig) -> None:
@@ -109,12 +116,12 @@ def check_room(cfg: RunConfig) -> None:
 def complete(cfg: RunConfig) -> RunConfig:
     """Sets what follows from other fields: the model's vocabulary and context.
 
-    With init_from these and all sizes are the other model's, which train.py takes over (model_folder.adopt).
+    Where sizes_come_later they are not known yet.
     Raises UserError for numbers out of range, and for a vocabulary beyond the 65,536 ids that token shards hold.
     """
     check(cfg)
     check_together(cfg)
-    if cfg.init_from is not None:
+    if sizes_come_later(cfg):
         return cfg
     from nanochameleon.vocab import Vocab
 

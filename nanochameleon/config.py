@@ -160,14 +160,16 @@ class TrainConfig:
     batch_size: int = 8  # rows a step
     seq_len: int = 256  # ids a row; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
+    # whose codes are learnt; drawn: not of pictures that open a document, which nothing foretells; none: figure 6b
+    pictures: Literal["all", "drawn", "none"] = "all"
     answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
-    opening_pictures: bool = True  # learn the codes of pictures that open a document, too; nothing foretells them
     code_noise: float = 0.0  # largest share of a drawn picture's codes that are read as another's: drawing.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # checkpoints kept, beside the one of the least loss
+    tensorboard: bool = False  # also write the log as TensorBoard's files, into tensorboard/
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ class EvalConfig:
     pictures: int = 300  # prompts drawn for each of seen and held-out compositions
     answers: int = 400  # pictures to caption, and as many questions
     reconstructions: int = 400  # pictures for the image tokenizer's score
+    alignment: int = 100  # prompts of each category of alignment that was trained on
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.files import fsync
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.layouts import DECODER, VQ_PREFIX
-from nanochameleon.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, tokenizer_of
+from nanochameleon.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, text_of
 from nanochameleon.run import CONFIG, TEXT_TOKENIZER
 from nanochameleon.tensor_files import Get, write_pth, write_safetensors, write_sharded
 
@@ -90,7 +90,7 @@ def write_hf(parts: Parts, folder: Path, get: Get, args: Args) -> None:
 
 def hf_files(parts: Parts) -> dict[str, dict]:
     """File name -> its JSON. Raises ValueError for a tokenizer without a place for <image>."""
-    vocab = parts.tokenizer().vocab
+    vocab = parts.tokenizers.text().vocab
     tokenizer = layout_files.tokenizer_to_hf(parts.tokenizer_json, vocab)
     names, dtype = layout_files.vocabulary_map(tokenizer), str(parts.dtype).removeprefix("torch.")
     config = layout_files.hf_config(parts.model, parts.vqgan, vocab, names, dtype)
@@ -148,7 +148,7 @@ def convert(args: Args) -> Path:
     if (args.shards or 1) < 1 or not args.file_gb > 0:
         raise UserError("--shards must be at least 1 and --file-gb above 0")
     parts = open_parts(args.src)
-    tokenizer_of(parts, args.src)
+    text_of(parts.tokenizers, args.src)
     check(parts, args)
     if not parts.has_decoder:
         print(f"warning: {NO_DECODER}", file=sys.stderr)

@@ -12,16 +12,15 @@ from dataclasses import replace
 import numpy as np
 
 from nanochameleon.config import RunConfig
-from nanochameleon.packing import IGNORE, Batch
+from nanochameleon.packing import IGNORE, Batch, without
 from nanochameleon.vocab import Vocab
 
 
-def to_learn(batch: Batch, cfg: RunConfig, vocab: Vocab, numbers: Sequence[int]) -> Batch:
-    """A batch of the loader as the configuration wants it learnt. numbers: see `noisy`."""
-    n_codes, t = cfg.vqgan.codes_per_image, cfg.train
-    if not t.opening_pictures:
-        batch = drawn_alone(batch, n_codes, vocab)
-    return noisy(batch, n_codes, t.code_noise, vocab, cfg.seed, numbers) if t.code_noise else batch
+def to_learn(batch: Batch, cfg: RunConfig, vocab: Vocab) -> Batch:
+    """A batch with targets for the pictures that the configuration wants learnt."""
+    if cfg.train.pictures == "none":
+        return without(batch, range(vocab.first_code, vocab.eoi))
+    return batch if cfg.train.pictures == "all" else drawn_alone(batch, cfg.vqgan.codes_per_image, vocab)
 
 
 def pictures(batch: Batch, n_codes: int, vocab: Vocab) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -39,7 +38,7 @@ def drawn_alone(batch: Batch, n_codes: int, vocab: Vocab) -> Batch:
     return replace(batch, targets=targets)
 
 
-def noisy(batch: Batch, n_codes: int, most: float, vocab: Vocab, seed: int, numbers: Sequence[int]) -> Batch:
+def noisy(batch: Batch, n_codes: int, vocab: Vocab, most: float, seed: int, numbers: Sequence[int]) -> Batch:
     """In each drawn picture a share of the codes, between 0 and `most`, is read as those of the row's next picture, at
     the same places. Targets stay.
 

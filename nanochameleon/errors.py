@@ -24,15 +24,15 @@ class Interrupted(Exception):
     """Ctrl-C, met between two steps: what is done is saved, and the same command goes on."""
 
 
-def exit_on_user_error(main: Callable[[], T]) -> T:
+def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
     """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130.
 
-    Of several processes, which all find the same fault, the first one says it.
+    Of several processes, which all find the same fault, the first one says it; with `each` every one its own.
     """
     try:
         return main()
     except UserError as error:
-        if isinstance(error, PeerLost) or os.environ.get("RANK", "0") == "0":
+        if each or isinstance(error, PeerLost) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -4,7 +4,10 @@ Folders of several files are checkpoint.py's and data.py's.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def fsync(path: Path) -> None:
@@ -18,12 +21,20 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes beside `path`, then replaces it in one step."""
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, which takes its place in one step when the block ends, and is gone if it fails. Several
+    processes may do so at once, on several machines."""
+    aside = path.with_name(f".tmp-{os.urandom(6).hex()}-{path.name}")
     try:
-        aside.write_bytes(data)
+        with open(aside, "wb") as file:
+            yield file
         fsync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    with replacing(path) as file:
+        file.write(data)

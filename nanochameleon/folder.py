@@ -1,20 +1,20 @@
-"""Your own pictures: a folder with a caption file, read once into prepared pictures.
+"""Your own pictures: a folder with a caption file or of tars, read once into prepared pictures.
 
     captions.jsonl or metadata.jsonl   {"file_name": "a/cat.png", "text": "a cat"}, or "image" and "caption"
     metadata.csv                       a header with file_name and text (or image and caption), then a line a caption
+    00000.tar, 00001.tar, ...          a WebDataset (webdataset.py), where there is no caption file
 
-A file in the folder itself, or one in each of its subfolders (Hugging Face's imagefolder: train/, test/, ...); file
-names are relative to the caption file. A picture may have several captions. What cannot be used is skipped, counted and
-listed with its reason in skipped.jsonl beside the prepared pictures. Left out: folders named for a class, archives.
+A file in the folder itself, or one in each of its subfolders (Hugging Face's imagefolder: train/, test/, ...), and so
+for tars; file names are relative to the caption file. A picture may have several captions. What cannot be used is
+skipped, counted and listed with its reason in skipped.jsonl beside the prepared pictures. Left out: folders named for a
+class.
 """
 
 import csv
 import json
 import os
 import zlib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,51 +22,35 @@ import numpy as np
 from tqdm import tqdm
 
 from nanochameleon.data import Pictures, RawDocument, aside, captioned, interleaved, permutation, write_pictures
+from nanochameleon.data.reading import (
+    SKIPPED,
+    TEXT_KEYS,
+    Bad,
+    File,
+    Report,
+    as_line,
+    first_few,
+    first_text,
+    is_utf8,
+    shortened,
+)
 from nanochameleon.errors import UserError
-from nanochameleon.image_tokenizer import load_picture, preprocess
+from nanochameleon.webdataset import captioned as captioned_in_tar
+from nanochameleon.webdataset import tars_in
 
 CAPTION_FILES = "captions.jsonl", "metadata.jsonl", "metadata.csv"  # the first one found in a folder is read
-FILE_KEYS, TEXT_KEYS = ("file_name", "image"), ("text", "caption")
+FILE_KEYS = ("file_name", "image")
 TEST_FOLDERS = {"test", "validation", "valid", "val", "dev"}
 TEST_SHARE = 20  # without such folders one picture in this many is of the test split
-MAX_CAPTION = 1_000  # characters
-SKIPPED = "skipped.jsonl"  # beside the prepared pictures
-
-
-@dataclass
-class Report:
-    """What preparing a folder came to."""
-
-    pictures: int = 0
-    captions: int = 0
-    cut: int = 0  # captions shortened to the limit
-    skipped: list[dict] = field(default_factory=list)  # {"where": "captions.jsonl:3", "reason": ..., "detail": ...}
-
-    def skip(self, where: str, reason: str, detail: str = "") -> None:
-        self.skipped.append({"where": where, "reason": reason, "detail": detail})
-
-    def __str__(self) -> str:
-        text = f"{self.pictures:,} pictures with {self.captions:,} captions"
-        if self.cut:
-            text += f", {self.cut:,} of them cut"
-        if self.skipped:
-            reasons = Counter(item["reason"] for item in self.skipped).most_common()
-            text += f"; {len(self.skipped):,} skipped: " + ", ".join(f"{n:,} {reason}" for reason, n in reasons)
-        return text
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Caption files
 
 
 def caption_files(folder: Path) -> list[Path]:
-    """The caption file of the folder and of each subfolder. Raises UserError if there is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: set --data.path to the one with your pictures and their captions")
+    """The caption file of the folder and of each subfolder."""
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     found = [[place / name for name in CAPTION_FILES if (place / name).is_file()][:1] for place in places]
-    if not any(found):
-        raise UserError(f"{folder} has no caption file: put captions.jsonl or metadata.csv beside the pictures")
     return [file for files in found for file in files]
 
 
@@ -97,21 +81,6 @@ def csv_rows(file: Path) -> Iterator[tuple[int, dict | None]]:
             yield rows.reader.line_num, row  # rows.line_num does not count a row that failed
 
 
-def first_text(row: dict, keys: tuple[str, ...]) -> str:
-    """The first value under one of the keys that is a text with something in it, stripped; '' if none is."""
-    values = (row.get(key) for key in keys)
-    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
-
-
-def is_utf8(text: str) -> bool:
-    """False for bytes that were none in the file, and for half a surrogate pair that JSON may spell."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def problem(row: dict | None, name: str, caption: str, folder: Path) -> str | None:
     """Why a row cannot be used, short of reading its picture."""
     if row is None:
@@ -128,7 +97,7 @@ def problem(row: dict | None, name: str, caption: str, folder: Path) -> str | No
     return None if os.path.isfile(folder / name) else "missing pictures"
 
 
-def read_captions(folder: Path, report: Report, max_caption: int) -> dict[Path, list[str]]:
+def read_captions(folder: Path, report: Report) -> dict[Path, list[str]]:
     """Picture file -> its captions, in the order of the caption files; notes in `report` what was skipped or cut."""
     captions: dict[Path, list[str]] = {}
     for file in caption_files(folder):
@@ -138,8 +107,9 @@ def read_captions(folder: Path, report: Report, max_caption: int) -> dict[Path, 
             if reason := problem(row, name, caption, file.parent):
                 report.skip(f"{file.relative_to(folder)}:{number}", reason, ascii(name[:200]))
                 continue
-            report.cut += len(caption) > max_caption
-            captions.setdefault(file.parent / os.path.normpath(name), []).append(caption[:max_caption].rstrip())
+            caption, cut = shortened(caption)
+            report.cut += cut
+            captions.setdefault(file.parent / os.path.normpath(name), []).append(caption)
     return captions
 
 
@@ -147,43 +117,73 @@ def read_captions(folder: Path, report: Report, max_caption: int) -> dict[Path, 
 # Preparing
 
 
+Captions = dict[Path, list[str]]
+Fit = Literal["crop", "pad"]
+
+
 def read_pictures(
-    folder: Path, captions: dict[Path, list[str]], resolution: int, fit: Literal["crop", "pad"], report: Report
+    folder: Path, captions: Captions, resolution: int, fit: Fit, report: Report
 ) -> Iterator[tuple[np.ndarray, dict]]:
     """(pixels, item) of every picture that can be read, one at a time; notes the others in `report`."""
     for file in tqdm(captions, desc="pictures", unit="pictures"):
-        where = str(file.relative_to(folder))
-        try:
-            pixels = preprocess(load_picture(file), resolution, fit)
-        except UserError as error:
-            report.skip(where, "unreadable pictures", str(error))
-            continue
-        report.pictures += 1
-        report.captions += len(captions[file])
-        place = file.relative_to(folder).parts[0]
-        # a checksum of the pixels decides the split, so that copies under two names stay together
-        yield pixels, {"file": where, "captions": captions[file], "folder": place, "luck": zlib.crc32(pixels.tobytes())}
+        name = str(file.relative_to(folder))
+        yield from stored(File(name, file, fit=fit), captions[file], resolution, report)
 
 
-def prepare_folder(
-    folder: Path, directory: Path, resolution: int, fit: Literal["crop", "pad"] = "crop", max_caption: int = MAX_CAPTION
-) -> Report:
+def read_tars(folder: Path, tars: list[Path], resolution: int, fit: Fit, report: Report) -> Iterator[tuple]:
+    """The same for the pictures in tars."""
+    with tqdm(total=sum(tar.stat().st_size for tar in tars), desc="pictures", unit="B", unit_scale=True) as bar:
+        for tar in tars:
+            before = bar.n
+            for found, end in captioned_in_tar(tar, str(tar.relative_to(folder))):
+                bar.update(before + end - bar.n)
+                if isinstance(found, Bad):
+                    report.skipped.append(found)
+                    continue
+                report.cut += found.cut
+                picture = File(found.where, data=found.picture.data, fit=fit)
+                yield from stored(picture, [found.caption], resolution, report)
+
+
+def stored(picture: File, captions: list[str], resolution: int, report: Report) -> Iterator[tuple[np.ndarray, dict]]:
+    """One picture and what is kept of it beside its pixels, or nothing."""
+    try:
+        pixels = picture.pixels(resolution)
+    except UserError as error:
+        report.skip(picture.name, "unreadable pictures", str(error))
+        return
+    report.pictures += 1
+    report.captions += len(captions)
+    place = picture.name.split(os.sep)[0]
+    # a checksum of the pixels decides the split, so that copies under two names stay together
+    yield pixels, {"file": picture.name, "captions": captions, "folder": place, "luck": zlib.crc32(pixels.tobytes())}
+
+
+def find_pictures(folder: Path, resolution: int, fit: Fit, report: Report) -> Iterator[tuple]:
+    """From caption files, else from tars. Raises UserError where there are neither."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: set --data.path to the one with your pictures and their captions")
+    if caption_files(folder):
+        return read_pictures(folder, read_captions(folder, report), resolution, fit, report)
+    if tars := tars_in(folder):
+        return read_tars(folder, tars, resolution, fit, report)
+    raise UserError(f"{folder} has no caption file: put captions.jsonl or metadata.csv beside the pictures, or tars")
+
+
+def prepare_folder(folder: Path, directory: Path, resolution: int, fit: Fit = "crop") -> Report:
     """Reads `folder` into prepared pictures in `directory`, for FolderSource; what is skipped goes to skipped.jsonl.
 
     fit: "crop" keeps the middle square, "pad" the whole picture with a border. Longer captions are cut and counted.
-    Raises UserError if there is no caption file or nothing that can be used; `directory` is whole or not there.
+    Raises UserError if there is nothing that can be used; `directory` is whole or not there.
     """
     folder, report = Path(folder), Report()
-    captions = read_captions(folder, report, max_caption)
+    pictures = find_pictures(folder, resolution, fit, report)
     with aside(directory, Pictures.INDEX) as new:
-        write_pictures(new, read_pictures(folder, captions, resolution, fit, report), resolution)
+        write_pictures(new, pictures, resolution)
         if not report.pictures:
-            first = "; ".join(f"{item['where']} ({item['reason']})" for item in report.skipped[:3])
-            raise UserError(
-                f"{folder} has no picture with a caption that can be used: {first or 'its caption file is empty'}"
-            )
-        with open(new / SKIPPED, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(item) + "\n" for item in report.skipped)
+            first = first_few(report.skipped) or "its caption files and tars are empty"
+            raise UserError(f"{folder} has no picture with a caption that can be used: {first}")
+        (new / SKIPPED).write_bytes(b"".join(map(as_line, report.skipped)))
     return report
 
 

@@ -7,6 +7,7 @@ padding for those it is shown (arXiv 2405.09818 section 3.2), then exactly [-1, 
 animation beyond the first frame, and colour profiles: numbers are taken as sRGB, CMYK by its plain formula.
 """
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -32,21 +33,22 @@ MAX_SIDE = 8_192  # pixels; so 67 million in all, and a photo of 48 million is t
 # Files
 
 
-def load_picture(path: str | Path) -> Image.Image:
-    """The picture in a file, upright, as RGB; alpha is blended on white, of an animation the first frame is taken.
+def load_picture(path: str | Path, data: bytes | None = None) -> Image.Image:
+    """The picture in a file, or in `data` that was read from a place called `path`: upright, as RGB; alpha is blended
+    on white, of an animation the first frame is taken.
 
     Raises UserError, naming the file, for one that is missing, empty, cut off, broken, of another format than FORMATS,
     of more than MAX_SIDE pixels a side (known from its header, before decoding), or beyond 16 bits.
     """
-    if not os.path.isfile(path):
+    if data is None and not os.path.isfile(path):
         raise UserError(f"picture {path} is not there or is not a file")
     # Pillow warns of sizes, which check_size refuses, and of broken metadata, which no pixel depends on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if os.path.getsize(path) == 0:
+            if (os.path.getsize(path) if data is None else len(data)) == 0:
                 raise UserError(f"picture {path} is an empty file")
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as picture:
                 check_size(path, picture)
                 picture.load()
                 return to_rgb(ImageOps.exif_transpose(picture))
@@ -176,8 +178,15 @@ class ImageTokenizer:
     def device(self) -> torch.device:
         return next(self.vqgan.parameters()).device
 
-    def encode(self, pictures: np.ndarray, batch_size: int = 256) -> Tensor:
+    @property
+    def batch_size(self) -> int:
+        """Pictures at a time: 4 of the release's on a CPU, which need 134 MB for each layer and picture."""
+        pixels = 2**20 if self.device.type == "cpu" else 2**23
+        return min(256, max(1, pixels // self.vqgan.cfg.resolution**2))
+
+    def encode(self, pictures: np.ndarray, batch_size: int | None = None) -> Tensor:
         """uint8 (B, R, R, 3) -> codes int64 (B, n) on the CPU, `batch_size` pictures at a time."""
+        batch_size = batch_size or self.batch_size
         # made out here, since autograd refuses tensors that were made in inference mode
         codes = torch.empty(len(pictures), self.n_codes_per_image, dtype=torch.int64)
         with torch.inference_mode():
@@ -185,7 +194,7 @@ class ImageTokenizer:
                 codes[i : i + batch_size] = self.vqgan.encode(to_pixels(pictures[i : i + batch_size]).to(self.device))
         return codes
 
-    def decode(self, codes: Tensor, batch_size: int = 256) -> np.ndarray:
+    def decode(self, codes: Tensor, batch_size: int | None = None) -> np.ndarray:
         """Codes (B, n) -> uint8 (B, R, R, 3), `batch_size` pictures at a time.
 
         With fewer than n codes a picture, as while it is being drawn, the rest are taken to be like its first, as in
@@ -199,5 +208,8 @@ class ImageTokenizer:
         codes = torch.cat([codes, codes[:, :1].expand(-1, n - n_given)], dim=1)
         with torch.inference_mode():
             return np.concatenate(
-                [to_pictures(self.vqgan.decode(part.to(self.device))) for part in codes.split(batch_size)]
+                [
+                    to_pictures(self.vqgan.decode(part.to(self.device)))
+                    for part in codes.split(batch_size or self.batch_size)
+                ]
             )

@@ -10,6 +10,7 @@ Every tensor is accounted for: one too many, one missing or one of another shape
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -24,12 +25,11 @@ from torch import Tensor
 from nanochameleon import checkpoint, layout_files, layouts
 from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig, VQGANConfig
 from nanochameleon.errors import UserError
-from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
 from nanochameleon.tensor_files import Cut, Get, Meta, Pth, Safetensors, open_safetensors
-from nanochameleon.text_tokenizer import TextTokenizer, from_json
+from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vqgan import VQGAN
 
@@ -43,6 +43,45 @@ class Tensors(NamedTuple):
 
     meta: Meta
     get: Get
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Both tokenizers, not loaded: all that decides which ids a document becomes."""
+
+    vocab_size: int
+    context: int  # ids that their model reads at most; it has no say in ids
+    vqgan: VQGANConfig
+    tokenizer_json: dict
+    vq: Tensors
+
+    def text(self) -> TextTokenizer:
+        """Raises ValueError and the like, as from_json does, where the two do not belong together."""
+        found = from_json(self.tokenizer_json)
+        if found.vocab.size != self.vocab_size:  # the release's last ids need not have pieces
+            found = from_json(self.tokenizer_json, dataclasses.replace(found.vocab, size=self.vocab_size))
+        if found.vocab.n_codes != self.vqgan.n_codes:
+            raise ValueError(f"it has {found.vocab.n_codes} picture codes, the image tokenizer {self.vqgan.n_codes}")
+        return found
+
+    def vq_state(self) -> dict[str, Tensor]:
+        """The image tokenizer's tensors in fp32, in memory of their own: what was read is a map of its file."""
+        return {name: self.vq.get(name).to(torch.float32, copy=True) for name in self.vq.meta}
+
+    def images(self, device: torch.device) -> ImageTokenizer:
+        return ImageTokenizer(VQGAN.from_state(self.vqgan, self.vq_state()).to(device))
+
+    def digest(self) -> str:
+        """Equal where every document becomes the same ids: the image decoder has no say in that."""
+        text = self.text()
+        pieces = {spell(piece): token for piece, token in text.ids.items()}
+        merges = [[spell(left), spell(right)] for left, right in text.merges]
+        sizes = [dataclasses.asdict(each) for each in (text.vocab, self.vqgan)]
+        found = hashlib.sha256(json.dumps([*sizes, pieces, merges], sort_keys=True).encode())
+        for name, x in sorted(self.vq_state().items()):
+            if not name.startswith(DECODER):
+                found.update(name.encode() + x.contiguous().numpy().data)
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -64,14 +103,9 @@ class Parts:
     def has_decoder(self) -> bool:
         return any(name.startswith(DECODER) for name in self.vq.meta)
 
-    def tokenizer(self) -> TextTokenizer:
-        """Raises ValueError and the like, as from_json does, where file and model do not belong together."""
-        found = from_json(self.tokenizer_json)
-        if found.vocab.size != self.model.vocab_size:  # the release's last ids need not have pieces
-            found = from_json(self.tokenizer_json, dataclasses.replace(found.vocab, size=self.model.vocab_size))
-        if found.vocab.n_codes != self.vqgan.n_codes:
-            raise ValueError(f"it has {found.vocab.n_codes} picture codes, the image tokenizer {self.vqgan.n_codes}")
-        return found
+    @property
+    def tokenizers(self) -> Tokenizers:
+        return Tokenizers(self.model.vocab_size, self.model.max_seq_len, self.vqgan, self.tokenizer_json, self.vq)
 
 
 def layout_of(path: Path) -> tuple[str, Path]:
@@ -156,14 +190,24 @@ def open_run_parts(folder: Path) -> Parts:
         raise UserError(f"{folder} is not trained yet: go on with the line that began it, such as {line}")
     whole = checkpoint.locate(folder)
     model = dataclasses.replace(cfg.model, dropout=0.0)  # of training, not of the weights
-    vq = Safetensors([checkpoint.locate(folder / IMAGE_TOKENIZER) / "model.safetensors"])
     if (whole / "weights.safetensors").is_file():
         files = Safetensors([whole / "weights.safetensors"])
     else:  # written by ranks that had a shard of each tensor
         files = Cut(sorted(whole.glob("shard-*.safetensors")), skeleton(model).keys())
-    weights = plain(files, model, whole)
-    tokenizer = read_json(folder / TEXT_TOKENIZER)
-    return Parts("run", model, cfg.vqgan, tokenizer, weights, Tensors(vq.meta, vq.__getitem__))
+    weights, kept = plain(files, model, whole), run_tokenizers(folder)
+    return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
+
+
+def run_tokenizers(folder: Path) -> Tokenizers:
+    """Of a run, whose transformer need not be trained."""
+    cfg = read_config(folder)
+    return stored_tokenizers(folder, cfg.model.vocab_size, cfg.model.max_seq_len, cfg.vqgan)
+
+
+def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANConfig) -> Tokenizers:
+    """As runs and prepared data hold them."""
+    vq = Safetensors([checkpoint.locate(folder / IMAGE_TOKENIZER) / "model.safetensors"])
+    return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), Tensors(vq.meta, vq.__getitem__))
 
 
 def open_nano(folder: Path) -> Parts:
@@ -282,16 +326,10 @@ def load_model(parts: Parts, device: torch.device, dtype: torch.dtype | None = N
     return model.eval()
 
 
-def vq_state(parts: Parts) -> dict[str, Tensor]:
-    """The image tokenizer's tensors in fp32, in memory of their own: what was read is a map of its file."""
-    return {name: parts.vq.get(name).to(torch.float32, copy=True) for name in parts.vq.meta}
-
-
 def open_model(path: Path, device: str = "auto", dtype: str = "auto") -> Run:
     """A run or a model in any layout, ready for sampling. dtype: 'auto' is the files'. Raises UserError."""
     where, parts = pick_device(device), open_parts(path)
-    tokenizer = tokenizer_of(parts, path)
-    images = ImageTokenizer(VQGAN.from_state(parts.vqgan, vq_state(parts)).to(where))
+    tokenizer, images = text_of(parts.tokenizers, path), parts.tokenizers.images(where)
     if parts.layout == "run":
         cfg = read_config(path)
     else:
@@ -299,52 +337,15 @@ def open_model(path: Path, device: str = "auto", dtype: str = "auto") -> Run:
     return Run(cfg, tokenizer.vocab, tokenizer, images, load_model(parts, where, DTYPES.get(dtype)))
 
 
-def tokenizer_of(parts: Parts, path: Path) -> TextTokenizer:
+def text_of(tokenizers: Tokenizers, path: Path) -> TextTokenizer:
     """Raises UserError, naming the folder."""
     try:
-        return parts.tokenizer()
+        return tokenizers.text()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the text tokenizer in {path} is not usable with its model ({error})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training on
-
-
-def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
-    """The run's configuration with the sizes of the model in cfg.init_from, and that model. Dropout stays the run's.
-
-    A run with a checkpoint goes on from itself: what it began with may be gone. Raises UserError for a model that
-    cannot be opened, that lies in the run's folder, or that cannot take the rows.
-    """
-    if cfg.init_from.resolve().is_relative_to(cfg.folder.resolve()):
-        raise UserError(f"{cfg.init_from}, which the run is to begin with, lies in {cfg.folder}: choose another --out")
-    if begun := begun_from(cfg):
-        cfg = dataclasses.replace(cfg, init_from=begun)
-    parts = open_parts(cfg.folder if begun else cfg.init_from)
-    if cfg.train.seq_len > parts.model.max_seq_len:
-        raise UserError(
-            f"train.seq_len is {cfg.train.seq_len}; {cfg.init_from} has a context of {parts.model.max_seq_len}"
-        )
-    model = dataclasses.replace(parts.model, dropout=cfg.model.dropout)
-    return dataclasses.replace(cfg, vqgan=parts.vqgan, model=model), parts
-
-
-def begun_from(cfg: RunConfig) -> Path | None:
-    """What the run in this folder began with, if it has both tokenizers and a checkpoint and is to go on."""
-    folder = cfg.folder
-    needed = ((folder / CONFIG).is_file(), (folder / TEXT_TOKENIZER).is_file())
-    steps = (checkpoint.checkpoints(folder), checkpoint.checkpoints(folder / IMAGE_TOKENIZER))
-    return None if cfg.overwrite or not all(needed + steps) else read_config(folder).init_from
-
-
-def store_tokenizers(parts: Parts, cfg: RunConfig, folder: Path) -> TextTokenizer:
-    """Puts the model's two tokenizers where a run has its own, unless they are there. The text tokenizer's file is
-    taken over as it is, with names that we have no use for."""
-    tokenizer = tokenizer_of(parts, cfg.init_from)
-    if not (folder / TEXT_TOKENIZER).exists():
-        content = json.dumps(parts.tokenizer_json, ensure_ascii=False, indent=1)
-        write_file(folder / TEXT_TOKENIZER, content.encode())
-    if not checkpoint.checkpoints(folder / IMAGE_TOKENIZER):
-        checkpoint.save(folder / IMAGE_TOKENIZER, 0, {"model": vq_state(parts)}, {"step": 0})
-    return tokenizer
+def open_tokenizers(path: Path) -> Tokenizers:
+    """Those of a run, whose transformer need not be trained, or of a model in any layout. Raises UserError."""
+    layout, folder = layout_of(Path(path))
+    return run_tokenizers(folder) if layout == "run" else open_parts(path).tokenizers

@@ -11,10 +11,12 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
 
+from nanochameleon.errors import UserError
 from nanochameleon.files import write_file
 
 METRICS = "metrics.jsonl"
@@ -25,10 +27,16 @@ FIELDS = {  # every line has "step" and what of these was given; null stands for
     "z_loss": "the z-loss term as added, nats",
     "log_z": "mean log Z of the output softmax, nats",
     "output_norm": "mean Euclidean norm of the last block's output over tokens",
+    "attention_logits": "the largest attention logit of each layer, on the batch's first row",
     "grad_norm": "global gradient norm before clipping",
+    "grad_norm_text": "the same, of the rows of embedding and output layer that belong to text",
+    "grad_norm_image": "the same, of those that belong to picture codes",
     "lr": "learning rate",
     "tokens": "supervised tokens since the first step, padding and each document's <s> left out",
+    "ids": "ids of all rows since the first step, padding too",
     "tokens_per_second": "since the line before",
+    "mfu": "share of the devices' peak rate that the model's own arithmetic takes, since the line before",
+    "memory_gib": "most memory taken so far: of the first rank's GPU, else of its process",
     "seconds": "since the first step, with checkpoints and sample grids, without the time between a stop and a resume",
 }
 BAR = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
@@ -45,13 +53,17 @@ class Monitor:
                 monitor.progress(step)
 
     Lines of steps from `start` on, left by a run that died after its last checkpoint, are dropped: each step is there
-    once. `clock` returns seconds.
+    once. `clock` returns seconds. mfu_per_id: by which ids a second are multiplied to give "mfu"; None is without.
+    board: what open_board gives, None without.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, start: int = 0, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, run_dir: Path, total_steps: int, start: int = 0, clock: Callable[[], float] = time.monotonic,
+        mfu_per_id: float | None = None, board=None,
+    ):  # fmt: skip
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self.path, self.file = Path(run_dir) / METRICS, None
-        self.total_steps, self.clock = total_steps, clock
+        self.total_steps, self.clock, self.mfu_per_id, self.board = total_steps, clock, mfu_per_id, board
         self.open_at(start)
         # Without a terminal each update is a line of its own in some log, so there are few.
         pause = 0.5 if sys.stderr.isatty() else 15.0
@@ -68,6 +80,7 @@ class Monitor:
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         before = kept[-1] if kept else {}
         self.seconds, self.tokens = before.get("seconds") or 0.0, before.get("tokens") or 0
+        self.ids = before.get("ids") or 0
         self.last = self.clock()
         self.file = self.path.open("a")
 
@@ -82,15 +95,30 @@ class Monitor:
         now = self.clock()
         elapsed, self.last = now - self.last, now
         self.seconds += elapsed
-        line = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        line = {"step": step} | {name: _clean(value) for name, value in values.items()}
         line["seconds"] = round(self.seconds, 3)
         if "tokens" in values:
             line["tokens_per_second"] = round((values["tokens"] - self.tokens) / max(elapsed, 1e-9), 1)
             self.tokens = values["tokens"]
+        if self.mfu_per_id and "ids" in values:
+            line["mfu"] = round(self.mfu_per_id * (values["ids"] - self.ids) / max(elapsed, 1e-9), 4)
+            self.ids = values["ids"]
+        if self.board:
+            self.write_board(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.bar.set_postfix_str(summary(line), refresh=False)
         return line
+
+    def write_board(self, line: dict) -> None:
+        """The same numbers for TensorBoard, where each layer has a curve of its own."""
+        for name, value in line.items():
+            several = value if isinstance(value, list) else [value]
+            for number, x in enumerate(several):
+                if x is not None and name != "step":
+                    label = f"{name}/{number:02d}" if isinstance(value, list) else name
+                    self.board.add_scalar(label, x, line["step"])
+        self.board.flush()
 
     def progress(self, step: int) -> None:
         """Moves the bar behind this step; it shows the time left and the figures of the last line."""
@@ -102,11 +130,26 @@ class Monitor:
     def __exit__(self, *error) -> None:
         self.bar.close()
         self.file.close()
+        if self.board:
+            self.board.close()
 
 
-def _finite(value) -> float | int | None:
+def open_board(folder: Path):
+    """Writes TensorBoard's files into `folder`. Raises UserError where the package is missing."""
+    if not find_spec("tensorboard"):
+        install = "pip install -c constraints.txt -e '.[tensorboard]'"
+        raise UserError(f"train.tensorboard needs the package tensorboard: {install}, or leave the option out")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def _clean(value):
+    """A number, or several, as JSON can hold it: it has no NaN and no infinity."""
+    if isinstance(value, list):
+        return [_clean(x) for x in value]
     number = value if isinstance(value, int) else float(value) if value is not None else math.nan
-    return number if math.isfinite(number) else None  # JSON has no NaN
+    return number if math.isfinite(number) else None
 
 
 def summary(line: dict) -> str:
@@ -115,6 +158,10 @@ def summary(line: dict) -> str:
     parts = [form.format(line[name]) for name, form in forms if line.get(name) is not None]
     if line.get("tokens_per_second") is not None:
         parts.append(f"{line['tokens_per_second'] / 1000:.1f}k tokens/s")
+    if line.get("mfu") is not None:
+        parts.append(f"mfu {line['mfu']:.0%}")
+    if line.get("memory_gib") is not None:
+        parts.append(f"{line['memory_gib']:.1f} GiB")
     return " ".join(parts)
 
 
@@ -132,25 +179,31 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# curves.png: four panels, 1,000 pixels wide
+# curves.png: six panels, 1,000 pixels wide
 
 TEXT, IMAGE, OTHER, FAINT = "#2a6fb0", "#d2622a", "#3d7d5a", "#8a8a8a"
 
 
 def plot_curves(metrics: list[dict], path: Path) -> None:
-    """Draws loss by modality, output norm, mean log Z, gradient norm and learning rate over the steps into a PNG."""
+    """Draws loss by modality, output norm, log Z, attention logits, gradient norms and learning rate into a PNG."""
     from matplotlib.figure import Figure  # a Figure of its own, not pyplot: no window, no global state
 
-    figure = Figure(figsize=(10, 7), dpi=100, layout="constrained")
+    figure = Figure(figsize=(10, 10), dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
-    (loss, norm), (log_z, gradient) = figure.subplots(2, 2)
+    (loss, norm), (log_z, logits), (gradient, rate) = figure.subplots(3, 2)
     _plot_loss(loss, metrics)
     _plot_smooth(norm, metrics, "output_norm", OTHER)
     _label(norm, "Output norm of the last block", "mean Euclidean norm")
     _plot_smooth(log_z, metrics, "log_z", OTHER)
     _label(log_z, "Mean log Z of the output softmax", "nats")
+    _plot_layers(logits, metrics, "attention_logits")
+    _label(logits, "Largest attention logit", "by layer, the last one darkest")
     _plot_gradient(gradient, metrics)
-    for panel in (log_z, gradient):
+    rate.plot(*_series(metrics, "lr"), color=FAINT, linewidth=1.5)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.set_ylim(bottom=0)
+    _label(rate, "Learning rate", "")
+    for panel in (gradient, rate):
         panel.set_xlabel("step")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -191,20 +244,25 @@ def _plot_loss(panel, metrics: list[dict]) -> None:
     bits.set_ylabel("bits a token")
 
 
+def _plot_layers(panel, metrics: list[dict], name: str) -> None:
+    """A curve for each of the numbers that a line has under `name`."""
+    lines = [line for line in metrics if line.get(name)]
+    for layer in range(len(lines[0][name]) if lines else 0):
+        values = [(line["step"], line[name][layer]) for line in lines if line[name][layer] is not None]
+        shade = 0.25 + 0.75 * (layer + 1) / len(lines[0][name])
+        panel.plot(*zip(*values, strict=True), color=OTHER, linewidth=1.2, alpha=shade)
+
+
 def _plot_gradient(panel, metrics: list[dict]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    _plot_smooth(panel, metrics, "grad_norm", OTHER)
-    _label(panel, "Gradient norm and learning rate", "norm before clipping")
+    _plot_smooth(panel, metrics, "grad_norm", OTHER, "all weights")
+    _plot_smooth(panel, metrics, "grad_norm_image", IMAGE, "rows of picture codes")
+    _plot_smooth(panel, metrics, "grad_norm_text", TEXT, "rows of text")
+    _label(panel, "Gradient norm", "before clipping")
+    panel.legend(frameon=False)
     if any(value > 0 for value in _series(metrics, "grad_norm")[1]):
         panel.set_yscale("log")
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter(NullFormatter())
-    rate = panel.twinx()
-    rate.plot(*_series(metrics, "lr"), color=FAINT, linewidth=1.5, linestyle="--")
-    rate.set_ylabel("learning rate (dashed)", color=FAINT)
-    rate.tick_params(colors=FAINT)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.set_ylim(bottom=0)
-    rate.spines["top"].set_visible(False)

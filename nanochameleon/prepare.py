@@ -1,6 +1,7 @@
 """From a configuration to what is trained on: sources of raw documents, and token shards for the transformer.
 
-The made-up worlds are endless and need nothing; emoji and folders are first stored as pictures (emoji.py, folder.py).
+The made-up worlds are endless and need nothing; emoji and folders are first stored as pictures (emoji.py, folder.py);
+prepared data has shards already (prepared.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -8,13 +9,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanochameleon.alignment import CATEGORIES, AlignmentSource
 from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
+from nanochameleon.data.reading import SKIPPED
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
 from nanochameleon.errors import Interrupted, UserError
-from nanochameleon.folder import SKIPPED, FolderSource, prepare_folder
+from nanochameleon.files import write_file
+from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.prepared import sources as prepared_sources
 from nanochameleon.shapes import ShapesSource, World
 from nanochameleon.text_tokenizer import TextTokenizer
 
@@ -33,7 +38,7 @@ def store_pictures(cfg: RunConfig, folder: Path) -> None:
     """
     check_sources(cfg)
     stored = folder / "pictures"
-    if world(cfg.data):
+    if world(cfg.data) or cfg.data.source == "prepared":
         return
     if not (stored / "pictures.json").exists():
         store(cfg, stored)
@@ -49,12 +54,14 @@ def kind_of(data: DataConfig) -> type[Source]:
 
 def check_sources(cfg: RunConfig) -> None:
     """Raises UserError for a name in a stage's weights that this data has not."""
-    forms = kind_of(cfg.data).FORMS
+    prepared = cfg.data.source == "prepared"
+    names = prepared_sources(cfg.data.path) if prepared else kind_of(cfg.data).FORMS
+    names = [*names, *CATEGORIES] if world(cfg.data) else names
     for number, stage in enumerate(cfg.stages):
         for name, _ in stage.weights:
-            if name not in forms:
-                some = ", ".join(forms)
-                raise UserError(f"stages.{number}.weights names {name!r}; {cfg.data.source} has {some}")
+            if name not in names:
+                has = f"{cfg.data.path if prepared else cfg.data.source} has {', '.join(names) or 'nothing finished'}"
+                raise UserError(f"stages.{number}.weights names {name!r}; {has}")
 
 
 def store(cfg: RunConfig, stored: Path) -> None:
@@ -68,13 +75,17 @@ def store(cfg: RunConfig, stored: Path) -> None:
 
 
 def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable[[str], Source]:
-    """A function from a form of documents (data.FORMS) to their source. Raises UserError for a wrong resolution."""
+    """A function from a form of documents (data.FORMS), or a category of alignment, to their source.
+
+    Raises UserError for a wrong resolution.
+    """
     if shapes := world(cfg.data):
         if cfg.vqgan.resolution != shapes.resolution:
             raise UserError(
                 f"{cfg.data.source} are drawn at {shapes.resolution} pixels: set --vqgan.resolution to that"
             )
-        return lambda form: ShapesSource(shapes, form, cfg.seed, test=split == "test")
+        test = split == "test"
+        return lambda form: (AlignmentSource if form in CATEGORIES else ShapesSource)(shapes, form, cfg.seed, test)
     opened = kind_of(cfg.data)
     return lambda form: opened(folder / "pictures", split, cfg.seed, form)
 
@@ -139,6 +150,8 @@ def write_tokens(
     `stopped` is asked before every CHUNK of documents; when it says so, that source is not written, and Interrupted
     raised.
     """
+    if cfg.data.source == "prepared":
+        return
     source = open_sources(cfg, folder)
     for name, (n_ids, n_documents) in amounts(cfg).items():
         if not (folder / "data" / name).exists():
@@ -162,14 +175,32 @@ def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None, n
 
 def open_loader(cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Loader:
     """What the transformer is trained on. Raises UserError where nothing of a source fits in a row."""
-    t, source, rows = cfg.train, open_sources(cfg, folder), {}
-    for name, (n_ids, n_documents) in amounts(cfg).items():
-        if cfg.data.live:
-            docs = Live(Epochs(source(name), cfg.seed, name), images, tokenizer, n_ids, n_documents)
-            rows[name] = Rows(name, docs, t.seq_len, cfg.seed)
-        else:
-            path = folder / "data" / name
-            rows[name] = Rows(name, Shards(path), t.seq_len, cfg.seed, path)
+    t = cfg.train
+    rows = {name: rows_of(name, cfg, images, tokenizer, folder) for name in cfg.mixture}
     stages = [(start, dict(stage.weights)) for start, stage in zip(cfg.stage_starts, cfg.stages, strict=True)]
     vocab = tokenizer.vocab
     return Loader(rows, stages, t.batch_size, t.seq_len, cfg.seed, vocab.pad, vocab.eot if t.answers_only else None)
+
+
+def rows_of(name: str, cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Rows:
+    """One source's rows; how they are packed is kept in the run's folder."""
+    seq_len, place = cfg.train.seq_len, folder / "data" / name
+    if cfg.data.live:
+        docs = Epochs(open_sources(cfg, folder)(name), cfg.seed, name)
+        return Rows(name, Live(docs, images, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
+    if cfg.data.source != "prepared":
+        return Rows(name, Shards(place), seq_len, cfg.seed, place)
+    shards = Shards(cfg.data.path / name)
+    same_as_before(cfg.data.path / name / Shards.INDEX, place / Shards.INDEX)
+    return Rows(name, shards, seq_len, cfg.seed, place)
+
+
+def same_as_before(index: Path, kept: Path) -> None:
+    """Keeps a copy of a prepared source's index. Raises UserError where it differs from the one kept earlier: rows
+    would not be those that this run has begun with."""
+    content = index.read_bytes()
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_file(kept, content)
+    elif kept.read_bytes() != content:
+        raise UserError(f"{index.parent} has changed since this run began: start anew with --overwrite")

@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from nanochameleon.config import (
     DataConfig,
@@ -55,6 +56,31 @@ def toy_long() -> RunConfig:
     return dataclasses.replace(toy(), name="toy_long", vqgan=vqgan, stages=stages, train=train)
 
 
+def stability() -> RunConfig:
+    """The paper's stability study at a small size: nine recipes, two learning rates, three seeds. An hour or so."""
+    model = dataclasses.replace(TOY_MODEL, dim=128, n_layers=4, n_heads=4)
+    optim = OptimConfig(lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="constant")
+    train = TrainConfig(steps=400, log_every=5, sample_every=10_000, save_every=400, precision="bf16")
+    return dataclasses.replace(toy(), name="stability", model=model, optim=optim, train=train)
+
+
+def align() -> RunConfig:
+    """Aligns a run of the shapes world (runs/toy, else --init-from): conversations in six categories, in minutes.
+
+    The paper's recipe (section 3): loss on answers alone, dropout 0.05, a cosine from a lower rate, modalities in
+    balance; with a toy's rate and a toy's optimizer.
+    """
+    stages = mixed(
+        align_text=0.15, align_code=0.2, align_visual_chat=0.2, align_image_generation=0.15, align_interleaved=0.2,
+        align_safety=0.1,
+    )  # fmt: skip
+    optim, model = dataclasses.replace(TOY_OPTIM, lr=1e-3), dataclasses.replace(TOY_MODEL, dropout=0.05)
+    train = TrainConfig(steps=400, answers_only=True)
+    return dataclasses.replace(
+        toy(), name="align", model=model, optim=optim, stages=stages, train=train, init_from=Path("runs/toy")
+    )
+
+
 def toy_rich() -> RunConfig:
     """The richer world: 6 shapes, 10 colours, 3 backgrounds, counts to 6 and trios, 144 codes a picture."""
     vqgan = dataclasses.replace(TOY_VQGAN, resolution=48, n_codes=160)
@@ -82,25 +108,69 @@ def folder() -> RunConfig:
     return dataclasses.replace(cfg, name="folder", data=DataConfig("folder"), stages=mixed(pairs=1.0))
 
 
-def chameleon_7b() -> RunConfig:
-    """The released 7B with the paper's numbers, on your own pictures: see --init-from. Not for a laptop."""
-    # 57,076 merges make 65,536 ids; rows and steps are the paper's 8.4M tokens a step and 9.2T in all.
-    tokenizers = TokenizerTraining(n_merges=57_076)
-    data = folder().data
-    train = TrainConfig(steps=1_100_000, batch_size=2_048, seq_len=4_096, precision="bf16")
-    model, sample = ModelConfig(dropout=0.1), SampleConfig(guidance=3.0, max_new=4_096)
+# ---------------------------------------------------------------------------------------------------------------------
+# At scale: on data that `python -m nanochameleon.data prepare` has tokenized (--data.path), in sources of these names.
+
+# Ids of the paper's first stage, in trillions (section 2.2): Llama 2's and CodeLlama's texts, captioned pictures, web
+# pages with pictures among their words
+FIRST = {"text": 2.9, "pairs": 1.5, "interleaved": 0.4}
+# What takes their place for half of the rows in the second: better sets in the same proportions, hence with the same
+# share of picture ids; a part of the texts are instructions. Which sets and how much of each, the paper does not say.
+BETTER = {"text_better": 2.5, "instructions": 0.4, "pairs_better": 1.5, "interleaved_better": 0.4}
+
+
+def two_stages() -> tuple[StageConfig, ...]:
+    """80% of the training, then 20% with the first stage's weights halved."""
+    both = tuple((FIRST | BETTER).items())
+    return StageConfig("first", 0.8, tuple(FIRST.items())), StageConfig("second", 0.2, both)
+
+
+def at_scale(name: str, model: ModelConfig, lr: float, rows: int, steps: int) -> RunConfig:
+    """Pre-training as the paper has it, on prepared data, in rows of 4,096 ids."""
+    # 57,076 merges make the released 65,536 ids
+    train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16")
     return RunConfig(
-        "chameleon_7b", VQGANConfig(), model, OptimConfig(), tokenizers, data, mixed(pairs=1.0), train, sample
-    )
+        name, VQGANConfig(), model, OptimConfig(lr=lr), TokenizerTraining(n_merges=57_076), DataConfig("prepared"),
+        two_stages(), train, SampleConfig(guidance=3.0, max_new=4_096),
+    )  # fmt: skip
+
+
+def chameleon_7b() -> RunConfig:
+    """The released 7B with the paper's numbers, on prepared data: 8.4M ids a step, 9.2T in all. Not for a laptop."""
+    return at_scale("chameleon_7b", ModelConfig(dropout=0.1), 1e-4, rows=2_048, steps=1_100_000)
 
 
 def chameleon_34b() -> RunConfig:
-    """The released 34B: grouped queries, norms after the branches, QK-norm of 4 shards, no dropout."""
+    """The released 34B: grouped queries, norms after the branches, QK-norm of 4 shards, no dropout; 12.6M a step."""
     model = ModelConfig(dim=8_192, n_layers=48, n_heads=64, n_kv_heads=8, qk_norm_groups=4, norm_order="post")
-    train = TrainConfig(steps=730_000, batch_size=3_072, seq_len=4_096, precision="bf16")
-    return dataclasses.replace(chameleon_7b(), name="chameleon_34b", model=model, train=train)
+    return at_scale("chameleon_34b", model, 1e-4, rows=3_072, steps=730_000)
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {
-    f.__name__: f for f in (toy, toy_long, toy_rich, emoji, folder, chameleon_7b, chameleon_34b)
-}
+def small() -> RunConfig:
+    """123M parameters with the released vocabulary, for one GPU: 0.5M ids a step, 2.6B in all."""
+    # not the paper's: small models take larger rates and fewer ids a step; about 20 ids a parameter
+    return at_scale("125m", ModelConfig(dim=576, n_layers=12, n_heads=9), 6e-4, rows=128, steps=5_000)
+
+
+def medium() -> RunConfig:
+    """1.4B parameters, for a node of GPUs: 1M ids a step, 29B in all."""
+    return at_scale("1b", ModelConfig(dim=2_048, n_layers=22, n_heads=16), 3e-4, rows=256, steps=28_000)
+
+
+def chameleon_align() -> RunConfig:
+    """Aligns a model (runs/chameleon_7b, else --init-from) on prepared conversations, with the paper's numbers."""
+    # the sources are named as the toy's categories are; the paper balances modalities and gives no weights; the steps
+    # are about one pass over its 1.1B ids
+    base, optim = chameleon_7b(), OptimConfig(lr=1e-5, warmup=0, schedule="cosine", final=0.0)
+    train = TrainConfig(steps=2_100, batch_size=128, seq_len=4_096, precision="bf16", answers_only=True)
+    return dataclasses.replace(
+        base, name="chameleon_align", model=ModelConfig(dropout=0.05), optim=optim, stages=align().stages, train=train,
+        init_from=Path("runs/chameleon_7b"),
+    )  # fmt: skip
+
+
+ALL = (
+    toy, toy_long, align, stability, toy_rich, emoji, folder, small, medium, chameleon_7b, chameleon_34b,
+    chameleon_align,
+)  # fmt: skip
+PRESETS: dict[str, Callable[[], RunConfig]] = {preset().name: preset for preset in ALL}

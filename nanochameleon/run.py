@@ -111,7 +111,7 @@ def read_config(folder: Path) -> RunConfig:
 
 # between the start of a run and its continuation
 MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation", "parallel")
-MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep", "precision")
+MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep", "precision", "tensorboard")
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention import attention
 from nanochameleon.kernels.dropout import derive, dropout
+from nanochameleon.kernels.linear import linear
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
-from nanochameleon.kernels.rms_norm import rms_norm
+from nanochameleon.kernels.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.swiglu import swiglu
 from nanochameleon.sharding import is_sharded, local
 
@@ -80,9 +81,25 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.complex(angles.cos(), angles.sin())  # where torch.polar rounds otherwise
 
 
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x; in training those that are just that are one product."""
+    plain = all(type(layer) is nn.Linear and type(layer.weight) is nn.Parameter for layer in layers)
+    if plain and torch.is_grad_enabled():
+        return linear(x, [layer.weight for layer in layers])
+    return tuple(layer(x) for layer in layers)
+
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, local(self.weight), self.eps)
+
+    def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm; None is no branch yet."""
+        return (x, self(x)) if branch is None else add_norm(x, branch, local(self.weight), self.eps)
+
+    def added_to(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + the norm of the branch."""
+        return norm_add(x, branch, local(self.weight), self.eps)
 
 
 class QKNorm(nn.Module):
@@ -128,10 +145,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int) -> Tensor:
         """Whole rows go through the fused op, which takes doc_ids for the mask; with a cache the steps stand here."""
         b, t, _ = x.shape
-        q, k, v = (w(x).view(b, t, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.wq, self.wk, self.wv))
         if cache is None:
             norms = [norm.vectors() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
-            return self.wo(normed_attention(q, k, v, table, mask, *norms, self.norm_eps).reshape(b, t, -1))
+            out = normed_attention(q, k, v, table, mask, *norms, self.norm_eps)
+            return project(out.reshape(b, t, -1), self.wo)[0]
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, table), rotate(k, table)  # after the norm: turning must not change what the norm fixed
         k, v = cache.extend(layer, k, v)
@@ -148,7 +166,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return project(swiglu(*project(x, self.w1, self.w3)), self.w2)[0]
 
 
 class Block(nn.Module):
@@ -161,14 +179,23 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int, keys: Tensor | None
-    ) -> Tensor:
+        self, x: Tensor, branch: Tensor | None, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int,
+        keys: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The residual stream comes and goes as x + branch: the norm that reads the sum makes it on the way."""
         if self.norm_order == "pre":  # 7B
-            x = x + self.drop(self.attention(self.attention_norm(x), table, mask, cache, layer), keys, 0)
-            return x + self.drop(self.feed_forward(self.ffn_norm(x)), keys, 1)
-        branch = self.attention_norm(self.attention(x, table, mask, cache, layer))  # 34B: bounds each branch
-        x = x + self.drop(branch, keys, 0)
-        return x + self.drop(self.ffn_norm(self.feed_forward(x)), keys, 1)
+            x, read = self.attention_norm.of_sum(x, branch)
+            branch = self.drop(self.attention(read, table, mask, cache, layer), keys, 0)
+            x, read = self.ffn_norm.of_sum(x, branch)
+            return x, self.drop(self.feed_forward(read), keys, 1)
+        x = self.add_normed(x, self.attention_norm, self.attention(x, table, mask, cache, layer), keys, 0)
+        return self.add_normed(x, self.ffn_norm, self.feed_forward(x), keys, 1), None
+
+    def add_normed(self, x: Tensor, norm: RMSNorm, branch: Tensor, keys: Tensor | None, number: int) -> Tensor:
+        """34B: the norm behind a branch bounds it."""
+        if self.training and self.dropout:
+            return x + self.drop(norm(branch), keys, number)
+        return norm.added_to(x, branch)
 
     def drop(self, branch: Tensor, keys: Tensor | None, number: int) -> Tensor:
         """Dropout of the branch of this number; keys (B,), see kernels/dropout.py."""
@@ -257,14 +284,14 @@ class Chameleon(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         mask = doc_ids if cache is None else cache.mask()  # the fused op takes documents (B, T) for a mask
         table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        x = self.tok_embeddings(tokens)
+        x, branch = self.tok_embeddings(tokens), None
         for i, layer in enumerate(self.layers):
-            inputs = x, table, mask, cache, i, None if keys is None else derive(keys, i)
+            inputs = x, branch, table, mask, cache, i, None if keys is None else derive(keys, i)
             if self.recompute and self.training:  # what is random is a function of the keys, so no generator's state
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*inputs)
-        return x
+                x, branch = layer(*inputs)
+        return x if branch is None else x + branch
 
     def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
         """Hidden states (..., D) -> logits (..., V), or those of some columns alone."""

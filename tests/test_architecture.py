@@ -13,7 +13,7 @@ import nanochameleon.kernels
 
 PACKAGE, KERNELS = Path(nanochameleon.__file__).parent, Path(nanochameleon.kernels.__file__).parent
 LAYOUT = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
-ORDER = re.search(r"^`(kernels\..*?)`", LAYOUT, re.MULTILINE)[1].split(" -> ")  # a module imports what stands before it
+ORDER = re.search(r"```\n(kernels\..*?)```", LAYOUT, re.DOTALL)[1].split()[::2]  # a module imports what is before it
 
 
 def modules() -> dict[str, Path]:

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from tiny import TINY_VQGAN, TOKENIZER
 
-from nanochameleon.bench import engine, rows
+from nanochameleon.bench import data, engine, rows
 from nanochameleon.config import ModelConfig
 from nanochameleon.engine import Engine
+from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.vocab import Vocab
+from nanochameleon.vqgan import VQGAN
 
 SMALL, VOCAB = (
     ModelConfig(396, 32, 2, 4, n_kv_heads=2, multiple_of=8, max_seq_len=64, qk_norm_groups=2),
@@ -43,3 +46,23 @@ def test_transformers_says_the_same_with_the_same_weights():
     theirs = engine.their_ids(engine.as_transformers(model, VOCAB), prompts, 12)
     assert theirs == engine.our_ids(Engine(model, VOCAB, 4, 3, 20), prompts, 12)
     assert len({tuple(row) for row in theirs}) == 3 and len(set(theirs[0])) > 3
+
+
+def test_ids_are_set_beside_what_eats_them_and_pictures_beside_nothing(monkeypatch):
+    monkeypatch.setattr(data, "seconds", lambda jobs, rounds, device: {"nano": 0.5})
+    cpu = torch.device("cpu")
+    made = data.rows("case", lambda: None, {"ids/s": 35_000, "pictures/s": 10}, ("toy step", "H100 1.4B"), cpu)
+    assert [(r.value, r.unit, r.ratio, r.ratio_to) for r in made] == [
+        (70_000, "ids/s", 10.0, "toy step"), (70_000, "ids/s", 70 / 65, "H100 1.4B"), (20, "pictures/s", None, None),
+    ]  # fmt: skip
+
+
+def test_preparing_is_timed_on_what_comes_out(tmp_path, monkeypatch):
+    """Every run of the job prepares anew, and its ids are counted, not reckoned."""
+    jobs = []
+    monkeypatch.setattr(data, "seconds", lambda each, rounds, device: jobs.append(each["nano"]) or {"nano": 1.0})
+    images = ImageTokenizer(VQGAN(TINY_VQGAN))
+    source = data.tar_of_pictures(tmp_path / "a.tar", 3, (12, 10))
+    made = data.prepare_rows("case", source, "pairs", images, TOKENIZER, ("toy step",))
+    caption = TOKENIZER.encode("a big red circle above a small blue star on white, number 0")
+    assert [(r.unit, r.value) for r in made] == [("ids/s", 3 * (len(caption) + 4 + 4)), ("pictures/s", 3)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochameleon.cli import parse_run
+from nanochameleon.cli import parse_run, sizes_come_later
 from nanochameleon.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,9 @@ WRONG = {
     "a source twice": (["toy", "--stages.0.weights", "text", "1", "text", "2"], "each once"),
     "no sources at all": (["toy", "--stages.0.weights"], "stages.0.weights must be sources"),
     "a stage without steps": (["toy", "--stages.0.share", "0"], "stages.0.share must give 'all' at least one of the"),
+    "live documents of prepared data": (["125m", "--data.live"], "data.live and data.n_documents are for documents"),
+    "fewer documents of prepared data": (["1b", "--data.n-documents", "3"], "data.live and data.n_documents are for"),
+    "no prompts to measure": (["align", "--evaluation.alignment", "0"], "evaluation.alignment must be at least 1"),
     "rows too short for a picture": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
     "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),
 }  # fmt: skip
@@ -92,9 +95,13 @@ def test_help_of_a_preset_explains_its_fields_and_shows_their_values(capsys):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_comes_with_its_vocabulary_and_context(name):
     cfg = parse_run([name])
-    assert cfg.model.vocab_size == 4 + cfg.vqgan.n_codes + 8 + 256 + cfg.tokenizers.n_merges
-    assert cfg.model.max_seq_len == cfg.train.seq_len and cfg.name == name and cfg.folder == Path("runs") / name
+    assert cfg.name == name and cfg.folder == Path("runs") / name
     assert cfg.vqgan == PRESETS[name]().vqgan and cfg.optim == PRESETS[name]().optim
+    if sizes_come_later(cfg):
+        assert cfg.model == PRESETS[name]().model
+    else:
+        assert cfg.model.vocab_size == 4 + cfg.vqgan.n_codes + 8 + 256 + cfg.tokenizers.n_merges
+        assert cfg.model.max_seq_len == cfg.train.seq_len
 
 
 def test_any_field_can_be_overridden_and_the_others_stay():

@@ -20,7 +20,7 @@ from tiny import TOKENIZER, nano_folder, released_model, tiny_run
 
 from nanochameleon.convert import Args, cli, convert
 from nanochameleon.errors import UserError
-from nanochameleon.model_folder import open_model, open_parts, vq_state
+from nanochameleon.model_folder import open_model, open_parts
 from nanochameleon.tensor_files import write_safetensors
 from nanochameleon.vqgan import VQGAN
 
@@ -164,7 +164,7 @@ def test_opening_makes_no_random_weights(folders):
     before = torch.get_rng_state()
     for folder in folders.values():
         parts = open_parts(folder)
-        assert VQGAN.from_state(parts.vqgan, vq_state(parts)).quantize.sums.device.type == "cpu"
+        assert VQGAN.from_state(parts.vqgan, parts.tokenizers.vq_state()).quantize.sums.device.type == "cpu"
     assert torch.equal(torch.get_rng_state(), before)
 
 

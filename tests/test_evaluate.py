@@ -11,7 +11,7 @@ import torch
 from tiny import TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run, training_config
 
 from nanochameleon.config import DataConfig
-from nanochameleon.data import Picture, write_pictures
+from nanochameleon.data import write_pictures
 from nanochameleon.documents import Image, Text, render
 from nanochameleon.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
 from nanochameleon.evaluate import report, shapes
@@ -32,11 +32,10 @@ def run(tmp_path_factory) -> Run:
 # --- likelihood ------------------------------------------------------------------------------------------------------
 
 
-class Documents:
-    """A picture of noise and a text, the longer the later."""
-
-    def document(self, i: int) -> list:
-        return [Picture(np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)), Text("réd " * (i + 1))]
+def documents(n: int) -> list[list[int]]:
+    """A picture of drawn codes and a text, the longer the later."""
+    codes = np.random.default_rng(0).integers(0, 8, (n, 4)).tolist()
+    return [render([Image(tuple(codes[i])), Text("réd " * (i + 1))], TOKENIZER, VOCAB) for i in range(n)]
 
 
 @pytest.mark.parametrize("context", [64, 24])
@@ -44,10 +43,10 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, conte
     """Texts that do not fit in the context count neither as ids nor as bytes."""
     untrained = tiny_model(max_seq_len=context)
     torch.nn.init.zeros_(untrained.output.weight)
-    lists = [render([Image((0,) * 4), Text("réd " * (i + 1))], TOKENIZER, VOCAB) for i in range(5)]
+    lists = documents(5)
     kept = [i for i in range(5) if len(lists[i]) <= context]
     assert len(kept) == (5 if context == 64 else 3)
-    measured = bits(replace(run, model=untrained, cfg=tiny_config(model=untrained.cfg)), Documents(), 5, batch_size=2)
+    measured = bits(replace(run, model=untrained, cfg=tiny_config(model=untrained.cfg)), documents(5), batch_size=2)
     assert measured["bits_per_code"] == pytest.approx(math.log2(VOCAB.size), rel=1e-5)
     n_text = sum(len(lists[i]) - 1 - 4 for i in kept)  # no target is <s> or one of the 4 codes
     n_bytes = sum(len("réd ".encode()) * (i + 1) for i in kept)
@@ -56,12 +55,12 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, conte
 
 def test_what_nothing_was_counted_for_is_unknown_not_0(run):
     short = tiny_model(max_seq_len=4)  # no document fits
-    measured = bits(replace(run, model=short, cfg=tiny_config(model=short.cfg)), Documents(), 3)
+    measured = bits(replace(run, model=short, cfg=tiny_config(model=short.cfg)), documents(3))
     assert measured == {"bits_per_code": None, "bits_per_byte": None}
 
 
 def test_bits_do_not_depend_on_how_documents_are_batched(run):
-    first, second = bits(run, Documents(), 6, batch_size=1), bits(run, Documents(), 6, batch_size=16)
+    first, second = bits(run, documents(6), batch_size=1), bits(run, documents(6), batch_size=16)
     assert first == pytest.approx(second, rel=1e-5) and first["bits_per_code"] > 3
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import tempfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanochameleon.data import Picture
+from nanochameleon.data.reading import Report
 from nanochameleon.documents import Text
 from nanochameleon.errors import UserError
-from nanochameleon.folder import FolderSource, Report, is_test, prepare_folder, read_captions
+from nanochameleon.folder import FolderSource, is_test, prepare_folder, read_captions
 
 COLOURS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
 
@@ -80,8 +82,8 @@ def test_a_bad_item_is_skipped_with_its_line_and_reason(kind, folder, tmp_path):
     bad, reason = BAD_LINES[kind]
     (folder / "captions.jsonl").write_bytes(line("good.png", "red") + bad + b"\n" + line("sub/also.png", "green"))
     report = prepare_folder(folder, tmp_path / "prepared", 16)
-    assert [item["reason"] for item in report.skipped] == [reason]
-    assert report.skipped[0]["where"] == "captions.jsonl:2" or reason == "unreadable pictures"
+    assert [item.reason for item in report.skipped] == [reason]
+    assert report.skipped[0].where == "captions.jsonl:2" or reason == "unreadable pictures"
     assert (report.pictures, report.captions) == (2, 2) and f"1 skipped: 1 {reason}" in str(report)
     assert captions_in(tmp_path / "prepared") == {"good.png": ["red"], "sub/also.png": ["green"]}
 
@@ -90,9 +92,9 @@ def test_all_bad_items_together_are_counted_and_listed(folder, tmp_path):
     lines = b"".join(bad for bad, _ in BAD_LINES.values())
     (folder / "captions.jsonl").write_bytes(line("good.png", "red") + lines + line("sub/also.png", "green"))
     report = prepare_folder(folder, tmp_path / "prepared", 16)
-    assert Counter(item["reason"] for item in report.skipped) == Counter(reason for _, reason in BAD_LINES.values())
+    assert Counter(item.reason for item in report.skipped) == Counter(reason for _, reason in BAD_LINES.values())
     listed = (tmp_path / "prepared" / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(entry) for entry in listed] == report.skipped
+    assert [json.loads(entry) for entry in listed] == [asdict(bad) for bad in report.skipped]
     assert report.pictures == 2
 
 
@@ -103,7 +105,7 @@ def test_no_bytes_in_a_caption_file_stop_the_good_lines(noise):
         save(folder / "good.png")
         (folder / "captions.jsonl").write_bytes(noise + b"\n" + line("good.png", "red"))
         report = Report()
-        assert read_captions(folder, report, 100) == {folder / "good.png": ["red"]}
+        assert read_captions(folder, report) == {folder / "good.png": ["red"]}
         text = noise.decode("utf-8-sig", "surrogateescape")
         assert len(report.skipped) == sum(bool(part.strip()) for part in io.StringIO(text, newline=None))
 
@@ -147,7 +149,7 @@ def test_bad_rows_of_a_csv_are_skipped(folder, tmp_path):
     rows = b"file_name,text\ngood.png,red\ngood.png\n,no name\n" + huge + b"good.png,caf\xe9\nsub/also.png,green\n"
     (folder / "metadata.csv").write_bytes(rows)
     report = prepare_folder(folder, tmp_path / "prepared", 16)
-    assert [(item["where"], item["reason"]) for item in report.skipped] == [
+    assert [(bad.where, bad.reason) for bad in report.skipped] == [
         ("metadata.csv:3", "without a caption"),
         ("metadata.csv:4", "without a file name"),
         ("metadata.csv:5", "broken lines"),
@@ -157,10 +159,10 @@ def test_bad_rows_of_a_csv_are_skipped(folder, tmp_path):
 
 
 def test_a_huge_caption_is_cut_and_counted(folder, tmp_path):
-    (folder / "captions.jsonl").write_bytes(line("good.png", "word " * 2_000_000) + line("sub/also.png", "y" * 50))
-    report = prepare_folder(folder, tmp_path / "prepared", 16, max_caption=50)
+    (folder / "captions.jsonl").write_bytes(line("good.png", "word " * 2_000_000) + line("sub/also.png", "y" * 1_000))
+    report = prepare_folder(folder, tmp_path / "prepared", 16)
     assert report.cut == 1 and "1 of them cut" in str(report)
-    assert captions_in(tmp_path / "prepared") == {"good.png": [("word " * 10).strip()], "sub/also.png": ["y" * 50]}
+    assert captions_in(tmp_path / "prepared") == {"good.png": [("word " * 200).strip()], "sub/also.png": ["y" * 1_000]}
 
 
 def test_subfolders_for_training_and_test_are_kept_apart(tmp_path):

@@ -391,7 +391,7 @@ class Stub(nn.Module):
 
     def __init__(self, grid: int = 2):
         super().__init__()
-        self.cfg = SimpleNamespace(codes_per_image=grid * grid)
+        self.cfg = SimpleNamespace(codes_per_image=grid * grid, resolution=2 * grid)
         self.grid, self.batches, self.decoder = grid, [], nn.Identity()
         self.weight = nn.Parameter(torch.ones(()))
 

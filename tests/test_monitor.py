@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanochameleon.monitor import Monitor, plot_curves, read_metrics, smooth, summary
+from nanochameleon.errors import UserError
+from nanochameleon.monitor import Monitor, open_board, plot_curves, read_metrics, smooth, summary
 
 
 def run(run_dir, total, every, start, stop, clock=lambda: 0.0):
@@ -119,3 +120,37 @@ def test_a_run_that_rolls_back_logs_each_step_once(tmp_path):
         monitor.log(3, tokens=70)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["tokens"]) for line in lines] == [(0, 0), (1, 10), (2, 20), (3, 70)]
+
+
+def test_mfu_is_the_share_of_the_peak_that_ids_take(tmp_path):
+    """100 ids in 2 s of which each takes 1/1000 of what the devices do in a second."""
+    times = iter(range(0, 100, 2))
+    with Monitor(tmp_path, 3, clock=lambda: next(times), mfu_per_id=1e-3) as monitor:
+        for step in range(3):
+            monitor.log(step, ids=100 * (step + 1))
+    assert [line["mfu"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.05] * 3
+
+
+def test_several_numbers_a_line_are_strict_json_too(tmp_path):
+    with Monitor(tmp_path, 1) as monitor:
+        monitor.log(0, attention_logits=[1.5, math.nan, math.inf])
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["attention_logits"] == [1.5, None, None]
+
+
+def test_tensorboard_gets_the_same_numbers_and_a_curve_for_each_layer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = open_board(tmp_path / "board")
+    with Monitor(tmp_path, 2, board=board) as monitor:
+        for step in range(2):
+            monitor.log(step, loss=2.5 - step, attention_logits=[1.0, 3.0 + step], grad_norm=math.nan)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert read["loss"] == [(0, 2.5), (1, 1.5)] and read["attention_logits/01"] == [(0, 3.0), (1, 4.0)]
+    assert "grad_norm" not in read and "step" not in read
+
+
+def test_without_the_package_tensorboard_is_refused_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochameleon.monitor.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.tensorboard needs the package tensorboard: pip install"):
+        open_board(tmp_path)

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from tiny import SHAPES_VQGAN, nano_folder, released_model, training_config
 
 from nanochameleon import checkpoint, prepare, train_tokenizers
+from nanochameleon.alignment import CATEGORIES
 from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.convert import Args, convert
-from nanochameleon.drawing import to_learn
+from nanochameleon.drawing import noisy, to_learn
 from nanochameleon.errors import UserError
 from nanochameleon.model_folder import open_parts
 from nanochameleon.monitor import read_metrics
@@ -179,7 +180,8 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
     assert_same_weights(cfg.folder / "image_tokenizer", finished / "image_tokenizer")
     lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (cfg.folder, finished))
     for line in (*lines, *expected):
-        del line["seconds"], line["tokens_per_second"]
+        for name in ("seconds", "tokens_per_second", "mfu", "memory_gib"):
+            del line[name]
     assert lines == expected
 
 
@@ -301,6 +303,8 @@ def break_losses(monkeypatch, kind: str, broken: Callable[[int], bool]) -> list[
     real, weights = Objective.forward, []
 
     def forward(self, batch, keys):
+        if not torch.is_grad_enabled():  # a look at the attention logits
+            return real(self, batch, keys)
         weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
         sums = real(self, batch, keys)
         return sums._replace(parts=BROKEN[kind](sums.parts)) if broken(len(weights)) else sums
@@ -324,7 +328,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     images = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
     text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, images, text, before_transformer)
-    learnt = to_learn(loader.batch(1), cfg, text.vocab, range(2, 4))
+    learnt = noisy(to_learn(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.code_noise, cfg.seed, [2, 3])
     assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == {
         k: x.tolist() for k, x in vars(learnt).items()
     }
@@ -547,3 +551,14 @@ def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_pat
     assert not (tmp_path / "more").exists()
     with pytest.raises(UserError, match="choose another --out"):
         train.main(replace(cfg, init_from=finished, out=finished, overwrite=True))
+
+
+def test_a_run_of_the_shapes_is_aligned_and_each_category_measured(finished, tmp_path):
+    few = replace(training_config(tmp_path).train, steps=4, save_every=4, answers_only=True)
+    stages = mixed(**dict.fromkeys(CATEGORIES, 1.0))
+    cfg = training_config(tmp_path / "aligned", init_from=finished, train=few, stages=stages)
+    train.main(replace(cfg, evaluation=replace(cfg.evaluation, alignment=2)))
+    report = json.loads((tmp_path / "aligned" / "report.json").read_text())
+    assert_shape(report, REPORT | {"alignment": dict.fromkeys(CATEGORIES, SHARE)})
+    assert {path.name for path in (tmp_path / "aligned" / "data").iterdir()} == set(CATEGORIES)
+    assert "alignment" not in json.loads((finished / "report.json").read_text())

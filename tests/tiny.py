@@ -118,7 +118,7 @@ def training_config(out: Path, **changes) -> RunConfig:
         ),
         train=TrainConfig(
             steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5,
-            opening_pictures=False, code_noise=0.5,
+            pictures="drawn", code_noise=0.5,
         ),
         sample=SampleConfig(max_new=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
     )  # fmt: skip

@@ -63,4 +63,5 @@ def map_file(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     if found != expected:
         state = "missing" if found < 0 else f"{found:,} bytes long where {expected:,} were written"
         raise UserError(f"{path} is {state}: delete {path.parent} and prepare the data again")
-    return np.memmap(path, dtype, "r", shape=shape) if expected else np.empty(shape, dtype)
+    # a plain array: each slice of a memmap would cost microseconds of bookkeeping
+    return np.memmap(path, dtype, "r", shape=shape).view(np.ndarray) if expected else np.empty(shape, dtype)

@@ -74,7 +74,12 @@ class Shards:
         return np.diff(self.offsets[first : last + 1]).astype(np.int64)
 
     def fetch(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        return [self[i] for i in numbers]
+        """Several documents, in the order asked for; their places are looked up together."""
+        first = np.asarray(numbers, np.int64)
+        shards = np.searchsorted(self.firsts, first, side="right") - 1
+        before = self.offsets[self.firsts[shards]]
+        starts, ends = ((self.offsets[first + k] - before).tolist() for k in (0, 1))
+        return [self.shards[shard][a:b] for shard, a, b in zip(shards.tolist(), starts, ends, strict=True)]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -82,6 +87,4 @@ class Shards:
     def __getitem__(self, i: int) -> np.ndarray:
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of {len(self)}")
-        shard = int(np.searchsorted(self.firsts, i, side="right")) - 1
-        start, end = (int(self.offsets[j] - self.offsets[self.firsts[shard]]) for j in (i, i + 1))
-        return self.shards[shard][start:end]
+        return self.fetch([i])[0]

@@ -1,28 +1,27 @@
 """How well documents of the test split are predicted: bits per picture code and per byte of text."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-from nanochameleon.data import Mixture, fuse
-from nanochameleon.documents import Text, render
+from nanochameleon.drawing import to_learn
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import pack
 from nanochameleon.run import Run
 
 
 @torch.inference_mode()
-def bits(run: Run, docs: Mixture, n: int, batch_size: int = 16) -> dict[str, float | None]:
-    """{"bits_per_code", "bits_per_byte"} over documents 0 .. n-1; all ids but picture codes count as text.
+def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> dict[str, float | None]:
+    """{"bits_per_code", "bits_per_byte"} over documents of ids, of which all but picture codes count as text.
 
-    Documents longer than the context are left out; a figure for which nothing is left is None.
+    Documents longer than the context are left out, and pictures that the run does not learn; a figure for which nothing
+    is left is None.
     """
-    fused = fuse([docs.document(i) for i in range(n)], run.images)
     seq_len = run.cfg.model.max_seq_len
-    both = [(doc, render(doc, run.tokenizer, run.vocab)) for doc in fused]
-    both = [(doc, ids) for doc, ids in both if len(ids) <= seq_len]
-    n_bytes = sum(len(s.text.encode()) for doc, _ in both for s in doc if isinstance(s, Text))
-    packed = pack([ids for _, ids in both], seq_len, run.vocab.pad)
+    kept = [list(map(int, ids)) for ids in documents if len(ids) <= seq_len]
+    n_bytes = sum(len(run.tokenizer.decode_bytes(filter(run.vocab.is_text, ids))) for ids in kept)
+    packed = to_learn(pack(kept, seq_len, run.vocab.pad), run.cfg, run.vocab)
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):
         batch = packed[start : start + batch_size].to(run.device)

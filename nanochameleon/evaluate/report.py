@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanochameleon.alignment import CATEGORIES
 from nanochameleon.data import Picture
 from nanochameleon.documents import Text
 from nanochameleon.engine import prompt_ids
-from nanochameleon.evaluate import shapes
+from nanochameleon.evaluate import alignment, shapes
+from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
 from nanochameleon.files import write_file
 from nanochameleon.monitor import METRICS, plot_curves, read_metrics
-from nanochameleon.prepare import mixture, open_sources, world
+from nanochameleon.prepare import open_sources, world
+from nanochameleon.prepared import TEST
 from nanochameleon.report import png, samples_sheet, write_report
 from nanochameleon.run import Run, command
 from nanochameleon.shapes import World, draw
@@ -39,14 +42,6 @@ def peak_memory_gib() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def held_out_captions(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarray]]:
-    """Captions of the test split and their own pictures."""
-    source = open_sources(run.cfg, folder, "test")("pairs")
-    docs = [source.document(i) for i in range(n if source.size is None else min(n, source.size))]
-    texts = [next(s.text for s in doc if not isinstance(s, Picture)) for doc in docs]
-    return texts, [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
-
-
 def drawable(run: Run, captions: list[str]) -> list[str]:
     """Those that leave room for their picture in the context; training leaves the others out as well."""
     return [caption for caption in captions if shapes.has_room(run, prompt_ids([Text(caption)], run, "draw"))]
@@ -54,8 +49,10 @@ def drawable(run: Run, captions: list[str]) -> list[str]:
 
 def sample_grid(run: Run, path: Path) -> None:
     """Draws a few captions of the test split, the same ones each time, into one sheet."""
-    captions, _ = held_out_captions(run, path.parent.parent, SHEET)
+    captions, _ = captioned(run, path.parent.parent, SHEET)
     captions = drawable(run, captions)[:GRID]
+    if not captions:
+        return
     path.parent.mkdir(exist_ok=True)
     samples_sheet([(c, p, None) for c, p in zip(captions, draw_pictures(run, captions, 0), strict=True)], path)
 
@@ -67,18 +64,25 @@ def training_seconds(folder: Path) -> dict[str, float]:
 
 
 def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
-    """Measures everything; writes samples.png, curves.png, picture.png, report.json and report.html to the folder."""
+    """Measures everything; writes samples.png, curves.png, picture.png, report.json and report.html to the folder.
+
+    Without anything unseen, as prepared data may be, what is measured on it is None, and the pictures are not there.
+    """
     clock, place = time.perf_counter(), world(run.cfg.data)
     figures, sheet, talks = shapes_report(run, place) if place else pictures_report(run, folder)
-    figures |= bits(run, mixture(run.cfg, folder, "test"), 200) | training_seconds(folder)
+    figures |= bits(run, unseen(run, folder, 200)) | training_seconds(folder)
     samples_sheet(sheet, folder / "samples.png")
     plot_curves(read_metrics(folder / METRICS), folder / "curves.png")
     seconds = seconds | {"report": time.perf_counter() - clock}
     figures = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()} | figures
     prompt = sheet[0][0] if sheet else "a red circle"
-    question = talks[0]["question"] or "what is this?"
-    write_file(folder / "picture.png", png(talks[0]["picture"]))  # one of the test split, to ask about
-    tries = ([prompt, "--n", "4"], [str(folder / "picture.png"), question])
+    question = talks[0]["question"] or "what is this?" if talks else ""
+    tries = [[prompt, "--n", "4"]]
+    if run.cfg.data.source == "prepared" and not talks:
+        print(f"{run.cfg.data.path} has no source called {TEST}, so nothing unseen is measured")
+    if talks:  # a picture of the test split, to ask about
+        write_file(folder / "picture.png", png(talks[0]["picture"]))
+        tries.append([str(folder / "picture.png"), question])
     commands = [command("sample.py", str(folder), *words) for words in tries]
     return write_report(folder, figures, talks, commands, f"nanochameleon: {run.cfg.name}")
 
@@ -98,6 +102,10 @@ def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
         "captions": {"facts": captions},
         "questions": {"accuracy": accuracy, "question_only": shapes.question_only(place, answered)},
     }
+    learnt = [name for name in CATEGORIES if name in run.cfg.mixture]
+    aligned = {name: alignment.answered(run, place, name, n.alignment) for name in learnt}
+    if aligned:
+        figures["alignment"] = {name: alignment.share_right(answers) for name, answers in aligned.items()}
     half = SHEET // 2
     sheet = [sheet_item(d, "") for d in drawn_seen[:half]]
     sheet += [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
@@ -116,22 +124,28 @@ def talk(answer: Answer, place: World) -> dict:
 
 def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
     """Reconstruction error and codebook use, None for what an oracle has to tell; the sheet is of the test split."""
-    captions, pictures = held_out_captions(run, folder, run.cfg.evaluation.reconstructions)
-    clean = np.stack(pictures)
-    codes = run.images.encode(clean)
-    error = np.abs(clean.astype(int) - run.images.decode(codes)).mean() / 255
-    used = len(torch.unique(codes)) / run.cfg.vqgan.n_codes
+    captions, pictures = captioned(run, folder, run.cfg.evaluation.reconstructions)
+    figures = {"tokenizer": NO_ORACLE | reconstruction(run, pictures)}
     captions = drawable(run, captions)[:SHEET]
     drawn = draw_pictures(run, captions, run.cfg.seed, "drawing")
-    figures = {"tokenizer": NO_ORACLE | {"mean_absolute_error": float(error), "codebook_used": used}}
     figures |= {"text_to_picture": None, "interleaved": None, "captions": None, "questions": None}
     return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=True)], asked_about(run, folder, 12)
 
 
+def reconstruction(run: Run, pictures: list[np.ndarray]) -> dict[str, float | None]:
+    """Of pictures as they were before they became codes: prepared data has them no more, and no figure then."""
+    if not pictures or run.cfg.data.source == "prepared":
+        return {"mean_absolute_error": None, "codebook_used": None}
+    clean = np.stack(pictures)
+    codes = run.images.encode(clean)
+    error = np.abs(clean.astype(int) - run.images.decode(codes)).mean() / 255
+    return {"mean_absolute_error": float(error), "codebook_used": len(torch.unique(codes)) / run.cfg.vqgan.n_codes}
+
+
 def asked_about(run: Run, folder: Path, n: int) -> list[dict]:
     """What the model says of pictures of the test split: answers where it learnt questions, else captions."""
-    if "questions" not in run.cfg.mixture:
-        truths, pictures = held_out_captions(run, folder, n)
+    if "questions" not in run.cfg.mixture or run.cfg.data.source == "prepared":
+        truths, pictures = captioned(run, folder, n)
         asked = [""] * len(truths)
     else:
         source = open_sources(run.cfg, folder, "test")("questions")

@@ -47,7 +47,7 @@ def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
     with use_kernels("cuda"), pytest.raises(ValueError, match="tensors are on cpu"):
         choose("normed_attention", x)
     gpu = torch.device("cuda")
-    monkeypatch.setattr("nanochameleon.kernels.dispatch.find_spec", lambda name: None)
+    monkeypatch.setattr("nanochameleon.kernels.dispatch.installed", lambda name: False)
     with use_kernels("cuda"):
         with pytest.raises(ValueError, match=r"cupy is not installed: pip install nanochameleon\[cuda\]"):
             decide("zloss_cross_entropy", gpu, torch.bfloat16)
@@ -68,7 +68,7 @@ def test_unknown_names_are_refused(monkeypatch):
 
 def test_the_table_names_each_op_for_each_type_once():
     assert set(AUTO) == {(op, dtype) for op in OPS for dtype in (torch.float32, torch.bfloat16)}
-    assert {name for name, _ in AUTO.values()} <= set(NAMES) - {"auto"}
+    assert {name for name, _ in AUTO.values()} <= {*NAMES, "joined"} - {"auto"}  # the last: linear.py's own
 
 
 def test_explain_has_a_line_for_each_op_of_a_step():
@@ -80,7 +80,7 @@ def test_explain_has_a_line_for_each_op_of_a_step():
 
 
 def test_a_gpu_that_no_kernel_was_written_for_is_named(monkeypatch):
-    monkeypatch.setattr("nanochameleon.kernels.dispatch.find_spec", lambda name: True)
+    monkeypatch.setattr("nanochameleon.kernels.dispatch.installed", lambda name: True)
     decided = {}
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)

@@ -1,36 +1,80 @@
-"""Tasks on threads: who waits for whom, and that all of [0, n) is done once."""
+"""Tasks on threads, torch's and Python's: all of [0, n) is done once, each thread in memory of its own."""
 
-import threading
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from nanochameleon.kernels import launch
+from nanochameleon.kernels.region_numba import next_of, reader
+from nanochameleon.kernels.simd import load, peek, poke, splat, store
 
 
-@pytest.fixture
-def two_threads(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+class Job(NamedTuple):
+    done: int  # (N,) float32: how often each was done
+    by: int  # (N,) float32: a mark of the stretch that did it
+    clashes: int  # int64: how often another thread wrote into the same scratch meanwhile
+    step: float
 
 
-@pytest.mark.parametrize("fails", ["caller", "helper", None])
-def test_nothing_is_still_running_when_run_is_left(two_threads, fails):
-    """The slower thread goes on for a while after the other one has failed."""
-    caller, both, left = threading.current_thread(), threading.Barrier(2), []
+read_job = reader(Job)
 
-    def task(part, first, last):
-        me = "caller" if threading.current_thread() is caller else "helper"
-        both.wait(60)
-        if me == fails:
-            raise RuntimeError(me)
-        for _ in range(1_000_000):
-            pass
-        left.append(me)
 
-    if fails is None:
-        launch.run(task, 2, 2)
-        assert sorted(left) == ["caller", "helper"]
-    else:
-        with pytest.raises(RuntimeError, match=fails):
-            launch.run(task, 2, 2)
-        assert left == [{"caller": "helper", "helper": "caller"}[fails]]
+@launch.kernel
+def count(job, part, first, last, scratch):
+    job = read_job(job)
+    for i in range(first, last):
+        store(scratch, splat(peek(job.done + 4 * i) + job.step))
+        for _ in range(100):
+            store(scratch + 64, load(scratch))
+        if peek(scratch + 64) != peek(job.done + 4 * i) + job.step:
+            next_of(job.clashes)
+        poke(job.done + 4 * i, peek(scratch + 64))
+        poke(job.by + 4 * i, part)
+
+
+def counted(n: int, parts: int | None = None) -> tuple[list[float], list[float]]:
+    done, by, clashes = torch.zeros(n), torch.full((n,), -1.0), torch.zeros(1, dtype=torch.long)
+    launch.run(count, Job(done.data_ptr(), by.data_ptr(), clashes.data_ptr(), 0.5), n, 32, parts)
+    assert not clashes
+    return done.tolist(), by.tolist()
+
+
+@pytest.fixture(params=["torch's threads", "Python's threads"])
+def way(request, monkeypatch):
+    if request.param == "Python's threads":
+        monkeypatch.setattr(launch, "openmp", lambda: None)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 40, 3_000])
+def test_every_task_runs_once_and_stretches_follow_one_another(way, threads, n):
+    done, by = counted(n)
+    assert done == [0.5] * n and by == sorted(by) and -1 not in by
+
+
+@pytest.mark.parametrize(("n", "parts"), [(10, 3), (2, 5), (7, 1)])
+def test_there_are_as_many_stretches_as_were_asked_for(way, threads, n, parts):
+    assert set(counted(n, parts)[1]) == set(range(min(n, parts)))
+
+
+def test_python_s_own_threads_may_run_kernels_at_the_same_time(way, threads):
+    with ThreadPoolExecutor(4) as pool:
+        for done, _ in pool.map(counted, [500] * 40):
+            assert done == [0.5] * 500
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="torch's OpenMP is looked for on Linux; elsewhere Python's threads do"
+)
+def test_torch_s_openmp_is_found():
+    assert launch.openmp() is not None

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.launch import run
 from nanochameleon.transformer import rotary_table
 
 B, T, H, G, E, V = 2, 19, 4, 2, 6, 37
@@ -82,26 +81,6 @@ def test_any_number_of_threads_gives_the_same_bits(case):
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("n", [0, 1, 2, 7, 40])
-def test_every_task_runs_once(threads, n):
-    before, done = torch.get_num_threads(), []
-    try:
-        torch.set_num_threads(threads)
-        run(lambda part, first, last: done.extend(range(first, last)), n)
-    finally:
-        torch.set_num_threads(before)
-    assert sorted(done) == list(range(n))
-
-
-def test_an_error_of_a_task_arrives():
-    def task(part: int, first: int, last: int) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run(task, 3)
 
 
 FORKED = """

@@ -98,7 +98,7 @@ def check(size: str, python: str, place: Path) -> bool:
     read = open_parts(place / "peer")
     config = json.loads((place / "peer" / "config.json").read_text())
     sizes = dataclasses.replace(model_from_hf(config), multiple_of=8, qk_norm_groups=MODELS[size].qk_norm_groups)
-    same = sizes == MODELS[size] and read.vqgan == VQ and read.tokenizer().vocab == Vocab()
+    same = sizes == MODELS[size] and read.vqgan == VQ and read.tokenizers.text().vocab == Vocab()
     print(f"{size}, transformers {version}: {len(peers)} tensors {'equal' if equal else 'DIFFER'} to our export,")
     print(f"  logits within {error:.2g} (its norms are float32), its folder {'read' if same else 'NOT READ'} by us")
     return equal and same and error < 1e-5

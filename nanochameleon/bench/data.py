@@ -1,0 +1,143 @@
+"""How fast data comes: batches from token shards and from live documents, and preparing at scale, in ids a second of
+one process with one thread, by its own clock (on a GPU by events); each beside what a training step eats, of which it
+is to be ten times as much.
+
+Pictures and texts are made up, tokenizers have random weights; both cost what real ones do.
+"""
+
+import io
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nanochameleon import tokenizing
+from nanochameleon.bench.rows import Row, commit, device_name
+from nanochameleon.bench.timing import seconds
+from nanochameleon.cli import complete
+from nanochameleon.config import RunConfig, VQGANConfig
+from nanochameleon.data import Loader, Rows, Shards, write_shards
+from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.prepare import mixture, open_loader
+from nanochameleon.presets import toy
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.units import plan
+from nanochameleon.vocab import Vocab
+from nanochameleon.vqgan import VQGAN
+
+# Ids a second that training takes from the loader: the toy's step on two cores (docs/results.md), and what one H100 is
+# to reach with 1.4B and with 288M parameters
+EATS = {"toy step": 7_000, "H100 1.4B": 65_000, "H100 288M": 330_000}
+ROUNDS = 5
+
+
+def rows(case: str, job: Callable[[], object], amounts: dict[str, float], eaters: tuple[str, ...], device) -> list[Row]:
+    """A row for each unit of what one run of the job comes to, the ids' beside each eater."""
+    taken = seconds({"nano": job}, ROUNDS, device)["nano"]
+    where = device_name(device), torch.__version__, commit()
+    made = []
+    for unit, amount in amounts.items():
+        value = amount / taken
+        ratios = [(value / EATS[name], name) for name in eaters] if unit == "ids/s" else [(None, None)]
+        made += [Row("data", case, "nano", value, unit, *ratio, *where) for ratio in ratios]
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader
+
+
+def loader_rows(
+    folder: Path, lengths: tuple[int, int], seq_len: int, batch_size: int, eaters: tuple[str, ...], quick: bool
+) -> list[Row]:
+    """Documents of lengths[0] to lengths[1]-1 ids from shards, in rows of seq_len."""
+    rng, n = np.random.default_rng(0), (2_000_000 if quick else 20_000_000) // lengths[0]
+    path = folder / f"documents-{lengths[0]}"
+    write_shards(path, (rng.integers(4, 65_536, size) for size in rng.integers(*lengths, n)))
+    packed = Rows("all", Shards(path), seq_len, 0)
+    loader = Loader({"all": packed}, [(0, {"all": 1.0})], batch_size, seq_len, 0, Vocab.pad)
+    steps = iter(range(10**9))
+
+    def batches() -> None:
+        for _ in range(32):
+            loader.batch(next(steps))
+
+    ids = 32 * batch_size * len(packed.numbers) / len(packed) * sum(lengths) / 2
+    case = f"loader {lengths[0]} to {lengths[1] - 1} ids, {batch_size} x {seq_len}"
+    return rows(case, batches, {"ids/s": ids}, eaters, torch.device("cpu"))
+
+
+def live_rows(cfg: RunConfig, images: ImageTokenizer, text: TextTokenizer) -> list[Row]:
+    """Documents of the toy that are made, encoded and packed when a batch asks for them."""
+    cfg = replace(cfg, data=replace(cfg.data, live=True, n_documents=2_000))
+    loader = open_loader(cfg, images, text, Path())
+    ids, steps = float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])), iter(range(8, 10**9))
+    job = lambda: loader.batch(next(steps))  # noqa: E731
+    return rows("live documents of the toy", job, {"ids/s": ids}, ("toy step",), images.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparing
+
+
+def tar_of_pictures(path: Path, n: int, size: tuple[int, int]) -> Path:
+    """JPEGs of smooth noise with captions of a dozen words."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for number in range(n):
+            file = io.BytesIO()
+            small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+            small.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+            caption = f"a big red circle above a small blue star on white, number {number}"
+            for ending, data in (("jpg", file.getvalue()), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{number:09d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def prepare_rows(
+    case: str, source: Path, form: str, images: ImageTokenizer, text: TextTokenizer, eaters: tuple[str, ...]
+) -> list[Row]:
+    """The whole of `nanochameleon.data prepare` but for its start."""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = iter(range(10**9))
+
+        def prepare() -> tokenizing.Job:
+            to = Path(folder) / str(next(numbers))
+            job = tokenizing.Job(to, form, 4_096, 0, text, images, "", plan([source], form))
+            tokenizing.run(job, 0, 1, 1 if images.device.type == "cpu" else min(16, os.cpu_count() or 1), quiet=True)
+            return job
+
+        shards = Shards(prepare().directory)
+        amounts = {"ids/s": float(shards.offsets[-1])} | ({"pictures/s": len(shards)} if form == "pairs" else {})
+        return rows(case, prepare, amounts, eaters, images.device)
+
+
+def bench(device: torch.device, quick: bool) -> Iterator[Row]:
+    torch.set_num_threads(1)
+    cfg = complete(toy())
+    text = TextTokenizer.train(mixture(cfg, Path()).captions(1_000), Vocab.toy(cfg.vqgan.n_codes, 160), progress=False)
+    torch.manual_seed(0)
+    small = ImageTokenizer(VQGAN(cfg.vqgan).to(device))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        yield from loader_rows(folder, (72, 95), 256, 8, ("toy step", "H100 288M"), quick)
+        yield from loader_rows(folder, (1_071, 1_072), 4_096, 8, ("H100 1.4B", "H100 288M"), quick)
+        yield from live_rows(cfg, small, text)
+        tar = tar_of_pictures(folder / "small.tar", 500, (48, 40))
+        yield from prepare_rows("prepare pairs, the toy's tokenizers", tar, "pairs", small, text, ("toy step",))
+        words = folder / "words.txt"
+        words.write_text("".join(f"{caption}\n" for caption in mixture(cfg, Path()).captions(20_000)))
+        yield from prepare_rows("prepare text", words, "text", small, text, ("toy step", "H100 1.4B"))
+        if not quick:
+            tar = tar_of_pictures(folder / "large.tar", 256 if device.type == "cuda" else 8, (640, 480))
+            released = ImageTokenizer(VQGAN(VQGANConfig()).to(device))
+            vocab = TextTokenizer(text.merges, Vocab())
+            yield from prepare_rows("prepare pairs, the released size", tar, "pairs", released, vocab, ("H100 1.4B",))

@@ -1,0 +1,51 @@
+"""Documents of the test split, wherever the data comes from: what the report measures and shows."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanochameleon.data import Picture, Shards, fuse
+from nanochameleon.documents import Image, Text, parse, render
+from nanochameleon.prepare import mixture, open_sources
+from nanochameleon.prepared import TEST
+from nanochameleon.run import Run
+
+
+def prepared_documents(run: Run, n: int) -> list[list[int]]:
+    """n documents of ids from all over the prepared source that is never trained on; none without one."""
+    place = run.cfg.data.path / TEST
+    if not (place / Shards.INDEX).exists():
+        return []
+    shards = Shards(place)
+    n = min(n, len(shards))
+    return [shards[i * len(shards) // n].tolist() for i in range(n)]
+
+
+def unseen(run: Run, folder: Path, n: int) -> list[list[int]]:
+    """n documents of ids, in the mixture of the training."""
+    if run.cfg.data.source == "prepared":
+        return prepared_documents(run, n)
+    docs = mixture(run.cfg, folder, "test")
+    fused = fuse([docs.document(i) for i in range(n)], run.images)
+    return [render(doc, run.tokenizer, run.vocab) for doc in fused]
+
+
+def captioned(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarray]]:
+    """At most n captions and their own pictures; prepared data's are drawn from its codes."""
+    if run.cfg.data.source == "prepared":
+        return captioned_codes(run, n)
+    source = open_sources(run.cfg, folder, "test")("pairs")
+    docs = [source.document(i) for i in range(n if source.size is None else min(n, source.size))]
+    texts = [next(s.text for s in doc if not isinstance(s, Picture)) for doc in docs]
+    return texts, [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
+
+
+def captioned_codes(run: Run, n: int) -> tuple[list[str], list[np.ndarray]]:
+    """Of documents that are one text and one picture."""
+    docs = [parse(ids, run.tokenizer, run.vocab) for ids in prepared_documents(run, n)]
+    pairs = [sorted(doc, key=lambda segment: isinstance(segment, Image)) for doc in docs if len(doc) == 2]
+    pairs = [(a.text, b.codes) for a, b in pairs if isinstance(a, Text) and isinstance(b, Image)]
+    if not pairs:
+        return [], []
+    return [text for text, _ in pairs], list(run.images.decode(torch.tensor([codes for _, codes in pairs])))
