@@ -48,6 +48,7 @@ from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
+from nanochameleon.drawing import noisy, to_learn
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
@@ -57,7 +58,7 @@ from nanochameleon.model_folder import Parts, open_model
 from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
 from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
-from nanochameleon.packing import IGNORE, Batch, without
+from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
 from nanochameleon.run import TEXT_TOKENIZER, Run, command, open_image_tokenizer, pick_device, start_folder
 from nanochameleon.saver import Saver, find
@@ -168,10 +169,12 @@ class Training:
         not finite anywhere, nothing moves."""
         cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
         number, rows = p.step + p.passed, mesh.rows(t.batch_size)
-        batch, vocab = self.loader.batch(number, rows).to(mesh.device), self.trainee.objective.vocab
-        if not t.pictures:
-            batch = without(batch, range(vocab.first_code, vocab.eoi))
+        vocab = self.trainee.objective.vocab
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
+        batch = to_learn(self.loader.batch(number, rows), cfg, vocab)
+        if t.code_noise:
+            batch = noisy(batch, cfg.vqgan.codes_per_image, vocab, t.code_noise, cfg.seed, places[rows])
+        batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
         keys = derive(places[rows], cfg.seed)
