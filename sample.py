@@ -4,6 +4,7 @@
     python sample.py runs/toy picture.png "how many stars are there?"             answers
     python sample.py runs/toy picture.png                                         says what is in it
     python sample.py runs/toy "a red star" --mode free --n 3                      goes on in words and pictures
+    python sample.py runs/align "please draw a red star"                          a chat with an aligned model
     python sample.py runs/toy "a red star" --n 8 --guidance 2 --seed 1            eight drawings, nearer to the prompt
     python sample.py chameleon-7b "a red star" --guidance 3 --dtype bf16          a released model, in any layout
 
@@ -44,9 +45,10 @@ class Args:
     """Folder that train.py wrote, such as runs/toy, or a model in our, Hugging Face's or Meta's layout."""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
     """Words and picture files, in any order."""
-    mode: Literal["auto", "draw", "answer", "text", "free"] = "auto"
-    """draw: one picture. answer: end the turn, then words. text: go on in words alone. free: words and pictures. auto:
-    draw after words alone; answer where a picture comes with words after it; else say what is in the picture."""
+    mode: Literal["auto", "draw", "answer", "chat", "text", "free"] = "auto"
+    """draw: one picture. answer: end the turn, then words. chat: end the turn, then words and pictures. text: go on in
+    words alone. free: go on in words and pictures. auto: chat with an aligned run; draw after words alone; answer where
+    a picture comes with words after it; else say what is in the picture."""
     n: int = 1
     """Samples."""
     temperature: float | None = None
@@ -146,6 +148,8 @@ def decide(mode: str, segments: list, cfg: RunConfig) -> tuple[str, list]:
     has_picture = any(not isinstance(segment, Text) for segment in segments)
     if mode == "auto" and not segments:
         raise UserError("the prompt is empty: give words to draw, or a picture and a question")
+    if mode == "auto" and cfg.train.answers_only:
+        mode = "chat"
     if mode == "auto":
         mode = "draw" if not has_picture else "answer" if words_last or what_is_it(cfg) else "text"
     if mode == "answer" and not words_last:
@@ -171,9 +175,9 @@ def main(args: Args) -> list[list[str | Path]]:
         quantize_(run.model)
     vocab, n_codes = run.vocab, run.images.n_codes_per_image
     mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution, args.fit), run.cfg)
-    if mode in ("draw", "free") and not run.images.can_draw:
+    if mode in ("draw", "free", "chat") and not run.images.can_draw:
         raise UserError(NO_DECODER)
-    prompt = prompt_ids(segments, run, mode if mode in ("draw", "answer") else "go on")
+    prompt = prompt_ids(segments, run, {"draw": "draw", "answer": "answer", "chat": "answer"}.get(mode, "go on"))
     options = args.options(run.cfg.sample)
     shelf, progress = Shelf(args, run.images), "sampling" if sys.stderr.isatty() else None
     if mode == "draw":
@@ -186,8 +190,8 @@ def main(args: Args) -> list[list[str | Path]]:
             return [show(told, shelf)]
         rows = generate(run.model, [prompt] * args.n, vocab, n_codes, options, "image", args.seed, progress=progress)
         return [[shelf.put([vocab.id_to_code(token) for token in row[:-1]])] for row in rows]
-    grammar_mode = "both" if mode == "free" else "text"
-    stops = (vocab.eos, vocab.eot) if mode == "answer" else (vocab.eos,)
+    grammar_mode = "both" if mode in ("free", "chat") else "text"
+    stops = (vocab.eos, vocab.eot) if mode in ("answer", "chat") else (vocab.eos,)
     what = options, grammar_mode, args.seed
     if args.n == 1:
         preview = PREVIEW if shelf.shows else None

@@ -4,6 +4,7 @@
     python train.py toy_long                              the same scenes with an hour
     python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
     python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
+    python train.py stability                             the paper's ablations at a small size, into a table and a plot
     python train.py folder --init-from chameleon-7b       goes on from a run or a model in any layout: its sizes,
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
@@ -42,11 +43,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nanochameleon import checkpoint
+from nanochameleon import checkpoint, stability
 from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
+from nanochameleon.drawing import noisy, to_learn
 from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
@@ -140,6 +142,7 @@ class Progress:
     step: int = 0  # updates done
     tokens: int = 0  # supervised ones
     passed: int = 0  # batches passed over by rolling back
+    left_out: int = 0  # updates that did not happen, since loss or gradient was not finite
     loss: float | None = None  # mean of what was logged since the checkpoint before
 
 
@@ -166,19 +169,24 @@ class Training:
         not finite anywhere, nothing moves."""
         cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
         number, rows = p.step + p.passed, mesh.rows(t.batch_size)
-        batch = self.loader.batch(number, rows).to(mesh.device)
+        vocab = self.trainee.objective.vocab
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
+        batch = to_learn(self.loader.batch(number, rows), cfg, vocab)
+        if t.code_noise:
+            batch = noisy(batch, cfg.vqgan.codes_per_image, vocab, t.code_noise, cfg.seed, places[rows])
+        batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
         keys = derive(places[rows], cfg.seed)
         sums, count = gradients(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
-        norms = gradient_norms(self.trainee.model, self.trainee.objective.vocab) if due else {}
+        norms = gradient_norms(self.trainee.model, vocab) if due else {}
         norm = clip(self.trainee.model.parameters(), cfg.optim.clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
         bad, stop = mesh.most(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
         if bad:
+            p.left_out += 1
             self.set_aside(batch, number)
         else:
             self.move(lr)
@@ -187,7 +195,8 @@ class Training:
         if due:
             line = figures(sums, mesh, cfg) | norms | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
             line["attention_logits"] = peaks(self.trainee, batch, keys)
-            line |= {"ids": (p.step + 1) * t.batch_size * t.seq_len, "memory_gib": memory_gib(mesh.device)}
+            line |= {"left_out": p.left_out, "memory_gib": memory_gib(mesh.device)}
+            line["ids"] = (p.step + 1) * t.batch_size * t.seq_len
             self.losses.append(line["loss"])
             if monitor:
                 monitor.log(p.step, **line)
@@ -223,9 +232,9 @@ class Training:
         path = find(self.folder, self.trainee.mesh)
         if path is None or self.rolled_back == ROLL_BACKS:
             raise UserError(f"{self.failed} steps in a row had no finite loss: {lower}")
-        reached = self.progress.step + self.progress.passed
+        reached, left_out = self.progress.step + self.progress.passed, self.progress.left_out
         self.progress = Progress(**checkpoint.restore(path, self.trainee.model, self.optimizer))
-        self.progress.passed = reached - self.progress.step
+        self.progress.passed, self.progress.left_out = reached - self.progress.step, left_out
         self.failed, self.losses, self.rolled_back = 0, [], self.rolled_back + 1
         if self.trainee.mesh.first:
             print(f"\nwarning: {TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
@@ -309,7 +318,7 @@ def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: 
 # All stages
 
 
-def main(cfg: RunConfig) -> Path:
+def main(cfg: RunConfig, with_report: bool = True) -> Path:
     """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
@@ -323,7 +332,8 @@ def main(cfg: RunConfig) -> Path:
         try:
             with Stopper() as stopped:
                 run = stages(cfg, begun, folder, mesh, laps, stopped)
-            mesh.once(lambda: report(run, folder, mesh, laps))
+            if with_report:
+                mesh.once(lambda: report(run, folder, mesh, laps))
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
             if mesh.first:
                 laps.add("interrupted")
@@ -379,5 +389,10 @@ def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Lap
     return run
 
 
+def study(cfg: RunConfig) -> Path:
+    """Many small runs, each leaving a part of the recipe out: see stability.py."""
+    return stability.run(cfg, lambda one: main(one, with_report=False))
+
+
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(CONFIG))
+    exit_on_user_error(lambda: (study if CONFIG.name == "stability" else main)(CONFIG))

@@ -310,6 +310,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     wanted = weights | optim
     for key in shapes.keys() ^ wanted.keys():
         raise UserError(f"{path} and this model do not belong together: {key} is in one of them alone")
+    for name in {name for name, p in named.items() if p.requires_grad} - {key.rpartition(".")[0] for key in optim}:
+        raise UserError(f"{path} has no state of the optimizer for {name}: it was saved by another stage or version")
     for key, shape in shapes.items():
         if tuple(wanted[key].shape) != shape:
             raise UserError(f"{path}: {key} is {shape}, this model needs {tuple(wanted[key].shape)}")

@@ -36,6 +36,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
         "sample.min_p", "sample.image_min_p",
     )),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, ("train.code_noise",)),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("sample.top_p", "sample.image_top_p")),
 )  # fmt: skip
 MAX_SEED = 2**32 - 1

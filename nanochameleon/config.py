@@ -160,7 +160,10 @@ class TrainConfig:
     batch_size: int = 8  # rows a step
     seq_len: int = 256  # ids a row; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
+    # whose codes are learnt; drawn: not of pictures that open a document, which nothing foretells; none: figure 6b
+    pictures: Literal["all", "drawn", "none"] = "all"
     answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
+    code_noise: float = 0.0  # largest share of a drawn picture's codes that are read as another's: drawing.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/

@@ -78,9 +78,10 @@ class Tokenizers:
         merges = [[spell(left), spell(right)] for left, right in text.merges]
         sizes = [dataclasses.asdict(each) for each in (text.vocab, self.vqgan)]
         found = hashlib.sha256(json.dumps([*sizes, pieces, merges], sort_keys=True).encode())
-        for name, x in sorted(self.vq_state().items()):
+        for name in sorted(self.vq.meta):
             if not name.startswith(DECODER):
-                found.update(name.encode() + x.contiguous().numpy().data)
+                x = self.vq.get(name).to(torch.float32).contiguous()
+                found.update(name.encode() + x.numpy().data)
         return found.hexdigest()
 
 

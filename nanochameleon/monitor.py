@@ -32,6 +32,7 @@ FIELDS = {  # every line has "step" and what of these was given; null stands for
     "grad_norm_text": "the same, of the rows of embedding and output layer that belong to text",
     "grad_norm_image": "the same, of those that belong to picture codes",
     "lr": "learning rate",
+    "left_out": "updates so far that did not happen, since loss or gradient was not finite",
     "tokens": "supervised tokens since the first step, padding and each document's <s> left out",
     "ids": "ids of all rows since the first step, padding too",
     "tokens_per_second": "since the line before",

@@ -12,7 +12,7 @@ order and from where is data.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,6 +76,12 @@ def answers(ids: Sequence[int], eot: int) -> np.ndarray:
     are answers, and the id that ends an answer belongs to it (paper section 3.2: loss on answers alone)."""
     turns = np.cumsum(np.asarray(ids) == eot)
     return np.concatenate([[0], turns[:-1]]) % 2 == 1
+
+
+def without(batch: Batch, ids: range) -> Batch:
+    """The same batch, where none of these ids is to be learnt."""
+    left_out = (batch.targets >= ids.start) & (batch.targets < ids.stop)
+    return replace(batch, targets=batch.targets.masked_fill(left_out, IGNORE))
 
 
 def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answers_from: int | None = None) -> Batch:

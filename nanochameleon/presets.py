@@ -56,6 +56,14 @@ def toy_long() -> RunConfig:
     return dataclasses.replace(toy(), name="toy_long", vqgan=vqgan, stages=stages, train=train)
 
 
+def stability() -> RunConfig:
+    """The paper's stability study at a small size: nine recipes, two learning rates, three seeds. An hour or so."""
+    model = dataclasses.replace(TOY_MODEL, dim=128, n_layers=4, n_heads=4)
+    optim = OptimConfig(lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="constant")
+    train = TrainConfig(steps=400, log_every=5, sample_every=10_000, save_every=400, precision="bf16")
+    return dataclasses.replace(toy(), name="stability", model=model, optim=optim, train=train)
+
+
 def align() -> RunConfig:
     """Aligns a run of the shapes world (runs/toy, else --init-from): conversations in six categories, in minutes.
 
@@ -120,7 +128,8 @@ def two_stages() -> tuple[StageConfig, ...]:
 def at_scale(name: str, model: ModelConfig, lr: float, rows: int, steps: int) -> RunConfig:
     """Pre-training as the paper has it, on prepared data, in rows of 4,096 ids."""
     # 57,076 merges make the released 65,536 ids
-    train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16")
+    every = dict(save_every=1_000, sample_every=steps // 10)
+    train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16", **every)
     return RunConfig(
         name, VQGANConfig(), model, OptimConfig(lr=lr), TokenizerTraining(n_merges=57_076), DataConfig("prepared"),
         two_stages(), train, SampleConfig(guidance=3.0, max_new=4_096),
@@ -161,5 +170,8 @@ def chameleon_align() -> RunConfig:
     )  # fmt: skip
 
 
-ALL = (toy, toy_long, align, toy_rich, emoji, folder, small, medium, chameleon_7b, chameleon_34b, chameleon_align)
+ALL = (
+    toy, toy_long, align, stability, toy_rich, emoji, folder, small, medium, chameleon_7b, chameleon_34b,
+    chameleon_align,
+)  # fmt: skip
 PRESETS: dict[str, Callable[[], RunConfig]] = {preset().name: preset for preset in ALL}

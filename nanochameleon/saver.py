@@ -44,8 +44,8 @@ class Saver:
         """state: {"step": ...} and what else JSON can hold. `last` waits for the files, and raises UserError where they
         cannot be written; any other save that fails is told by a warning at the next one."""
         self.finish()
-        optim = checkpoint.optimizer_tensors(self.optimizer, self.model)
-        tensors = {"weights": self.model.state_dict(), "optim": optim}
+        weights = self.model.state_dict()
+        tensors = {"weights": weights, "optim": checkpoint.optimizer_tensors(self.optimizer, self.model)}
         if self.sharded:
             self.pending = self.start_sharded(tensors["weights"] | tensors["optim"], state)
         elif self.mesh.first:

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +140,6 @@ def good(unit: Unit, job: Job, outcome: Outcome, pool: ThreadPoolExecutor, bar: 
                 raise UserError(f"{IN_A_ROW} items in a row cannot be used, the last one {last}; look at {unit.path}")
             continue
         in_a_row = 0
-        outcome.cut += item.cut
-        outcome.mended += item.mended
         yield item, doc
     bar.update(before + unit.end - unit.start - bar.n)
 
@@ -155,7 +153,7 @@ def arranged(docs: Found, number: int, job: Job) -> Found:
         elif job.form != "interleaved" or not item.captioned:
             yield item, doc
         elif first:
-            yield first[0], first[1] + doc
+            yield replace(item, where=first[0].where, cut=item.cut or first[0].cut), first[1] + doc
             first = None
         else:
             first = item, doc
@@ -183,11 +181,13 @@ def tokenize(number: int, job: Job, pool: ThreadPoolExecutor, bar: tqdm) -> Outc
     for batch in batches(docs, job.batch):
         for (item, _), doc in zip(batch, fuse([doc for _, doc in batch], job.images), strict=True):
             lists, was_cut = fit(doc, job)
-            outcome.cut += was_cut
             if not lists:
                 outcome.skipped.append(Bad(item.where, "documents too long"))
+                continue
+            outcome.cut += was_cut or item.cut
+            outcome.mended += item.mended
             outcome.lengths += map(len, lists)
-            outcome.pictures += sum(isinstance(s, Image) for s in doc) if lists else 0
+            outcome.pictures += sum(ids.count(job.text.vocab.boi) for ids in lists)
             shards += [np.array(ids, "<u2") for ids in lists]
     write_file(job.shard(number), np.concatenate(shards or [np.empty(0, "<u2")]).tobytes())
     write_file(job.outcome(number), json.dumps(asdict(outcome)).encode())
@@ -208,9 +208,10 @@ def fit(doc: Document, job: Job) -> tuple[list[list[int]], bool]:
     if job.form == "text":
         ids = job.text.encode(doc[0].text)
         return [[vocab.bos, *ids[i : i + room], vocab.eos] for i in range(0, len(ids), room)], False
-    parts = [render_segment(clipped(s, job.most), job.text, vocab) for s in doc]
+    clipped = [clip(s, job.most) for s in doc]
+    parts = [render_segment(s, job.text, vocab) for s in clipped]
     if sum(map(len, parts)) <= room:
-        return [[vocab.bos, *(token for part in parts for token in part), vocab.eos]], False
+        return [[vocab.bos, *(token for part in parts for token in part), vocab.eos]], clipped != doc
     if job.form == "chat":
         kept = whole_turns(doc, parts, room)
     else:
@@ -218,7 +219,7 @@ def fit(doc: Document, job: Job) -> tuple[list[list[int]], bool]:
     return [[vocab.bos, *kept, vocab.eos]] if kept else [], bool(kept)
 
 
-def clipped(segment, most: int):
+def clip(segment, most: int):
     """A text beyond all measure is cut before its words are looked for."""
     return Text(segment.text[: CHARACTERS * most]) if isinstance(segment, Text) else segment
 

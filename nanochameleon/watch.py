@@ -41,6 +41,8 @@ def attention_peaks(objective: Objective, batch: Batch, keys: Tensor | None) -> 
     finally:
         for hook in hooks:
             hook.remove()
+        if hasattr(objective, "reshard"):  # FSDP keeps what is outside of blocks until a backward pass
+            objective.reshard()
     return torch.stack(found).tolist()
 
 

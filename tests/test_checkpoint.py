@@ -1,8 +1,11 @@
 """A checkpoint is whole or does not count, and a run that goes on from one is the run that never stopped."""
 
+import math
 import os
 import resource
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +220,24 @@ def test_old_checkpoints_go_only_once_k_newer_ones_are_whole(tmp_path_factory, b
     oldest_kept = whole[-k] if len(whole) >= k else 0
     keep_last(run_dir, k)
     assert names(run_dir) == [f"step-{step:06d}" for step in range(oldest_kept, 6)]
+
+
+@given(st.lists(st.none() | st.floats(0.1, 9) | st.just(math.nan), min_size=3, max_size=6), st.integers(1, 3))
+@settings(max_examples=20)
+def test_the_checkpoint_of_the_least_loss_stays_beside_the_last_ones(losses, k):
+    with tempfile.TemporaryDirectory() as place:
+        run_dir = Path(place)
+        for step, loss in enumerate(losses):
+            save(run_dir, step, TENSORS, {"step": step, "loss": loss})
+        keep_last(run_dir, k)
+        known = [(loss, -step) for step, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
+        last = set(range(max(0, len(losses) - k), len(losses)))
+        kept = {int(name.removeprefix("step-")) for name in names(run_dir)}
+        assert last <= kept and len(kept) <= k + 1
+        if known:
+            assert min(loss for loss, _ in known) in {losses[step] for step in kept}
+        else:
+            assert kept == last
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import run_on
 from tiny import training_config
+from torch import nn
 
 from nanochameleon import checkpoint
 from nanochameleon.config import ModelConfig, ParallelConfig, RunConfig
@@ -20,6 +21,7 @@ from nanochameleon.monitor import read_metrics
 from nanochameleon.packing import IGNORE
 from nanochameleon.run import CONFIG, config_to_json
 from nanochameleon.tensor_files import Cut
+from nanochameleon.transformer import Block
 from nanochameleon.vocab import Vocab
 
 CPU = torch.device("cpu")
@@ -189,6 +191,14 @@ WAYS = {
     "2 shards of layers over 2 ranks": (4, {"tensor": 2, "recompute": True}),
     "layers over 4 ranks": (4, {"tensor": 4, "micro_batch": 2}),
 }
+
+
+def test_compiled_blocks_learn_the_same(prepared, tmp_path, monkeypatch):
+    """By the tracer without its C++, which not every machine can compile."""
+    monkeypatch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend="aot_eager"))
+    runs = [trained(prepared, tmp_path / str(compile), 1, until=5, compile=compile) for compile in (False, True)]
+    plain, compiled = map(curve, runs)
+    assert compiled == [pytest.approx(line, rel=1e-5) for line in plain]
 
 
 MUON = ("2 ranks", "4 shards, micro-batches, recomputed", "2 shards of layers over 2 ranks")

@@ -1,6 +1,7 @@
 """sample.py on a run folder with random weights: what it draws, says, saves and refuses."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
+from nanochameleon.run import CONFIG, config_to_json, read_config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -98,6 +100,19 @@ def test_free_mode_mixes_words_and_pictures(run, tmp_path):
     parts = [part for one in samples for part in one]
     files = [part for part in parts if isinstance(part, Path)]
     assert files and len(files) < len(parts) and all(path.is_file() for path in files)
+
+
+def test_an_aligned_run_is_asked_and_may_answer_in_both(run, picture, tmp_path, monkeypatch):
+    aligned, seen = Path(shutil.copytree(run, tmp_path / "aligned")), []
+    cfg = read_config(aligned)
+    aligned_cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, answers_only=True))
+    (aligned / CONFIG).write_text(config_to_json(aligned_cfg))
+    monkeypatch.setattr("nanochameleon.engine.stream", lambda *args: seen.append(args) or iter(()))
+    main(Args(aligned, ("red", picture)))
+    main(Args(run, ("red",), mode="chat"))
+    for _, prompt, _, _, _, mode, _, _, stops, _ in seen:
+        assert prompt[:1] == [VOCAB.bos] and prompt[-1] == VOCAB.eot and mode == "both"
+        assert set(stops) == {VOCAB.eos, VOCAB.eot}
 
 
 @pytest.mark.parametrize("mode", ["free", "text", "answer"])

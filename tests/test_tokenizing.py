@@ -186,6 +186,7 @@ def test_a_caption_of_ten_megabytes_is_cut_at_once(tmp_path):
     (doc,) = prepare(tmp_path / "out", "drawings", [tar], most=64)
     assert time.process_time() - start < 2  # of a minute without the limits
     assert doc == [Text("é" * 28), Image((0,) * 4)]
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["cut"] == 1  # at its limit, and again to fit
 
 
 # ---------------------------------------------------------------------------------------------------------------------

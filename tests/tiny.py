@@ -133,7 +133,8 @@ def training_config(out: Path, **changes) -> RunConfig:
             adversarial_from=3, discriminator_ch=4,
         ),
         train=TrainConfig(
-            steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5
+            steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5,
+            pictures="drawn", code_noise=0.5,
         ),
         sample=SampleConfig(max_new=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""python -m nanochameleon.bench kernels|engine|data [--device cpu|cuda] [--quick] [--json FILE], see --help"""
+"""python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE], see --help"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from nanochameleon.errors import UserError, exit_on_user_error
 class Args:
     """Measures ours beside the peers that are installed and prints a row for each figure."""
 
-    bench: tyro.conf.Positional[Literal["kernels", "engine", "data"]]
+    bench: tyro.conf.Positional[Literal["kernels", "engine", "train", "data"]]
     """What to measure."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where."""
@@ -38,14 +38,10 @@ def measure(args: Args) -> Iterator[dict]:
     check_kernels(device)
     if args.bench != "kernels" and (args.op != "all" or args.plot):
         raise UserError("--op and --plot are for kernels: leave them out")
-    if args.bench == "engine":
-        from nanochameleon.bench import engine
+    if args.bench != "kernels":
+        from nanochameleon.bench import data, engine, train
 
-        return engine.bench(device, args.quick)
-    if args.bench == "data":
-        from nanochameleon.bench import data
-
-        return data.bench(device, args.quick)
+        return {"engine": engine, "train": train, "data": data}[args.bench].bench(device, args.quick)
     from nanochameleon.bench import gpu_cases, kernels
 
     what = device, args.quick, args.op

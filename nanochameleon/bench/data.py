@@ -137,7 +137,7 @@ def bench(device: torch.device, quick: bool) -> Iterator[Row]:
         words.write_text("".join(f"{caption}\n" for caption in mixture(cfg, Path()).captions(20_000)))
         yield from prepare_rows("prepare text", words, "text", small, text, ("toy step", "H100 1.4B"))
         if not quick:
-            tar = tar_of_pictures(folder / "large.tar", 256 if device.type == "cuda" else 8, (640, 480))
+            tar = tar_of_pictures(folder / "large.tar", 256 if device.type == "cuda" else 4, (640, 480))
             released = ImageTokenizer(VQGAN(VQGANConfig()).to(device))
             vocab = TextTokenizer(text.merges, Vocab())
             yield from prepare_rows("prepare pairs, the released size", tar, "pairs", released, vocab, ("H100 1.4B",))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nanochameleon.drawing import to_learn
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import pack
 from nanochameleon.run import Run
@@ -14,12 +15,13 @@ from nanochameleon.run import Run
 def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> dict[str, float | None]:
     """{"bits_per_code", "bits_per_byte"} over documents of ids, of which all but picture codes count as text.
 
-    Documents longer than the context are left out; a figure for which nothing is left is None.
+    Documents longer than the context are left out, and pictures that the run does not learn; a figure for which nothing
+    is left is None.
     """
     seq_len = run.cfg.model.max_seq_len
     kept = [list(map(int, ids)) for ids in documents if len(ids) <= seq_len]
     n_bytes = sum(len(run.tokenizer.decode_bytes(filter(run.vocab.is_text, ids))) for ids in kept)
-    packed = pack(kept, seq_len, run.vocab.pad)
+    packed = to_learn(pack(kept, seq_len, run.vocab.pad), run.cfg, run.vocab)
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):
         batch = packed[start : start + batch_size].to(run.device)

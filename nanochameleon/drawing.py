@@ -1,0 +1,55 @@
+"""How drawing is learnt from words: which pictures of a batch are drawn, and noise on the codes that are read back.
+
+A picture's first codes say so much about the rest that the words are hardly needed, and a model follows them into what
+it has seen before: "a purple star" begins purple and becomes a triangle. Where codes cannot be trusted, every one has
+to be looked up in the words. Word dropout does the same for the latent variable of a sentence (arXiv 1511.06349).
+Sampling is without noise. A picture that opens its document is there to be read, not drawn.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from nanochameleon.config import RunConfig
+from nanochameleon.packing import IGNORE, Batch, without
+from nanochameleon.vocab import Vocab
+
+
+def to_learn(batch: Batch, cfg: RunConfig, vocab: Vocab) -> Batch:
+    """A batch with targets for the pictures that the configuration wants learnt."""
+    if cfg.train.pictures == "none":
+        return without(batch, range(vocab.first_code, vocab.eoi))
+    return batch if cfg.train.pictures == "all" else drawn_alone(batch, cfg.vqgan.codes_per_image, vocab)
+
+
+def pictures(batch: Batch, n_codes: int, vocab: Vocab) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each row: its number, the places of its pictures' codes (P, n_codes), and which pictures are drawn (P,)."""
+    for row, (tokens, positions) in enumerate(zip(batch.tokens.numpy(), batch.positions.numpy(), strict=True)):
+        starts = np.flatnonzero(tokens == vocab.boi)
+        yield row, starts[:, None] + np.arange(1, n_codes + 1), positions[starts] > 1  # <s> and <boi> are 0 and 1
+
+
+def drawn_alone(batch: Batch, n_codes: int, vocab: Vocab) -> Batch:
+    """Without targets for the codes of pictures that open their document: nothing tells what they should show."""
+    targets = batch.targets.clone()
+    for row, places, drawn in pictures(batch, n_codes, vocab):
+        targets[row, places[~drawn] - 1] = IGNORE
+    return replace(batch, targets=targets)
+
+
+def noisy(batch: Batch, n_codes: int, vocab: Vocab, most: float, seed: int, numbers: Sequence[int]) -> Batch:
+    """In each drawn picture a share of the codes, between 0 and `most`, is read as those of the row's next picture, at
+    the same places. Targets stay.
+
+    numbers: of the batch's rows in the whole training, of which (with the seed) the noise is a pure function: it does
+    not depend on how rows are spread over ranks, and a resumed run repeats it.
+    """
+    tokens = batch.tokens.clone()
+    for row, places, drawn in pictures(batch, n_codes, vocab):
+        rng = np.random.default_rng((seed, int(numbers[row])))
+        codes = batch.tokens[row].numpy()[places]
+        share = most * drawn[:, None] * rng.random((len(codes), 1))
+        noise = np.where(rng.random(codes.shape) < share, np.roll(codes, -1, axis=0), codes)
+        tokens[row].numpy()[places] = noise
+    return replace(batch, tokens=tokens)
