@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.normed_attention import per_head
 from nanochameleon.transformer import Block, Chameleon, Window, rotary_table
 
@@ -44,15 +45,14 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 class JoinedBlock:
     """A block's weights; post: its norms stand behind the branches."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: Block, cfg: ModelConfig):
         a, f = block.attention, block.feed_forward
-        self.block, self.post, self.eps = block, block.norm_order == "post", a.norm_eps
-        self.head_dim = a.head_dim
-        self.n_heads, self.kv_heads = (len(w.weight) // a.head_dim for w in (a.wq, a.wk))
+        self.block, self.post, self.eps = block, cfg.norm_order == "post", cfg.norm_eps
+        self.n_heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.kv_heads, cfg.head_dim
         self.wqkv, self.wo = join_([a.wq, a.wk, a.wv]), join_([a.wo])
         self.w13, self.w2 = join_([f.w1, f.w3]), join_([f.w2])
         norms = [per_head((norm.weight, norm.bias), heads) for norm, heads in
-                 ((a.q_norm, self.n_heads), (a.k_norm, self.kv_heads))] if a.qk_norm else []  # fmt: skip
+                 ((a.q_norm, cfg.n_heads), (a.k_norm, cfg.kv_heads))] if cfg.qk_norm else []  # fmt: skip
         self.qk_norm = [torch.cat(parts).detach() for parts in zip(*norms, strict=True)]
 
     def __call__(self, x: Tensor, turns: Tensor, bias: Tensor, keys: Tensor, values: Tensor, places: tuple) -> Tensor:
@@ -94,7 +94,7 @@ class TorchStep:
 
     def __init__(self, model: Chameleon, context: int):
         self.model, cfg = model, model.cfg
-        self.blocks = [JoinedBlock(block) for block in model.layers]
+        self.blocks = [JoinedBlock(block, cfg) for block in model.layers]
         positions = torch.arange(context, device=model.output.weight.device)[None]
         self.turns = rotary_table(positions, cfg.head_dim, cfg.rope_theta)[0, 0]
 

@@ -46,6 +46,7 @@ from nanochameleon.sampling import (
     repetition,
     rules_of,
 )
+from nanochameleon.sharding import is_sharded
 from nanochameleon.transformer import Chameleon, KVCache
 from nanochameleon.vocab import Vocab
 
@@ -95,11 +96,13 @@ class Decoder:
         self.log = torch.zeros(n_codes + 1, rows, dtype=torch.long, device=device)  # ids since the host last looked
         self.tick = torch.zeros(1, dtype=torch.long, device=device)  # steps since then
         self.cpu = self.joined = None
-        if device.type == "cpu" and not auto and all(x.dtype == torch.float32 for x in model.parameters()):
+        if auto or any(is_sharded(x) for x in model.parameters()):  # sums in place have rules of their own there
+            return
+        if device.type == "cpu" and all(x.dtype == torch.float32 for x in model.parameters()):
             from nanochameleon.decode_cpu import CPUDecoder
 
             self.cpu = CPUDecoder(self)
-        elif not auto:  # autocast has rules of its own for sums in place
+        else:
             self.joined = TorchStep(model, context)
 
     def row_tensors(self) -> list[Tensor]:

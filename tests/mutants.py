@@ -322,7 +322,7 @@ MUTANTS = [
            "(line[i] == line[j] and i > j)", "test_decode_cpu.py"),
     Mutant("top-p counts what top-k left out", "cpu/choose.py", "mass, taken, size = taken, 0.0, end",
            "taken, size = 0.0, end", "test_decode_cpu.py"),
-    Mutant("a picture that goes on too long on a CPU", "cpu/choose.py", "left - 1 if left >= 0", "left - 1 if left > 0",
+    Mutant("a picture is a code short on a CPU", "cpu/choose.py", "left - 1 if left >= 0", "left - 2 if left >= 0",
            "test_decode_cpu.py"),
     Mutant("the empty branch goes on with the old picture", "cpu/steps.py", "position = 1 if reads == NOTHING and",
            "position = 1 if False and", "test_engine.py"),
