@@ -58,10 +58,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    for _ in range(steps):
-        gram = x.mT @ x if tall else x @ x.mT
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
+    with torch.autocast(kind, enabled=False):  # all is of its type already, and it would look at each product
+        for _ in range(steps):
+            gram = x.mT @ x if tall else x @ x.mT
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
     return x
 
 
@@ -169,5 +170,9 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
 
     A norm that is not finite leaves gradients that are not: look at it before stepping.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    return float(whole(norm))  # of sharded gradients: of all shards
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    length = float(whole(norm))  # of sharded gradients: of all shards
+    if not length <= max_norm:  # else torch would multiply all of them by 1
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return length

@@ -107,9 +107,10 @@ def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answer
     return Batch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids, positions)))
 
 
-def pack(docs: Sequence[Sequence[int]], seq_len: int, pad: int) -> Batch:
+def pack(docs: Sequence[Sequence[int]], seq_len: int, pad: int, answers_from: int | None = None) -> Batch:
     """Documents -> as few rows as best fit needs; each document whole, exactly once, in a row in the order given.
 
+    answers_from: as in fill.
     Raises ValueError for a document that is empty or longer than seq_len: the caller cuts or counts those.
     """
     rows: list[list[Sequence[int]]] = []
@@ -117,4 +118,4 @@ def pack(docs: Sequence[Sequence[int]], seq_len: int, pad: int) -> Batch:
         if row == len(rows):
             rows.append([])
         rows[row].append(ids)
-    return fill(rows, seq_len, pad)
+    return fill(rows, seq_len, pad, answers_from)

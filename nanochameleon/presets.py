@@ -74,8 +74,8 @@ def align() -> RunConfig:
         align_text=0.15, align_code=0.2, align_visual_chat=0.2, align_image_generation=0.15, align_interleaved=0.2,
         align_safety=0.1,
     )  # fmt: skip
-    optim, model = dataclasses.replace(TOY_OPTIM, lr=1e-3), dataclasses.replace(TOY_MODEL, dropout=0.05)
-    train = TrainConfig(steps=400, answers_only=True)
+    optim, model = dataclasses.replace(TOY_OPTIM, lr=2e-3), dataclasses.replace(TOY_MODEL, dropout=0.05)
+    train = TrainConfig(steps=800, answers_only=True)
     return dataclasses.replace(
         toy(), name="align", model=model, optim=optim, stages=stages, train=train, init_from=Path("runs/toy")
     )

@@ -12,7 +12,7 @@ from tiny import TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run, training_c
 
 from nanochameleon.config import DataConfig
 from nanochameleon.data import write_pictures
-from nanochameleon.documents import Image, Text, render
+from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
 from nanochameleon.evaluate import report, shapes
 from nanochameleon.evaluate.likelihood import bits
@@ -51,6 +51,18 @@ def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, conte
     n_text = sum(len(lists[i]) - 1 - 4 for i in kept)  # no target is <s> or one of the 4 codes
     n_bytes = sum(len("réd ".encode()) * (i + 1) for i in kept)
     assert measured["bits_per_byte"] == pytest.approx(math.log2(VOCAB.size) * n_text / n_bytes, rel=1e-5)
+
+
+def test_of_a_run_that_learns_answers_alone_their_bits_and_bytes_count(run):
+    untrained = tiny_model()
+    torch.nn.init.zeros_(untrained.output.weight)
+    talk = [Text("red"), EndOfTurn(), Text("a réd"), EndOfTurn(), Text("?"), EndOfTurn(), Image((1,) * 4)]
+    cfg = tiny_config(model=untrained.cfg)
+    cfg = replace(cfg, train=replace(cfg.train, answers_only=True))
+    measured = bits(replace(run, model=untrained, cfg=cfg), [render(talk, TOKENIZER, VOCAB)])
+    n_text = len(TOKENIZER.encode("a réd")) + 1 + 3  # the end of the turn, the picture's begin and end, </s>
+    assert measured["bits_per_byte"] == pytest.approx(math.log2(VOCAB.size) * n_text / len("a réd".encode()), rel=1e-5)
+    assert measured["bits_per_code"] == pytest.approx(math.log2(VOCAB.size), rel=1e-5)
 
 
 def test_what_nothing_was_counted_for_is_unknown_not_0(run):

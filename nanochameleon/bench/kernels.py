@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from nanochameleon.bench.rows import Row
-from nanochameleon.bench.timing import keep_pages, seconds, to_rows
+from nanochameleon.bench.timing import seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
 from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
 from nanochameleon.kernels.normed_attention import normed_attention_reference
+from nanochameleon.kernels.pages import keep_pages
 from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.optim import make_optimizer
 from nanochameleon.transformer import Chameleon, rotary_table

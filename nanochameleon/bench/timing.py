@@ -3,9 +3,7 @@ thread), on a GPU by its events; medians. Variants take turns within each round,
 all of them. And the rows and the drawing of such figures.
 """
 
-import ctypes
 import io
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -15,15 +13,6 @@ import torch
 
 from nanochameleon.bench.rows import Row, commit, device_name
 from nanochameleon.files import write_file
-
-
-def keep_pages() -> None:
-    """Makes glibc keep freed memory. Else a large tensor is fresh pages each time, and the system's clearing of them
-    is timed in place of the arithmetic. Elsewhere it does nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    if mallopt is not None:
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
-            mallopt(option, value)
 
 
 def _once(run: Callable[[], object], device: torch.device) -> float:

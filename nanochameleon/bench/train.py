@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nanochameleon.bench.engine import as_transformers, random_model
 from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, OptimConfig
+from nanochameleon.kernels.pages import keep_pages
 from nanochameleon.objective import Objective, matrix_products
 from nanochameleon.optim import clip, make_adamw
 from nanochameleon.packing import Batch
@@ -176,6 +177,7 @@ def one_by_one(jobs: dict[str, Callable[[], Step]], rounds: int, seconds: float)
 def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) -> Iterator[Row]:
     if not find_spec("transformers"):
         print("transformers is not installed: skipped")
+    keep_pages()  # for theirs, too
     rounds, seconds, where = (3, 20.0, device_name(device)) if quick else (9, 120.0, device_name(device))
     for case in cases or CASES[device.type]:
         check(case, device)

@@ -15,13 +15,13 @@ from nanochameleon.run import Run
 def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> dict[str, float | None]:
     """{"bits_per_code", "bits_per_byte"} over documents of ids, of which all but picture codes count as text.
 
-    Documents longer than the context are left out, and pictures that the run does not learn; a figure for which nothing
-    is left is None.
+    Documents longer than the context are left out, and what the run does not learn: pictures, prompts; a figure for
+    which nothing is left is None.
     """
-    seq_len = run.cfg.model.max_seq_len
+    seq_len, answers_from = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.answers_only else None
     kept = [list(map(int, ids)) for ids in documents if len(ids) <= seq_len]
-    n_bytes = sum(len(run.tokenizer.decode_bytes(filter(run.vocab.is_text, ids))) for ids in kept)
-    packed = to_learn(pack(kept, seq_len, run.vocab.pad), run.cfg, run.vocab)
+    packed = to_learn(pack(kept, seq_len, run.vocab.pad, answers_from), run.cfg, run.vocab)
+    n_bytes = len(run.tokenizer.decode_bytes(packed.targets[run.vocab.is_text(packed.targets)].tolist()))
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):
         batch = packed[start : start + batch_size].to(run.device)
