@@ -84,7 +84,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, bf16: bool) -> Tensor:
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dx, parts = _new(x), torch.get_num_threads()
+    dx, parts = _new(x), 4 * torch.get_num_threads()
     return dx, _run("add_norm_backward", weight, eps, parts, x=x.contiguous(), dy=dy.contiguous(), dx=dx)
 
 
@@ -98,7 +98,7 @@ def _add_norm_backward(
     ds: Tensor, dy: Tensor, s: Tensor, weight: Tensor, eps: float, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of x, the same in bfloat16 for the branch (nothing where not `narrow`), and that of the weight."""
-    dx, d_branch, parts = _new(s), _new(s, narrow) if narrow else s.new_empty(0), torch.get_num_threads()
+    dx, d_branch, parts = _new(s), _new(s, narrow) if narrow else s.new_empty(0), 4 * torch.get_num_threads()
     given = dict(x=s, ds=ds.contiguous(), dy=dy.contiguous(), dx=dx) | (dict(d_branch=d_branch) if narrow else {})
     return dx, d_branch, _run("add_norm_backward", weight, eps, parts, **given)
 
@@ -110,7 +110,7 @@ def _norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _norm_add_backward(ds: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dx, parts = _new(branch), torch.get_num_threads()
+    dx, parts = _new(branch), 4 * torch.get_num_threads()
     return dx, _run("add_norm_backward", weight, eps, parts, x=branch.contiguous(), dy=ds.contiguous(), dx=dx)
 
 

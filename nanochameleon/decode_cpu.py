@@ -1,7 +1,8 @@
 """The compiled steps of cpu/ for one model and its cache: where everything lies, and the threads that do the work.
 
 Weights stay where the model has them. Rows that are already in the cache of one engine are no others' business, so each
-engine has a team of its own; its threads are lent by one pool, and are back there a millisecond after the last step.
+engine has a team of its own; its threads are lent by all engines' pools, and are back there a millisecond after the
+last step.
 """
 
 import os
@@ -29,9 +30,9 @@ READ = 128  # ids of prompts that are read at once
 
 
 @cache
-def helpers(n: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked child starts its own."""
-    return ThreadPoolExecutor(n, thread_name_prefix="decode")
+def helper(member: int, process: int) -> ThreadPoolExecutor:
+    """The thread of one member, in this process: a forked child starts its own."""
+    return ThreadPoolExecutor(1, thread_name_prefix=f"decode-{member}")
 
 
 def wide(n: int) -> int:
@@ -77,8 +78,9 @@ class CPUDecoder:
         """Reads that much of the queue; up to `steps` steps of the first n rows -> how many until all had ended. Their
         ids stand in the log, pad where a row or all have ended."""
         for i, follower in enumerate(self.followers):
-            if follower is None or follower.done():
-                self.followers[i] = helpers(self.members - 1, os.getpid()).submit(self.work, i + 1)
+            # one that is there may be about to leave: the next one waits behind it
+            if follower is None or follower.running() or follower.done():
+                self.followers[i] = helper(i + 1, os.getpid()).submit(self.work, i + 1)
         self.work(0, n, steps, reading)
         made = int(self.board[MADE // 8])
         self.log[made:steps] = self.pad
