@@ -36,12 +36,10 @@ from nanochameleon.kernels.simd import (
     call_of,
     constant,
     count,
-    f32,
     i16,
     i32,
     i64,
     instruction,
-    njit,
     splat_of,
     types,
     vec,
@@ -130,6 +128,12 @@ def block_product_add(b, a, lda, p, ldp, c, ldc, k):
 def _nearest(b, x):
     """Bits whose upper half is the nearest bfloat16, ties upwards: one addition. Infinity and NaN stay what they are."""
     return b.add(b.bitcast(x, VI), ir.Constant(VI, [0x8000] * W))
+
+
+@instruction(vec, vec)
+def rounded(b, x):
+    """The nearest bfloat16 numbers."""
+    return b.bitcast(b.and_(_nearest(b, x), ir.Constant(VI, [0xFFFF0000] * W)), V)
 
 
 @instruction(types.void, address, vec, vec)

@@ -37,6 +37,7 @@ from nanochameleon.kernels.amx import (
     block_product_add,
     power,
     release_tiles,
+    rounded,
     store_pairs,
     store_row,
     take_tiles,
@@ -290,10 +291,11 @@ def raise_shift(s, ahead, nk, nq, shift):
 
 @njit
 def weigh(at, ahead, nk, nq):
-    """at.pairs = 2^(scores - shift) where seen, else 0; at.total += its sums over keys."""
+    """at.pairs = 2^(scores - shift) where seen, else 0; at.total += their sums over keys, for log Z, and at.delta += those
+    of the rounded ones, which divide the output: where one key is all there is, the output is its value."""
     everything = whole(ahead, nk, nq)
     for lane in range(0, BLOCK, W):
-        shift, total = load(at.shift + 4 * lane), load(at.total + 4 * lane)
+        shift, total, seen = load(at.shift + 4 * lane), load(at.total + 4 * lane), load(at.delta + 4 * lane)
         for c in range(0, BLOCK, 2):
             s = at.scores + ROW * c + 4 * lane
             x, y = power(load(s) - shift), power(load(s + ROW) - shift)
@@ -301,8 +303,10 @@ def weigh(at, ahead, nk, nq):
                 x = between(x, first_lane(ahead, c, nk) - lane, nq - lane, splat(ZERO))
                 y = between(y, first_lane(ahead, c + 1, nk) - lane, nq - lane, splat(ZERO))
             total += x + y
+            seen += rounded(x) + rounded(y)
             store_pairs(at.pairs + ROW * (c // 2) + 4 * lane, x, y)
         store(at.total + 4 * lane, total)
+        store(at.delta + 4 * lane, seen)
 
 
 @njit
@@ -368,11 +372,10 @@ def find_shifts(job, docs, start, i, nq, bounded, at):
 def write_out(job, b, h, i, nq, at):
     transpose_all(at.sums, job.width, BLOCK, BLOCK, at.x, job.width)
     for r in range(nq):
-        total = peek(at.total + 4 * r)
         lse = job.lse + 4 * ((b * job.heads + h) * job.t + i + r)
-        poke(lse, peek(at.shift + 4 * r) + np.float32(math.log2(total)))
+        poke(lse, peek(at.shift + 4 * r) + np.float32(math.log2(peek(at.total + 4 * r))))
         target = job.out + job.size * (((b * job.t + i + r) * job.heads + h) * job.e)
-        write_row(target, job.size, job.e, at.x + 4 * r * job.width, ONE / total)
+        write_row(target, job.size, job.e, at.x + 4 * r * job.width, ONE / peek(at.delta + 4 * r))
 
 
 @kernel
@@ -391,7 +394,7 @@ def forward(job, part, first_task, last_task, scratch):
                 longest_q = prepare_queries(job, b, h, i, nq, at)
                 find_shifts(job, docs, start, i, nq, longest_k * longest_q < BOUND * BOUND, at)
                 clear(at.sums, job.width * BLOCK)
-                clear(at.total, BLOCK)
+                clear(at.total, 2 * BLOCK)  # and of rounded weights, in the place of delta
                 for j, nk in key_blocks(docs, at.ends, start, i + nq):
                     score(job, j, at)
                     weigh(at, j - i, nk, nq)
