@@ -126,7 +126,7 @@ def block_product_add(b, a, lda, p, ldp, c, ldc, k):
 
 
 def _nearest(b, x):
-    """Bits whose upper half is the nearest bfloat16, ties upwards: one addition. Infinity and NaN stay what they are."""
+    """Bits whose upper half is the nearest bfloat16, ties upwards: one addition. Infinity and NaN stay as they are."""
     return b.add(b.bitcast(x, VI), ir.Constant(VI, [0x8000] * W))
 
 
@@ -174,7 +174,7 @@ POWER = _power_coefficients()
 
 @instruction(vec, vec)
 def power(b, x):
-    """2^x for weights that become bfloat16: x minus its floor is one instruction with AVX-512, times 2^floor another."""
+    """2^x for weights that become bfloat16: x less its floor is one instruction of AVX-512, times 2^floor another."""
     passed, every, floor, current = ir.Constant(V, ir.Undefined), ir.Constant(i16, -1), 9, ir.Constant(i32, 4)
     f = call_of(b, "llvm.x86.avx512.mask.reduce.ps.512", V, x, ir.Constant(i32, floor), passed, every, current)
     y = constant(POWER[4])

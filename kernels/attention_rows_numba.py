@@ -4,7 +4,8 @@ A row of 32 or 64 numbers is 2 to 4 registers, so that the sums across its lanes
 for itself, would cost more than all else. Here each row leaves a register of partial sums in a square of W x W numbers,
 and `row_sums` adds up the square's rows at once: 2 shuffles a row in place of 4, and none waits for another row's.
 
-Shapes: blocks of n <= W rows of `width` float32, contiguous, zeros behind the E numbers of a row, width a multiple of W. All addresses int64.
+Shapes: blocks of n <= W rows of `width` float32, a multiple of W, contiguous, zeros behind the E numbers of a row. All
+addresses int64.
 """
 
 from typing import NamedTuple
