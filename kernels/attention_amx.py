@@ -291,8 +291,8 @@ def raise_shift(s, ahead, nk, nq, shift):
 
 @njit
 def weigh(at, ahead, nk, nq):
-    """at.pairs = 2^(scores - shift) where seen, else 0. at.total += their sums over keys, for log Z; at.delta += those of
-    the rounded ones, which divide the output: where one key is all there is, the output is its value."""
+    """at.pairs = 2^(scores - shift) where seen, else 0. at.total += their sums over keys, for log Z; at.delta +=
+    those of the rounded ones, which divide the output: where one key is all there is, the output is its value."""
     everything = whole(ahead, nk, nq)
     for lane in range(0, BLOCK, W):
         shift, total, seen = load(at.shift + 4 * lane), load(at.total + 4 * lane), load(at.delta + 4 * lane)
