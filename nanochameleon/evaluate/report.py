@@ -1,6 +1,7 @@
 """A run's report: figures, sheets of pictures, conversations. What is measured depends on the data.
 
-For the shapes worlds an oracle judges; for real pictures there is likelihood alone, and pictures to look at.
+For the shapes worlds an oracle judges, for emoji the nearest concept; for other pictures there is likelihood alone, and
+pictures to look at.
 """
 
 import sys
@@ -14,7 +15,7 @@ from nanochameleon.alignment import CATEGORIES
 from nanochameleon.data import Picture
 from nanochameleon.documents import Text
 from nanochameleon.engine import prompt_ids
-from nanochameleon.evaluate import alignment, shapes
+from nanochameleon.evaluate import alignment, concepts, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
@@ -123,13 +124,18 @@ def talk(answer: Answer, place: World) -> dict:
 
 
 def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
-    """Reconstruction error and codebook use, None for what an oracle has to tell; the sheet is of the test split."""
+    """Reconstruction error and codebook use, of emoji the nearest concept, None for what an oracle has to tell; the
+    sheet is of the test split."""
     captions, pictures = captioned(run, folder, run.cfg.evaluation.reconstructions)
     figures = {"tokenizer": NO_ORACLE | reconstruction(run, pictures)}
-    captions = drawable(run, captions)[:SHEET]
-    drawn = draw_pictures(run, captions, run.cfg.seed, "drawing")
     figures |= {"text_to_picture": None, "interleaved": None, "captions": None, "questions": None}
-    return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=True)], asked_about(run, folder, 12)
+    drawn = []
+    if run.cfg.data.source == "emoji":
+        figures["text_to_picture"], drawn = concepts.text_to_picture(run, folder, run.cfg.evaluation.pictures)
+    if not drawn:
+        captions = drawable(run, captions)[:SHEET]
+        drawn = list(zip(captions, draw_pictures(run, captions, run.cfg.seed, "drawing"), strict=True))
+    return figures, [(c, p, None) for c, p in drawn[:SHEET]], asked_about(run, folder, 12)
 
 
 def reconstruction(run: Run, pictures: list[np.ndarray]) -> dict[str, float | None]:
