@@ -208,7 +208,7 @@ class SampleConfig:
 class EvalConfig:
     """How much of the report is measured."""
 
-    pictures: int = 300  # prompts drawn for each of seen and held-out compositions
+    pictures: int = 300  # prompts drawn for each of seen and held-out compositions; of emoji, test captions
     answers: int = 400  # pictures to caption, and as many questions
     reconstructions: int = 400  # pictures for the image tokenizer's score
     alignment: int = 100  # prompts of each category of alignment that was trained on

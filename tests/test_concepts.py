@@ -146,6 +146,17 @@ def test_the_other_style_is_of_the_same_concept_and_of_training(folder):
         assert a["emoji"] == b["emoji"] and a["style"] != b["style"] and other not in test.numbers
 
 
+def test_a_picture_is_compared_with_those_of_the_wanted_style_alone(folder):
+    stored, test = Pictures(folder / "64" / "pictures"), EmojiSource(folder / "64" / "pictures", "test", 0)
+    other = judge.in_other_style(stored, np.array(test.numbers))
+    found = judge.rank_kinds(Pixels(), stored, np.array(test.numbers), {"other": stored.pixels[other]})["other"]
+    every = judge.features(Pixels(), stored.pixels)
+    for rank, wanted, query in zip(found, test.numbers, every[other], strict=True):
+        styles = [item["style"] for item in stored.items]
+        rivals = [i for i in range(len(every)) if styles[i] == styles[wanted] and i != wanted]
+        assert rank == sum(every[i] @ query >= every[wanted] @ query for i in rivals)
+
+
 def test_the_report_on_emoji_has_the_figures(run, folder):
     """The real network, on pictures that a model of random weights draws."""
     figures, sheet, _ = report.pictures_report(run, folder / "4")
