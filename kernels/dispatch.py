@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NAMES = ("auto", "reference", "numba", "cuda")
+NAMES = ("auto", "reference", "numba", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 
 # (op, type on a CPU) -> the fastest, and what was measured; `python -m nanochameleon.bench kernels` measures again.
@@ -34,19 +34,27 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "as fast as torch.compile, and no logits in memory"),
     ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
+    ("decode_attention", torch.float32): ("reference", "on a CPU the engine's steps are compiled whole (cpu/)"),
+    ("decode_attention", torch.bfloat16): ("reference", "on a CPU the engine's steps are compiled whole (cpu/)"),
 }
-# Written so far. Of attention it is norm and turn alone, in front of torch's own attention: the one of attention.cu has
-# a forward pass only, for heads of 64 and 128, and is for the bench.
-CUDA = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}
+# "cuda" is our attention for heads of 64 and 128, and torch's for others; "vendor" is torch's (cuDNN's where torch
+# prefers that) behind our norm and turn. For every op but the attentions the two are one.
+CUDA = {
+    "normed_attention": (torch.bfloat16,),
+    "decode_attention": (torch.bfloat16,),
+    "zloss_cross_entropy": (torch.bfloat16, torch.float32),
+    "linear_zloss_cross_entropy": (torch.bfloat16, torch.float32),
+}
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
-STEP = tuple(op for op in OPS if op != "linear_zloss_cross_entropy")  # what a training step runs: losses.py has logits
+# What a training step runs: losses.py has logits, and decoding is not training.
+STEP = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
 
 _wishes: list[str] = []
 
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """Inside, every op runs this implementation: "reference", "numba", "cuda" or "auto"."""
+    """Inside, every op runs this implementation: "reference", "numba", "cuda", "vendor" or "auto"."""
     _check(name)
     _wishes.append(name)
     try:
@@ -106,11 +114,14 @@ def architecture(major: int, minor: int) -> str | None:
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(implementation, reason). Raises ValueError for a wish that cannot be met."""
     name, reason = wish(), why_not_numba(device, dtype)
-    if name == "cuda" and op not in CUDA:
+    if name in ("cuda", "vendor") and op not in CUDA:
         return "reference", "there is no CUDA kernel of it"
-    refusal = reason if name == "numba" else why_not_cuda(op, device, dtype) if name == "cuda" else None
+    on_gpu = name in ("cuda", "vendor")
+    refusal = reason if name == "numba" else why_not_cuda(op, device, dtype) if on_gpu else None
     if refusal:
         raise ValueError(f"{name}'s kernels were asked for {op}, but {refusal}")
+    if name == "numba" and op == "decode_attention":
+        return AUTO[op, dtype]
     if name != "auto":
         return name, "asked for"
     if reason:
