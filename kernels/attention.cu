@@ -46,35 +46,6 @@ __device__ void attention_simple(const u32* q, const u32* k, const u32* v, const
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. On tensor cores: grid (ceil(T / 64), H, B), 128 threads, 5 tiles of dynamic shared memory: q, twice k and v.
 
-// Scores -> weights, unnormalised: the sums so far are brought to the new maximum. A row's numbers lie in 4 lanes.
-template <int E, int N>
-INLINE void soften(float (&s)[N / 8][4], float (&largest)[2], float (&sum)[2], float (&o)[E / 8][4]) {
-  float most[2] = {largest[0], largest[1]}, grown[2];
-#pragma unroll
-  for (int n = 0; n < N / 8; n++)
-#pragma unroll
-    for (int x = 0; x < 4; x++) most[x / 2] = fmaxf(most[x / 2], s[n][x]);
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
-    most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
-    grown[r] = power(largest[r] - most[r]);
-    largest[r] = most[r];
-    sum[r] *= grown[r];
-  }
-#pragma unroll
-  for (int n = 0; n < N / 8; n++)
-#pragma unroll
-    for (int x = 0; x < 4; x++) {  // a row that has seen nothing yet has largest = LEAST, and 2^0 must not count
-      s[n][x] = s[n][x] == LEAST ? 0.f : power(s[n][x] - largest[x / 2]);
-      sum[x / 2] += s[n][x];
-    }
-#pragma unroll
-  for (int c = 0; c < E / 8; c++)
-#pragma unroll
-    for (int x = 0; x < 4; x++) o[c][x] *= grown[x / 2];
-}
-
 template <int E>
 __device__ void attention(const u32* q, const u32* k, const u32* v, const int* first, u32* out, float* lse, int t,
                           int heads, int key_heads) {
@@ -106,7 +77,7 @@ __device__ void attention(const u32* q, const u32* k, const u32* v, const int* f
   fetch_rows<E, 64>(queries, q + ((long long)b * t * heads + h) * (E / 2), row, start, t);
   fetch(0, from);
   copies_commit();
-  float o[E / 8][4], s[KEYS / 8][4], largest[2] = {LEAST, LEAST}, sum[2] = {0.f, 0.f};
+  float o[E / 8][4], s[KEYS / 8][4], grown[2], largest[2] = {LEAST, LEAST}, sum[2] = {0.f, 0.f};
 #pragma unroll
   for (int c = 0; c < E / 8; c++) o[c][0] = o[c][1] = o[c][2] = o[c][3] = 0.f;
 
@@ -124,7 +95,11 @@ __device__ void attention(const u32* q, const u32* k, const u32* v, const int* f
         bool seen = j + column <= rows[x / 2] && key_first[stage][column] == mine[x / 2];
         s[n][x] = seen ? s[n][x] * scale : LEAST;
       }
-    soften<E, KEYS>(s, largest, sum, o);
+    soften<KEYS>(s, largest, sum, grown);
+#pragma unroll
+    for (int c = 0; c < E / 8; c++)
+#pragma unroll
+      for (int x = 0; x < 4; x++) o[c][x] *= grown[x / 2];
     multiply_columns<E, KEYS>(o, s, values + stage * SIZE);
     __syncthreads();  // the stage is no longer read
   }

@@ -2,6 +2,7 @@
 //
 //   fetch_rows          memory -> a tile, past the registers, zeros behind the last position
 //   multiply_rows       S = X Y^T of two tiles: scores, or the gradient of weights
+//   soften              scores -> weights of a softmax whose maximum is not known yet
 //   multiply_columns    O += S Y, S as it left multiply_rows: weights times values, and all gradients
 //
 // A warp has 16 rows of S and O: fragments C of ptx.cuh, so a lane has rows group and group + 8 and columns 2 member and
@@ -65,6 +66,32 @@ INLINE void multiply_columns(float (&o)[E / 8][4], const float (&s)[N / 8][4], c
       mma(o[2 * c + 1], a, b[2], b[3]);
     }
   }
+}
+
+// Scores -> weights, unnormalised. The sums so far are brought to the new maximum; what was added up with the old weights
+// is the caller's to multiply by `grown`. A row's numbers lie in 4 lanes.
+template <int N>
+INLINE void soften(float (&s)[N / 8][4], float (&largest)[2], float (&sum)[2], float (&grown)[2]) {
+  float most[2] = {largest[0], largest[1]};
+#pragma unroll
+  for (int n = 0; n < N / 8; n++)
+#pragma unroll
+    for (int x = 0; x < 4; x++) most[x / 2] = fmaxf(most[x / 2], s[n][x]);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+    most[r] = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 2));
+    grown[r] = power(largest[r] - most[r]);
+    largest[r] = most[r];
+    sum[r] *= grown[r];
+  }
+#pragma unroll
+  for (int n = 0; n < N / 8; n++)
+#pragma unroll
+    for (int x = 0; x < 4; x++) {  // a row that has seen nothing yet has largest = LEAST, and 2^0 must not count
+      s[n][x] = s[n][x] == LEAST ? 0.f : power(s[n][x] - largest[x / 2]);
+      sum[x / 2] += s[n][x];
+    }
 }
 
 // This warp's rows from `row` on of o, each times its factor -> out, as far as there are positions

@@ -65,6 +65,7 @@ struct Thread {
   const char* where;
   int turn;           // which of two places its operand of an exchange goes to
   std::deque<std::vector<Copy>> groups;  // of asynchronous copies, not arrived; the last is open
+  std::vector<std::function<void()>> products;  // that have not been done
 };
 
 const unsigned POLL = ~0u;
@@ -174,7 +175,7 @@ inline void run_block() {
 
 extern char __start_block_memory[] __attribute__((weak)), __stop_block_memory[] __attribute__((weak));
 const size_t DYNAMIC = 256 << 10;
-alignas(128) inline char dynamic_memory[DYNAMIC];
+alignas(1024) inline char dynamic_memory[DYNAMIC];
 
 inline void on_signal(int number) {
   fail(number == SIGILL ? "an array's index or an address's alignment is wrong" : "an address is nobody's");
