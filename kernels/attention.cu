@@ -7,8 +7,8 @@
 //    at once an operand of the product with v. The next tile is on its way while one is computed with. Keys before the
 //    block's first document are never fetched.
 //
-// Documents: `first` (B, T) is the first position of i's document, so query i sees keys j <= i with first[j] == first[i].
-// lse (B, H, T), for the gradient: log2 of the sum of 2^score, scores in units of log 2.
+// Documents: `first` (B, T) is the first position of i's document, so query i sees keys j <= i with first[j] ==
+// first[i]. lse (B, H, T), for the gradient: log2 of the sum of 2^score, scores in units of log 2.
 
 #include "tiles.cuh"
 

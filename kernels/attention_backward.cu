@@ -5,7 +5,8 @@
 //     dk = dS^T q / sqrt(E)
 //
 // 1. attention_delta: delta of every row.
-// 2. attention_backward_simple_E: a warp a position, first as a query and then as a key: the formulas, one pair at a time.
+// 2. attention_backward_simple_E: a warp a position, first as a query and then as a key: the formulas, one pair at a
+//    time.
 // 3. attention_backward_q_E, attention_backward_kv_E: FlashAttention-2's backward pass on tensor cores. P is computed
 //    anew from lse, tile by tile, and never stored. A block of the first has 64 queries and walks over keys with dq in
 //    registers; one of the second has 64 keys and walks over the queries of all heads that read them with dk and dv in
@@ -105,7 +106,8 @@ __device__ void attention_backward_simple(const u32* d_out, const u32* q, const 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. On tensor cores, 128 threads. The other side comes in tiles of WALK positions, the next while one is computed with.
+// 3. On tensor cores, 128 threads. The other side comes in tiles of WALK positions, the next while one is computed
+//    with.
 
 template <int E>
 struct Walk {

@@ -1,11 +1,11 @@
 // Attention's forward pass for Hopper alone; the algorithm, shapes and documents of attention.cu, version 2.
 //
-// What differs is who multiplies. wgmma lets four warps multiply 64 rows at once and reads its operands from shared memory
-// itself, so nothing is carried through registers but the weights, which are an operand as they lie. Two warpgroups, 64
-// queries each, share every tile of keys and values. For wgmma a tile lies in parts of 64 columns, rows of 128 bytes whose
-// 16-byte pieces are permuted so that 8 rows meet all banks: cp.async puts each piece where it belongs.
-// Not here yet, of FlashAttention-3 (arXiv 2407.08608): tiles brought by TMA and a warp of its own, and the products of
-// one tile behind the softmax of another.
+// What differs is who multiplies. wgmma lets four warps multiply 64 rows at once and reads its operands from shared
+// memory itself, so nothing is carried through registers but the weights, which are an operand as they lie. Two
+// warpgroups, 64 queries each, share every tile of keys and values. For wgmma a tile lies in parts of 64 columns, rows
+// of 128 bytes whose 16-byte pieces are permuted so that 8 rows meet all banks: cp.async puts each piece where it
+// belongs. Not here yet, of FlashAttention-3 (arXiv 2407.08608): tiles brought by TMA and a warp of its own, and the
+// products of one tile behind the softmax of another.
 
 #include "tiles.cuh"
 

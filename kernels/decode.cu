@@ -3,9 +3,9 @@
 //
 // 1. decode_append: the heads (N, T, H + 2 G, E) as the projections leave them; queries are normed and turned, keys too
 //    and then put into the cache, values put there as they are. A warp a head's row.
-// 2. decode_split_E: reading the cache is all the work, and one row's heads alone would keep few processors busy. So the
-//    cache is cut into pieces of 256 places, a block each: scores, their softmax, the weighted sum of values, each phase
-//    with its own share of work. Up to 4 queries that read one key head share what is read.
+// 2. decode_split_E: reading the cache is all the work, and one row's heads alone would keep few processors busy. So
+//    the cache is cut into pieces of 256 places, a block each: scores, their softmax, the weighted sum of values, each
+//    phase with its own share of work. Up to 4 queries that read one key head share what is read.
 // 3. decode_join: pieces -> one row, by their largest scores and sums.
 //
 // attention_simple of attention.cu is the version to read first. Query (n, t) sees places up to positions[n, t].
@@ -41,7 +41,8 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Grid (pieces, G * ceil(H / G * T / 4), N), 128 threads. parts (pieces, N, T, H, E) float32: weighted sums of values,
+// 2. Grid (pieces, G * ceil(H / G * T / 4), N), 128 threads. parts (pieces, N, T, H, E) float32: weighted sums of
+//    values,
 // not divided; scales (pieces, N, T, H): largest score in units of log 2, sum of weights
 
 const int PIECE = 256, QUERIES = 4, WARPS = 4;

@@ -1,4 +1,5 @@
-// QK-norm and rotary turn on a GPU, bfloat16 in and out, float32 inside: what stands between the projections and attention.
+// QK-norm and rotary turn on a GPU, bfloat16 in and out, float32 inside: what stands between the projections and
+// attention.
 //
 // 1. norm_rotary: every head's row in one pass, a warp a row: what reads and writes each number once. In front of a
 //    vendor's attention this is all that is needed.

@@ -4,9 +4,9 @@
 //
 // Fragments: a warp's lanes hold a matrix together, lane = 4 * group + member, bfloat16 in pairs, the left one in the
 // low half of a register.
-//   A (16 x 16)  a[0]: row group, columns 2 member, 2 member + 1;  a[1]: row group + 8;  a[2], a[3]: the same, columns + 8
-//   B (16 x 8)   b0: rows 2 member, 2 member + 1 of column group;  b1: rows + 8
-//   C (16 x 8)   c[0], c[1]: row group, columns 2 member, 2 member + 1;  c[2], c[3]: row group + 8
+//   A (16 x 16)  a[0]: row group, columns 2 member, 2 member + 1;  a[1]: row group + 8;  a[2], a[3]: the same, columns
+//   + 8 B (16 x 8)   b0: rows 2 member, 2 member + 1 of column group;  b1: rows + 8 C (16 x 8)   c[0], c[1]: row group,
+//   columns 2 member, 2 member + 1;  c[2], c[3]: row group + 8
 // So two neighbouring C, packed, are one A.
 
 #ifndef PTX_CUH
@@ -49,7 +49,8 @@ INLINE void* dynamic_shared() {  // what the launch asked for, behind the arrays
 
 INLINE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// 16 bytes past the registers; of them `bytes` (0 or 16) are read, the others are zeros. Both addresses: multiples of 16.
+// 16 bytes past the registers; of them `bytes` (0 or 16) are read, the others are zeros. Both addresses: multiples of
+// 16.
 INLINE void copy_async(void* shared, const void* global, u32 bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
@@ -122,9 +123,9 @@ INLINE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier)
 // ---------------------------------------------------------------------------------------------------------------------
 // Hopper alone: products of a warpgroup, 4 warps of 16 rows each, that run while the threads go on
 //
-// D (64 x 64) += A (64 x 16) B (16 x 64): warp w of the group has rows 16 w of D and A as fragments C and A above, eight
-// of C side by side. Operands in shared memory are named by descriptors of tiles in rows of 128 bytes, 8 rows 1,024 bytes
-// that start at a multiple of that, with the 16 bytes at place p of row r stored at place p ^ (r % 8).
+// D (64 x 64) += A (64 x 16) B (16 x 64): warp w of the group has rows 16 w of D and A as fragments C and A above,
+// eight of C side by side. Operands in shared memory are named by descriptors of tiles in rows of 128 bytes, 8 rows
+// 1,024 bytes that start at a multiple of that, with the 16 bytes at place p of row r stored at place p ^ (r % 8).
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 INLINE u64 descriptor(const void* tile) {  // where it starts; 1,024 bytes from 8 rows to the next; mode 1: 128 bytes
@@ -136,16 +137,15 @@ INLINE void shared_is_written() { asm volatile("fence.proxy.async.shared::cta;" 
 #define LIST_OF_D \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define TILE_OF_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define EACH_OF_D \
-  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), \
-  "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), \
-  "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
-  "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+  TILE_OF_D(0), TILE_OF_D(1), TILE_OF_D(2), TILE_OF_D(3), TILE_OF_D(4), TILE_OF_D(5), TILE_OF_D(6), TILE_OF_D(7)
 
-// No instruction: whatever was done with D stays on its side of this line, for the compiler does not know who writes it.
+// No instruction: whatever was done with D stays on its side of this line, for the compiler does not know who writes
+// it.
 INLINE void pin(float (&d)[8][4]) { asm volatile("" : EACH_OF_D::"memory"); }
 
-INLINE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // registers are as they should be
+INLINE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // registers are set from here on
 
 // A and B in shared memory, both in rows of K: D = A B^T, or D += with add
 INLINE void wgmma_rows(float (&d)[8][4], u64 a, u64 b, int add) {

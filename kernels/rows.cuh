@@ -35,7 +35,8 @@ INLINE float standardise(Row& r, int pairs, int lane, float eps) {
   return inverse;
 }
 
-// (n * weight + bias, turned) -> out; weight, bias and turns of this row, in pairs; weight is null where there is no norm
+// (n * weight + bias, turned) -> out; weight, bias and turns of this row, in pairs; weight is null where there is no
+// norm
 INLINE void write_turned(u32* out, const Row& n, const float2* weight, const float2* bias, const float2* turns,
                          int pairs, int lane) {
 #pragma unroll

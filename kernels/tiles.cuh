@@ -5,8 +5,8 @@
 //   soften              scores -> weights of a softmax whose maximum is not known yet
 //   multiply_columns    O += S Y, S as it left multiply_rows: weights times values, and all gradients
 //
-// A warp has 16 rows of S and O: fragments C of ptx.cuh, so a lane has rows group and group + 8 and columns 2 member and
-// 2 member + 1 of each 8.
+// A warp has 16 rows of S and O: fragments C of ptx.cuh, so a lane has rows group and group + 8 and columns 2 member
+// and 2 member + 1 of each 8.
 
 #include "bf16.cuh"
 
@@ -68,8 +68,8 @@ INLINE void multiply_columns(float (&o)[E / 8][4], const float (&s)[N / 8][4], c
   }
 }
 
-// Scores -> weights, unnormalised. The sums so far are brought to the new maximum; what was added up with the old weights
-// is the caller's to multiply by `grown`. A row's numbers lie in 4 lanes.
+// Scores -> weights, unnormalised. The sums so far are brought to the new maximum; what was added up with the old
+// weights is the caller's to multiply by `grown`. A row's numbers lie in 4 lanes.
 template <int N>
 INLINE void soften(float (&s)[N / 8][4], float (&largest)[2], float (&sum)[2], float (&grown)[2]) {
   float most[2] = {largest[0], largest[1]};
@@ -96,7 +96,8 @@ INLINE void soften(float (&s)[N / 8][4], float (&largest)[2], float (&sum)[2], f
 
 // This warp's rows from `row` on of o, each times its factor -> out, as far as there are positions
 template <int E>
-INLINE void store_rows(u32* out, long long stride, int row, int t, const float (&o)[E / 8][4], const float (&factor)[2]) {
+INLINE void store_rows(u32* out, long long stride, int row, int t, const float (&o)[E / 8][4],
+                       const float (&factor)[2]) {
   int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; r++) {

@@ -1,6 +1,6 @@
 """The GPU's cases of the kernel bench, and the checks that come before any timing there.
 
-tests/kernels/test_gpu.py runs the kernels on a CPU, which shows that they are right by the manual. Whether they are on
+tests/kernels/emulator.py runs the kernels on a CPU, which shows that they are right by the manual. Whether they are on
 the hardware, only that can say, so the checks stand here again, beside the clock: every CUDA kernel against float64,
 odd sizes included, by the rule of the tests: at most twice the error of torch's own bfloat16.
 """

@@ -10,6 +10,13 @@ LENGTHS = [1, 2, 5, 17, 63, 64, 65, 130, 200]
 HEAD_DIMS = [2, 6, 16, 32, 48, 80, 128]
 
 
+seeds = st.integers(0, 10_000)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @st.composite
 def problems(draw, lengths=LENGTHS, head_dims=HEAD_DIMS):
     """(tensors in float64 whose values bfloat16 holds, turns, doc_ids, gradient of the output)."""

@@ -84,10 +84,12 @@ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// mbarrier: bits 0-19 arrivals that this phase still waits for, 20-39 how many each phase has, 40-62 bytes, 63 the phase
+// mbarrier: bits 0-19 arrivals that this phase still waits for, 20-39 how many each phase has, 40-62 bytes, 63 the
+// phase
 
 inline void pass(u64* barrier, u32 arrivals, long long bytes) {
-  u64 left = *barrier & 0xfffff, all = *barrier >> 20 & 0xfffff, due = (*barrier >> 40 & 0x7fffff) + bytes, phase = *barrier >> 63;
+  u64 left = *barrier & 0xfffff, all = *barrier >> 20 & 0xfffff;
+  u64 due = (*barrier >> 40 & 0x7fffff) + bytes, phase = *barrier >> 63;
   if (arrivals > left) fail("more arrive at a barrier than it was made for");
   left -= arrivals;
   if (!left && !due) left = all, phase ^= 1;
@@ -126,8 +128,8 @@ inline void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// wgmma.m64n64k16 on tiles with 128-byte swizzling: "Asynchronous Warpgroup Level Matrix Instructions". `descending` lets
-// a product be done as late as it may. A thread makes its own part of D: its rows of A come from its warp.
+// wgmma.m64n64k16 on tiles with 128-byte swizzling: "Asynchronous Warpgroup Level Matrix Instructions". `descending`
+// lets a product be done as late as it may. A thread makes its own part of D: its rows of A come from its warp.
 
 inline u64 descriptor(const void* tile) {
   return (u64)((char*)tile - dynamic_memory) >> 4 | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
@@ -174,7 +176,9 @@ inline void wgmma_columns(float (&d)[8][4], const u32 (&a)[4], u64 b) {
   const Operand* all = exchange(Operand{{a[0], a[1], a[2], a[3]}}, 128, "wgmma");
   std::vector<Operand> mine(all + threadIdx.x % 128 / 32 * 32, all + threadIdx.x % 128 / 32 * 32 + 32);
   product([&d, mine, b] {
-    auto left = [&](int row, int k) { return number(mine[row % 8 * 4 + k % 8 / 2].a[(row >= 8) + 2 * (k >= 8)], k % 2); };
+    auto left = [&](int row, int k) {
+      return number(mine[row % 8 * 4 + k % 8 / 2].a[(row >= 8) + 2 * (k >= 8)], k % 2);
+    };
     multiply(d, left, [&](int k, int n) { return swizzled(b, k, n); }, true);
   });
 }

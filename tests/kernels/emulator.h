@@ -1,11 +1,11 @@
 // Runs CUDA kernels on a CPU: g++ compiles an unchanged .cu file behind this header (see emulator.py). Made for finding
 // mistakes, not for speed; one block after the other.
 //
-// A thread of a block is a fibre, a stack of its own, that gives way only where CUDA's threads meet: at __syncthreads, and
-// where a warp does something together. What stands there:
+// A thread of a block is a fibre, a stack of its own, that gives way only where CUDA's threads meet: at __syncthreads,
+// and where a warp does something together. What stands there:
 //   - Threads that do not meet, or meet at different places, end the launch with a sentence instead of hanging.
-//   - Two orders of running: ascending, where asynchronous copies arrive at once, and descending, where they arrive only
-//     when somebody waits for them. A missing barrier or wait then shows in one of the two.
+//   - Two orders of running: ascending, where asynchronous copies arrive at once, and descending, where they arrive
+//     only when somebody waits for them. A missing barrier or wait then shows in one of the two.
 //   - Shared memory begins as NaN in each block, and what lies behind the dynamic part must stay as it is.
 //   - Addresses that the instruction wants aligned must be; an address that is nobody's ends the launch.
 // Left out: clusters, textures, cooperative launches, denormals' flushing, and all timing.
@@ -55,7 +55,12 @@ template <class T> void __stcs(T* p, T x) { *p = x; }
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;  // not static: every meeting may change them
 
-struct Copy { void* to; const void* from; unsigned bytes, of; unsigned long long* barrier; };  // of: the bytes written, zeros behind
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes, of;  // read, and written: what is more are zeros
+  unsigned long long* barrier;
+};
 
 struct Thread {
   jmp_buf at;
@@ -79,7 +84,8 @@ inline char message[400], *stacks, operands[2][1024 * 64];
 inline std::function<void()> body;
 
 template <class... A> [[noreturn]] void fail(const char* format, A... a) {
-  int n = snprintf(message, sizeof message, "block (%u, %u, %u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+  const uint3& b = blockIdx;
+  int n = snprintf(message, sizeof message, "block (%u, %u, %u), thread %u: ", b.x, b.y, b.z, threadIdx.x);
   snprintf(message + n, sizeof message - n, format, a...);
   _longjmp(launcher, 1);
 }
@@ -137,7 +143,8 @@ inline bool release(unsigned i) {
     if (other.done) fail("it has left, but %s of thread %u needs it", first.where, i);
     if (!other.meets || other.meets == POLL) return false;
     if (other.meets < n) return false;  // it waits for fewer, and may come yet
-    if (other.meets == n && other.where != first.where) fail("it is at %s, thread %u at %s", other.where, i, first.where);
+    if (other.meets == n && other.where != first.where)
+      fail("it is at %s, thread %u at %s", other.where, i, first.where);
     if (other.meets > n) fail("it waits at %s, where thread %u's %s needs it", other.where, i, first.where);
   }
   for (unsigned j = begin; j < begin + n; j++) threads[j].meets = 0;
@@ -189,8 +196,8 @@ template <class T> constexpr char kind() {  // p: a pointer, f: a float, i and l
   return std::is_pointer<T>() ? 'p' : std::is_floating_point<T>() ? 'f' : sizeof(T) == 8 ? 'l' : 'i';
 }
 
-// kinds: of the arguments that are given; sizes: grid x, y, z, block, bytes of dynamic shared memory, descending. Returns
-// what went wrong, or null.
+// kinds: of the arguments that are given; sizes: grid x, y, z, block, bytes of dynamic shared memory, descending.
+// Returns what went wrong, or null.
 template <class... A> const char* launch(void (*kernel)(A...), const char* kinds, const int* sizes, void** arguments) {
   const char wanted[] = {kind<A>()..., 0};
   if (strcmp(kinds, wanted)) {
@@ -216,7 +223,7 @@ template <class... A> const char* launch(void (*kernel)(A...), const char* kinds
           if (__start_block_memory) memset(__start_block_memory, 0xff, __stop_block_memory - __start_block_memory);
           run_block();
           for (size_t i = sizes[4]; i < DYNAMIC; i++)
-            if (dynamic_memory[i] != (char)0xff) fail("the kernel writes behind its %d bytes of shared memory", sizes[4]);
+            if (dynamic_memory[i] != (char)0xff) fail("it writes behind the %d bytes of shared memory", sizes[4]);
         }
   for (int i = 0; i < 4; i++) sigaction(signals[i], before + i, nullptr);
   return failed ? message : nullptr;

@@ -1,4 +1,4 @@
-"""The CUDA files without a GPU: they compile for every architecture without spills. test_gpu.py runs them on a CPU."""
+"""The CUDA files without a GPU: they compile for every architecture without spills. The emulator runs them on a CPU."""
 
 from pathlib import Path
 

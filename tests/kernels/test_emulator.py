@@ -34,7 +34,7 @@ MISTAKES = {
     "an address behind a tensor": ("x[i + 1024] = 1;", "nobody's"),
     "an address in front of one": ("if (i == 0) x[-1000] = 1;", "nobody's"),
     "a write just behind a tensor": ("x[i + 2] = 1;", "nobody's|writes beside"),
-    "too little shared memory": ("((float*)dynamic_shared())[i + 1] = 1;", "behind its 256 bytes"),
+    "too little shared memory": ("((float*)dynamic_shared())[i + 1] = 1;", "behind the 256 bytes"),
     "an index beyond an array": ("__shared__ float s[64]; s[i + 1] = 0;", "array's index"),
     "an odd address of 16 bytes": ("*(uint4*)(x + 4 * (i % 2) + 1) = make_uint4(0, 0, 0, 0);", "alignment"),
     "a copy that nobody waits for": (
