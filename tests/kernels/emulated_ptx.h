@@ -47,7 +47,7 @@ inline void copies_commit() {
 template <int N> void copies_wait() {
   while (me->groups.size() > N + 1) {  // the last group is not committed
     for (const Copy& copy : me->groups.front()) arrive(copy);
-    me->groups.pop_front();
+    me->groups.erase(me->groups.begin());
   }
 }
 

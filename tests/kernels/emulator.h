@@ -19,7 +19,6 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include <deque>
 #include <functional>
 #include <type_traits>
 #include <utility>
@@ -69,7 +68,7 @@ struct Thread {
   unsigned meets;     // how many neighbours it waits for: 0 while it runs, POLL while it looks again and again
   const char* where;
   int turn;           // which of two places its operand of an exchange goes to
-  std::deque<std::vector<Copy>> groups;  // of asynchronous copies, not arrived; the last is open
+  std::vector<std::vector<Copy>> groups;  // of asynchronous copies, not arrived; the last is open
   std::vector<std::function<void()>> products;  // that have not been done
 };
 
