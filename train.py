@@ -54,6 +54,7 @@ from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_g
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import explain
 from nanochameleon.kernels.dropout import derive
+from nanochameleon.kernels.pages import keep_pages
 from nanochameleon.model_folder import Parts, open_model
 from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
 from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
@@ -395,4 +396,5 @@ def study(cfg: RunConfig) -> Path:
 
 
 if __name__ == "__main__":
+    keep_pages()  # of the program's own process, hence not in main
     exit_on_user_error(lambda: (study if CONFIG.name == "stability" else main)(CONFIG))

@@ -39,17 +39,28 @@ def drawn_alone(batch: Batch, n_codes: int, vocab: Vocab) -> Batch:
 
 
 def noisy(batch: Batch, n_codes: int, vocab: Vocab, most: float, seed: int, numbers: Sequence[int]) -> Batch:
-    """In each drawn picture a share of the codes, between 0 and `most`, is read as those of the row's next picture, at
-    the same places. Targets stay.
+    """In each drawn picture a share of the codes, between 0 and `most`, is read as those of another document's picture
+    of the same row, at the same places. Targets stay.
 
     numbers: of the batch's rows in the whole training, of which (with the seed) the noise is a pure function: it does
     not depend on how rows are spread over ranks, and a resumed run repeats it.
     """
     tokens = batch.tokens.clone()
     for row, places, drawn in pictures(batch, n_codes, vocab):
+        if not drawn.any():
+            continue
         rng = np.random.default_rng((seed, int(numbers[row])))
         codes = batch.tokens[row].numpy()[places]
         share = most * drawn[:, None] * rng.random((len(codes), 1))
-        noise = np.where(rng.random(codes.shape) < share, np.roll(codes, -1, axis=0), codes)
+        others = codes[partners(batch.doc_ids[row].numpy()[places[:, 0]])]
+        noise = np.where(rng.random(codes.shape) < share, others, codes)
         tokens[row].numpy()[places] = noise
     return replace(batch, tokens=tokens)
+
+
+def partners(documents: np.ndarray) -> np.ndarray:
+    """Documents (P,) of a row's pictures, P > 0 -> for each the next picture of another one, round and round, or itself
+    where there is none. A picture of its own document would tell what comes later."""
+    n = np.arange(len(documents))
+    ahead = (n[:, None] + n) % len(n)  # (P, P): all pictures in order, each one's row beginning with itself
+    return ahead[n, (documents[ahead] != documents[:, None]).argmax(1)]

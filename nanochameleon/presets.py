@@ -38,22 +38,19 @@ def mixed(**weights: float) -> tuple[StageConfig, ...]:
 def toy() -> RunConfig:
     """The shapes world in minutes on two CPU cores: what `make demo` runs.
 
-    Many codes, most of them one patch of one shape: quick to learn, and no help with compositions never shown.
+    Noise on the codes that are read back, and few codes: what composes things never shown together (drawing.py).
     """
-    vqgan = dataclasses.replace(TOY_VQGAN, n_codes=512)
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
-    stages = mixed(pairs=0.16, questions=0.45, interleaved=0.39)
-    return RunConfig(
-        "toy", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, stages=stages, train=TrainConfig(steps=1_350), sample=TOY_SAMPLE
-    )
+    stages = mixed(pairs=0.2, questions=0.47, interleaved=0.33)
+    train = TrainConfig(steps=2_600, batch_size=4, seq_len=512, pictures="drawn", code_noise=1.0, sample_every=650)
+    optim = dataclasses.replace(TOY_OPTIM, lr=2e-2)
+    return RunConfig("toy", TOY_VQGAN, TOY_MODEL, optim, tokenizers, stages=stages, train=train, sample=TOY_SAMPLE)
 
 
 def toy_long() -> RunConfig:
-    """The same scenes with an hour of CPU time, and few codes, which all shapes share: slower, composes better."""
-    vqgan = dataclasses.replace(TOY_VQGAN, n_codes=48)
-    stages = mixed(pairs=0.35, questions=0.25, interleaved=0.4)
-    train = TrainConfig(steps=6_000, sample_every=1_500)
-    return dataclasses.replace(toy(), name="toy_long", vqgan=vqgan, stages=stages, train=train)
+    """The same with less than an hour on two cores."""
+    cfg = toy()
+    return dataclasses.replace(cfg, name="toy_long", train=dataclasses.replace(cfg.train, steps=15_000))
 
 
 def stability() -> RunConfig:
@@ -75,7 +72,7 @@ def align() -> RunConfig:
         align_safety=0.1,
     )  # fmt: skip
     optim, model = dataclasses.replace(TOY_OPTIM, lr=2e-3), dataclasses.replace(TOY_MODEL, dropout=0.05)
-    train = TrainConfig(steps=800, answers_only=True)
+    train = TrainConfig(steps=800, batch_size=4, seq_len=512, answers_only=True)
     return dataclasses.replace(
         toy(), name="align", model=model, optim=optim, stages=stages, train=train, init_from=Path("runs/toy")
     )

@@ -101,6 +101,8 @@ MUTANTS = [
     Mutant("noise depends on the rows beside it", "drawing.py", "int(numbers[row])", "row", "test_drawing.py"),
     Mutant("every picture has the same share of noise", "drawing.py", "rng.random((len(codes), 1))", "0.5",
            "test_drawing.py"),
+    Mutant("noise tells what the same document shows later", "drawing.py", "documents[ahead] != documents[:, None]",
+           "ahead != n[:, None]", "test_drawing.py"),
     Mutant("the second code on is left out", "drawing.py", "targets[row, places[~drawn] - 1]",
            "targets[row, places[~drawn]]", "test_drawing.py"),
     Mutant("a batch is learnt as it comes", "train.py",

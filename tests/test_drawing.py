@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochameleon.documents import EndOfTurn, Image, Text, render
-from nanochameleon.drawing import drawn_alone, noisy
+from nanochameleon.drawing import drawn_alone, noisy, partners
 from nanochameleon.packing import IGNORE, pack
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vocab import Vocab
@@ -57,6 +57,15 @@ def drawings(n, n_rows):
     """n_rows rows of n drawn pictures each; picture k of a row has code k everywhere."""
     docs = [[Text("ab"), Image((k % n,) * N)] for k in range(n * n_rows)]
     return pack([render(doc, TOKENIZER, VOCAB) for doc in docs], n * (N + 6), VOCAB.pad)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=9).map(sorted))
+def test_a_partner_is_the_next_picture_of_another_document(documents):
+    documents = np.array(documents)
+    for i, j in enumerate(partners(documents)):
+        between = (np.arange(i, i + (j - i) % len(documents))) % len(documents)
+        assert (documents[between] == documents[i]).all()
+        assert documents[j] != documents[i] or (j == i and len(set(documents)) == 1)
 
 
 def test_a_code_is_that_of_the_rows_next_picture_at_the_same_place():
