@@ -4,8 +4,9 @@
 // A thread of a block is a fibre, a stack of its own, that gives way only where CUDA's threads meet: at __syncthreads,
 // and where a warp does something together. What stands there:
 //   - Threads that do not meet, or meet at different places, end the launch with a sentence instead of hanging.
-//   - Two orders of running: ascending, where asynchronous copies arrive at once, and descending, where they arrive
-//     only when somebody waits for them. A missing barrier or wait then shows in one of the two.
+//   - A warp runs as far as it can before another does. Two orders: ascending, where asynchronous copies arrive at
+//     once, and descending, where they arrive only when somebody waits for them. A missing barrier or wait then shows
+//     in one of the two.
 //   - Shared memory begins as NaN in each block, and what lies behind the dynamic part must stay as it is.
 //   - Addresses that the instruction wants aligned must be; an address that is nobody's ends the launch.
 // Left out: clusters, textures, cooperative launches, denormals' flushing, and all timing.
@@ -73,13 +74,13 @@ struct Thread {
 };
 
 const unsigned POLL = ~0u;
-const size_t STACK = 64 << 10, OPERANDS = 1 << 16;
+const size_t STACK = 64 << 10;
 inline std::vector<Thread> threads;
 inline Thread* me;
 inline jmp_buf scheduler, launcher;
 inline bool descending;
 inline std::vector<Copy> bulk;  // not arrived
-inline char message[400], *stacks, operands[2][1024 * 64];
+inline char message[400], *stacks, operands[4][1024 * 64];
 inline std::function<void()> body;
 
 template <class... A> [[noreturn]] void fail(const char* format, A... a) {
@@ -101,7 +102,7 @@ inline void __syncwarp(unsigned = ~0u) { meet(32, "__syncwarp"); }
 // Everybody's operand of an operation that n neighbours do together, in their order
 template <class T> const T* exchange(const T& mine, unsigned n, const char* where) {
   static_assert(sizeof(T) <= 64, "larger than its place");
-  T* place = (T*)(operands[me->turn ^= 1] + threadIdx.x / n * n * 64);
+  T* place = (T*)(operands[(me->turn ^= 1) + 2 * (n > 32)] + threadIdx.x / n * n * 64);
   memcpy(place + threadIdx.x % n, &mine, sizeof mine);
   meet(n, where);
   return place;  // until the operation after the next
@@ -150,29 +151,39 @@ inline bool release(unsigned i) {
   return true;
 }
 
+// Runs a warp until all of its threads wait for other warps. Returns whether any got further.
+inline bool run_warp(unsigned first) {
+  bool moved = false, again = true;
+  while (again) {
+    again = false;
+    for (unsigned n = 0; n < 32; n++) {
+      unsigned i = first + (descending ? 31 - n : n);
+      if (threads[i].done || threads[i].meets) continue;
+      resume(i);
+      moved |= threads[i].meets != POLL;
+    }
+    for (unsigned i = first; i < first + 32; i++) again |= !threads[i].done && threads[i].meets == 32 && release(i);
+  }
+  return moved;
+}
+
 inline void run_block() {
   threads.assign(blockDim.x, Thread{});
   bulk.clear();
-  for (unsigned idle = 0, left = blockDim.x; left;) {
+  for (unsigned idle = 0;;) {
     bool moved = false;
-    for (unsigned n = 0; n < blockDim.x; n++) {
-      unsigned i = descending ? blockDim.x - 1 - n : n;
-      if (threads[i].done || threads[i].meets) continue;
-      resume(i);
-      left -= threads[i].done;
-      moved |= threads[i].meets != POLL;
-    }
+    for (unsigned n = 0; n < blockDim.x; n += 32) moved |= run_warp(descending ? blockDim.x - 32 - n : n);
     for (unsigned i = 0; i < blockDim.x; i++) {
       Thread& t = threads[i];
-      if (t.done || !t.meets) continue;
       if (t.meets == POLL) t.meets = 0;
-      else moved |= release(i);
+      else if (t.meets && !t.done) moved |= release(i);
     }
-    if (left && !moved && idle++ > 2) {
-      for (threadIdx.x = 0; threads[threadIdx.x].done;) threadIdx.x++;
-      fail("it waits at %s for ever", threads[threadIdx.x].where);
-    }
-    if (moved) idle = 0;
+    unsigned waits = 0;
+    while (waits < blockDim.x && threads[waits].done) waits++;
+    if (waits == blockDim.x) return;
+    idle = moved ? 0 : idle + 1;
+    threadIdx.x = waits;
+    if (idle > 2) fail("it waits at %s for ever", threads[waits].where);
   }
 }
 
