@@ -78,6 +78,7 @@ from nanochameleon.kernels.simd import (
     write_row,
 )
 
+LANES = W  # a head's numbers are rounded up to this many
 QUERIES, KEYS = 64, 64  # a tile of scores is 16 KB: it and a tile of keys fit the first-level cache
 BOUND = np.float32(60.0)  # of |score| in powers of two; sums of 2^60 are far from float32's 2^127
 LOG2E, LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))

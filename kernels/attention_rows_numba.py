@@ -4,12 +4,14 @@ A row of 32 or 64 numbers is 2 to 4 registers, so that the sums across its lanes
 for itself, would cost more than all else. Here each row leaves a register of partial sums in a square of W x W numbers,
 and `row_sums` adds up the square's rows at once: 2 shuffles a row in place of 4, and none waits for another row's.
 
-Shapes: blocks of n <= W rows of `width` float32, contiguous, zeros behind the E numbers of a row. All addresses int64.
+Shapes: blocks of n <= W rows of `width` float32, a multiple of W, contiguous, zeros behind the E numbers of a row. All
+addresses int64.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from nanochameleon.kernels.simd import (
     ZERO,
@@ -55,9 +57,18 @@ class Norm(NamedTuple):
 SQUARES = 2 * W * W + 3 * W  # floats of scratch: two squares, and a number a row of three kinds
 
 
+@register_jitable
 def block_floats(width: int) -> int:
     """Scratch of a block: that, and its rows."""
     return SQUARES + W * width
+
+
+@njit
+def read(rows, i, width, out):
+    """The row of position i, zeros behind it."""
+    read_row(rows.p + i * rows.step, rows.size, rows.e, out)
+    for j in range(-(-rows.e // W) * W, width, W):
+        store(out + 4 * j, splat(ZERO))
 
 
 @njit
@@ -101,7 +112,7 @@ def prepare(rows, first, n, width, table, norm, factor, x, scratch):
     largest square of a length."""
     square, factors = scratch, scratch + 4 * (W * W + W)
     for r in range(n):
-        read_row(rows.p + (first + r) * rows.step, rows.size, rows.e, x + 4 * r * width)
+        read(rows, first + r, width, x + 4 * r * width)
     if norm.weight != 0:
         store(factors, inverse_deviation(centre(x, n, rows.e, width, square), norm.eps))
     for r in range(n):
@@ -129,7 +140,7 @@ def norm_backward(rows, first, n, width, norm, dy, scratch):
     other = square + 4 * (W * W + 3 * W)
     means, factors, products = other - 12 * W, other - 8 * W, other - 4 * W
     for r in range(n):
-        read_row(rows.p + (first + r) * rows.step, rows.size, rows.e, z + 4 * r * width)
+        read(rows, first + r, width, z + 4 * r * width)
     store(factors, inverse_deviation(centre(z, n, rows.e, width, square), norm.eps))
     for r in range(n):
         s, s_z, factor = splat(ZERO), splat(ZERO), splat(peek(factors + 4 * r))
@@ -173,7 +184,7 @@ def row_products(x, rows, first, n, width, out, scratch):
     """out[r] = the product of row r of x (n, width) with the row of position first + r, for n <= W; W are written."""
     square, row = scratch, scratch + 4 * W * W
     for r in range(n):
-        read_row(rows.p + (first + r) * rows.step, rows.size, rows.e, row)
+        read(rows, first + r, width, row)
         s = splat(ZERO)
         for i in range(0, width, W):
             s += load(x + 4 * (r * width + i)) * load(row + 4 * i)

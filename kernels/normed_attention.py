@@ -17,6 +17,8 @@ Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H
 turns; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) heads in turn.
 """
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,6 +88,13 @@ def normed_attention(
 # The op
 
 
+def _kernels(q: Tensor) -> ModuleType:
+    """The compiled ones for such queries: on tiles, or in vectors."""
+    from nanochameleon.kernels import attention_amx, attention_numba
+
+    return attention_amx if choose("normed_attention", q) == "amx" else attention_numba
+
+
 def _row(x: Tensor) -> int:
     """Numbers from one position's row to the next."""
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
@@ -93,21 +102,22 @@ def _row(x: Tensor) -> int:
 
 def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor, v: Tensor, eps: float):
     """The tensors' addresses and the sizes, as the compiled kernels take them."""
-    from nanochameleon.kernels.attention_numba import Job, W
+    from nanochameleon.kernels.attention_numba import Job
 
     t, heads, e = q.shape[1:]
-    sizes = dict(t=t, heads=heads, key_heads=k.shape[2], e=e, width=-(-e // W) * W, size=q.element_size(), eps=eps)
+    lanes = _kernels(q).LANES
+    sizes = dict(t=t, heads=heads, key_heads=k.shape[2], e=e, width=-(-e // lanes) * lanes, size=q.element_size())
     rows = dict(q_row=_row(q), k_row=_row(k), v_row=_row(v), d_row=(heads + 2 * k.shape[2]) * e)
     where = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
-    return Job(**(dict.fromkeys(Job._fields, 0) | where | sizes | rows))
+    return Job(**(dict.fromkeys(Job._fields, 0) | where | sizes | rows | {"eps": eps}))
 
 
 def _run(name: str, tensors: dict[str, Tensor | None], eps: float) -> None:
-    from nanochameleon.kernels import attention_numba, launch
+    from nanochameleon.kernels import launch
 
-    job = _job(tensors, *(tensors[name] for name in "qkv"), eps)
-    floats = attention_numba.scratch_floats(job, name == "backward")
-    launch.run(getattr(attention_numba, name), job, len(tensors["q"]) * job.key_heads, floats)
+    module, job = _kernels(tensors["q"]), _job(tensors, *(tensors[name] for name in "qkv"), eps)
+    floats = module.scratch_floats(job, name == "backward")
+    launch.run(getattr(module, name), job, len(tensors["q"]) * job.key_heads, floats)
 
 
 def _in_rows(x: Tensor) -> Tensor:
@@ -120,13 +130,13 @@ def _in_rows(x: Tensor) -> Tensor:
 
 def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias) -> dict[str, Tensor | None]:
     """Of one type and regular strides, the small ones float32 and padded with zeros to whole registers."""
-    from nanochameleon.kernels.attention_numba import W
+    lanes = _kernels(q).LANES
 
     def row(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
         x = x.float()
-        return (F.pad(x, (0, -x.shape[-1] % W)) if x.shape[-1] % W else x).contiguous()
+        return (F.pad(x, (0, -x.shape[-1] % lanes)) if x.shape[-1] % lanes else x).contiguous()
 
     b, t = q.shape[:2]
     big = {name: _in_rows(x.to(q.dtype)) for name, x in (("q", q), ("k", k), ("v", v))}

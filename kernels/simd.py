@@ -87,13 +87,13 @@ def splat_of(b, x, kind=V):
     return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(VI, [0] * W))
 
 
-def _call(b, name: str, result, *args, **flags):
+def call_of(b, name: str, result, *args, **flags):
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), args, **flags)
 
 
 def _reduce(b, op: str, x, *start):
-    return _call(b, f"llvm.vector.reduce.{op}.v{W}f32", f32, *start, x, fastmath=("reassoc",))
+    return call_of(b, f"llvm.vector.reduce.{op}.v{W}f32", f32, *start, x, fastmath=("reassoc",))
 
 
 def lanes_below(b, n):
@@ -116,7 +116,7 @@ def exp2_of(b, x):
     """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126, from 2^128
     on it is infinity, and NaN stays NaN: what has diverged must be seen."""
     x = b.select(b.fcmp_ordered("<", x, constant(-126.0)), constant(-126.0), x)
-    n = _call(b, f"llvm.rint.v{W}f32", V, x)
+    n = call_of(b, f"llvm.rint.v{W}f32", V, x)
     f, y = b.fsub(x, n), constant(EXP2[5])
     for c in EXP2[4::-1]:
         y = b.fadd(b.fmul(y, f, flags=FUSE), constant(c), flags=FUSE)
@@ -208,6 +208,11 @@ def peek_int(b, p):
     return b.load(b.inttoptr(p, i64.as_pointer()), align=8)
 
 
+@instruction(types.void, address, count)
+def poke_int(b, p, n):
+    b.store(n, b.inttoptr(p, i64.as_pointer()), align=8)
+
+
 @instruction(vec, number)
 def splat(b, x):
     """x in every lane."""
@@ -234,7 +239,7 @@ def divide(b, x, y):
 @instruction(vec, vec)
 def root(b, x):
     """Square roots."""
-    return _call(b, f"llvm.sqrt.v{W}f32", V, x)
+    return call_of(b, f"llvm.sqrt.v{W}f32", V, x)
 
 
 @instruction(number, vec)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanochameleon.kernels.amx import why_not
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train.py", "sample.py")
 
@@ -196,7 +198,8 @@ MUTANTS = [
            "kernels/test_launch.py"),
     Mutant("code for one GPU goes to its neighbours", "kernels/dispatch.py", "(10, 0): \"sm_100a\"",
            "(10, minor): \"sm_100a\"", "kernels/test_dispatch.py"),
-    Mutant("an unmet wish is ignored", "kernels/dispatch.py", "    if refusal:", "    if refusal and False:",
+    Mutant("an unmet wish is ignored", "kernels/dispatch.py", "    if refusal := refused(name, op, device, dtype):",
+           "    if (refusal := refused(name, op, device, dtype)) and False:",
            "kernels/test_dispatch.py"),
     Mutant("a CUDA call has one argument less", "kernels/gpu.py", "arguments = logits, targets, loss, log_z, v, float",
            "arguments = logits, targets, loss, v, float", "kernels/test_zloss_cuda.py"),
@@ -419,6 +422,26 @@ MUTANTS = [
     Mutant("a spike is a divergence", "stability.py", '"diverged": not end < best + 0.5',
            '"diverged": not max(losses) < best + 3.0', "test_stability.py"),
 ]  # fmt: skip
+
+if why_not() is None:  # without AMX the tests of what runs on its tiles are skipped
+    MUTANTS += [
+        Mutant("on tiles, the diagonal sees one ahead", "kernels/attention_amx.py", "return ahead + c if c < nk",
+               "return ahead + c - 1 if c < nk", "kernels/test_normed_attention.py"),
+        Mutant("on tiles, keys behind a run's end are seen", "kernels/attention_amx.py", "if c < nk else BLOCK",
+               "if c < BLOCK else BLOCK", "kernels/test_normed_attention.py"),
+        Mutant("on tiles, an earlier run of the document is forgotten", "kernels/attention_amx.py",
+               "if same_document(docs, run, start):", "if run == start:", "kernels/test_normed_attention.py"),
+        Mutant("on tiles, scores are trusted to be bounded", "kernels/attention_amx.py",
+               "longest_k * longest_q < BOUND * BOUND", "longest_q >= ZERO", "kernels/test_normed_attention.py"),
+        Mutant("memory behind the last key is not cleared", "kernels/attention_amx.py",
+               "for i in range(0, padded(job.t), BLOCK)", "for i in range(0, job.t, BLOCK)",
+               "kernels/test_normed_attention.py"),
+        Mutant("pairs hold one row twice", "kernels/amx.py", "b.lshr(_nearest(b, x)", "b.lshr(_nearest(b, y)",
+               "kernels/test_normed_attention.py"),
+        Mutant("tiles where there are none", "kernels/dispatch.py",
+               "if op in AMX and why_not_amx(device, dtype) is None:", "if op in AMX and dtype == torch.bfloat16:",
+               "kernels/test_dispatch.py"),
+    ]  # fmt: skip
 
 
 def source(mutant: Mutant, root: Path) -> Path:

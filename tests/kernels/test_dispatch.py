@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanochameleon.kernels.dispatch import (
+    AMX,
     AUTO,
     NAMES,
     OPS,
@@ -74,9 +75,27 @@ def test_the_table_names_each_op_for_each_type_once():
 def test_explain_has_a_line_for_each_op_of_a_step():
     with use_kernels("auto"):
         lines = explain(CPU, torch.bfloat16).splitlines()
+        expected = {op: decide(op, CPU, torch.bfloat16) for op in STEP}
     for line, op in zip(lines, STEP, strict=True):
-        assert line.split()[:2] == [op, AUTO[op, torch.bfloat16][0]] and AUTO[op, torch.bfloat16][1] in line
+        assert line.split()[:2] == [op, expected[op][0]] and expected[op][1] in line
     assert not {"linear_zloss_cross_entropy", "decode_attention"} & set(STEP)  # losses.py takes logits
+
+
+@pytest.mark.parametrize("missing", [None, "this processor has no AMX-TILE"])
+def test_tiles_are_taken_where_there_are_some_and_never_without_a_word(monkeypatch, missing):
+    monkeypatch.setattr("nanochameleon.kernels.amx.why_not", lambda: missing)
+    table = AUTO["normed_attention", torch.bfloat16]
+    with use_kernels("auto"):
+        decided = decide("normed_attention", CPU, torch.bfloat16)
+        assert decided == (table if missing else ("amx", AMX["normed_attention"]))
+        assert decide("normed_attention", CPU, torch.float32) == AUTO["normed_attention", torch.float32]
+    with use_kernels("amx"):
+        assert decide("swiglu", CPU, torch.bfloat16)[0] == "numba"  # nothing of it is a product
+        with pytest.raises(ValueError, match="they take bfloat16, not float32"):
+            decide("normed_attention", CPU, torch.float32)
+        if missing:
+            with pytest.raises(ValueError, match="amx's kernels were asked for normed_attention, but this processor"):
+                decide("normed_attention", CPU, torch.bfloat16)
 
 
 def test_a_gpu_that_no_kernel_was_written_for_is_named(monkeypatch):

@@ -9,27 +9,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.dispatch import use_kernels
+from nanochameleon.kernels.dispatch import use_kernels, why_not_amx
 from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
 from nanochameleon.transformer import rotary_table
 
+REFUSED = why_not_amx(torch.device("cpu"), torch.bfloat16)
+needs_amx = pytest.mark.skipif(REFUSED is not None, reason=f"kernels on AMX tiles cannot run: {REFUSED}")
+on_amx = pytest.param("amx", torch.bfloat16, marks=needs_amx)
+EVERY = [("numba", torch.float32), ("numba", torch.bfloat16), on_amx]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
 @settings(max_examples=30)
 @given(problem=problems())
-def test_numba_is_as_good_as_the_reference(dtype, problem):
+def test_it_is_as_good_as_the_reference(name, dtype, problem):
     truth = outcome(normed_attention_reference, problem, torch.float64)
     naive = outcome(normed_attention_reference, problem, dtype)
-    with use_kernels("numba"):
+    with use_kernels(name):
         result = outcome(normed_attention, problem, dtype)
     size = sizes(problem)
     for x, plain, exact in zip(result, naive, truth, strict=True):
-        assert_as_good_as(x, plain, exact, scale=size * (1 + exact.abs().max().item()))
+        # On tiles weights and their gradients are bfloat16 numbers, which float32 gradients of the norms are sums of.
+        coarse = torch.finfo(dtype if name == "amx" else x.dtype).eps / torch.finfo(x.dtype).eps
+        assert_as_good_as(x, plain, exact, scale=coarse * size * (1 + exact.abs().max().item()))
 
 
-def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch):
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype):
     """Every output and every piece of scratch is written before it is read."""
-    q, k, v = (torch.randn(2, 70, heads, 20) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, 70, heads, 20).to(dtype) for heads in (4, 2, 2))
     table, docs = rotary_table(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
     norms = [(torch.randn(1, 20), torch.randn(1, 20)) for _ in "qk"]
     empty, outcomes = torch.empty, []
@@ -39,19 +47,39 @@ def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch):
         monkeypatch.setattr(torch, "empty_like", lambda x, g=garbage, like=like, **kw: like(x, **kw).fill_(g))
         monkeypatch.setattr("nanochameleon.kernels.launch._own", threading.local())  # fresh scratch
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        with use_kernels("numba"):
+        with use_kernels(name):
             out = normed_attention(*inputs, table, docs, *norms, EPS)
         outcomes.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
     for outcome_ in outcomes[1:]:
         assert all(torch.equal(x, y) for x, y in zip(outcome_, outcomes[0], strict=True))
 
 
-def test_inputs_of_other_strides_are_read_right_and_never_written():
-    fused = torch.randn(2, 9, 3, 4, 6)  # one buffer of q, k and v, as a fused projection gives it
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_any_number_of_threads_computes_the_same_bits(name, dtype):
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(3, 90, heads, 24, generator=generator).to(dtype) for heads in (4, 2, 2)]
+    table, docs = rotary_table(torch.arange(90).expand(3, 90), 24, 1e4), torch.arange(90).expand(3, 90) // 41
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x = [y.clone().requires_grad_() for y in inputs]
+            with use_kernels(name):
+                out = normed_attention(*x, table, docs, None, None, EPS)
+                outcomes.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), x)])
+    finally:
+        torch.set_num_threads(before)
+    for outcome_ in outcomes[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(outcome_, outcomes[0], strict=True))
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_inputs_of_other_strides_are_read_right_and_never_written(name, dtype):
+    fused = torch.randn(2, 9, 3, 4, 6).to(dtype)  # one buffer of q, k and v, as a fused projection gives it
     table = rotary_table(torch.arange(9).expand(2, 9), 6, 1e4)
     q, k, v = fused.unbind(2)
     before = fused.clone()
-    with use_kernels("numba"):
+    with use_kernels(name):
         out = normed_attention(q, k, v, table, None, None, None, EPS)
         copied = normed_attention(*(x.contiguous() for x in (q, k, v)), table, None, None, None, EPS)
     assert torch.equal(out, copied) and torch.equal(fused, before)
