@@ -127,9 +127,7 @@ class Engine:
     context: int | None = None  # ids a row can hold; None: as many as the model
     chunk: int = 512  # ids of prompts read between two stretches of decoding
     look: int | None = None  # steps between two looks at most; None: as many as need none
-    blind: int = (
-        16  # steps of text without a look, where nobody waits for rows and a step sees ends by itself: on a CPU
-    )
+    blind: int = 16  # steps of text without a look, on a CPU, where nobody waits for rows: a step sees ends by itself
     waiting: deque[tuple[int, Task]] = field(default_factory=deque, init=False)
     running: list[Sample] = field(default_factory=list, init=False)
     prompts: dict[tuple[int, ...], list[Row]] = field(default_factory=dict, init=False)  # being read, by whom
