@@ -16,8 +16,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NAMES = ("auto", "reference", "numba", "amx", "cuda")
+NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
+
+ENGINE = "on a CPU the engine's steps are compiled whole (cpu/)"
 
 # (op, type on a CPU) -> the fastest, and what was measured; `python -m nanochameleon.bench kernels` measures again.
 # What is not in it runs on torch's own operations: other devices and types, and GPUs until a table was measured on one.
@@ -34,23 +36,31 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
     ("linear_zloss_cross_entropy", torch.float32): ("numba", "as fast as torch.compile, and no logits in memory"),
     ("linear_zloss_cross_entropy", torch.bfloat16): ("reference", "oneDNN's bf16 product is faster than float32 tiles"),
+    ("decode_attention", torch.float32): ("reference", ENGINE),
+    ("decode_attention", torch.bfloat16): ("reference", ENGINE),
 }
-# Written so far. Of attention it is norm and turn alone, in front of torch's own attention: the one of attention.cu has
-# a forward pass only, for heads of 64 and 128, and is for the bench.
-CUDA = {"normed_attention": (torch.bfloat16,), "zloss_cross_entropy": (torch.bfloat16, torch.float32)}
+# "cuda" is our attention for heads of 64 and 128, and torch's for others; "vendor" is torch's (cuDNN's where torch
+# prefers that) behind our norm and turn. For every op but the attentions the two are one.
+CUDA = {
+    "normed_attention": (torch.bfloat16,),
+    "decode_attention": (torch.bfloat16,),
+    "zloss_cross_entropy": (torch.bfloat16, torch.float32),
+    "linear_zloss_cross_entropy": (torch.bfloat16, torch.float32),
+}
 # What is written for the matrix unit of newer Xeons (amx.py), all of it in bfloat16: chosen where there is one.
 AMX = {
     "normed_attention": "products on AMX tiles: 1.2 times those in vectors, 1.4 times in the gradient",
 }
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
-STEP = tuple(op for op in OPS if op != "linear_zloss_cross_entropy")  # what a training step runs: losses.py has logits
+# What a training step runs: losses.py has logits, and decoding is not training.
+STEP = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
 
 _wishes: list[str] = []
 
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """Inside, every op runs this implementation: "reference", "numba", "amx", "cuda" or "auto"."""
+    """Inside, every op runs this implementation: "reference", "numba", "amx", "cuda", "vendor" or "auto"."""
     _check(name)
     _wishes.append(name)
     try:
@@ -125,14 +135,16 @@ def refused(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str
         return why_not_numba(device, dtype)
     if name == "amx":
         return why_not_amx(device, dtype)
-    return why_not_cuda(op, device, dtype) if name == "cuda" else None
+    return why_not_cuda(op, device, dtype) if name in ("cuda", "vendor") else None
 
 
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(implementation, reason). Raises ValueError for a wish that cannot be met."""
     name, reason = wish(), why_not_numba(device, dtype)
-    if name == "cuda" and op not in CUDA:
+    if name in ("cuda", "vendor") and op not in CUDA:
         return "reference", "there is no CUDA kernel of it"
+    if name in ("numba", "amx") and op == "decode_attention" and device.type == "cpu":
+        return "reference", ENGINE
     if name == "amx" and op not in AMX:
         name = "numba"
     if refusal := refused(name, op, device, dtype):

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import architecture
@@ -40,7 +41,7 @@ def start(file: str, name: str, grid: tuple, block: int, *arguments: Tensor | in
 
     device = next(x.device.index for x in arguments if isinstance(x, Tensor))
     kernel = function(file, name, device)
-    if shared > 48 * 1024:
+    if shared > 40 * 1024:  # of the 48 KB that need no asking the kernel's own arrays take some
         kernel.max_dynamic_shared_size_bytes = shared
     kinds = {int: np.int32, float: np.float32, Long: np.int64}
     values = [
@@ -80,6 +81,14 @@ def zloss_backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z:
     return gradient
 
 
+def zloss_backward_(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> None:
+    """The gradient takes the logits' place: a thread reads what it overwrites."""
+    n, v = logits.shape
+    if n:
+        arguments = logits, targets, log_z, g, h, logits, v
+        start("zloss", f"backward_{NAMES[logits.dtype]}", (n,), threads(v), *arguments)
+
+
 def fits_one_pass(logits: Tensor, kilobytes: int) -> bool:
     """Can a row be staged in shared memory, 16 bytes at a time?"""
     size = logits.shape[1] * logits.element_size()
@@ -91,10 +100,7 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, share: float
     (n, v), name = logits.shape, NAMES[logits.dtype]
     if not fits_one_pass(logits, kilobytes):
         loss, log_z = zloss_forward(logits, targets)
-        g = torch.full_like(loss, share)
-        arguments = logits, targets, log_z, g, 2 * share * z_loss * log_z, logits, v
-        if n:
-            start("zloss", f"backward_{name}", (n,), threads(v), *arguments)  # a thread reads what it overwrites
+        zloss_backward_(torch.full_like(loss, share), 2 * share * z_loss * log_z, logits, targets, log_z)
         return loss, log_z
     loss, log_z = (torch.empty(n, device=logits.device) for _ in range(2))
     if n:
@@ -104,7 +110,7 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, share: float
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attention.cu
+# norm_rotary.cu
 
 
 def norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -113,7 +119,7 @@ def norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | 
     if x.numel():
         grid = (-(-b * t * heads // 8),)
         arguments = x, weight, bias, turns, out, Long(b * t), heads, e // 2, float(eps)
-        start("attention", "norm_rotary", grid, 256, *arguments)
+        start("norm_rotary", "norm_rotary", grid, 256, *arguments)
     return out
 
 
@@ -126,26 +132,112 @@ def norm_rotary_backward(
     d_weight, d_bias = (torch.zeros(shares, heads, e, device=x.device) for _ in range(2))
     if x.numel():
         arguments = d_out, x, weight, turns, d_x, d_weight, d_bias, Long(b * t), heads, e // 2, float(eps)
-        start("attention", "norm_rotary_backward", (shares, heads), 32, *arguments)
+        start("norm_rotary", "norm_rotary_backward", (shares, heads), 32, *arguments)
     return d_x, d_weight.sum(0), d_bias.sum(0)
 
 
-def first_of_document(docs: Tensor) -> Tensor:
-    """(B, T) ids -> (B, T) int32: the first position of each one's document."""
-    b, t = docs.shape
-    rows = torch.arange(b, device=docs.device)[:, None].expand(b, t)
-    _, group = torch.unique(torch.stack([rows, docs], -1).flatten(0, 1), dim=0, return_inverse=True)
-    places = torch.arange(t, device=docs.device).repeat(b)
-    least = torch.full((int(group.max()) + 1,), t, device=docs.device).scatter_reduce(0, group, places, "amin")
-    return least[group].view(b, t).int()
+# ---------------------------------------------------------------------------------------------------------------------
+# attention.cu, attention_backward.cu
+
+TILE = 64  # positions of a block's own
+HEAD_DIMS = (64, 128)  # that attention and decode are compiled for
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, docs: Tensor, simple: bool = False) -> Tensor:
-    """Of prepared q, k and v, bfloat16, E 64 or 128 -> out like q. Without a backward pass: for the bench."""
+def tile_bytes(rows: int, e: int) -> int:
+    """Of shared memory: 16 bytes more than the numbers need in each row."""
+    return rows * (2 * e + 16)
+
+
+def document_bounds(docs: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) ids -> (B, T) int32 each: the first and the last position of each one's document. Never waits."""
+    t = docs.shape[1]
+    ids, order = docs.sort(dim=1, stable=True)  # a document's positions in a row, ascending
+    places = torch.arange(t, device=docs.device).expand_as(docs)
+    other = ids[:, 1:] != ids[:, :-1]
+    begins, ends = F.pad(other, (1, 0), value=True), F.pad(other, (0, 1), value=True)
+    first = places.masked_fill(~begins, 0).cummax(1).values
+    last = places.masked_fill(~ends, t - 1).flip(1).cummin(1).values.flip(1)
+    back = order.argsort(dim=1)
+    return tuple(order.gather(1, x).gather(1, back).int() for x in (first, last))
+
+
+def attention_sm90(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attention`, by Hopper's own instructions: for the bench, until it was measured to be the faster one."""
     b, t, heads, e = q.shape
-    out = torch.empty_like(q)
+    out, lse = torch.empty_like(q), torch.empty(b, heads, t, device=q.device)
     if q.numel():
-        name, block = ("attention_simple", 64) if simple else ("attention", 128)
-        arguments = q, k, v, docs, first_of_document(docs), out, t, heads, k.shape[2]
-        start("attention", f"{name}_{e}", (-(-t // 64), heads, b), block, *arguments)
+        shared = 2 * e * 6 * TILE + 2 * 4 * TILE  # tiles without room between rows, and documents of two tiles of keys
+        arguments = q, k, v, first, out, lse, t, heads, k.shape[2]
+        start("attention_sm90", f"attention_sm90_{e}", (-(-t // 128), heads, b), 256, *arguments, shared=shared)
+    return out, lse
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, simple: bool = False) -> tuple[Tensor, Tensor]:
+    """Of prepared q, k and v, bfloat16, E of HEAD_DIMS -> out like q, and lse (B, H, T) float32 for the gradient."""
+    b, t, heads, e = q.shape
+    out, lse = torch.empty_like(q), torch.empty(b, heads, t, device=q.device)
+    if q.numel():
+        name, block, shared = ("attention_simple", TILE, 0) if simple else ("attention", 128, tile_bytes(5 * TILE, e))
+        arguments = q, k, v, first, out, lse, t, heads, k.shape[2]
+        start("attention", f"{name}_{e}", (-(-t // TILE), heads, b), block, *arguments, shared=shared)
+    return out, lse
+
+
+def attention_backward(
+    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor,
+    simple: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> the gradients of q, k and v."""
+    (b, t, heads, e), groups = q.shape, k.shape[2]
+    d_q, d_k, d_v, delta = *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(lse)
+    if not q.numel():
+        return d_q, d_k, d_v
+    start(
+        "attention_backward", "attention_delta", (-(-b * t * heads // 8),), 256, d_out, out, delta, b, t, heads, e // 2
+    )
+    inputs, sizes = (d_out, q, k, v, lse, delta, first), (t, heads, groups)
+    if simple:
+        name = f"attention_backward_simple_{e}"
+        start("attention_backward", name, (t, groups, b), 32, *inputs, last, d_q, d_k, d_v, *sizes)
+        return d_q, d_k, d_v
+    tiles, shared = -(-t // TILE), tile_bytes(2 * TILE + 4 * (4_096 // e), e)
+    of_q, of_kv = (f"attention_backward_{side}_{e}" for side in ("q", "kv"))
+    start("attention_backward", of_q, (tiles, heads, b), 128, *inputs, d_q, *sizes, shared=shared)
+    start("attention_backward", of_kv, (tiles, groups, b), 128, *inputs, last, d_k, d_v, *sizes, shared=shared)
+    return d_q, d_k, d_v
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decode.cu
+
+PIECE = 256  # places of the cache that a block reads
+QUERIES = 4  # of one key head that share a block
+
+
+def decode_append(
+    heads: Tensor, turns: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, keys: Tensor, values: Tensor,
+    positions: Tensor,
+) -> Tensor:  # fmt: skip
+    """heads (N, T, H + 2 G, E) bfloat16 -> queries (N, T, H, E); keys and values go into the cache (N, G, S, E)."""
+    (n, t, every, e), (groups, places) = heads.shape, keys.shape[1:3]
+    queries = heads.new_empty(n, t, every - 2 * groups, e)
+    if heads.numel():
+        sizes = Long(n * t), t, every - 2 * groups, groups, e // 2, places, float(eps)
+        where = *(norm or (None, None)), turns, positions, queries, keys, values
+        start("decode", "decode_append", (-(-n * t * every // 8),), 256, heads, *where, *sizes)
+    return queries
+
+
+def decode_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, span: int) -> Tensor:
+    """Queries (N, T, H, E), E of HEAD_DIMS, on the first `span` places -> like them."""
+    (n, t, heads, e), (groups, places) = queries.shape, keys.shape[1:3]
+    out, pieces = torch.empty_like(queries), -(-span // PIECE)
+    if queries.numel():
+        parts = torch.empty(pieces, *queries.shape, device=queries.device)
+        scales = torch.empty(pieces, n, t, heads, 2, device=queries.device)
+        grid = pieces, groups * -(-heads // groups * t // QUERIES), n
+        arguments = queries, keys, values, positions, parts, scales, t, heads, groups, places
+        start("decode", f"decode_split_{e}", grid, 128, *arguments)
+        rows = n * t * heads
+        start("decode", "decode_join", (-(-rows // 8),), 256, parts, scales, out, Long(rows), pieces, e // 2)
     return out

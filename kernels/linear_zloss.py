@@ -24,9 +24,11 @@ def linear_zloss_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets
 
 def linear_zloss_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """By the implementation that `dispatch.choose` names; "reference" holds the logits."""
-    if choose("linear_zloss_cross_entropy", hidden) == "reference":
+    name = choose("linear_zloss_cross_entropy", hidden)
+    if name == "reference":
         return zloss_cross_entropy(F.linear(hidden, weight), targets)
-    return linear_zloss_op(hidden, weight, targets)
+    op = linear_zloss_op if name == "numba" else torch.ops.nanochameleon.linear_zloss_cross_entropy
+    return op(hidden, weight, targets)
 
 
 def _tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -101,3 +103,18 @@ def _(hidden, weight, targets):
 def _(g, h, hidden, weight, targets, log_z):
     contiguous = torch.contiguous_format
     return torch.empty_like(hidden, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)
+
+
+@torch.library.register_kernel("nanochameleon::linear_zloss_cross_entropy", "cuda")
+def _(hidden, weight, targets):
+    from nanochameleon.kernels import linear_zloss_cuda
+
+    return linear_zloss_cuda.forward(hidden.contiguous(), weight, targets.long().contiguous())
+
+
+@torch.library.register_kernel("nanochameleon::linear_zloss_cross_entropy_backward", "cuda")
+def _(g, h, hidden, weight, targets, log_z):
+    from nanochameleon.kernels import linear_zloss_cuda
+
+    g, h = g.float().contiguous(), h.float().contiguous()
+    return linear_zloss_cuda.backward(g, h, hidden.contiguous(), weight, targets.long().contiguous(), log_z)

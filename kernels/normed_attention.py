@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.attention import attention, visible
+from nanochameleon.kernels.attention_cuda import normed_attention_cuda
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.ops import differentiable
 
@@ -78,11 +79,8 @@ def normed_attention(
         return normed_attention_reference(q, k, v, table, doc_ids, q_norm, k_norm, eps)
     turns = torch.view_as_real(table[:, 0]).flatten(-2)
     norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
-    if name == "cuda":
-        rotary = torch.ops.nanochameleon.norm_rotary
-        q, k = rotary(q, turns, *norms[:2], eps), rotary(k, turns, *norms[2:], eps)
-        mask = None if doc_ids is None else visible(doc_ids, doc_ids)
-        return attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
+    if name in ("cuda", "vendor"):
+        return normed_attention_cuda(q, k, v, turns, doc_ids, *norms, eps, own=name == "cuda")
     return normed_attention_op(q, k, v, turns, doc_ids, *norms, eps)[0]
 
 
@@ -205,52 +203,3 @@ def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bi
     given = q_weight, q_bias, k_weight, k_bias
     norms = [q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in given]
     return q.new_empty(*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]), *norms
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On a GPU: one pass for norm and turn, in front of torch's attention (attention.cu)
-
-
-@torch.library.custom_op("nanochameleon::norm_rotary", mutates_args=(), device_types="cuda")
-def _norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    from nanochameleon.kernels import gpu
-
-    weight, bias = (None if p is None else p.float().contiguous() for p in (weight, bias))
-    return gpu.norm_rotary(x.contiguous(), turns.expand(*x.shape[:2], -1).contiguous(), weight, bias, eps)
-
-
-@_norm_rotary.register_fake
-def _(x, turns, weight, bias, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("nanochameleon::norm_rotary_backward", mutates_args=(), device_types="cuda")
-def _norm_rotary_backward(
-    d_out: Tensor, x: Tensor, turns: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from nanochameleon.kernels import gpu
-
-    weight, turns = None if weight is None else weight.float().contiguous(), turns.expand(*x.shape[:2], -1)
-    return gpu.norm_rotary_backward(d_out.contiguous(), x.contiguous(), turns.contiguous(), weight, eps)
-
-
-@_norm_rotary_backward.register_fake
-def _(d_out, x, turns, weight, eps):
-    row = x.new_empty(x.shape[2:], dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), row, torch.empty_like(row)
-
-
-def _save_norm(ctx, inputs, output) -> None:
-    x, turns, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(x, turns, weight)
-    ctx.bias = None if bias is None else bias.dtype
-
-
-def _norm_gradients(ctx, d_out):
-    x, turns, weight = ctx.saved_tensors
-    d_x, d_weight, d_bias = torch.ops.nanochameleon.norm_rotary_backward(d_out, x, turns, weight, ctx.eps)
-    none = weight is None
-    return d_x, None, None if none else d_weight.to(weight.dtype), None if none else d_bias.to(ctx.bias), None
-
-
-_norm_rotary.register_autograd(_norm_gradients, setup_context=_save_norm)

@@ -1,7 +1,7 @@
 """CUDA C -> cubins, by NVIDIA's runtime compiler alone: no GPU, driver or toolkit is needed, so tests can compile too.
 
 The library comes from PyPI (nvidia-cuda-nvrtc) and is called through ctypes. Results lie in a cache on disk, named by
-source, architecture and compiler. Running them is gpu.py's.
+source, headers, architecture and compiler. Running them is gpu.py's.
 """
 
 import ctypes
@@ -14,6 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
+
+
+def architectures(source: Path) -> tuple[str, ...]:
+    """Those a .cu is for: all, or the one that its name ends with."""
+    return ("sm_90a",) if source.stem.endswith("_sm90") else ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,17 @@ def _text(size_of: str, get: str, program: ctypes.c_void_p) -> bytes:
     return buffer.raw
 
 
+def headers() -> dict[str, str]:
+    """What a .cu file may include, by name."""
+    return {path.name: path.read_text() for path in sorted(Path(__file__).parent.glob("*.cuh"))}
+
+
 def compile_source(source: str, name: str, architecture: str) -> Cubin:
     """Raises RuntimeError with the compiler's messages."""
-    program = ctypes.c_void_p()
-    library().nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
+    program, included = ctypes.c_void_p(), headers()
+    strings = ctypes.c_char_p * len(included)
+    names, texts = (strings(*(x.encode() for x in part)) for part in (included, included.values()))
+    library().nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), len(included), texts, names)
     options = [f"-arch={architecture}", "-std=c++17", "--ptxas-options=-v"]
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = library().nvrtcCompileProgram(program, len(options), array)
@@ -67,7 +79,7 @@ def cubin_file(source: Path, architecture: str) -> Path:
     text = source.read_text()
     version = [ctypes.c_int(), ctypes.c_int()]
     library().nvrtcVersion(*(ctypes.byref(number) for number in version))
-    key = f"{text}{architecture}{[number.value for number in version]}"
+    key = f"{text}{headers()}{architecture}{[number.value for number in version]}"
     folder = Path(os.environ.get("NANOCHAMELEON_CACHE", Path.home() / ".cache" / "nanochameleon"))
     path = folder / f"{source.stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
     if not path.exists():

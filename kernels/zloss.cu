@@ -10,28 +10,18 @@
 //                       On sm_90 and later one thread asks for the row by bulk copies and all wait at a barrier; on
 //                       sm_80 each thread fetches its 16 bytes at a time past the registers.
 //
-// Reads and writes are 16 bytes a thread where rows are multiples of 16 bytes and start at one. A target below 0 is ignored: zeros.
-// No header is included, so NVRTC alone compiles it.
+// Reads and writes are 16 bytes a thread where rows are multiples of 16 bytes and start at one. A target below 0 is
+// ignored: zeros.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "bf16.cuh"
 
-#define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
-#define LEAST -1e30f
 
-__device__ __forceinline__ float power(float x) {  // 2^x
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+INLINE float wide(u16 x) { return __uint_as_float((u32)x << 16); }
+INLINE float wide(float x) { return x; }
 
-__device__ __forceinline__ float wide(u16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ float wide(float x) { return x; }
-
-__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
-__device__ __forceinline__ void narrow(float x, u16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); }
+INLINE void narrow(float x, float& y) { y = x; }
+INLINE void narrow(float x, u16& y) { y = narrow(x); }
 
 template <typename T>
 struct Pack {  // 16 bytes
@@ -43,7 +33,7 @@ struct Pack {  // 16 bytes
 };
 
 // (largest, sum of 2^(x - largest)) of two parts of a row -> of both
-__device__ __forceinline__ void join(float& m, float& s, float m2, float s2) {
+INLINE void join(float& m, float& s, float m2, float s2) {
   float most = fmaxf(m, m2);
   s = s * power(m - most) + s2 * power(m2 - most);
   m = most;
@@ -65,7 +55,7 @@ __device__ void join_block(float& m, float& s) {
 }
 
 template <typename T>
-__device__ __forceinline__ void take_in(const Pack<T>& p, float& m, float& s) {
+INLINE void take_in(const Pack<T>& p, float& m, float& s) {
   float most = m;
 #pragma unroll
   for (int j = 0; j < Pack<T>::n; j++) most = fmaxf(most, wide(p.each[j]) * LOG2E);
@@ -122,32 +112,21 @@ __device__ void backward(const T* logits, const long long* targets, const float*
 
 // Fetches `bytes` (a multiple of 16) into shared memory and waits for them.
 __device__ void fetch(void* shared, const void* global, u32 bytes) {
-  u32 to = (u32)__cvta_generic_to_shared(shared);
 #if __CUDA_ARCH__ >= 900
   __shared__ u64 barrier;
-  u32 at = (u32)__cvta_generic_to_shared(&barrier);
-  if (threadIdx.x == 0) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at));
-    asm volatile("fence.proxy.async.shared::cta;");
-  }
+  if (threadIdx.x == 0) barrier_init(&barrier, 1);
   __syncthreads();
   if (threadIdx.x == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+    barrier_expect(&barrier, bytes);
     for (u32 o = 0; o < bytes; o += 32768)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to + o),
-                   "l"((const char*)global + o), "r"(min(32768u, bytes - o)), "r"(at)
-                   : "memory");
+      bulk_copy((char*)shared + o, (const char*)global + o, min(32768u, bytes - o), &barrier);
   }
-  u32 done = 0;
-  while (!done)
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done)
-                 : "r"(at)
-                 : "memory");
+  barrier_wait(&barrier, 0);
 #else
   for (u32 o = 16 * threadIdx.x; o < bytes; o += 16 * blockDim.x)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + o), "l"((const char*)global + o) : "memory");
-  asm volatile("cp.async.wait_all;" ::: "memory");
+    copy_async((char*)shared + o, (const char*)global + o, 16);
+  copies_commit();
+  copies_wait<0>();
   __syncthreads();
 #endif
 }
@@ -155,7 +134,7 @@ __device__ void fetch(void* shared, const void* global, u32 bytes) {
 template <typename T>
 __device__ void overwrite(T* logits, const long long* targets, float* loss, float* log_z, int v, float z_loss,
                           float share) {
-  extern __shared__ __align__(128) uint4 stage[];
+  uint4* stage = (uint4*)dynamic_shared();
   const long long row = blockIdx.x, y = targets[row];
   T* x = logits + row * v;
   const int n = Pack<T>::n, whole = v / n;

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig
+from nanochameleon.kernels.decode_attention import decode_attention_
 from nanochameleon.kernels.normed_attention import per_head
 from nanochameleon.transformer import Block, Chameleon, Window, rotary_table
 
@@ -42,23 +43,27 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     return F.linear(x, weight if scale is None else weight.to(x.dtype).mul_(scale[:, None]))
 
 
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class JoinedBlock:
     """A block's weights; post: its norms stand behind the branches."""
 
     def __init__(self, block: Block, cfg: ModelConfig):
         a, f = block.attention, block.feed_forward
         self.block, self.post, self.eps = block, cfg.norm_order == "post", cfg.norm_eps
-        self.n_heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.kv_heads, cfg.head_dim
+        self.head_dim = cfg.head_dim
         self.wqkv, self.wo = join_([a.wq, a.wk, a.wv]), join_([a.wo])
         self.w13, self.w2 = join_([f.w1, f.w3]), join_([f.w2])
         norms = [per_head((norm.weight, norm.bias), heads) for norm, heads in
                  ((a.q_norm, cfg.n_heads), (a.k_norm, cfg.kv_heads))] if cfg.qk_norm else []  # fmt: skip
-        self.qk_norm = [torch.cat(parts).detach() for parts in zip(*norms, strict=True)]
+        self.qk_norm = tuple(wide(torch.cat(parts).detach()) for parts in zip(*norms, strict=True)) or None
 
-    def __call__(self, x: Tensor, turns: Tensor, bias: Tensor, keys: Tensor, values: Tensor, places: tuple) -> Tensor:
-        """x (n, D), in place where it can be; keys and values (n, G, S, E)."""
+    def __call__(self, x: Tensor, turns: Tensor, positions: Tensor, bias: Tensor, *cache: Tensor) -> Tensor:
+        """x (n, D), in place where it can be; cache: keys and values (n, G, S, E)."""
         before = x if self.post else self.block.attention_norm(x)
-        x = self.joins(x, self.attention(before, turns, bias, keys, values, places), self.wo, self.block.attention_norm)
+        x = self.joins(x, self.attention(before, turns, positions, bias, *cache), self.wo, self.block.attention_norm)
         gate, up = multiply(x if self.post else self.block.ffn_norm(x), *self.w13).chunk(2, -1)
         return self.joins(x, F.silu(gate).mul_(up), self.w2, self.block.ffn_norm)
 
@@ -67,26 +72,9 @@ class JoinedBlock:
             return x.add_(norm(multiply(branch, *weight)))
         return x.add_(multiply(branch, *weight)) if weight[1] is not None else x.addmm_(branch, weight[0].T)
 
-    def attention(self, x: Tensor, turns: Tensor, bias: Tensor, keys: Tensor, values: Tensor, places: tuple) -> Tensor:
-        n, each, (rows, positions) = len(x), self.n_heads // self.kv_heads, places
-        heads = multiply(x, *self.wqkv).view(n, -1, self.head_dim)
-        qk, v = heads.split([self.n_heads + self.kv_heads, self.kv_heads], 1)
-        q, k = self.turned(qk, turns).split([self.n_heads, self.kv_heads], 1)
-        keys[rows, :, positions], values[rows, :, positions] = k, v
-        span = bias.shape[-1]
-        out = F.scaled_dot_product_attention(
-            q.reshape(n, self.kv_heads, each, self.head_dim), keys[:, :, :span], values[:, :, :span], attn_mask=bias
-        )
-        return out.reshape(n, -1)
-
-    def turned(self, x: Tensor, turns: Tensor) -> Tensor:
-        """QK-norm and rotary positions of all heads (n, H + G, E) at once, in float32 or wider."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        if self.qk_norm:
-            weight, bias = self.qk_norm
-            wide = torch.addcmul(bias, F.layer_norm(wide, wide.shape[-1:], eps=self.eps), weight)
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    def attention(self, x: Tensor, turns: Tensor, positions: Tensor, bias: Tensor, *cache: Tensor) -> Tensor:
+        heads = multiply(x, *self.wqkv).view(len(x), 1, -1, self.head_dim)
+        return decode_attention_(heads, turns, self.qk_norm, self.eps, *cache, positions, bias).flatten(1)
 
 
 class TorchStep:
@@ -100,10 +88,10 @@ class TorchStep:
 
     def __call__(self, tokens: Tensor, positions: Tensor, window: Window) -> Tensor:
         """Each row of the window reads one id (n,) at its position (n,)."""
-        x, turns = self.model.tok_embeddings(tokens), self.turns[positions][:, None]
-        unseen = torch.arange(window.span, device=x.device) > positions[:, None]
-        bias = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
-        places = torch.arange(len(x), device=x.device), positions
+        x, positions = self.model.tok_embeddings(tokens), positions[:, None]
+        unseen = torch.arange(window.span, device=x.device) > positions
+        bias = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+        turns = self.turns[positions]
         for block, keys, values in zip(self.blocks, window.keys, window.values, strict=True):
-            x = block(x, turns, bias, keys, values, places)
+            x = block(x, turns, positions, bias, keys, values)
         return self.model.norm(x)

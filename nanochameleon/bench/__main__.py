@@ -23,8 +23,8 @@ class Args:
     """Fewer rounds and shorter samples: under 50 seconds on two cores."""
     json: Path | None = None
     """File for the rows."""
-    op: Literal["all", "attention", "zloss", "linear_zloss", "step"] = "all"
-    """Of kernels: only this op's cases."""
+    op: Literal["all", "attention", "zloss", "linear_zloss", "decode", "step"] = "all"
+    """Of kernels: only this op's cases; decode's are for a GPU."""
     plot: Path | None = None
     """Of kernels: file for a drawing of the ratios (PNG)."""
 
@@ -42,6 +42,8 @@ def measure(args: Args) -> Iterator[dict]:
         from nanochameleon.bench import data, engine, train
 
         return {"engine": engine, "train": train, "data": data}[args.bench].bench(device, args.quick)
+    if args.op == "decode" and args.device == "cpu":
+        raise UserError("on a CPU decoding is engine's to measure: add --device cuda, or run the bench `engine`")
     from nanochameleon.bench import gpu_cases, kernels
 
     what = device, args.quick, args.op

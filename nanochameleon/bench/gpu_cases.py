@@ -1,50 +1,126 @@
 """The GPU's cases of the kernel bench, and the checks that come before any timing there.
 
-No machine without a GPU can run this file's kernels, so the checks stand here, beside the clock: every CUDA kernel
-against float64, odd sizes included, by the rule of the tests: at most twice the error of torch's own bfloat16.
+tests/kernels/emulator.py runs the kernels on a CPU, which shows that they are right by the manual. Whether they are on
+the hardware, only that can say, so the checks stand here again, beside the clock: every CUDA kernel against float64,
+odd sizes included, by the rule of the tests: at most twice the error of torch's own bfloat16.
 """
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.bench.kernels import Z_LOSS, Case, attention_case, check, zloss_case
-from nanochameleon.kernels import gpu
-from nanochameleon.kernels.attention import attention_reference, visible
+from nanochameleon.bench.kernels import Z_LOSS, Case, attention_case, check, linear_case, with_kernels, zloss_case
+from nanochameleon.kernels import gpu, linear_zloss_cuda
+from nanochameleon.kernels.attention import attention, attention_reference, visible
+from nanochameleon.kernels.decode_attention import decode_attention_, decode_attention_reference_
 from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.transformer import rotary_table
 
 NARROW = torch.bfloat16
 
+# The rows of docs/results.md; of each list the first is the quick one.
+ATTENTION = [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]  # rows, positions, heads, numbers a head
+ZLOSS = [(8_192, 4_096), (65_536, 4_096), (32_768, 65_536)]  # rows, vocabulary
+LINEAR = [(8_192, 65_536, 1_024), (8_192, 65_536, 4_096), (32_768, 65_536, 4_096)]  # rows, vocabulary, width
+DECODE = [(16, 32, 32, 2_048, 128), (1, 32, 32, 2_048, 128), (16, 64, 8, 4_096, 128)]  # rows, heads, key heads, places
+
+CHECKED_LENGTHS = (70, 300)  # with documents
+CHECKED_WIDTHS = (33, 940, 4_096, 65_536)
+
 
 def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
-    """The rows of docs/results.md; each kernel is checked at small sizes first."""
-    sizes = [(2, 300, 4, 64), (1, 200, 2, 128), (2, 70, 3, 48)]
+    """Each kernel is checked at small sizes first."""
+
+    def wanted(name: str, sizes: list[tuple]) -> list[tuple]:
+        return [] if op not in ("all", name) else sizes[:1] if quick else sizes
+
     if op in ("all", "attention"):
-        for b, t, h, e in sizes:
-            check(attention_case(b, t, h, e, NARROW, True, device))
+        for t in CHECKED_LENGTHS:
+            for b, h, e in [(2, 4, 64), (1, 2, 128), (2, 3, 48)]:
+                check(attention_case(b, t, h, e, NARROW, True, device))
         check_own_attention(device)
-        for b, t, h, e in [(16, 1_024, 16, 64)] if quick else [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]:
-            yield with_own_kernels(attention_case(b, t, h, e, NARROW, False, device))
+    for b, t, h, e in wanted("attention", ATTENTION):
+        yield with_parts(attention_case(b, t, h, e, NARROW, False, device))
     if op in ("all", "zloss"):
-        for v in (33, 940, 4_096, 65_536):
+        for v in CHECKED_WIDTHS:
             for dtype in (NARROW, torch.float32):
                 check(zloss_case(40, v, dtype, device))
                 check_in_place(40, v, dtype, device)
-        for n, v in [(8_192, 4_096)] if quick else [(65_536, 4_096), (32_768, 65_536)]:
-            yield zloss_case(n, v, NARROW, device)
+    for n, v in wanted("zloss", ZLOSS):
+        yield zloss_case(n, v, NARROW, device)
+    if op in ("all", "linear_zloss"):
+        check(linear_case(100, 1_000, 64, NARROW, device))
+    for n, v, d in wanted("linear_zloss", LINEAR):
+        yield with_gradients_at_once(linear_case(n, v, d, NARROW, device))
+    if op in ("all", "decode"):
+        for sizes in ((2, 6, 2, 70, 64), (1, 4, 4, 600, 128)):
+            check_decoding(sizes, device)
+    for sizes in wanted("decode", DECODE):
+        yield decode_case(*sizes, device)
 
 
-def random_heads(b: int, t: int, heads: int, e: int, device: torch.device) -> Tensor:
-    return torch.randn(b, t, heads, e, device=device, dtype=NARROW)
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed beside the whole op
 
 
-def with_own_kernels(case: Case) -> Case:
-    """Times this project's own attention on tensor cores too, on its prepared inputs: without norm and turn."""
+def random(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device, dtype=NARROW)
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def with_parts(case: Case) -> Case:
+    """Attention alone, ours in both versions and torch's, on prepared inputs: without norm and turn."""
     q, k, v = (x.detach() for x in case.inputs[:3])
-    docs = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
-    case.extra_forward["own kernel"] = lambda: gpu.attention(q, k, v, docs)
+    first = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    last = torch.full_like(first, q.shape[1] - 1)
+    out, lse = gpu.attention(q, k, v, first)
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, first)
+    case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, first, simple=True)
+    if is_hopper(q.device):
+        case.extra_forward["attention alone, wgmma"] = lambda: gpu.attention_sm90(q, k, v, first)
+    case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
+    case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, first, last)
     return case
+
+
+def with_gradients_at_once(case: Case) -> Case:
+    hidden, weight = (x.detach() for x in case.inputs)
+    targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    arguments = hidden, weight, targets, Z_LOSS, 1 / len(hidden)
+    case.extra["in place"] = lambda: linear_zloss_cuda.gradients(*arguments)
+    return case
+
+
+def decode_inputs(n: int, h: int, g: int, places: int, e: int, device: torch.device) -> tuple:
+    """Rows of which each has filled its cache but for the last place."""
+    heads, keys, values = random(n, 1, h + 2 * g, e, device=device), *random(2, n, g, places, e, device=device)
+    positions = torch.full((n, 1), places - 1, device=device)
+    norm = torch.ones(h + g, e, device=device), torch.zeros(h + g, e, device=device)
+    bias = torch.zeros(n, 1, places, device=device, dtype=NARROW)
+    return heads, rotary_table(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions, bias
+
+
+def decode_case(n: int, h: int, g: int, places: int, e: int, device: torch.device) -> Case:
+    inputs = decode_inputs(n, h, g, places, e, device)
+    queries, keys, values, positions = random(n, 1, h, e, device=device), *inputs[4:7]
+    rows = queries.view(n, g, h // g, e)
+    variants = {
+        "reference": lambda: decode_attention_reference_(*inputs),
+        "cuda": with_kernels("cuda", lambda: decode_attention_(*inputs)),
+        "attention alone": lambda: gpu.decode_attention(queries, keys, values, positions, places),
+        "attention alone, vendor": lambda: F.scaled_dot_product_attention(rows, keys, values),
+    }
+    return Case(f"decode B{n} H{h} G{g} S{places} D{e} bf16", [], variants)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def compare(name: str, result: Tensor, plain: Tensor, truth: Tensor) -> None:
@@ -54,18 +130,26 @@ def compare(name: str, result: Tensor, plain: Tensor, truth: Tensor) -> None:
 
 
 def check_own_attention(device: torch.device) -> None:
-    """Both kernels, grouped keys and documents of any order."""
-    for t, heads, key_heads, e in ((1, 2, 2, 64), (130, 4, 2, 64), (200, 4, 1, 128)):
-        q, k, v = (random_heads(2, t, h, e, device) for h in (heads, key_heads, key_heads))
+    """Both kernels and their gradients, grouped keys and documents of any order."""
+    for t, heads, key_heads, e in ((17, 2, 2, 64), (CHECKED_LENGTHS[0], 4, 2, 64), (CHECKED_LENGTHS[1], 4, 1, 128)):
+        q, k, v, d_out = (random(2, t, h, e, device=device) for h in (heads, key_heads, key_heads, heads))
         docs = torch.randint(0, 3, (2, t), device=device)
-        mask = visible(docs, docs)
-        truth, plain = (
-            attention_reference(*(x.to(kind).transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
-            for kind in (torch.float64, NARROW)
-        )
+        truth, plain = (of_torch(q, k, v, d_out, docs, kind) for kind in (torch.float64, NARROW))
+        first, last = gpu.document_bounds(docs)
         for simple in (False, True):
-            out = gpu.attention(q, k, v, docs, simple)
-            compare(f"attention{'_simple' if simple else ''}_{e} at T {t}", out, plain, truth)
+            out, lse = gpu.attention(q, k, v, first, simple)
+            result = out, *gpu.attention_backward(d_out, out, lse, q, k, v, first, last, simple)
+            for name, *each in zip(("out", "dq", "dk", "dv"), result, plain, truth, strict=True):
+                compare(f"{name} of attention{'_simple' if simple else ''}_{e} at T {t}", *each)
+        if is_hopper(device):
+            compare(f"attention_sm90_{e} at T {t}", gpu.attention_sm90(q, k, v, first)[0], plain[0], truth[0])
+
+
+def of_torch(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, docs: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
+    """Attention and its gradients by the reference."""
+    x = [y.to(kind).requires_grad_() for y in (q, k, v)]
+    out = attention_reference(*(y.transpose(1, 2) for y in x), visible(docs, docs)).transpose(1, 2)
+    return out.detach(), *torch.autograd.grad(out, x, d_out.to(kind))
 
 
 def check_in_place(n: int, v: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -83,3 +167,16 @@ def check_in_place(n: int, v: int, dtype: torch.dtype, device: torch.device) -> 
     result = logits.clone()
     zloss_cross_entropy_(result, targets, Z_LOSS, 1 / n)
     compare(f"overwrite {n} x {v} {dtype}", result, plain, truth)
+
+
+def check_decoding(sizes: tuple, device: torch.device) -> None:
+    heads, turns, norm, eps, keys, values, positions, bias = decode_inputs(*sizes, device)
+
+    def run(function, kind: torch.dtype) -> tuple[Tensor, ...]:
+        cache = [x.to(kind, copy=True) for x in (keys, values)]
+        return function(heads.to(kind), turns, norm, eps, *cache, positions, bias.to(kind)), *cache
+
+    truth, plain = (run(decode_attention_reference_, kind) for kind in (torch.float64, NARROW))
+    result = run(with_kernels("cuda", decode_attention_), NARROW)
+    for name, *each in zip(("out", "keys", "values"), result, plain, truth, strict=True):
+        compare(f"{name} of decode {sizes}", *each)

@@ -1,8 +1,9 @@
 """The kernels beside torch's own operations and torch.compile, each case checked before it is timed.
 
 Cases: attention (the whole op), zloss (cross-entropy on logits), linear_zloss (with the output layer), step (a whole
-training step). Variants: reference, compile (of the reference), numba; for zloss also `in place` and a `copy` of the
-logits, the floor of anything that writes a gradient.
+training step); on a GPU also decode (gpu_cases.py). Variants: reference, compile (of the reference), numba or cuda; for
+zloss also `in place` and a `copy` of the logits, the floor of anything that writes a gradient; for attention on a GPU
+`vendor`, torch's own behind our norm and turn.
 """
 
 import dataclasses
@@ -74,9 +75,9 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
         return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * upstream).float().sum()
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
-    ours = of(with_kernels(own(device), normed_attention))
-    variants = {"reference": of(normed_attention_reference), own(device): ours}
-    plain = {}
+    names = ("cuda", "vendor") if device.type == "cuda" else (own(device),)
+    ours = {name: of(with_kernels(name, normed_attention)) for name in names}
+    variants, plain = {"reference": of(normed_attention_reference), **ours}, {}
     if device.type == "cpu" and dtype == torch.float32 and packed:
         arrays = [x.detach().numpy() for x in (q, k, v, docs, torch.empty_like(q))]
         plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and turn
@@ -177,7 +178,7 @@ def checked(found: Iterator[Case]) -> Iterator[Case]:
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
-    """Forward alone, then forward and backward."""
+    """Forward alone, then forward and backward where a case has inputs to take gradients of."""
 
     def backward(function: Callable) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
@@ -193,7 +194,11 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
     both = {name: backward(function) for name, function in case.variants.items()} | case.extra
     ratio_to = "compile" if "compile" in case.variants else "reference"
     rows = to_rows("kernels", f"{case.name} f", seconds(alone, rounds, device), ratio_to, device)
-    return rows + to_rows("kernels", f"{case.name} f+b", seconds(both, rounds, device), ratio_to, device)
+    return (
+        rows
+        if not case.inputs
+        else rows + to_rows("kernels", f"{case.name} f+b", seconds(both, rounds, device), ratio_to, device)
+    )
 
 
 def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:

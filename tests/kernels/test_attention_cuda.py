@@ -1,0 +1,107 @@
+"""Norm, turn and attention on a GPU, forward and backward, against float64.
+
+Run on a CPU by the emulator, through the very calls that launch the kernels on a GPU: see emulator.py. What that cannot
+show is speed, and that the manual's fragments are the hardware's: for that, `python -m nanochameleon.bench kernels
+--device cuda` checks every case before it times it.
+"""
+
+import pytest
+import torch
+from attention_problems import EPS, generator, outcome, problems, seeds, sizes
+from emulator import emulated, needs_compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_good_as
+
+from nanochameleon.kernels import gpu
+from nanochameleon.kernels.attention import attention_reference, visible
+from nanochameleon.kernels.dispatch import use_kernels
+from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
+NARROW = torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["cuda", "vendor"])
+@settings(max_examples=10)
+@given(problem=problems(lengths=[1, 2, 17, 64, 65, 130], head_dims=[6, 64, 128]))
+def test_attention_is_as_good_as_the_reference(name, problem):
+    """Norm, turn and ours or torch's attention, in value and in gradient."""
+    truth = outcome(normed_attention_reference, problem, torch.float64)
+    naive = outcome(normed_attention_reference, problem, NARROW)
+    with use_kernels(name):
+        result = outcome(normed_attention, problem, NARROW)
+    size = sizes(problem)
+    for x, plain, exact in zip(result, naive, truth, strict=True):
+        assert_as_good_as(x, plain, exact, scale=size * (1 + exact.abs().max().item()))
+
+
+@settings(max_examples=6)
+@given(st.sampled_from([1, 9, 70]), st.sampled_from(gpu.HEAD_DIMS), st.sampled_from([1, 3]), st.booleans(), seeds)
+def test_both_versions_are_close_to_float64(t, e, shared_by, simple, seed):
+    """The plain one and that on tensor cores, at their inputs' precision; and lse is log2 of the softmax's sum."""
+    numbers = generator(seed)
+    q, k, v, d_out = (
+        torch.randn(2, t, heads, e, generator=numbers).to(NARROW) for heads in (2 * shared_by, 2, 2, 2 * shared_by)
+    )
+    docs = torch.randint(-1, 2, (2, t), generator=numbers)
+    first, last = gpu.document_bounds(docs)
+    out, lse = gpu.attention(q, k, v, first, simple)
+    result = out, *gpu.attention_backward(d_out, out, lse, q, k, v, first, last, simple)
+
+    x = [y.double().requires_grad_() for y in (q, k, v)]
+    turned = [y.transpose(1, 2) for y in x]
+    truth = attention_reference(*turned, visible(docs, docs)).transpose(1, 2)
+    for ours, exact in zip(result, (truth.detach(), *torch.autograd.grad(truth, x, d_out.double())), strict=True):
+        assert (ours.double() - exact).norm() <= 2**-7 * exact.norm() + 2**-7 * (t == 1)
+    scores = (turned[0] @ turned[1].repeat_interleave(shared_by, 1).mT) / e**0.5
+    sums = scores.masked_fill(~visible(docs, docs)[:, None], -torch.inf).logsumexp(-1).detach()
+    torch.testing.assert_close(lse.double() * 0.6931471805599453, sums, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=5)
+@given(st.sampled_from([1, 70, 140]), st.sampled_from(gpu.HEAD_DIMS), st.sampled_from([1, 2]), seeds)
+def test_hopper_s_own_products_give_the_same(t, e, shared_by, seed):
+    """As the kernel above: the same sums in the same order, and so nearly the same bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        emulated(patch, 90)
+        numbers = generator(seed)
+        q, k, v = (torch.randn(1, t, n, e, generator=numbers).to(NARROW) for n in (shared_by, 1, 1))
+        first, _ = gpu.document_bounds(torch.randint(-1, 2, (1, t), generator=numbers))
+        for ours, theirs in zip(gpu.attention_sm90(q, k, v, first), gpu.attention(q, k, v, first), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-9)
+
+
+@given(st.lists(st.lists(st.integers(-1, 3), min_size=7, max_size=7), min_size=1, max_size=3))
+def test_where_documents_begin_and_end(rows):
+    first, last = gpu.document_bounds(torch.tensor(rows))
+    for row, begins, ends in zip(rows, first.tolist(), last.tolist(), strict=True):
+        assert begins == [row.index(doc) for doc in row]
+        assert ends == [6 - row[::-1].index(doc) for doc in row]
+
+
+def test_torch_knows_the_ops():
+    """Schema, autograd registration, fake tensors and a traced backward pass."""
+    ops, x = torch.ops.nanochameleon, torch.randn(1, 5, 2, 64).to(NARROW).requires_grad_()
+    first, last = gpu.document_bounds(torch.tensor([[0, 0, 1, 1, 1]]))
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(ops.attention_cuda.default, (x, x, x, first, last), test_utils=checks)
+    weight = torch.ones(2, 64, requires_grad=True)
+    torch.library.opcheck(ops.norm_rotary.default, (x, torch.ones(1, 5, 64), weight, weight, EPS), test_utils=checks)
+    heads, cache, positions = (
+        torch.randn(2, 1, 4, 64).to(NARROW),
+        torch.zeros(2, 1, 9, 64, dtype=NARROW),
+        torch.tensor([[3], [8]]),
+    )
+    arguments = heads, torch.ones(2, 1, 64), None, None, EPS, cache, cache.clone(), positions, 9
+    torch.library.opcheck(ops.decode_attention.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_rows_and_no_positions(shape):
+    x = torch.zeros(*shape, 2, 64, dtype=NARROW, requires_grad=True)
+    table = torch.ones(shape[0], 1, shape[1], 32, dtype=torch.complex64)
+    with use_kernels("cuda"):
+        out = normed_attention(x, x, x, table, None, None, None, EPS)
+    out.sum().backward()
+    assert out.shape == x.shape == x.grad.shape

@@ -1,0 +1,128 @@
+"""A decode step's attention: the reference against the formula, the CUDA kernels against both.
+
+Run on a CPU by the emulator, through the very calls that launch the kernels on a GPU: see emulator.py. What that cannot
+show is speed, and that the manual's fragments are the hardware's: for that, `python -m nanochameleon.bench kernels
+--device cuda` checks every case before it times it.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_problems import EPS, generator, seeds
+from emulator import needs_compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_good_as
+
+from nanochameleon.config import ModelConfig
+from nanochameleon.decode_torch import TorchStep
+from nanochameleon.kernels import gpu
+from nanochameleon.kernels.attention import attention_reference
+from nanochameleon.kernels.decode_attention import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.dispatch import use_kernels
+from nanochameleon.transformer import Chameleon, KVCache, rotary_table
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
+NARROW = torch.bfloat16
+
+
+@st.composite
+def steps(draw):
+    """New ids' heads, turns, norm, a cache with something in it, positions; in float64 whose values bfloat16 holds."""
+    n, t, groups, each = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([1, 3, 4])),
+    )
+    e, places, numbers = (
+        draw(st.sampled_from(gpu.HEAD_DIMS)),
+        draw(st.sampled_from([3, 40, 300, 530])),
+        generator(draw(seeds)),
+    )
+
+    def random(*shape):
+        return torch.randn(shape, generator=numbers).to(NARROW).double()
+
+    heads, keys, values = (
+        random(n, t, groups * (each + 2), e),
+        random(n, groups, places, e),
+        random(n, groups, places, e),
+    )
+    norm = (random(groups * (each + 1), e), random(groups * (each + 1), e)) if draw(st.booleans()) else None
+    positions = torch.randint(0, places - t + 1, (n, 1), generator=numbers) + torch.arange(t)
+    span = draw(st.integers(int(positions.max()) + 1, places))
+    return heads, rotary_table(positions, e, 1e4)[:, 0], norm, keys, values, positions, span
+
+
+def decoded(function, step, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """-> out, keys, values"""
+    heads, turns, norm, keys, values, positions, span = step
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    norm = norm and tuple(x.to(wide) for x in norm)
+    heads, keys, values = (x.to(dtype, copy=True) for x in (heads, keys, values))
+    unseen = torch.arange(span) > positions[..., None]
+    bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+    return function(heads, turns, norm, EPS, keys, values, positions, bias), keys, values
+
+
+@settings(max_examples=25)
+@given(steps())
+def test_decoding_is_as_good_as_the_reference(step):
+    truth, naive = (decoded(decode_attention_reference_, step, dtype) for dtype in (torch.float64, NARROW))
+    with use_kernels("cuda"):
+        result = decoded(decode_attention_, step, NARROW)
+    e = step[0].shape[-1]
+    longest = (
+        e**0.5 if step[2] is None else step[2][0].abs().max().item() * e**0.5 + step[2][1].norm(dim=-1).max().item()
+    )
+    for x, plain, exact in zip(result, naive, truth, strict=True):
+        assert_as_good_as(x, plain, exact, scale=(1 + longest**2 / e**0.5) * (1 + exact.abs().max().item()))
+
+
+@settings(max_examples=10)
+@given(steps())
+def test_the_decoding_reference_is_the_formula(step):
+    """Id by id, each seeing what came before it, with attention_reference of the prefix."""
+    heads, turns, norm, keys, values, positions, _ = step
+    out, new_keys, new_values = decoded(decode_attention_reference_, step, torch.float64)
+    n, t, groups = *heads.shape[:2], keys.shape[1]
+    qk, v = heads[:, :, :-groups], heads[:, :, -groups:]
+    if norm is not None:
+        qk = F.layer_norm(qk, qk.shape[-1:], eps=EPS) * norm[0] + norm[1]
+    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)).contiguous()) * turns[:, :, None]
+    x = torch.cat([torch.view_as_real(pairs).flatten(-2), v], 2)
+    for i in range(n):
+        for j in range(t):
+            place = int(positions[i, j])
+            torch.testing.assert_close(new_keys[i, :, place], x[i, j, -2 * groups : -groups])
+            torch.testing.assert_close(new_values[i, :, place], x[i, j, -groups:])
+            seen = (y[i, None, :, : place + 1] for y in (new_keys, new_values))
+            q = x[i, j, None, : -2 * groups, None]
+            exact = attention_reference(q, *seen, torch.ones(1, 1, place + 1, dtype=torch.bool))
+            torch.testing.assert_close(out[i, j], exact[0, :, 0])
+    old = torch.ones(keys.shape[2], dtype=torch.bool)
+    old[positions.flatten()] = False
+    assert torch.equal(new_keys[:, :, old], keys[:, :, old]) and torch.equal(new_values[:, :, old], values[:, :, old])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_a_model_s_step_by_the_kernels(qk_norm):
+    """TorchStep id by id, with grouped keys: at most twice as far from the truth as in torch's operations."""
+    cfg = ModelConfig(
+        vocab_size=30, dim=128, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=64, max_seq_len=16, qk_norm=qk_norm
+    )
+    torch.manual_seed(0)
+    model, tokens = Chameleon(cfg).to(NARROW), torch.randint(30, (2, 4))
+
+    def hidden(name: str, dtype: torch.dtype) -> torch.Tensor:
+        step, cache = TorchStep(model.to(dtype), 16), KVCache.empty(cfg, 2, 16, torch.device("cpu"), dtype)
+        with use_kernels(name):
+            places = [torch.tensor([t, t + 5]) for t in range(4)]
+            found = [step(tokens[:, t], at, cache.window(slice(0, 2), at[:, None], 9)) for t, at in enumerate(places)]
+        return torch.stack(found).double()
+
+    ours, theirs = hidden("cuda", NARROW), hidden("reference", NARROW)
+    truth = hidden("reference", torch.float64)
+    assert (ours - truth).norm() < 2 * (theirs - truth).norm() and not torch.equal(ours, theirs)

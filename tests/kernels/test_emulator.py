@@ -1,0 +1,140 @@
+"""The emulator itself: what it must see, each in a kernel of a few lines that does just that."""
+
+import emulator
+import pytest
+import torch
+from emulator import EmulatorError, needs_compiler
+
+pytestmark = needs_compiler
+
+
+def launch(body: str, *tensors: torch.Tensor, block: int = 64, shared: int = 0, generation: int = 90) -> None:
+    """Runs `extern "C" __global__ void k(float* x, float* y)` with this body, one block."""
+    names = ", ".join(f"float* {name}" for name in "xyz"[: len(tensors)])
+    source = f'#include "tiles.cuh"\nextern "C" __global__ void k({names}) {{ int i = threadIdx.x; {body} }}'
+    found = emulator.compiled(source, emulator.FOLDER, generation)
+    emulator.start(found, "k", (1,), block, *tensors, shared=shared)
+
+
+def test_threads_meet_at_barriers_and_shuffles():
+    x, y = torch.arange(64.0), torch.zeros(64)
+    launch(
+        "__shared__ float s[64]; s[i] = x[i]; __syncthreads(); y[i] = s[63 - i] + __shfl_xor_sync(~0u, x[i], 1);", x, y
+    )
+    swapped = x.view(-1, 2).flip(1).flatten()
+    assert torch.equal(y, x.flip(0) + swapped)
+
+
+MISTAKES = {
+    "a missing barrier": ("__shared__ float s[64]; s[i] = x[i]; x[i] = s[63 - i];", "order of its threads"),
+    "memory that nobody has written": ("__shared__ float s[64]; __syncthreads(); x[i] = s[i];", None),
+    "a barrier that some do not reach": ("if (i < 40) return; __syncwarp();", "has left, but __syncwarp"),
+    "a barrier in a branch": ("if (i % 32 < 16) __syncthreads(); else __syncwarp();", "waits at __syncthreads, where"),
+    "two places at once": ("if (i % 32 < 7) __syncwarp(); else __shfl_xor_sync(~0u, 1, 1);", "it is at"),
+    "an address behind a tensor": ("x[i + 1024] = 1;", "nobody's"),
+    "an address in front of one": ("if (i == 0) x[-1000] = 1;", "nobody's"),
+    "a write just behind a tensor": ("x[i + 2] = 1;", "nobody's|writes beside"),
+    "too little shared memory": ("((float*)dynamic_shared())[i + 1] = 1;", "behind the 256 bytes"),
+    "an index beyond an array": ("__shared__ float s[64]; s[i + 1] = 0;", "array's index"),
+    "an odd address of 16 bytes": ("*(uint4*)(x + 4 * (i % 2) + 1) = make_uint4(0, 0, 0, 0);", "alignment"),
+    "a copy that nobody waits for": (
+        "float* s = (float*)dynamic_shared(); if (i < 16) copy_async(s + 4 * i, x + 4 * i, 16); copies_commit();"
+        "copies_wait<1>(); __syncthreads(); float y = s[63 - i]; __syncthreads(); x[i] = y;", "order of its threads"),
+    "a copy to an odd address": ("copy_async((char*)dynamic_shared() + 8, x, 16);", "cp.async to at an address"),
+    "bytes that never come": (
+        "__shared__ u64 b; if (i == 0) barrier_init(&b, 1); __syncthreads();"
+        "if (i == 0) { barrier_expect(&b, 64); bulk_copy(dynamic_shared(), x, 32, &b); } barrier_wait(&b, 0);",
+        "for ever"),
+    "more arrivals than expected": (
+        "__shared__ u64 b; if (i == 0) barrier_init(&b, 1); __syncthreads();"
+        "if (i == 0) { barrier_expect(&b, 32); barrier_expect(&b, 32); } barrier_wait(&b, 0);", "more arrive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_the_launch(name):
+    body, sentence = MISTAKES[name]
+    x = torch.arange(62.0 if "just behind" in name else 64.0)
+    if sentence is None:
+        launch(body, x, shared=256)
+        assert x.isnan().all()
+    else:
+        with pytest.raises(EmulatorError, match=sentence):
+            launch(body, x, shared=256)
+
+
+def test_a_call_that_does_not_fit_its_kernel_is_refused():
+    source = 'extern "C" __global__ void k(float* x, int n, long long m, float f) { x[0] = n + m + f; }'
+    found, x = emulator.compiled(source, emulator.FOLDER, 80), torch.zeros(1)
+    emulator.start(found, "k", (1,), 32, x, 1, emulator.gpu.Long(2), 3.0)
+    assert x.item() == 6
+    for wrong in ((x, 1, 2, 3.0), (x, 1, emulator.gpu.Long(2)), (x, 1.0, emulator.gpu.Long(2), 3.0)):
+        with pytest.raises(EmulatorError, match="the call gives"):
+            emulator.start(found, "k", (1,), 32, *wrong)
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(0)).float()
+
+
+def test_a_tensor_core_multiplies_by_the_manual_s_fragments():
+    """Rows and columns of each register are written out here anew, from the tables of the PTX manual."""
+    a, b, c = numbers(16, 16), numbers(8, 16), torch.zeros(16, 8)  # b: a column of B in a row
+    body = """
+    int g = i / 4, m = i % 4; float d[4] = {0, 0, 0, 0}; u32 a[4];
+    for (int r = 0; r < 4; r++) {
+      int row = r % 2 == 0 ? g : g + 8, column = m * 2 + (r < 2 ? 0 : 8);
+      a[r] = pack(x[row * 16 + column], x[row * 16 + column + 1]);
+    }
+    mma(d, a, pack(y[g * 16 + m * 2], y[g * 16 + m * 2 + 1]), pack(y[g * 16 + m * 2 + 8], y[g * 16 + m * 2 + 9]));
+    for (int r = 0; r < 4; r++) z[(r < 2 ? g : g + 8) * 8 + m * 2 + r % 2] = d[r];"""
+    launch(body, a, b, c, block=32)
+    assert torch.equal(c, a @ b.T)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_are_loaded_row_by_row_or_transposed(transposed):
+    x, out = numbers(32, 8), torch.zeros(4, 8, 8)
+    load = "load_matrices_transposed" if transposed else "load_matrices"
+    body = f"""
+    u16* s = (u16*)dynamic_shared();
+    for (int c = 0; c < 8; c++) s[8 * i + c] = narrow(x[8 * i + c]);
+    __syncwarp();
+    u32 r[4];
+    {load}(r, s + 8 * i);
+    for (int n = 0; n < 4; n++) {{ float* p = y + 64 * n + 2 * i; p[0] = low(r[n]); p[1] = high(r[n]); }}"""
+    launch(body, x, out, block=32, shared=512)
+    assert torch.equal(out, x.view(4, 8, 8).mT if transposed else x.view(4, 8, 8))
+
+
+@pytest.mark.parametrize("rows_of_k", [True, False])
+def test_a_warpgroup_multiplies_tiles_by_the_manual_s_layout(rows_of_k):
+    """B as 64 rows of 64 K, of which the third 16 are taken, or as 16 rows of 64 N; A in shared memory or registers."""
+    a, b, d = numbers(64, 64), numbers(64, 64), torch.zeros(64, 64)
+    store = "[((r * 128 + c * 2) ^ (r % 8) << 4) / 2]"  # piece c / 8 of row r lies at c / 8 ^ r % 8
+    body = f"""
+    u16 *p = (u16*)dynamic_shared(), *q = p + 4096; float d[8][4] = {{}};
+    for (int c = 0, r = i / 2; c < 64; c++)
+      if (c % 2 == i % 2) {{ p{store} = narrow(x[64 * r + c]); q{store} = narrow(y[64 * r + c]); }}
+    shared_is_written();
+    __syncthreads();
+    int w = i / 32, g = i % 32 / 4, m = i % 4, row = 16 * w + g; const float* t = x + 64 * row + 32 + 2 * m;
+    u32 a[4] = {{pack(t[0], t[1]), pack(t[512], t[513]), pack(t[8], t[9]), pack(t[520], t[521])}};
+    wgmma_begin();
+    if ({int(rows_of_k)}) wgmma_rows(d, descriptor(p + 32), descriptor(q + 32), 0);
+    else wgmma_columns(d, a, descriptor(q + 32 * 64));
+    wgmma_end();
+    for (int n = 0; n < 8; n++)
+      for (int r = 0; r < 4; r++) z[64 * (row + r / 2 * 8) + 8 * n + 2 * m + r % 2] = d[n][r];"""
+    launch(body, a, b, d, block=128, shared=16_384)
+    exact = a[:, 32:48] @ (b[:, 32:48].T if rows_of_k else b[32:48])
+    assert torch.equal(d, exact)
+
+
+def test_bfloat16_is_rounded_as_torch_does():
+    x = torch.cat(
+        [torch.randn(1_000, generator=torch.Generator().manual_seed(0)), torch.tensor([torch.inf, -0.0, 3e38])]
+    )
+    x, y = torch.cat([x, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])])[:992].clone(), torch.zeros(992)
+    launch("y[i] = low(narrow(x[i]));", x, y, block=992)
+    assert torch.equal(y, x.bfloat16().float())

@@ -1,0 +1,125 @@
+"""The loss on a GPU, on logits and with the output layer, against float64.
+
+Run on a CPU by the emulator, through the very calls that launch the kernels on a GPU: see emulator.py. What that cannot
+show is speed, and that the manual's fragments are the hardware's: for that, `python -m nanochameleon.bench kernels
+--device cuda` checks every case before it times it.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_problems import generator, seeds
+from emulator import emulated, needs_compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_good_as
+
+from nanochameleon.kernels import gpu, linear_zloss_cuda
+from nanochameleon.kernels.zloss import zloss_cross_entropy_reference
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
+NARROW = torch.bfloat16
+
+
+@st.composite
+def logits(draw):
+    """(logits in float64 whose values bfloat16 holds, targets with some ignored)"""
+    n, v, numbers = draw(st.integers(1, 5)), draw(st.sampled_from([1, 7, 8, 64, 97, 1_000])), generator(draw(seeds))
+    x = draw(st.sampled_from([0.1, 3.0, 50.0])) * torch.randn(n, v, generator=numbers)
+    return x.to(NARROW).double(), torch.randint(-1, v, (n,), generator=numbers)
+
+
+def loss_outcome(x: torch.Tensor, targets: torch.Tensor, z_loss: float, share: float) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    loss, log_z = zloss_cross_entropy_reference(x, targets)
+    total = share * (loss + z_loss * log_z.square()).sum()
+    return [loss.detach(), log_z.detach(), torch.autograd.grad(total, x)[0]]
+
+
+def compare_losses(result, x, targets, dtype, z_loss, share) -> None:
+    naive, truth = (loss_outcome(x.to(kind), targets, z_loss, share) for kind in (dtype, torch.float64))
+    size = 1 + x.abs().max().item()
+    for ours, plain, exact, scale in zip(
+        result, naive, truth, (size, size, share * (1 + 2 * z_loss * size) * size), strict=True
+    ):
+        assert_as_good_as(ours, plain, exact, scale=4 * scale)
+
+
+@pytest.mark.parametrize("dtype", [NARROW, torch.float32])
+@given(problem=logits(), z_loss=st.sampled_from([0.0, 0.3]))
+def test_the_loss_is_as_good_as_the_reference(dtype, problem, z_loss):
+    x, targets = problem
+    narrow, share = x.to(dtype), 0.25
+    loss, log_z = gpu.zloss_forward(narrow, targets)
+    counted = (targets >= 0).float()
+    gradient = gpu.zloss_backward(share * counted, 2 * share * z_loss * log_z, narrow, targets, log_z)
+    compare_losses([loss, log_z, gradient], x, targets, dtype, z_loss, share)
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+@pytest.mark.parametrize("dtype", [NARROW, torch.float32])
+@settings(max_examples=25)
+@given(problem=logits(), z_loss=st.sampled_from([0.0, 0.3]))
+def test_the_gradient_in_the_logits_place(dtype, generation, problem, z_loss, monkeypatch):
+    """In one pass where rows are multiples of 16 bytes, else in two; with the copies of either generation."""
+    emulated(monkeypatch, generation)
+    x, targets = problem
+    buffer = x.to(dtype)
+    loss, log_z = gpu.zloss_overwrite(buffer, targets, z_loss, 0.25, gpu.shared_kilobytes(0))
+    compare_losses([loss, log_z, buffer], x, targets, dtype, z_loss, 0.25)
+
+
+@pytest.mark.parametrize("generation", [80, 90])
+def test_a_row_as_wide_as_a_vocabulary(generation, monkeypatch):
+    """Several bulk copies, all of a block's 1,024 threads."""
+    emulated(monkeypatch, generation)
+    x, targets = torch.randn(2, 40_000, generator=generator(0)).to(NARROW).double(), torch.tensor([39_999, 7])
+    buffer = x.to(NARROW)
+    loss, log_z = gpu.zloss_overwrite(buffer, targets, 1e-2, 0.5, gpu.shared_kilobytes(0))
+    compare_losses([loss, log_z, buffer], x, targets, NARROW, 1e-2, 0.5)
+
+
+def test_rows_that_start_anywhere_are_read_number_by_number():
+    """Slices of 16-bit rows are not 16 byte aligned, though their width may be a multiple."""
+    x, targets = torch.randn(3, 64, generator=generator(0)).to(NARROW), torch.tensor([0, 63, -1])
+    buffer = torch.zeros(3 * 64 + 3, dtype=NARROW)
+    moved = buffer[3:].view(3, 64).copy_(x)
+    assert not gpu.fits_one_pass(moved, 227)
+    loss, log_z = gpu.zloss_overwrite(moved, targets, 1e-2, 0.5, 227)
+    compare_losses([loss, log_z, moved], x.double(), targets, NARROW, 1e-2, 0.5)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("dtype", [NARROW, torch.float32])
+@settings(max_examples=15)
+@given(st.integers(1, 40), st.sampled_from([5, 64]), st.sampled_from([3, 16]), seeds)
+def test_the_output_layer_in_chunks(dtype, at_once, n, v, d, seed):
+    numbers = generator(seed)
+    hidden, weight = (torch.randn(rows, d, generator=numbers).to(NARROW).double() for rows in (n, v))
+    targets, z_loss, share = torch.randint(-1, v, (n,), generator=numbers), 0.1, 1 / n
+
+    def plain(kind: torch.dtype) -> list[torch.Tensor]:
+        x, w = (y.to(kind).requires_grad_() for y in (hidden, weight))
+        loss, log_z = zloss_cross_entropy_reference(F.linear(x, w), targets)
+        total = share * (loss + z_loss * log_z.square()).sum()
+        return [loss.detach(), log_z.detach(), *torch.autograd.grad(total, (x, w))]
+
+    x, w = hidden.to(dtype), weight.to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_zloss_cuda, "CHUNK_BYTES", 0)
+        if at_once:
+            result = linear_zloss_cuda.gradients(x, w, targets, z_loss, share)
+        else:
+            loss, log_z = linear_zloss_cuda.forward(x, w, targets)
+            g, h = torch.full_like(loss, share), 2 * share * z_loss * log_z
+            result = loss, log_z, *linear_zloss_cuda.backward(g, h, x, w, targets, log_z)
+    size = 1 + hidden.norm(dim=1).max().item() * weight.norm(dim=1).max().item()
+    for ours, naive, exact in zip(result, plain(dtype), plain(torch.float64), strict=True):
+        assert_as_good_as(ours, naive, exact, scale=4 * size)
+
+
+def test_logits_held_are_a_part_of_all():
+    """At the sizes of the bench's largest case, and where all logits are few."""
+    rows = linear_zloss_cuda.rows_a_chunk(32_768, 65_536, 2)
+    assert rows * 65_536 * 2 == 2**29
+    assert linear_zloss_cuda.rows_a_chunk(100, 1_000, 2) == 100 and linear_zloss_cuda.rows_a_chunk(0, 1_000, 2) == 0
