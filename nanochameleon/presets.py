@@ -41,16 +41,16 @@ def toy() -> RunConfig:
     Noise on the codes that are read back, and few codes: what composes things never shown together (drawing.py).
     """
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
-    stages = mixed(pairs=0.2, questions=0.47, interleaved=0.33)
-    train = TrainConfig(steps=2_600, batch_size=4, seq_len=512, pictures="drawn", code_noise=1.0, sample_every=650)
-    optim = dataclasses.replace(TOY_OPTIM, lr=2e-2)
+    stages = mixed(pairs=0.2, questions=0.6, interleaved=0.2)
+    train = TrainConfig(steps=3_600, batch_size=4, seq_len=512, pictures="drawn", code_noise=0.75, sample_every=900)
+    optim = dataclasses.replace(TOY_OPTIM, lr=1.4e-2)
     return RunConfig("toy", TOY_VQGAN, TOY_MODEL, optim, tokenizers, stages=stages, train=train, sample=TOY_SAMPLE)
 
 
 def toy_long() -> RunConfig:
     """The same with less than an hour on two cores."""
     cfg = toy()
-    return dataclasses.replace(cfg, name="toy_long", train=dataclasses.replace(cfg.train, steps=15_000))
+    return dataclasses.replace(cfg, name="toy_long", train=dataclasses.replace(cfg.train, steps=12_000, sample_every=3_000))
 
 
 def stability() -> RunConfig:
