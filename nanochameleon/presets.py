@@ -49,8 +49,8 @@ def toy() -> RunConfig:
 
 def toy_long() -> RunConfig:
     """The same with less than an hour on two cores."""
-    cfg = toy()
-    return dataclasses.replace(cfg, name="toy_long", train=dataclasses.replace(cfg.train, steps=12_000, sample_every=3_000))
+    train = dataclasses.replace(toy().train, steps=12_000, sample_every=3_000)
+    return dataclasses.replace(toy(), name="toy_long", train=train)
 
 
 def stability() -> RunConfig:
