@@ -49,7 +49,7 @@ def toy() -> RunConfig:
 
 def toy_long() -> RunConfig:
     """The same with less than an hour on two cores."""
-    train = dataclasses.replace(toy().train, steps=12_000, sample_every=3_000)
+    train = dataclasses.replace(toy().train, steps=10_000, sample_every=2_500)
     return dataclasses.replace(toy(), name="toy_long", train=train)
 
 
