@@ -34,11 +34,12 @@ if __name__ == "__main__":
 import math
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -49,7 +50,7 @@ from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
 from nanochameleon.drawing import noisy, to_learn
-from nanochameleon.errors import Interrupted, UserError, exit_on_user_error
+from nanochameleon.errors import GaveUp, Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import explain
@@ -213,8 +214,9 @@ class Training:
     def set_aside(self, batch: Batch, number: int) -> None:
         """Keeps a batch whose loss or gradient was not finite: bad/step-NNNNNN-rank-N.safetensors."""
         path = self.folder / "bad" / f"step-{number:06d}-rank-{self.trainee.mesh.rank}.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        save_file({name: x.cpu() for name, x in vars(batch).items()}, path)
+        with suppress(SafetensorError, OSError):  # without room on the disk it is not kept
+            path.parent.mkdir(exist_ok=True)
+            save_file({name: x.cpu() for name, x in vars(batch).items()}, path)
         if self.trainee.mesh.first:
             step, where = self.progress.step, path.parent
             print(f"\nwarning: loss or gradient of step {step} is not finite: left out, its batch is in {where}")
@@ -226,13 +228,13 @@ class Training:
         self.saver.save(asdict(self.progress), last)
 
     def roll_back(self) -> int:
-        """To the newest checkpoint, to go on with the batches after those that failed; -> its step. Raises UserError
+        """To the newest checkpoint, to go on with the batches after those that failed; -> its step. Raises GaveUp
         where there is none, or this has happened too often."""
         lower = f"start anew with --overwrite and less than --optim.lr {self.cfg.optim.lr}"
         self.saver.finish()
         path = find(self.folder, self.trainee.mesh)
         if path is None or self.rolled_back == ROLL_BACKS:
-            raise UserError(f"{self.failed} steps in a row had no finite loss: {lower}")
+            raise GaveUp(f"{self.failed} steps in a row had no finite loss: {lower}")
         reached, left_out = self.progress.step + self.progress.passed, self.progress.left_out
         self.progress = Progress(**checkpoint.restore(path, self.trainee.model, self.optimizer))
         self.progress.passed, self.progress.left_out = reached - self.progress.step, left_out
@@ -259,10 +261,11 @@ class Training:
                 self.save(last=done or stop)
             if stop and not done:
                 raise Interrupted
-            if monitor and p.step % t.sample_every == 0 and not done and run.images.can_draw and not self.saver.sharded:
-                self.trainee.model.eval()
-                sample_grid(run, self.folder / "samples" / f"step-{p.step:06d}.png")
+            if monitor and p.step % t.sample_every == 0 and not done:
                 plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
+                if run.images.can_draw and not self.saver.sharded:  # one rank has no whole model
+                    self.trainee.model.eval()
+                    sample_grid(run, self.folder / "samples" / f"step-{p.step:06d}.png")
 
 
 def train_transformer(

@@ -15,7 +15,10 @@ def normed_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None, q_weight: Tensor | None,
     q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, own: bool,
 ) -> Tensor:  # fmt: skip
-    """(B, T, H, E). own: with our attention where it is written for E, else with torch's, a vendor's."""
+    """(B, T, H, E). own: with our attention where it is written for E, else with torch's, a vendor's. Raises ValueError
+    for heads of more than 128 numbers, which norm_rotary.cu does not hold."""
+    if q.shape[-1] > 128:
+        raise ValueError(f"the CUDA kernels take heads of at most 128 numbers, not {q.shape[-1]}: use the reference")
     rotary, v = torch.ops.nanochameleon.norm_rotary, v.to(q.dtype)
     q, k = rotary(q, turns, q_weight, q_bias, eps), rotary(k.to(q.dtype), turns, k_weight, k_bias, eps)
     if own and q.shape[-1] in gpu.HEAD_DIMS:

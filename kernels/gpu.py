@@ -67,7 +67,7 @@ def threads(v: int) -> int:
 
 def zloss_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     n, v = logits.shape
-    loss, log_z = (torch.empty(n, device=logits.device) for _ in range(2))
+    loss, log_z = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     if n:
         start("zloss", f"forward_{NAMES[logits.dtype]}", (n,), threads(v), logits, targets, loss, log_z, v)
     return loss, log_z
@@ -102,7 +102,7 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, share: float
         loss, log_z = zloss_forward(logits, targets)
         zloss_backward_(torch.full_like(loss, share), 2 * share * z_loss * log_z, logits, targets, log_z)
         return loss, log_z
-    loss, log_z = (torch.empty(n, device=logits.device) for _ in range(2))
+    loss, log_z = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     if n:
         arguments = logits, targets, loss, log_z, v, float(z_loss), float(share)
         start("zloss", f"overwrite_{name}", (n,), threads(v), *arguments, shared=v * logits.element_size())
@@ -129,7 +129,7 @@ def norm_rotary_backward(
     """-> the gradients of x, weight and bias; the last two are zeros without a norm."""
     d_x, (b, t, heads, e) = torch.empty_like(x), x.shape
     shares = max(1, min(b * t, 2_048 // heads))
-    d_weight, d_bias = (torch.zeros(shares, heads, e, device=x.device) for _ in range(2))
+    d_weight, d_bias = (torch.zeros(shares, heads, e, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
         arguments = d_out, x, weight, turns, d_x, d_weight, d_bias, Long(b * t), heads, e // 2, float(eps)
         start("norm_rotary", "norm_rotary_backward", (shares, heads), 32, *arguments)
@@ -164,7 +164,7 @@ def document_bounds(docs: Tensor) -> tuple[Tensor, Tensor]:
 def attention_sm90(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
     """As `attention`, by Hopper's own instructions: for the bench, until it was measured to be the faster one."""
     b, t, heads, e = q.shape
-    out, lse = torch.empty_like(q), torch.empty(b, heads, t, device=q.device)
+    out, lse = torch.empty_like(q), torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
     if q.numel():
         shared = 2 * e * 6 * TILE + 2 * 4 * TILE  # tiles without room between rows, and documents of two tiles of keys
         arguments = q, k, v, first, out, lse, t, heads, k.shape[2]
@@ -175,7 +175,7 @@ def attention_sm90(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tens
 def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, simple: bool = False) -> tuple[Tensor, Tensor]:
     """Of prepared q, k and v, bfloat16, E of HEAD_DIMS -> out like q, and lse (B, H, T) float32 for the gradient."""
     b, t, heads, e = q.shape
-    out, lse = torch.empty_like(q), torch.empty(b, heads, t, device=q.device)
+    out, lse = torch.empty_like(q), torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
     if q.numel():
         name, block, shared = ("attention_simple", TILE, 0) if simple else ("attention", 128, tile_bytes(5 * TILE, e))
         arguments = q, k, v, first, out, lse, t, heads, k.shape[2]
@@ -233,8 +233,8 @@ def decode_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: T
     (n, t, heads, e), (groups, places) = queries.shape, keys.shape[1:3]
     out, pieces = torch.empty_like(queries), -(-span // PIECE)
     if queries.numel():
-        parts = torch.empty(pieces, *queries.shape, device=queries.device)
-        scales = torch.empty(pieces, n, t, heads, 2, device=queries.device)
+        parts = torch.empty(pieces, *queries.shape, dtype=torch.float32, device=queries.device)
+        scales = torch.empty(pieces, n, t, heads, 2, dtype=torch.float32, device=queries.device)
         grid = pieces, groups * -(-heads // groups * t // QUERIES), n
         arguments = queries, keys, values, positions, parts, scales, t, heads, groups, places
         start("decode", f"decode_split_{e}", grid, 128, *arguments)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-PROCESS = os.getpid()
+from nanochameleon import kernels
+
+PROCESS = kernels.PROCESS  # of the package's import: this file's may wait until after a fork
 
 
 def compiled(function: Callable, integers: int):
@@ -99,7 +101,7 @@ _own = threading.local()
 def scratch(floats: int) -> int:
     """The address of this thread's float32 scratch, kept between calls: fresh pages cost more than the work."""
     if getattr(_own, "buffer", None) is None or _own.buffer.numel() < floats:
-        _own.buffer = torch.empty(floats)
+        _own.buffer = torch.empty(floats, dtype=torch.float32, device="cpu")
     return _own.buffer.data_ptr()
 
 

@@ -57,7 +57,7 @@ def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, T
     from nanochameleon.kernels import linear_zloss_numba as compiled
 
     tensors = _tensors(hidden, weight, targets)
-    cross_entropy, log_z = torch.empty(len(hidden)), torch.empty(len(hidden))
+    cross_entropy, log_z = (torch.empty(len(hidden), dtype=torch.float32, device="cpu") for _ in range(2))
     job = _job(tensors | {"cross_entropy": cross_entropy, "log_z": log_z}, len(weight))
     tasks = -(-job.n // compiled.ROWS_A_TASK)
     launch.run(compiled.forward, job, tasks, compiled.SCRATCH + compiled.KEYS * job.width)
@@ -74,7 +74,7 @@ def _backward(
     tensors = _tensors(hidden, weight, targets)
     parts = torch.get_num_threads()
     upstream = {"g": g.float().contiguous(), "h": h.float().contiguous(), "shift": log_z * float(compiled.LOG2E)}
-    d_hidden, d_weight = torch.zeros(parts, *tensors["hidden"].shape), torch.empty_like(tensors["weight"])
+    d_hidden, d_weight = torch.zeros_like(tensors["hidden"].expand(parts, -1, -1)), torch.empty_like(tensors["weight"])
     job = _job(tensors | upstream | {"d_hidden": d_hidden, "d_weight": d_weight}, len(weight))
     tiles, floats = -(-len(weight) // compiled.KEYS), compiled.SCRATCH + 2 * compiled.KEYS * job.width
     launch.run(compiled.backward, job, tiles, floats, parts)

@@ -35,7 +35,7 @@ def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-> cross-entropy (N,) and log Z (N,)."""
-    loss, log_z = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
+    loss, log_z = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
     for part, logits in chunks(hidden, weight.to(hidden.dtype)):
         loss[part], log_z[part] = gpu.zloss_forward(logits, targets[part])
     return loss, log_z
@@ -61,7 +61,7 @@ def gradients(
     For a loop that makes its gradients itself, as zloss_cross_entropy_; autograd knows nothing of it.
     """
     narrow = weight.to(hidden.dtype)
-    loss, log_z = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
+    loss, log_z = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(narrow)
     kilobytes = gpu.shared_kilobytes(hidden.device.index)
     for part, logits in chunks(hidden, narrow):

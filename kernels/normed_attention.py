@@ -151,7 +151,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out (B, T, H, E), and (B, H, T) float32, log2 of the sum of 2^score that the gradient needs."""
     out = q.new_empty(q.shape)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias)
     _run("forward", inputs | {"out": out, "lse": lse}, eps)
     return out, lse
@@ -168,7 +168,7 @@ def _backward(
     both = q.new_empty(b, t, h + 2 * g, e)
     big = dict(zip(("dq", "dk", "dv"), both.split([h, g, g], 2), strict=True))
     heads = {"d_q_weight": h, "d_q_bias": h, "d_k_weight": g, "d_k_bias": g}
-    parts = {name: torch.zeros(b, n, width) for name, n in heads.items()}
+    parts = {name: torch.zeros(b, n, width, dtype=torch.float32, device=q.device) for name, n in heads.items()}
     saved = {"d_out": d_out.to(q.dtype).contiguous(), "out": out, "lse": lse}
     _run("backward", inputs | big | parts | saved, eps)
     norms = [x.sum(0)[:, :e].contiguous() if q_weight is not None else x.new_empty(0) for x in parts.values()]

@@ -62,8 +62,8 @@ def _run(name: str, weight: Tensor, eps: float, parts: int | None = None, **tens
 
     d = len(weight)
     width = -(-d // compiled.W) * compiled.W
-    tensors["weight"] = weight.float() if d == width else F.pad(weight.float(), (0, width - d))
-    tensors["d_weight"] = torch.zeros(parts, width) if parts else None
+    tensors["weight"] = weight.float().contiguous() if d == width else F.pad(weight.float(), (0, width - d))
+    tensors["d_weight"] = torch.zeros(parts, width, dtype=torch.float32, device="cpu") if parts else None
     where = {key: 0 if x is None else x.data_ptr() for key, x in tensors.items()}
     kinds = {"size": ("x", "dx"), "branch_size": ("branch", "d_branch"), "y_size": ("y", "dy")}
     sizes = {key: next((tensors[n].element_size() for n in names if n in tensors), 0) for key, names in kinds.items()}

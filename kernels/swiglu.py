@@ -44,6 +44,8 @@ def _run(name: str, **tensors: Tensor) -> None:
 
 
 def _forward(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape != b.shape:
+        raise ValueError(f"silu(a) * b needs one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
     y = torch.empty_like(a, memory_format=torch.contiguous_format)
     _run("forward", a=_in_rows(a), b=_in_rows(b), y=y)
     return y

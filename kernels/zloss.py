@@ -85,7 +85,9 @@ def _run(
 
 
 def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous. Raises IndexError for a target that no row of logits has."""
+    """Both contiguous. Raises ValueError where shapes do not fit, IndexError for a target that no row of logits has."""
+    if logits.shape[:1] != targets.shape:
+        raise ValueError(f"targets must be {tuple(logits.shape[:1])}, one for each row, not {tuple(targets.shape)}")
     if len(targets) and int(targets.max()) >= logits.shape[1]:
         raise IndexError(f"target {int(targets.max())} is out of range for {logits.shape[1]} logits")
     return logits.contiguous(), targets.long().contiguous()
@@ -93,7 +95,7 @@ def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits, targets = _checked(logits, targets)
-    cross_entropy, log_z = torch.empty(len(logits)), torch.empty(len(logits))
+    cross_entropy, log_z = (torch.empty(len(logits), dtype=torch.float32, device="cpu") for _ in range(2))
     _run("forward", logits, targets, cross_entropy=cross_entropy, log_z=log_z)
     return cross_entropy, log_z
 
@@ -156,6 +158,6 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: 
         kilobytes = gpu.shared_kilobytes(logits.device.index)
         return gpu.zloss_overwrite(logits, targets.long().contiguous(), z_loss, share, kilobytes)
     targets = _checked(logits, targets)[1]
-    cross_entropy, log_z = torch.empty(len(logits)), torch.empty(len(logits))
+    cross_entropy, log_z = (torch.empty(len(logits), dtype=torch.float32, device="cpu") for _ in range(2))
     _run("overwrite", logits, targets, z_loss, share, cross_entropy=cross_entropy, log_z=log_z)
     return cross_entropy, log_z

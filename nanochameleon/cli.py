@@ -26,7 +26,8 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
         "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
         "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
-        "evaluation.reconstructions", "evaluation.alignment",
+        "evaluation.reconstructions", "evaluation.alignment", "parallel.tensor", "parallel.micro_batch",
+        "parallel.timeout",
     )),
     ("above 0", lambda x: 0 < x < math.inf, (
         "model.norm_eps", "model.rope_theta", "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
@@ -51,6 +52,7 @@ def check_kernels(device) -> None:
     try:
         for op in OPS:
             decide(op, device, torch.bfloat16)  # which all kernels take
+            decide(op, device, torch.float32)  # as evaluation does
     except ValueError as error:
         raise UserError(f"{VARIABLE}: {error}") from None
 

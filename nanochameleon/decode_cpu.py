@@ -40,11 +40,6 @@ def wide(n: int) -> int:
     return -(-n // W) * W
 
 
-def padded_rows(x: Tensor) -> Tensor:
-    """The last dimension filled up with zeros to whole registers, in float32."""
-    return nn.functional.pad(x.detach().float(), (0, wide(x.shape[-1]) - x.shape[-1])).contiguous()
-
-
 class CPUDecoder:
     """Reads prompts and makes steps for a Decoder whose model is in float32, its linear layers float32 or int8."""
 

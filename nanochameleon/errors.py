@@ -20,6 +20,10 @@ class PeerLost(UserError):
     """Another process of this run is gone: every one that is left says so."""
 
 
+class GaveUp(UserError):
+    """A run whose loss would not become finite again."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, met between two steps: what is done is saved, and the same command goes on."""
 

@@ -1,6 +1,6 @@
 """Files that appear at once or not at all: whoever reads one sees the old content or the new one, never half of it.
 
-Folders of several files are checkpoint.py's and data.py's.
+Folders of several files are checkpoint.py's and data/shards.py's.
 """
 
 import os

@@ -52,7 +52,8 @@ def store_prepared(folder: Path, tokenizers: Tokenizers) -> None:
             )
         return
     ours = (IMAGE_TOKENIZER, TEXT_TOKENIZER)
-    if folder.exists() and any(path.name not in ours and path.name[:5] != ".new-" for path in folder.iterdir()):
+    left = (INDEX, *ours), (".new-", ".tmp-")  # by a process that does the same, or was killed in it
+    if folder.exists() and any(p.name not in left[0] and not p.name.startswith(left[1]) for p in folder.iterdir()):
         raise UserError(f"{folder} is in the way: it holds no prepared data; choose another --out")
     aside = folder / f".new-{os.getpid()}"
     write_tokenizers(tokenizers, aside)

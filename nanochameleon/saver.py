@@ -91,19 +91,18 @@ class Saver:
 
     def commit(self, written: Future, aside: Path, state: dict) -> None:
         """Behind the files of all ranks: each describes its own, the first one writes the manifest and renames."""
-        import torch.distributed as dist
-
         try:
             self.agree(written.result)
             entries = self.agree(lambda: checkpoint.describe(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*")))
-            if self.mesh.first:
-                everything = {name: entry for part in entries for name, entry in part.items()}
-                checkpoint.commit(aside, self.folder, state["step"], state, everything)
-                checkpoint.keep_last(self.folder, self.keep)
-            dist.barrier(group=self.group)
+            everything = {name: entry for part in entries for name, entry in part.items()}
+            self.agree(lambda: self.finish_sharded(aside, state, everything) if self.mesh.first else None)
         finally:
             if self.mesh.first:
                 shutil.rmtree(aside, ignore_errors=True)
+
+    def finish_sharded(self, aside: Path, state: dict, entries: dict[str, dict]) -> None:
+        checkpoint.commit(aside, self.folder, state["step"], state, entries)
+        checkpoint.keep_last(self.folder, self.keep)
 
     def agree(self, work: Callable[[], object]) -> list:
         """Every rank's result. Raises UserError on all of them where one failed."""

@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from nanochameleon.config import EvalConfig, RunConfig
-from nanochameleon.errors import UserError
+from nanochameleon.errors import GaveUp, UserError
 from nanochameleon.files import write_file
 from nanochameleon.monitor import METRICS, read_metrics
 from nanochameleon.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
@@ -76,12 +76,17 @@ def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
         print(f"stability {number}/{len(todo)}: {variant.name}, {rate} rate, seed {seed}", flush=True)
         one = variant.of(base, rate, seed)
         share_beginning(base.folder, one)
+        gave_up = False
         try:
             train(one)
-            keep_beginning(base.folder, one)
-        except UserError as error:  # too many steps without a finite loss: that, too, is a result
+        except GaveUp as error:  # that, too, is a result
+            gave_up = True
             print(error)
-        curves.setdefault((variant.name, rate), []).append(read_metrics(one.folder / METRICS))
+        lines = read_metrics(one.folder / METRICS)
+        if not gave_up and (not lines or lines[-1]["step"] < one.train.steps - 1):
+            return base.folder  # stopped, as train has said; the same command goes on
+        keep_beginning(base.folder, one)
+        curves.setdefault((variant.name, rate), []).append(lines)
     write(base.folder, curves)
     return base.folder
 
@@ -90,8 +95,11 @@ def share_beginning(folder: Path, cfg: RunConfig) -> None:
     """Gives a run that has not begun the tokenizers and the data of the first one."""
     if (cfg.folder / CONFIG).exists() or not (folder / "beginning").exists():
         return
-    shutil.copytree(folder / "beginning", cfg.folder)
-    (cfg.folder / CONFIG).write_text(config_to_json(cfg))
+    aside = folder / f".{cfg.folder.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(folder / "beginning", aside)
+    (aside / CONFIG).write_text(config_to_json(cfg))
+    aside.rename(cfg.folder)
 
 
 def keep_beginning(folder: Path, cfg: RunConfig) -> None:

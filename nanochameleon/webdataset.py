@@ -102,7 +102,7 @@ def samples(path: Path) -> Iterator[tuple[Sample | Bad, int]]:
             if sample.wants(ending.lower()):
                 sample.read(tar, member, ending.lower(), most)
             end = position
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         damage = [(Bad(path.name, "cut off or broken tars", str(error)), os.path.getsize(path))]
     if sample:
         yield sample, end

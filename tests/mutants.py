@@ -462,11 +462,12 @@ def source(mutant: Mutant, root: Path) -> Path:
 
 
 def copy(target: Path) -> None:
-    """Package, kernels, scripts, tests and pytest's settings, laid out so that PYTHONPATH alone finds them."""
+    """Package, kernels, scripts, tests, pages and pytest's settings, laid out so that PYTHONPATH alone finds them."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "nanochameleon", target / "nanochameleon", ignore=ignore)
     shutil.copytree(ROOT / "kernels", target / "nanochameleon" / "kernels", ignore=ignore)
     shutil.copytree(ROOT / "tests", target / "tests", ignore=ignore)
+    shutil.copytree(ROOT / "docs", target / "docs", ignore=shutil.ignore_patterns("*.png"))
     for name in (*SCRIPTS, "pyproject.toml"):
         shutil.copy(ROOT / name, target)
 

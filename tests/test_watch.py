@@ -13,7 +13,6 @@ from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.objective import Objective
 from nanochameleon.packing import pack
 from nanochameleon.transformer import Chameleon, rotary_table
-from nanochameleon.vocab import Vocab
 from nanochameleon.watch import attention_peaks, gradient_norms
 
 
@@ -78,4 +77,3 @@ def test_gradient_norms_are_of_each_modality_s_rows():
     for name, kind in (("grad_norm_text", "text"), ("grad_norm_image", "image")):
         expected = math.sqrt(sum(float(s) for s, k in zip(squares, kinds, strict=True) if k == kind))
         assert found[name] == pytest.approx(expected, rel=1e-5) and found[name] > 0
-    assert isinstance(vocab, Vocab)

@@ -59,7 +59,7 @@ def own(device: torch.device) -> str:
 def documents(b: int, t: int) -> Tensor:
     """Rows packed with documents of 82 to 170 ids, as the toy's are."""
     lengths = torch.tensor([82, 170, 110, 94, 82, 120, 88, 164])
-    ends = lengths.repeat(t // 82).cumsum(0)
+    ends = lengths.repeat(-(-t // 82)).cumsum(0)
     return torch.stack([torch.bucketize(torch.arange(t) + 37 * i, ends, right=True) for i in range(b)])
 
 
@@ -215,7 +215,7 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
         with use_kernels(name), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model.logits(model(tokens, positions, docs)).flatten(0, 1)
             cross_entropy, log_z = zloss_cross_entropy(logits, tokens.flatten())
-        (cross_entropy + Z_LOSS * log_z.square()).mean().backward()
+            (cross_entropy + Z_LOSS * log_z.square()).mean().backward()
         optimizer.step()
 
     times = seconds({name: lambda name=name: step(name) for name in ("reference", own(device))}, rounds, device)
