@@ -101,9 +101,24 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_forked_workers_may_call_kernels():
+COLD = """
+import os, torch
+from nanochameleon.kernels import zloss_cross_entropy
+torch.set_num_threads(2)
+logits, targets, square = torch.randn(64, 50), torch.arange(50).repeat(2)[:64], torch.randn(512, 512)
+square @ square  # torch's threads are there, and no kernel has run
+child = os.fork()
+if not child:
+    zloss_cross_entropy(logits, targets)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("program", [FORKED, COLD], ids=["warm", "cold"])
+def test_forked_workers_may_call_kernels(program):
     """A DataLoader's worker, which has one thread, and a bare fork, which believes to have its parent's."""
-    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 RANK = """
