@@ -17,6 +17,7 @@ from nanochameleon.bench.rows import Row
 from nanochameleon.bench.timing import seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels.dispatch import NAMES, why_not_amx
 from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
 from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
 from nanochameleon.kernels.normed_attention import normed_attention_reference
@@ -76,6 +77,8 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
     names = ("cuda", "vendor") if device.type == "cuda" else (own(device),)
+    if why_not_amx(device, dtype) is None:
+        names += ("amx",)
     ours = {name: of(with_kernels(name, normed_attention)) for name in names}
     variants, plain = {"reference": of(normed_attention_reference), **ours}, {}
     if device.type == "cpu" and dtype == torch.float32 and packed:
@@ -180,8 +183,11 @@ def checked(found: Iterator[Case]) -> Iterator[Case]:
 def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
     """Forward alone, then forward and backward where a case has inputs to take gradients of."""
 
-    def backward(function: Callable) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
+    def backward(name: str, function: Callable) -> Callable[[], object]:
+        """With one wish for both passes: the gradient asks anew which kernels run."""
+        return with_kernels(
+            name if name in NAMES else "auto", lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
+        )
 
     def forward(function: Callable) -> Callable[[], object]:
         def run() -> None:
@@ -191,7 +197,7 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
         return run
 
     alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
-    both = {name: backward(function) for name, function in case.variants.items()} | case.extra
+    both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
     ratio_to = "compile" if "compile" in case.variants else "reference"
     rows = to_rows("kernels", f"{case.name} f", seconds(alone, rounds, device), ratio_to, device)
     return (
@@ -218,7 +224,7 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
             (cross_entropy + Z_LOSS * log_z.square()).mean().backward()
         optimizer.step()
 
-    times = seconds({name: lambda name=name: step(name) for name in ("reference", own(device))}, rounds, device)
+    times = seconds({name: lambda name=name: step(name) for name in ("reference", own(device), "auto")}, rounds, device)
     return to_rows("kernels", f"step dim 256 x 6 layers {precision}", times, "reference", device)
 
 
