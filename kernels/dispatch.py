@@ -18,6 +18,7 @@ from torch import Tensor
 
 NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
+PROCESS = os.getpid()  # whose threads torch's OpenMP has, if any: launch.py may first be imported after a fork
 
 ENGINE = "on a CPU the engine's steps are compiled whole (cpu/)"
 

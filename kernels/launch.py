@@ -18,9 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nanochameleon import kernels
-
-PROCESS = kernels.PROCESS  # of the package's import: this file's may wait until after a fork
+from nanochameleon.kernels.dispatch import PROCESS
 
 
 def compiled(function: Callable, integers: int):
