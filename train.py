@@ -315,7 +315,10 @@ def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: 
     ranks = f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.mode})" if mesh.world > 1 else ""
     size = sum(p.numel() for p in model.parameters())
     print(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
-    print(explain(mesh.device, torch.float32 if precision == "fp32" else torch.bfloat16))
+    try:
+        print(explain(mesh.device, torch.float32 if precision == "fp32" else torch.bfloat16))
+    except ValueError as error:  # kernels that were wished for, and that are not for this precision
+        raise UserError(f"NANOCHAMELEON_KERNELS: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from nanochameleon.drawing import to_learn
+from nanochameleon.kernels import use_kernels
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import pack
 from nanochameleon.run import Run
@@ -25,8 +26,9 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):
         batch = packed[start : start + batch_size].to(run.device)
-        logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.doc_ids).flatten(0, 1))
-        parts = next_token_loss(logits, batch.targets.flatten(), run.vocab)
+        with use_kernels("auto"):  # in the weights' own type: a wish for training may have no kernels for it
+            logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.doc_ids).flatten(0, 1))
+            parts = next_token_loss(logits, batch.targets.flatten(), run.vocab)
         image_sum += float(parts.image_cross_entropy)
         image_count += float(parts.image_count)
         total += float(parts.cross_entropy)
