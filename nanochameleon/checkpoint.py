@@ -110,10 +110,12 @@ def check_room(run_dir: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def sweep(run_dir: Path) -> None:
-    """Removes the folders that killed saves have left; .tmp-* files may be somebody's who is writing one now."""
+    """Removes the .tmp-* folders and files that a killed save has left."""
     for path in Path(run_dir).glob(".tmp-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _write_tensors(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:

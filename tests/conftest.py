@@ -16,3 +16,11 @@ settings.register_profile(
     phases=(Phase.explicit, Phase.generate, Phase.target, *explaining),
 )
 settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test that changes how many threads torch has (a bench takes one) changes the rounding of those after it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
