@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 
 # Shrinking explains a failure; tests/mutants.py, which expects failures, does without.
