@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import math
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,7 @@ from nanochameleon.drawing import noisy, to_learn
 from nanochameleon.errors import GaveUp, Interrupted, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
-from nanochameleon.kernels.dispatch import explain
+from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.kernels.dropout import derive
 from nanochameleon.kernels.pages import keep_pages
 from nanochameleon.model_folder import Parts, open_model
@@ -214,12 +214,14 @@ class Training:
     def set_aside(self, batch: Batch, number: int) -> None:
         """Keeps a batch whose loss or gradient was not finite: bad/step-NNNNNN-rank-N.safetensors."""
         path = self.folder / "bad" / f"step-{number:06d}-rank-{self.trainee.mesh.rank}.safetensors"
-        with suppress(SafetensorError, OSError):  # without room on the disk it is not kept
+        where = f"its batch is in {path.parent}"
+        try:
             path.parent.mkdir(exist_ok=True)
             save_file({name: x.cpu() for name, x in vars(batch).items()}, path)
+        except (SafetensorError, OSError) as error:  # the first is how a full disk shows here
+            where = f"its batch could not be kept: {error}"
         if self.trainee.mesh.first:
-            step, where = self.progress.step, path.parent
-            print(f"\nwarning: loss or gradient of step {step} is not finite: left out, its batch is in {where}")
+            print(f"\nwarning: loss or gradient of step {self.progress.step} is not finite: left out, {where}")
 
     def save(self, last: bool) -> None:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
@@ -286,8 +288,10 @@ def train_transformer(
     optimizer = make_optimizer(model, cfg.optim)
     progress = Progress(**checkpoint.restore(path, model, optimizer)) if path else Progress(precision)
     progress.precision = precision
+    chosen = kernels_of(mesh.device, precision)
     if mesh.first:
         announce(model, loader, precision, mesh, cfg)
+        print(chosen)
     keep = t.keep, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
@@ -315,10 +319,14 @@ def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: 
     ranks = f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.mode})" if mesh.world > 1 else ""
     size = sum(p.numel() for p in model.parameters())
     print(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
+
+
+def kernels_of(device: torch.device, precision: str) -> str:
+    """What runs, to print. Raises UserError, on every rank, for a wish that this precision has no kernels for."""
     try:
-        print(explain(mesh.device, torch.float32 if precision == "fp32" else torch.bfloat16))
-    except ValueError as error:  # kernels that were wished for, and that are not for this precision
-        raise UserError(f"NANOCHAMELEON_KERNELS: {error}") from None
+        return explain(device, torch.float32 if precision == "fp32" else torch.bfloat16)
+    except ValueError as error:
+        raise UserError(f"{VARIABLE}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

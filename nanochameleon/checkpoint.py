@@ -91,7 +91,7 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state:
     aside = run_dir / f".tmp-step-{step:06d}-{os.getpid()}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        sweep(run_dir)
+        sweep_folders(run_dir)
         check_room(run_dir, (t for group in tensors.values() for t in group.values()))
         aside.mkdir()
         _write_tensors(aside, tensors)
@@ -110,12 +110,17 @@ def check_room(run_dir: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def sweep(run_dir: Path) -> None:
-    """Removes the .tmp-* folders and files that a killed save has left."""
+    """Removes the .tmp-* folders and files that a killed process has left. Not while files are being written there."""
+    sweep_folders(run_dir)
     for path in Path(run_dir).glob(".tmp-*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        if not path.is_dir():
             path.unlink(missing_ok=True)
+
+
+def sweep_folders(run_dir: Path) -> None:
+    """Those of saves alone: other files may be written beside a save."""
+    for path in Path(run_dir).glob(".tmp-*/"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_tensors(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -221,7 +226,7 @@ def keep_last(run_dir: Path, k: int) -> None:
     state, where states have one. Damaged ones do not count among the k."""
     if k < 1:
         raise ValueError(f"keep at least 1 checkpoint, not {k}")
-    sweep(run_dir)
+    sweep_folders(run_dir)
     whole, old = 0, []
     for path in checkpoints(run_dir):
         if whole >= k:

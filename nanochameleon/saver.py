@@ -86,7 +86,7 @@ class Saver:
         return self.thread.submit(self.commit, written, aside, state)
 
     def make(self, aside: Path) -> None:
-        checkpoint.sweep(self.folder)
+        checkpoint.sweep_folders(self.folder)
         aside.mkdir(parents=True)
 
     def commit(self, written: Future, aside: Path, state: dict) -> None:
@@ -121,6 +121,8 @@ class Saver:
         return [result for result, _ in everybody]
 
     def __enter__(self) -> "Saver":
+        if self.mesh.first:
+            checkpoint.sweep(self.folder)
         return self
 
     def __exit__(self, *error) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanochameleon import checkpoint
-from nanochameleon.checkpoint import damage, keep_last, load, load_optimizer, newest, optimizer_tensors, save
+from nanochameleon.checkpoint import damage, keep_last, load, load_optimizer, newest, optimizer_tensors, save, sweep
 from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
 from nanochameleon.optim import learning_rate, make_adamw
@@ -182,8 +182,10 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path_fact
     assert tensors["model"]["a.weight"].shape == (2, 3)
     if (run_dir / "step-000002").exists():  # once it is there it comes before the one that stepped aside
         assert newest(run_dir).name == "step-000002"
-    (run_dir / ".tmp-1-metrics.jsonl").write_bytes(b"of a killed write_file")
+    (run_dir / ".tmp-1-metrics.jsonl").write_bytes(b"of a write_file that may be under way")
     save_some(run_dir, 3)
+    assert [name for name in names(run_dir) if name.startswith(".tmp")] == [".tmp-1-metrics.jsonl"]
+    sweep(run_dir)
     assert not [name for name in names(run_dir) if name.startswith(".tmp")]
     assert load(run_dir)[1] == {"step": 3}
 

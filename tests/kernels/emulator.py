@@ -3,7 +3,9 @@
     emulated(monkeypatch)    from here on gpu.start runs kernels here
 
 Every launch is made twice, in ascending and in descending order of threads (emulator.h says what that finds), and both
-must leave the same bits in every tensor. Tensors have fences around them.
+must leave the same bits in every tensor. Tensors have fences around them. What this cannot show is speed, and that the
+manual's fragments are the hardware's: for that, `python -m nanochameleon.bench kernels --device cuda` checks every case
+before it times it.
 """
 
 import ctypes

@@ -1,8 +1,6 @@
 """The loss on a GPU, on logits and with the output layer, against float64.
 
-Run on a CPU by the emulator, through the very calls that launch the kernels on a GPU: see emulator.py. What that cannot
-show is speed, and that the manual's fragments are the hardware's: for that, `python -m nanochameleon.bench kernels
---device cuda` checks every case before it times it.
+Run on a CPU through the very calls that launch the kernels on a GPU: see emulator.py.
 """
 
 import pytest
