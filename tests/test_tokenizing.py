@@ -27,6 +27,7 @@ from tqdm import tqdm
 from nanochameleon import tokenizing
 from nanochameleon.data import Shards
 from nanochameleon.data.__main__ import Args, main
+from nanochameleon.data.reading import MAX_CAPTION
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
 from nanochameleon.errors import UserError
 from nanochameleon.run import TEXT_TOKENIZER
@@ -188,7 +189,7 @@ def test_a_caption_of_ten_megabytes_is_cut_at_once(tmp_path, monkeypatch):
     picture = encoded(PILImage.new("RGB", (2, 2)))
     tar = write_tar(tmp_path / "0.tar", [("a.png", picture), ("a.txt", "é".encode() * 5_000_000)])
     (doc,) = prepare(tmp_path / "out", "drawings", [tar], most=64)
-    assert 0 < max(lengths) <= tokenizing.CHARACTERS * 64
+    assert 0 < max(lengths) <= MAX_CAPTION
     assert doc == [Text("é" * 28), Image((0,) * 4)]
     assert json.loads((tmp_path / "out" / "index.json").read_text())["cut"] == 1  # at its limit, and again to fit
 
