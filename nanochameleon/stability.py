@@ -76,19 +76,22 @@ def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
         print(f"stability {number}/{len(todo)}: {variant.name}, {rate} rate, seed {seed}", flush=True)
         one = variant.of(base, rate, seed)
         share_beginning(base.folder, one)
-        gave_up = False
         try:
             train(one)
         except GaveUp as error:  # that, too, is a result
-            gave_up = True
             print(error)
-        lines = read_metrics(one.folder / METRICS)
-        if not gave_up and (not lines or lines[-1]["step"] < one.train.steps - 1):
-            return base.folder  # stopped, as train has said; the same command goes on
-        keep_beginning(base.folder, one)
-        curves.setdefault((variant.name, rate), []).append(lines)
+        else:
+            if not finished(one):
+                return base.folder  # stopped, as train has said; the same command goes on
+            keep_beginning(base.folder, one)
+        curves.setdefault((variant.name, rate), []).append(read_metrics(one.folder / METRICS))
     write(base.folder, curves)
     return base.folder
+
+
+def finished(cfg: RunConfig) -> bool:
+    lines = read_metrics(cfg.folder / METRICS)
+    return bool(lines) and lines[-1]["step"] == cfg.train.steps - 1
 
 
 def share_beginning(folder: Path, cfg: RunConfig) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from faults import Launched, end_of, kill_and_go_on, lines, said, same, wait_for
+from ranks import run_on
 from test_distributed import config, learn, prepare, trained
 
 from nanochameleon import checkpoint
 from nanochameleon.errors import UserError
+from nanochameleon.run import CONFIG, config_to_json
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,28 @@ def test_a_save_that_fails_on_the_way_is_told_and_the_run_goes_on(prepared, ends
     assert "cannot save a checkpoint" in capsys.readouterr().err
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-000012", "step-000008"]
     assert same(end_of(folder), ends[1])
+
+
+def learn_without_a_place_for_one(folder: Path) -> None:
+    """The first rank cannot put the shards of step 4 in their place."""
+    real = checkpoint.commit
+
+    def commit(aside, run_dir, step, *rest):
+        if step == 4:
+            raise OSError("no room")
+        return real(aside, run_dir, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "commit", commit)
+        learn(folder, config(folder, mode="fsdp"))
+
+
+def test_shards_that_find_no_place_are_told_and_all_ranks_go_on(prepared, tmp_path):
+    folder = Path(shutil.copytree(prepared, tmp_path / "run"))
+    (folder / CONFIG).write_text(config_to_json(config(folder, mode="fsdp")))
+    run_on(2, learn_without_a_place_for_one, folder)
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-000012", "step-000008"]
+    assert checkpoint.newest(folder).name == "step-000012" and list(folder.glob(".tmp-*")) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from tiny import training_config
 
 from nanochameleon import stability
-from nanochameleon.errors import UserError
+from nanochameleon.errors import GaveUp, UserError
 from nanochameleon.run import read_config
 
 
@@ -80,6 +80,20 @@ def test_the_study_runs_each_variant_once_on_the_first_one_s_tokenizers_and_data
     monkeypatch.setattr(train, "gradients", lambda *_: calls.append(1))
     train.study(replace(cfg, train=replace(cfg.train, log_every=1)))
     assert not calls and "stability 3/3" in capsys.readouterr().out
+
+
+def test_a_study_that_is_stopped_ends_without_results_and_one_that_gave_up_goes_on(tmp_path):
+    begun, cfg = [], training_config(tmp_path / "study")
+    assert stability.run(cfg, lambda one: begun.append(one.folder)) == cfg.folder
+    assert len(begun) == 1 and not (cfg.folder / "stability.md").exists()
+
+    def gives_up(one):
+        begun.append(one.folder)
+        raise GaveUp("no finite loss") if len(begun) == 2 else UserError("this folder holds another run")
+
+    with pytest.raises(UserError, match="another run"):
+        stability.run(cfg, gives_up)
+    assert len(begun) == 3
 
 
 def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):
