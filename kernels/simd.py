@@ -125,6 +125,43 @@ def exp2_of(b, x):
     return b.select(b.fcmp_ordered("<", x, constant(128.0)), y, b.fadd(x, constant(math.inf)))
 
 
+def _exp2_of_floor_coefficients() -> list[float]:
+    """The same on [0, 1], for what is left above the floor."""
+    x = 0.5 - 0.5 * np.cos(np.pi * (np.arange(4_000) + 0.5) / 4_000)
+    powers = np.vander(x, 6, increasing=True) / np.exp2(x)[:, None]
+    return np.linalg.lstsq(powers, np.ones(4_000), rcond=None)[0].astype(np.float32).tolist()
+
+
+EXP2_ABOVE_FLOOR = _exp2_of_floor_coefficients()
+SCALES = "+avx512f" in FEATURES and "+avx512dq" in FEATURES  # instructions for x - floor x and for y 2^floor x
+TO_INTEGER = 1.5 * 2**23 + 127  # a float of this size has no bits behind the point: n is in its lowest ones
+
+
+def exp2_down_of(b, x):
+    """2^x in 8 instructions of AVX-512, in 12 of others.
+
+    These round by adding a number so large that only the integer n is left, n + 127 in the lowest bits, which make the
+    float 2^n where exponents lie.
+    """
+    if SCALES:
+        passed, every, floor, current = ir.Constant(V, ir.Undefined), ir.Constant(i16, -1), 9, ir.Constant(i32, 4)
+        f = call_of(b, "llvm.x86.avx512.mask.reduce.ps.512", V, x, ir.Constant(i32, floor), passed, every, current)
+        y = horner(b, EXP2_ABOVE_FLOOR, f)
+        return call_of(b, "llvm.x86.avx512.mask.scalef.ps.512", V, y, x, passed, every, current)
+    x = b.select(b.fcmp_ordered("<", x, constant(-126.0)), constant(-126.0), x)
+    n = b.fadd(x, constant(TO_INTEGER))
+    f = b.fsub(x, b.fsub(n, constant(TO_INTEGER)))
+    power = b.bitcast(b.shl(b.bitcast(n, VI), ir.Constant(VI, [23] * W)), V)
+    return b.fmul(horner(b, EXP2, f), power)
+
+
+def horner(b, coefficients: list[float], x):
+    y = constant(coefficients[-1])
+    for c in coefficients[-2::-1]:
+        y = b.fadd(b.fmul(y, x, flags=FUSE), constant(c), flags=FUSE)
+    return y
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What kernels call
 
@@ -163,7 +200,10 @@ def store(b, p, x):
 @instruction(vec, address)
 def load_bf16(b, p):
     """W bfloat16 numbers, widened: the upper halves of floats."""
-    half = b.load(b.inttoptr(p, VH.as_pointer()), align=2)
+    return _widen(b, b.load(b.inttoptr(p, VH.as_pointer()), align=2))
+
+
+def _widen(b, half):
     return b.bitcast(b.shl(b.zext(half, VI), ir.Constant(VI, [16] * W)), V)
 
 
@@ -175,8 +215,50 @@ def _round_bf16(b, bits, kind, n):
 
 @instruction(types.void, address, vec)
 def store_bf16(b, p, x):
-    half = b.trunc(_round_bf16(b, b.bitcast(x, VI), VI, lambda c: [c] * W), VH)
-    b.store(half, b.inttoptr(p, VH.as_pointer()), align=2)
+    b.store(_narrow(b, x), b.inttoptr(p, VH.as_pointer()), align=2)
+
+
+def _narrow(b, x):
+    return b.trunc(_round_bf16(b, b.bitcast(x, VI), VI, lambda c: [c] * W), VH)
+
+
+@instruction(types.void, address)
+def prefetch(b, p):
+    """Asks for the cache line at p, which may lie anywhere."""
+    at = b.inttoptr(p, ir.IntType(8).as_pointer())
+    call_of(b, "llvm.prefetch.p0", ir.VoidType(), at, *(ir.Constant(i32, n) for n in (0, 3, 1)))
+
+
+def _masked(b, name: str, kind, result, *args):
+    """llvm.masked.load or .store of lanes of `kind`."""
+    lanes = f"v{W}{'f32' if kind is V else 'i16'}"
+    return call_of(b, f"llvm.masked.{name}.{lanes}.p0", result, *args)
+
+
+@instruction(vec, address, count, vec)
+def load_first(b, p, n, x):
+    """n floats, and behind them the lanes of x: nothing behind the n is read."""
+    args = b.inttoptr(p, V.as_pointer()), ir.Constant(i32, 4), lanes_below(b, n), x
+    return _masked(b, "load", V, V, *args)
+
+
+@instruction(vec, address, count, vec)
+def load_first_bf16(b, p, n, x):
+    mask = lanes_below(b, n)
+    args = b.inttoptr(p, VH.as_pointer()), ir.Constant(i32, 2), mask, ir.Constant(VH, [0] * W)
+    return b.select(mask, _widen(b, _masked(b, "load", VH, VH, *args)), x)
+
+
+@instruction(types.void, address, count, vec)
+def store_first(b, p, n, x):
+    """The first n lanes."""
+    _masked(b, "store", V, ir.VoidType(), x, b.inttoptr(p, V.as_pointer()), ir.Constant(i32, 4), lanes_below(b, n))
+
+
+@instruction(types.void, address, count, vec)
+def store_first_bf16(b, p, n, x):
+    half, at = _narrow(b, x), b.inttoptr(p, VH.as_pointer())
+    _masked(b, "store", VH, ir.VoidType(), half, at, ir.Constant(i32, 2), lanes_below(b, n))
 
 
 @instruction(number, address)
@@ -256,6 +338,13 @@ def largest(b, x):
 @instruction(vec, vec)
 def exp2(b, x):
     return exp2_of(b, x)
+
+
+@instruction(vec, vec)
+def exp2_down(b, x):
+    """2^x for x below 127, such as logits less one near the largest: in half of exp2's time. NaN stays NaN; what is
+    beyond is a number or not, and below 2^-126 it is at most that."""
+    return exp2_down_of(b, x)
 
 
 def _turn(b, x, table, signs):

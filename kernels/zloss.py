@@ -81,7 +81,7 @@ def _run(
     where = {key: x.data_ptr() for key, x in (("logits", logits), ("targets", targets), *tensors.items())}
     sizes = {"v": logits.shape[1], "size": logits.element_size(), "z_loss": z_loss, "share": share}
     job = zloss_numba.Job(**(dict.fromkeys(zloss_numba.Job._fields, 0) | where | sizes))
-    launch.run(getattr(zloss_numba, name), job, len(logits), logits.shape[1] + 2 * zloss_numba.FOUR)
+    launch.run(getattr(zloss_numba, name), job, len(logits), zloss_numba.scratch(logits.shape[1]))
 
 
 def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
