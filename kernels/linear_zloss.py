@@ -1,4 +1,4 @@
-"""Output layer and z-loss cross-entropy as one op that never holds the [rows, vocabulary] logits.
+"""Output layer and z-loss cross-entropy as one op that never holds all of the [rows, vocabulary] logits.
 
     x_i = W hidden_i,   loss_i = log Z_i - x_i[y_i],   log Z_i = log sum_v exp x_i[v]
 
@@ -31,56 +31,22 @@ def linear_zloss_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) 
     return op(hidden, weight, targets)
 
 
-def _tensors(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """As the kernels take them: float32, rows padded to whole registers, hidden times log2 e."""
-    from nanochameleon.kernels.linear_zloss_numba import LOG2E
-    from nanochameleon.kernels.simd import W
+def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    from nanochameleon.kernels import linear_zloss_cpu
 
     if len(targets) and int(targets.max()) >= len(weight):
         raise IndexError(f"target {int(targets.max())} is out of range for {len(weight)} logits")
-    padding = 0, -hidden.shape[1] % W
-    hidden = F.pad(hidden.float(), padding) * float(LOG2E)
-    weight = F.pad(weight.float(), (*padding, 0, -len(weight) % W)).contiguous()  # tiles read whole registers of rows
-    return {"hidden": hidden.contiguous(), "weight": weight, "targets": targets.long().contiguous()}
-
-
-def _job(tensors: dict[str, Tensor], v: int):
-    from nanochameleon.kernels.linear_zloss_numba import Job
-
-    n, width = tensors["hidden"].shape
-    where = {name: x.data_ptr() for name, x in tensors.items()}
-    return Job(**(dict.fromkeys(Job._fields, 0) | where | {"n": n, "v": v, "width": width}))
-
-
-def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    from nanochameleon.kernels import launch
-    from nanochameleon.kernels import linear_zloss_numba as compiled
-
-    tensors = _tensors(hidden, weight, targets)
-    cross_entropy, log_z = (torch.empty(len(hidden), dtype=torch.float32, device="cpu") for _ in range(2))
-    job = _job(tensors | {"cross_entropy": cross_entropy, "log_z": log_z}, len(weight))
-    tasks = -(-job.n // compiled.ROWS_A_TASK)
-    launch.run(compiled.forward, job, tasks, compiled.SCRATCH + compiled.KEYS * job.width)
-    return cross_entropy, log_z
+    return linear_zloss_cpu.forward(hidden.contiguous(), weight, targets.long().contiguous())
 
 
 def _backward(
     g: Tensor, h: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_z: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of hidden and weight, in their types."""
-    from nanochameleon.kernels import launch
-    from nanochameleon.kernels import linear_zloss_numba as compiled
+    from nanochameleon.kernels import linear_zloss_cpu
 
-    tensors = _tensors(hidden, weight, targets)
-    parts = torch.get_num_threads()
-    upstream = {"g": g.float().contiguous(), "h": h.float().contiguous(), "shift": log_z * float(compiled.LOG2E)}
-    d_hidden, d_weight = torch.zeros_like(tensors["hidden"].expand(parts, -1, -1)), torch.empty_like(tensors["weight"])
-    job = _job(tensors | upstream | {"d_hidden": d_hidden, "d_weight": d_weight}, len(weight))
-    tiles, floats = -(-len(weight) // compiled.KEYS), compiled.SCRATCH + 2 * compiled.KEYS * job.width
-    launch.run(compiled.backward, job, tiles, floats, parts)
-    v, d = weight.shape
-    total = d_hidden[0] if parts == 1 else d_hidden.sum(0)
-    return total[:, :d].to(hidden.dtype).contiguous(), d_weight[:v, :d].to(weight.dtype).contiguous()
+    g, h = g.float().contiguous(), h.float().contiguous()
+    return linear_zloss_cpu.backward(g, h, hidden.contiguous(), weight, targets.long().contiguous(), log_z)
 
 
 def _save(ctx, inputs, output) -> None:

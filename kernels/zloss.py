@@ -93,11 +93,21 @@ def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logits.contiguous(), targets.long().contiguous()
 
 
-def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits, targets = _checked(logits, targets)
+def forward_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of contiguous logits and targets below V."""
     cross_entropy, log_z = (torch.empty(len(logits), dtype=torch.float32, device="cpu") for _ in range(2))
     _run("forward", logits, targets, cross_entropy=cross_entropy, log_z=log_z)
     return cross_entropy, log_z
+
+
+def backward_(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> None:
+    """The gradient in the place of contiguous logits, which may be a stretch of the columns: a target from V on is in
+    another, and log Z that of all."""
+    _run("backward", logits, targets, log_z=log_z, g=g, h=h, gradient=logits)
+
+
+def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return forward_rows(*_checked(logits, targets))
 
 
 def _backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> Tensor:

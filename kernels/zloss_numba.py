@@ -63,7 +63,7 @@ class Job(NamedTuple):
     log_z: int  # (N,) float32
     g: int  # (N,) float32: the gradient of each row's cross-entropy
     h: int  # of its log Z
-    gradient: int  # (N, V)
+    gradient: int  # (N, V), may be the logits
     v: int
     size: int
     z_loss: float  # these two where the loss is known before
@@ -213,7 +213,8 @@ def forward(job, part, first, last, memory):
 
 @kernel
 def backward(job, part, first, last, memory):
-    """gradient = (g + h) 2^(x log2 e - log2 Z), and - g at the target, which is rounded once."""
+    """gradient = (g + h) 2^(x log2 e - log2 Z), and - g at the target, which is rounded once. A target from V on lies in
+    other columns."""
     job = read_job(job)
     size, v = job.size, job.v
     for n in range(first, last):
@@ -223,13 +224,14 @@ def backward(job, part, first, last, memory):
             continue
         g, h, shift = peek(job.g + 4 * n), peek(job.h + 4 * n), peek(job.log_z + 4 * n) * LOG2E
         factor, s, scale = splat(g + h), splat(shift), splat(LOG2E)
-        x_y = splat(look(logits, size, y))  # before it is written: the gradient may take the logits' place
+        x_y = splat(look(logits, size, y) if y < v else ZERO)  # now, since the gradient may take the logits' place
         whole = v // W * W
         for i in range(0, whole, W):
             write(gradient, size, i, v, exp2_down(numbers(logits, size, i) * scale - s) * factor)
         if whole < v:
             write(gradient, size, whole, v, exp2_down(last_numbers(logits, size, whole, v) * scale - s) * factor)
-        put(gradient, size, y, largest(exp2_down(x_y * scale - s) * factor) - g)
+        if y < v:
+            put(gradient, size, y, largest(exp2_down(x_y * scale - s) * factor) - g)
 
 
 @kernel
