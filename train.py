@@ -56,6 +56,7 @@ from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.kernels.dropout import derive
 from nanochameleon.kernels.pages import keep_pages
+from nanochameleon.kernels.zloss import Expected
 from nanochameleon.model_folder import Parts, open_model
 from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
 from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
@@ -84,10 +85,11 @@ def gradients(trainee: Trainee, batch: Batch, keys: Tensor, cfg: RunConfig) -> t
     mesh, n_rows, total = trainee.mesh, len(batch.tokens), None
     (count,) = mesh.total(float((batch.targets != IGNORE).sum()))
     size = cfg.parallel.micro_batch or n_rows
+    expected = Expected(cfg.train.z_loss, mesh.data_size / max(count, 1.0))
     for first in range(0, n_rows, size):
         rows = slice(first, first + size)
         with trainee.accumulate(last=first + size >= n_rows):
-            sums = trainee.run(batch[rows], keys[rows])
+            sums = trainee.run(batch[rows], keys[rows], expected)
             loss = sums.parts.total(cfg.train.z_loss, max(count, 1.0))
             (loss * mesh.data_size).backward()  # DDP and FSDP take the mean over ranks, and sums are wanted
         sums = tree_map(torch.Tensor.detach, sums)

@@ -32,7 +32,7 @@ def columns_a_chunk(v: int) -> int:
 def chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First id, its part of the weight (C, D) in the type of hidden, and logits (N, C) that hold until the next."""
     columns = columns_a_chunk(len(weight))
-    buffer = hidden.new_empty(len(hidden) * columns)
+    buffer = torch.empty(len(hidden) * columns, dtype=hidden.dtype, device="cpu")
     for first in range(0, len(weight), columns):
         part = weight[first : first + columns].to(hidden.dtype)
         logits = buffer[: len(hidden) * len(part)].view(len(hidden), len(part))

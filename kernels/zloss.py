@@ -10,6 +10,8 @@ every output, and no gradient. All functions return the cross-entropy (N,) and l
 no rows at all is the caller's to avoid: rows stay apart here.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -155,13 +157,66 @@ def _(g, h, logits, targets, log_z):
     return gpu.zloss_backward(g, h, logits.contiguous(), targets.long().contiguous(), log_z)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The gradient in the logits' place
+
+
+class Expected(NamedTuple):
+    """A loss whose upstream gradient is known before: share * sum (cross-entropy + z_loss * (log Z)^2)."""
+
+    z_loss: float
+    share: float  # not 0
+
+
 def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: float) -> tuple[Tensor, Tensor]:
     """Overwrites contiguous logits with the gradient of share * sum (loss + z_loss * z), in one pass over memory.
 
-    For a loop that makes its gradients itself; autograd knows nothing of it. float32 and bfloat16.
+    To be differentiated once: the gradient that autograd gets is the logits' own memory. Should the loss turn out to be
+    another one, it is corrected there. float32 and bfloat16.
     """
     if not logits.is_contiguous():
         raise ValueError("logits that are overwritten must be contiguous")
+    return _InPlace.apply(logits, targets, z_loss, share)
+
+
+def fits_in_place(logits: Tensor) -> bool:
+    """Whether that is the way for logits that nobody reads again. On a GPU it would have to wait for the correction."""
+    if torch.compiler.is_compiling() or type(logits) is not Tensor or not logits.is_contiguous():
+        return False
+    return torch.is_grad_enabled() and logits.requires_grad and choose("zloss_cross_entropy", logits) == "numba"
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, z_loss: float, share: float) -> tuple[Tensor, Tensor]:
+        cross_entropy, log_z = _overwrite(logits, targets, z_loss, share)
+        torch.autograd.graph.increment_version(logits)  # whoever kept them for a gradient of his own is told
+        ctx.save_for_backward(logits.detach(), targets, log_z)  # as memory: they may be a view of another op's output
+        ctx.expected, ctx.taken = (z_loss, share), False
+        return cross_entropy, log_z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor, h: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.taken:
+            raise RuntimeError("the logits' place holds one gradient, which was taken: use zloss_cross_entropy")
+        ctx.taken, (gradient, targets, log_z) = True, ctx.saved_tensors
+        return _corrected_(gradient, targets, log_z, g, h, *ctx.expected), None, None, None
+
+
+def _corrected_(gradient, targets, log_z, g, h, z_loss: float, share: float) -> Tensor:
+    """made p - share [v = y] -> (g + h) p - g [v = y], where made = share (1 + 2 z_loss log Z)."""
+    counted = targets >= 0
+    ratio = torch.where(counted, (g + h) / (share * (1 + 2 * z_loss * log_z)), 1)
+    own = torch.where(counted, share * ratio - g, 0)
+    near = 8 * torch.finfo(torch.float32).eps  # h comes by another order of the same products
+    if bool(((ratio - 1).abs() <= near).all() and (own.abs() <= near * abs(share)).all()):
+        return gradient
+    gradient *= ratio[:, None]
+    return gradient.scatter_add_(1, targets.clamp(min=0)[:, None], own[:, None].to(gradient.dtype))
+
+
+def _overwrite(logits: Tensor, targets: Tensor, z_loss: float, share: float) -> tuple[Tensor, Tensor]:
     if logits.is_cuda:
         from nanochameleon.kernels import gpu
 

@@ -213,8 +213,7 @@ def forward(job, part, first, last, memory):
 
 @kernel
 def backward(job, part, first, last, memory):
-    """gradient = (g + h) 2^(x log2 e - log2 Z), and - g at the target, which is rounded once. A target from V on lies in
-    other columns."""
+    """gradient = (g + h) 2^(x log2 e - log2 Z), and - g at the target, rounded once. From V on that is elsewhere."""
     job = read_job(job)
     size, v = job.size, job.v
     for n in range(first, last):

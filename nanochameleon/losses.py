@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.zloss import zloss_cross_entropy
+from nanochameleon.kernels.zloss import Expected, fits_in_place, zloss_cross_entropy, zloss_cross_entropy_
 from nanochameleon.packing import IGNORE
 from nanochameleon.vocab import Vocab
 
@@ -28,15 +28,22 @@ class LossParts(NamedTuple):
         return (self.cross_entropy + z_loss * self.z) / count
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, vocab: Vocab, ranks=None) -> LossParts:
+def next_token_loss(
+    logits: Tensor, targets: Tensor, vocab: Vocab, ranks=None, expected: Expected | None = None
+) -> LossParts:
     """logits (N, V), targets (N,) already shifted (targets[i] follows token i; IGNORE where nothing is to be learnt).
 
     Both terms are masked by the TARGETS, so padding and document ends do not enter the z-loss. No supervised token at
     all gives zeros, not NaN. ranks: the process group over which the columns of the logits are spread; each of its
     ranks gets the same sums.
+
+    expected: the loss that will be made of the sums. Given, the logits are used up: where it is faster, their gradient
+    takes their place, which spares a second pass and as much memory. It is right for any other loss, too.
     """
     kept = targets != IGNORE
-    if ranks is None:
+    if ranks is None and expected and fits_in_place(logits):
+        cross_entropy, log_z = zloss_cross_entropy_(logits, targets, *expected)
+    elif ranks is None:
         cross_entropy, log_z = zloss_cross_entropy(logits, targets)  # zeros where a target is ignored
     else:
         cross_entropy, log_z = spread_cross_entropy(logits, targets, vocab.size, ranks)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nanochameleon.kernels.zloss import Expected
 from nanochameleon.losses import LossParts, next_token_loss
 from nanochameleon.packing import Batch
 from nanochameleon.transformer import Chameleon
@@ -31,12 +32,13 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.vocab, self.precision, self.ranks = model, vocab, precision, ranks
 
-    def forward(self, batch: Batch, keys: Tensor | None) -> Sums:
-        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.residual."""
+    def forward(self, batch: Batch, keys: Tensor | None, expected: Expected | None = None) -> Sums:
+        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.residual. expected: see
+        next_token_loss."""
         with matrix_products(self.precision, batch.tokens.device):
             residual = self.model.residual(batch.tokens, batch.positions, batch.doc_ids, keys=keys)
             logits = self.model.logits(self.model.norm(residual).flatten(0, 1))
-        parts = next_token_loss(logits, batch.targets.flatten(), self.vocab, self.ranks)
+        parts = next_token_loss(logits, batch.targets.flatten(), self.vocab, self.ranks, expected)
         norms = residual.detach().float().norm(dim=-1)
         return Sums(parts, norms.sum(), torch.tensor(float(norms.numel()), device=norms.device))
 

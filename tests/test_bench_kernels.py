@@ -9,9 +9,12 @@ import torch
 from nanochameleon.bench import kernels
 from nanochameleon.bench.__main__ import Args, main
 from nanochameleon.bench.kernels import attention_case, check, linear_case, zloss_case
+from nanochameleon.bench.memory import peak_bytes
 from nanochameleon.bench.rows import save
 from nanochameleon.bench.timing import plot, seconds, to_rows
 from nanochameleon.errors import UserError
+from nanochameleon.kernels import linear_zloss_cross_entropy, use_kernels
+from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
 
 CPU = torch.device("cpu")
 CASES = {
@@ -29,6 +32,26 @@ def test_a_ratio_is_the_time_of_the_other_over_this_one_s(tmp_path):
     assert [list(row) for row in json.loads((tmp_path / "rows.json").read_text())] == [names.split()] * 2
     plot(tmp_path / "rows.png", rows)
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_height_of_memory_is_that_of_what_is_held_at_once():
+    def run() -> torch.Tensor:
+        first, second = torch.empty(2**18), torch.empty(2**18)  # a MiB each
+        del first
+        return torch.empty(2**18) + second.mean()  # two MiB beside the second
+
+    before = torch.zeros(2**20)  # noqa: F841  not of the run
+    assert 3 <= peak_bytes(run) / 2**20 < 3.1
+
+
+def test_a_sixteenth_of_the_logits_is_held():
+    """Forward, where nothing else is large; with the gradients of hidden and weight they are beside a chunk."""
+    hidden, weight, targets = torch.randn(200, 4), torch.randn(8_192, 4), torch.arange(200)
+    sizes = {}
+    for name, function in (("ours", linear_zloss_cross_entropy), ("plain", linear_zloss_cross_entropy_reference)):
+        with use_kernels("numba"):
+            sizes[name] = peak_bytes(lambda f=function: f(hidden, weight, targets)) / (200 * 8_192 * 4)
+    assert sizes["plain"] >= 1 and sizes["ours"] < 1 / 16 + 0.01
 
 
 def test_variants_take_turns():

@@ -1,16 +1,28 @@
 """Sums and counts: what is counted, that micro-batches add up, and that the z-term is of log Z."""
 
 import math
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_transformer import TINY, random_model
+from tiny import training_config
 
+from nanochameleon.distributed import Mesh, Trainee
+from nanochameleon.kernels import use_kernels, zloss
+from nanochameleon.kernels.zloss import Expected
 from nanochameleon.losses import LossParts, next_token_loss
+from nanochameleon.objective import Objective
 from nanochameleon.packing import IGNORE, pack
 from nanochameleon.vocab import Vocab
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
 
 VOCAB = Vocab.toy(6, 0)
 
@@ -111,3 +123,42 @@ def test_micro_batches_over_the_global_count_are_the_full_batch(lengths, size, s
 
     micro = [batch[i : i + size] for i in range(0, len(batch.tokens), size)]
     torch.testing.assert_close(gradient(micro), gradient([batch]), rtol=1e-9, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A loss that is known before
+
+
+@pytest.mark.parametrize("share", [1 / 7, 3.0])
+@given(problem=problems())
+def test_whatever_loss_was_expected_the_gradient_is_that_of_this_one(share, problem):
+    logits, targets = problem
+    gradients, parts = [], []
+    for expected in (None, Expected(0.01, share)):
+        x = logits.float().requires_grad_()
+        parts.append(next_token_loss(x * 1, targets, VOCAB, expected=expected))
+        gradients += torch.autograd.grad(parts[-1].total(0.01, 7.0), x)
+    torch.testing.assert_close(*parts)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_step_foretells_its_loss(monkeypatch, tmp_path):
+    """Else each gradient would be corrected, which is right and takes as long as what was saved."""
+    seen = []
+
+    def as_made(gradient, *rest):
+        before = gradient.clone()
+        seen.append(torch.equal(corrected_(gradient, *rest), before))
+        return gradient
+
+    corrected_ = zloss._corrected_
+    monkeypatch.setattr(zloss, "_corrected_", as_made)
+    model = random_model(0, vocab_size=VOCAB.size).float()
+    docs = [torch.randint(2, VOCAB.size, (n,)).tolist() for n in (5, 9, 3, 7)]
+    batch, cfg = pack(docs, 9, pad=VOCAB.pad), training_config(tmp_path)
+    cfg = replace(cfg, parallel=replace(cfg.parallel, micro_batch=1))
+    objective = Objective(model, VOCAB, "fp32")
+    mesh = Mesh(torch.device("cpu"))
+    with use_kernels("numba"):
+        train.gradients(Trainee(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
+    assert seen == [True] * len(batch.tokens) and len(seen) > 1

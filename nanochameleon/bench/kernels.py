@@ -3,7 +3,7 @@
 Cases: attention (the whole op), zloss (cross-entropy on logits), linear_zloss (with the output layer), step (a whole
 training step); on a GPU also decode (gpu_cases.py). Variants: reference, compile (of the reference), numba or cuda; for
 zloss also `in place` and a `copy` of the logits, the floor of anything that writes a gradient; for attention on a GPU
-`vendor`, torch's own behind our norm and turn.
+`vendor`, torch's own behind our norm and turn. linear_zloss has its peak memory besides (memory.py).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanochameleon.bench.memory import memory_rows
 from nanochameleon.bench.rows import Row
 from nanochameleon.bench.timing import seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
@@ -38,6 +39,7 @@ class Case:
     variants: dict[str, Callable[..., Tensor]]
     extra: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f+b, as they are
     extra_forward: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f
+    memory: bool = False  # whether its peak is measured, too, on a CPU
 
 
 def with_kernels(name: str, function: Callable) -> Callable:
@@ -100,8 +102,9 @@ def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case
         return loss
 
     buffer, copied = logits.detach().clone(), torch.empty_like(logits)
+
     in_place = {
-        "in place": lambda: zloss_cross_entropy_(buffer, targets, Z_LOSS, 1 / n),
+        "in place": lambda: in_one_pass(buffer, targets),
         "copy": lambda: copied.detach().copy_(buffer),
     }
     if device.type == "cpu" and dtype == torch.float32:
@@ -113,6 +116,15 @@ def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case
         own(device): of(with_kernels(own(device), zloss_cross_entropy)),
     }
     return Case(f"zloss {n} x {v} {short(dtype)}", [logits], variants, in_place)
+
+
+def in_one_pass(buffer: Tensor, targets: Tensor) -> Tensor:
+    """As a training step does it on this device, on whatever the last one left."""
+    if buffer.is_cuda:
+        return zloss_cross_entropy_(buffer, targets, Z_LOSS, 1.0)[0]
+    logits = buffer.detach().requires_grad_()
+    cross_entropy, log_z = zloss_cross_entropy_(logits, targets, Z_LOSS, 1.0)
+    return torch.autograd.grad((cross_entropy + Z_LOSS * log_z.square()).sum(), logits)[0]
 
 
 def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -130,7 +142,7 @@ def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device
 
     ours = of(with_kernels(own(device), linear_zloss_cross_entropy))
     variants = {"reference": of(linear_zloss_cross_entropy_reference), own(device): ours}
-    return Case(f"linear_zloss {n} x {d} x {v} {short(dtype)}", [hidden, weight], variants)
+    return Case(f"linear_zloss {n} x {d} x {v} {short(dtype)}", [hidden, weight], variants, memory=device.type == "cpu")
 
 
 def short(dtype: torch.dtype) -> str:
@@ -155,6 +167,7 @@ def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
         yield (linear_case(256, 4_096, 256, wide, device) if quick else linear_case(1_024, 16_384, 256, wide, device))
         if not quick:
             yield linear_case(512, 65_536, 256, wide, device)
+            yield linear_case(1_024, 16_384, 256, narrow, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,11 +213,12 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
     both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
     ratio_to = "compile" if "compile" in case.variants else "reference"
     rows = to_rows("kernels", f"{case.name} f", seconds(alone, rounds, device), ratio_to, device)
-    return (
-        rows
-        if not case.inputs
-        else rows + to_rows("kernels", f"{case.name} f+b", seconds(both, rounds, device), ratio_to, device)
-    )
+    if case.inputs:
+        rows += to_rows("kernels", f"{case.name} f+b", seconds(both, rounds, device), ratio_to, device)
+    if case.memory:
+        rows += memory_rows(f"{case.name} f", alone, ratio_to, device)
+        rows += memory_rows(f"{case.name} f+b", both, ratio_to, device)
+    return rows
 
 
 def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:

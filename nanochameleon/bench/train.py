@@ -20,6 +20,7 @@ from nanochameleon.bench.engine import as_transformers, random_model
 from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels.pages import keep_pages
+from nanochameleon.kernels.zloss import Expected
 from nanochameleon.objective import Objective, matrix_products
 from nanochameleon.optim import clip, make_adamw
 from nanochameleon.packing import Batch
@@ -79,15 +80,15 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
     targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
     positions = torch.arange(case.t, device=device).expand(ids.shape)
     batch, objective = Batch(ids, targets, torch.zeros_like(ids), positions), Objective(model, case.vocab, precision)
-    optimizer = make_adamw(model.train(), OptimConfig())
+    optimizer, count = make_adamw(model.train(), OptimConfig()), float((targets >= 0).sum())
     if compiled:
         for block in model.layers:
             block.compile()
 
     def step() -> float:
         optimizer.zero_grad()
-        parts = objective(batch, None).parts
-        loss = parts.total(Z_LOSS, parts.count)
+        parts = objective(batch, None, Expected(Z_LOSS, 1 / count)).parts
+        loss = parts.total(Z_LOSS, count)
         loss.backward()
         clip(model.parameters(), CLIP)
         optimizer.step()

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.zloss import zloss_cross_entropy, zloss_cross_entropy_reference
+from nanochameleon.kernels import linear_zloss_cross_entropy
+from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss import (
+    zloss_cross_entropy,
+    zloss_cross_entropy_by_hand,
+    zloss_cross_entropy_reference,
+)
 
 
 @st.composite
@@ -68,6 +74,19 @@ def test_inputs_are_not_written_and_gradients_have_their_type(dtype, problem):
     (cross_entropy + log_z).sum().backward()
     assert torch.equal(logits.detach(), before[0]) and torch.equal(targets, before[1])
     assert logits.grad.dtype == dtype and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [zloss_cross_entropy_reference, zloss_cross_entropy_by_hand])
+@pytest.mark.parametrize("targets", [[2, 0, -100, 4], [-100] * 4])
+def test_gradients_are_differences(function, targets):
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: function(x, torch.tensor(targets)), logits)
+
+
+@pytest.mark.parametrize("function", [linear_zloss_cross_entropy_reference, linear_zloss_cross_entropy])
+def test_so_they_are_with_the_output_layer(function):
+    hidden, weight = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 5))
+    assert torch.autograd.gradcheck(lambda x, w: function(x, w, torch.tensor([2, 0, -100, 4])), (hidden, weight))
 
 
 def test_either_output_alone_can_be_learnt_from():

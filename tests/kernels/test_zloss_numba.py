@@ -8,7 +8,7 @@ from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear_zloss_cross_entropy, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
-from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss import fits_in_place, zloss_cross_entropy_, zloss_cross_entropy_reference
 
 SIZES = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 130, 940, 1_025]
 
@@ -74,9 +74,74 @@ def test_overwriting_gives_the_same_gradient(dtype, problem):
         torch.testing.assert_close(x, y, rtol=eps, atol=eps * (1 + logits.abs().max().item() if n else 1))
 
 
-@given(problems(), st.sampled_from([1, 5, 16, 50]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [True, False])
+@given(problem=problems(), z_loss=st.sampled_from([0.0, 1e-3]))
+def test_the_gradient_in_the_logits_place_is_right_for_any_upstream(known, dtype, problem, z_loss):
+    """known: the one that was foretold, but for rounding; else it is corrected."""
+    logits, targets, upstream = problem
+    if known:
+        log_z = zloss_cross_entropy_reference(logits, targets)[1]
+        upstream = torch.stack([torch.full_like(log_z, 0.25), 0.5 * z_loss * log_z])
+
+    def in_place(logits, targets):
+        return zloss_cross_entropy_(logits + 0, targets, z_loss, 0.25)
+
+    truth, naive, result = (
+        outcome(function, [logits], targets, upstream, kind)
+        for function, kind in (
+            (zloss_cross_entropy_reference, torch.float64),
+            (zloss_cross_entropy_reference, dtype),
+            (in_place, dtype),
+        )
+    )
+    scale = 2 * logits.abs().max().item() + 1 if logits.numel() else 1
+    for x, plain, exact in zip(result, naive, truth, strict=True):
+        assert_as_good_as(x, plain, exact, scale * (1 + exact.abs().max().item() if exact.numel() else 1))
+    assert all((x[targets < 0] == 0).all() for x in result)
+
+
+def test_what_was_foretold_right_is_not_touched_again():
+    logits = torch.randn(6, 33, requires_grad=True)
+    targets = torch.tensor([1, 2, -100, 4, 32, 0])
+    used = logits * 1
+    cross_entropy, log_z = zloss_cross_entropy_(used, targets, 1e-3, 2 / 5)
+    made = used.detach().clone()
+    loss = (cross_entropy.sum() + 1e-3 * log_z.square().sum()) / 5
+    (given_,) = torch.autograd.grad(2 * loss, used)
+    assert torch.equal(given_, made) and given_.data_ptr() == used.data_ptr()
+
+
+def test_used_up_logits_serve_one_gradient_and_no_other_reader():
+    targets = torch.tensor([1, 2])
+    logits = torch.randn(2, 5, requires_grad=True) * 1
+    square = logits.square()
+    cross_entropy, _ = zloss_cross_entropy_(logits, targets, 0.0, 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward(retain_graph=True)
+    cross_entropy.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="holds one gradient, which was taken"):
+        cross_entropy.sum().backward()
+    with pytest.raises(ValueError, match="must be contiguous"):
+        zloss_cross_entropy_(torch.randn(5, 2).t(), targets, 0.0, 1.0)
+
+
+def test_logits_are_used_up_only_where_their_gradient_is_wanted():
+    logits = torch.randn(2, 5, requires_grad=True)
+    with use_kernels("numba"):
+        assert fits_in_place(logits)
+        assert not fits_in_place(logits.detach()) and not fits_in_place(logits.t())
+        with torch.no_grad():
+            assert not fits_in_place(logits)
+    with use_kernels("reference"):
+        assert not fits_in_place(logits)
+    assert not fits_in_place(logits.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(problem=problems(), d=st.sampled_from([1, 5, 16, 50]))
 @settings(max_examples=30)
-def test_the_output_layer_in_one_is_as_good_as_two_steps(problem, d):
+def test_the_output_layer_in_one_is_as_good_as_two_steps(dtype, problem, d):
     logits, targets, upstream = problem
     n, v = logits.shape
     generator = torch.Generator().manual_seed(n * v)
@@ -85,8 +150,8 @@ def test_the_output_layer_in_one_is_as_good_as_two_steps(problem, d):
         outcome(function, inputs, targets, upstream, kind)
         for function, kind in (
             (linear_zloss_cross_entropy_reference, torch.float64),
-            (linear_zloss_cross_entropy_reference, torch.float32),
-            (numba(linear_zloss_cross_entropy), torch.float32),
+            (linear_zloss_cross_entropy_reference, dtype),
+            (numba(linear_zloss_cross_entropy), dtype),
         )
     )
     scale = 1 + max((x.norm(dim=-1).max().item() for x in inputs if x.numel()), default=0.0) ** 2

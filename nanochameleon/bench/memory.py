@@ -1,0 +1,38 @@
+"""The memory that a piece of work takes on a CPU at its height, as torch's profiler sees each allocation and release.
+
+What does not come from torch's allocator is not seen: MKL's own buffers, a few MB.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nanochameleon.bench.rows import Row, commit, device_name
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Above what was held before; the second run counts, which finds what the first one keeps."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    moves = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
+    return max(accumulate((n for _, n in moves), initial=0))
+
+
+def memory_rows(case: str, variants: dict[str, Callable[[], object]], ratio_to: str, device: torch.device) -> list[Row]:
+    """A row for each variant in MiB, with the ratio of `ratio_to` over its own."""
+    peaks = {name: peak_bytes(run) for name, run in variants.items()}
+    where = device_name(device), torch.__version__, commit()
+    return [
+        Row("kernels", f"{case} memory", name, n / 2**20, "MiB", peaks[ratio_to] / n, ratio_to, *where)
+        for name, n in peaks.items()
+    ]
