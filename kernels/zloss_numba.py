@@ -48,12 +48,12 @@ from nanochameleon.kernels.simd import (
     total,
 )
 
-LOG2E, LN2, LEAST = np.float32(1 / math.log(2)), np.float32(math.log(2)), np.float32(-math.inf)
+LOG2E, LEAST = np.float32(1 / math.log(2)), np.float32(-math.inf)
 FOUR = 4 * W  # numbers a turn of the loops: four sums at once, since one would wait for itself
 BLOCK = 2_048  # numbers with one shift: should it be too small, they are still in the first-level cache
 LOWEST = np.finfo(np.float32).min  # the least shift
-ROOM = np.float32(32)  # powers of 2 by which a number may be larger than the shift
-AHEAD = 4_096  # bytes
+ROOM = np.float32(20)  # by so much a number may be larger than the shift: e^20
+AHEAD = 2_048  # bytes
 
 
 class Job(NamedTuple):
@@ -134,7 +134,10 @@ def fill_row(p, size, v, x):
 
 @njit
 def sum_of_block(p, size, first, last, shift, kept):
-    """Numbers [first, last) of a row -> (the largest, the sum of 2^(x log2 e - shift)). These go to kept, if any."""
+    """Numbers [first, last) of a row -> (the largest, the sum of e^(x - shift)). These go to kept, if any.
+
+    The difference first: it is exact where it matters, however far from zero the logits are.
+    """
     scale, s, least = splat(LOG2E), splat(shift), splat(LEAST)
     a, b, c, d = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
     m0, m1, m2, m3 = least, least, least, least
@@ -143,8 +146,8 @@ def sum_of_block(p, size, first, last, shift, kept):
         x0, x1 = numbers(p, size, i), numbers(p, size, i + W)
         x2, x3 = numbers(p, size, i + 2 * W), numbers(p, size, i + 3 * W)
         m0, m1, m2, m3 = larger(x0, m0), larger(x1, m1), larger(x2, m2), larger(x3, m3)
-        x0, x1 = exp2_down(x0 * scale - s), exp2_down(x1 * scale - s)
-        x2, x3 = exp2_down(x2 * scale - s), exp2_down(x3 * scale - s)
+        x0, x1 = exp2_down((x0 - s) * scale), exp2_down((x1 - s) * scale)
+        x2, x3 = exp2_down((x2 - s) * scale), exp2_down((x3 - s) * scale)
         a, b, c, d = a + x0, b + x1, c + x2, d + x3
         if kept:
             q = kept + 4 * i
@@ -154,7 +157,7 @@ def sum_of_block(p, size, first, last, shift, kept):
             store(q + 12 * W, x3)
     for i in range(whole, last, W):
         x = last_numbers(p, size, i, last)
-        m0, x = larger(x, m0), exp2_down(x * scale - s)
+        m0, x = larger(x, m0), exp2_down((x - s) * scale)
         a += x
         if kept:
             store(kept + 4 * i, x)
@@ -163,18 +166,18 @@ def sum_of_block(p, size, first, last, shift, kept):
 
 @njit
 def sum_of_row(p, size, v, kept, shifts):
-    """A row of v logits -> (shift, sum of 2^(x log2 e - shift)), where the shift is near the largest x log2 e.
+    """A row of v logits -> (shift, sum of e^(x - shift)), where the shift is near the largest.
 
     It begins with the largest of the first few. A block with a number so much larger that powers could overflow is
     done again with that one as the shift. kept, if any, has all powers then, and shifts that of each block.
     """
-    shift, sum_ = max(largest(last_numbers(p, size, 0, v)) * LOG2E, LOWEST), ZERO
+    shift, sum_ = max(largest(last_numbers(p, size, 0, v)), LOWEST), ZERO
     for i in range(0, v, BLOCK):
         last = min(i + BLOCK, v)
         most, s = sum_of_block(p, size, i, last, shift, kept)
-        if most * LOG2E > shift + ROOM:
-            sum_ *= power(shift - most * LOG2E)
-            shift = most * LOG2E
+        if most > shift + ROOM:
+            sum_ *= np.float32(math.exp(shift - most))
+            shift = most
             s = sum_of_block(p, size, i, last, shift, kept)[1]
         sum_ += s
         if kept:
@@ -183,14 +186,9 @@ def sum_of_row(p, size, v, kept, shifts):
 
 
 @njit
-def power(x):
-    return np.float32(math.exp(x * LN2))
-
-
-@njit
 def log_z_of(shift, sum_):
     """Of a row of nothing but -infinity it is that, too."""
-    return ((LEAST if shift == LOWEST else shift) + np.float32(math.log2(sum_))) * LN2
+    return (LEAST if shift == LOWEST else shift) + np.float32(math.log(sum_))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +211,7 @@ def forward(job, part, first, last, memory):
 
 @kernel
 def backward(job, part, first, last, memory):
-    """gradient = (g + h) 2^(x log2 e - log2 Z), and - g at the target, rounded once. From V on that is elsewhere."""
+    """gradient = (g + h) e^(x - log Z), and - g at the target, rounded once. From V on that is elsewhere."""
     job = read_job(job)
     size, v = job.size, job.v
     for n in range(first, last):
@@ -221,16 +219,16 @@ def backward(job, part, first, last, memory):
         if y < 0:
             fill_row(gradient, size, v, ZERO)
             continue
-        g, h, shift = peek(job.g + 4 * n), peek(job.h + 4 * n), peek(job.log_z + 4 * n) * LOG2E
+        g, h, shift = peek(job.g + 4 * n), peek(job.h + 4 * n), peek(job.log_z + 4 * n)
         factor, s, scale = splat(g + h), splat(shift), splat(LOG2E)
         x_y = splat(look(logits, size, y) if y < v else ZERO)  # now, since the gradient may take the logits' place
         whole = v // W * W
         for i in range(0, whole, W):
-            write(gradient, size, i, v, exp2_down(numbers(logits, size, i) * scale - s) * factor)
+            write(gradient, size, i, v, exp2_down((numbers(logits, size, i) - s) * scale) * factor)
         if whole < v:
-            write(gradient, size, whole, v, exp2_down(last_numbers(logits, size, whole, v) * scale - s) * factor)
+            write(gradient, size, whole, v, exp2_down((last_numbers(logits, size, whole, v) - s) * scale) * factor)
         if y < v:
-            put(gradient, size, y, largest(exp2_down(x_y * scale - s) * factor) - g)
+            put(gradient, size, y, largest(exp2_down((x_y - s) * scale) * factor) - g)
 
 
 @kernel
@@ -260,7 +258,7 @@ def put_gradient(p, size, v, y, shift, factor, kept, shifts):
     """Powers times factor to p, all with the one shift. -> that of y, not rounded to the type of p."""
     at_target = ZERO
     for first in range(0, v, BLOCK):
-        last, own = min(first + BLOCK, v), factor * power(peek(shifts + 4 * (first // BLOCK)) - shift)
+        last, own = min(first + BLOCK, v), factor * np.float32(math.exp(peek(shifts + 4 * (first // BLOCK)) - shift))
         for i in range(first, last, W):
             write(p, size, i, v, load(kept + 4 * i) * splat(own))
         if first <= y and y < last:

@@ -74,6 +74,45 @@ def test_overwriting_gives_the_same_gradient(dtype, problem):
         torch.testing.assert_close(x, y, rtol=eps, atol=eps * (1 + logits.abs().max().item() if n else 1))
 
 
+ROWS = {
+    "rising": torch.linspace(-100, 400, 5_000),
+    "falling": torch.linspace(400, -100, 5_000),
+    "a peak at the end": torch.cat([torch.zeros(4_999), torch.tensor([90.0])]),
+    "a peak at the start": torch.cat([torch.tensor([90.0]), torch.zeros(4_999)]),
+    "nothing at first": torch.cat([torch.full((2_100,), -torch.inf), torch.linspace(-3, 3, 2_900)]),
+    "steps": torch.linspace(0, 8, 5_000).floor() * 20,
+    "far from zero": torch.linspace(-1, 1, 5_000) * 1e30,
+    "far below": torch.linspace(-1.0, -0.5, 5_000) * 2e38,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROWS)
+def test_wherever_the_largest_of_a_long_row_is(name, dtype):
+    """Sums of 2^(x - shift) whose shift follows the largest from block to block."""
+    logits = ROWS[name].to(dtype).double().expand(3, -1)
+    targets, z_loss = torch.tensor([4_999, -100, 2_500]), 0.0 if "far" in name else 1e-3
+    log_z = zloss_cross_entropy_reference(logits, targets)[1]
+    upstream = torch.stack([torch.full_like(log_z, 0.25), 0.5 * z_loss * log_z])
+
+    def in_place(logits, targets):
+        return zloss_cross_entropy_(logits + 0, targets, z_loss, 0.25)
+
+    truth, naive, *results = (
+        outcome(function, [logits], targets, upstream, kind)
+        for function, kind in (
+            (zloss_cross_entropy_reference, torch.float64),
+            (zloss_cross_entropy_reference, dtype),
+            (numba(zloss_cross_entropy), dtype),
+            (in_place, dtype),
+        )
+    )
+    size = logits.masked_fill(logits.isinf(), 0).abs().max().item()
+    for result in results:
+        for x, plain, exact, scale in zip(result, naive, truth, (size, size, min(size, 1e4)), strict=True):
+            assert_as_good_as(x, plain, exact, 2 * scale + 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("known", [True, False])
 @given(problem=problems(), z_loss=st.sampled_from([0.0, 1e-3]))
