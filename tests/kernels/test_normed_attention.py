@@ -130,7 +130,7 @@ def test_only_distances_count_and_one_vector_on_all_unturned_keys_does_not(name,
         turned = [rotary_table(p, e, 1e4) for p in (places, places + by)]
         here, there = (normed_attention(q, k, v, turns, None, None, None, EPS) for turns in turned)
         plain, moved = (normed_attention(q, keys, v, still, None, None, None, EPS) for keys in (k, k + shift))
-    room = 1e-3 if dtype == torch.float32 else 0.15  # scores of 4 to 8 that are rounded to bfloat16 move weights so much
+    room = 1e-3 if dtype == torch.float32 else 0.15  # scores of 4 to 8, rounded to bfloat16, move weights so
     torch.testing.assert_close(there, here, rtol=0, atol=room)
     torch.testing.assert_close(moved, plain, rtol=0, atol=room)
 
