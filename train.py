@@ -372,13 +372,14 @@ def no_room(cfg: RunConfig, mesh: Mesh) -> str:
 
 def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
     """By one rank, with the whole model: of a sharded one as it was saved."""
-    if shards(mesh, run.cfg.parallel):
-        run = open_model(folder, str(mesh.device))
-    if run.images.can_draw:
-        make_report(run, folder, laps.seconds)
-        print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
-    else:
+    if not run.images.can_draw:
         print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
+        return
+    try:
+        make_report(open_model(folder, str(mesh.device)) if shards(mesh, run.cfg.parallel) else run, folder, laps.seconds)
+        print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+    except torch.OutOfMemoryError:
+        print(f"done: {folder}, without samples and a report, since {mesh.device} does not hold the whole model")
 
 
 def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:

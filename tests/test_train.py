@@ -383,6 +383,15 @@ def test_a_gpu_whose_memory_is_full_is_a_sentence_that_says_what_to_lower(
         train.main(cfg)
 
 
+def test_a_model_too_large_for_one_device_ends_without_a_report(before_transformer, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "make_report", full)
+    train.main(training_config(before_transformer))
+    assert "without samples and a report, since cpu does not hold the whole model" in capsys.readouterr().out
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
