@@ -376,7 +376,8 @@ def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
         print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
         return
     try:
-        make_report(open_model(folder, str(mesh.device)) if shards(mesh, run.cfg.parallel) else run, folder, laps.seconds)
+        run = open_model(folder, str(mesh.device)) if shards(mesh, run.cfg.parallel) else run
+        make_report(run, folder, laps.seconds)
         print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
     except torch.OutOfMemoryError:
         print(f"done: {folder}, without samples and a report, since {mesh.device} does not hold the whole model")
