@@ -4,8 +4,10 @@ What does not come from torch's allocator is not seen: MKL's own buffers, a few 
 """
 
 import json
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from nanochameleon.bench.rows import Row, commit, device_name
 def peak_bytes(run: Callable[[], object]) -> int:
     """Above what was held before; the second run counts, which finds what the first one keeps."""
     run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with without_notes(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
@@ -26,6 +28,19 @@ def peak_bytes(run: Callable[[], object]) -> int:
         events = json.loads(trace.read_text())["traceEvents"]
     moves = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
     return max(accumulate((n for _, n in moves), initial=0))
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """The profiler writes lines about itself to the process's stderr."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def memory_rows(case: str, variants: dict[str, Callable[[], object]], ratio_to: str, device: torch.device) -> list[Row]:
