@@ -302,11 +302,11 @@ def break_losses(monkeypatch, kind: str, broken: Callable[[int], bool]) -> list[
     """Breaks the loss of those forward passes, counted from 1; -> a list that gets the weights at each of them."""
     real, weights = Objective.forward, []
 
-    def forward(self, batch, keys):
+    def forward(self, batch, keys, *expected):
         if not torch.is_grad_enabled():  # a look at the attention logits
-            return real(self, batch, keys)
+            return real(self, batch, keys, *expected)
         weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
-        sums = real(self, batch, keys)
+        sums = real(self, batch, keys, *expected)
         return sums._replace(parts=BROKEN[kind](sums.parts)) if broken(len(weights)) else sums
 
     monkeypatch.setattr(Objective, "forward", forward)
