@@ -9,7 +9,7 @@ which is 16 times the arithmetic of float32 in vectors. What it wants in memory:
 
 Two moves make either from rows of numbers, and both are exact:
 
-    store_pairs   two rows -> one row of pairs: b for sums over rows
+    store_pairs   two rows -> one row of pairs: b for sums over rows; pair_rows where they are bfloat16 already
     transpose     of words (simd.py). Of rows taken as words it makes pairs of the transpose: b for sums along rows.
                   Of pairs it makes rows of the transpose: a for sums over rows
 
@@ -41,6 +41,7 @@ from nanochameleon.kernels.simd import (
     i64,
     instruction,
     splat_of,
+    store_at,
     types,
     vec,
 )
@@ -142,6 +143,17 @@ def store_pairs(b, p, x, y):
     low = b.lshr(_nearest(b, x), ir.Constant(VI, [16] * W))
     high = b.and_(_nearest(b, y), ir.Constant(VI, [0xFFFF0000] * W))
     b.store(b.or_(low, high), b.inttoptr(p, VI.as_pointer()), align=4)
+
+
+@instruction(types.void, address, address, address)
+def pair_rows(b, x, y, p):
+    """2 W bfloat16 numbers at x and at y -> 2 W words (x[i], y[i]) at p."""
+    halves = ir.VectorType(i16, 2 * W)
+    x, y = (b.load(b.inttoptr(z, halves.as_pointer()), align=2) for z in (x, y))
+    for part in range(2):
+        order = [n for i in range(part * W, part * W + W) for n in (i, 2 * W + i)]
+        words = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, 2 * W), order))
+        store_at(b, b.bitcast(words, V), p, W * part)
 
 
 @instruction(types.void, address, vec, vec)
