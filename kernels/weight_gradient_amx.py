@@ -3,8 +3,8 @@
 The sum runs down the rows of both, so both have to be turned into what tiles take:
 
     x   pairs of rows, a product's b: once, by all threads, in blocks of 32 columns that lie behind one another
-    g   its transpose, a product's a: a panel of 32 outputs and SPAN rows at a time, which stays in the first-level
-        cache for all of x; a thread's panels follow one another on the same rows of x, which stay in the second level
+    g   its transpose, a product's a: SPAN rows of a few panels of 32 outputs at a time, for all of x; a panel then
+        stays in the first-level cache, what it is multiplied with in the second
 
 Each number of c is summed in one order, whatever the threads. T, out and in are filled up to multiples of 32 with
 zeros, c too: its caller leaves the margins out. Addresses and sizes are int64.
@@ -26,10 +26,12 @@ from nanochameleon.kernels.simd import W, clear, njit, peek_bf16, poke_bf16, tra
 
 ROW = 2 * BLOCK  # bytes of a block's row
 SQUARE = BLOCK * ROW  # and of a block
-SPAN = 512  # rows of g and x at a time: of a panel 32 KB, of 256 columns of x 256 KB
-PANEL_ROW = 2 * SPAN + 64  # bytes: rows a whole number of pages apart would fall onto the same places of the cache
-WIDTH = 1_024  # columns of x at a time
-SCRATCH = (BLOCK * PANEL_ROW + 3 * SQUARE) // 4  # floats
+SPAN = 256  # rows of g and x at a time
+PANELS = 8  # the most that a stretch may have
+PANEL_ROW = 2 * SPAN + 64  # bytes: rows a power of two apart would fall onto the same places of the cache
+PANEL = BLOCK * PANEL_ROW
+WIDTH = 32  # columns of blocks at a time: of x 512 KB
+SCRATCH = (PANELS * PANEL + 3 * SQUARE) // 4  # floats
 
 
 class Job(NamedTuple):
@@ -85,33 +87,40 @@ def pack(job, part, first, last, spare):
 
 
 @njit
-def transpose_panel(job, panel, first, last, out, spare):
-    """Rows' blocks [first, last) of a panel of g -> (32 outputs, rows) at out."""
-    words = spare + SQUARE
-    for k in range(first, last):
-        at, left = job.g + job.g_row * BLOCK * k + ROW * panel, job.n_out - BLOCK * panel
-        p, row = whole_block(at, job.g_row, job.t - BLOCK * k, left, spare)
-        to_pairs(p, row, words)
-        for i in range(0, BLOCK, W):
-            transpose(words + 4 * i, BLOCK, out + PANEL_ROW * i + ROW * (k - first), PANEL_ROW // 4)
+def transpose_block(job, panel, k, out, spare):
+    """A block of g -> (32 outputs, 32 rows) at out."""
+    at, words = job.g + job.g_row * BLOCK * k + ROW * panel, spare + SQUARE
+    p, row = whole_block(at, job.g_row, job.t - BLOCK * k, job.n_out - BLOCK * panel, spare)
+    to_pairs(p, row, words)
+    for i in range(0, BLOCK, W):
+        transpose(words + 4 * i, BLOCK, out + PANEL_ROW * i, PANEL_ROW // 4)
+
+
+@njit
+def multiply_span(job, k, n, a, panel, j):
+    """A block of c += n blocks of rows, from block k on."""
+    pairs, row = job.pairs + SQUARE * (j * blocks(job.t) + k), 4 * BLOCK * blocks(job.n_in)
+    c = job.c + row * BLOCK * panel + 4 * BLOCK * j
+    if k == 0:
+        block_product(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+    else:
+        block_product_add(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
 
 
 @kernel
 def multiply(job, part, first, last, scratch):
-    """Panels [first, last) of c: 32 outputs each."""
+    """Panels [first, last) of c, at most PANELS, of 32 outputs each."""
     job = read_job(job)
-    steps, columns, spare = blocks(job.t), blocks(job.n_in), scratch + BLOCK * PANEL_ROW
-    row, span, width = 4 * BLOCK * columns, SPAN // BLOCK, WIDTH // BLOCK
+    columns, steps, span = blocks(job.n_in), blocks(job.t), SPAN // BLOCK
     take_tiles()
-    for left in range(0, columns, width):
+    for left in range(0, columns, WIDTH):
         for k in range(0, steps, span):
             n = min(span, steps - k)
+            for i in range(n):
+                for panel in range(first, last):
+                    a = scratch + PANEL * (panel - first) + ROW * i
+                    transpose_block(job, panel, k + i, a, scratch + PANEL * PANELS)
             for panel in range(first, last):
-                transpose_panel(job, panel, k, k + n, scratch, spare)
-                for j in range(left, min(left + width, columns)):
-                    pairs, c = job.pairs + SQUARE * (j * steps + k), job.c + row * BLOCK * panel + 4 * BLOCK * j
-                    if k == 0:
-                        block_product(scratch, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
-                    else:
-                        block_product_add(scratch, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+                for j in range(left, min(left + WIDTH, columns)):
+                    multiply_span(job, k, n, scratch + PANEL * (panel - first), panel, j)
     release_tiles()
