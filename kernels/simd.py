@@ -237,6 +237,14 @@ def divide(b, x, y):
 
 
 @instruction(vec, vec)
+def inverse_bf16(b, x):
+    """1 / x to 14 bits, more than bfloat16 has: with AVX-512 an instruction of 2 cycles, where a division takes 16."""
+    if W < 16:
+        return b.fdiv(constant(1.0), x)
+    return call_of(b, "llvm.x86.avx512.rcp14.ps.512", V, x, ir.Constant(V, ir.Undefined), ir.Constant(i16, -1))
+
+
+@instruction(vec, vec)
 def root(b, x):
     """Square roots."""
     return call_of(b, f"llvm.sqrt.v{W}f32", V, x)

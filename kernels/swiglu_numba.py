@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanochameleon.kernels.amx import power
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
+    FEATURES,
     W,
     divide,
     exp2,
+    inverse_bf16,
     load,
     load_bf16,
     njit,
@@ -44,12 +47,16 @@ read_job = reader(Job)
 
 
 @njit
-def sigmoid(x):
-    return divide(splat(ONE), splat(ONE) + exp2(x * splat(MINUS_LOG2E)))
+def inverse(x):
+    return divide(splat(ONE), x)
 
 
-def _rows(load, store, size):
-    """gate and gate_backward for whole registers of one type."""
+def _rows(load, store, size, power, inverse):
+    """gate and gate_backward for whole registers of one type, whose numbers `power` and `inverse` are as exact as."""
+
+    @njit
+    def sigmoid(x):
+        return inverse(splat(ONE) + power(x * splat(MINUS_LOG2E)))
 
     @njit
     def gate(a, b, y, n):
@@ -68,8 +75,8 @@ def _rows(load, store, size):
     return gate, gate_backward
 
 
-gate, gate_backward = _rows(load, store, 4)
-gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2)
+gate, gate_backward = _rows(load, store, 4, exp2, inverse)
+gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, power if "+avx512dq" in FEATURES else exp2, inverse_bf16)
 
 
 @kernel
