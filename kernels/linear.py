@@ -20,7 +20,6 @@ from torch import Tensor
 from nanochameleon.kernels.dispatch import decide
 from nanochameleon.kernels.ops import product_type
 
-
 LEAST = 64  # rows, inputs and outputs; below, tiles' margins and the launches cost more than they save
 
 

@@ -76,7 +76,8 @@ def _rows(load, store, size, power, inverse):
 
 
 gate, gate_backward = _rows(load, store, 4, exp2, inverse)
-gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, power if "+avx512dq" in FEATURES else exp2, inverse_bf16)
+power_bf16 = power if "+avx512dq" in FEATURES else exp2
+gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, power_bf16, inverse_bf16)
 
 
 @kernel

@@ -14,18 +14,19 @@ from typing import NamedTuple
 
 from nanochameleon.kernels.amx import (
     BLOCK,
+    BLOCK_ROW,
+    SQUARE,
     block_product,
     block_product_add,
     pair_rows,
     release_tiles,
     take_tiles,
+    whole_block,
 )
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.region_numba import reader
-from nanochameleon.kernels.simd import W, clear, njit, peek_bf16, poke_bf16, transpose
+from nanochameleon.kernels.simd import W, njit, transpose
 
-ROW = 2 * BLOCK  # bytes of a block's row
-SQUARE = BLOCK * ROW  # and of a block
 SPAN = 256  # rows of g and x at a time
 PANELS = 8  # the most that a stretch may have
 PANEL_ROW = 2 * SPAN + 64  # bytes: rows a power of two apart would fall onto the same places of the cache
@@ -55,23 +56,10 @@ def blocks(n):
 
 
 @njit
-def whole_block(p, row, n, m, spare):
-    """(place, bytes from row to row) of a block of which n rows and m columns are there: itself, or in spare memory,
-    with zeros for what is not."""
-    if n >= BLOCK and m >= BLOCK:
-        return p, row
-    clear(spare, SQUARE // 4)
-    for r in range(min(n, BLOCK)):
-        for i in range(min(m, BLOCK)):
-            poke_bf16(spare + ROW * r + 2 * i, peek_bf16(p + row * r + 2 * i))
-    return spare, ROW
-
-
-@njit
 def to_pairs(p, row, out):
     """A block as 16 rows of 32 words."""
     for r in range(0, BLOCK, 2):
-        pair_rows(p + row * r, p + row * (r + 1), out + ROW * r)
+        pair_rows(p + row * r, p + row * (r + 1), out + BLOCK_ROW * r)
 
 
 @kernel
@@ -81,7 +69,7 @@ def pack(job, part, first, last, spare):
     for k in range(first, last):
         t = BLOCK * k
         for j in range(blocks(job.n_in)):
-            at = job.x + job.x_row * t + ROW * j
+            at = job.x + job.x_row * t + BLOCK_ROW * j
             p, row = whole_block(at, job.x_row, job.t - t, job.n_in - BLOCK * j, spare)
             to_pairs(p, row, job.pairs + SQUARE * (j * blocks(job.t) + k))
 
@@ -89,7 +77,7 @@ def pack(job, part, first, last, spare):
 @njit
 def transpose_block(job, panel, k, out, spare):
     """A block of g -> (32 outputs, 32 rows) at out."""
-    at, words = job.g + job.g_row * BLOCK * k + ROW * panel, spare + SQUARE
+    at, words = job.g + job.g_row * BLOCK * k + BLOCK_ROW * panel, spare + SQUARE
     p, row = whole_block(at, job.g_row, job.t - BLOCK * k, job.n_out - BLOCK * panel, spare)
     to_pairs(p, row, words)
     for i in range(0, BLOCK, W):
@@ -118,7 +106,7 @@ def multiply(job, part, first, last, scratch):
             n = min(span, steps - k)
             for i in range(n):
                 for panel in range(first, last):
-                    a = scratch + PANEL * (panel - first) + ROW * i
+                    a = scratch + PANEL * (panel - first) + BLOCK_ROW * i
                     transpose_block(job, panel, k + i, a, scratch + PANEL * PANELS)
             for panel in range(first, last):
                 for j in range(left, min(left + WIDTH, columns)):
