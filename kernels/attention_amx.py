@@ -48,6 +48,7 @@ from nanochameleon.kernels.attention_lanes_amx import (
     ROW,
     Lanes,
     add_sums,
+    fetch_rows,
     find_moments,
     give_rows,
     prepare,
@@ -183,6 +184,8 @@ def prepare_keys(job, b, g, at, backward):
     norm, lanes, most = key_norm(job, b, g), lanes_of(job, at), ZERO
     for i in range(0, padded(job.t), BLOCK):
         n, here, across = max(0, min(BLOCK, job.t - i)), 2 * i * job.width, at.t + 2 * i
+        fetch_rows(keys, i + BLOCK, BLOCK)
+        fetch_rows(values, i, n)
         take_words(keys, i, n, lanes, at.x)
         most = max(most, prepare(at.x, i, norm, ONE, lanes, at.y))
         to_rows(at.y, job.width, at.k + here)
@@ -200,7 +203,9 @@ def prepare_keys(job, b, g, at, backward):
 
 @njit
 def prepare_queries(job, b, h, i, n, at):
-    take_words(rows_of(job, job.q, job.q_row, b, h), i, n, lanes_of(job, at), at.x)
+    rows = rows_of(job, job.q, job.q_row, b, h)
+    fetch_rows(rows, i + n, BLOCK)
+    take_words(rows, i, n, lanes_of(job, at), at.x)
     return prepare(at.x, i, query_norm(job, b, h), score_scale(job), lanes_of(job, at), at.q)
 
 
@@ -369,6 +374,7 @@ def forward(job, part, first_task, last_task, scratch):
         longest_k = prepare_keys(job, b, g, at, False)
         for h in range(g * shared, (g + 1) * shared):
             for start, i, nq in query_tiles(at.ends, t):
+                fetch_rows(rows_of(job, job.out, job.heads * job.e, b, h), i, nq)
                 longest_q = prepare_queries(job, b, h, i, nq, at)
                 find_shifts(job, docs, start, i, nq, longest_k * longest_q < BOUND * BOUND, at)
                 clear(at.sums, job.width * BLOCK)
@@ -389,6 +395,8 @@ def forward(job, part, first_task, last_task, scratch):
 def read_gradient(job, b, h, i, n, at):
     """The gradient of the output as words and pairs, delta its products with the output, and log Z."""
     rows, out = rows_of(job, job.d_out, job.heads * job.e, b, h), rows_of(job, job.out, job.heads * job.e, b, h)
+    fetch_rows(rows, i + n, BLOCK)
+    fetch_rows(out, i, n)
     take_words(rows, i, n, lanes_of(job, at), at.d_out)
     take_words(out, i, n, lanes_of(job, at), at.y)
     products_of_rows(at.d_out, at.y, job.width, at.delta)
@@ -421,6 +429,9 @@ def write_keys(job, b, g, at):
     clear(at.norm, 2 * W * job.width)
     for i in range(0, job.t, BLOCK):
         n = min(BLOCK, job.t - i)
+        fetch_rows(dk, i, n)
+        fetch_rows(dv, i, n)
+        fetch_rows(keys, i + BLOCK, BLOCK)
         take_words(keys, i, n, lanes, at.x)
         find_moments(at.x, norm, lanes)
         transpose_all(at.dk + 4 * i * job.width, BLOCK, job.width, job.width, at.sums, BLOCK)
@@ -446,6 +457,7 @@ def backward(job, part, first_task, last_task, scratch):
             clear(at.norm, 2 * W * width)
             for start, i, nq in query_tiles(at.ends, t):
                 read_gradient(job, b, h, i, nq, at)
+                fetch_rows(rows_of(job, job.dq, job.d_row, b, h), i, nq)
                 prepare_queries(job, b, h, i, nq, at)
                 to_pairs(at.q, width, at.halves, at.q_pairs)
                 clear(at.sums, width * BLOCK)

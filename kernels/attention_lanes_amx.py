@@ -30,6 +30,7 @@ from nanochameleon.kernels.attention_rows_numba import ONE, inverse_deviation
 from nanochameleon.kernels.simd import (
     ZERO,
     W,
+    fetch,
     larger,
     largest,
     load,
@@ -64,6 +65,14 @@ def transpose_all(source, rows, columns, lds, target, ldt):
     for i in range(0, rows, W):
         for j in range(0, columns, W):
             transpose(source + 4 * (i * lds + j), lds, target + 4 * (j * ldt + i), ldt)
+
+
+@njit
+def fetch_rows(rows, i, n):
+    """Asks for positions [i, i + n) early: rows of one head lie too far apart for the processor to foresee them."""
+    for r in range(i, i + n):
+        for c in range(0, 2 * rows.e, 64):
+            fetch(rows.p + r * rows.step + c)
 
 
 @njit

@@ -92,6 +92,12 @@ def call_of(b, name: str, result, *args, **flags):
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), args, **flags)
 
 
+def fetch_of(b, p) -> None:
+    """Asks for a cache line early."""
+    byte = ir.IntType(8).as_pointer()
+    call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(3), i32(1))
+
+
 def _reduce(b, op: str, x, *start):
     return call_of(b, f"llvm.vector.reduce.{op}.v{W}f32", f32, *start, x, fastmath=("reassoc",))
 
@@ -158,6 +164,11 @@ def load(b, p):
 @instruction(types.void, address, vec)
 def store(b, p, x):
     store_at(b, x, p)
+
+
+@instruction(types.void, address)
+def fetch(b, p):
+    fetch_of(b, p)
 
 
 @instruction(vec, address)
