@@ -463,7 +463,7 @@ if why_not() is None:  # without AMX the tests of what runs on its tiles are ski
                "kernels/test_weight_gradient.py"),
         Mutant("rows of half words are taken for rows of words", "kernels/amx.py", " and row % 4 == 0:", ":",
                "kernels/test_normed_attention.py"),
-        Mutant("weights' gradients on tiles where nobody asked for them", "kernels/linear.py", 'name == "amx", *weights',
+        Mutant("tiles for weights' gradients where nobody asked", "kernels/linear.py", 'name == "amx", *weights',
                "True, *weights", "kernels/test_weight_gradient.py"),
         Mutant("tiles where there are none", "kernels/dispatch.py",
                "if op in AMX and why_not_amx(device, dtype) is None:", "if op in AMX and dtype == torch.bfloat16:",

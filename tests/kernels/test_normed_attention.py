@@ -85,6 +85,16 @@ def test_inputs_of_other_strides_are_read_right_and_never_written(name, dtype):
     assert torch.equal(out, copied) and torch.equal(fused, before)
 
 
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_rows_may_lie_an_odd_number_of_numbers_apart(name, dtype):
+    wide = torch.randn(1, 40, 65).to(dtype)
+    table = rotary_table(torch.arange(40).expand(1, 40), 32, 1e4)
+    x = wide[..., 1:].view(1, 40, 2, 32)
+    with use_kernels(name):
+        out, copied = (normed_attention(y, y, y, table, None, None, None, EPS) for y in (x, x.contiguous()))
+    assert torch.equal(out, copied)
+
+
 def test_the_sums_that_the_gradient_needs_have_none_themselves():
     x, turns = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
     out, lse = torch.ops.nanochameleon.normed_attention(x, x, x, turns, None, None, None, None, None, EPS)

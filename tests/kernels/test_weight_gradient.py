@@ -32,12 +32,13 @@ def laid_out(x: torch.Tensor, how: str) -> torch.Tensor:
     return wide[:, 1:-2] if how == "part of wider rows" else x
 
 
-LAYOUTS = st.sampled_from(["as it is", "columns first", "part of wider rows"])
+LAYOUT = st.sampled_from(["as it is", "columns first", "part of wider rows"])
+ROWS, LAYOUTS = st.one_of(SIZES, st.just(600)), st.tuples(LAYOUT, LAYOUT)
 
 
 @needs_amx
 @settings(max_examples=60)
-@given(t=st.one_of(SIZES, st.just(600)), n_out=SIZES, n_in=SIZES, how=st.tuples(LAYOUTS, LAYOUTS), seed=st.integers(0, 99))
+@given(t=ROWS, n_out=SIZES, n_in=SIZES, how=LAYOUTS, seed=st.integers(0, 99))
 def test_it_is_the_product_with_nothing_rounded_but_sums(t, n_out, n_in, how, seed):
     g, x = numbers(seed, t, n_out), numbers(seed + 1, t, n_in)
     result = weight_gradient(laid_out(g, how[0]), laid_out(x, how[1]))
