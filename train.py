@@ -148,7 +148,7 @@ class Progress:
     loss: float | None = None  # mean of what was logged since the checkpoint before
 
 
-ROLL_BACKS = 3  # before a run gives up
+ROLL_BACKS, WITHIN = 3, 1_000  # so many within so many batches, and a run gives up
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Training:
     progress: Progress
     losses: list[float] = field(default_factory=list)  # logged since the last checkpoint
     failed: int = 0  # steps in a row without a finite loss
-    rolled_back: int = 0
+    rolled_back: list[int] = field(default_factory=list)  # at which batches
 
     def step(self, monitor: Monitor | None, stopped: Callable[[], bool]) -> bool:
         """One update, logged and saved when due; -> whether a stop was asked for on any rank. If loss or gradient are
@@ -231,16 +231,16 @@ class Training:
 
     def roll_back(self) -> int:
         """To the newest checkpoint, to go on with the batches after those that failed; -> its step. Raises GaveUp
-        where there is none, or this has happened too often."""
+        where there is none, or this has happened too often of late."""
         lower = f"start anew with --overwrite and less than --optim.lr {self.cfg.optim.lr}"
         self.saver.finish()
-        path = find(self.folder, self.trainee.mesh)
-        if path is None or self.rolled_back == ROLL_BACKS:
+        path, reached = find(self.folder, self.trainee.mesh), self.progress.step + self.progress.passed
+        if path is None or sum(reached - batch < WITHIN for batch in self.rolled_back) == ROLL_BACKS:
             raise GaveUp(f"{self.failed} steps in a row had no finite loss: {lower}")
-        reached, left_out = self.progress.step + self.progress.passed, self.progress.left_out
+        left_out = self.progress.left_out
         self.progress = Progress(**checkpoint.restore(path, self.trainee.model, self.optimizer))
         self.progress.passed, self.progress.left_out = reached - self.progress.step, left_out
-        self.failed, self.losses, self.rolled_back = 0, [], self.rolled_back + 1
+        self.failed, self.losses, self.rolled_back = 0, [], [*self.rolled_back, reached]
         if self.trainee.mesh.first:
             print(f"\nwarning: {TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
         return self.progress.step
@@ -259,7 +259,7 @@ class Training:
             if monitor:
                 monitor.progress(p.step - 1)
             done = p.step == t.steps
-            if done or stop or p.step % t.save_every == 0:
+            if done or stop or (p.step % t.save_every == 0 and not self.failed):  # else it is what led to the failure
                 self.save(last=done or stop)
             if stop and not done:
                 raise Interrupted
@@ -357,18 +357,30 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
         except OSError as error:  # a full disk, a folder that may not be written
             why = f"cannot go on in {folder}: {error}"
             raise UserError(f"{why}; once that is mended, the same command without --overwrite goes on") from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(no_room(cfg, mesh)) from error
     return folder
+
+
+def no_room(cfg: RunConfig, mesh: Mesh) -> str:
+    """The sentence for a GPU whose memory is full; what it names may change while a run goes on."""
+    rows = cfg.parallel.micro_batch or cfg.train.batch_size // mesh.data_size
+    fewer = f"--parallel.micro-batch {rows // 2}, " if rows > 1 else ""
+    why = f"the memory of {mesh.device} does not hold {rows} rows of {cfg.train.seq_len} ids at a time"
+    return f"{why}: go on with {fewer}--parallel.recompute or, on more GPUs, --parallel.mode fsdp"
 
 
 def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
     """By one rank, with the whole model: of a sharded one as it was saved."""
-    if shards(mesh, run.cfg.parallel):
-        run = open_model(folder, str(mesh.device))
-    if run.images.can_draw:
+    if not run.images.can_draw:
+        print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
+        return
+    try:
+        run = open_model(folder, str(mesh.device)) if shards(mesh, run.cfg.parallel) else run
         make_report(run, folder, laps.seconds)
         print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
-    else:
-        print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
+    except torch.OutOfMemoryError:
+        print(f"done: {folder}, without samples and a report, since {mesh.device} does not hold the whole model")
 
 
 def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:

@@ -102,7 +102,7 @@ class Mesh:
             try:
                 with all_cores():
                     result = work()
-            except Exception as problem:
+            except (Exception, KeyboardInterrupt) as problem:  # the latter by Ctrl-C, of which the others must hear
                 error = problem
         told = self.tell((result, error) if self.first else None)
         if told[1] is not None:
@@ -115,11 +115,11 @@ class Mesh:
 
 
 def environment(name: str, default: int) -> int:
-    """What torchrun tells its processes. Raises UserError for what is no number."""
-    try:
-        return int(os.environ.get(name, default))
-    except ValueError:
-        raise UserError(f"the environment's {name} is {os.environ[name]!r}, not a number: use torchrun") from None
+    """A number that torchrun gives its processes. Raises UserError for anything else under its name."""
+    word = os.environ.get(name, str(default))
+    if not word.isdigit():
+        raise UserError(f"{name} is {word!r} in the environment, not a number: start with torchrun, or unset it")
+    return int(word)
 
 
 def local_device(wish: str, pick: Callable[[str], torch.device]) -> torch.device:
@@ -149,6 +149,8 @@ def start(parallel: ParallelConfig, batch_size: int, device: torch.device) -> It
         return
     import torch.distributed as dist
 
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE")
     timeout = timedelta(seconds=parallel.timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     host, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, PATIENCE))

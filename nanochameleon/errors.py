@@ -36,7 +36,8 @@ def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
     try:
         return main()
     except UserError as error:
-        if each or isinstance(error, PeerLost) or os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if each or isinstance(error, PeerLost) or rank == "0" or not rank.isdigit():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -131,6 +131,22 @@ def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tm
 
 
 @pytest.mark.parametrize(
+    "given, why",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK is 'first' in the environment, not a number"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2' in the environment, not a number"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_refused_with_a_sentence(given, why, tmp_path, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    done = run_train("toy", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "program", [["train.py", "toy"], ["sample.py", "nowhere", "a"], ["-m", "nanochameleon.bench", "kernels"]]
 )
 @pytest.mark.parametrize("wish, why", [("fast", "no kernels called 'fast'"), ("cuda", "the tensors are on cpu")])

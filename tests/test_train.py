@@ -357,6 +357,41 @@ def test_a_run_that_rolling_back_does_not_help_gives_up_with_a_sentence(saved, b
     assert len(weights) == (6 + 3 * (1 + train.ROLL_BACKS) if saved else 9)
 
 
+def test_roll_backs_long_ago_do_not_count(before_transformer, monkeypatch):
+    """Of each six batches three in a row fail; a second roll-back within four batches would end the run."""
+    for name, value in {"TOO_MANY": 3, "ROLL_BACKS": 1, "WITHIN": 4}.items():
+        monkeypatch.setattr(train, name, value)
+    weights = break_losses(monkeypatch, "nan", lambda call: call > 4 and call % 6 < 3)
+    cfg = training_config(before_transformer)
+    train.main(replace(cfg, train=replace(cfg.train, save_every=1)))
+    state = checkpoint.load(before_transformer)[1]
+    assert state["step"] == 12 and state["left_out"] == 3 + 3 + 1 and len(weights) == 12 + 6
+
+
+@pytest.mark.parametrize("micro_batch, fewer", [(None, "--parallel.micro-batch 1, "), (1, "")])
+def test_a_gpu_whose_memory_is_full_is_a_sentence_that_says_what_to_lower(
+    micro_batch, fewer, before_transformer, monkeypatch
+):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "gradients", full)
+    cfg = training_config(before_transformer)
+    cfg = replace(cfg, parallel=replace(cfg.parallel, micro_batch=micro_batch))
+    rows = f"the memory of cpu does not hold {micro_batch or 2} rows of {cfg.train.seq_len} ids at a time"
+    with pytest.raises(UserError, match=f"{rows}: go on with {fewer}--parallel.recompute"):
+        train.main(cfg)
+
+
+def test_a_model_too_large_for_one_device_ends_without_a_report(before_transformer, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "make_report", full)
+    train.main(training_config(before_transformer))
+    assert "without samples and a report, since cpu does not hold the whole model" in capsys.readouterr().out
+
+
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 

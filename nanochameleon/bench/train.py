@@ -23,11 +23,11 @@ from nanochameleon.kernels.pages import keep_pages
 from nanochameleon.objective import Objective, matrix_products
 from nanochameleon.optim import clip, make_adamw
 from nanochameleon.packing import Batch
+from nanochameleon.scaling import PEAKS, flop_per_id
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
 Z_LOSS, CLIP = 1e-5, 1.0
-PEAK = 989e12  # FLOP/s of an H100 in bf16, without sparsity
 Step = Callable[[], object]
 
 
@@ -55,13 +55,6 @@ CASES = {
         Case("288M, 16 x 2048", ModelConfig(dim=1_024, n_layers=12, n_heads=8, max_seq_len=2_048), Vocab(), 16, 2_048),
     ],
 }
-
-
-def flops_per_token(cfg: ModelConfig, t: int) -> float:
-    """6 for each weight that takes part in a product (all but the embedding table) and causal attention's two products
-    in forward and backward: 6 T D a layer."""
-    block = cfg.dim * cfg.head_dim * (2 * cfg.n_heads + 2 * cfg.kv_heads) + 3 * cfg.dim * cfg.ffn_dim
-    return 6 * (cfg.n_layers * block + cfg.vocab_size * cfg.dim) + 6 * cfg.n_layers * t * cfg.dim
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,5 +186,5 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         for name, gib in peak.items():
             yield from rows_of("train", f"{case.name}, peak", name, {name: 1 / gib}, 1.0, "GiB", where)
         if device.type == "cuda":
-            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAK  # of a second at the peak
+            share = flop_per_id(case.cfg, case.t) * case.n_tokens / PEAKS["H100"]  # of a second at the peak
             yield from rows_of("train", f"{case.name}, MFU", "nano", best, share, "of 989 TFLOP/s", where)

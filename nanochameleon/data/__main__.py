@@ -44,20 +44,14 @@ class Args:
     """cpu, cuda, ...; auto takes a GPU if there is one."""
 
 
-def rank_of(name: str, default: int) -> int:
-    """A number that torchrun sets. Raises UserError for anything else under its name."""
-    word = os.environ.get(name, str(default))
-    if not word.isdigit():
-        raise UserError(f"{name} is {word!r} in the environment: torchrun sets it to a number")
-    return int(word)
-
-
 def device_of(wish: str) -> str:
     """With several GPUs each process takes one."""
     import torch
 
+    from nanochameleon.distributed import environment
+
     if wish in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{rank_of('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+        return f"cuda:{environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     return wish
 
 
@@ -77,12 +71,13 @@ def check(args: Args) -> None:
 def main(args: Args) -> None:
     check(args)
     from nanochameleon import tokenizing
+    from nanochameleon.distributed import environment
     from nanochameleon.model_folder import open_tokenizers, text_of
     from nanochameleon.prepared import open_prepared, store_prepared
     from nanochameleon.run import pick_device
     from nanochameleon.units import plan
 
-    rank, world, local = rank_of("RANK", 0), rank_of("WORLD_SIZE", 1), rank_of("LOCAL_WORLD_SIZE", 1)
+    rank, world, local = (environment(name, n) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     tokenizers = open_tokenizers(args.tokenizers) if args.tokenizers else open_prepared(args.out)
     units, text = plan(args.sources, args.form), text_of(tokenizers, args.tokenizers or args.out)
     most, least = args.seq_len or tokenizers.context, tokenizers.vqgan.codes_per_image + 5

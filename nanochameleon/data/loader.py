@@ -6,7 +6,6 @@ Every draw is a pure function of (seed, step): to resume is to ask for the next 
 for different rows of it. A row holds documents of one source, so that shares are shares of rows, hence of ids.
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,6 +16,7 @@ import numpy as np
 
 from nanochameleon.data.mixture import Shares, seed_of
 from nanochameleon.errors import UserError
+from nanochameleon.files import replacing
 from nanochameleon.packing import Batch, assign_rows, fill
 
 
@@ -76,9 +76,8 @@ def kept(folder: Path, documents: Documents, seq_len: int, seed: int) -> tuple[n
     paths = [folder / f"rows-{seq_len}-{seed}-{what}.npy" for what in ("documents", "edges")]
     if not paths[1].exists():  # written last
         for path, array in zip(paths, pack_all(documents, seq_len, seed), strict=True):
-            aside = path.with_name(f".{os.getpid()}-{path.name}")
-            np.save(aside, array)
-            os.replace(aside, path)
+            with replacing(path) as file:
+                np.save(file, array)
     numbers, edges = (np.load(path, mmap_mode="r") for path in paths)
     return numbers, edges
 

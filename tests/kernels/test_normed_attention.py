@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
+from nanochameleon.kernels.attention import visible
 from nanochameleon.kernels.dispatch import use_kernels, why_not_amx
 from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
 from nanochameleon.transformer import rotary_table
@@ -110,6 +111,51 @@ def test_no_rows_and_no_positions(shape):
     assert out.shape == x.shape
     out.sum().backward()
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+@settings(max_examples=15)
+@given(problem=problems())
+def test_an_output_lies_between_the_least_and_the_largest_value_that_is_seen(name, dtype, problem):
+    tensors, table, docs, _ = problem
+    q, k, v = (tensors[n].to(dtype) for n in "qkv")
+    with use_kernels(name):
+        out = normed_attention(q, k, v, table.to(torch.complex64), docs, None, None, EPS)
+    docs = torch.zeros(q.shape[:2]) if docs is None else docs
+    v, unseen = v.repeat_interleave(q.shape[2] // v.shape[2], 2)[:, None], ~visible(docs, docs)[..., None, None]
+    low, high = v.masked_fill(unseen, torch.inf).amin(2), v.masked_fill(unseen, -torch.inf).amax(2)
+    room = 2 * torch.finfo(dtype).eps * v.abs().max()  # values are bfloat16's, the average is rounded
+    assert (out >= low - room).all() and (out <= high + room).all()
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 100), e=st.sampled_from([16, 32, 48]), by=st.integers(1, 500))
+def test_only_distances_count_and_one_vector_on_all_unturned_keys_does_not(name, dtype, seed, e, by):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 70, heads, e, generator=generator).to(dtype) for heads in (2, 1, 1))
+    shift = torch.randn(e, generator=generator).to(dtype)
+    places, still = torch.arange(70)[None], torch.ones(1, 1, 70, e // 2, dtype=torch.complex64)
+    with use_kernels(name):
+        turned = [rotary_table(p, e, 1e4) for p in (places, places + by)]
+        here, there = (normed_attention(q, k, v, turns, None, None, None, EPS) for turns in turned)
+        plain, moved = (normed_attention(q, keys, v, still, None, None, None, EPS) for keys in (k, k + shift))
+    room = 1e-3 if dtype == torch.float32 else 0.15  # scores of 4 to 8, rounded to bfloat16, move weights so
+    torch.testing.assert_close(there, here, rtol=0, atol=room)
+    torch.testing.assert_close(moved, plain, rtol=0, atol=room)
+
+
+def test_gradcheck():
+    """What every implementation is compared with: its gradient by differences, in float64."""
+    q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
+    norms = [torch.rand(1, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    turns = rotary_table(torch.arange(5).expand(1, 5), 4, 1e4).to(torch.complex128)
+    docs = torch.tensor([[0, 0, 0, 1, 1]])
+
+    def run(q, k, v, *n):
+        return normed_attention(q, k, v, turns, docs, n[:2], n[2:], EPS)
+
+    assert torch.autograd.gradcheck(run, (q, k, v, *norms))
 
 
 @given(st.integers(0, 100), st.sampled_from([0.1, 7.0]))

@@ -83,6 +83,12 @@ def test_inputs_of_other_strides_are_read_right_and_never_written(name):
     assert all(torch.equal(y, z) for y, z in zip(result, expected, strict=True)) and torch.equal(wide, before)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradcheck(name):
+    x, branch, weight = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((3, 6), (3, 6), (6,)))
+    assert torch.autograd.gradcheck(PAIRS[name][0], (x, branch, weight))
+
+
 def test_opcheck():
     x, branch, weight = torch.randn(3, 10, requires_grad=True), torch.randn(3, 10), torch.ones(10, requires_grad=True)
     ops = torch.ops.nanochameleon

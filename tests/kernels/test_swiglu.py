@@ -38,6 +38,11 @@ def test_far_from_zero_it_is_finite_and_right():
     assert y.isfinite().all() and y[0].abs() < 1e-6 and slope.isfinite().all()
 
 
+def test_gradcheck():
+    a, b = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(swiglu, (a, b))
+
+
 def test_opcheck():
     inputs = [torch.randn(3, 10, requires_grad=True) for _ in range(2)]
     torch.library.opcheck(torch.ops.nanochameleon.swiglu.default, inputs)
