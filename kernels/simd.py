@@ -32,6 +32,7 @@ STRIP = COLUMNS * W
 
 f32, i16, i32, i64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 V, VI, VH = ir.VectorType(f32, W), ir.VectorType(i32, W), ir.VectorType(i16, W)
+AHEAD = 2_048  # bytes: how early kernels ask for what they stream; several streams at once outrun the processor's guess
 FUSE = ("contract",)  # a * b + c may be one instruction; nothing else is reordered
 
 

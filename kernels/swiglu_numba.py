@@ -13,10 +13,12 @@ from nanochameleon.kernels.amx import power
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
+    AHEAD,
     FEATURES,
     W,
     divide,
     exp2,
+    fetch,
     inverse_bf16,
     load,
     load_bf16,
@@ -62,12 +64,16 @@ def _rows(load, store, size, power, inverse):
     def gate(a, b, y, n):
         for i in range(0, size * n, size * W):
             x = load(a + i)
+            for stream in (a, b, y):
+                fetch(stream + i + AHEAD)
             store(y + i, x * sigmoid(x) * load(b + i))
 
     @njit
     def gate_backward(a, b, g, da, db, n):
         for i in range(0, size * n, size * W):
             x, y = load(a + i), load(g + i)
+            for stream in (a, b, g, da, db):
+                fetch(stream + i + AHEAD)
             s = sigmoid(x)
             store(da + i, y * load(b + i) * s * (splat(ONE) + x * (splat(ONE) - s)))
             store(db + i, y * x * s)
