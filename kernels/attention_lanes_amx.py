@@ -2,8 +2,8 @@
 
 Rows of bfloat16 are rows of words, and a word is a pair of neighbours, which is what rotary positions turn. Transposed,
 pair i of 32 rows is two registers: means, deviations and lengths are sums of registers, nothing is added up across
-lanes, and a row of 32 costs about 40 instructions where one after the other (attention_rows_numba.py) it is 130. What comes out,
-words of 32 rows, is a product's b as it is (amx.py); rows and pairs of rows are moves away.
+lanes, and a row of 32 costs about 40 instructions where one after the other (attention_rows_numba.py) it is 130. What
+comes out, words of 32 rows, is a product's b as it is (amx.py); rows and pairs of rows are moves away.
 
     words      (width / 2, 32): pair i of 32 rows
     halves     (width, 32) bfloat16: number i of 32 rows, the transpose
