@@ -9,7 +9,7 @@ which is 16 times the arithmetic of float32 in vectors. What it wants in memory:
 
 Two moves make either from rows of numbers, and both are exact:
 
-    store_pairs   two rows -> one row of pairs: b for sums over rows
+    store_pairs   two rows -> one row of pairs: b for sums over rows; pair_rows where they are bfloat16 already
     transpose     of words (simd.py). Of rows taken as words it makes pairs of the transpose: b for sums along rows.
                   Of pairs it makes rows of the transpose: a for sums over rows
 
@@ -29,23 +29,33 @@ from numba.core import cgutils
 from nanochameleon.kernels.simd import (
     FEATURES,
     FUSE,
+    VH,
     VI,
     V,
     W,
     address,
     call_of,
+    clear,
     constant,
     count,
     i16,
     i32,
     i64,
     instruction,
+    load,
+    njit,
+    peek_bf16,
+    poke_bf16,
     splat_of,
+    store,
+    store_at,
     types,
     vec,
 )
 
 BLOCK = 32  # rows and columns of a product's block: two tiles by two
+BLOCK_ROW = 2 * BLOCK  # bytes of bfloat16: with AVX-512, which has to be there, a register
+SQUARE = BLOCK * BLOCK_ROW
 NEEDED = ("amx-tile", "amx-bf16", "avx512f", "avx512dq", "avx512bw")
 i8, void = ir.IntType(8), ir.VoidType()
 bytes_at = i8.as_pointer()
@@ -144,6 +154,37 @@ def store_pairs(b, p, x, y):
     b.store(b.or_(low, high), b.inttoptr(p, VI.as_pointer()), align=4)
 
 
+@instruction(vec, address)
+def load_low(b, p):
+    """The first number of each of W words at p, widened."""
+    return b.bitcast(b.shl(b.load(b.inttoptr(p, VI.as_pointer()), align=4), ir.Constant(VI, [16] * W)), V)
+
+
+@instruction(vec, address)
+def load_high(b, p):
+    """The second one."""
+    return b.bitcast(b.and_(b.load(b.inttoptr(p, VI.as_pointer()), align=4), ir.Constant(VI, [0xFFFF0000] * W)), V)
+
+
+@instruction(types.void, address, address, address)
+def split_words(b, p, first, second):
+    """W words at p -> their first numbers side by side, and their second ones."""
+    words = b.load(b.inttoptr(p, VI.as_pointer()), align=4)
+    for target, bits in ((first, words), (second, b.lshr(words, ir.Constant(VI, [16] * W)))):
+        b.store(b.trunc(bits, VH), b.inttoptr(target, VH.as_pointer()), align=2)
+
+
+@instruction(types.void, address, address, address)
+def pair_rows(b, x, y, p):
+    """2 W bfloat16 numbers at x and at y -> 2 W words (x[i], y[i]) at p."""
+    halves = ir.VectorType(i16, 2 * W)
+    x, y = (b.load(b.inttoptr(z, halves.as_pointer()), align=2) for z in (x, y))
+    for part in range(2):
+        order = [n for i in range(part * W, part * W + W) for n in (i, 2 * W + i)]
+        words = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, 2 * W), order))
+        store_at(b, b.bitcast(words, V), p, W * part)
+
+
 @instruction(types.void, address, vec, vec)
 def store_row(b, p, x, y):
     """2 W bfloat16 numbers: x, then y."""
@@ -181,3 +222,30 @@ def power(b, x):
     for c in POWER[3::-1]:
         y = b.fadd(b.fmul(y, f, flags=FUSE), constant(c), flags=FUSE)
     return call_of(b, "llvm.x86.avx512.mask.scalef.ps.512", V, y, x, passed, every, current)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks of bfloat16 numbers: 32 rows of 64 bytes
+
+
+@njit
+def whole_block(p, row, n, m, spare):
+    """(place, bytes from row to row) of a block of which n rows and m columns are there: itself, or in spare memory,
+    with zeros for what is not. Rows begin at whole words."""
+    if n >= BLOCK and m >= BLOCK and row % 4 == 0:
+        return p, row
+    clear(spare, SQUARE // 4)
+    copy_block(p, row, n, m, spare, BLOCK_ROW)
+    return spare, BLOCK_ROW
+
+
+@njit
+def copy_block(p, row, n, m, target, target_row):
+    """The first n rows and m columns, at most BLOCK each."""
+    for r in range(min(n, BLOCK)):
+        here, there = p + row * r, target + target_row * r
+        if m >= BLOCK:
+            store(there, load(here))
+        else:
+            for i in range(m):
+                poke_bf16(there + 2 * i, peek_bf16(here + 2 * i))

@@ -32,15 +32,34 @@ from numba.extending import register_jitable
 
 from nanochameleon.kernels.amx import (
     BLOCK,
+    SQUARE,
     between,
     block_product,
     block_product_add,
+    copy_block,
     power,
     release_tiles,
     rounded,
     store_pairs,
     store_row,
     take_tiles,
+)
+from nanochameleon.kernels.attention_lanes_amx import (
+    ROW,
+    Lanes,
+    add_sums,
+    fetch_rows,
+    find_moments,
+    give_rows,
+    prepare,
+    prepare_backward,
+    products_of_rows,
+    take_words,
+    to_halves,
+    to_pairs,
+    to_rows,
+    transpose_all,
+    turns,
 )
 from nanochameleon.kernels.attention_numba import (
     BOUND,
@@ -55,19 +74,13 @@ from nanochameleon.kernels.attention_numba import (
     same_document,
     score_scale,
 )
-from nanochameleon.kernels.attention_rows_numba import (
-    ONE,
-    block_floats,
-    prepare,
-    prepare_backward,
-    read,
-    row_products,
-)
+from nanochameleon.kernels.attention_rows_numba import ONE
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.simd import (
     ZERO,
     W,
     clear,
+    divide,
     larger,
     load,
     njit,
@@ -77,39 +90,43 @@ from nanochameleon.kernels.simd import (
     poke_int,
     splat,
     store,
-    transpose,
     write_row,
 )
 
 LANES = BLOCK  # a head's numbers are rounded up to this many
-ROW = 4 * BLOCK  # bytes of a row of scores, or of pairs
 
 
 class Places(NamedTuple):
-    """Addresses in a thread's scratch. Keys first, of all positions; then a tile of queries; then a block of scores."""
+    """Addresses in a thread's scratch. Keys first, of all positions; then a tile of queries; then a block of scores.
+    What words, halves and pairs are says attention_lanes_amx.py."""
 
     k: int  # (P, width) bfloat16, P = padded(t)
     v: int
     t: int  # (width, P): V transposed in the forward pass, K in the backward pass
     dk: int  # (P, width) float32
     dv: int
+    table: int  # (width, P) float32
     ends: int  # (t,) int64: where a run of one document ends, for positions where one begins
-    x: int  # (32, width) float32
-    rows: int  # (32, width) bfloat16
-    q: int  # (width / 2, 32) words: transposed, a product's b
-    q_pairs: int  # (16, width) words
-    d_out: int
-    d_out_pairs: int
     sums: int  # (width, 32) float32: out or dq, transposed
+    x: int  # words of rows as they are
+    y: int  # and of what comes out
+    q: int  # words of prepared queries
+    q_pairs: int
+    d_out: int  # words
+    d_out_pairs: int
+    halves: int
+    norm: int  # (2 width, W) float32
     scores: int  # (32 keys, 32 queries) float32
     dp: int
     weights: int  # (32, 32) bfloat16
     ds: int
     pairs: int  # (16, 32) words, of weights in the forward pass, of ds in the backward pass
+    spare: int
     shift: int  # (32,) float32, as all that follows
     total: int
     delta: int
-    block: int
+    mean: int
+    factor: int
     end: int
 
 
@@ -121,20 +138,26 @@ def padded(t):
 
 @register_jitable
 def places(p, t, width):
-    keys, tile, square = 2 * padded(t) * width, 2 * BLOCK * width, 2 * BLOCK * BLOCK
+    keys, words = 2 * padded(t) * width, 2 * BLOCK * width
     dk = p + 3 * keys
-    ends = dk + 4 * keys
-    x = ends + 8 * padded(t)
-    q = x + 3 * tile
-    sums = q + 4 * tile
-    s = sums + 2 * tile
-    shift = s + 7 * square
-    block = shift + 3 * ROW
+    table = dk + 4 * keys
+    ends = table + 2 * keys
+    sums = ends + 8 * padded(t)
+    x = sums + 2 * words
+    norm = x + 7 * words
+    s = norm + 8 * W * width
+    shift = s + 8 * SQUARE
     return Places(
-        p, p + keys, p + 2 * keys, dk, dk + 2 * keys, ends, x, x + 2 * tile, q, q + tile, q + 2 * tile, q + 3 * tile,
-        sums, s, s + 2 * square, s + 4 * square, s + 5 * square, s + 6 * square, shift, shift + ROW, shift + 2 * ROW,
-        block, block + 4 * block_floats(width),
+        p, p + keys, p + 2 * keys, dk, dk + 2 * keys, table, ends, sums, x, x + words, x + 2 * words, x + 3 * words,
+        x + 4 * words, x + 5 * words, x + 6 * words, norm, s, s + 2 * SQUARE, s + 4 * SQUARE, s + 5 * SQUARE,
+        s + 6 * SQUARE, s + 7 * SQUARE, shift, shift + ROW, shift + 2 * ROW, shift + 3 * ROW, shift + 4 * ROW,
+        shift + 5 * ROW,
     )  # fmt: skip
+
+
+@register_jitable
+def lanes_of(job, at):
+    return Lanes(job.width, job.e, at.table, 4 * padded(job.t), at.mean, at.factor, at.norm, at.spare)
 
 
 def scratch_floats(job: Job, backward: bool) -> int:
@@ -146,86 +169,44 @@ def scratch_floats(job: Job, backward: bool) -> int:
 
 
 @njit
-def transpose_all(source, rows, columns, lds, target, ldt):
-    """Words, (rows, columns) -> (columns, rows)."""
-    for i in range(0, rows, W):
-        for j in range(0, columns, W):
-            transpose(source + 4 * (i * lds + j), lds, target + 4 * (j * ldt + i), ldt)
-
-
-@njit
-def to_rows(x, width, out):
-    for at in range(0, BLOCK * width, 2 * W):
-        store_row(out + 2 * at, load(x + 4 * at), load(x + 4 * (at + W)))
-
-
-@njit
-def to_pairs(x, width, out):
-    for r in range(0, BLOCK, 2):
-        for i in range(0, width, W):
-            at = x + 4 * (r * width + i)
-            store_pairs(out + 4 * (r // 2 * width + i), load(at), load(at + 4 * width))
-
-
-@njit
-def read_block(rows, i, n, width, x):
-    """Positions [i, i + n) of rows as they are; zeros up to BLOCK."""
-    clear(x + 4 * n * width, (BLOCK - n) * width)
-    for r in range(n):
-        read(rows, i + r, width, x + 4 * r * width)
-
-
-@njit
-def prepare_block(job, b, rows, i, n, norm, factor, at):
-    """The same, normed and turned; returns the largest square of a length."""
-    most, table = ZERO, job.table + 4 * b * job.t * job.width
-    clear(at.x + 4 * n * job.width, (BLOCK - n) * job.width)
-    for r in range(0, n, W):
-        x = at.x + 4 * r * job.width
-        most = max(most, prepare(rows, i + r, min(W, n - r), job.width, table, norm, factor, x, at.block))
-    return most
-
-
-@njit
-def transpose_keys(job, i, at):
-    """at.x -> columns [i, i + BLOCK) of at.t, by way of pairs."""
-    words = padded(job.t) // 2
-    to_pairs(at.x, job.width, at.q_pairs)
-    transpose_all(at.q_pairs, BLOCK // 2, job.width, job.width, at.t + 2 * i, words)
+def begin(job, b, at):
+    """What a task needs to know of its row of the batch; returns its documents."""
+    docs = job.docs + 8 * b * job.t if job.docs != 0 else 0
+    find_runs(docs, job.t, at.ends)
+    turns(job.table + 4 * b * job.t * job.width, job.t, job.width, at.table, 4 * padded(job.t))
+    return docs
 
 
 @njit
 def prepare_keys(job, b, g, at, backward):
     """Keys and values of one head; one of them transposed, too. Returns the largest square of a key's length."""
     keys, values = rows_of(job, job.k, job.k_row, b, g), rows_of(job, job.v, job.v_row, b, g)
-    norm, most = key_norm(job, b, g), ZERO
+    norm, lanes, most = key_norm(job, b, g), lanes_of(job, at), ZERO
     for i in range(0, padded(job.t), BLOCK):
-        n, here = max(0, min(BLOCK, job.t - i)), 2 * i * job.width
-        most = max(most, prepare_block(job, b, keys, i, n, norm, ONE, at))
-        to_rows(at.x, job.width, at.k + here)
+        n, here, across = max(0, min(BLOCK, job.t - i)), 2 * i * job.width, at.t + 2 * i
+        fetch_rows(keys, i + BLOCK, BLOCK)
+        fetch_rows(values, i, n)
+        take_words(keys, i, n, lanes, at.x)
+        most = max(most, prepare(at.x, i, norm, ONE, lanes, at.y))
+        to_rows(at.y, job.width, at.k + here)
         if backward:
-            transpose_keys(job, i, at)
-        read_block(values, i, n, job.width, at.x)
-        if backward:
-            to_rows(at.x, job.width, at.v + here)
+            to_halves(at.y, job.width, across, 2 * padded(job.t))
+            clear(at.v + here, BLOCK * job.width // 2)
+            for c in range(0, job.width, BLOCK):
+                p, target = values.p + i * values.step + 2 * c, at.v + here + 2 * c
+                copy_block(p, values.step, n, job.e - c, target, 2 * job.width)
         else:
-            transpose_keys(job, i, at)
+            take_words(values, i, n, lanes, at.x)
+            to_halves(at.x, job.width, across, 2 * padded(job.t))
     return most
-
-
-@njit
-def to_words(job, at, out):
-    """at.x as a product's b, for sums along its rows."""
-    to_rows(at.x, job.width, at.rows)
-    transpose_all(at.rows, BLOCK, job.width // 2, job.width // 2, out, BLOCK)
 
 
 @njit
 def prepare_queries(job, b, h, i, n, at):
     rows = rows_of(job, job.q, job.q_row, b, h)
-    most = prepare_block(job, b, rows, i, n, query_norm(job, b, h), score_scale(job), at)
-    to_words(job, at, at.q)
-    return most
+    fetch_rows(rows, i + n, BLOCK)
+    take_words(rows, i, n, lanes_of(job, at), at.x)
+    return prepare(at.x, i, query_norm(job, b, h), score_scale(job), lanes_of(job, at), at.q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,12 +351,15 @@ def find_shifts(job, docs, start, i, nq, bounded, at):
 
 @njit
 def write_out(job, b, h, i, nq, at):
-    transpose_all(at.sums, job.width, BLOCK, BLOCK, at.x, job.width)
+    for lane in range(0, 4 * BLOCK, 4 * W):
+        share = divide(splat(ONE), load(at.delta + lane))
+        for e in range(0, job.width, 2):
+            p = at.sums + ROW * e + lane
+            store_pairs(at.y + ROW // 2 * e + lane, load(p) * share, load(p + ROW) * share)
+    give_rows(at.y, lanes_of(job, at), rows_of(job, job.out, job.heads * job.e, b, h), i, nq)
     for r in range(nq):
         lse = job.lse + 4 * ((b * job.heads + h) * job.t + i + r)
         poke(lse, peek(at.shift + 4 * r) + np.float32(math.log2(peek(at.total + 4 * r))))
-        target = job.out + job.size * (((b * job.t + i + r) * job.heads + h) * job.e)
-        write_row(target, job.size, job.e, at.x + 4 * r * job.width, ONE / peek(at.delta + 4 * r))
 
 
 @kernel
@@ -386,11 +370,11 @@ def forward(job, part, first_task, last_task, scratch):
     take_tiles()
     for task in range(first_task, last_task):
         b, g = task // job.key_heads, task % job.key_heads
-        docs = job.docs + 8 * b * t if job.docs != 0 else 0
-        find_runs(docs, t, at.ends)
+        docs = begin(job, b, at)
         longest_k = prepare_keys(job, b, g, at, False)
         for h in range(g * shared, (g + 1) * shared):
             for start, i, nq in query_tiles(at.ends, t):
+                fetch_rows(rows_of(job, job.out, job.heads * job.e, b, h), i, nq)
                 longest_q = prepare_queries(job, b, h, i, nq, at)
                 find_shifts(job, docs, start, i, nq, longest_k * longest_q < BOUND * BOUND, at)
                 clear(at.sums, job.width * BLOCK)
@@ -411,14 +395,14 @@ def forward(job, part, first_task, last_task, scratch):
 def read_gradient(job, b, h, i, n, at):
     """The gradient of the output as words and pairs, delta its products with the output, and log Z."""
     rows, out = rows_of(job, job.d_out, job.heads * job.e, b, h), rows_of(job, job.out, job.heads * job.e, b, h)
-    read_block(rows, i, n, job.width, at.x)
-    for r in range(0, n, W):
-        x = at.x + 4 * r * job.width
-        row_products(x, out, i + r, min(W, n - r), job.width, at.delta + 4 * r, at.block)
+    fetch_rows(rows, i + n, BLOCK)
+    fetch_rows(out, i, n)
+    take_words(rows, i, n, lanes_of(job, at), at.d_out)
+    take_words(out, i, n, lanes_of(job, at), at.y)
+    products_of_rows(at.d_out, at.y, job.width, at.delta)
+    to_pairs(at.d_out, job.width, at.halves, at.d_out_pairs)
     for r in range(n):
         poke(at.shift + 4 * r, peek(job.lse + 4 * ((b * job.heads + h) * job.t + i + r)))
-    to_words(job, at, at.d_out)
-    to_pairs(at.x, job.width, at.d_out_pairs)
 
 
 @njit
@@ -430,20 +414,32 @@ def add_to_keys(job, j, a, pairs, sums, at):
 
 
 @njit
-def write_gradient(job, b, p, row, d, h, i, n, norm, factor, x, at):
-    """The gradient x of n prepared rows -> that of the rows themselves, for the tensor at p, in the one at d."""
-    rows, target, table = rows_of(job, p, row, b, h), rows_of(job, d, job.d_row, b, h), 4 * b * job.t * job.width
-    for r in range(0, n, W):
-        dy, some = x + 4 * r * job.width, min(W, n - r)
-        prepare_backward(dy, rows, i + r, some, job.width, job.table + table, norm, factor, target, at.block)
+def write_queries(job, b, h, i, n, at):
+    """dq of a tile whose words `prepare_queries` has left."""
+    norm, lanes = query_norm(job, b, h), lanes_of(job, at)
+    prepare_backward(at.sums, at.x, i, norm, score_scale(job) * LN2, lanes, at.y)
+    give_rows(at.y, lanes, rows_of(job, job.dq, job.d_row, b, h), i, n)
 
 
 @njit
-def write_key_gradients(job, b, g, at):
-    write_gradient(job, b, job.k, job.k_row, job.dk, g, 0, job.t, key_norm(job, b, g), LN2, at.dk, at)
-    target = rows_of(job, job.dv, job.d_row, b, g)
+def write_keys(job, b, g, at):
+    """dk, which needs the rows once more, and dv."""
+    norm, lanes, keys = key_norm(job, b, g), lanes_of(job, at), rows_of(job, job.k, job.k_row, b, g)
+    dk, dv = rows_of(job, job.dk, job.d_row, b, g), rows_of(job, job.dv, job.d_row, b, g)
+    clear(at.norm, 2 * W * job.width)
+    for i in range(0, job.t, BLOCK):
+        n = min(BLOCK, job.t - i)
+        fetch_rows(dk, i, n)
+        fetch_rows(dv, i, n)
+        fetch_rows(keys, i + BLOCK, BLOCK)
+        take_words(keys, i, n, lanes, at.x)
+        find_moments(at.x, norm, lanes)
+        transpose_all(at.dk + 4 * i * job.width, BLOCK, job.width, job.width, at.sums, BLOCK)
+        prepare_backward(at.sums, at.x, i, norm, LN2, lanes, at.y)
+        give_rows(at.y, lanes, dk, i, n)
+    add_sums(norm, lanes)
     for i in range(job.t):
-        write_row(target.p + i * target.step, job.size, job.e, at.dv + 4 * i * job.width, ONE)
+        write_row(dv.p + i * dv.step, job.size, job.e, at.dv + 4 * i * job.width, ONE)
 
 
 @kernel
@@ -451,19 +447,19 @@ def backward(job, part, first_task, last_task, scratch):
     """dq, dk, dv and each head's share of the norms' gradients (which start as zeros)."""
     job = read_job(job)
     t, width, shared, at = job.t, job.width, job.heads // job.key_heads, places(scratch, job.t, job.width)
-    factor = score_scale(job) * LN2
     take_tiles()
     for task in range(first_task, last_task):
         b, g = task // job.key_heads, task % job.key_heads
-        docs = job.docs + 8 * b * t if job.docs != 0 else 0
-        find_runs(docs, t, at.ends)
+        docs = begin(job, b, at)
         prepare_keys(job, b, g, at, True)
         clear(at.dk, 2 * padded(t) * width)  # and dv
         for h in range(g * shared, (g + 1) * shared):
+            clear(at.norm, 2 * W * width)
             for start, i, nq in query_tiles(at.ends, t):
                 read_gradient(job, b, h, i, nq, at)
+                fetch_rows(rows_of(job, job.dq, job.d_row, b, h), i, nq)
                 prepare_queries(job, b, h, i, nq, at)
-                to_pairs(at.x, width, at.q_pairs)
+                to_pairs(at.q, width, at.halves, at.q_pairs)
                 clear(at.sums, width * BLOCK)
                 for j, nk in key_blocks(docs, at.ends, start, i + nq):
                     score(job, j, at)
@@ -472,8 +468,7 @@ def backward(job, part, first_task, last_task, scratch):
                     add_to_keys(job, j, at.weights, at.d_out_pairs, at.dv, at)
                     add_to_keys(job, j, at.ds, at.q_pairs, at.dk, at)
                     add_to_queries(job, j, at)
-                transpose_all(at.sums, width, BLOCK, BLOCK, at.x, width)
-                norm = query_norm(job, b, h)
-                write_gradient(job, b, job.q, job.q_row, job.dq, h, i, nq, norm, factor, at.x, at)
-        write_key_gradients(job, b, g, at)
+                write_queries(job, b, h, i, nq, at)
+            add_sums(query_norm(job, b, h), lanes_of(job, at))
+        write_keys(job, b, g, at)
     release_tiles()

@@ -5,7 +5,8 @@
 With the weights stacked, the products' sum needs no sums afterwards, and a wide product is faster than narrow ones. The
 weights stay apart as parameters: they are copied side by side each time, in the products' type, which autocast would do
 one by one. The results are views of one tensor; gradients that lie beside one another likewise (`beside`) are taken as
-they are.
+they are. The weights' gradient has a product of its own where the processor has a matrix unit (AMX): torch's takes g^T
+at half speed and rounds the result to bfloat16, only for it to be widened again.
 
 Shapes: x (..., K), weights (N_i, K).
 """
@@ -16,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.dispatch import choose
+from nanochameleon.kernels.dispatch import decide
 from nanochameleon.kernels.ops import product_type
+
+LEAST = 64  # rows, inputs and outputs; below, tiles' margins and the launches cost more than they save
 
 
 def linear_reference(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -25,10 +28,13 @@ def linear_reference(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 
 def linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """By the implementation that `dispatch.choose` names; torch.compile sees the plain products."""
-    if choose("linear", x) == "reference" or torch.compiler.is_compiling():
+    """By the implementation that `dispatch.decide` names for products of their type; torch.compile sees the plain
+    ones."""
+    kind = product_type(x)
+    name = decide("linear", x.device, kind)[0]
+    if name == "reference" or torch.compiler.is_compiling():
         return linear_reference(x, weights)
-    return _Joined.apply(x, product_type(x), *weights)
+    return _Joined.apply(x, kind, name == "amx", *weights)
 
 
 def beside(parts: Sequence[Tensor]) -> Tensor:
@@ -45,8 +51,8 @@ def beside(parts: Sequence[Tensor]) -> Tensor:
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, kind: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.widths, ctx.kind = [len(weight) for weight in weights], x.dtype
+    def forward(ctx, x: Tensor, kind: torch.dtype, tiles: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.widths, ctx.kind, ctx.tiles = [len(weight) for weight in weights], x.dtype, tiles
         joined = torch.empty(sum(ctx.widths), x.shape[-1], dtype=kind, device=x.device)
         for part, weight in zip(joined.split(ctx.widths), weights, strict=True):
             part.copy_(weight)
@@ -60,7 +66,38 @@ class _Joined(torch.autograd.Function):
         x, joined = ctx.saved_tensors
         g = beside([part.reshape(-1, part.shape[-1]) for part in gradients])
         dx = (g @ joined).view(x.shape).to(ctx.kind) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[2:]):
-            return dx, None, *(None for _ in ctx.widths)
-        weight = (g.T @ x.reshape(-1, x.shape[-1])).float()
-        return dx, None, *weight.split(ctx.widths)
+        if not any(ctx.needs_input_grad[3:]):
+            return dx, None, None, *(None for _ in ctx.widths)
+        x = x.reshape(-1, x.shape[-1])
+        weight = weight_gradient(g, x) if ctx.tiles and pays(g, x) else (g.T @ x).float()
+        return dx, None, None, *weight.split(ctx.widths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weights' gradient on tiles
+
+
+def pays(g: Tensor, x: Tensor) -> bool:
+    """Whether it is worth two launches and bringing both operands into blocks."""
+    return min(*g.shape, x.shape[1]) >= LEAST
+
+
+def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """g (T, out), x (T, in) bfloat16, numbers of a row side by side -> g^T x (out, in) float32, not rounded between.
+    Machines that have no tiles must not call it (dispatch.why_not_amx)."""
+    from nanochameleon.kernels import launch
+    from nanochameleon.kernels import weight_gradient_amx as compiled
+
+    (t, n_out), n_in = g.shape, x.shape[1]
+    rows, outputs, columns = (-(-n // compiled.BLOCK) for n in (t, n_out, n_in))
+    if not rows * outputs * columns:
+        return torch.zeros(n_out, n_in, dtype=torch.float32, device="cpu")
+    g, x = (y if y.stride(1) == 1 else y.contiguous() for y in (g, x))
+    pairs = torch.empty(columns, rows, compiled.BLOCK**2, dtype=torch.bfloat16, device="cpu")
+    c = torch.empty(outputs * compiled.BLOCK, columns * compiled.BLOCK, dtype=torch.float32, device="cpu")
+    where = {"g": g.data_ptr(), "x": x.data_ptr(), "pairs": pairs.data_ptr(), "c": c.data_ptr()}
+    sizes = {"t": t, "n_out": n_out, "n_in": n_in, "g_row": 2 * g.stride(0), "x_row": 2 * x.stride(0)}
+    job, threads = compiled.Job(**where, **sizes), torch.get_num_threads()
+    launch.run(compiled.pack, job, rows, compiled.SCRATCH)
+    launch.run(compiled.multiply, job, outputs, compiled.SCRATCH, -(-outputs // (compiled.PANELS * threads)) * threads)
+    return c[:n_out, :n_in]

@@ -14,7 +14,20 @@ import numpy as np
 
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.region_numba import reader
-from nanochameleon.kernels.simd import ZERO, W, clear, load, njit, read_row, splat, store, total, write_row
+from nanochameleon.kernels.simd import (
+    AHEAD,
+    ZERO,
+    W,
+    clear,
+    fetch,
+    load,
+    njit,
+    read_row,
+    splat,
+    store,
+    total,
+    write_row,
+)
 
 
 class Job(NamedTuple):
@@ -79,9 +92,28 @@ def norm_backward(row, g, job, d_weight):
 
 
 @njit
-def add_row(p, size, job, row, extra):
-    """row += the row at p."""
-    read_row(p, size, job.d, extra)
+def ahead(p, size, job):
+    """Asks for what follows a row at p."""
+    for i in range(AHEAD, AHEAD + size * job.d, 64):
+        fetch(p + i)
+
+
+@njit
+def read(p, size, n, job, row):
+    ahead(p + size * n, size, job)
+    read_row(p + size * n, size, job.d, row)
+
+
+@njit
+def write(p, size, n, job, row):
+    ahead(p + size * n, size, job)
+    write_row(p + size * n, size, job.d, row, ONE)
+
+
+@njit
+def add_row(p, size, n, job, row, extra):
+    """row += the row that begins at number n of p."""
+    read(p, size, n, job, extra)
     for i in range(0, job.width, W):
         store(row + 4 * i, load(row + 4 * i) + load(extra + 4 * i))
 
@@ -92,12 +124,12 @@ def add_norm(job, part, first, last, row):
     job = read_job(job)
     extra = row + 4 * job.width
     for n in range(first * job.d, last * job.d, job.d):
-        read_row(job.x + job.size * n, job.size, job.d, row)
+        read(job.x, job.size, n, job, row)
         if job.branch != 0:
-            add_row(job.branch + job.branch_size * n, job.branch_size, job, row, extra)
-            write_row(job.s + job.size * n, job.size, job.d, row, ONE)
+            add_row(job.branch, job.branch_size, n, job, row, extra)
+            write(job.s, job.size, n, job, row)
         norm(row, job)
-        write_row(job.y + job.y_size * n, job.y_size, job.d, row, ONE)
+        write(job.y, job.y_size, n, job, row)
 
 
 @kernel
@@ -107,14 +139,14 @@ def add_norm_backward(job, part, first, last, row):
     d_weight, g, extra = job.d_weight + 4 * part * job.width, row + 4 * job.width, row + 8 * job.width
     clear(d_weight, job.width)
     for n in range(first * job.d, last * job.d, job.d):
-        read_row(job.x + job.size * n, job.size, job.d, row)
-        read_row(job.dy + job.y_size * n, job.y_size, job.d, g)
+        read(job.x, job.size, n, job, row)
+        read(job.dy, job.y_size, n, job, g)
         norm_backward(row, g, job, d_weight)
         if job.ds != 0:
-            add_row(job.ds + job.size * n, job.size, job, g, extra)
+            add_row(job.ds, job.size, n, job, g, extra)
         if job.d_branch != 0:
-            write_row(job.d_branch + job.branch_size * n, job.branch_size, job.d, g, ONE)
-        write_row(job.dx + job.size * n, job.size, job.d, g, ONE)
+            write(job.d_branch, job.branch_size, n, job, g)
+        write(job.dx, job.size, n, job, g)
 
 
 @kernel
@@ -123,7 +155,7 @@ def norm_add(job, part, first, last, row):
     job = read_job(job)
     extra = row + 4 * job.width
     for n in range(first * job.d, last * job.d, job.d):
-        read_row(job.branch + job.branch_size * n, job.branch_size, job.d, row)
+        read(job.branch, job.branch_size, n, job, row)
         norm(row, job)
-        add_row(job.x + job.size * n, job.size, job, row, extra)
-        write_row(job.s + job.size * n, job.size, job.d, row, ONE)
+        add_row(job.x, job.size, n, job, row, extra)
+        write(job.s, job.size, n, job, row)

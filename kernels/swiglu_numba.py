@@ -9,12 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanochameleon.kernels.amx import power
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
+    AHEAD,
+    FEATURES,
     W,
     divide,
     exp2,
+    fetch,
+    inverse_bf16,
     load,
     load_bf16,
     njit,
@@ -44,23 +49,31 @@ read_job = reader(Job)
 
 
 @njit
-def sigmoid(x):
-    return divide(splat(ONE), splat(ONE) + exp2(x * splat(MINUS_LOG2E)))
+def inverse(x):
+    return divide(splat(ONE), x)
 
 
-def _rows(load, store, size):
-    """gate and gate_backward for whole registers of one type."""
+def _rows(load, store, size, power, inverse):
+    """gate and gate_backward for whole registers of one type, whose numbers `power` and `inverse` are as exact as."""
+
+    @njit
+    def sigmoid(x):
+        return inverse(splat(ONE) + power(x * splat(MINUS_LOG2E)))
 
     @njit
     def gate(a, b, y, n):
         for i in range(0, size * n, size * W):
             x = load(a + i)
+            for stream in (a, b, y):
+                fetch(stream + i + AHEAD)
             store(y + i, x * sigmoid(x) * load(b + i))
 
     @njit
     def gate_backward(a, b, g, da, db, n):
         for i in range(0, size * n, size * W):
             x, y = load(a + i), load(g + i)
+            for stream in (a, b, g, da, db):
+                fetch(stream + i + AHEAD)
             s = sigmoid(x)
             store(da + i, y * load(b + i) * s * (splat(ONE) + x * (splat(ONE) - s)))
             store(db + i, y * x * s)
@@ -68,8 +81,9 @@ def _rows(load, store, size):
     return gate, gate_backward
 
 
-gate, gate_backward = _rows(load, store, 4)
-gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2)
+gate, gate_backward = _rows(load, store, 4, exp2, inverse)
+power_bf16 = power if "+avx512dq" in FEATURES else exp2
+gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, power_bf16, inverse_bf16)
 
 
 @kernel

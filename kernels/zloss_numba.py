@@ -29,6 +29,7 @@ from nanochameleon.kernels.simd import (
     ZERO,
     W,
     exp2_down,
+    fetch,
     larger,
     largest,
     load,
@@ -41,7 +42,6 @@ from nanochameleon.kernels.simd import (
     peek_int,
     poke,
     poke_bf16,
-    prefetch,
     splat,
     store,
     store_bf16,
@@ -87,7 +87,7 @@ def scratch(v: int) -> int:
 @njit
 def numbers(p, size, i):
     """A register of them; those a page ahead are asked for."""
-    prefetch(p + size * i + AHEAD)
+    fetch(p + size * i + AHEAD)
     return load(p + 4 * i) if size == 4 else load_bf16(p + 2 * i)
 
 

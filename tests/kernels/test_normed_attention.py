@@ -35,6 +35,34 @@ def test_it_is_as_good_as_the_reference(name, dtype, problem):
         assert_as_good_as(x, plain, exact, scale=coarse * size * (1 + exact.abs().max().item()))
 
 
+def ordinary_problem(documents: torch.Tensor, e: int):
+    """Two heads a key head, norms with a weight near 1: nothing that cancels or overflows."""
+    generator = torch.Generator().manual_seed(7)
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator).bfloat16().double()
+
+    b, t = documents.shape
+    tensors = {"q": numbers(b, t, 4, e), "k": numbers(b, t, 2, e), "v": numbers(b, t, 2, e)}
+    for name in ("q", "k"):
+        tensors |= {f"{name}_weight": 1 + 0.3 * numbers(2, e), f"{name}_bias": 0.3 * numbers(2, e)}
+    return tensors, rotary_table(torch.arange(t).expand(b, t), e, 100.0), documents, numbers(b, t, 4, e)
+
+
+@pytest.mark.parametrize("e", [32, 40])
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_an_ordinary_problem_is_right_to_a_percent_or_two_in_each_tensor(name, dtype, e):
+    """The rule above has to let pass what the worst problem may lose; bugs of one part hide below it."""
+    runs = [7] * 40 + [3] * 21 + [7] * 9 + [5] * 33, [1] * 103  # a document that comes back, and one that is a row
+    problem = ordinary_problem(torch.tensor(runs), e)
+    truth = outcome(normed_attention_reference, problem, torch.float64)
+    with use_kernels(name):
+        result = outcome(normed_attention, problem, dtype)
+    for x, exact in zip(result, truth, strict=True):
+        error = ((x.double() - exact).norm() / exact.norm()).item()
+        assert error < (1e-5 if dtype == torch.float32 else 0.02), error
+
+
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype):
     """Every output and every piece of scratch is written before it is read."""
@@ -84,6 +112,16 @@ def test_inputs_of_other_strides_are_read_right_and_never_written(name, dtype):
         out = normed_attention(q, k, v, table, None, None, None, EPS)
         copied = normed_attention(*(x.contiguous() for x in (q, k, v)), table, None, None, None, EPS)
     assert torch.equal(out, copied) and torch.equal(fused, before)
+
+
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
+def test_rows_may_lie_an_odd_number_of_numbers_apart(name, dtype):
+    wide = torch.randn(1, 40, 65).to(dtype)
+    table = rotary_table(torch.arange(40).expand(1, 40), 32, 1e4)
+    x = wide[..., 1:].view(1, 40, 2, 32)
+    with use_kernels(name):
+        out, copied = (normed_attention(y, y, y, table, None, None, None, EPS) for y in (x, x.contiguous()))
+    assert torch.equal(out, copied)
 
 
 def test_the_sums_that_the_gradient_needs_have_none_themselves():
