@@ -53,12 +53,18 @@ def inverse(x):
     return divide(splat(ONE), x)
 
 
-def _rows(load, store, size, power, inverse):
-    """gate and gate_backward for whole registers of one type, whose numbers `power` and `inverse` are as exact as."""
+def _sigmoid(power, inverse):
+    """As exact as these two are."""
 
     @njit
     def sigmoid(x):
         return inverse(splat(ONE) + power(x * splat(MINUS_LOG2E)))
+
+    return sigmoid
+
+
+def _rows(load, store, size, sigmoid):
+    """gate and gate_backward for whole registers of one type."""
 
     @njit
     def gate(a, b, y, n):
@@ -81,9 +87,10 @@ def _rows(load, store, size, power, inverse):
     return gate, gate_backward
 
 
-gate, gate_backward = _rows(load, store, 4, exp2, inverse)
-power_bf16 = power if "+avx512dq" in FEATURES else exp2
-gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, power_bf16, inverse_bf16)
+sigmoid = _sigmoid(exp2, inverse)
+sigmoid_bf16 = _sigmoid(power if "+avx512dq" in FEATURES else exp2, inverse_bf16)
+gate, gate_backward = _rows(load, store, 4, sigmoid)
+gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, sigmoid_bf16)
 
 
 @kernel
