@@ -50,7 +50,7 @@ from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
 from nanochameleon.drawing import noisy, to_learn
-from nanochameleon.errors import GaveUp, Interrupted, UserError, exit_on_user_error
+from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.kernels.dispatch import VARIABLE, explain
@@ -148,9 +148,10 @@ class Progress:
     passed: int = 0  # batches passed over by rolling back
     left_out: int = 0  # updates that did not happen, since loss or gradient was not finite
     loss: float | None = None  # mean of what was logged since the checkpoint before
+    failed: int = 0  # steps in a row without a finite loss
 
 
-ROLL_BACKS, WITHIN = 3, 1_000  # so many within so many batches, and a run gives up
+ROLL_BACKS = 3  # to one checkpoint before a run gives up
 
 
 @dataclass
@@ -165,8 +166,8 @@ class Training:
     saver: Saver
     progress: Progress
     losses: list[float] = field(default_factory=list)  # logged since the last checkpoint
-    failed: int = 0  # steps in a row without a finite loss
-    rolled_back: list[int] = field(default_factory=list)  # at which batches
+    rolled_back: list[Path] = field(default_factory=list)  # to which checkpoints
+    owed: bool = False  # a save that fell into a streak of failures, to be made up for behind it
 
     def step(self, monitor: Monitor | None, stopped: Callable[[], bool]) -> bool:
         """One update, logged and saved when due; -> whether a stop was asked for on any rank. If loss or gradient are
@@ -194,7 +195,7 @@ class Training:
             self.set_aside(batch, number)
         else:
             self.move(lr)
-        self.failed = self.failed + 1 if bad else 0
+        p.failed = p.failed + 1 if bad else 0
         p.tokens += int(count)
         if due:
             line = figures(sums, mesh, cfg) | norms | {"grad_norm": norm, "lr": lr, "tokens": p.tokens}
@@ -233,16 +234,16 @@ class Training:
 
     def roll_back(self) -> int:
         """To the newest checkpoint, to go on with the batches after those that failed; -> its step. Raises GaveUp
-        where there is none, or this has happened too often of late."""
+        where there is none, or it did not help often enough."""
         lower = f"start anew with --overwrite and less than --optim.lr {self.cfg.optim.lr}"
         self.saver.finish()
-        path, reached = find(self.folder, self.trainee.mesh), self.progress.step + self.progress.passed
-        if path is None or sum(reached - batch < WITHIN for batch in self.rolled_back) == ROLL_BACKS:
-            raise GaveUp(f"{self.failed} steps in a row had no finite loss: {lower}")
-        left_out = self.progress.left_out
+        path, before = find(self.folder, self.trainee.mesh), self.progress
+        if path is None or self.rolled_back.count(path) == ROLL_BACKS:
+            raise GaveUp(f"{before.failed} steps in a row had no finite loss: {lower}")
         self.progress = Progress(**checkpoint.restore(path, self.trainee.model, self.optimizer))
-        self.progress.passed, self.progress.left_out = reached - self.progress.step, left_out
-        self.failed, self.losses, self.rolled_back = 0, [], [*self.rolled_back, reached]
+        self.progress.passed = before.step + before.passed - self.progress.step
+        self.progress.left_out, self.progress.failed = before.left_out, 0
+        self.losses, self.owed, self.rolled_back = [], False, [*self.rolled_back, path]
         if self.trainee.mesh.first:
             print(f"\nwarning: {TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
         return self.progress.step
@@ -252,7 +253,7 @@ class Training:
         t, p = self.cfg.train, self.progress
         while p.step < t.steps:
             stop = self.step(monitor, stopped)
-            if self.failed == TOO_MANY:
+            if p.failed == TOO_MANY:
                 start_again = self.roll_back()
                 p = self.progress
                 if monitor:
@@ -261,8 +262,10 @@ class Training:
             if monitor:
                 monitor.progress(p.step - 1)
             done = p.step == t.steps
-            if done or stop or (p.step % t.save_every == 0 and not self.failed):  # else it is what led to the failure
+            self.owed |= p.step % t.save_every == 0
+            if done or stop or (self.owed and not p.failed):  # in a streak, it would be what has led there
                 self.save(last=done or stop)
+                self.owed = False
             if stop and not done:
                 raise Interrupted
             if monitor and p.step % t.sample_every == 0 and not done:
@@ -359,17 +362,19 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
         except OSError as error:  # a full disk, a folder that may not be written
             why = f"cannot go on in {folder}: {error}"
             raise UserError(f"{why}; once that is mended, the same command without --overwrite goes on") from error
-        except torch.OutOfMemoryError as error:
-            raise UserError(no_room(cfg, mesh)) from error
     return folder
 
 
 def no_room(cfg: RunConfig, mesh: Mesh) -> str:
     """The sentence for a GPU whose memory is full; what it names may change while a run goes on."""
-    rows = cfg.parallel.micro_batch or cfg.train.batch_size // mesh.data_size
-    fewer = f"--parallel.micro-batch {rows // 2}, " if rows > 1 else ""
-    why = f"the memory of {mesh.device} does not hold {rows} rows of {cfg.train.seq_len} ids at a time"
-    return f"{why}: go on with {fewer}--parallel.recompute or, on more GPUs, --parallel.mode fsdp"
+    own, p = cfg.train.batch_size // mesh.data_size, cfg.parallel
+    rows = min(p.micro_batch or own, own)
+    ways = [f"--parallel.micro-batch {rows // 2}"] if rows > 1 else []
+    ways += [] if p.recompute else ["--parallel.recompute"]
+    ways += [] if shards(mesh, p) else ["--parallel.mode fsdp on more GPUs"]
+    which = f"{mesh.device} (rank {mesh.rank})"
+    why = f"the memory of {which} does not hold {rows} rows of {cfg.train.seq_len} ids at a time"
+    return f"{why}: go on with {' or '.join(ways) or 'more GPUs'}"
 
 
 def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
@@ -409,7 +414,10 @@ def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Lap
     loader = open_loader(cfg, images, tokenizer, folder)
     with torch.device("meta"):
         run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model))
-    train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
+    try:
+        train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
+    except torch.OutOfMemoryError as error:
+        raise OwnError(no_room(cfg, mesh)) from error
     if mesh.first:
         laps.add("transformer")
     if mesh.most(float(stopped()))[0]:  # in the last step, which has nothing left to save

@@ -205,9 +205,12 @@ class _InPlace(torch.autograd.Function):
 
 
 def _corrected_(gradient, targets, log_z, g, h, z_loss: float, share: float) -> Tensor:
-    """made p - share [v = y] -> (g + h) p - g [v = y], where made = share (1 + 2 z_loss log Z)."""
-    counted = targets >= 0
-    ratio = torch.where(counted, (g + h) / (share * (1 + 2 * z_loss * log_z)), 1)
+    """made p - share [v = y] -> (g + h) p - g [v = y], where made = share (1 + 2 z_loss log Z), away from zero."""
+    from nanochameleon.kernels.zloss_numba import LEAST_FACTOR
+
+    counted, made = targets >= 0, 1 + 2 * z_loss * log_z
+    made = torch.where(made.abs() > float(LEAST_FACTOR), made, float(LEAST_FACTOR))
+    ratio = torch.where(counted, (g + h) / (share * made), 1)
     own = torch.where(counted, share * ratio - g, 0)
     near = 8 * torch.finfo(torch.float32).eps  # h comes by another order of the same products
     if bool(((ratio - 1).abs() <= near).all() and (own.abs() <= near * abs(share)).all()):

@@ -26,6 +26,7 @@ import numpy as np
 from nanochameleon.kernels.launch import kernel
 from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
+    AHEAD,
     ZERO,
     W,
     exp2_down,
@@ -54,8 +55,8 @@ LOG2E, LEAST = np.float32(1 / math.log(2)), np.float32(-math.inf)
 FOUR = 4 * W  # numbers a turn of the loops: four sums at once, since one would wait for itself
 BLOCK = 2_048  # numbers with one shift: should it be too small, they are still in the first-level cache
 LOWEST = np.finfo(np.float32).min  # the least shift
+LEAST_FACTOR = np.float32(1e-3)  # of powers, in the gradient over the logits
 ROOM = np.float32(20)  # by so much a number may be larger than the shift: e^20
-AHEAD = 2_048  # bytes
 
 
 class Job(NamedTuple):
@@ -189,8 +190,14 @@ def sum_of_row(p, size, v, kept, shifts):
 
 @njit
 def log_z_of(shift, sum_):
-    """Of a row of nothing but -infinity it is that, too."""
-    return (LEAST if shift == LOWEST else shift) + np.float32(math.log(sum_))
+    """Of a row of nothing but -infinity it is that, too: its sum is 0."""
+    return shift + np.float32(math.log(sum_))
+
+
+@njit
+def away_from_zero(x):
+    """With no factor at all there would be nothing left to correct (zloss.py)."""
+    return x if abs(x) > LEAST_FACTOR else LEAST_FACTOR
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +255,7 @@ def overwrite(job, part, first, last, kept):
             shift, sum_ = sum_of_row(logits, size, v, kept, shifts)
             log_z = log_z_of(shift, sum_)
             cross_entropy = log_z - look(logits, size, y)
-            factor = job.share * (np.float32(1) + np.float32(2) * job.z_loss * log_z) / sum_
+            factor = job.share * away_from_zero(np.float32(1) + np.float32(2) * job.z_loss * log_z) / sum_
             p_y = put_gradient(logits, size, v, y, shift, factor, kept, shifts)
             put(logits, size, y, p_y - job.share)
         poke(job.cross_entropy + 4 * n, cross_entropy)

@@ -16,7 +16,11 @@ class UserError(Exception):
     """A wrong option, file or prompt: the message names what is wrong and what to do about it."""
 
 
-class PeerLost(UserError):
+class OwnError(UserError):
+    """What one of several processes met alone: it says so itself, since the first one may not know."""
+
+
+class PeerLost(OwnError):
     """Another process of this run is gone: every one that is left says so."""
 
 
@@ -37,7 +41,7 @@ def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
         return main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if each or isinstance(error, PeerLost) or rank == "0" or not rank.isdigit():
+        if each or isinstance(error, OwnError) or rank == "0" or not rank.isdigit():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

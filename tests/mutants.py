@@ -443,6 +443,26 @@ MUTANTS = [
            "return g * (part - log_z).exp(), h, None", "return g, h, None", "test_distributed.py"),
     Mutant("only the first rank's shards are in the manifest", "saver.py", "for part in entries for name",
            "for part in entries[:1] for name", "test_faults.py"),
+    Mutant(
+        "what led to a streak of failures is saved", "train.py", "(self.owed and not p.failed)", "self.owed",
+        "test_train.py",
+    ),
+    Mutant(
+        "a save that fell into a streak is not made up for", "train.py",
+        "            self.owed |= p.step", "            self.owed = p.step", "test_train.py",
+    ),
+    Mutant(
+        "roll-backs long ago count", "train.py", "self.rolled_back.count(path) == ROLL_BACKS",
+        "len(self.rolled_back) == ROLL_BACKS", "test_train.py",
+    ),
+    Mutant(
+        "others do not hear of Ctrl-C", "distributed.py", "except (Exception, KeyboardInterrupt) as problem",
+        "except Exception as problem", "test_distributed.py",
+    ),
+    Mutant(
+        "no factor, nothing to correct", "kernels/zloss_numba.py", "return x if abs(x) > LEAST_FACTOR else LEAST_FACTOR",
+        "return x", "kernels/test_zloss_numba.py",
+    ),
     Mutant("a last save that failed is let pass", "saver.py", "if problem and must:", "if False:", "test_faults.py"),
     Mutant("a save that failed ends the run", "saver.py", "if problem and must:", "if problem:", "test_faults.py"),
     Mutant("rolled back to the same batches", "train.py", "= reached - self.progress.step, left_out", "= 0, left_out",

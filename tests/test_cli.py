@@ -136,6 +136,7 @@ def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tm
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: start with torchrun"),
         ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK is 'first' in the environment, not a number"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2' in the environment, not a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment, not a number"),
     ],
 )
 def test_half_of_what_torchrun_sets_is_refused_with_a_sentence(given, why, tmp_path, monkeypatch):

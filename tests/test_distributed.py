@@ -36,13 +36,13 @@ def agree(world: int) -> None:
         assert mesh.most(mesh.rank, -mesh.rank) == [world - 1, 0]
         assert mesh.tell(f"from {mesh.rank}") == "from 0"
         assert mesh.once(lambda: os.environ["RANK"]) == "0"
-        for error in (UserError("no such file"), Interrupted()):
+        for error in (UserError("no such file"), Interrupted(), KeyboardInterrupt()):
             with pytest.raises(type(error), match=str(error) or None):
                 mesh.once(lambda error=error: raise_(error))
         assert mesh.rows(8 * world) == slice(8 * mesh.rank, 8 * (mesh.rank + 1))
 
 
-def raise_(error: Exception):
+def raise_(error: BaseException):
     raise error
 
 

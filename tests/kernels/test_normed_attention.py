@@ -1,10 +1,10 @@
 """Attention as one op: every implementation against the reference in float64, in value and in gradient."""
 
-import threading
 
 import pytest
 import torch
 from attention_problems import EPS, outcome, problems, sizes
+from garbage import assert_same_in_garbage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
@@ -69,18 +69,14 @@ def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype
     q, k, v = (torch.randn(2, 70, heads, 20).to(dtype) for heads in (4, 2, 2))
     table, docs = rotary_table(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
     norms = [(torch.randn(1, 20), torch.randn(1, 20)) for _ in "qk"]
-    empty, outcomes = torch.empty, []
-    for garbage in (0.0, torch.nan, 1e30):
-        monkeypatch.setattr(torch, "empty", lambda *shape, g=garbage, **kw: empty(*shape, **kw).fill_(g))
-        like = torch.empty_like
-        monkeypatch.setattr(torch, "empty_like", lambda x, g=garbage, like=like, **kw: like(x, **kw).fill_(g))
-        monkeypatch.setattr("nanochameleon.kernels.launch._own", threading.local())  # fresh scratch
+
+    def run() -> list[torch.Tensor]:
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         with use_kernels(name):
             out = normed_attention(*inputs, table, docs, *norms, EPS)
-        outcomes.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
-    for outcome_ in outcomes[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(outcome_, outcomes[0], strict=True))
+        return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
+
+    assert_same_in_garbage(monkeypatch, run)
 
 
 @pytest.mark.parametrize(("name", "dtype"), EVERY)

@@ -113,6 +113,26 @@ def test_wherever_the_largest_of_a_long_row_is(name, dtype):
             assert_as_good_as(x, plain, exact, 2 * scale + 1)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_where_the_foretold_factor_is_none_the_gradient_is_there_all_the_same(known):
+    """1 + 2 z log Z = 0 for log Z = -1 and z = 1/2: p has the factor 0, and may be asked for with another."""
+    logits = torch.tensor([[1.0, 2.0, 0.5]], dtype=torch.float64)
+    logits = (logits - logits.logsumexp(1) - 1).requires_grad_()
+    z_loss, targets = 0.5 if known else 0.3, torch.tensor([1])
+    gradients = []
+    for x, function in ((logits.float(), zloss_cross_entropy_), (logits, zloss_cross_entropy_reference)):
+        loss, log_z = function(x * 1, targets, *((0.5, 1.0) if function is zloss_cross_entropy_ else ()))
+        gradients.append(torch.autograd.grad((loss + z_loss * log_z.square()).sum(), logits)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_the_least_number_of_all_is_a_number():
+    logits = torch.full((1, 50), torch.finfo(torch.float32).min)
+    with use_kernels("numba"):
+        loss, log_z = zloss_cross_entropy(logits, torch.tensor([3]))
+    assert log_z.item() == logits[0, 0] and loss.item() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("known", [True, False])
 @given(problem=problems(), z_loss=st.sampled_from([0.0, 1e-3]))
