@@ -118,7 +118,7 @@ def environment(name: str, default: int) -> int:
     """A number that torchrun gives its processes, sizes from 1 on. Raises UserError for what it would not set."""
     word = os.environ.get(name, str(default))
     if not (word.isdecimal() and word.isascii()) or ("SIZE" in name and int(word) < 1):
-        raise UserError(f"{name} is {word!r} in the environment, not a number of torchrun's: start with it, or unset it")
+        raise UserError(f"{name} is {word!r} in the environment, not a number: start with torchrun, or unset it")
     return int(word)
 
 

@@ -1,6 +1,5 @@
 """Attention as one op: every implementation against the reference in float64, in value and in gradient."""
 
-
 import pytest
 import torch
 from attention_problems import EPS, outcome, problems, sizes
