@@ -167,7 +167,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
-    save_every: int = 400  # steps between checkpoints; in a streak of failures the next good step
+    save_every: int = 400  # steps between checkpoints, of which a streak of failures has none
     keep: int = 2  # checkpoints kept, beside the one of the least loss
     tensorboard: bool = False  # also write the log as TensorBoard's files, into tensorboard/
 
