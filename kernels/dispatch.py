@@ -24,7 +24,7 @@ PROCESS = os.getpid()  # whose threads torch's OpenMP has, if any: launch.py may
 CHUNKS = "a sixteenth of the logits in memory, for 4 products of their size in place of 3"
 ENGINE = "on a CPU the engine's steps are compiled whole (cpu/)"
 
-# (op, type on a CPU) -> the one that runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
+# (op, type on a CPU) -> what runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
 # What is not in it runs on torch's own operations: other devices and types, and GPUs until a table was measured on one.
 AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("normed_attention", torch.float32): ("numba", "twice torch's norm, rotation and fused attention"),
