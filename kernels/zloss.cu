@@ -146,7 +146,8 @@ __device__ void overwrite(T* logits, const long long* targets, float* loss, floa
     take_in(p, m, s);
   }
   join_block(m, s);
-  const float shift = m + __log2f(s), z = shift * LN2, factor = share * (1.f + 2.f * z_loss * z);
+  const float shift = m + __log2f(s), z = shift * LN2, made = 1.f + 2.f * z_loss * z;
+  const float factor = share * (fabsf(made) > 1e-3f ? made : 1e-3f);  // zloss_numba.LEAST_FACTOR
   if (threadIdx.x == 0) {
     loss[row] = y < 0 ? 0.f : z - wide(((const T*)stage)[y]);  // from the stage: the row itself is being overwritten
     log_z[row] = y < 0 ? 0.f : z;
