@@ -83,7 +83,7 @@ def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
         else:
             if not finished(one):
                 return base.folder  # stopped, as train has said; the same command goes on
-        keep_beginning(base.folder, one)
+            keep_beginning(base.folder, one)
         curves.setdefault((variant.name, rate), []).append(read_metrics(one.folder / METRICS))
     write(base.folder, curves)
     return base.folder
