@@ -47,19 +47,21 @@ def to_rows(bench: str, case: str, times: dict[str, float], ratio_to: str, devic
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """Bars of the ratios, a group for each case."""
+    """Bars of the ratios of times, a group for each case."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row.unit == "ms"]
     cases = list(dict.fromkeys(row.case for row in rows))
     figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.3 * len(rows)), layout="constrained")
     labels = [f"{row.case}   {row.variant}" for row in rows]
     colours = [f"C{cases.index(row.case) % 10}" for row in rows]
     axes.barh(labels, [row.ratio or 0.0 for row in rows], color=colours)
+    axes.margins(y=0.005)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times as fast as {rows[0].ratio_to} ({rows[0].device}, torch {rows[0].torch})")
+    axes.set_xlabel(f"times as fast as {rows[0].ratio_to}\n({rows[0].device}, torch {rows[0].torch})")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     pyplot.close(figure)
