@@ -1,6 +1,7 @@
-"""The memory that a piece of work takes on a CPU at its height, as torch's profiler sees each allocation and release.
+"""The memory that a piece of work takes at its height: on a CPU as torch's profiler sees each allocation and release,
+on a GPU as torch's allocator counts it.
 
-What does not come from torch's allocator is not seen: MKL's own buffers, a few MB.
+What does not come from that allocator is not seen: MKL's own buffers, a few MB.
 """
 
 import json
@@ -17,17 +18,22 @@ from torch.profiler import ProfilerActivity, profile
 from nanochameleon.bench.rows import Row, commit, device_name
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Above what was held before; the second run counts, which finds what the first one keeps."""
     run()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
     with without_notes(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    moves = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
-    return max(accumulate((n for _, n in moves), initial=0))
+    moves = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    return max(accumulate((n for _, n in sorted(moves, key=lambda move: move[0])), initial=0))
 
 
 @contextmanager
@@ -45,7 +51,7 @@ def without_notes() -> Iterator[None]:
 
 def memory_rows(case: str, variants: dict[str, Callable[[], object]], ratio_to: str, device: torch.device) -> list[Row]:
     """A row for each variant in MiB, with the ratio of `ratio_to` over its own."""
-    peaks = {name: peak_bytes(run) for name, run in variants.items()}
+    peaks = {name: peak_bytes(run, device) for name, run in variants.items()}
     where = device_name(device), torch.__version__, commit()
     return [
         Row("kernels", f"{case} memory", name, n / 2**20, "MiB", peaks[ratio_to] / n, ratio_to, *where)
