@@ -22,13 +22,11 @@ Machines without these instructions never compile this: `why_not` says what is m
 import ctypes
 from functools import cache
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 
 from nanochameleon.kernels.simd import (
     FEATURES,
-    FUSE,
     VH,
     VI,
     V,
@@ -36,7 +34,6 @@ from nanochameleon.kernels.simd import (
     address,
     call_of,
     clear,
-    constant,
     count,
     i16,
     i32,
@@ -201,27 +198,6 @@ def between(b, x, low, high, y):
     low, high = (splat_of(b, b.trunc(n, i32), VI) for n in (low, high))
     inside = b.and_(b.icmp_signed(">=", lanes, low), b.icmp_signed("<", lanes, high))
     return b.select(inside, x, y)
-
-
-def _power_coefficients() -> list[float]:
-    """2^f on [0, 1] as a polynomial of degree 4 with the least relative error, 4e-6: a thousandth of bfloat16's."""
-    x = 0.5 - 0.5 * np.cos(np.pi * (np.arange(4_000) + 0.5) / 4_000)
-    powers = np.vander(x, 5, increasing=True) / np.exp2(x)[:, None]
-    return np.linalg.lstsq(powers, np.ones(4_000), rcond=None)[0].astype(np.float32).tolist()
-
-
-POWER = _power_coefficients()
-
-
-@instruction(vec, vec)
-def power(b, x):
-    """2^x for weights that become bfloat16: x less its floor is one instruction of AVX-512, times 2^floor another."""
-    passed, every, floor, current = ir.Constant(V, ir.Undefined), ir.Constant(i16, -1), 9, ir.Constant(i32, 4)
-    f = call_of(b, "llvm.x86.avx512.mask.reduce.ps.512", V, x, ir.Constant(i32, floor), passed, every, current)
-    y = constant(POWER[4])
-    for c in POWER[3::-1]:
-        y = b.fadd(b.fmul(y, f, flags=FUSE), constant(c), flags=FUSE)
-    return call_of(b, "llvm.x86.avx512.mask.scalef.ps.512", V, y, x, passed, every, current)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ from nanochameleon.kernels.amx import (
     block_product,
     block_product_add,
     copy_block,
-    power,
     release_tiles,
     rounded,
     store_pairs,
@@ -76,6 +75,7 @@ from nanochameleon.kernels.attention_numba import (
 )
 from nanochameleon.kernels.attention_rows_numba import ONE
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.powers import power
 from nanochameleon.kernels.simd import (
     ZERO,
     W,

@@ -40,22 +40,18 @@ from nanochameleon.kernels.attention_rows_numba import (
     row_products,
 )
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.powers import exp2_of
+from nanochameleon.kernels.product import ROWS, STRIP, add_product, block_add, for_each_size, products
 from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
     FUSE,
-    ROWS,
-    STRIP,
     ZERO,
     W,
-    add_product,
     address,
-    block_add,
     clear,
     constant,
     count,
-    exp2_of,
     f32,
-    for_each_size,
     head,
     i64,
     instruction,
@@ -68,7 +64,6 @@ from nanochameleon.kernels.simd import (
     peek_int,
     pointer,
     poke,
-    products,
     read_row,
     splat,
     splat_of,

@@ -1,8 +1,8 @@
-"""Vectors for Numba: a register of W floats as a value, and the matrix product that everything else is built around.
+"""Vectors for Numba: a register of W floats as a value.
 
 Plain Numba loops reach a third of this processor's arithmetic: LLVM vectorises one loop at a time and keeps a product's
-sums in memory. Here `Vec` is <W x float> of LLVM, W chosen at run time (16 lanes with AVX-512, else 8, which on Arm are
-two registers), and a kernel is ordinary Python on addresses:
+sums in memory (product.py: in registers). Here `Vec` is <W x float> of LLVM, W chosen at run time (16 lanes with
+AVX-512, else 8, which on Arm are two registers), and a kernel is ordinary Python on addresses:
 
     x = load(p)                     16 floats from an address
     store(p, exp2(x * c - splat(m)))
@@ -14,7 +14,6 @@ address does not keep its array alive: kernels take addresses of tensors which t
 """
 
 import functools
-import math
 import operator
 
 import numpy as np
@@ -27,8 +26,6 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 FEATURES = (config.CPU_FEATURES or get_host_cpu_features()).split(",")
 W = 16 if "+avx512f" in FEATURES else 8  # lanes
-ROWS, COLUMNS = 4, (4 if W == 16 else 2)  # the product keeps ROWS x (COLUMNS * W) sums: 16 of 32 registers, or 8 of 16
-STRIP = COLUMNS * W
 
 f32, i16, i32, i64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 V, VI, VH = ir.VectorType(f32, W), ir.VectorType(i32, W), ir.VectorType(i16, W)
@@ -107,66 +104,6 @@ def lanes_below(b, n):
     """Mask of the lanes that are smaller than n (int64)."""
     lanes = ir.Constant(VI, list(range(W)))
     return b.icmp_signed("<", lanes, splat_of(b, b.trunc(n, i32), VI))
-
-
-def _exp2_coefficients() -> list[float]:
-    """2^f on [-1/2, 1/2] as a polynomial of degree 5 with the least relative error, 1e-7: Chebyshev points."""
-    x = 0.5 * np.cos(np.pi * (np.arange(4_000) + 0.5) / 4_000)
-    powers = np.vander(x, 6, increasing=True) / np.exp2(x)[:, None]
-    return np.linalg.lstsq(powers, np.ones(4_000), rcond=None)[0].astype(np.float32).tolist()
-
-
-EXP2 = _exp2_coefficients()
-
-
-def exp2_of(b, x):
-    """2^x = 2^n 2^f, n the nearest integer: n goes into the exponent's bits. Below 2^-126 it stays 2^-126, from 2^128
-    on it is infinity, and NaN stays NaN: what has diverged must be seen."""
-    x = b.select(b.fcmp_ordered("<", x, constant(-126.0)), constant(-126.0), x)
-    n = call_of(b, f"llvm.rint.v{W}f32", V, x)
-    f, y = b.fsub(x, n), constant(EXP2[5])
-    for c in EXP2[4::-1]:
-        y = b.fadd(b.fmul(y, f, flags=FUSE), constant(c), flags=FUSE)
-    bits = b.shl(b.fptosi(n, VI), ir.Constant(VI, [23] * W))
-    y = b.bitcast(b.add(b.bitcast(y, VI), bits), V)
-    return b.select(b.fcmp_ordered("<", x, constant(128.0)), y, b.fadd(x, constant(math.inf)))
-
-
-def _exp2_of_floor_coefficients() -> list[float]:
-    """The same on [0, 1], for what is left above the floor."""
-    x = 0.5 - 0.5 * np.cos(np.pi * (np.arange(4_000) + 0.5) / 4_000)
-    powers = np.vander(x, 6, increasing=True) / np.exp2(x)[:, None]
-    return np.linalg.lstsq(powers, np.ones(4_000), rcond=None)[0].astype(np.float32).tolist()
-
-
-EXP2_ABOVE_FLOOR = _exp2_of_floor_coefficients()
-SCALES = "+avx512f" in FEATURES and "+avx512dq" in FEATURES  # instructions for x - floor x and for y 2^floor x
-TO_INTEGER = 1.5 * 2**23 + 127  # a float of this size has no bits behind the point: n is in its lowest ones
-
-
-def exp2_down_of(b, x):
-    """2^x in 8 instructions of AVX-512, in 12 of others.
-
-    These round by adding a number so large that only the integer n is left, n + 127 in the lowest bits, which make the
-    float 2^n where exponents lie.
-    """
-    if SCALES:
-        passed, every, floor, current = ir.Constant(V, ir.Undefined), ir.Constant(i16, -1), 9, ir.Constant(i32, 4)
-        f = call_of(b, "llvm.x86.avx512.mask.reduce.ps.512", V, x, ir.Constant(i32, floor), passed, every, current)
-        y = horner(b, EXP2_ABOVE_FLOOR, f)
-        return call_of(b, "llvm.x86.avx512.mask.scalef.ps.512", V, y, x, passed, every, current)
-    x = b.select(b.fcmp_ordered("<", x, constant(-126.0)), constant(-126.0), x)
-    n = b.fadd(x, constant(TO_INTEGER))
-    f = b.fsub(x, b.fsub(n, constant(TO_INTEGER)))
-    power = b.bitcast(b.shl(b.bitcast(n, VI), ir.Constant(VI, [23] * W)), V)
-    return b.fmul(horner(b, EXP2, f), power)
-
-
-def horner(b, coefficients: list[float], x):
-    y = constant(coefficients[-1])
-    for c in coefficients[-2::-1]:
-        y = b.fadd(b.fmul(y, x, flags=FUSE), constant(c), flags=FUSE)
-    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,14 +261,6 @@ def divide(b, x, y):
 
 
 @instruction(vec, vec)
-def inverse_bf16(b, x):
-    """1 / x to 14 bits, more than bfloat16 has: with AVX-512 an instruction of 2 cycles, where a division takes 16."""
-    if W < 16:
-        return b.fdiv(constant(1.0), x)
-    return call_of(b, "llvm.x86.avx512.rcp14.ps.512", V, x, ir.Constant(V, ir.Undefined), ir.Constant(i16, -1))
-
-
-@instruction(vec, vec)
 def root(b, x):
     """Square roots."""
     return call_of(b, f"llvm.sqrt.v{W}f32", V, x)
@@ -346,18 +275,6 @@ def total(b, x):
 @instruction(number, vec)
 def largest(b, x):
     return _reduce(b, "fmax", x)
-
-
-@instruction(vec, vec)
-def exp2(b, x):
-    return exp2_of(b, x)
-
-
-@instruction(vec, vec)
-def exp2_down(b, x):
-    """2^x for x below 127, such as logits less one near the largest: in half of exp2's time. NaN stays NaN; what is
-    beyond is a number or not, and below 2^-126 it is at most that."""
-    return exp2_down_of(b, x)
 
 
 def _turn(b, x, table, signs):
@@ -466,66 +383,3 @@ def dot_rows(x, y, width):
 def clear(p, floats):
     for i in range(0, floats, W):
         store(p + 4 * i, splat(ZERO))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The matrix product: ROWS x n vectors of sums that stay in registers while k runs
-
-
-def products(b, rows: int, n: int, a, across, along, p, ldb, k, start: list) -> list:
-    """start[r, v] + sum_k a[r * across + k * along] * p[k * ldb + v], element strides; one loop over k."""
-    across, along, ldb = (b.mul(stride, ir.Constant(i64, 4)) for stride in (across, along, ldb))
-    shifts = [b.mul(across, ir.Constant(i64, r)) for r in range(rows)]
-    before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    left, at_a, at_p = (b.phi(i64) for _ in range(3))
-    sums = [b.phi(V) for _ in start]
-    columns = [load_at(b, at_p, W * v) for v in range(n)]
-    new = []
-    for r in range(rows):
-        scalar = splat_of(b, b.load(pointer(b, b.add(at_a, shifts[r]), f32), align=4))
-        new += [b.fadd(b.fmul(scalar, columns[v], flags=FUSE), sums[r * n + v], flags=FUSE) for v in range(n)]
-    less = b.sub(left, ir.Constant(i64, 1))
-    steps = [(left, k, less), (at_a, a, b.add(at_a, along)), (at_p, p, b.add(at_p, ldb))]
-    steps += zip(sums, start, new, strict=True)
-    for phi, first, following in steps:
-        phi.add_incoming(first, before)
-        phi.add_incoming(following, loop)
-    b.cbranch(b.icmp_signed(">", less, ir.Constant(i64, 0)), loop, after)
-    b.position_at_end(after)
-    return new
-
-
-def for_each_size(b, rows, n, emit) -> None:
-    """Writes emit(rows, n) for ROWS and single rows and for 1 .. COLUMNS vectors, and a choice between them."""
-    for r in (ROWS, 1):
-        with b.if_then(b.icmp_signed("==", rows, ir.Constant(i64, r))):
-            for v in range(1, COLUMNS + 1):
-                with b.if_then(b.icmp_signed("==", n, ir.Constant(i64, v))):
-                    emit(r, v)
-
-
-@instruction(types.void, count, count, address, count, count, address, count, address, count, count)
-def block_add(b, rows, n, a, across, along, p, ldb, c, ldc, k):
-    """c[r, :] += sum_k a[r * across + k * along] p[k, :] for `rows` (ROWS or 1) rows of n vectors."""
-
-    def emit(r: int, v: int) -> None:
-        at = [b.add(c, b.mul(ldc, ir.Constant(i64, 4 * i))) for i in range(r)]
-        start = [load_at(b, at[i], W * j) for i in range(r) for j in range(v)]
-        for i, x in enumerate(products(b, r, v, a, across, along, p, ldb, k, start)):
-            store_at(b, x, at[i // v], W * (i % v))
-
-    for_each_size(b, rows, n, emit)
-
-
-@njit
-def add_product(m, n, a, across, along, p, ldb, c, ldc, k):
-    """c (m, n) += a p, n a multiple of W."""
-    for j in range(0, n, STRIP):
-        vectors = min(STRIP, n - j) // W
-        i = 0
-        while i < m:
-            rows = ROWS if i + ROWS <= m else 1
-            block_add(rows, vectors, a + 4 * i * across, across, along, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k)
-            i += rows

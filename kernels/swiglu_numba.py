@@ -9,17 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochameleon.kernels.amx import power
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.powers import SCALES, exp2, inverse_bf16, power
 from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
     AHEAD,
-    FEATURES,
     W,
     divide,
-    exp2,
     fetch,
-    inverse_bf16,
     load,
     load_bf16,
     njit,
@@ -88,7 +85,7 @@ def _rows(load, store, size, sigmoid):
 
 
 sigmoid = _sigmoid(exp2, inverse)
-sigmoid_bf16 = _sigmoid(power if "+avx512dq" in FEATURES else exp2, inverse_bf16)
+sigmoid_bf16 = _sigmoid(power if SCALES else exp2, inverse_bf16)
 gate, gate_backward = _rows(load, store, 4, sigmoid)
 gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, sigmoid_bf16)
 

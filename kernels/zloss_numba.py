@@ -24,12 +24,12 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochameleon.kernels.launch import kernel
+from nanochameleon.kernels.powers import exp2_down
 from nanochameleon.kernels.region_numba import reader
 from nanochameleon.kernels.simd import (
     AHEAD,
     ZERO,
     W,
-    exp2_down,
     fetch,
     larger,
     largest,
@@ -169,15 +169,16 @@ def sum_of_block(p, size, first, last, shift, kept):
 
 @njit
 def sum_of_row(p, size, v, kept, shifts):
-    """A row of v logits -> (shift, sum of e^(x - shift)), where the shift is near the largest.
+    """A row of v logits -> (the largest, shift, sum of e^(x - shift)), where the shift is near the largest.
 
     It begins with the largest of the first few. A block with a number so much larger that powers could overflow is
     done again with that one as the shift. kept, if any, has all powers then, and shifts that of each block.
     """
-    shift, sum_ = max(largest(last_numbers(p, size, 0, v)), LOWEST), ZERO
+    shift, sum_, top = max(largest(last_numbers(p, size, 0, v)), LOWEST), ZERO, LEAST
     for i in range(0, v, BLOCK):
         last = min(i + BLOCK, v)
         most, s = sum_of_block(p, size, i, last, shift, kept)
+        top = max(top, most)
         if most > shift + ROOM:
             sum_ *= np.float32(math.exp(shift - most))
             shift = most
@@ -185,13 +186,13 @@ def sum_of_row(p, size, v, kept, shifts):
         sum_ += s
         if kept:
             poke(shifts + 4 * (i // BLOCK), shift)
-    return shift, sum_
+    return top, shift, sum_
 
 
 @njit
-def log_z_of(shift, sum_):
-    """Of a row of nothing but -infinity it is that, too: its sum is 0."""
-    return shift + np.float32(math.log(sum_))
+def log_z_of(most, shift, sum_):
+    """Of a row of nothing but -infinity it is that, too, whose powers are not 0 on every processor."""
+    return (LEAST if most == LEAST else shift) + np.float32(math.log(sum_))
 
 
 @njit
@@ -211,8 +212,8 @@ def forward(job, part, first, last, memory):
         logits, y = job.logits + job.size * n * job.v, peek_int(job.targets + 8 * n)
         cross_entropy, log_z = ZERO, ZERO
         if y >= 0:
-            shift, sum_ = sum_of_row(logits, job.size, job.v, 0, 0)
-            log_z = log_z_of(shift, sum_)
+            most, shift, sum_ = sum_of_row(logits, job.size, job.v, 0, 0)
+            log_z = log_z_of(most, shift, sum_)
             cross_entropy = log_z - look(logits, job.size, y)
         poke(job.cross_entropy + 4 * n, cross_entropy)
         poke(job.log_z + 4 * n, log_z)
@@ -252,8 +253,8 @@ def overwrite(job, part, first, last, kept):
         if y < 0:
             fill_row(logits, size, v, ZERO)
         else:
-            shift, sum_ = sum_of_row(logits, size, v, kept, shifts)
-            log_z = log_z_of(shift, sum_)
+            most, shift, sum_ = sum_of_row(logits, size, v, kept, shifts)
+            log_z = log_z_of(most, shift, sum_)
             cross_entropy = log_z - look(logits, size, y)
             factor = job.share * away_from_zero(np.float32(1) + np.float32(2) * job.z_loss * log_z) / sum_
             p_y = put_gradient(logits, size, v, y, shift, factor, kept, shifts)

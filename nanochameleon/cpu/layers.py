@@ -17,15 +17,15 @@ from nanochameleon.cpu.memory import call_at, inner, map_at, padded
 from nanochameleon.cpu.products import call_product
 from nanochameleon.kernels.attention_numba import LEAST, LOG2E
 from nanochameleon.kernels.launch import compiled
+from nanochameleon.kernels.powers import exp2
+from nanochameleon.kernels.product import add_product
 from nanochameleon.kernels.simd import (
     ZERO,
     W,
-    add_product,
     address,
     clear,
     count,
     dot_rows,
-    exp2,
     head,
     instruction,
     larger,

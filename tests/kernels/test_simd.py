@@ -5,7 +5,7 @@ import pytest
 import torch
 from numba import njit
 
-from nanochameleon.kernels import simd
+from nanochameleon.kernels import powers, simd
 from nanochameleon.kernels.simd import W, load, load_first, load_first_bf16, store, store_first, store_first_bf16
 
 ULP = 2.0**-23
@@ -14,14 +14,14 @@ ULP = 2.0**-23
 @pytest.fixture(params=["AVX-512", "any processor"])
 def exp2_down(request, monkeypatch):
     """Both ways to write it, as far as this processor has them."""
-    if request.param == "AVX-512" and not simd.SCALES:
+    if request.param == "AVX-512" and not powers.SCALES:
         pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr(simd, "SCALES", request.param == "AVX-512")
+    monkeypatch.setattr(powers, "SCALES", request.param == "AVX-512")
 
     @njit
     def run(x, y, n):
         for i in range(0, n, W):
-            store(y + 4 * i, simd.exp2_down(load(x + 4 * i)))
+            store(y + 4 * i, powers.exp2_down(load(x + 4 * i)))
 
     def call(x):
         y = torch.empty_like(x)
