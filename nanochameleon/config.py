@@ -39,8 +39,8 @@ class VQGANConfig:
         return self.grid**2
 
     def __post_init__(self):
-        if not self.ch_mult:
-            raise ValueError("ch_mult needs a number for each level, and at least one")
+        if not 1 <= len(self.ch_mult) <= 16:
+            raise ValueError("ch_mult needs a number for each level, at least one and at most 16")
         window = self.window or self.resolution
         if window < 1 or self.resolution % self.factor or self.resolution % window or window % self.factor:
             sizes = f"resolution {self.resolution}, window {window} and factor {self.factor} (2 to the levels less one)"
