@@ -31,7 +31,7 @@ import tyro
 
 from nanochameleon.cli import check_kernels
 from nanochameleon.config import RunConfig, SampleConfig
-from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.errors import UserError, exit_on_user_error, shown
 
 PREVIEW = 32  # codes between two looks at a picture that is being drawn
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -79,6 +79,9 @@ class Args:
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the transformer's weights; auto is that of its files. int8 is made of that after loading, so the peak of
     memory is that of loading."""
+    vqgan: Path | None = None
+    """A file with the image decoder, for a model that came from transformers, which drops it: Meta's vqgan.ckpt or a
+    vqgan_decoder.safetensors."""
 
     def check(self) -> None:
         """Raises UserError for a value out of range, naming the option."""
@@ -86,7 +89,7 @@ class Args:
             ("n", self.n >= 1, "at least 1"),
             ("temperature", self.temperature is None or 0 <= self.temperature < math.inf, "0 or more"),
             ("top-p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top-k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top-k", self.top_k is None or 1 <= self.top_k <= sys.float_info.max, "at least 1"),
             ("guidance", self.guidance is None or 0 <= self.guidance < math.inf, "0 or more"),
             ("guidance-image", self.guidance_image is None or 0 <= self.guidance_image < math.inf, "0 or more"),
             (
@@ -99,7 +102,7 @@ class Args:
             ("scale", self.scale is None or 1 <= self.scale <= 64, "1 to 64"),
         ):
             if not good:
-                raise UserError(f"--{name} must be {wish}, not {getattr(self, name.replace('-', '_'))}")
+                raise UserError(f"--{name} must be {wish}, not {shown(getattr(self, name.replace('-', '_')))}")
 
     def options(self, cfg: SampleConfig) -> SampleConfig:
         """The run's own settings, with those given here in their place."""
@@ -170,7 +173,7 @@ def main(args: Args) -> list[list[str | Path]]:
     from nanochameleon.run import pick_device
 
     check_kernels(pick_device(args.device))
-    run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype)
+    run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
     if args.dtype == "int8":
         quantize_(run.model)
     vocab, n_codes = run.vocab, run.images.n_codes_per_image

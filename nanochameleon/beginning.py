@@ -66,7 +66,7 @@ def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
         raise UserError(f"{cfg.init_from}, which the run is to begin with, lies in {cfg.folder}: choose another --out")
     if begun := begun_from(cfg):
         cfg = dataclasses.replace(cfg, init_from=begun)
-    parts = open_parts(cfg.folder if begun else cfg.init_from)
+    parts = open_parts(cfg.folder) if begun else open_parts(cfg.init_from, cfg.init_vqgan)
     if cfg.train.seq_len > parts.model.max_seq_len:
         raise UserError(
             f"train.seq_len is {cfg.train.seq_len}; {cfg.init_from} has a context of {parts.model.max_seq_len}"

@@ -53,6 +53,8 @@ def check_together(cfg: RunConfig) -> None:
     check_stages(cfg)
     if cfg.data.source == "prepared" and (cfg.data.live or cfg.data.n_documents):
         raise UserError("data.live and data.n_documents are for documents made here: leave them out for prepared data")
+    if cfg.init_vqgan and not cfg.init_from:
+        raise UserError("init_vqgan is the image decoder of the model in init_from: set that, too")
     if not sizes_come_later(cfg):
         check_room(cfg)
 

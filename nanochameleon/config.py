@@ -230,6 +230,7 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
+    init_vqgan: Path | None = None  # image decoder of an init_from without one: vqgan.ckpt, vqgan_decoder.safetensors
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one

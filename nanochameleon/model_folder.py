@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +29,9 @@ from nanochameleon.errors import UserError, shown
 from nanochameleon.files import read_json
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
-from nanochameleon.ranges import out_of_range
+from nanochameleon.model_checks import expected_weights, finite, match, match_images
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
-from nanochameleon.tensor_files import Cut, Get, Meta, Pth, Safetensors, check_type, open_safetensors
+from nanochameleon.tensor_files import Cut, Pth, Safetensors, Tensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vqgan import VQGAN
@@ -40,13 +39,6 @@ from nanochameleon.vqgan import VQGAN
 NANO = "nanochameleon"  # what config.json of our own folders says under "layout"
 HF_DECODER, NANO_VQGAN = "vqgan_decoder", "vqgan"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Tensors(NamedTuple):
-    """Types and shapes by name, and the function that reads one."""
-
-    meta: Meta
-    get: Get
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,8 @@ class Tokenizers:
         pieces = {spell(piece): token for piece, token in text.ids.items()}
         merges = [[spell(left), spell(right)] for left, right in text.merges]
         sizes = [dataclasses.asdict(each) for each in (text.vocab, self.vqgan)]
-        found = hashlib.sha256(json.dumps([*sizes, pieces, merges], sort_keys=True).encode())
+        rare = [text.added, text.ignore_merges] if any(text.added) or text.ignore_merges else []
+        found = hashlib.sha256(json.dumps([*sizes, pieces, merges, *rare], sort_keys=True).encode())
         for name in sorted(self.vq.meta):
             if not name.startswith(DECODER):
                 x = self.vq.get(name).to(torch.float32).contiguous()
@@ -166,60 +159,6 @@ def open_parts(path: Path, vqgan: Path | None = None) -> Parts:
     if vqgan:
         parts = with_decoder(parts, Path(vqgan), path)
     return dataclasses.replace(parts, weights=finite(parts.weights, path), vq=finite(parts.vq, path))
-
-
-WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel"}
-
-
-def match(expected: Meta, found: Meta, where: str) -> None:
-    """Raises UserError naming a tensor that is missing, too many, of another shape or of a type that is not read."""
-    for names, what in ((expected.keys() - found.keys(), "misses"), (found.keys() - expected.keys(), "has left over")):
-        if names:
-            for prefix, wrapper in WRAPPERS.items():
-                if any(f".{prefix}" in f".{name}" for name in found):
-                    what = f"of {wrapper}: save the module inside of it"
-                    raise UserError(f"{where} has {prefix!r} in its tensors' names, which are those {what}")
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{where} {what} {shown(min(names))}{more}")
-    for name, x in expected.items():
-        check_type(name, found[name].dtype, where)
-        if x.shape != found[name].shape:
-            raise UserError(f"{where}: {name} is {tuple(found[name].shape)}, {tuple(x.shape)} by the configuration")
-
-
-def expected_weights(cfg: ModelConfig, found: Meta) -> Meta:
-    """The skeleton, once the files are known to hold as many tensors: each layer has nine or more."""
-    if 9 * cfg.n_layers > len(found):
-        raise ValueError(f"n_layers is {shown(cfg.n_layers)}, and its files hold {len(found)} tensors in all")
-    return skeleton(cfg)
-
-
-def match_images(cfg: VQGANConfig, found: Meta, where: str) -> None:
-    """As match, for an image tokenizer, which may lack its decoder. Raises ValueError for sizes that none has."""
-    if wrong := out_of_range(vqgan=cfg):
-        raise ValueError(wrong)
-    if 8 * cfg.n_res_blocks * len(cfg.ch_mult) > len(found):  # as in expected_weights: a residual block has eight
-        n = shown(cfg.n_res_blocks)
-        raise ValueError(f"vqgan.n_res_blocks is {n}, and its image tokenizer holds {len(found)} tensors in all")
-    with torch.device("meta"):
-        expected = VQGAN(cfg).state_dict()
-    if not any(name.startswith(DECODER) for name in found):
-        expected = {name: x for name, x in expected.items() if not name.startswith(DECODER)}
-    match(expected, found, where)
-
-
-def finite(tensors: Tensors, path: Path) -> Tensors:
-    """The same tensors; whoever reads one that is not finite gets a UserError that names it."""
-
-    def get(name: str) -> Tensor:
-        x = tensors.get(name)
-        if not x.sum().isfinite():  # one pass and no copy; finite numbers may overflow in it, so they are counted
-            n = sum(int((~part.isfinite()).sum()) for part in x.flatten().split(2**20))
-            if n:
-                raise UserError(f"the weights of {path} are not finite: {n:,} of {x.numel():,} values of {name}")
-        return x
-
-    return Tensors(tensors.meta, get)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,14 @@ MAX_HEADER, MAX_PICKLE = 2**22, 2**20  # bytes that describe a file's tensors; t
 INDEX = "model.safetensors.index.json"
 Meta = dict[str, Tensor]  # on the meta device: types and shapes without content
 Get = Callable[[str], Tensor]
+
+
+class Tensors(NamedTuple):
+    """Types and shapes by name, and the function that reads one."""
+
+    meta: Meta
+    get: Get
+
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
