@@ -44,7 +44,7 @@ def section(content: dict, name: str) -> dict:
     return found or {}
 
 
-def number(content: dict, name: str, kind: type, default: object = None):
+def field(content: dict, name: str, kind: type, default: object = None):
     """A field of a configuration, which has the type `kind`. Raises ValueError, naming it, for another type, and where
     it is missing and there is no default."""
     if name not in content and default is None:
@@ -84,15 +84,15 @@ def meta_params(cfg: ModelConfig) -> dict:
 def model_from_meta(params: dict, n_shards: int) -> ModelConfig:
     """params.json, merged or not, -> ModelConfig. Each shard is a group unless the note says else."""
     p = params | section(params, "model")
-    heads, kv_heads = number(p, "n_heads", int), build(int | None, p.get("n_kv_heads"), "n_kv_heads")
-    qk_norm = number(p, "qk_normalization", bool, True)
+    heads, kv_heads = field(p, "n_heads", int), build(int | None, p.get("n_kv_heads"), "n_kv_heads")
+    qk_norm = field(p, "qk_normalization", bool, True)
     fields = dict(
-        vocab_size=number(p, "vocab_size", int), dim=number(p, "dim", int), n_layers=number(p, "n_layers", int),
+        vocab_size=field(p, "vocab_size", int), dim=field(p, "dim", int), n_layers=field(p, "n_layers", int),
         n_heads=heads, n_kv_heads=None if kv_heads == heads else kv_heads,
-        multiple_of=number(p, "multiple_of", int, 256), ffn_dim_multiplier=p.get("ffn_dim_multiplier"),
-        norm_eps=number(p, "norm_eps", float), rope_theta=float(number(p, "rope_theta", float, 10_000.0)),
+        multiple_of=field(p, "multiple_of", int, 256), ffn_dim_multiplier=p.get("ffn_dim_multiplier"),
+        norm_eps=field(p, "norm_eps", float), rope_theta=float(field(p, "rope_theta", float, 10_000.0)),
         qk_norm=qk_norm, qk_norm_groups=n_shards if qk_norm else 1,
-        norm_order="post" if number(p, "swin_norm", bool, False) else "pre",
+        norm_order="post" if field(p, "swin_norm", bool, False) else "pre",
     )  # fmt: skip
     return checked(build(ModelConfig, dataclasses.asdict(ModelConfig()) | fields | noted(params, "meta"), "model"))
 
@@ -121,7 +121,7 @@ def hf_config(cfg: ModelConfig, vqgan: VQGANConfig, vocab: Vocab, vocabulary_map
 def model_from_hf(config: dict) -> ModelConfig:
     """config.json -> ModelConfig. Raises ValueError for what our model does not compute."""
     rope = section(config, "rope_parameters") or section(config, "rope_scaling")
-    ffn_dim = number(config, "intermediate_size", int, 11_008)
+    ffn_dim = field(config, "intermediate_size", int, 11_008)
     for bad, what in (
         (config.get("model_type") != "chameleon", f"model_type {config.get('model_type')!r}"),
         (config.get("hidden_act", "silu") != "silu", f"hidden_act {config.get('hidden_act')!r}"),
@@ -131,17 +131,17 @@ def model_from_hf(config: dict) -> ModelConfig:
     ):
         if bad:
             raise ValueError(f"{shown(what)} is not Chameleon's")
-    heads = number(config, "num_attention_heads", int, 32)
+    heads = field(config, "num_attention_heads", int, 32)
     kv_heads = build(int | None, config.get("num_key_value_heads", 32), "num_key_value_heads")
     fields = dict(
-        vocab_size=number(config, "vocab_size", int, 65_536), dim=number(config, "hidden_size", int, 4_096),
-        n_layers=number(config, "num_hidden_layers", int, 32), n_heads=heads,
+        vocab_size=field(config, "vocab_size", int, 65_536), dim=field(config, "hidden_size", int, 4_096),
+        n_layers=field(config, "num_hidden_layers", int, 32), n_heads=heads,
         n_kv_heads=None if kv_heads in (None, heads) else kv_heads,
-        max_seq_len=number(config, "max_position_embeddings", int, 4_096),
-        norm_eps=number(config, "rms_norm_eps", float, 1e-5),
-        rope_theta=float(number(config | rope, "rope_theta", float, 10_000.0)),
-        norm_order="post" if number(config, "swin_norm", bool, False) else "pre",
-        qk_norm_groups=number(config, "model_parallel_size", int, 1),
+        max_seq_len=field(config, "max_position_embeddings", int, 4_096),
+        norm_eps=field(config, "rms_norm_eps", float, 1e-5),
+        rope_theta=float(field(config | rope, "rope_theta", float, 10_000.0)),
+        norm_order="post" if field(config, "swin_norm", bool, False) else "pre",
+        qk_norm_groups=field(config, "model_parallel_size", int, 1),
     )  # fmt: skip
     cfg = build(ModelConfig, dataclasses.asdict(ModelConfig()) | fields | noted(config, "hf"), "model")
     return with_ffn_dim(checked(cfg), ffn_dim)

@@ -30,7 +30,7 @@ from nanochameleon.files import read_json
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
 from nanochameleon.model_checks import expected_weights, finite, match, match_images
-from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
+from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, command, pick_device, read_config
 from nanochameleon.tensor_files import Cut, Pth, Safetensors, Tensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
 from nanochameleon.transformer import Chameleon
@@ -141,9 +141,9 @@ def naming(path: Path, layout: str) -> Iterator[None]:
     reader = f"{path} cannot be read as a Chameleon in {layout} layout"
     try:
         yield
-    except (ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+    except (ValueError, AttributeError, IndexError, OSError) as error:
         raise UserError(f"{reader}: {shown(error, 120)}") from None
-    except (ArithmeticError, RuntimeError) as error:  # a division by zero, a tensor of 10^300 rows
+    except (ArithmeticError, RuntimeError, TypeError) as error:  # torch's, of a tensor of 10^300 rows
         raise UserError(f"{reader}: no model has the sizes that it names ({shown(error, 80)})") from None
 
 
@@ -204,8 +204,8 @@ def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANC
 
 def open_nano(folder: Path) -> Parts:
     content = read_json(folder / CONFIG)
-    model = layout_files.checked(build(ModelConfig, content.get("model"), "model"))
-    vqgan = build(VQGANConfig, content.get("vqgan"), "vqgan")
+    model = layout_files.checked(layout_files.field(content, "model", ModelConfig))
+    vqgan = layout_files.field(content, "vqgan", VQGANConfig)
     vq = open_safetensors(folder, NANO_VQGAN)
     weights = plain(open_safetensors(folder), model, folder)
     return Parts("nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, Tensors(vq.meta, vq.__getitem__))
@@ -233,7 +233,7 @@ def open_hf(folder: Path) -> Parts:
     decoder = open_safetensors(folder, HF_DECODER) if (folder / f"{HF_DECODER}.safetensors").is_file() else None
     vq = {name.removeprefix(VQ_PREFIX): x for name, x in files.meta.items() if name.startswith(VQ_PREFIX)}
     vq |= decoder.meta if decoder else {}
-    resolution = layout_files.number(layout_files.section(config, "vq_config"), "resolution", int, 512)
+    resolution = layout_files.field(layout_files.section(config, "vq_config"), "resolution", int, 512)
     vqgan = layout_files.vqgan_from_tensors(vq, resolution)
     meta = {name: x.to(files.meta[layouts.rule(name).hf].dtype) for name, x in skeleton(model).items()}
     tokenizer = layout_files.tokenizer_from_hf(read_json(folder / "tokenizer.json"))
@@ -262,7 +262,7 @@ def open_meta(folder: Path) -> Parts:
     columns = (
         shards[0].meta.get("tok_embeddings.weight", torch.empty(0, 0)).shape[1:]
     )  # of which each shard has so many
-    needed = layout_files.number(params, "dim", int) // columns[0] if all(columns) else len(shards)
+    needed = layout_files.field(params, "dim", int) // columns[0] if all(columns) else len(shards)
     if needed != len(shards):
         raise UserError(f"{folder} has {len(shards)} of {needed} shards")
     model = layout_files.model_from_meta(params, len(shards))
