@@ -38,6 +38,7 @@ def begin(cfg: RunConfig) -> tuple[RunConfig, Beginning]:
     tokenizers, parts = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
         cfg, parts = adopt(cfg)
+        text_of(parts.tokenizers, cfg.init_from)  # a sentence, before anything else reads it
         if tokenizers and parts.tokenizers.digest() != tokenizers.digest():
             what = f"{cfg.data.path} was prepared with other tokenizers than those of {cfg.init_from}"
             raise UserError(f"{what}: prepare it with --tokenizers {cfg.init_from}")
