@@ -171,7 +171,7 @@ def decoded(path: str | Path, data: bytes | None) -> Iterator[Image.Image]:
         with named(path):
             if (os.path.getsize(path) if data is None else len(data)) == 0:
                 raise UserError(f"picture {path} is an empty file")
-            file = stack.enter_context(open(path, "rb") if data is None else io.BytesIO(data))
+            file = io.BytesIO(data) if data is not None else stack.enter_context(open(path, "rb"))
             file, orientation = without_metadata(file)
             picture = stack.enter_context(Image.open(file, formats=FORMATS))
             if picture.mode == "F":

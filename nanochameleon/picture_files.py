@@ -15,7 +15,9 @@ from typing import BinaryIO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PARTS = 2**20  # chunks or segments that are looked at; a photo has some thousands
-MAX_METADATA = 2**20  # bytes of one piece of metadata, and of all tags of a TIFF together times 64
+MAX_METADATA = 2**20  # bytes of one piece of metadata
+MAX_TAGS = 2**26  # bytes of all tags of a TIFF together
+MAX_WEBP = 2**26  # bytes of a WebP that are read, since Pillow reads all of it before it knows the size
 ORIENTATION = 274  # the tag's number
 NUMBERS = {1: "B", 3: "H", 4: "I"}  # types of a tag that can hold an orientation
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -59,7 +61,7 @@ def without_metadata(file: BinaryIO) -> tuple[BinaryIO, int | None]:
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         check_tags(file)
     file.seek(0)
-    return file, None
+    return Spliced(b"", file, 0, MAX_WEBP) if start[:4] == b"RIFF" else file, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def segments(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
     for _ in range(MAX_PARTS):
         file.seek(place)
         header = file.read(4)
-        if len(header) < 4 or header[0] != 0xFF or not 0xC0 <= header[1] or 0xD0 <= header[1] <= 0xDA:
+        if len(header) < 4 or header[0] != 0xFF or header[1] < 0xC0 or 0xD0 <= header[1] <= 0xDA:
             return
         # a marker may be filled up with more of 0xFF
         size = 1 if header[1] == 0xFF else struct.unpack(">H", header[2:])[0] + 2
@@ -192,5 +194,5 @@ def check_tags(file: BinaryIO) -> None:
         stated = sum(SIZES.get(kind, 0) * count for _, kind, count in entries)
     except (struct.error, OverflowError, ValueError):
         return  # Pillow refuses it
-    if n >= 2**16 or stated > 64 * MAX_METADATA:
+    if n >= 2**16 or stated > MAX_TAGS:
         raise ValueError("its tags are too large")
