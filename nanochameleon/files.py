@@ -4,10 +4,16 @@ Folders of several files are checkpoint.py's and data/shards.py's.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name read from a file is one that we give: no path, not long, and fit for a terminal."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None
 
 
 def fsync(path: Path) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from nanochameleon.alignment import CATEGORIES, AlignmentSource
 from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
+from nanochameleon.data.folders import read_index
 from nanochameleon.data.reading import SKIPPED
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
@@ -184,13 +185,13 @@ def open_loader(cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer
 
 def rows_of(name: str, cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Rows:
     """One source's rows; how they are packed is kept in the run's folder."""
-    seq_len, place = cfg.train.seq_len, folder / "data" / name
+    seq_len, place, size = cfg.train.seq_len, folder / "data" / name, tokenizer.vocab.size
     if cfg.data.live:
         docs = Epochs(open_sources(cfg, folder)(name), cfg.seed, name)
         return Rows(name, Live(docs, images, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
     if cfg.data.source != "prepared":
-        return Rows(name, Shards(place), seq_len, cfg.seed, place)
-    shards = Shards(cfg.data.path / name)
+        return Rows(name, Shards(place, size), seq_len, cfg.seed, place)
+    shards = Shards(cfg.data.path / name, size)
     same_as_before(cfg.data.path / name / Shards.INDEX, place / Shards.INDEX)
     return Rows(name, shards, seq_len, cfg.seed, place)
 
@@ -203,4 +204,5 @@ def same_as_before(index: Path, kept: Path) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_file(kept, content)
     elif kept.read_bytes() != content:
+        read_index(kept.parent, kept.name, Shards.FORMAT, files=False)  # says so where it is the copy that is damaged
         raise UserError(f"{index.parent} has changed since this run began: start anew with --overwrite")
