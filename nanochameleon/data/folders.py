@@ -1,7 +1,7 @@
 """Folders of several files that are whole or not there, and files that are mapped instead of read.
 
 The last file that is written is the index, a JSON object. It says what the folder holds, and it has a checksum of each
-file that is read as a whole, and of itself; these are checked when the folder is opened. A large file has a checksum for
+file that is read as a whole, and of itself, checked when the folder is opened. A large file has a checksum for
 each of its items instead, which is checked whenever the item is read, so that a terabyte of tokens is not read twice.
 Folders of older versions have no checksums and open without.
 """
