@@ -15,7 +15,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from nanochameleon.errors import UserError
 from nanochameleon.files import fsync
+from nanochameleon.printing import warn
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{6,})(\.old)?")  # .old: set aside while a second save of the same step moves in
@@ -179,7 +179,7 @@ def newest(run_dir: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        print(f"warning: passing over {path}: {problem}", file=sys.stderr)
+        warn(f"passing over {path}: {problem}")
     return None
 
 

@@ -5,8 +5,10 @@ Folders of several files are checkpoint.py's and data/shards.py's.
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,3 +46,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_file(path: Path, data: bytes) -> None:
     with replacing(path) as file:
         file.write(data)
+
+
+def write_new(folder: Path, stem: str, ending: str, data: bytes) -> Path:
+    """Writes folder/STEM-N.ENDING with the first N from 1 on that is free, and returns it; never over an existing file,
+    however many processes do so at once."""
+    for number in count(1):
+        path = folder / f"{stem}-{number}{ending}"
+        try:
+            path.touch(exist_ok=False)  # takes the name: of several processes one succeeds
+        except FileExistsError:
+            continue
+        try:
+            write_file(path, data)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder if need be. Raises OSError where no file can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from nanochameleon.errors import UserError
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
+from nanochameleon.printing import warn
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
 from nanochameleon.tensor_files import Cut, Get, Meta, Pth, Safetensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
@@ -280,13 +280,13 @@ def open_meta(folder: Path) -> Parts:
 
     said: set[str] = set()  # a tensor is read once for each shard that is written
 
-    def warn(sentence: str) -> None:
+    def warn_once(sentence: str) -> None:
         if sentence not in said:
-            print(f"warning: {sentence}", file=sys.stderr)
+            warn(sentence)
         said.add(sentence)
 
     def get(name: str) -> Tensor:
-        return layouts.from_meta(name, [shard[layouts.rule(name).meta] for shard in shards], model, warn)
+        return layouts.from_meta(name, [shard[layouts.rule(name).meta] for shard in shards], model, warn_once)
 
     meta = {name: x.to(shards[0].meta[layouts.rule(name).meta].dtype) for name, x in ours.items()}
     beside = Path(os.path.abspath(folder)).parent.parent / "tokenizer"  # of a path as short as "7b" or "."

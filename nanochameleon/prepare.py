@@ -21,6 +21,7 @@ from nanochameleon.files import write_file
 from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.prepared import sources as prepared_sources
+from nanochameleon.printing import say
 from nanochameleon.shapes import ShapesSource, World
 from nanochameleon.text_tokenizer import TextTokenizer
 
@@ -72,7 +73,7 @@ def store(cfg: RunConfig, stored: Path) -> None:
         raise UserError("source folder needs --data.path, the folder with the pictures and their captions")
     else:
         report = prepare_folder(cfg.data.path, stored, cfg.vqgan.resolution)
-        print(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
+        say(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
 
 
 def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable[[str], Source]:

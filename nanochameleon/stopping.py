@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from nanochameleon.errors import rank_0_speaks
 from nanochameleon.files import write_file
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
@@ -29,8 +31,9 @@ class Stopper:
                 os.kill(os.getpid(), number)
             return
         self.asked, self.since = True, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # it may come within a print
+        if not rank_0_speaks():
+            with suppress(OSError):  # stderr may be closed
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")  # it may come within a print
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             self._restore()
 

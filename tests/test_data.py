@@ -423,6 +423,14 @@ def test_what_a_source_has_given_is_counted_without_drawing(weights, seed, n):
     assert shares.given(n) == {f"s{k}": sum(shares.draw(i)[0] == k for i in range(n)) for k in range(len(weights))}
 
 
+def test_stages_and_seeds_do_not_share_their_draws():
+    weights, row = {"a": 0.5, "b": 0.5}, range(60)
+    drawn = {
+        (seed, stage): [Shares(weights, seed, stage).draw(i)[0] for i in row] for seed in (0, 1) for stage in (0, 1)
+    }
+    assert len({tuple(order) for order in drawn.values()}) == len(drawn)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents that are made when they are asked for
 

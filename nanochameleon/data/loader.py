@@ -140,7 +140,7 @@ class Loader:
         self.rows, self.batch_size, self.seq_len, self.pad = rows, batch_size, seq_len, pad
         self.answers_from = answers_from
         self.firsts = [first * batch_size for first, _ in stages]  # first row of each stage
-        self.shares = [Shares(weights, seed + stage) for stage, (_, weights) in enumerate(stages)]
+        self.shares = [Shares(weights, seed, stage) for stage, (_, weights) in enumerate(stages)]
         self.before = [dict.fromkeys(rows, 0)]  # rows that each source has given before each stage
         for number, first in enumerate(self.firsts[1:]):
             given = self.shares[number].given(first - self.firsts[number])
