@@ -18,6 +18,11 @@ def is_plain(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None
 
 
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number that can be counted with and drawn: finite, as far as single precision goes."""
+    return type(value) in (int, float) and abs(value) < 2.0**128
+
+
 def fsync(path: Path) -> None:
     """Waits until the file or folder is on the disk."""
     if path.is_dir() and os.name != "posix":

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from nanochameleon.alignment import CATEGORIES, AlignmentSource
 from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
-from nanochameleon.data.folders import read_index
+from nanochameleon.data.folders import checksum, read_index
 from nanochameleon.data.reading import SKIPPED
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
@@ -22,6 +22,7 @@ from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.prepared import sources as prepared_sources
 from nanochameleon.printing import say
+from nanochameleon.run import TEXT_TOKENIZER
 from nanochameleon.shapes import ShapesSource, World
 from nanochameleon.text_tokenizer import TextTokenizer
 
@@ -154,12 +155,12 @@ def write_tokens(
     """
     if cfg.data.source == "prepared":
         return
-    source = open_sources(cfg, folder)
+    source, notes = open_sources(cfg, folder), {TEXT_TOKENIZER: checksum(folder / TEXT_TOKENIZER)}
     for name, (n_ids, n_documents) in amounts(cfg).items():
         if not (folder / "data" / name).exists():
             docs = Epochs(source(name), cfg.seed, name)
             lists = token_lists(docs, images, tokenizer, stopped)
-            write_shards(folder / "data" / name, enough(lists, n_ids, n_documents, name))
+            write_shards(folder / "data" / name, enough(lists, n_ids, n_documents, name), notes=notes)
 
 
 def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None, name: str) -> Iterator[list[int]]:
@@ -191,7 +192,11 @@ def rows_of(name: str, cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTo
         docs = Epochs(open_sources(cfg, folder)(name), cfg.seed, name)
         return Rows(name, Live(docs, images, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
     if cfg.data.source != "prepared":
-        return Rows(name, Shards(place, size), seq_len, cfg.seed, place)
+        shards = Shards(place, size)
+        made_by = shards.index.get(TEXT_TOKENIZER)  # None of an older version
+        if made_by not in (None, checksum(folder / TEXT_TOKENIZER)):
+            raise UserError(f"{folder / TEXT_TOKENIZER} is not the one that made {place}: start anew with --overwrite")
+        return Rows(name, shards, seq_len, cfg.seed, place)
     shards = Shards(cfg.data.path / name, size)
     same_as_before(cfg.data.path / name / Shards.INDEX, place / Shards.INDEX)
     return Rows(name, shards, seq_len, cfg.seed, place)

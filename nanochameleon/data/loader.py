@@ -6,7 +6,6 @@ Every draw is a pure function of (seed, step): to resume is to ask for the next 
 for different rows of it. A row holds documents of one source, so that shares are shares of rows, hence of ids.
 """
 
-import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -21,6 +20,7 @@ from nanochameleon.data.shards import Shards
 from nanochameleon.errors import UserError
 from nanochameleon.files import replacing
 from nanochameleon.packing import Batch, assign_rows, fill
+from nanochameleon.printing import warn
 
 ROWS = "rows of documents"
 
@@ -94,7 +94,7 @@ def whole(folder: Path, index: str) -> bool:
     try:
         return (folder / index).exists() and bool(read_index(folder, index, ROWS))
     except UserError as error:
-        print(f"warning: packing rows again: {str(error).partition(': delete')[0]}", file=sys.stderr)
+        warn(f"packing rows again: {str(error).partition(': delete')[0]}")
         return False
 
 

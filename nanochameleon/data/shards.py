@@ -8,7 +8,7 @@ Shards are not checked when they are opened: a rank needs documents from all of 
 """
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,10 +34,12 @@ def shard_sized(docs: Iterable[Sequence[int]], shard_tokens: int) -> Iterator[li
         yield group
 
 
-def write_shards(directory: Path, docs: Iterable[Sequence[int]], shard_tokens: int = 2**24) -> None:
+def write_shards(
+    directory: Path, docs: Iterable[Sequence[int]], shard_tokens: int = 2**24, notes: Mapping | None = None
+) -> None:
     """Documents of ids 0..65535 -> shard-00000.bin, ... of at most `shard_tokens` ids (uint16, little-endian).
 
-    No document is split between shards. Raises ValueError for an empty document or an id that 16 bits do not hold;
+    No document is split between shards. notes: what else the index is to hold. Raises ValueError for an empty document or an id that 16 bits do not hold;
     then, as after Ctrl-C, nothing is left.
     """
     with aside(directory, Shards.INDEX) as new:
@@ -49,7 +51,7 @@ def write_shards(directory: Path, docs: Iterable[Sequence[int]], shard_tokens: i
             per_shard.append(len(group))
         np.concatenate(lengths).cumsum(dtype="<u8").tofile(new / Shards.OFFSETS)
         np.concatenate(checksums).tofile(new / Shards.CHECKSUMS)
-        write_shards_index(new, {"documents_per_shard": per_shard})
+        write_shards_index(new, {"documents_per_shard": per_shard} | (notes or {}))
 
 
 def write_shards_index(directory: Path, content: dict) -> None:
@@ -69,8 +71,8 @@ class Shards:
 
     def __init__(self, directory: Path, vocab_size: int = 2**16):
         self.directory, self.vocab_size = Path(directory), vocab_size
-        index = read_index(directory, self.INDEX, self.FORMAT)
-        counts = index.get("documents_per_shard")
+        self.index = read_index(directory, self.INDEX, self.FORMAT)
+        counts = self.index.get("documents_per_shard")
         if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 2**32 for n in counts):
             raise damaged(self.directory / self.INDEX, "does not say how many documents each shard has")
         self.firsts = np.cumsum([0, *counts])  # first document of each shard, and the end
@@ -78,7 +80,7 @@ class Shards:
         self.offsets = map_file(self.directory / self.OFFSETS, "<u8", (n_docs + 1,))
         if self.offsets[0] or not all((self.sizes(first, last) > 0).all() for first, last in self.groups):
             raise damaged(self.directory / self.OFFSETS, "is not in order")
-        checked = index["files"]  # none in data of an older version
+        checked = self.index["files"]  # none in data of an older version
         self.checksums = map_file(self.directory / self.CHECKSUMS, "<u4", (n_docs,)) if checked else None
         starts = self.offsets[self.firsts].astype(np.int64)
         sizes = enumerate(np.diff(starts).tolist())
