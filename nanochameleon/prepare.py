@@ -4,6 +4,8 @@ The made-up worlds are endless and need nothing; emoji and folders are first sto
 prepared data has shards already (prepared.py).
 """
 
+import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from tqdm import tqdm
 from nanochameleon.alignment import CATEGORIES, AlignmentSource
 from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
-from nanochameleon.data.folders import checksum, read_index
+from nanochameleon.data.folders import read_index
 from nanochameleon.data.reading import SKIPPED
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
@@ -24,7 +26,7 @@ from nanochameleon.prepared import sources as prepared_sources
 from nanochameleon.printing import say
 from nanochameleon.run import TEXT_TOKENIZER
 from nanochameleon.shapes import ShapesSource, World
-from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.text_tokenizer import TextTokenizer, to_json
 
 CHUNK = 256  # documents whose pictures are encoded together
 
@@ -155,7 +157,7 @@ def write_tokens(
     """
     if cfg.data.source == "prepared":
         return
-    source, notes = open_sources(cfg, folder), {TEXT_TOKENIZER: checksum(folder / TEXT_TOKENIZER)}
+    source, notes = open_sources(cfg, folder), {TEXT_TOKENIZER: checksum_of(tokenizer)}
     for name, (n_ids, n_documents) in amounts(cfg).items():
         if not (folder / "data" / name).exists():
             docs = Epochs(source(name), cfg.seed, name)
@@ -194,12 +196,17 @@ def rows_of(name: str, cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTo
     if cfg.data.source != "prepared":
         shards = Shards(place, size)
         made_by = shards.index.get(TEXT_TOKENIZER)  # None of an older version
-        if made_by not in (None, checksum(folder / TEXT_TOKENIZER)):
-            raise UserError(f"{folder / TEXT_TOKENIZER} is not the one that made {place}: start anew with --overwrite")
+        if made_by not in (None, checksum_of(tokenizer)):
+            why = f"{folder / TEXT_TOKENIZER} is not the one that made {place}"
+            raise UserError(f"{why}: delete the former, and the same command makes it again")
         return Rows(name, shards, seq_len, cfg.seed, place)
     shards = Shards(cfg.data.path / name, size)
     same_as_before(cfg.data.path / name / Shards.INDEX, place / Shards.INDEX)
     return Rows(name, shards, seq_len, cfg.seed, place)
+
+
+def checksum_of(tokenizer: TextTokenizer) -> int:
+    return zlib.crc32(json.dumps(to_json(tokenizer)).encode())
 
 
 def same_as_before(index: Path, kept: Path) -> None:

@@ -39,8 +39,8 @@ def write_shards(
 ) -> None:
     """Documents of ids 0..65535 -> shard-00000.bin, ... of at most `shard_tokens` ids (uint16, little-endian).
 
-    No document is split between shards. notes: what else the index is to hold. Raises ValueError for an empty document or an id that 16 bits do not hold;
-    then, as after Ctrl-C, nothing is left.
+    No document is split between shards. notes: what else the index is to hold. Raises ValueError for an empty document
+    or an id that 16 bits do not hold; then, as after Ctrl-C, nothing is left.
     """
     with aside(directory, Shards.INDEX) as new:
         lengths, checksums, per_shard = [np.zeros(1, "<u8")], [np.zeros(0, "<u4")], []
