@@ -178,11 +178,12 @@ def load_tokenizer(directory: Path, vqgan: VQGAN, optimizer, adversary: Adversar
     if not checkpoint.checkpoints(directory):
         return 0
     tensors, state = checkpoint.load(directory)
-    vqgan.load_state_dict(tensors["model"])
-    checkpoint.load_optimizer(optimizer, vqgan, tensors["optim"])
-    vqgan.quantize.counts.copy_(tensors["moving"]["counts"])
-    vqgan.quantize.sums.copy_(tensors["moving"]["sums"])
-    if adversary:
-        adversary.net.load_state_dict(tensors["adversary"])
-        checkpoint.load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
-    return state["step"]
+    with checkpoint.readable(directory):
+        vqgan.load_state_dict(tensors["model"])
+        checkpoint.load_optimizer(optimizer, vqgan, tensors["optim"])
+        vqgan.quantize.counts.copy_(tensors["moving"]["counts"])
+        vqgan.quantize.sums.copy_(tensors["moving"]["sums"])
+        if adversary:
+            adversary.net.load_state_dict(tensors["adversary"])
+            checkpoint.load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
+        return checkpoint.steps_done(state)

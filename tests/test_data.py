@@ -267,7 +267,7 @@ def test_stored_pictures_come_back_with_what_was_said_of_them(tmp_path):
     stored = Pictures(tmp_path)
     assert (stored.pixels == pixels).all() and stored.items == [{"n": 0}, {"n": 1}, {"n": 2}] and stored.resolution == 4
     (tmp_path / "pictures.bin").write_bytes(pixels.tobytes()[:-1])
-    with pytest.raises(UserError, match=r"pictures\.bin is 143 bytes long where 144 were written"):
+    with pytest.raises(UserError, match=r"pictures\.bin has 143 bytes where 144 were written"):
         Pictures(tmp_path)
 
 
