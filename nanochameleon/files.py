@@ -4,12 +4,23 @@ Folders of several files are checkpoint.py's and data/shards.py's.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name read from a file is one that we give: no path, not long, and fit for a terminal."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number that can be counted with and drawn: finite, as far as single precision goes."""
+    return type(value) in (int, float) and abs(value) < 2.0**128
 
 
 def fsync(path: Path) -> None:

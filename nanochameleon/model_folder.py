@@ -191,10 +191,11 @@ def open_run_parts(folder: Path) -> Parts:
         raise UserError(f"{folder} is not trained yet: go on with the line that began it, such as {line}")
     whole = checkpoint.locate(folder)
     model = dataclasses.replace(cfg.model, dropout=0.0)  # of training, not of the weights
-    if (whole / "weights.safetensors").is_file():
+    listed = checkpoint.tensor_files(whole)
+    if (whole / "weights.safetensors") in listed:
         files = Safetensors([whole / "weights.safetensors"])
     else:  # written by ranks that had a shard of each tensor
-        files = Cut(sorted(whole.glob("shard-*.safetensors")), skeleton(model).keys())
+        files = Cut(listed, skeleton(model).keys())
     weights, kept = plain(files, model, whole), run_tokenizers(folder)
     return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
 
@@ -207,7 +208,8 @@ def run_tokenizers(folder: Path) -> Tokenizers:
 
 def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANConfig) -> Tokenizers:
     """As runs and prepared data hold them."""
-    vq = Safetensors([checkpoint.locate(folder / IMAGE_TOKENIZER) / "model.safetensors"])
+    whole = checkpoint.locate(folder / IMAGE_TOKENIZER)
+    vq = Safetensors([file for file in checkpoint.tensor_files(whole) if file.stem == "model"])
     return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), Tensors(vq.meta, vq.__getitem__))
 
 
