@@ -133,12 +133,12 @@ def read_segments(arguments: tuple[str, ...], resolution: int, fit: Literal["cro
     """Arguments -> Text and Picture segments. Raises UserError for one that names no picture that can be read."""
     from nanochameleon.data import Picture
     from nanochameleon.documents import Text
-    from nanochameleon.image_tokenizer import load_picture, preprocess
+    from nanochameleon.image_tokenizer import load_square
 
     segments = []
     for argument in arguments:
         if path := picture_path(argument):
-            segments.append(Picture(preprocess(load_picture(path), resolution, fit)))
+            segments.append(Picture(load_square(path, resolution, fit)))
         elif any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python shows bytes that are no UTF-8
             raise UserError(f"the prompt {argument!a} is not valid UTF-8")
         elif argument.strip():

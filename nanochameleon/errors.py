@@ -45,14 +45,14 @@ def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
     """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130.
 
     Of several processes, which all find the same fault, the first one says it; with `each` every one its own.
-    Output that stdout does not take never stops main, and is reported at its end. A reader of it that has gone is no
-    fault.
+    A disk that is full when main prints never stops it, and is said at its end. A reader that has gone is no fault.
     """
     with safe_streams():
         try:
             result = main()
-            if (lost := sys.stdout.problem) and not isinstance(lost, BrokenPipeError):
-                raise UserError(f"stdout could not be written ({lost}): all the rest is done and saved")
+            lost = sys.stdout.problem
+            if isinstance(lost, OSError) and not isinstance(lost, BrokenPipeError):
+                raise UserError(f"stdout could not be written ({lost}): what was printed is lost, files are saved")
             return result
         except UserError as error:
             if each or isinstance(error, OwnError) or not rank_0_speaks():

@@ -80,6 +80,8 @@ MUTANTS = [
     Mutant("windows are joined transposed", "vqgan.py", ".permute(0, 3, 1, 4, 2, 5)", ".permute(0, 3, 2, 4, 1, 5)",
            "test_vqgan.py"),
     Mutant("white is not 1", "image_tokenizer.py", "/ 127.5 - 1", "/ 128 - 1", "test_image_tokenizer.py"),
+    Mutant("pictures without a budget", "image_tokenizer.py", "self.changed.wait_for(lambda: self.free >= n)", "pass",
+           "test_image_tokenizer.py"),
     Mutant("transparent is black", "image_tokenizer.py", 'Image.new("RGBA", picture.size, "white")',
            'Image.new("RGBA", picture.size, "black")', "test_image_tokenizer.py"),
     Mutant("positions run on", "packing.py", "np.arange(end - start)", "np.arange(start, end)", "test_packing.py"),
