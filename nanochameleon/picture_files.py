@@ -17,7 +17,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PARTS = 2**20  # chunks or segments that are looked at; a photo has some thousands
 MAX_METADATA = 2**20  # bytes of one piece of metadata
 MAX_TAGS = 2**26  # bytes of all tags of a TIFF together
-MAX_WEBP = 2**26  # bytes of a WebP that are read, since Pillow reads all of it before it knows the size
+LARGE_WEBP, MAX_WEBP = 2**22, 2**26  # bytes
 ORIENTATION = 274  # the tag's number
 NUMBERS = {1: "B", 3: "H", 4: "I"}  # types of a tag that can hold an orientation
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -61,7 +61,19 @@ def without_metadata(file: BinaryIO) -> tuple[BinaryIO, int | None]:
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         check_tags(file)
     file.seek(0)
-    return Spliced(b"", file, 0, MAX_WEBP) if start[:4] == b"RIFF" else file, None
+    return file, None
+
+
+def is_large_webp(file: BinaryIO) -> bool:
+    """Whether opening it takes much memory: a WebP's bytes are all read, twice, before its size is known.
+
+    Raises ValueError for one that is larger than any picture.
+    """
+    start, size = file.read(4), file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if start == b"RIFF" and size > MAX_WEBP:
+        raise ValueError(f"it has {size:,} bytes")
+    return start == b"RIFF" and size > LARGE_WEBP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
