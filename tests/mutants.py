@@ -34,6 +34,12 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant(
+        "all seeds start from the same weights", "transformer.py", "manual_seed(zlib.crc32(name.encode(), seed))",
+        "manual_seed(seed << 32 | zlib.crc32(name.encode()))", "test_transformer.py",
+    ),
+    Mutant("a stage draws as the next seed does", "data/loader.py", "Shares(weights, seed, stage)",
+           "Shares(weights, seed + stage)", "test_data.py"),
     Mutant("codes begin one later", "vocab.py", "first_code = 4", "first_code = 5", "test_vocab.py"),
     Mutant("uint8 codes wrap round", "vocab.py", "values = values.long()", "values = values", "test_vocab.py"),
     Mutant("one code too many is let in", "vocab.py", "largest < high:", "largest <= high:", "test_vocab.py"),
