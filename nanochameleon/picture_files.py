@@ -191,8 +191,8 @@ def of_xmp(data: bytes) -> int | None:
 
 
 def check_tags(file: BinaryIO) -> None:
-    """Raises ValueError if the tags of a TIFF's first picture state more bytes than are read of any: they may overlap,
-    so that a small file states terabytes."""
+    """Raises ValueError if the tags of a TIFF's first picture have more than MAX_TAGS bytes together: they may overlap,
+    so that those of a small file have gigabytes."""
     file.seek(0)
     start = file.read(16)
     order = "<" if start[:2] == b"II" else ">"
@@ -203,7 +203,8 @@ def check_tags(file: BinaryIO) -> None:
         (n,) = struct.unpack(order + ("Q" if large else "H"), file.read(8 if large else 2))
         entry = struct.Struct(order + ("HHQ8x" if large else "HHI4x"))
         entries = entry.iter_unpack(file.read(entry.size * n) if n < 2**16 else b"")
-        stated = sum(SIZES.get(kind, 0) * count for _, kind, count in entries)
+        most = file.seek(0, io.SEEK_END)  # bytes that any of them can have
+        stated = sum(min(SIZES.get(kind, 0) * count, most) for _, kind, count in entries)
     except (struct.error, OverflowError, ValueError):
         return  # Pillow refuses it
     if n >= 2**16 or stated > MAX_TAGS:
