@@ -35,7 +35,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("verdict", FAULTS)
 def test_a_planted_fault_is_found_and_the_rest_goes_on(verdict, monkeypatch):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.3)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.1)
     monkeypatch.setattr(fuzz, "MEMORY", 2**24)
 
     def read(folder, changed):
