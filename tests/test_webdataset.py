@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanochameleon.data.reading import MAX_CAPTION, Bad, Captioned
+from nanochameleon.data.reading import MAX_CAPTION, Bad, Captioned, walk
 from nanochameleon.errors import UserError
 from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.webdataset import MAX_JSON, MAX_PICTURE, captioned, tars_in
@@ -83,13 +83,14 @@ def test_half_a_surrogate_pair_and_a_huge_json_are_bad_and_a_huge_text_is_cut(tm
     assert found[2].caption == "é" * MAX_CAPTION and found[2].cut
 
 
-def test_links_and_folders_are_no_samples(tmp_path):
+def test_links_are_not_followed_and_folders_are_no_samples(tmp_path):
     with tarfile.open(write_tar(tmp_path / "0.tar", [("a.jpg", PICTURE), ("a.txt", b"a")]), "a") as tar:
         for name, kind in (("b.jpg", tarfile.SYMTYPE), ("c.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.DIRTYPE)):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    assert said(tmp_path / "0.tar") == [("a",)]
+    bad = [(f"0.tar:{name}", "without a picture") for name in "bc"]
+    assert said(tmp_path / "0.tar") == [("a",), *bad]
 
 
 def whole_tar(folder: Path, n: int = 4) -> bytes:
@@ -170,7 +171,7 @@ def test_a_folder_of_tars_is_taken_like_a_folder_of_pictures(tmp_path):
 def test_tars_in_folders_for_training_and_test_are_kept_apart(tmp_path):
     for name in ("train", "val"):
         write_tar(tmp_path / "mine" / name / "0.tar", [("a.png", PICTURE), ("a.txt", name.encode())])
-    assert [str(path.relative_to(tmp_path)) for path in tars_in(tmp_path / "mine")] == [
+    assert [str(path.relative_to(tmp_path)) for path in tars_in(tmp_path / "mine", walk(tmp_path / "mine")[0])] == [
         "mine/train/0.tar", "mine/val/0.tar"
     ]  # fmt: skip
     prepare_folder(tmp_path / "mine", tmp_path / "prepared", 8)
