@@ -17,6 +17,7 @@ file, but for pictures, is counted and listed as one that is not read (left_out)
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -101,9 +102,9 @@ def survey(source: Path, form: str) -> tuple[list[tuple[Path, str]], list[Bad]]:
     if not named or any(path.suffix.lower() not in endings for path, _ in named):
         has = f"; it has {first_few(left)}" if left else ""
         raise UserError(f"{source} has nothing to prepare as {form}: that comes from {', '.join(endings)}{has}")
-    why = {True: "empty files", False: "files that may not be read"}
-    left += [Bad(name, why[os.access(path, os.R_OK)]) for path, name in named if not size_of(path)]
-    return named, left
+    why = {0: "empty files", -1: "files that may not be read"}
+    sizes = [(name, size_of(path)) for path, name in named]
+    return named, left + [Bad(name, why[size]) for name, size in sizes if size in why]
 
 
 def found_in(folder: Path, files: Sequence[Path], form: str) -> list[Path]:
@@ -120,8 +121,8 @@ def cut(path: Path, name: str, form: str) -> Iterator[Unit]:
     """A tar and a table are one unit: their parts can be found by reading them from the start alone."""
     size = size_of(path)
     edges, following = [0], {".jsonl": next_line, ".txt": next_break}.get(path.suffix.lower())
-    if following and os.access(path, os.R_OK):
-        with open(path, "rb") as file:
+    if following and size > STRETCH[form]:
+        with suppress(PermissionError), open(path, "rb") as file:  # a unit that may not be read says so itself
             while edges[-1] + STRETCH[form] < size:
                 edges.append(following(file, edges[-1] + STRETCH[form]))
     ends = [*edges[1:], size]

@@ -166,11 +166,11 @@ def kind_of(entry: os.DirEntry) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, 0 where that may not be known."""
+    """Bytes of a file, -1 where that may not be known."""
     try:
         return os.path.getsize(path)
     except OSError:
-        return 0
+        return -1
 
 
 def is_picture(name: str) -> bool:
