@@ -266,7 +266,9 @@ TABLES = {
         'good.png,"a cat,\na dog, and\nmore"\nsub/also.png,\'a bird\'\n',
         {"good.png": ["a cat,\na dog, and\nmore"], "sub/also.png": ["'a bird'"]}, [],
     ),
-    "commas": ("good.png,a cat, a dog\nsub/also.png,b\n", {"sub/also.png": ["b"]}, [(2, "more fields than the header")]),
+    "commas": (
+        "good.png,a cat, a dog\nsub/also.png,b\n", {"sub/also.png": ["b"]}, [(2, "more fields than the header")],
+    ),
     "backslashes": ('good.png,"he \\"said\\" so"\nsub/also.png,b\n', {"sub/also.png": ["b"]}, [(2, "broken quotes")]),
 }  # fmt: skip
 

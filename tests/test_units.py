@@ -247,8 +247,8 @@ def test_each_row_of_a_caption_file_is_a_caption_or_a_bad_one_in_both_readers(dr
 
 BAD_TABLE_ROWS = {
     "stray quote": 'a.png,"a 5 foot sign', "backslashes": 'a.png,"he said \\"hi, you\\" loudly"',
-    "commas": "a.png,a, b", "text after a quote": 'a.png,"a" cat', "no caption": "a.png", "no name": ",a", "missing": "b.png,a",
-    "latin-1": "a.png,caf\udce9",
+    "commas": "a.png,a, b", "text after a quote": 'a.png,"a" cat', "no caption": "a.png", "no name": ",a",
+    "missing": "b.png,a", "latin-1": "a.png,caf\udce9",
 }  # fmt: skip
 
 
