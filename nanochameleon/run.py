@@ -184,5 +184,7 @@ def pick_device(wish: str) -> torch.device:
 
 def open_image_tokenizer(folder: Path, cfg: RunConfig, device: torch.device) -> ImageTokenizer:
     """The newest whole checkpoint of the run's image tokenizer. Raises UserError if there is none."""
-    tensors, _ = checkpoint.load(Path(folder) / IMAGE_TOKENIZER, groups=["model"])
-    return ImageTokenizer(VQGAN.from_state(cfg.vqgan, tensors["model"]).to(device))
+    directory = Path(folder) / IMAGE_TOKENIZER
+    tensors, _ = checkpoint.load(directory, groups=["model"])
+    with checkpoint.readable(directory):
+        return ImageTokenizer(VQGAN.from_state(cfg.vqgan, tensors["model"]).to(device))

@@ -4,9 +4,12 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from nanochameleon.files import write_file
+from nanochameleon.errors import rank_0_speaks
+from nanochameleon.files import is_number, write_file
+from nanochameleon.printing import warn
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
 
@@ -29,8 +32,9 @@ class Stopper:
                 os.kill(os.getpid(), number)
             return
         self.asked, self.since = True, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # it may come within a print
+        if not rank_0_speaks():
+            with suppress(OSError):  # stderr may be closed
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")  # it may come within a print
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             self._restore()
 
@@ -56,7 +60,19 @@ class Laps:
 
     def __init__(self, folder: Path):
         self.path, self.last = folder / "seconds.json", time.perf_counter()
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.seconds = self.read() if self.path.exists() else {}
+
+    def read(self) -> dict[str, float]:
+        """From zero, with a warning, where the file is damaged: a stopwatch stops no run."""
+        try:
+            seconds = json.loads(self.path.read_text())
+            if all(is_number(value) for value in seconds.values()):
+                return seconds
+        except (OSError, ValueError, AttributeError, RecursionError):
+            pass
+        if not rank_0_speaks():
+            warn(f"{self.path} is damaged: the seconds of each stage are counted from zero")
+        return {}
 
     def add(self, stage: str) -> None:
         now = time.perf_counter()
