@@ -81,17 +81,10 @@ def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
         except GaveUp as error:  # that, too, is a result
             print(error)
         else:
-            if not finished(one):
-                return base.folder  # stopped, as train has said; the same command goes on
             keep_beginning(base.folder, one)
         curves.setdefault((variant.name, rate), []).append(read_metrics(one.folder / METRICS))
     write(base.folder, curves)
     return base.folder
-
-
-def finished(cfg: RunConfig) -> bool:
-    lines = read_metrics(cfg.folder / METRICS)
-    return bool(lines) and lines[-1]["step"] == cfg.train.steps - 1
 
 
 def share_beginning(folder: Path, cfg: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def prepare(folder: Path, **parallel) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_transformer", interrupted)
-        train.main(config(folder, **parallel))
+        with pytest.raises(Interrupted):
+            train.main(config(folder, **parallel))
     return folder
 
 
@@ -153,7 +155,8 @@ def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "report", lambda *_: None)
         patch.setattr(train.Training, "step", step)
-        train.main(replace(cfg, out=folder))
+        with nullcontext() if until is None else pytest.raises(Interrupted):
+            train.main(replace(cfg, out=folder))
 
 
 def trained(prepared: Path, folder: Path, ranks: int, until: int | None = None, **parallel) -> Path:

@@ -51,7 +51,7 @@ def test_a_run_told_to_stop_saves_and_goes_on_with_the_same_bits(ranks, number, 
     run = Launched(folder, ranks, pause=0.05)
     wait_for(lambda: lines(folder) >= 3)
     run.send(number)
-    assert run.wait() == 0, said(folder)
+    assert run.wait() == 128 + number, said(folder)
     assert "stopped and saved in" in said(folder) and 3 <= checkpoint.read_state(checkpoint.newest(folder))["step"] < 12
     assert Launched(folder, ranks).wait() == 0, said(folder)
     assert same(end_of(folder), ends[ranks])
