@@ -36,7 +36,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -49,7 +49,17 @@ from nanochameleon import checkpoint, stability
 from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
-from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
+from nanochameleon.distributed import (
+    Mesh,
+    Trainee,
+    check_tensor,
+    environment,
+    local_device,
+    shards,
+    spread,
+    start,
+    wrap,
+)
 from nanochameleon.drawing import noisy, to_learn
 from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
@@ -360,6 +370,8 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
     Interrupted after a stop, when it has said how to go on."""
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
+    if environment("TORCHELASTIC_RESTART_COUNT", 0):  # what torchrun's restart finds there is this run's own
+        cfg = replace(cfg, overwrite=False)
     with start(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
         mesh.once(lambda: held.enter_context(claim(cfg.folder)))
         cfg, begun = begin(cfg)

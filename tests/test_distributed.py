@@ -114,10 +114,11 @@ def test_the_loss_over_spread_columns_is_that_of_all_columns(n_merges, ignored):
 
 
 def config(out: Path, **parallel) -> RunConfig:
-    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step."""
+    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step. parallel: also "optim" and "precision"."""
     cfg = training_config(out)
     model = replace(cfg.model, dim=32, n_heads=4, n_layers=2, qk_norm_groups=2, norm_order="post")
-    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100)
+    precision = parallel.pop("precision", "fp32")
+    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100, precision=precision)
     optim = replace(cfg.optim, name=parallel.pop("optim", "adamw"))
     return replace(cfg, model=model, train=train, optim=optim, parallel=ParallelConfig(**parallel))
 

@@ -183,7 +183,7 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
         (train_tokenizers, "tokenizer_loss", 1, "image_tokenizer", [1]),
         (train_tokenizers, "tokenizer_loss", 4, "image_tokenizer", [5]),
         (train, "gradients", 2, ".", [2]),
-        (train, "gradients", 5, ".", [7, 5]),
+        (train, "gradients", 6, ".", [8, 5]),  # where a sheet of samples is due, too
     ]
     for owner, name, number, where, steps in places:
         with monkeypatch.context() as patch:
@@ -195,6 +195,7 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
     train.main(cfg)
     assert_same_weights(cfg.folder, finished)
     assert_same_weights(cfg.folder / "image_tokenizer", finished / "image_tokenizer")
+    assert contents(cfg.folder / "samples") == contents(finished / "samples")
     lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (cfg.folder, finished))
     for line in (*lines, *expected):
         for name in ("seconds", "tokens_per_second", "mfu", "memory_gib"):
@@ -491,6 +492,15 @@ def test_overwrite_starts_anew_and_nothing_of_the_old_run_is_left(copy):
     cfg = training_config(copy, seed=5, overwrite=True)
     assert start_folder(cfg) == copy
     assert set(contents(copy)) == {CONFIG} and read_config(copy).seed == 5
+
+
+def test_a_restart_by_torchrun_does_not_overwrite_what_it_began(copy, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(train, "store_pictures", killed)
+    before = contents(copy)
+    with pytest.raises(KilledHere):
+        train.main(training_config(copy, overwrite=True))
+    assert contents(copy) == before
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
