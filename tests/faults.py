@@ -101,7 +101,7 @@ class Launched:
             self.torchrun = start_torchrun(folder, ranks, torchrun, changes)
             return
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["train", "test_distributed"])
+        server.set_forkserver_preload(["train", "test_distributed", "matplotlib.figure"])
         names = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         self.processes = []
         for rank in range(ranks):
