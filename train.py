@@ -74,6 +74,7 @@ from nanochameleon.objective import Objective, Sums, matrix_products, product_ra
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
+from nanochameleon.printing import say, warn
 from nanochameleon.run import (
     TEXT_TOKENIZER,
     Run,
@@ -252,7 +253,7 @@ class Training:
         except (SafetensorError, OSError) as error:  # the first is how a full disk shows here
             where = f"its batch could not be kept: {error}"
         if self.trainee.mesh.first:
-            print(f"\nwarning: loss or gradient of step {self.progress.step} is not finite: left out, {where}")
+            warn(f"loss or gradient of step {self.progress.step} is not finite: left out, {where}")
 
     def save(self, last: bool) -> None:
         finite = [loss for loss in self.losses if math.isfinite(loss)]
@@ -273,7 +274,7 @@ class Training:
         self.progress.left_out, self.progress.failed = before.left_out, 0
         self.losses, self.owed, self.rolled_back = [], False, [*self.rolled_back, path]
         if self.trainee.mesh.first:
-            print(f"\nwarning: {TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
+            warn(f"{TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
         return self.progress.step
 
     def run(self, monitor: Monitor | None, run: Run, stopped: Callable[[], bool]) -> None:
@@ -323,7 +324,7 @@ def train_transformer(
     chosen = kernels_of(mesh.device, t.precision)
     if mesh.first:
         announce(model, loader, mesh, cfg)
-        print(chosen)
+        say(chosen)
     keep = t.keep, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
@@ -347,10 +348,10 @@ def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
 def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> None:
     for name, rows in loader.rows.items():
         if rows.n_too_long:
-            print(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
+            say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
     ranks = f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.mode})" if mesh.world > 1 else ""
     size = sum(p.numel() for p in model.parameters())
-    print(f"transformer: {size:,} parameters, {cfg.train.precision} on {mesh.device}{ranks}")
+    say(f"transformer: {size:,} parameters, {cfg.train.precision} on {mesh.device}{ranks}")
 
 
 def kernels_of(device: torch.device, precision: str) -> str:
@@ -399,7 +400,7 @@ def work(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, with_report
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
             if mesh.first:
                 laps.add("interrupted")
-                print(f"stopped and saved in {folder}; this goes on: {same_command()}")
+                say(f"stopped and saved in {folder}; this goes on: {same_command()}")
             stop.number = stopped.asked or stop.number
             return stop
         except OSError as error:  # a full disk, a folder that may not be written
@@ -422,14 +423,14 @@ def no_room(cfg: RunConfig, mesh: Mesh) -> str:
 def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
     """By one rank, with the whole model: of a sharded one as it was saved."""
     if not run.images.can_draw:
-        print(f"done: {folder}, without samples and a report, since {NO_DECODER}")
+        say(f"done: {folder}, without samples and a report, since {NO_DECODER}")
         return
     try:
         run = open_model(folder, str(mesh.device)) if shards(mesh, run.cfg.parallel) else run
         make_report(run, folder, laps.seconds)
-        print(f"done: {folder}/samples.png, curves.png, report.json, report.html")
+        say(f"done: {folder}/samples.png, curves.png, report.json, report.html")
     except torch.OutOfMemoryError:
-        print(f"done: {folder}, without samples and a report, since {mesh.device} does not hold the whole model")
+        say(f"done: {folder}, without samples and a report, since {mesh.device} does not hold the whole model")
 
 
 def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:

@@ -220,7 +220,7 @@ class FolderSource:
 
     def pixels(self, index: int) -> np.ndarray:
         """uint8 (R, R, 3)."""
-        return self.stored.pixels[self.numbers[index % self.size]]
+        return self.stored[self.numbers[index % self.size]]
 
     def all_captions(self, index: int) -> list[str]:
         return self.stored.items[self.numbers[index % self.size]]["captions"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from nanochameleon import checkpoint
 from nanochameleon.config import VQGANConfig
 from nanochameleon.data import Shards
-from nanochameleon.data.folders import read_index
+from nanochameleon.data.folders import read_index, write_index
 from nanochameleon.errors import UserError
 from nanochameleon.files import write_file
 from nanochameleon.model_folder import Tokenizers, stored_tokenizers
@@ -64,9 +64,9 @@ def store_prepared(folder: Path, tokenizers: Tokenizers) -> None:
             if not (folder / name).exists():
                 raise
     shutil.rmtree(aside)
-    index = {"format": FORMAT, "digest": tokenizers.digest(), "vocab_size": tokenizers.vocab_size}
+    index = {"digest": tokenizers.digest(), "vocab_size": tokenizers.vocab_size}
     index |= {"context": tokenizers.context, "vqgan": dataclasses.asdict(tokenizers.vqgan)}
-    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    write_index(folder, INDEX, FORMAT, index)
 
 
 def write_tokenizers(tokenizers: Tokenizers, folder: Path) -> None:

@@ -33,6 +33,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.objective import pick_precision
+from nanochameleon.printing import say, warn
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -78,7 +79,7 @@ def same_command() -> str:
     """What goes on with the run that this process trains: a line for a shell, or words where only a launcher knows it.
     --overwrite would start anew."""
     words = [word for word in sys.argv[1:] if word != "--overwrite"]
-    if "WORLD_SIZE" in os.environ:
+    if "MASTER_ADDR" in os.environ:
         return "the same command, without --overwrite" if len(words) < len(sys.argv) - 1 else "the same command"
     return command("train.py", *words)
 
@@ -160,7 +161,7 @@ def decide_precision(cfg: RunConfig, device: torch.device) -> RunConfig:
     precision, why = "auto" if cfg.overwrite else begun_with(cfg.folder), "as this run has begun"
     if precision == "auto":
         precision, why = pick_precision(cfg.model.dim, device)
-    print(f"matrix products in {precision}: {why}")
+    say(f"matrix products in {precision}: {why}")
     return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
 
 
@@ -209,7 +210,7 @@ def lock(folder: Path) -> TextIO:
         who = f"process {owner}" if owner.isdecimal() else "another process"
         raise UserError(f"{who} trains in {folder}: wait for it, stop it, or choose another --out") from None
     except OSError as error:
-        print(f"note: {folder} cannot be locked ({error}): let no second training write there", file=sys.stderr)
+        warn(f"{folder} cannot be locked ({error}): let no second training write there")
     if not os.fstat(file.fileno()).st_nlink:  # its owner has removed it since we opened it
         return lock(folder)
     file.truncate(0)
@@ -272,5 +273,7 @@ def pick_device(wish: str) -> torch.device:
 
 def open_image_tokenizer(folder: Path, cfg: RunConfig, device: torch.device) -> ImageTokenizer:
     """The newest whole checkpoint of the run's image tokenizer. Raises UserError if there is none."""
-    tensors, _ = checkpoint.load(Path(folder) / IMAGE_TOKENIZER, groups=["model"])
-    return ImageTokenizer(VQGAN.from_state(cfg.vqgan, tensors["model"]).to(device))
+    directory = Path(folder) / IMAGE_TOKENIZER
+    tensors, _ = checkpoint.load(directory, groups=["model"])
+    with checkpoint.readable(directory):
+        return ImageTokenizer(VQGAN.from_state(cfg.vqgan, tensors["model"]).to(device))

@@ -20,6 +20,7 @@ from nanochameleon.config import EvalConfig, RunConfig
 from nanochameleon.errors import GaveUp, UserError
 from nanochameleon.files import write_file
 from nanochameleon.monitor import METRICS, read_metrics
+from nanochameleon.printing import say
 from nanochameleon.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, claim, config_to_json
 
 SEEDS = 3
@@ -77,13 +78,13 @@ def run_all(base: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
     todo = [(v, rate, seed) for seed in range(SEEDS) for rate in RATES for v in VARIANTS]
     curves: dict[tuple[str, str], list[list[dict]]] = {}
     for number, (variant, rate, seed) in enumerate(todo, 1):
-        print(f"stability {number}/{len(todo)}: {variant.name}, {rate} rate, seed {seed}", flush=True)
+        say(f"stability {number}/{len(todo)}: {variant.name}, {rate} rate, seed {seed}")
         one = variant.of(base, rate, seed)
         share_beginning(base.folder, one)
         try:
             train(one)
         except GaveUp as error:  # that, too, is a result
-            print(error)
+            say(error)
         else:
             keep_beginning(base.folder, one)
         curves.setdefault((variant.name, rate), []).append(read_metrics(one.folder / METRICS))
@@ -159,7 +160,7 @@ def table(curves: dict[tuple[str, str], list[list[dict]]]) -> str:
 
 def write(folder: Path, curves: dict[tuple[str, str], list[list[dict]]]) -> None:
     text = table(curves)
-    print(text)
+    say(text)
     rows = [
         {"recipe": name, "rate": rate, "seeds": [look(metrics) for metrics in several if metrics]}
         for (name, rate), several in curves.items()

@@ -4,9 +4,12 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from nanochameleon.files import write_file
+from nanochameleon.errors import rank_0_speaks
+from nanochameleon.files import is_number, write_file
+from nanochameleon.printing import warn
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
 
@@ -25,7 +28,7 @@ class Stopper:
     def __call__(self) -> bool:
         if not self.asked and self.launcher not in (None, os.getppid()):
             self.asked = signal.SIGTERM
-            say("torchrun has ended without its ranks: stopping after this step")
+            say_at_once("torchrun has ended without its ranks: stopping after this step")
         return bool(self.asked)
 
     def _note(self, number: int, frame: object) -> None:
@@ -39,7 +42,7 @@ class Stopper:
             self._restore()
         if self.at_once:
             raise KeyboardInterrupt
-        say("stopping after this step; once more to stop at once")
+        say_at_once("stopping after this step; once more to stop at once")
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -58,10 +61,11 @@ class Stopper:
         self._restore()
 
 
-def say(sentence: str) -> None:
-    """By the first rank, past Python's own buffers: a signal may come within a print."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\n{sentence}\n".encode())
+def say_at_once(sentence: str) -> None:
+    """By rank 0, past Python's own buffers: a signal may come within a print."""
+    if not rank_0_speaks():
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, f"\n{sentence}\n".encode())
 
 
 class Laps:
@@ -69,7 +73,19 @@ class Laps:
 
     def __init__(self, folder: Path):
         self.path, self.last = folder / "seconds.json", time.perf_counter()
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.seconds = self.read() if self.path.exists() else {}
+
+    def read(self) -> dict[str, float]:
+        """From zero, with a warning, where the file is damaged: a stopwatch stops no run."""
+        try:
+            seconds = json.loads(self.path.read_text())
+            if all(is_number(value) for value in seconds.values()):
+                return seconds
+        except (OSError, ValueError, AttributeError, RecursionError):
+            pass
+        if not rank_0_speaks():
+            warn(f"{self.path} is damaged: the seconds of each stage are counted from zero")
+        return {}
 
     def add(self, stage: str) -> None:
         now = time.perf_counter()

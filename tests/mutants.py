@@ -34,6 +34,12 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant(
+        "all seeds start from the same weights", "transformer.py", "manual_seed(zlib.crc32(name.encode(), seed))",
+        "manual_seed(seed << 32 | zlib.crc32(name.encode()))", "test_transformer.py",
+    ),
+    Mutant("a stage draws as the next seed does", "data/loader.py", "Shares(weights, seed, stage)",
+           "Shares(weights, seed + stage)", "test_data.py"),
     Mutant("codes begin one later", "vocab.py", "first_code = 4", "first_code = 5", "test_vocab.py"),
     Mutant("uint8 codes wrap round", "vocab.py", "values = values.long()", "values = values", "test_vocab.py"),
     Mutant("one code too many is let in", "vocab.py", "largest < high:", "largest <= high:", "test_vocab.py"),
@@ -74,6 +80,8 @@ MUTANTS = [
     Mutant("windows are joined transposed", "vqgan.py", ".permute(0, 3, 1, 4, 2, 5)", ".permute(0, 3, 2, 4, 1, 5)",
            "test_vqgan.py"),
     Mutant("white is not 1", "image_tokenizer.py", "/ 127.5 - 1", "/ 128 - 1", "test_image_tokenizer.py"),
+    Mutant("pictures without a budget", "image_tokenizer.py", "self.changed.wait_for(lambda: self.free >= n)", "pass",
+           "test_image_tokenizer.py"),
     Mutant("transparent is black", "image_tokenizer.py", 'Image.new("RGBA", picture.size, "white")',
            'Image.new("RGBA", picture.size, "black")', "test_image_tokenizer.py"),
     Mutant("positions run on", "packing.py", "np.arange(end - start)", "np.arange(start, end)", "test_packing.py"),

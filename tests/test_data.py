@@ -267,7 +267,7 @@ def test_stored_pictures_come_back_with_what_was_said_of_them(tmp_path):
     stored = Pictures(tmp_path)
     assert (stored.pixels == pixels).all() and stored.items == [{"n": 0}, {"n": 1}, {"n": 2}] and stored.resolution == 4
     (tmp_path / "pictures.bin").write_bytes(pixels.tobytes()[:-1])
-    with pytest.raises(UserError, match=r"pictures\.bin is 143 bytes long where 144 were written"):
+    with pytest.raises(UserError, match=r"pictures\.bin has 143 bytes where 144 were written"):
         Pictures(tmp_path)
 
 
@@ -421,6 +421,14 @@ def test_no_row_comes_again_before_all_of_its_source_came_whatever_the_stage(two
 def test_what_a_source_has_given_is_counted_without_drawing(weights, seed, n):
     shares = Shares({f"s{k}": w for k, w in enumerate(weights)}, seed)
     assert shares.given(n) == {f"s{k}": sum(shares.draw(i)[0] == k for i in range(n)) for k in range(len(weights))}
+
+
+def test_stages_and_seeds_do_not_share_their_draws():
+    weights, row = {"a": 0.5, "b": 0.5}, range(60)
+    drawn = {
+        (seed, stage): [Shares(weights, seed, stage).draw(i)[0] for i in row] for seed in (0, 1) for stage in (0, 1)
+    }
+    assert len({tuple(order) for order in drawn.values()}) == len(drawn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

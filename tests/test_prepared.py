@@ -161,7 +161,7 @@ BROKEN = {
     "broken index": (lambda d: (d / INDEX).write_text("{"), r"prepared\.json is broken"),
     "other sizes": (
         lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace('"vocab_size": 2', '"vocab_size": 3')),
-        "are not those that prepared its data",
+        r"prepared\.json is broken",
     ),
     "another text tokenizer": (
         lambda d: (d / TEXT_TOKENIZER).write_text((d / TEXT_TOKENIZER).read_text().replace('"re"', '"er"')),

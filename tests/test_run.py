@@ -183,7 +183,7 @@ def test_a_script_is_named_as_the_one_beside_it_was_started(tmp_path, monkeypatc
 
 
 def test_under_a_launcher_the_same_command_is_said_in_words(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     for words, said in (["toy"], "the same command"), (["toy", "--overwrite"], "the same command, without --overwrite"):
         monkeypatch.setattr("sys.argv", ["train.py", *words])
         assert same_command() == said

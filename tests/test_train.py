@@ -390,7 +390,7 @@ def test_many_such_steps_in_a_row_roll_the_run_back_and_later_batches_follow(bef
     weights = break_losses(monkeypatch, "nan", lambda call: 7 <= call <= 9)
     cfg = training_config(before_transformer)
     train.main(replace(cfg, train=replace(cfg.train, log_every=1)))
-    assert f"back to {before_transformer / 'step-000005'}" in capsys.readouterr().out
+    assert f"back to {before_transformer / 'step-000005'}" in capsys.readouterr().err
     assert len(weights) == 9 + 7 and torch.equal(weights[9], weights[5]) and not torch.equal(weights[9], weights[8])
     state = checkpoint.load(before_transformer)[1]
     assert state["step"] == 12 and state["passed"] == 9 - 5 and state["left_out"] == 3

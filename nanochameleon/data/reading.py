@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from nanochameleon.image_tokenizer import load_picture, preprocess
+from nanochameleon.image_tokenizer import load_square
 
 TEXT_KEYS = ("text", "caption")  # of a JSON object or a table that holds a text
 MAX_CAPTION = 1_000  # characters
@@ -40,7 +40,7 @@ class File:
 
     def pixels(self, resolution: int) -> np.ndarray:
         """uint8 (R, R, 3). Raises UserError, as load_picture does."""
-        return preprocess(load_picture(self.path or self.name, self.data), resolution, self.fit)
+        return load_square(self.path or self.name, resolution, self.fit, self.data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from nanochameleon.files import write_file
 from nanochameleon.monitor import METRICS, plot_curves, read_metrics
 from nanochameleon.prepare import open_sources, world
 from nanochameleon.prepared import TEST
+from nanochameleon.printing import say
 from nanochameleon.report import png, samples_sheet, write_report
 from nanochameleon.run import Run, command
 from nanochameleon.shapes import World, draw
@@ -81,7 +82,7 @@ def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     question = talks[0]["question"] or "what is this?" if talks else ""
     tries = [[prompt, "--n", "4"]]
     if run.cfg.data.source == "prepared" and not talks:
-        print(f"{run.cfg.data.path} has no source called {TEST}, so nothing unseen is measured")
+        say(f"{run.cfg.data.path} has no source called {TEST}, so nothing unseen is measured")
     if talks:  # a picture of the test split, to ask about
         write_file(folder / "picture.png", png(talks[0]["picture"]))
         tries.append([str(folder / "picture.png"), question])
