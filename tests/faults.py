@@ -9,6 +9,7 @@ each; docs/results.md the figures of this script.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,9 +32,9 @@ PATIENCE = 280  # seconds until a process is taken to hang
 
 SMALL_TOY = (
     "toy", "--device=cpu", "--vqgan.ch=8", "--model.dim=64", "--model.n-layers=2", "--model.n-heads=2",
-    "--tokenizers.n-texts=200", "--tokenizers.n-merges=40", "--tokenizers.steps=12", "--tokenizers.warmup-steps=4",
-    "--tokenizers.batch-size=2", "--data.n-documents=120", "--train.steps=24", "--train.seq-len=256",
-    "--train.save-every=8", "--train.sample-every=12", "--train.log-every=2",
+    "--tokenizers.n-texts=200", "--tokenizers.n-merges=40", "--tokenizers.steps=10", "--tokenizers.warmup-steps=4",
+    "--tokenizers.batch-size=2", "--data.n-documents=100", "--train.steps=20", "--train.seq-len=256",
+    "--train.save-every=6", "--train.sample-every=10", "--train.log-every=2",
 )  # fmt: skip
 
 
@@ -260,11 +261,13 @@ def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="runs of each way")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp"])
     args = parser.parse_args()
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     done, equal, stages = 0, 0, Counter()
     with tempfile.TemporaryDirectory() as place:
-        for ranks, mode in ((1, "ddp"), (1, "fsdp"), (2, "ddp"), (2, "fsdp")):
+        for ranks, mode in itertools.product(args.ranks, args.modes):
             whole, start = Path(place) / f"whole-{ranks}-{mode}", time.monotonic()
             assert Launched(whole, ranks, whole=mode).wait() == 0, said(whole)
             seconds, expected = time.monotonic() - start, end_of(whole)
