@@ -7,8 +7,6 @@ over the keys j that query i may see. It leaves out norms, rotations and project
 Shapes: q (B, H, T, D); k, v (B, G, S, D) with G key heads dividing H; S >= T, the queries being the last T positions.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

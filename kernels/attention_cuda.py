@@ -97,7 +97,7 @@ _norm_rotary.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 
 def _expect_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, **others: Tensor) -> None:
-    """Raises ValueError unless q and others are (B, T, H, E), k and v (B, T, G, E), all bfloat16; bounds (B, T) int32."""
+    """Raises ValueError unless q and others are (B, T, H, E), k and v (B, T, G, E), bfloat16; bounds (B, T) int32."""
     expect_heads("attention_cuda", q, k, heads=2)
     expect("attention_cuda", q, q.shape, (torch.bfloat16,), q=q, **others)
     expect("attention_cuda", q, (*q.shape[:2], k.shape[2], q.shape[3]), (torch.bfloat16,), k=k, v=v)

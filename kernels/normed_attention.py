@@ -82,8 +82,9 @@ def normed_attention(
     if name == "reference" or not q.numel():
         return normed_attention_reference(q, k, v, table, doc_ids, q_norm, k_norm, eps)
     expect_heads("normed_attention", q, k, heads=2)
-    if table.dim() != 4 or table.shape[1] != 1:
-        raise ValueError(f"normed_attention: the table must be (B, 1, T, E/2); it is {tuple(table.shape)}")
+    if table.dim() != 4 or table.shape[1] != 1 or not table.is_complex():
+        shape = f"{tuple(table.shape)}, {table.dtype}"
+        raise ValueError(f"normed_attention: the table must be (B, 1, T, E/2), complex; it is {shape}")
     turns = torch.view_as_real(table[:, 0].resolve_conj()).flatten(-2)
     norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
     if name in ("cuda", "vendor"):

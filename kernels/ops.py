@@ -22,9 +22,7 @@ def product_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def expect(
-    op: str, like: Tensor, shape: Sequence[int], types: Sequence[torch.dtype], **tensors: Tensor | None
-) -> None:
+def expect(op: str, like: Tensor, shape: Sequence[int], types: Sequence[torch.dtype], **tensors: Tensor | None) -> None:
     """Raises ValueError for a tensor that has not this shape, one of these types and the device of `like`; None passes.
 
     Compiled code takes the sizes of one tensor for those of all, so this comes before any address is taken.

@@ -74,7 +74,7 @@ def expect_rows(logits: Tensor, targets: Tensor, types: Sequence[torch.dtype] = 
 
 
 def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal to the reference, by the implementation that `dispatch.choose` names. Raises ValueError for shapes and types
+    """Equal to the reference, by the implementation that `dispatch.choose` names. Raises ValueError for shapes or types
     that do not fit, and on a CPU IndexError for a target from V on; on a GPU the loss of such a row is NaN."""
     name = choose("zloss_cross_entropy", logits)
     if name == "reference":
@@ -193,7 +193,7 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: 
     another one, it is corrected there. float32 and bfloat16.
     """
     if not logits.is_contiguous() or not ordinary(logits):
-        raise ValueError("logits that are overwritten must be contiguous memory, which torch does not negate as it reads")
+        raise ValueError("logits that are overwritten must be contiguous, and not negated whenever they are read")
     return _InPlace.apply(logits, targets, z_loss, share)
 
 
