@@ -295,6 +295,8 @@ MUTANTS = [
            "piece % 8 * 4", "kernels/test_attention_cuda.py"),
     Mutant("each chunk forgets the ones before", "kernels/linear_zloss_cuda.py", "d_weight.addmm_(",
            "d_weight.zero_().addmm_(", "kernels/test_zloss_cuda.py"),
+    Mutant("the compiler's built-ins are left to luck", "kernels/nvrtc.py", "ctypes.CDLL(str(builtins))", "pass",
+           "kernels/test_cuda.py"),
     Mutant("a changed header is not seen", "kernels/nvrtc.py", "{text}{headers()}", "{text}", "kernels/test_cuda.py"),
     Mutant("the norm's gradient is that of a plain factor", "kernels/rms_norm_numba.py",
            "(load(g + 4 * i) - load(row + 4 * i) * mean)", "load(g + 4 * i)", "kernels/test_rms_norm.py"),
