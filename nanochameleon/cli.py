@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from operator import attrgetter
+from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
@@ -12,7 +15,25 @@ from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.presets import PRESETS
 from nanochameleon.ranges import out_of_range
 
+T = TypeVar("T")
 MAX_SEED = 2**32 - 1
+
+
+def parse(kind: type[T], args: Sequence[str] | None = None, **more) -> T:
+    """Arguments, by default the program's own -> a dataclass. A wrong one ends the program with its name and code 2."""
+    return expanded(tyro.cli(kind, args=args, **more))
+
+
+def expanded(value: T) -> T:
+    """The same with a home folder for ~ in every path: a shell expands `--out ~/x` and leaves `--out=~/x`."""
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if isinstance(value, tuple):
+        return tuple(map(expanded, value))
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: expanded(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def check_kernels(device) -> None:
@@ -111,6 +132,6 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 def overridden(args: Sequence[str] | None) -> RunConfig:
     presets = {name: (first_line(preset.__doc__), preset()) for name, preset in PRESETS.items()}
     try:
-        return tyro.extras.overridable_config_cli(presets, args=args)
+        return expanded(tyro.extras.overridable_config_cli(presets, args=args))
     except ValueError as error:  # a configuration's own check
         raise UserError(str(error)) from None

@@ -1,15 +1,15 @@
 """Which numbers a configuration may hold, by the dotted name of the field: on the command line and in every file."""
 
-import sys
+import math
 from operator import attrgetter
 from types import SimpleNamespace
 
 from nanochameleon.errors import shown
 
-LARGEST = sys.float_info.max  # a whole number beyond it becomes no float
+MAX_NUMBER = 2**63 - 1  # of a whole number, as torch and numpy hold it
 
 ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every entry has to pass
-    ("at least 0", lambda x: 0 <= x <= LARGEST, (
+    ("at least 0", lambda x: 0 <= x < math.inf, (
         "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
         "tokenizers.warmup_steps", "tokenizers.optim.warmup", "tokenizers.optim.eps", "tokenizers.optim.weight_decay",
         "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
@@ -17,7 +17,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
         "sample.guidance_image",
     )),
-    ("at least 1", lambda x: 1 <= x <= LARGEST, (
+    ("at least 1", lambda x: 1 <= x < math.inf, (
         "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim",
         "vqgan.n_codes", "vqgan.n_groups", "model.vocab_size", "model.n_layers", "model.multiple_of",
         "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch",
@@ -27,7 +27,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "evaluation.reconstructions", "evaluation.alignment", "parallel.tensor", "parallel.micro_batch",
         "parallel.timeout",
     )),
-    ("above 0", lambda x: 0 < x <= LARGEST, (
+    ("above 0", lambda x: 0 < x < math.inf, (
         "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
         "tokenizers.optim.lr", "tokenizers.optim.clip", "sample.repetition_penalty",
     )),
@@ -55,4 +55,6 @@ def out_of_range(**sections: object) -> str | None:
             for x in value if isinstance(value, tuple) else (value,):
                 if x is not None and not good(x):
                     return f"{name} must be {wish}, not {shown(x)}"
+                if isinstance(x, int) and x > MAX_NUMBER:
+                    return f"{name} must be at most {MAX_NUMBER}, not {shown(x)}"
     return None

@@ -326,6 +326,7 @@ def test_what_is_broken_is_named(layout, file, damage, words, tmp_path, monkeypa
         (["{nano}", "{hf}", "--to", "hf"], "exists"), (["{nano}", "new", "--to", "meta", "--shards", "3"], "3 shards"),
         (["{nano}", "new", "--to", "meta", "--shards", "1"], "2 groups"), (["{run}", "new", "--to", "hf"], "n_groups"),
         (["{nano}", "new", "--to", "tar"], "tar"), (["{nano}", "new", "--to", "meta", "--shards", "-2"], "--shards"),
+        (["{nano}", "new", "--to", "nano", "--file-gb", "inf"], "--file-gb"),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_one_sentence(arguments, word, folders, tmp_path, monkeypatch, capsys):
@@ -495,10 +496,6 @@ def test_a_full_disk_is_called_so(folders, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_without_limit_is_one(folders, tmp_path):
-    assert (convert(Args(folders["nano"], tmp_path / "hf", "hf", file_gb=float("inf"))) / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("what", ["", "config.json", "model.safetensors"])
