@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -139,12 +141,31 @@ def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
     if dtype not in CUDA[op]:
         return f"they do not take {str(dtype).removeprefix('torch.')}"
-    missing = [name for name in ("cupy", "nvidia") if not installed(name)]
-    if missing:
-        return f"{missing[0]} is not installed: pip install nanochameleon[cuda]"
+    if missing := missing_for_cuda():
+        return f"{missing} is not installed: pip install -e '.[{cuda_extra()}]'"
     major, minor = torch.cuda.get_device_capability(device)
     known = architecture(major, minor)
     return None if known else f"they are not written for a GPU of compute capability {major}.{minor}"
+
+
+def cuda_extra() -> str:
+    """The extra of pyproject.toml with the packages for torch's own CUDA."""
+    return "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda"
+
+
+@torch.compiler.assume_constant_result
+def missing_for_cuda() -> str | None:
+    """What is lacking of cuda_extra(); CuPy for another CUDA would fail at its first launch."""
+    right, other = ("cupy-cuda12x", "cupy-cuda13x")[:: 1 if cuda_extra() == "cuda12" else -1]
+    if not installed("cupy") or (distribution(other) and not distribution(right)):
+        return right
+    return None if installed("nvidia") else "nvidia-cuda-nvrtc"
+
+
+@cache
+def distribution(name: str) -> bool:
+    """Is a package of this name installed?"""
+    return any(metadata.distributions(name=name))
 
 
 def architecture(major: int, minor: int) -> str | None:

@@ -236,7 +236,8 @@ class Chameleon(nn.Module):
 
     def initial(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
         """The whole tensor of this name at the start of training: a function of (seed, name), so that ranks which hold
-        parts of it agree. The paper does not state its own; ours is GPT-2's scaled by width.
+        parts of it agree. seed: 0 to 2^32 - 1; each gives other weights. The paper does not state its own
+        initialization; ours is GPT-2's scaled by width.
 
         | weight                 | std                             |
         |------------------------|---------------------------------|
@@ -252,7 +253,8 @@ class Chameleon(nn.Module):
         std = 1 / math.sqrt(shape[1] * branches)
         if name.startswith(("tok_embeddings", "output")):
             std = 0.02 if name.startswith("tok") else 0.0
-        generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        # torch's CPU generator uses the low 32 bits of its seed alone, so seed and name are mixed into 32 bits
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
         return torch.randn(shape, generator=generator, device=device) * std
 
     def forward(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels import normed_attention
+from nanochameleon.kernels import dispatch, normed_attention
 from nanochameleon.kernels.dispatch import (
     AMX,
     AUTO,
@@ -106,13 +106,32 @@ def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr("nanochameleon.kernels.dispatch.installed", lambda name: False)
     with use_kernels("cuda"):
-        with pytest.raises(ValueError, match=r"cupy is not installed: pip install nanochameleon\[cuda\]"):
+        with pytest.raises(ValueError, match=r"cupy-cuda13x is not installed: pip install -e '\.\[cuda\]'"):
             decide("zloss_cross_entropy", gpu, torch.bfloat16)
         with pytest.raises(ValueError, match="do not take float32"):
             decide("normed_attention", gpu, torch.float32)
         assert decide("swiglu", gpu, torch.bfloat16)[0] == "reference"  # never written
     with use_kernels("auto"):
         assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
+
+
+@pytest.mark.parametrize(
+    ("cuda", "there", "missing"),
+    [
+        ("13.0", {"cupy-cuda13x"}, None),
+        ("13.0", {"cupy-cuda12x"}, "cupy-cuda13x"),
+        ("12.6", {"cupy-cuda12x"}, None),
+        ("12.6", {"cupy-cuda13x"}, "cupy-cuda12x"),
+        ("12.6", {"cupy-cuda12x", "cupy-cuda13x"}, None),
+        ("12.9", set(), None),  # built here, or conda's
+    ],
+)
+def test_cupy_is_for_the_cuda_of_torch(monkeypatch, cuda, there, missing):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(dispatch, "installed", lambda name: True)
+    monkeypatch.setattr(dispatch, "distribution", there.__contains__)
+    assert dispatch.missing_for_cuda() == missing
+    assert dispatch.cuda_extra() == ("cuda" if cuda == "13.0" else "cuda12")
 
 
 def test_unknown_names_are_refused(monkeypatch):
