@@ -28,7 +28,7 @@ from nanochameleon.vqgan import VQGAN
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 NO_DECODER = (
     "this model has no image decoder, since it came from transformers, which drops it: it reads pictures and cannot "
-    "draw them; convert Meta's files to have it"
+    "draw them; give Meta's vqgan.ckpt with --vqgan (train.py: --init-vqgan)"
 )
 MAX_SIDE = 8_192  # pixels
 BAND = 128  # rows that are converted at a time
