@@ -9,6 +9,7 @@ import os
 import stat
 import tempfile
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 
@@ -59,7 +60,7 @@ def cache_folder(variable: str, wished: str, usual: Path | None = None, name: st
     Says a line where it is not the one that was wished for, or may not last.
     """
     expected = [Path(wished)] if wished else [folder for folder in (usual, home()) if folder]
-    places = [*expected, home(), private()]
+    places = chain(expected, (find() for find in (home, private)))  # the private one is made where nothing else will do
     chosen = next((folder for folder in places if folder and writable(folder / name)), None)
     if chosen not in expected:
         where = f"are kept in {chosen}" if chosen else "are not kept, so each process compiles them"
