@@ -8,8 +8,9 @@
     python sample.py runs/toy "a red star" --n 8 --guidance 2 --seed 1            eight drawings, nearer to the prompt
     python sample.py chameleon-7b "a red star" --guidance 3 --dtype bf16          a released model, in any layout
 
-An argument that is a file, or ends as pictures do (.png, .jpg, ...), is a picture. Drawn pictures are saved and, in
-terminals that can, shown; existing files are never overwritten. Left out: chat over several turns.
+An argument that is a file, or ends as pictures do (.png, .jpg, ...), is a picture; one that is a folder or a pipe is
+refused. Drawn pictures are saved and, in terminals that can, shown; existing files are never overwritten, and nothing
+that stops the printing stops the saving. Left out: chat over several turns.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,12 +31,17 @@ if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "r
 
 import tyro
 
-from nanochameleon.cli import check_kernels
+from nanochameleon.cli import MAX_NUMBER, check_kernels, parse
 from nanochameleon.config import RunConfig, SampleConfig
 from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.printing import say
 
 PREVIEW = 32  # codes between two looks at a picture that is being drawn
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+PICTURE_ENDINGS = (  # of formats that cannot be read, too: such a word is a mistake, and no words to draw
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".jxl", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif", ".ico", ".svg", ".tga", ".psd", ".dng", ".cr2", ".nef",
+)  # fmt: skip
+MOST = 1_000_000  # samples
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,10 @@ class Args:
     def check(self) -> None:
         """Raises UserError for a value out of range, naming the option."""
         for name, good, wish in (
-            ("n", self.n >= 1, "at least 1"),
+            ("n", 1 <= self.n <= MOST, f"from 1 to {MOST:,}"),
             ("temperature", self.temperature is None or 0 <= self.temperature < math.inf, "0 or more"),
             ("top-p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top-k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top-k", self.top_k is None or 1 <= self.top_k <= MAX_NUMBER, f"from 1 to {MAX_NUMBER}"),
             ("guidance", self.guidance is None or 0 <= self.guidance < math.inf, "0 or more"),
             ("guidance-image", self.guidance_image is None or 0 <= self.guidance_image < math.inf, "0 or more"),
             (
@@ -94,7 +101,7 @@ class Args:
                 self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
                 "above 0",
             ),
-            ("max-new", self.max_new is None or self.max_new >= 1, "at least 1"),
+            ("max-new", self.max_new is None or 1 <= self.max_new <= MAX_NUMBER, f"from 1 to {MAX_NUMBER}"),
             ("seed", self.seed >= 0, "0 or more"),
             ("scale", self.scale is None or 1 <= self.scale <= 64, "1 to 64"),
         ):
@@ -111,20 +118,27 @@ class Args:
         return dataclasses.replace(cfg, **{name: value for name, value in given.items() if value is not None})
 
 
-def is_picture(argument: str) -> bool:
-    return os.path.isfile(argument) or argument.lower().endswith(PICTURE_ENDINGS)
+def picture_path(argument: str) -> str | None:
+    """The file that an argument names; None for words. Raises UserError for a folder, a pipe or a device."""
+    path = os.path.expanduser(argument)
+    if os.path.isfile(path) or path.lower().endswith(PICTURE_ENDINGS):
+        return path
+    if os.path.lexists(path):
+        why = f"{argument} is there and is not a picture file, but a folder, a pipe or the like"
+        raise UserError(f"{why}: give a picture file, or ' {argument}' with a space where the word is meant")
+    return None
 
 
 def read_segments(arguments: tuple[str, ...], resolution: int, fit: Literal["crop", "pad"]) -> list:
-    """Arguments -> Text and Picture segments. Raises UserError for a picture that is missing or cannot be read."""
+    """Arguments -> Text and Picture segments. Raises UserError for one that names no picture that can be read."""
     from nanochameleon.data import Picture
     from nanochameleon.documents import Text
-    from nanochameleon.image_tokenizer import load_picture, preprocess
+    from nanochameleon.image_tokenizer import load_square
 
     segments = []
     for argument in arguments:
-        if is_picture(argument):
-            segments.append(Picture(preprocess(load_picture(argument), resolution, fit)))
+        if path := picture_path(argument):
+            segments.append(Picture(load_square(path, resolution, fit)))
         elif any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python shows bytes that are no UTF-8
             raise UserError(f"the prompt {argument!a} is not valid UTF-8")
         elif argument.strip():
@@ -175,11 +189,13 @@ def main(args: Args) -> list[list[str | Path]]:
         quantize_(run.model)
     vocab, n_codes = run.vocab, run.images.n_codes_per_image
     mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution, args.fit), run.cfg)
-    if mode in ("draw", "free", "chat") and not run.images.can_draw:
-        raise UserError(NO_DECODER)
+    shelf, progress = Shelf(args, run.images), "sampling" if sys.stderr.isatty() else None
+    if mode in ("draw", "free", "chat"):
+        if not run.images.can_draw:
+            raise UserError(NO_DECODER)
+        shelf.check()
     prompt = prompt_ids(segments, run, {"draw": "draw", "answer": "answer", "chat": "answer"}.get(mode, "go on"))
     options = args.options(run.cfg.sample)
-    shelf, progress = Shelf(args, run.images), "sampling" if sys.stderr.isatty() else None
     if mode == "draw":
         if args.max_new is None:  # a picture's length is no choice
             options = dataclasses.replace(options, max_new=n_codes + 1)
@@ -206,24 +222,25 @@ def show(events, shelf: "Shelf") -> list[str | Path]:
     from nanochameleon.documents import Image, Text
     from nanochameleon.events import PartialPicture
 
-    parts, line_open = [], False
+    parts, line_open, held = [], False, ""
     for event in events:
         if isinstance(event, Text):
-            # a model may write any byte, and a terminal obeys control characters
-            print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in event.text), end="", flush=True)
+            text = held + event.text
+            held = "\r" if text.endswith("\r") else ""  # until it is known whether the line ends here
+            say(text.removesuffix(held), end="")
             line_open = True
             if parts and isinstance(parts[-1], str):
                 parts[-1] += event.text
             else:
                 parts.append(event.text)
         elif isinstance(event, PartialPicture | Image):
-            print(end="\n" if line_open else "")
-            line_open = False
+            say(held, end="\n" if line_open else "")
+            line_open, held = False, ""
             if isinstance(event, Image):
                 parts.append(shelf.put(event.codes))
             else:
                 shelf.preview(event.codes)
-    print(end="\n" if line_open else "")
+    say(held, end="\n" if line_open else "")
     return parts
 
 
@@ -249,44 +266,51 @@ class Shelf:
 
         filled = [*codes, *[codes[0]] * (self.images.n_codes_per_image - len(codes))]
         shown = as_terminal(self.images.decode(torch.tensor([filled]))[0])
-        print(shown, end=f"\n\x1b[{shown.count(chr(10)) + 1}F", flush=True)
+        sys.stdout.write(f"{shown}\n\x1b[{shown.count(chr(10)) + 1}F")
+        sys.stdout.flush()
+
+    @property
+    def folder(self) -> Path:
+        return self.args.out or self.args.run / "out"
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Raises UserError for an OSError within."""
+        try:
+            yield
+        except OSError as error:
+            why = f"cannot save a picture in {self.folder}: {error.strerror}"
+            raise UserError(f"{why}; choose another folder with --out") from None
+
+    def check(self) -> None:
+        """Raises UserError where no picture could be saved, before it is drawn."""
+        from nanochameleon.files import check_writable
+
+        with self.saving():
+            check_writable(self.folder)
 
     def put(self, codes) -> Path:
         """One picture's codes -> the file it was saved in. Raises UserError where it cannot be written."""
         import torch
 
-        from nanochameleon.files import write_file
+        from nanochameleon.files import write_new
         from nanochameleon.report import as_terminal, png
 
         picture = self.images.decode(torch.tensor([list(codes)]))[0]
         scale = self.args.scale or math.ceil(256 / len(picture))
-        folder = self.args.out or self.args.run / "out"
-        words = " ".join(word for word in self.args.prompt if not is_picture(word)).lower()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = free_path(folder, re.sub(r"[^a-z0-9]+", "-", words)[:60].strip("-") or "picture")
-            write_file(path, png(picture.repeat(scale, 0).repeat(scale, 1)))
-        except OSError as error:
-            why = f"cannot save a picture in {folder}: {error.strerror}"
-            raise UserError(f"{why}; choose another folder with --out") from None
+        words = " ".join(word for word in self.args.prompt if not picture_path(word)).lower()
+        stem = re.sub(r"[^a-z0-9]+", "-", words)[:60].strip("-") or "picture"
+        with self.saving():
+            path = write_new(self.folder, stem, ".png", png(picture.repeat(scale, 0).repeat(scale, 1)))
         if how := self.shows:
-            print(as_terminal(picture, how))
-        print(path)
+            sys.stdout.write(as_terminal(picture, how) + "\n")
+        say(path)
         return path
-
-
-def free_path(folder: Path, stem: str) -> Path:
-    """folder/stem-1.png, or the first number that is not taken."""
-    number = 1
-    while (path := folder / f"{stem}-{number}.png").exists():
-        number += 1
-    return path
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line; by default the program's own arguments."""
-    args = tyro.cli(Args, description=__doc__, args=arguments)
-    exit_on_user_error(lambda: main(args))
+    exit_on_user_error(lambda: main(parse(Args, arguments, description=__doc__)))
 
 
 if __name__ == "__main__":

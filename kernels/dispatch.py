@@ -5,13 +5,15 @@
     otherwise "auto": the fastest one measured for this device and type (the table AUTO); of the output layer with its
     loss, which is there to save memory, the one that holds the least
 
-An explicit wish that cannot be met raises with the reason. Not here: the implementations.
+An explicit wish that cannot be met raises with the reason. Inputs that only torch's rules bring together (broadcast
+shapes, several types, no numbers at all) run on the reference whatever the wish. Not here: the implementations.
 """
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -64,18 +66,35 @@ OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
 # What a training step runs: losses.py has logits, and decoding is not training.
 STEP = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
 
-_wishes: list[str] = []
+
+class _Asked(threading.local):
+    """What use_kernels asks for in this thread. torch.compile compiles again when it changes, as a ContextVar's value
+    would not be seen."""
+
+    def __init__(self):
+        self.name: str | None = None
+
+
+_asked = _Asked()
 
 
 @contextmanager
-def use_kernels(name: str) -> Iterator[None]:
-    """Inside, every op runs this implementation: "reference", "numba", "amx", "cuda", "vendor" or "auto"."""
-    _check(name)
-    _wishes.append(name)
+def use_kernels(name: str | None) -> Iterator[None]:
+    """Inside, every op that this thread calls runs this implementation: "reference", "numba", "amx", "cuda", "vendor"
+    or "auto"; None is whatever the environment says. Raises ValueError for another name."""
+    if name is not None:
+        _check(name)
+    before, _asked.name = _asked.name, name
     try:
         yield
     finally:
-        _wishes.pop()
+        _asked.name = before
+
+
+def same_kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For torch.utils.checkpoint's `context_fn`: what is computed again runs what ran first, in whatever thread the
+    backward pass is."""
+    return nullcontext(), use_kernels(_asked.name)
 
 
 def _check(name: str) -> None:
@@ -84,8 +103,8 @@ def _check(name: str) -> None:
 
 
 def wish() -> str:
-    """What was asked for: by use_kernels, else by the environment, else "auto"."""
-    name = _wishes[-1] if _wishes else os.environ.get(VARIABLE, "auto")
+    """What was asked for: by use_kernels, else by the environment, else "auto". An empty variable asks for nothing."""
+    name = _asked.name or os.environ.get(VARIABLE) or "auto"
     _check(name)
     return name
 

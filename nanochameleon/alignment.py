@@ -19,9 +19,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochameleon.data import Picture, RawDocument
+from nanochameleon.data import FORMS, Picture, RawDocument
 from nanochameleon.documents import EndOfTurn, Text
-from nanochameleon.shapes import ASK_CAPTION, NUMBERS, Scene, World, draw, draw_scene, questions, random_scene
+from nanochameleon.shapes import (
+    ASK_CAPTION,
+    NUMBERS,
+    Scene,
+    World,
+    draw,
+    draw_scene,
+    questions,
+    random_scene,
+    source_seed,
+)
 
 TEST_SHARE = 8  # one prompt of words in this many is never trained on
 REFUSAL = "I can't help with that."
@@ -161,7 +171,7 @@ class AlignmentSource:
     def exchanges(self, index: int) -> list[Exchange]:
         """The turns of document `index`."""
         make, n_scenes = CATEGORIES[self.category]
-        seed = self.seed + 1_000 * (50 + list(CATEGORIES).index(self.category))
+        seed = source_seed(self.seed, len(FORMS) + list(CATEGORIES).index(self.category))
         shown = [draw_scene(self.world, seed, 2 * index + i, test=self.test) for i in range(n_scenes)]
         rng = np.random.default_rng((seed, index, self.test, 3))
         while True:

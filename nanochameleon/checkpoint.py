@@ -5,7 +5,8 @@
 
 All files are written into .tmp-...; the manifest (size and sha256 of each) comes last, then one rename. So a kill at
 any moment leaves the older ones as they were, and a flipped byte or a cut file is noticed: the newest checkpoint is the
-newest WHOLE one, found by looking, with no pointer file that could go stale. Safetensors and JSON only, never pickle.
+newest WHOLE one, found by looking, with no pointer file that could go stale. Files that the manifest does not list, as
+a copy may leave them, are never read. Safetensors and JSON only, never pickle.
 It moves state; it builds no model and knows no configuration.
 """
 
@@ -15,9 +16,10 @@ import math
 import os
 import re
 import shutil
-import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,9 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochameleon.errors import UserError
-from nanochameleon.files import fsync
+from nanochameleon.files import fsync, is_plain
+from nanochameleon.printing import warn
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
+ODD = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # how odd content shows itself
 STEP_FOLDER = re.compile(r"step-(\d{6,})(\.old)?")  # .old: set aside while a second save of the same step moves in
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,29 +54,48 @@ def read_manifest(checkpoint: Path) -> dict[str, dict]:
     data = (checkpoint / MANIFEST).read_bytes()
     manifest = json.loads(data)
     entries = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(entries, dict) or "state.json" not in entries or render_manifest(entries) != data:
+    if not isinstance(entries, dict) or STATE not in entries or render_manifest(entries) != data:
         raise ValueError("not as written")
+    if not all(is_plain(name) and isinstance(entry, dict) for name, entry in entries.items()):
+        raise ValueError("no names of files")
     return entries
 
 
+def tensor_files(checkpoint: Path) -> list[Path]:
+    """The safetensors that a whole checkpoint's manifest lists, by name. Others in its folder do not belong to it."""
+    return [checkpoint / name for name in sorted(read_manifest(checkpoint)) if name.endswith(TENSORS)]
+
+
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None when every file is what its manifest says."""
+    """What is wrong with a checkpoint, in a few words; None when all files are what its manifest says, and readable."""
     try:
         entries = read_manifest(checkpoint)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{MANIFEST} is damaged"
     for name, entry in entries.items():
-        file = checkpoint / name
-        if Path(name).name != name or not isinstance(entry, dict):
-            return f"{MANIFEST} is damaged"
+        if problem := _damage_of(checkpoint / name, entry):
+            return f"{name} {problem}"
+    return None
+
+
+def _damage_of(file: Path, entry: dict) -> str | None:
+    try:
         if not file.is_file():
-            return f"{name} is missing"
+            return "is missing"
         if file.stat().st_size != entry.get("size"):  # before hashing: cheap, and bounds what is read
-            return f"{name} has {file.stat().st_size} bytes instead of {entry.get('size')}"
+            return f"has {file.stat().st_size} bytes instead of {entry.get('size')}"
         if sha256(file) != entry.get("sha256"):
-            return f"{name} has changed since it was written"
+            return "has changed since it was written"
+        if file.name == STATE:
+            read_state(file.parent)
+        elif file.suffix == TENSORS:
+            _shapes_in([file])
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except ODD:
+        return "is not what belongs there"
     return None
 
 
@@ -142,8 +165,8 @@ def describe(paths: Iterable[Path]) -> dict[str, dict]:
 
 def commit(aside: Path, run_dir: Path, step: int, state: dict, entries: dict[str, dict]) -> Path:
     """Makes a checkpoint of a folder whose tensors are written and described; returns its place."""
-    (aside / "state.json").write_text(json.dumps(state, indent=1))
-    entries = entries | describe([aside / "state.json"])
+    (aside / STATE).write_text(json.dumps(state, indent=1))
+    entries = entries | describe([aside / STATE])
     (aside / MANIFEST).write_bytes(render_manifest(entries))
     fsync(aside / MANIFEST)
     fsync(aside)
@@ -179,7 +202,7 @@ def newest(run_dir: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        print(f"warning: passing over {path}: {problem}", file=sys.stderr)
+        warn(f"passing over {path}: {problem}")
     return None
 
 
@@ -190,15 +213,22 @@ def load(path: Path, groups: Collection[str] | None = None) -> tuple[dict[str, d
     or, given as a checkpoint, is not whole: whoever names one gets that one or a refusal.
     """
     path = locate(path)
-    tensors = {
-        name.removesuffix(".safetensors"): load_file(path / name)
-        for name in read_manifest(path)
-        if name.endswith(".safetensors") and (groups is None or name.removesuffix(".safetensors") in groups)
-    }
+    files = {file.stem: file for file in tensor_files(path)}
     for group in groups or ():
-        if group not in tensors:
-            raise UserError(f"{path} has no {group}.safetensors; it was saved by another stage or version")
-    return tensors, read_state(path)
+        if group not in files:
+            raise UserError(f"{path} has no {group}{TENSORS}; it was saved by another stage or version")
+    with readable(path):
+        return {group: load_file(files[group]) for group in (files if groups is None else groups)}, read_state(path)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises UserError where a checkpoint cannot be used though it is as its manifest says."""
+    try:
+        yield
+    except (*ODD, RuntimeError) as error:
+        what = f"{path} does not hold what it should ({type(error).__name__})"
+        raise UserError(f"{what}: delete it, and the same command goes on without it") from error
 
 
 def locate(path: Path) -> Path:
@@ -246,8 +276,8 @@ def keep_last(run_dir: Path, k: int) -> None:
 def loss_of(checkpoint: Path) -> float:
     """The "loss" in its state; infinity without one."""
     try:
-        loss = json.loads((checkpoint / "state.json").read_text()).get("loss")
-    except (OSError, ValueError, AttributeError):
+        loss = json.loads((checkpoint / STATE).read_text()).get("loss")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return math.inf
     return loss if isinstance(loss, float) and math.isfinite(loss) else math.inf
 
@@ -280,7 +310,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
         if tensor.ndim and tensor.shape != named[name].shape:
             raise UserError(f"{key} has shape {tuple(tensor.shape)}, this model needs {tuple(named[name].shape)}")
         state.setdefault(order[id(named[name])], {})[field] = tensor.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for group in groups:  # all parameters of a group have the same fields, where they have been moved at all
+        if len({frozenset(state[position]) for position in group["params"] if position in state}) > 1:
+            raise UserError("the checkpoint's optimizer lacks a part of its state; was it changed?")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
@@ -294,8 +328,18 @@ def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
 
 
 def read_state(path: Path) -> dict:
-    """What a whole checkpoint holds beside tensors."""
-    return json.loads((path / "state.json").read_text())
+    """What a whole checkpoint holds beside tensors. Raises ValueError or RecursionError for what save did not write."""
+    state = json.loads((path / STATE).read_text())
+    if not isinstance(state, dict):
+        raise ValueError("no JSON object")
+    return state
+
+
+def steps_done(state: dict) -> int:
+    """The "step" of a state. Raises ValueError for one that is no count."""
+    if type(state["step"]) is not int or state["step"] < 0:
+        raise ValueError("no count of steps")
+    return state["step"]
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -303,8 +347,6 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
     Raises UserError where tensors are missing, too many or of another shape.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-
     weights, named = model.state_dict(), dict(model.named_parameters())
     shapes = stored_shapes(path)
     optim = {}
@@ -320,17 +362,43 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     for key, shape in shapes.items():
         if tuple(wanted[key].shape) != shape:
             raise UserError(f"{path}: {key} is {shape}, this model needs {tuple(wanted[key].shape)}")
+    with readable(path):
+        _read_tensors(path, wanted)
+        load_optimizer(optimizer, model, optim)
+        return read_state(path)
+
+
+def _read_tensors(path: Path, wanted: dict[str, Tensor]) -> None:
+    """Reads a checkpoint's tensors in place, of sharded ones what this rank holds. Safetensors alone, no pickle."""
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+
+    reader, files = HuggingFaceStorageReader(str(path)), [str(file) for file in tensor_files(path)]
+    reader.fs.ls = lambda folder: files  # it would read every .safetensors in the folder
     with warnings.catch_warnings():  # it says that it works alone, as it is told to
         warnings.simplefilter("ignore", UserWarning)
-        load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)  # safetensors alone, no pickle
-    load_optimizer(optimizer, model, optim)
-    return read_state(path)
+        try:
+            load(wanted, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # no Exception by its class
+            raise RuntimeError(f"torch cannot read {path}") from error
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint's safetensors, put together from shards where it is cut."""
+    """Name -> shape of every tensor in a checkpoint's safetensors, put together from shards where it is cut.
+
+    Raises UserError where a part of a tensor is missing or there twice.
+    """
+    shapes, sizes = _shapes_in(tensor_files(path))
+    for name, shape in shapes.items():
+        if sizes[name] != math.prod(shape):
+            raise UserError(f"{path} has {sizes[name]} of the {math.prod(shape)} numbers of {name}: delete {path}")
+    return shapes
+
+
+def _shapes_in(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Counter[str]]:
+    """Name -> shape of the whole tensor, and how many of its numbers are in these files."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
+    sizes: Counter[str] = Counter()
+    for file in files:
         with safe_open(file, framework="pt") as opened:
             offsets = shard_offsets(opened.metadata())
             for name in opened.keys():  # noqa: SIM118
@@ -338,11 +406,15 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 ends = tuple(a + b for a, b in zip(offsets.get(name, (0,) * len(shape)), shape, strict=True))
                 before = shapes.get(name, (0,) * len(ends))
                 shapes[name] = tuple(max(a, b) for a, b in zip(ends, before, strict=True))
-    return shapes
+                sizes[name] += math.prod(shape)
+    return shapes, sizes
 
 
 def shard_offsets(metadata: dict[str, str] | None) -> dict[str, tuple[int, ...]]:
     """Where each tensor of a file begins in the whole one, as torch.distributed.checkpoint notes it; {} if all are
     whole."""
     noted = json.loads((metadata or {}).get("DCP_SHARDING_INFO", "{}"))
-    return {name: tuple(entry["saved_offsets"]) for name, entry in noted.items()}
+    found = {name: tuple(entry["saved_offsets"]) for name, entry in noted.items()}
+    if not all(type(n) is int and 0 <= n < 2**48 for offsets in found.values() for n in offsets):
+        raise ValueError("no offsets")
+    return found

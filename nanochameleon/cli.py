@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from operator import attrgetter
+from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
@@ -11,6 +14,7 @@ from nanochameleon.config import RunConfig
 from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.presets import PRESETS
 
+T = TypeVar("T")
 ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every entry has to pass
     ("at least 0", lambda x: 0 <= x < math.inf, (
         "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
@@ -41,6 +45,24 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("sample.top_p", "sample.image_top_p")),
 )  # fmt: skip
 MAX_SEED = 2**32 - 1
+MAX_NUMBER = 2**63 - 1  # of a whole number, as torch and numpy hold it
+
+
+def parse(kind: type[T], args: Sequence[str] | None = None, **more) -> T:
+    """Arguments, by default the program's own -> a dataclass. A wrong one ends the program with its name and code 2."""
+    return expanded(tyro.cli(kind, args=args, **more))
+
+
+def expanded(value: T) -> T:
+    """The same with a home folder for ~ in every path: a shell expands `--out ~/x` and leaves `--out=~/x`."""
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if isinstance(value, tuple):
+        return tuple(map(expanded, value))
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: expanded(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def check_kernels(device) -> None:
@@ -68,6 +90,8 @@ def check(cfg: RunConfig) -> None:
             for x in value if isinstance(value, tuple) else (value,):
                 if x is not None and not good(x):
                     raise UserError(f"{name} must be {wish}, not {x}")
+                if isinstance(x, int) and x > MAX_NUMBER:
+                    raise UserError(f"{name} must be at most {MAX_NUMBER}, not {x}")
     if cfg.seed > MAX_SEED:
         raise UserError(f"seed must be at most {MAX_SEED}, not {cfg.seed}")
     for name in ("optim", "tokenizers.optim"):
@@ -141,6 +165,6 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 def overridden(args: Sequence[str] | None) -> RunConfig:
     presets = {name: (first_line(preset.__doc__), preset()) for name, preset in PRESETS.items()}
     try:
-        return tyro.extras.overridable_config_cli(presets, args=args)
+        return expanded(tyro.extras.overridable_config_cli(presets, args=args))
     except ValueError as error:  # a configuration's own check
         raise UserError(str(error)) from None

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanochameleon import layout_files, layouts
+from nanochameleon.cli import MAX_NUMBER, parse
 from nanochameleon.config import ModelConfig
 from nanochameleon.errors import UserError, exit_on_user_error
-from nanochameleon.files import fsync
+from nanochameleon.files import fsync, sweep_dead
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.layouts import DECODER, VQ_PREFIX
 from nanochameleon.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, text_of
+from nanochameleon.printing import say, warn
 from nanochameleon.run import CONFIG, TEXT_TOKENIZER
 from nanochameleon.tensor_files import Get, write_pth, write_safetensors, write_sharded
 
@@ -145,16 +146,16 @@ def convert(args: Args) -> Path:
     """Writes the folder and returns it. Raises UserError; then, and after a kill, there is no args.dst."""
     if args.dst.exists():
         raise UserError(f"{args.dst} exists: choose another name")
-    if (args.shards or 1) < 1 or not args.file_gb > 0:
-        raise UserError("--shards must be at least 1 and --file-gb above 0")
+    if (args.shards or 1) < 1 or not 0 < args.file_gb * 1e9 <= MAX_NUMBER:
+        raise UserError("--shards must be at least 1, --file-gb above 0 and below 9 billion")
     parts = open_parts(args.src)
     text_of(parts.tokenizers, args.src)
     check(parts, args)
     if not parts.has_decoder:
-        print(f"warning: {NO_DECODER}", file=sys.stderr)
+        warn(NO_DECODER)
     aside = args.dst.parent / f".tmp-{args.dst.name}-{os.getpid()}"
     try:
-        sweep(args.dst)
+        sweep_dead(args.dst.absolute().parent, f".tmp-{args.dst.name}")
         aside.mkdir(parents=True)
         needed = sum(x.nbytes for x in (*parts.weights.meta.values(), *parts.vq.meta.values()))
         if shutil.disk_usage(aside).free < needed:
@@ -167,27 +168,6 @@ def convert(args: Args) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return args.dst
-
-
-def sweep(dst: Path) -> None:
-    """Removes what killed conversions to this name have left, not what a running one is writing."""
-    for path in dst.absolute().parent.glob(".tmp-*"):
-        name, _, pid = path.name.rpartition("-")
-        if name == f".tmp-{dst.name}" and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    """Is there a process of this number? Where only a signal that kills could tell (Windows), yes."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def write(parts: Parts, folder: Path, args: Args) -> None:
@@ -205,8 +185,8 @@ def write(parts: Parts, folder: Path, args: Args) -> None:
 
 def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line; by default the program's own arguments."""
-    args = tyro.cli(Args, description=__doc__, args=arguments, prog="python -m nanochameleon.convert")
-    print(exit_on_user_error(lambda: convert(args)))
+    name = "python -m nanochameleon.convert"
+    exit_on_user_error(lambda: say(convert(parse(Args, arguments, description=__doc__, prog=name))))
 
 
 if __name__ == "__main__":

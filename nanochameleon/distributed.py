@@ -122,6 +122,15 @@ def environment(name: str, default: int) -> int:
     return int(word)
 
 
+def place() -> tuple[int, int]:
+    """(rank, world) by the environment. Raises UserError for a rank that is not among so many."""
+    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    if rank >= world:
+        of = f"WORLD_SIZE is {world}" if "WORLD_SIZE" in os.environ else "WORLD_SIZE is not set"
+        raise UserError(f"RANK is {rank} in the environment, but {of}: start with torchrun, or unset RANK")
+    return rank, world
+
+
 def local_device(wish: str, pick: Callable[[str], torch.device]) -> torch.device:
     """pick(wish); of several GPUs the one with this process's number on its machine."""
     device = pick(wish)
@@ -138,7 +147,7 @@ def local_device(wish: str, pick: Callable[[str], torch.device]) -> torch.device
 def start(parallel: ParallelConfig, batch_size: int, device: torch.device) -> Iterator[Mesh]:
     """The mesh of the processes that torchrun has started, or of this one alone. Raises UserError for sizes that do not
     divide one another."""
-    world, rank = environment("WORLD_SIZE", 1), environment("RANK", 0)
+    rank, world = place()
     if world % parallel.tensor:
         raise UserError(f"parallel.tensor is {parallel.tensor}, which must divide the {world} processes of torchrun")
     if batch_size % (world // parallel.tensor):

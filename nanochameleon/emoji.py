@@ -189,7 +189,7 @@ class EmojiSource:
 
     def pixels(self, index: int) -> np.ndarray:
         """uint8 (R, R, 3)."""
-        return self.stored.pixels[self.numbers[index % self.size]]
+        return self.stored[self.numbers[index % self.size]]
 
     def caption(self, index: int) -> str:
         """'a flat emoji of dog face'."""

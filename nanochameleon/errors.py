@@ -5,9 +5,12 @@ that sentence on stderr and exit code 2. Anything else is a bug of ours and keep
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
+
+from nanochameleon.printing import safe_streams, say, short
 
 T = TypeVar("T")
 
@@ -29,21 +32,38 @@ class GaveUp(UserError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, met between two steps: what is done is saved, and the same command goes on."""
+    """Ctrl-C or SIGTERM, met between two steps: what is done is saved, and the same command goes on."""
+
+    number = signal.SIGINT
+
+
+def rank_0_speaks() -> bool:
+    """Is this one of several processes that torchrun has started, and not rank 0, which says what all have to say?"""
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    several = world.isdecimal() and int(world) > 1 and "MASTER_ADDR" in os.environ
+    return several and rank.isdecimal() and int(rank) > 0
 
 
 def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
-    """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130.
+    """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130,
+    SIGTERM, where it is met between steps, with 143.
 
     Of several processes, which all find the same fault, the first one says it; with `each` every one its own.
+    A disk that is full when main prints never stops it, and is said at its end. A reader that has gone is no fault.
     """
-    try:
-        return main()
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if each or isinstance(error, OwnError) or rank == "0" or not rank.isdigit():
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        raise SystemExit(130) from None
+    with safe_streams():
+        try:
+            result = main()
+            lost = sys.stdout.problem
+            if isinstance(lost, OSError) and not isinstance(lost, BrokenPipeError):
+                raise UserError(f"stdout could not be written ({lost}): what was printed is lost, files are saved")
+            return result
+        except UserError as error:
+            if each or isinstance(error, OwnError) or not rank_0_speaks():
+                say(f"error: {short(str(error))}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except Interrupted as stop:  # which has been told
+            raise SystemExit(128 + stop.number) from None
+        except KeyboardInterrupt:
+            say("\nstopped", file=sys.stderr)
+            raise SystemExit(130) from None

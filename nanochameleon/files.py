@@ -4,10 +4,24 @@ Folders of several files are checkpoint.py's and data/shards.py's.
 """
 
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name read from a file is one that we give: no path, not long, and fit for a terminal."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number that can be counted with and drawn: finite, as far as single precision goes."""
+    return type(value) in (int, float) and abs(value) < 2.0**128
 
 
 def fsync(path: Path) -> None:
@@ -38,3 +52,48 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_file(path: Path, data: bytes) -> None:
     with replacing(path) as file:
         file.write(data)
+
+
+def sweep_dead(folder: Path, start: str) -> None:
+    """Removes the folders `start`-PID of this process and of those that are no more. Those of running ones stay."""
+    for path in folder.glob(".*"):
+        name, _, pid = path.name.rpartition("-")
+        if name == start and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Is there a process of this number? Where only a signal that kills could tell (Windows), yes."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def write_new(folder: Path, stem: str, ending: str, data: bytes) -> Path:
+    """Writes folder/STEM-N.ENDING with the first N from 1 on that is free, and returns it; never over an existing file,
+    however many processes do so at once."""
+    for number in count(1):
+        path = folder / f"{stem}-{number}{ending}"
+        try:
+            path.touch(exist_ok=False)  # takes the name: of several processes one succeeds
+        except FileExistsError:
+            continue
+        try:
+            write_file(path, data)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder if need be. Raises OSError where no file can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from nanochameleon.errors import UserError
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
+from nanochameleon.printing import warn
 from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
 from nanochameleon.tensor_files import Cut, Get, Meta, Pth, Safetensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
@@ -191,10 +191,11 @@ def open_run_parts(folder: Path) -> Parts:
         raise UserError(f"{folder} is not trained yet: go on with the line that began it, such as {line}")
     whole = checkpoint.locate(folder)
     model = dataclasses.replace(cfg.model, dropout=0.0)  # of training, not of the weights
-    if (whole / "weights.safetensors").is_file():
+    listed = checkpoint.tensor_files(whole)
+    if (whole / "weights.safetensors") in listed:
         files = Safetensors([whole / "weights.safetensors"])
     else:  # written by ranks that had a shard of each tensor
-        files = Cut(sorted(whole.glob("shard-*.safetensors")), skeleton(model).keys())
+        files = Cut(listed, skeleton(model).keys())
     weights, kept = plain(files, model, whole), run_tokenizers(folder)
     return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
 
@@ -207,7 +208,8 @@ def run_tokenizers(folder: Path) -> Tokenizers:
 
 def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANConfig) -> Tokenizers:
     """As runs and prepared data hold them."""
-    vq = Safetensors([checkpoint.locate(folder / IMAGE_TOKENIZER) / "model.safetensors"])
+    whole = checkpoint.locate(folder / IMAGE_TOKENIZER)
+    vq = Safetensors([file for file in checkpoint.tensor_files(whole) if file.stem == "model"])
     return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), Tensors(vq.meta, vq.__getitem__))
 
 
@@ -280,13 +282,13 @@ def open_meta(folder: Path) -> Parts:
 
     said: set[str] = set()  # a tensor is read once for each shard that is written
 
-    def warn(sentence: str) -> None:
+    def warn_once(sentence: str) -> None:
         if sentence not in said:
-            print(f"warning: {sentence}", file=sys.stderr)
+            warn(sentence)
         said.add(sentence)
 
     def get(name: str) -> Tensor:
-        return layouts.from_meta(name, [shard[layouts.rule(name).meta] for shard in shards], model, warn)
+        return layouts.from_meta(name, [shard[layouts.rule(name).meta] for shard in shards], model, warn_once)
 
     meta = {name: x.to(shards[0].meta[layouts.rule(name).meta].dtype) for name, x in ours.items()}
     beside = Path(os.path.abspath(folder)).parent.parent / "tokenizer"  # of a path as short as "7b" or "."

@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mode
 
 from tqdm import tqdm
 
 from nanochameleon.errors import UserError
-from nanochameleon.files import write_file
+from nanochameleon.files import is_number, write_file
+from nanochameleon.printing import warn
 
 METRICS = "metrics.jsonl"
-FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite
+FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite in fp32
     "loss": "nats a supervised token, the z-loss term included",
     "loss_text": "nats a text token",
     "loss_image": "nats a picture code",
@@ -40,6 +42,7 @@ FIELDS = {  # every line has "step" and what of these was given; null stands for
     "memory_gib": "most memory taken so far: of the first rank's GPU, else of its process",
     "seconds": "since the first step, with checkpoints and sample grids, without the time between a stop and a resume",
 }
+BY_LAYER = "attention_logits"
 BAR = "{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
 
 
@@ -77,7 +80,10 @@ class Monitor:
         """Goes on behind the lines of the steps before `start`."""
         if self.file:
             self.file.close()
-        kept = [line for line in read_metrics(self.path) if line["step"] < start]
+        lines, n_damaged = _read(self.path)
+        if n_damaged:
+            warn(f"{self.path}: {n_damaged} damaged lines are left out")
+        kept = [line for line in lines if line["step"] < start]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         before = kept[-1] if kept else {}
         self.seconds, self.tokens = before.get("seconds") or 0.0, before.get("tokens") or 0
@@ -146,11 +152,11 @@ def open_board(folder: Path):
 
 
 def _clean(value):
-    """A number, or several, as JSON can hold it: it has no NaN and no infinity."""
+    """A number, or several, as JSON can hold it, which has no NaN and no infinity."""
     if isinstance(value, list):
         return [_clean(x) for x in value]
     number = value if isinstance(value, int) else float(value) if value is not None else math.nan
-    return number if math.isfinite(number) else None
+    return number if is_number(number) else None
 
 
 def summary(line: dict) -> str:
@@ -167,21 +173,37 @@ def summary(line: dict) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl in its order, [] without one; a line cut by a kill is passed over."""
-    lines = []
-    for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    """The lines of a metrics.jsonl in its order, [] without one. Left out is what no Monitor writes, such as a line cut
+    by a kill."""
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[list[dict], int]:
+    """The lines, and how many others there are, the last one not counted where it was cut."""
+    found = [_parsed(text) for text in path.read_text(errors="replace").split("\n")] if path.exists() else [None]
+    return [line for line in found if line is not None], found[:-1].count(None)
+
+
+def _parsed(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**53:
+        return None
+    return line if all(_is_usual(name, value) for name, value in line.items()) else None
+
+
+def _is_usual(name: str, value: object) -> bool:
+    """Whether a field holds a number or null; several where there is one for each layer, and in fields of others."""
+    several = isinstance(value, list) and (name == BY_LAYER or name not in FIELDS)
+    return all(x is None or is_number(x) for x in (value if several else [value]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # curves.png: six panels, 1,000 pixels wide
 
+MOST_CURVES = 256  # more than any model has layers
 TEXT, IMAGE, OTHER, FAINT = "#2a6fb0", "#d2622a", "#3d7d5a", "#8a8a8a"
 
 
@@ -197,7 +219,7 @@ def plot_curves(metrics: list[dict], path: Path) -> None:
     _label(norm, "Output norm of the last block", "mean Euclidean norm")
     _plot_smooth(log_z, metrics, "log_z", OTHER)
     _label(log_z, "Mean log Z of the output softmax", "nats")
-    _plot_layers(logits, metrics, "attention_logits")
+    _plot_layers(logits, metrics)
     _label(logits, "Largest attention logit", "by layer, the last one darkest")
     _plot_gradient(gradient, metrics)
     rate.plot(*_series(metrics, "lr"), color=FAINT, linewidth=1.5)
@@ -245,13 +267,15 @@ def _plot_loss(panel, metrics: list[dict]) -> None:
     bits.set_ylabel("bits a token")
 
 
-def _plot_layers(panel, metrics: list[dict], name: str) -> None:
-    """A curve for each of the numbers that a line has under `name`."""
-    lines = [line for line in metrics if line.get(name)]
-    for layer in range(len(lines[0][name]) if lines else 0):
-        values = [(line["step"], line[name][layer]) for line in lines if line[name][layer] is not None]
-        shade = 0.25 + 0.75 * (layer + 1) / len(lines[0][name])
-        panel.plot(*zip(*values, strict=True), color=OTHER, linewidth=1.2, alpha=shade)
+def _plot_layers(panel, metrics: list[dict]) -> None:
+    """A curve for each layer, of the lines that have as many numbers as most of them."""
+    lines = [(line["step"], line[BY_LAYER]) for line in metrics if isinstance(line.get(BY_LAYER), list)]
+    n_layers = mode(len(values) for _, values in lines) if lines else 0
+    for layer in range(min(n_layers, MOST_CURVES)):
+        points = [(step, values[layer]) for step, values in lines if len(values) == n_layers]
+        points = [(step, value) for step, value in points if value is not None]
+        shade = 0.25 + 0.75 * (layer + 1) / n_layers
+        panel.plot(*zip(*points, strict=True), color=OTHER, linewidth=1.2, alpha=shade)
 
 
 def _plot_gradient(panel, metrics: list[dict]) -> None:

@@ -4,6 +4,8 @@ The made-up worlds are endless and need nothing; emoji and folders are first sto
 prepared data has shards already (prepared.py).
 """
 
+import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from nanochameleon.alignment import CATEGORIES, AlignmentSource
 from nanochameleon.config import DataConfig, RunConfig
 from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
+from nanochameleon.data.folders import read_index
 from nanochameleon.data.reading import SKIPPED
 from nanochameleon.documents import render
 from nanochameleon.emoji import EmojiSource, prepare_emoji
@@ -20,8 +23,10 @@ from nanochameleon.files import write_file
 from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.prepared import sources as prepared_sources
+from nanochameleon.printing import say
+from nanochameleon.run import TEXT_TOKENIZER
 from nanochameleon.shapes import ShapesSource, World
-from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.text_tokenizer import TextTokenizer, to_json
 
 CHUNK = 256  # documents whose pictures are encoded together
 
@@ -71,7 +76,7 @@ def store(cfg: RunConfig, stored: Path) -> None:
         raise UserError("source folder needs --data.path, the folder with the pictures and their captions")
     else:
         report = prepare_folder(cfg.data.path, stored, cfg.vqgan.resolution)
-        print(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
+        say(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
 
 
 def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable[[str], Source]:
@@ -152,12 +157,12 @@ def write_tokens(
     """
     if cfg.data.source == "prepared":
         return
-    source = open_sources(cfg, folder)
+    source, notes = open_sources(cfg, folder), {TEXT_TOKENIZER: checksum_of(tokenizer)}
     for name, (n_ids, n_documents) in amounts(cfg).items():
         if not (folder / "data" / name).exists():
             docs = Epochs(source(name), cfg.seed, name)
             lists = token_lists(docs, images, tokenizer, stopped)
-            write_shards(folder / "data" / name, enough(lists, n_ids, n_documents, name))
+            write_shards(folder / "data" / name, enough(lists, n_ids, n_documents, name), notes=notes)
 
 
 def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None, name: str) -> Iterator[list[int]]:
@@ -184,15 +189,24 @@ def open_loader(cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer
 
 def rows_of(name: str, cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Rows:
     """One source's rows; how they are packed is kept in the run's folder."""
-    seq_len, place = cfg.train.seq_len, folder / "data" / name
+    seq_len, place, size = cfg.train.seq_len, folder / "data" / name, tokenizer.vocab.size
     if cfg.data.live:
         docs = Epochs(open_sources(cfg, folder)(name), cfg.seed, name)
         return Rows(name, Live(docs, images, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
     if cfg.data.source != "prepared":
-        return Rows(name, Shards(place), seq_len, cfg.seed, place)
-    shards = Shards(cfg.data.path / name)
+        shards = Shards(place, size)
+        made_by = shards.index.get(TEXT_TOKENIZER)  # None of an older version
+        if made_by not in (None, checksum_of(tokenizer)):
+            why = f"{folder / TEXT_TOKENIZER} is not the one that made {place}"
+            raise UserError(f"{why}: delete the former, and the same command makes it again")
+        return Rows(name, shards, seq_len, cfg.seed, place)
+    shards = Shards(cfg.data.path / name, size)
     same_as_before(cfg.data.path / name / Shards.INDEX, place / Shards.INDEX)
     return Rows(name, shards, seq_len, cfg.seed, place)
+
+
+def checksum_of(tokenizer: TextTokenizer) -> int:
+    return zlib.crc32(json.dumps(to_json(tokenizer)).encode())
 
 
 def same_as_before(index: Path, kept: Path) -> None:
@@ -203,4 +217,5 @@ def same_as_before(index: Path, kept: Path) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_file(kept, content)
     elif kept.read_bytes() != content:
+        read_index(kept.parent, kept.name, Shards.FORMAT, files=False)  # says so where it is the copy that is damaged
         raise UserError(f"{index.parent} has changed since this run began: start anew with --overwrite")

@@ -10,7 +10,8 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,13 @@ def samples_sheet(
     """Writes a grid of (caption, uint8 (R, R, 3), was it right? or None) as one PNG about `width` pixels wide.
 
     Pictures are enlarged `scale` times (by default to at least 128 pixels) without smoothing, captions wrapped below;
-    a green tick or a red cross tells right from wrong where that is known.
+    a green tick or a red cross tells right from wrong where that is known. Letters that the font lacks, as those of
+    Chinese, are written as their code points, since a box for each would look like a fault of the model.
     """
-    font = ImageFont.load_default(FONT_SIZE)
+    font, letters = _font()
     pictures = [_enlarge(picture, scale or max(1, math.ceil(NARROWEST / picture.shape[1]))) for _, picture, _ in items]
     cell = max([NARROWEST, *(picture.width for picture in pictures)])
-    captions = [_wrap(caption, font, cell - 18 * (ok is not None)) for caption, _, ok in items]
+    captions = [_wrap(_drawable(caption, letters), font, cell - 18 * (ok is not None)) for caption, _, ok in items]
     columns = max(1, min(len(items), (width - GAP) // (cell + GAP)))
     rows = [range(start, min(start + columns, len(items))) for start in range(0, len(items), columns)]
     heights = [max(pictures[i].height + 6 + LINE * len(captions[i]) for i in row) + GAP for row in rows]
@@ -49,6 +51,21 @@ def samples_sheet(
             left = GAP + column * (cell + GAP)
             _draw_item(sheet, draw, (left, top), pictures[i], captions[i], items[i][2], font)
     write_file(Path(path), png(sheet))
+
+
+@cache
+def _font() -> tuple[ImageFont.FreeTypeFont, Container[int]]:
+    """The font that matplotlib brings, for most alphabets; and the code points that it has."""
+    from matplotlib import get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    path = str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    return ImageFont.truetype(path, FONT_SIZE), FT2Font(path).get_charmap().keys()
+
+
+def _drawable(text: str, letters: Container[int]) -> str:
+    """The text with an escape, such as \\u4e2d, for each letter that `letters` lacks."""
+    return "".join(c if ord(c) in letters or c.isspace() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _draw_item(sheet, draw, corner, picture, lines, ok, font) -> None:

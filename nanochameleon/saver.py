@@ -9,7 +9,6 @@ checkpoints that it has: only the last one must succeed.
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from nanochameleon import checkpoint
 from nanochameleon.distributed import Mesh
 from nanochameleon.errors import UserError
+from nanochameleon.printing import warn
 from nanochameleon.transformer import Chameleon
 
 
@@ -66,7 +66,7 @@ class Saver:
         if problem and must:
             raise UserError(problem)
         if problem and self.mesh.first:
-            print(f"\nwarning: {problem}; the run goes on without it", file=sys.stderr)
+            warn(f"{problem}; the run goes on without it")
 
     def write(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
         checkpoint.save(self.folder, state["step"], tensors, state)

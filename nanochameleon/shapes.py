@@ -195,6 +195,11 @@ def random_places(world: World, rng: np.random.Generator) -> tuple[str, tuple[tu
     return relation, cells
 
 
+def source_seed(seed: int, number: int) -> int:
+    """The seed of a run's source of this number. A run's seed is below 2^32, so no two (seed, number) share one."""
+    return number + 1 << 32 | seed
+
+
 def draw_scene(world: World, seed: int, index: int, compositions: str = "seen", test: bool = False) -> Scene:
     """Scene `index` of an endless list: a pure function of its arguments, from the training or the test split."""
     rng = np.random.default_rng((seed, index, test))
@@ -322,7 +327,7 @@ class ShapesSource:
     FORMS = FORMS
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
-        seed = self.seed + 1_000 * FORMS.index(self.form)
+        seed = source_seed(self.seed, FORMS.index(self.form))
         return draw_scene(self.world, seed, index, test=self.test), np.random.default_rng((seed, index, 2))
 
     def document(self, index: int) -> RawDocument:

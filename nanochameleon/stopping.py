@@ -4,23 +4,32 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from nanochameleon.files import write_file
+from nanochameleon.errors import rank_0_speaks
+from nanochameleon.files import is_number, write_file
+from nanochameleon.printing import warn
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
 
 
 class Stopper:
-    """The first Ctrl-C or SIGTERM sets `asked`, which loops look at between steps; a second one stops at once."""
+    """The first Ctrl-C or SIGTERM is noted in `asked`, which loops look at between steps; a second one stops at once.
+    Where `at_once` is set, the first one raises KeyboardInterrupt. The end of torchrun counts as SIGTERM."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0  # the signal's number
+        self.at_once = False
         self.since = 0.0
         self.before: dict[int, object] = {}
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __call__(self) -> bool:
-        return self.asked
+        if not self.asked and self.launcher not in (None, os.getppid()):
+            self.asked = signal.SIGTERM
+            say_at_once("torchrun has ended without its ranks: stopping after this step")
+        return bool(self.asked)
 
     def _note(self, number: int, frame: object) -> None:
         if self.asked:
@@ -28,11 +37,12 @@ class Stopper:
                 self._restore()
                 os.kill(os.getpid(), number)
             return
-        self.asked, self.since = True, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # it may come within a print
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        self.asked, self.since = number, time.monotonic()
+        if self.launcher is None:
             self._restore()
+        if self.at_once:
+            raise KeyboardInterrupt
+        say_at_once("stopping after this step; once more to stop at once")
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -51,12 +61,31 @@ class Stopper:
         self._restore()
 
 
+def say_at_once(sentence: str) -> None:
+    """By rank 0, past Python's own buffers: a signal may come within a print."""
+    if not rank_0_speaks():
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, f"\n{sentence}\n".encode())
+
+
 class Laps:
     """Seconds of each stage, kept in the run's folder so that they add up over interruptions."""
 
     def __init__(self, folder: Path):
         self.path, self.last = folder / "seconds.json", time.perf_counter()
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.seconds = self.read() if self.path.exists() else {}
+
+    def read(self) -> dict[str, float]:
+        """From zero, with a warning, where the file is damaged: a stopwatch stops no run."""
+        try:
+            seconds = json.loads(self.path.read_text())
+            if all(is_number(value) for value in seconds.values()):
+                return seconds
+        except (OSError, ValueError, AttributeError, RecursionError):
+            pass
+        if not rank_0_speaks():
+            warn(f"{self.path} is damaged: the seconds of each stage are counted from zero")
+        return {}
 
     def add(self, stage: str) -> None:
         now = time.perf_counter()

@@ -1,9 +1,9 @@
 """Tokenizes units into shards, on as many processes as there are, which agree through files alone.
 
-    NAME/plan.json                            the units, and all that decides their ids
-    NAME/shard-00007.bin, unit-00007.json     a unit's ids; their lengths and what was skipped, written behind them
-    NAME/offsets.bin, skipped.jsonl           when every unit is there, by whoever comes last
-    NAME/index.json                           then these are token shards (data/shards.py), and unit-*.json go
+    NAME/plan.json                                    the units, and all that decides their ids
+    NAME/shard-00007.bin, unit-00007.json             a unit's ids; then their lengths and what was skipped
+    NAME/offsets.bin, checksums.bin, skipped.jsonl    when every unit is there, by whoever comes last
+    NAME/index.json                                   then these are token shards (data/shards.py), and unit-*.json go
 
 Each file appears at once. So a killed process costs the unit it was at, and what comes out does not depend on how many
 there were: a unit's ids are a function of the plan alone, its pictures are encoded in batches of its own.
@@ -11,11 +11,12 @@ there were: a unit's ids are a function of the plan alone, its pictures are enco
 
 import json
 import warnings
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 from nanochameleon.checkpoint import sweep
 from nanochameleon.data import Picture, RawDocument, Shards, fuse
+from nanochameleon.data.folders import read_index, write_index
 from nanochameleon.data.reading import SKIPPED, Bad, File, as_line, first_few, reasons
+from nanochameleon.data.shards import write_shards_index
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, render_segment
 from nanochameleon.errors import UserError
 from nanochameleon.files import replacing, write_file
@@ -35,6 +38,7 @@ IN_A_ROW = 100  # bad items after which something else is wrong
 DOCUMENTS = 256  # of a batch at most
 PIXELS = 2**24  # of a batch, about
 WAITING = 2**28  # bytes of pictures that wait for a decoder, about
+OUTCOME = "the outcome of a unit"
 TOTALS = ("documents", "ids", "pictures", "cut", "mended", "skipped")  # in index.json
 CHARACTERS = 64  # of a text that are looked at for each id that it may have
 
@@ -51,6 +55,7 @@ class Job:
     images: ImageTokenizer
     digest: str  # of the tokenizers
     units: Sequence[Unit]
+    left: Sequence[Bad] = ()  # what lies in the sources and is in no unit: listed last
 
     @property
     def resolution(self) -> int:
@@ -78,6 +83,7 @@ class Outcome:
     """Of one unit."""
 
     lengths: list[int] = field(default_factory=list)  # ids of each document
+    checksums: list[int] = field(default_factory=list)
     pictures: int = 0
     cut: int = 0  # documents of which something was left out
     mended: int = 0  # documents with bytes that were no UTF-8
@@ -186,12 +192,22 @@ def tokenize(number: int, job: Job, pool: ThreadPoolExecutor, bar: tqdm) -> Outc
                 continue
             outcome.cut += was_cut or item.cut
             outcome.mended += item.mended
-            outcome.lengths += map(len, lists)
             outcome.pictures += sum(ids.count(job.text.vocab.boi) for ids in lists)
             shards += [np.array(ids, "<u2") for ids in lists]
+    outcome.lengths, outcome.checksums = list(map(len, shards)), list(map(zlib.crc32, shards))
     write_file(job.shard(number), np.concatenate(shards or [np.empty(0, "<u2")]).tobytes())
-    write_file(job.outcome(number), json.dumps(asdict(outcome)).encode())
+    write_index(job.directory, job.outcome(number).name, OUTCOME, asdict(outcome))
     return outcome
+
+
+def read_outcome(job: Job, number: int) -> Outcome | None:
+    """Of a unit that is done; None where the unit is to be done, or done again since its outcome is damaged."""
+    try:
+        content = read_index(job.directory, job.outcome(number).name, OUTCOME)
+        found = {field.name: content[field.name] for field in fields(Outcome)}
+    except (UserError, KeyError):
+        return None
+    return Outcome(**found | {"skipped": [Bad(**bad) for bad in found["skipped"]]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +294,7 @@ def run(job: Job, rank: int, world: int, threads: int, quiet: bool = False) -> s
     if begin(job):
         return f"{job.directory} is prepared already"
     mine = range(rank, len(job.units), world)
-    todo = [number for number in mine if not job.outcome(number).exists()]
+    todo = [number for number in mine if not read_outcome(job, number)]
     size, left = (sum(job.units[n].end - job.units[n].start for n in numbers) for numbers in (mine, todo))
     shown = dict(total=size, initial=size - left, unit="B", unit_scale=True, disable=quiet or rank > 0)
     # Pillow warns of broken metadata; the switch for that is one for all threads, so it is thrown here
@@ -300,24 +316,32 @@ def run(job: Job, rank: int, world: int, threads: int, quiet: bool = False) -> s
 def finish(job: Job) -> str:
     """Joins what the units came to, one after another. Raises UserError where nothing can be used."""
     totals, counts, per_shard, first = Counter(), Counter(), [], []
-    with replacing(job.directory / "offsets.bin") as offsets, replacing(job.directory / SKIPPED) as listed:
+    with (
+        replacing(job.directory / Shards.OFFSETS) as offsets,
+        replacing(job.directory / Shards.CHECKSUMS) as checksums,
+        replacing(job.directory / SKIPPED) as listed,
+    ):
         offsets.write(bytes(8))
         for number in range(len(job.units)):
-            outcome = Outcome(**json.loads(job.outcome(number).read_bytes()))
+            outcome = read_outcome(job, number)
+            if outcome is None:
+                raise FileNotFoundError(f"{job.outcome(number)} is gone or damaged")
             offsets.write((totals["ids"] + np.cumsum(outcome.lengths, dtype=np.int64)).astype("<u8").tobytes())
-            skipped = [Bad(**bad) for bad in outcome.skipped]
-            listed.writelines(map(as_line, skipped))
-            counts.update(bad.reason for bad in skipped)
-            first = (first + skipped)[:3]
+            checksums.write(np.array(outcome.checksums, "<u4").tobytes())
+            listed.writelines(map(as_line, outcome.skipped))
+            counts.update(bad.reason for bad in outcome.skipped)
+            first = (first + outcome.skipped)[:3]
             per_shard.append(len(outcome.lengths))
             totals += Counter(documents=per_shard[-1], ids=sum(outcome.lengths), pictures=outcome.pictures)
-            totals += Counter(cut=outcome.cut, mended=outcome.mended, skipped=len(skipped))
+            totals += Counter(cut=outcome.cut, mended=outcome.mended, skipped=len(outcome.skipped))
+        listed.writelines(map(as_line, job.left))
+        counts.update(bad.reason for bad in job.left)
+        totals["skipped"] += len(job.left)
         if not totals["documents"]:
-            why = first_few(first) or "the sources are empty"
+            why = first_few([*first, *job.left]) or "the sources are empty"
             raise UserError(f"nothing of {job.directory} can be used: {why}; delete it before you try others")
-    index = {"format": Shards.FORMAT, "documents_per_shard": per_shard, "form": job.form, "seq_len": job.most}
-    index |= {"tokenizers": job.digest} | {name: totals[name] for name in TOTALS}
-    write_file(job.directory / Shards.INDEX, (json.dumps(index) + "\n").encode())
+    index = {"documents_per_shard": per_shard, "form": job.form, "seq_len": job.most, "tokenizers": job.digest}
+    write_shards_index(job.directory, index | {name: totals[name] for name in TOTALS})
     for number in range(len(job.units)):
         with suppress(FileNotFoundError):
             job.outcome(number).unlink()

@@ -53,6 +53,11 @@ def pictures(source: Source, start: int, n: int) -> np.ndarray:
     return np.stack([s.pixels for doc in docs for s in doc if isinstance(s, Picture)])
 
 
+def step_seed(seed: int, step: int) -> int:
+    """32 bits that mix the run's seed with the step: torch's CPU generator uses no more of its seed."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
 def start_codebook(vqgan: VQGAN, pixels: Tensor, generator: torch.Generator) -> None:
     """Puts the codebook onto latents of these pictures; with a window, onto those of their different windows."""
     if vqgan.cfg.window:
@@ -123,7 +128,7 @@ def train_image_tokenizer(
     shuffled = Mixture({"pictures": (source, 1.0)}, cfg.seed)
     bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
     for step in bar:
-        generator.manual_seed(cfg.seed * t.steps + step)  # draws depend on the step alone: resuming is exact
+        generator.manual_seed(step_seed(cfg.seed, step))  # draws depend on the step alone: resuming is exact
         if step == t.warmup_steps:
             first = pictures(shuffled, t.steps * t.batch_size, START_PICTURES)
             start_codebook(vqgan, to_pixels(first).to(device), generator)
@@ -173,11 +178,12 @@ def load_tokenizer(directory: Path, vqgan: VQGAN, optimizer, adversary: Adversar
     if not checkpoint.checkpoints(directory):
         return 0
     tensors, state = checkpoint.load(directory)
-    vqgan.load_state_dict(tensors["model"])
-    checkpoint.load_optimizer(optimizer, vqgan, tensors["optim"])
-    vqgan.quantize.counts.copy_(tensors["moving"]["counts"])
-    vqgan.quantize.sums.copy_(tensors["moving"]["sums"])
-    if adversary:
-        adversary.net.load_state_dict(tensors["adversary"])
-        checkpoint.load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
-    return state["step"]
+    with checkpoint.readable(directory):
+        vqgan.load_state_dict(tensors["model"])
+        checkpoint.load_optimizer(optimizer, vqgan, tensors["optim"])
+        vqgan.quantize.counts.copy_(tensors["moving"]["counts"])
+        vqgan.quantize.sums.copy_(tensors["moving"]["sums"])
+        if adversary:
+            adversary.net.load_state_dict(tensors["adversary"])
+            checkpoint.load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
+        return checkpoint.steps_done(state)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention import attention
+from nanochameleon.kernels.dispatch import same_kernels
 from nanochameleon.kernels.dropout import derive, dropout
 from nanochameleon.kernels.linear import linear
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
@@ -235,7 +236,8 @@ class Chameleon(nn.Module):
 
     def initial(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
         """The whole tensor of this name at the start of training: a function of (seed, name), so that ranks which hold
-        parts of it agree. The paper does not state its own; ours is GPT-2's scaled by width.
+        parts of it agree. seed: 0 to 2^32 - 1; each gives other weights. The paper does not state its own
+        initialization; ours is GPT-2's scaled by width.
 
         | weight                 | std                             |
         |------------------------|---------------------------------|
@@ -251,7 +253,8 @@ class Chameleon(nn.Module):
         std = 1 / math.sqrt(shape[1] * branches)
         if name.startswith(("tok_embeddings", "output")):
             std = 0.02 if name.startswith("tok") else 0.0
-        generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        # torch's CPU generator uses the low 32 bits of its seed alone, so seed and name are mixed into 32 bits
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
         return torch.randn(shape, generator=generator, device=device) * std
 
     def forward(
@@ -287,10 +290,11 @@ class Chameleon(nn.Module):
         mask = doc_ids if cache is None else cache.mask()  # the fused op takes documents (B, T) for a mask
         table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x, branch = self.tok_embeddings(tokens), None
+        kernels = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}  # a graph has chosen already
         for i, layer in enumerate(self.layers):
             inputs = x, branch, table, mask, cache, i, None if keys is None else derive(keys, i)
             if self.recompute and self.training:  # what is random is a function of the keys, so no generator's state
-                x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **kernels)
             else:
                 x, branch = layer(*inputs)
         return x if branch is None else x + branch

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nanochameleon.cli import parse_run, sizes_come_later
+from nanochameleon.cli import parse, parse_run, sizes_come_later
+from nanochameleon.convert import Args as ConvertArgs
+from nanochameleon.data.__main__ import Args as DataArgs
+from nanochameleon.errors import exit_on_user_error
 from nanochameleon.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 
 def run_train(*words: str, cwd: Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -40,6 +44,8 @@ WRONG = {
     "no channels": (["toy", "--vqgan.ch", "0"], "vqgan.ch must be at least 1, not 0"),
     "no levels": (["toy", "--vqgan.ch-mult"], "ch_mult needs a number for each level"),
     "a seed beyond 32 bits": (["toy", "--seed", str(2**32)], "seed must be at most 4294967295"),
+    "a seed beyond 64 bits": (["toy", "--seed", str(10**30)], "seed must be at most"),
+    "more steps than a number can count": (["toy", "--train.steps", str(10**400)], "train.steps must be at most"),
     "a rate that is no number": (["toy", "--optim.lr", "nan"], "optim.lr must be above 0, not nan"),
     "an endless rate": (["toy", "--tokenizers.optim.lr", "inf"], "tokenizers.optim.lr must be above 0, not inf"),
     "an exponential way to nothing": (
@@ -118,6 +124,19 @@ def test_any_field_can_be_overridden_and_the_others_stay():
     assert (cfg.train.batch_size, cfg.data, cfg.model) == (before.train.batch_size, before.data, before.model)
 
 
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    """A shell does so for `--out ~/x`, not for `--out=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    cfg = parse_run(["folder", "--out=~/x", "--data.path=~/y", "--init-from=~", "--data.live"])
+    assert (cfg.out, cfg.data.path, cfg.init_from) == (tmp_path / "x", tmp_path / "y", tmp_path)
+    args = parse(DataArgs, ["prepare", "~/a", "b~", "--form", "text", "--out=~/x", "--name", "~", "--tokenizers=~/t"])
+    assert args.sources == (tmp_path / "a", Path("b~")) and args.name == "~"
+    assert (args.out, args.tokenizers) == (tmp_path / "x", tmp_path / "t")
+    args = parse(ConvertArgs, ["~/a", "~nobody-here/b", "--to", "hf"])
+    assert (args.src, args.dst) == (tmp_path / "a", Path("~nobody-here/b"))
+
+
 def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tmp_path):
     done = run_train("folder", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: source folder needs --data.path, the folder with")
@@ -134,17 +153,25 @@ def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tm
     "given, why",
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set: start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set: start with torchrun"),
+        ({"RANK": "1"}, "RANK is 1 in the environment, but WORLD_SIZE is not set: start with torchrun, or unset RANK"),
         ({"WORLD_SIZE": "2", "RANK": "first"}, "RANK is 'first' in the environment, not a number"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2' in the environment, not a number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment, not a number"),
     ],
 )
-def test_half_of_what_torchrun_sets_is_refused_with_a_sentence(given, why, tmp_path, monkeypatch):
+def test_half_of_what_torchrun_sets_is_refused_with_a_sentence(given, why, tmp_path, monkeypatch, capsys):
+    import train
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    done = run_train("toy", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(lambda: train.main(parse_run(["toy", "--device", "cpu"])))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and why in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

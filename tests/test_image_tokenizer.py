@@ -3,6 +3,10 @@
 import io
 import os
 import struct
+import subprocess
+import sys
+import threading
+import time
 import warnings
 import zlib
 from types import SimpleNamespace
@@ -12,12 +16,20 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
+from nanochameleon import image_tokenizer
 from nanochameleon.config import VQGANConfig
 from nanochameleon.errors import UserError
-from nanochameleon.image_tokenizer import ImageTokenizer, load_picture, preprocess, to_pictures, to_pixels
+from nanochameleon.image_tokenizer import (
+    Budget,
+    ImageTokenizer,
+    load_picture,
+    preprocess,
+    to_pictures,
+    to_pixels,
+)
 from nanochameleon.vqgan import VQGAN
 
 FITS = st.sampled_from(["crop", "pad"])
@@ -190,6 +202,262 @@ def test_exif_turns_the_picture_upright(tmp_path, orientation, kind):
 def test_broken_exif_costs_no_picture(tmp_path, exif):
     data = load(tmp_path, saved(Image.new("RGB", (8, 8), (255, 0, 0)), "JPEG", exif=b"Exif\0\0" + exif))
     assert np.abs(data - (255, 0, 0)).max() <= 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata
+
+
+def exif(*entries: tuple[int, int, int, bytes], orientation: int = 6) -> bytes:
+    """A block of EXIF with an orientation and entries of (tag, type, count, value or what fills its four bytes)."""
+    both = sorted([(274, 3, 1, struct.pack(">HH", orientation, 0)), *entries])
+    packed = b"".join(struct.pack(">HHI4s", *entry) for entry in both)
+    return b"MM\0*\0\0\0\x08" + struct.pack(">H", len(both)) + packed + bytes(4) + bytes(range(100))
+
+
+TAGS = [11, 271, 282, 283, 296, 305, 306, 315, 316, 330, 700, 33432, 33723, 34665, 34675, 34853, 37500, 40965, 50341]
+STRIPES = np.kron(noise(4, 6), np.ones((8, 8, 1), np.uint8))  # squares as JPEG stores them
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("tag", TAGS)
+def test_no_tag_of_any_type_costs_a_picture_or_its_orientation(tmp_path, kind, tag):
+    plain = saved(Image.fromarray(STRIPES), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    stored = np.asarray(Image.open(io.BytesIO(plain))).astype(int)
+    for tag_type in range(20):
+        for count, value in (
+            (1, b"\0\0\0\1"),
+            (0, bytes(4)),
+            (1, b"\0\0\0\x26"),
+            (9, b"\xff" * 4),
+            (2**32 - 1, b"\0\0\0\x08"),
+        ):
+            block = exif((tag, tag_type, count, value))
+            data = load(tmp_path, with_exif(plain, kind, block))
+            np.testing.assert_array_equal(data, TURNS[6](stored), err_msg=f"type {tag_type}, {count} of {value}")
+
+
+def with_exif(file: bytes, kind: str, block: bytes) -> bytes:
+    """The file with a block of EXIF, put in by hand, since Pillow refuses to write most."""
+    if kind == "JPEG":
+        return file[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block + file[2:]
+    if kind == "PNG":
+        return file[:33] + chunk(b"eXIf", block) + file[33:]
+    block += bytes(len(block) % 2)
+    w, h = Image.open(io.BytesIO(file)).size
+    header = b"VP8X" + struct.pack("<IB3x", 10, 8) + (w - 1).to_bytes(3, "little") + (h - 1).to_bytes(3, "little")
+    parts = b"WEBP" + header + file[12:] + b"EXIF" + struct.pack("<I", len(block)) + block
+    return b"RIFF" + struct.pack("<I", len(parts)) + parts
+
+
+ANCILLARY = (
+    b"eXIf tEXt zTXt iTXt iCCP sRGB gAMA cHRM pHYs sBIT bKGD hIST tIME sPLT acTL fcTL fdAT vpAg prVt oFFs".split()
+)
+
+
+@pytest.mark.parametrize("kind", ANCILLARY)
+@given(data=st.binary(max_size=60), good=st.booleans(), behind=st.booleans())
+def test_no_chunk_beside_the_pixels_costs_a_picture(tmp_path, kind, data, good, behind):
+    extra = chunk(kind, data) if good else chunk(kind, data)[:-4] + b"none"
+    pixels = noise(2, 3)
+    file = png(3, 2, 8, 2, b"".join(b"\0" + row.tobytes() for row in pixels))
+    place = len(file) - 12 if behind else 33
+    np.testing.assert_array_equal(load(tmp_path, file[:place] + extra + file[place:]), pixels)
+
+
+def text_chunk(keyword: bytes, text: bytes) -> bytes:
+    return chunk(b"zTXt", keyword + b"\0\0" + zlib.compress(text))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        text_chunk(b"workflow", b"x" * 2_000_000),
+        chunk(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(b"x" * 2_000_000)),
+        chunk(b"tEXt", b"parameters\0" + b"x" * 2_000_000),
+        chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(2_000_000))),
+        text_chunk(b"a", b"x" * 900_000) * 80,
+        chunk(b"tRNS", b"\0\1")[:-4] + b"none",
+    ],
+    ids=["text", "packed", "plain", "profile", "many", "transparency with a wrong checksum"],
+)
+def test_large_texts_and_profiles_cost_no_picture(tmp_path, extra):
+    assert load(tmp_path, png(1, 1, 8, 2, bytes([0, 7, 8, 9]), extra))[0, 0].tolist() == [7, 8, 9]
+
+
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+RAW = b"\nexif\n%8d\n" % len(exif()) + exif().hex().encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"eXIf", b"Exif\0\0Exif\0\0" + exif()),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0\0" + zlib.compress(XMP)),
+        text_chunk(b"Raw profile type exif", RAW),
+        chunk(b"tEXt", b"Raw profile type exif\0" + RAW),
+    ],
+)
+def test_a_png_states_its_orientation_in_many_ways(tmp_path, extra):
+    data = png(2, 1, 8, 0, bytes([0, 10, 20]), extra)
+    assert load(tmp_path, data)[..., 0].tolist() == [[10], [20]]
+
+
+def camera(kind: str) -> bytes:
+    """A JPEG that is turned by 90 degrees as a camera or an editor says it."""
+    picture, block = Image.fromarray(STRIPES), Image.Exif()
+    block[0x0112] = 6
+    if kind == "MPO":
+        return saved(picture, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))], exif=block)
+    if kind == "XMP":
+        return saved(picture, "JPEG", xmp=XMP)
+    return saved(picture, "JPEG", exif=block, comment=b"x" * 60_000, progressive=kind == "progressive")
+
+
+@pytest.mark.parametrize("kind", ["MPO", "XMP", "plain", "progressive"])
+def test_photos_of_cameras_are_turned(tmp_path, kind):
+    with Image.open(io.BytesIO(camera(kind))) as picture:
+        stored = np.asarray(picture).astype(int)
+    np.testing.assert_array_equal(load(tmp_path, camera(kind)), TURNS[6](stored))
+
+
+def test_tags_of_one_mebibyte_each_are_not_read(tmp_path):
+    """Every one of 60,000 tags states the same million bytes: Pillow would copy 60 GB."""
+    entries = b"".join(struct.pack(">HHII", tag, 7, 2**20, 8) for tag in range(1_000, 61_000))
+    block = b"MM\0*\0\0\0\x08" + struct.pack(">H", 60_000) + entries + bytes(2**20)
+    file = png(1, 1, 8, 0, b"\0\7", chunk(b"eXIf", block[:600_000]))
+    assert load(tmp_path, file).max() == 7
+    with pytest.raises(UserError, match="tags"):
+        load(tmp_path, block, "x.tif")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+@given(orientation=st.integers(0, 9), height=st.sampled_from([1, 127, 128, 129, 300]))
+def test_what_is_done_in_bands_equals_what_is_done_at_once(mode, orientation, height):
+    picture = Image.fromarray(noise(height, 5, 4)).convert("RGBA" if mode == "RGBA" else "RGB")
+    picture = Image.fromarray(noise(height, 5, 2).view("<u2")[..., 0]) if mode[0] == "I" else picture.convert(mode)
+    whole = image_tokenizer.blended(picture)
+    block = Image.Exif()
+    block[0x0112] = orientation
+    whole.info["exif"] = block.tobytes()
+    expected = np.asarray(ImageOps.exif_transpose(whole))
+    np.testing.assert_array_equal(np.asarray(image_tokenizer.to_rgb(picture, orientation)), expected)
+
+
+def test_the_budget_is_never_exceeded_and_all_get_their_turn():
+    budget, sizes, taken, most = Budget(10), [1, 9, 10, 4, 6, 3, 7, 2] * 6, [], []
+
+    def use(n: int) -> None:
+        with budget.take(n):
+            taken.append(n)
+            most.append(sum(taken))
+            time.sleep(0)
+            taken.remove(n)
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(most) == len(sizes) and max(most) <= 10 and budget.free == 10
+    with pytest.raises(ValueError), budget.take(11):
+        pass
+
+
+def test_webps_of_many_bytes_are_opened_one_at_a_time(tmp_path, monkeypatch):
+    """Pillow reads all their bytes before it knows how many pixels they have."""
+    opened, plain = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(image_tokenizer.DECODED.free) or plain(*a, **k))
+    file = saved(Image.fromarray(noise(40, 40)), "WEBP", lossless=True)
+    junk = b"junk" + struct.pack("<I", 2**22) + bytes(2**22)
+    for data in (file, file[:4] + struct.pack("<I", len(file) - 8 + len(junk)) + file[8:] + junk):
+        np.testing.assert_array_equal(load(tmp_path, data), noise(40, 40))
+    assert opened == [image_tokenizer.DECODED.total, 0]
+    (tmp_path / "x.webp").write_bytes(b"RIFF")
+    os.truncate(tmp_path / "x.webp", 2**30)
+    with pytest.raises(UserError, match="it has 1,073,741,824 bytes"):
+        load_picture(tmp_path / "x.webp")
+
+
+def test_a_failed_picture_gives_its_memory_back(tmp_path):
+    for _ in range(3):
+        with pytest.raises(UserError, match="broken"):
+            load(tmp_path, png(4_000, 4_000, 8, 2, b"no deflate", packed=True))
+    assert image_tokenizer.DECODED.free == image_tokenizer.DECODED.total
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_only_a_jpeg_beyond_the_budget_is_reduced(tmp_path, monkeypatch, turned):
+    block = Image.Exif()
+    block[0x0112] = 6 if turned else 1
+    picture = Image.fromarray(np.kron(noise(4, 6), np.ones((32, 32, 1), np.uint8)))  # 192 x 128
+    file, needed = saved(picture, "JPEG", quality=95, exif=block), 192 * 128 * (8 if turned else 4)
+    monkeypatch.setattr(image_tokenizer, "DECODED", Budget(needed))
+    whole = load(tmp_path, file)
+    with Image.open(io.BytesIO(file)) as stored:
+        np.testing.assert_array_equal(whole, np.asarray(ImageOps.exif_transpose(stored)))
+    monkeypatch.setattr(image_tokenizer, "DECODED", Budget(needed - 1))
+    half = load(tmp_path, file)
+    assert half.shape == (whole.shape[0] // 2, whole.shape[1] // 2, 3)
+    assert np.abs(half - whole[::2, ::2]).mean() < 12
+    with pytest.raises(UserError, match="too large at 193 x 128 pixels: use at most") as caught:
+        load(tmp_path, saved(picture.resize((193, 128)).convert("RGBA"), "PNG"))
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 300
+
+
+def test_a_progressive_jpeg_is_counted_with_its_coefficients(tmp_path, monkeypatch):
+    file = saved(Image.fromarray(noise(128, 192)), "JPEG", progressive=True, subsampling=0)
+    monkeypatch.setattr(image_tokenizer, "DECODED", Budget(192 * 128 * 6))
+    with pytest.raises(UserError, match="too large"):
+        load(tmp_path, file)
+
+
+MEASURED = """
+import sys, threading
+from nanochameleon.errors import UserError
+from nanochameleon.image_tokenizer import load_square
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+
+def read(path):
+    try:
+        load_square(path, 64, "crop")
+    except UserError as error:
+        assert "too large" in str(error) or "16 bits" in str(error), error
+
+load_square(sys.argv[1], 64, "crop")
+before = status("VmRSS")
+for path in sys.argv[2:]:
+    threads = [threading.Thread(target=read, args=(path,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+print((status("VmHWM") - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_small_files_of_many_pixels_take_little_memory_on_three_threads(tmp_path):
+    files = {
+        "small.png": png(1, 1, 8, 0, b"\0\7"),
+        "large.webp": saved(Image.new("RGBA", (2_500, 2_500)), "WEBP", lossless=True),
+        "sixteen.png": png(3_000, 3_000, 16, 0, bytes(6_001 * 3_000)),
+        "alpha.png": png(3_000, 3_000, 8, 6, bytes(12_001 * 3_000)),
+        "floats.tif": saved(Image.new("F", (3_000, 3_000)), "TIFF", compression="tiff_adobe_deflate"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-c", MEASURED, *(str(tmp_path / name) for name in files)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown < 300, f"{grown} MiB"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

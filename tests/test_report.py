@@ -137,6 +137,22 @@ def test_a_long_prompt_wraps_inside_its_cell_and_all_of_it_is_drawn(tmp_path):
     assert heights[0] < heights[1] < heights[2]
 
 
+def ink(tmp_path, caption: str) -> bytes:
+    """How a caption looks."""
+    samples_sheet([(caption, RED, None)], tmp_path / "sheet.png")
+    return np.asarray(Image.open(tmp_path / "sheet.png"))[160:].tobytes()
+
+
+def test_letters_of_many_alphabets_are_drawn_and_others_are_spelled_out(tmp_path):
+    """A font's box, which is the same for all letters that it lacks, is never seen."""
+    words = ["красный", "красным", "κόκκινο", "կարմիր", "אדום", "אדומ", "أحمر", "قرمز", "مي\u200cخواهم", "đỏ"]
+    assert len({ink(tmp_path, word) for word in words}) == len(words)
+    spellings = {"红": r"\u7ea2", "a 🔴": r"a \U0001f534", "लाल": r"\u0932\u093e\u0932", "\x1b[2J": r"\x1b[2J"}
+    for unknown, spelled in spellings.items():
+        assert ink(tmp_path, unknown) == ink(tmp_path, spelled)
+    assert ink(tmp_path, "a\u3000b\u00a0c") == ink(tmp_path, "a b c")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # terminal
 

@@ -1,19 +1,24 @@
 """sample.py on a run folder with random weights: what it draws, says, saves and refuses."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
-from nanochameleon.run import CONFIG, config_to_json, read_config
+from nanochameleon.documents import Text
+from nanochameleon.run import CONFIG, config_to_json, open_image_tokenizer, read_config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -56,6 +61,33 @@ def test_words_are_drawn_and_nothing_is_overwritten(run, tmp_path, capsys):
     assert (looks[0] == looks[2]).all() and (looks[1] == looks[3]).all()  # the same seed
     assert (looks[0] == looks[0][::64, ::64].repeat(64, 0).repeat(64, 1)).all()  # 4 x 4 pixels, enlarged
     assert capsys.readouterr().out.split() == [str(path) for path in files]
+
+
+def test_samplers_at_work_in_one_folder_never_overwrite_each_other(run, tmp_path, monkeypatch):
+    """Each has chosen its name before any of them has written."""
+    all_have_chosen = threading.Barrier(4, timeout=60)
+    monkeypatch.setattr("nanochameleon.files.fsync", lambda path: all_have_chosen.wait())
+    images = open_image_tokenizer(run, read_config(run), torch.device("cpu"))
+    shelf = sample.Shelf(Args(run, ("ta",), out=tmp_path), images)
+    with ThreadPoolExecutor(4) as pool:
+        files = list(pool.map(lambda code: shelf.put([code] * N_CODES), range(4)))
+    assert set(files) == {tmp_path / f"ta-{number}.png" for number in (1, 2, 3, 4)} == set(tmp_path.iterdir())
+    assert len({path.read_bytes() for path in files}) == 4
+
+
+def test_a_seed_of_any_size_gives_samples_of_its_own(run, tmp_path):
+    seeds = (0, 2**63, 2**64, 10**30)
+    assert len({main(Args(run, ("ta",), seed=seed, out=tmp_path))[0][0].read_bytes() for seed in seeds}) > 2
+
+
+def test_home_is_expanded_in_every_path(run, tmp_path, monkeypatch):
+    """A shell does so for `--out ~/x`, not for `--out=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(shutil.copytree(run, tmp_path / "run"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    cli(["~/run", "~/a.png", "ta", "--mode", "draw", "--out=~/x"])
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["ta-1.png"] and not Path("~").exists()
 
 
 def test_a_run_has_an_out_folder_and_scale_is_free(run):
@@ -141,12 +173,20 @@ def test_int8_answers_and_draws(run, picture, tmp_path, monkeypatch):
     assert isinstance(said, str) and path.is_file() and len(made) > 2
 
 
-def test_control_characters_do_not_reach_the_terminal(run, capsys):
-    from nanochameleon.documents import Text
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["a\x1b[2Jb\n", "c"], "a\ufffd[2Jb\nc"),
+        (["می\u200cخواهم\u00a0«نان»\u3000", "👩\u200d👧"], "می\u200cخواهم\u00a0«نان»\u3000👩\u200d👧"),
+        (["a\r", "\nb\r\nc"], "a\r\nb\r\nc"),  # a line's end in two pieces
+        (["a\r", "b", "\r"], "a\ufffdb\ufffd"),
+    ],
+)
+def test_text_is_printed_as_it_is_but_control_characters_do_not_reach_the_terminal(pieces, shown, capsys):
     from nanochameleon.events import End
 
-    parts = sample.show([Text("a\x1b[2Jb\n"), Text("c"), End(())], None)
-    assert parts == ["a\x1b[2Jb\nc"] and capsys.readouterr().out == "a\ufffd[2Jb\nc\n"
+    parts = sample.show([*map(Text, pieces), End(())], None)
+    assert parts == ["".join(pieces)] and capsys.readouterr().out == f"{shown}\n"
 
 
 @pytest.mark.parametrize("to", ["nano", "hf", "meta"])
@@ -206,6 +246,9 @@ def test_guidance_is_of_words_and_pictures_unless_told_apart(run):
         (["a", "--temperature", "nan"], ["--temperature", "nan"]),
         (["a", "--n", "0"], ["--n"]),
         (["a", "--seed", "-1"], ["--seed"]),
+        (["a", "--top-k", "1" + "0" * 400], ["--top-k must be from 1 to 9223372036854775807"]),
+        (["a", "--n", "1" + "0" * 30], ["--n must be from 1 to 1,000,000"]),
+        (["a", "--max-new", "1" + "0" * 30], ["--max-new must be from 1 to"]),
         (["a", "--device", "toaster"], ["toaster"]),
         (["a\udcff"], ["UTF-8"]),
     ],
@@ -233,8 +276,24 @@ def test_a_folder_that_is_no_run_and_one_without_a_model(tmp_path, run, capsys):
     assert str(bare) in said and "whole checkpoint" in said
 
 
-def test_an_out_that_is_a_file_is_refused(run, picture, capsys):
-    assert f"cannot save a picture in {picture}" in refused([str(run), "a", "--out", picture], capsys)
+@pytest.mark.parametrize("mode", ["draw", "free", "chat"])
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_drawn(mode, run, picture, monkeypatch, capsys):
+    monkeypatch.setattr("nanochameleon.engine.generate", None)
+    words = [str(run), "a", "--n", "2", "--mode", mode, "--out", picture]
+    assert f"cannot save a picture in {picture}" in refused(words, capsys)
+
+
+def test_a_word_that_names_what_is_no_picture_is_refused_and_not_drawn(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    os.symlink("nowhere", "link")
+    os.mkfifo("pipe")
+    for word in ("photos", "photos/", "link", "pipe", "/dev/null", "~", str(tmp_path)):
+        said = refused([str(run), word, "how many?"], capsys)
+        assert f"error: {word} is there and is not a picture file" in said and said.count("\n") == 1
+    for ending in ("heic", "HEIF", "avif", "jfif", "pgm", "jxl", "svg"):
+        assert f"picture nowhere.{ending} is not there" in refused([str(run), f"nowhere.{ending}", "what?"], capsys)
+    assert sample.read_segments((" photos", "photos and more"), 4, "crop") == [Text("photos"), Text("photos and more")]
 
 
 def test_a_file_that_is_no_picture_is_named(run, tmp_path, capsys):

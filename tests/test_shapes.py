@@ -29,6 +29,7 @@ from nanochameleon.shapes import (
     questions,
     random_scene,
     scenes,
+    source_seed,
 )
 
 TOY, RICH = World(), World.rich()
@@ -319,3 +320,8 @@ def test_documents_tell_the_truth_about_their_pictures(form, seed, index, test):
 def test_the_forms_show_different_scenes():
     first = [[ShapesSource(TOY, form, 0).scene(i)[0] for i in range(20)] for form in FORMS]
     assert first[0] != first[1] != first[2] != first[0]
+
+
+@given(*[st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 20))] * 2)
+def test_no_two_seeds_or_sources_share_their_scenes(one, other):
+    assert (source_seed(*one) == source_seed(*other)) == (one == other)

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import SHAPES_VQGAN, training_config
 
 from nanochameleon import checkpoint, train_tokenizers
@@ -24,6 +26,7 @@ from nanochameleon.train_tokenizers import (
     pictures,
     reconstruction_loss,
     start_codebook,
+    step_seed,
     tokenizer_loss,
     train_image_tokenizer,
     train_text_tokenizer,
@@ -54,6 +57,18 @@ def test_the_text_tokenizer_is_trained_once_and_read_afterwards(tmp_path, monkey
     assert len(trained.encode("a big red circle above a small blue star")) < 20  # it has seen such words
     monkeypatch.setattr(TextTokenizer, "train", None)
     assert train_text_tokenizer(cfg, docs, tmp_path).merges == trained.merges
+
+
+@given(*[st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 10**6))] * 2)
+def test_no_two_seeds_or_steps_share_their_draws(one, other):
+    drawn = [
+        torch.rand(1, generator=torch.Generator().manual_seed(step_seed(*key))).item() for key in (one, other, one)
+    ]
+    assert drawn[0] == drawn[2] and (drawn[0] == drawn[1]) == (one == other)
+
+
+def test_seeds_far_apart_do_not_share_their_draws():
+    assert step_seed(0, 5) != step_seed(2**27, 5)  # equal modulo 2^32 once multiplied by 800 steps
 
 
 # --- the image tokenizer as a whole ----------------------------------------------------------------------------------

@@ -49,6 +49,27 @@ SIZES = {
 }
 
 
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@given(SEEDS, SEEDS, st.sampled_from(["tok_embeddings.weight", "layers.0.attention.wq.weight"]))
+def test_two_seeds_give_two_models_and_one_seed_always_the_same(one, other, name):
+    with torch.device("meta"):
+        model = Chameleon(TINY)
+    shape, cpu = model.get_parameter(name).shape, torch.device("cpu")
+    first, second, again = (model.initial(name, shape, seed, cpu) for seed in (one, other, one))
+    assert torch.equal(first, again) and torch.equal(first, second) == (one == other)
+
+
+def test_no_two_matrices_start_alike():
+    with torch.device("meta"):
+        model = Chameleon(TINY)
+    names = [name for name, p in model.named_parameters() if p.ndim == 2]
+    drawn = [name for name in names if not name.startswith("output") and "norm" not in name]
+    signs = [model.initial(name, torch.Size([8, 8]), 1, torch.device("cpu")).sign().flatten() for name in drawn]
+    assert len({tuple(x.tolist()) for x in signs}) == len(drawn)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_paper_s_sizes(size):
     cfg, ffn_dim, parameters = SIZES[size]

@@ -1,14 +1,16 @@
 """python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE], see --help"""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from nanochameleon.cli import check_kernels
+from nanochameleon.cli import check_kernels, parse
 from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ def measure(args: Args) -> Iterator[dict]:
 def main(args: Args) -> None:
     from nanochameleon.bench import rows
 
+    with writing():
+        for path in filter(None, (args.json, args.plot)):  # before an hour of measuring
+            check_writable(path.parent)
     measured = []
     try:
         for row in measure(args):
@@ -64,19 +69,25 @@ def main(args: Args) -> None:
             keep(args, measured)
 
 
-def keep(args: Args, measured: list) -> None:
-    """Writes the files that were asked for. Raises UserError where one cannot be written."""
-    from nanochameleon.bench import rows, timing
-
+@contextmanager
+def writing() -> Iterator[None]:
+    """Raises UserError for an OSError within."""
     try:
-        if args.json:
-            rows.save(measured, args.json)
-        if args.plot:
-            timing.plot(args.plot, measured)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another file") from None
 
 
+def keep(args: Args, measured: list) -> None:
+    """Writes the files that were asked for. Raises UserError where one cannot be written."""
+    from nanochameleon.bench import rows, timing
+
+    with writing():
+        if args.json:
+            rows.save(measured, args.json)
+        if args.plot:
+            timing.plot(args.plot, measured)
+
+
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    exit_on_user_error(lambda: main(args))
+    exit_on_user_error(lambda: main(parse(Args, description=__doc__)))

@@ -15,6 +15,7 @@ from torch import Tensor
 from nanochameleon.bench.rows import Row, clock, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, SampleConfig
 from nanochameleon.engine import Engine, generate
+from nanochameleon.printing import say
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
@@ -187,7 +188,7 @@ def first_token(name: str, model: Chameleon, vocab: Vocab) -> Row:
 
 def bench(device: torch.device, quick: bool) -> Iterator[Row]:
     if not find_spec("transformers"):
-        print("transformers is not installed: skipped")
+        say("transformers is not installed: skipped")
     rounds, seconds, n = (2, 2.0, 32) if quick else (9, 60.0, 128)
     if device.type == "cpu":
         models = {"5.9M": (random_model(TOY, device, torch.float32), TOY_VOCAB, (1, 16), "tokens/s")}

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanochameleon.files import write_file
+from nanochameleon.printing import say
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def rows_of(bench: str, case: str, ours: str, taken: dict[str, float], per: floa
 
 def show(row: Row) -> None:
     against = f"  {row.ratio:6.2f} x {row.ratio_to}" if row.ratio_to else ""
-    print(f"{row.case:34} {row.variant:28} {row.value:10.4g} {row.unit}{against}", flush=True)
+    say(f"{row.case:34} {row.variant:28} {row.value:10.4g} {row.unit}{against}")
 
 
 def save(rows: list[Row], path: Path) -> None:

@@ -1,7 +1,9 @@
 """The tables of docs/scaling.md, from scaling.py's arithmetic: `python -m nanochameleon.bench.scaling` prints them."""
 
 from nanochameleon.config import ModelConfig
+from nanochameleon.errors import exit_on_user_error
 from nanochameleon.presets import chameleon_7b, chameleon_34b
+from nanochameleon.printing import say
 from nanochameleon.scaling import PEAKS, Layout, flop_per_id, gpu_hours, memory, messages, parameters, step_seconds
 
 IDS = 9.2e12  # that the paper's models have read (Table 1)
@@ -76,4 +78,4 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    print(tables())
+    exit_on_user_error(lambda: say(tables()))

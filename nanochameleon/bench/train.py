@@ -24,6 +24,7 @@ from nanochameleon.kernels.zloss import Expected
 from nanochameleon.objective import Objective, matrix_products
 from nanochameleon.optim import clip, make_adamw
 from nanochameleon.packing import Batch
+from nanochameleon.printing import say
 from nanochameleon.scaling import PEAKS, flop_per_id
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -163,14 +164,14 @@ def one_by_one(jobs: dict[str, Callable[[], Step]], rounds: int, seconds: float)
         try:
             taken |= take_turns({name: make()}, rounds, seconds)
         except torch.OutOfMemoryError:
-            print(f"{name} does not fit the memory")
+            say(f"{name} does not fit the memory")
         peak[name] = torch.cuda.max_memory_allocated() / 2**30
     return taken, peak
 
 
 def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) -> Iterator[Row]:
     if not find_spec("transformers"):
-        print("transformers is not installed: skipped")
+        say("transformers is not installed: skipped")
     keep_pages()  # for theirs, too
     rounds, seconds, where = (3, 20.0, device_name(device)) if quick else (9, 120.0, device_name(device))
     for case in cases or CASES[device.type]:

@@ -1,15 +1,25 @@
-"""Folders of several files that are whole or not there, and files that are mapped instead of read."""
+"""Folders of several files that are whole or not there, and files that are mapped instead of read.
+
+The last file that is written is the index, a JSON object. It says what the folder holds, and it has a checksum of each
+file that is read as a whole, and of itself, checked when the folder is opened. A large file has a checksum for
+each of its items instead, which is checked whenever the item is read, so that a terabyte of tokens is not read twice.
+Folders of older versions have no checksums and open without.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from nanochameleon.errors import UserError
+from nanochameleon.files import is_plain, write_file
+
+CHECKED = ", with checksums"  # follows the format's name in an index; an older index lacks it, and all checksums
 
 
 @contextmanager
@@ -43,17 +53,61 @@ def aside(directory: Path, index: str) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def read_index(directory: Path, index: str, what: str) -> dict:
-    """The JSON object in directory/index. Raises UserError: `directory` is no such thing, or the file is broken."""
+def damaged(path: Path, why: str, kind: type[UserError] = UserError) -> UserError:
+    """The error for a file of such a folder that is not as it was written."""
+    return kind(f"{path} {why}: delete {path.parent}, and the command that wrote it makes it again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Index and checksums
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file's content: 3 GB a second where it lies in memory."""
+    return zlib.crc32(np.memmap(path, np.uint8, "r")) if path.stat().st_size else 0
+
+
+def write_index(directory: Path, index: str, what: str, content: dict, files: Iterable[str] = ()) -> None:
+    """Writes directory/index with `content`, the checksums of `files`, which are complete, and its own checksum."""
+    content = {"format": what + CHECKED} | content | {"files": {name: checksum(directory / name) for name in files}}
+    write_file(directory / index, json.dumps(content | {"checksum": _own(content)}).encode())
+
+
+def _own(content: dict) -> int:
+    """The checksum of an index, of which itself is left out."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def read_index(directory: Path, index: str, what: str, files: bool = True) -> dict:
+    """The JSON object in directory/index; its "files" are those that have checksums, none in an older one. They are
+    checked too, unless the index is to be read alone.
+
+    Raises UserError: `directory` is no such thing, or the index or a file that it has a checksum of is damaged.
+    """
+    path = Path(directory) / index
     try:
-        content = json.loads((Path(directory) / index).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checked = content["format"] == what + CHECKED
+        whole = content["checksum"] == _own(content) if checked else content["format"] == what
     except OSError:
         raise UserError(f"{directory} is not {what}: it has no readable {index}") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or content.get("format") != what:
-        raise UserError(f"{Path(directory) / index} is broken: delete {directory} and prepare the data again")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise damaged(path, "is broken")
+    content |= {"files": content["files"] if checked else {}}
+    for name, expected in content["files"].items() if files else ():
+        check_file(path.with_name(name) if is_plain(name) else path, expected)
     return content
+
+
+def check_file(path: Path, expected: int) -> None:
+    """Raises UserError where a file's checksum is another one."""
+    if not path.is_file():
+        raise damaged(path, "is missing")
+    if checksum(path) != expected:
+        raise damaged(path, "has changed since it was written")
 
 
 def map_file(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -61,7 +115,6 @@ def map_file(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.is_file() else -1
     if found != expected:
-        state = "missing" if found < 0 else f"{found:,} bytes long where {expected:,} were written"
-        raise UserError(f"{path} is {state}: delete {path.parent} and prepare the data again")
+        raise damaged(path, "is missing" if found < 0 else f"has {found:,} bytes where {expected:,} were written")
     # a plain array: each slice of a memmap would cost microseconds of bookkeeping
     return np.memmap(path, dtype, "r", shape=shape).view(np.ndarray) if expected else np.empty(shape, dtype)

@@ -14,10 +14,15 @@ from typing import Protocol
 
 import numpy as np
 
+from nanochameleon.data.folders import read_index, write_index
 from nanochameleon.data.mixture import Shares, seed_of
+from nanochameleon.data.shards import Shards
 from nanochameleon.errors import UserError
 from nanochameleon.files import replacing
 from nanochameleon.packing import Batch, assign_rows, fill
+from nanochameleon.printing import warn
+
+ROWS = "rows of documents"
 
 
 class Documents(Protocol):
@@ -71,15 +76,26 @@ def pack_all(documents: Documents, seq_len: int, seed: int) -> tuple[np.ndarray,
     return numbers, np.concatenate([[0], np.cumsum(counts)])
 
 
-def kept(folder: Path, documents: Documents, seq_len: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def kept(folder: Path, documents: Documents, seq_len: int, seed: int) -> list[np.ndarray]:
     """pack_all, done once: its two arrays lie beside the shards and are mapped, however many ranks read them."""
-    paths = [folder / f"rows-{seq_len}-{seed}-{what}.npy" for what in ("documents", "edges")]
-    if not paths[1].exists():  # written last
-        for path, array in zip(paths, pack_all(documents, seq_len, seed), strict=True):
-            with replacing(path) as file:
+    stem = f"rows-{seq_len}-{seed}"
+    names = [f"{stem}-{what}.npy" for what in ("documents", "edges")]
+    if not whole(folder, f"{stem}.json"):
+        for name, array in zip(names, pack_all(documents, seq_len, seed), strict=True):
+            with replacing(folder / name) as file:
                 np.save(file, array)
-    numbers, edges = (np.load(path, mmap_mode="r") for path in paths)
-    return numbers, edges
+        write_index(folder, f"{stem}.json", ROWS, {}, (*names, Shards.INDEX))
+    return [np.load(folder / name, mmap_mode="r") for name in names]
+
+
+def whole(folder: Path, index: str) -> bool:
+    """Whether packed rows are there, as they were written and of these shards. Others are made again, with a warning
+    where they are damaged."""
+    try:
+        return (folder / index).exists() and bool(read_index(folder, index, ROWS))
+    except UserError as error:
+        warn(f"packing rows again: {str(error).partition(': delete')[0]}")
+        return False
 
 
 class Rows:
@@ -124,7 +140,7 @@ class Loader:
         self.rows, self.batch_size, self.seq_len, self.pad = rows, batch_size, seq_len, pad
         self.answers_from = answers_from
         self.firsts = [first * batch_size for first, _ in stages]  # first row of each stage
-        self.shares = [Shares(weights, seed + stage) for stage, (_, weights) in enumerate(stages)]
+        self.shares = [Shares(weights, seed, stage) for stage, (_, weights) in enumerate(stages)]
         self.before = [dict.fromkeys(rows, 0)]  # rows that each source has given before each stage
         for number, first in enumerate(self.firsts[1:]):
             given = self.shares[number].given(first - self.firsts[number])

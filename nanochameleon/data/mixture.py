@@ -33,8 +33,8 @@ class Shares:
     Raises UserError for a share that is not positive or smaller than one in BLOCK.
     """
 
-    def __init__(self, weights: dict[str, float], seed: int):
-        self.names, self.seed = list(weights), seed
+    def __init__(self, weights: dict[str, float], seed: int, stage: int = 0):
+        self.names, self.seed, self.stage = list(weights), seed, stage
         numbers = np.array(list(weights.values()), float)
         if not len(numbers) or not np.isfinite(numbers).all() or numbers.min() <= 0:
             raise UserError(f"a mixture needs sources with weights above 0, not {weights}")
@@ -46,7 +46,7 @@ class Shares:
 
     def slots(self, block: int) -> np.ndarray:
         """(BLOCK,) number of the source of each item."""
-        return np.repeat(np.arange(len(self.names)), self.per_block)[permutation(BLOCK, self.seed, block)]
+        return np.repeat(np.arange(len(self.names)), self.per_block)[permutation(BLOCK, self.seed, block, self.stage)]
 
     def draw(self, i: int) -> tuple[int, int]:
         """Number of the source that gives item i, and how many it has given before."""

@@ -17,7 +17,7 @@ def prepared_documents(run: Run, n: int) -> list[list[int]]:
     place = run.cfg.data.path / TEST
     if not (place / Shards.INDEX).exists():
         return []
-    shards = Shards(place)
+    shards = Shards(place, run.vocab.size)
     n = min(n, len(shards))
     return [shards[i * len(shards) // n].tolist() for i in range(n)]
 

@@ -23,6 +23,7 @@ from nanochameleon.files import write_file
 from nanochameleon.monitor import METRICS, plot_curves, read_metrics
 from nanochameleon.prepare import open_sources, world
 from nanochameleon.prepared import TEST
+from nanochameleon.printing import say
 from nanochameleon.report import png, samples_sheet, write_report
 from nanochameleon.run import Run, command
 from nanochameleon.shapes import World, draw
@@ -75,12 +76,13 @@ def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     samples_sheet(sheet, folder / "samples.png")
     plot_curves(read_metrics(folder / METRICS), folder / "curves.png")
     seconds = seconds | {"report": time.perf_counter() - clock}
-    figures = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()} | figures
+    made = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()}
+    figures = made | {"precision": run.cfg.train.precision} | figures
     prompt = sheet[0][0] if sheet else "a red circle"
     question = talks[0]["question"] or "what is this?" if talks else ""
     tries = [[prompt, "--n", "4"]]
     if run.cfg.data.source == "prepared" and not talks:
-        print(f"{run.cfg.data.path} has no source called {TEST}, so nothing unseen is measured")
+        say(f"{run.cfg.data.path} has no source called {TEST}, so nothing unseen is measured")
     if talks:  # a picture of the test split, to ask about
         write_file(folder / "picture.png", png(talks[0]["picture"]))
         tries.append([str(folder / "picture.png"), question])
