@@ -164,7 +164,7 @@ class TrainConfig:
     pictures: Literal["all", "drawn", "none"] = "all"
     answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     code_noise: float = 0.0  # largest share of a drawn picture's codes that are read as another's: drawing.py
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster one, decided once a run
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints, of which a streak of failures has none

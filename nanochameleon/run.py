@@ -1,6 +1,7 @@
 """A run's folder: what lies where, and a trained model read from it.
 
-    config.json             the whole configuration
+    config.json             the whole configuration, in which the precision is decided
+    .lock                   the number of the process that trains here, while it does
     text_tokenizer.json     BPE, in the `tokenizers` format
     image_tokenizer/        checkpoints of the VQGAN
     data/                   token shards
@@ -12,13 +13,17 @@ Writing it is train.py's work.
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import sys
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -27,12 +32,20 @@ from nanochameleon.config import RunConfig
 from nanochameleon.errors import UserError
 from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.objective import pick_precision
+from nanochameleon.printing import say, warn
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 from nanochameleon.vqgan import VQGAN
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 CONFIG, TEXT_TOKENIZER, IMAGE_TOKENIZER, DATA = "config.json", "text_tokenizer.json", "image_tokenizer", "data"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,24 @@ class Run:
 
 
 def command(script: str, *words: str) -> str:
-    """The line for a shell that runs a script with this Python, under the name by which it is found from here."""
+    """The line for a shell that runs a script with this Python, both under the names by which they are found from here:
+    the script beside the one that was started."""
+    beside = Path(sys.argv[0]).with_name(script)
     python, here = Path(sys.executable or "python"), Path.cwd()
     if shutil.which("python") == str(python):
         name = "python"  # as in an active environment
     else:
         name = str(python.relative_to(here) if python.is_relative_to(here) else python)
-    return shlex.join([name, script, *words])
+    return shlex.join([name, str(beside) if beside.is_file() else script, *words])
+
+
+def same_command() -> str:
+    """What goes on with the run that this process trains: a line for a shell, or words where only a launcher knows it.
+    --overwrite would start anew."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
+    if "MASTER_ADDR" in os.environ:
+        return "the same command, without --overwrite" if len(words) < len(sys.argv) - 1 else "the same command"
+    return command("train.py", *words)
 
 
 def config_to_json(cfg: RunConfig) -> str:
@@ -123,10 +147,86 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         fields = (flat(getattr(value, f.name), f"{name}.{f.name}".lstrip(".")) for f in dataclasses.fields(value))
         return {key: v for part in fields for key, v in part.items()}
 
-    free = (*MAY_CHANGE, *(f"train.{name}" for name in MAY_CHANGE_IN_TRAIN))
+    free = {*MAY_CHANGE, *(f"train.{name}" for name in MAY_CHANGE_IN_TRAIN)}
     a, b = flat(old, ""), flat(new, "")
-    names = [name for name in b if a.get(name) != b[name] and name.split(".")[0] not in free and name not in free]
+    names = [name for name in b if not same(a.get(name), b[name]) and not {name, name.split(".")[0]} & free]
     return [f"{name} was {a.get(name)} and is {b[name]}" for name in names]
+
+
+def same(old, new) -> bool:
+    """Whether two values of a field mean the same: paths may be spelled in several ways."""
+    return old == new or (isinstance(old, Path) and isinstance(new, Path) and old.resolve() == new.resolve())
+
+
+def decide_precision(cfg: RunConfig, device: torch.device) -> RunConfig:
+    """The configuration with its train.precision decided, and says why. 'auto' is what the run in its folder has begun
+    with, or what is faster here."""
+    if cfg.train.precision != "auto":
+        return cfg
+    precision, why = "auto" if cfg.overwrite else begun_with(cfg.folder), "as this run has begun"
+    if precision == "auto":
+        precision, why = pick_precision(cfg.model.dim, device)
+    say(f"matrix products in {precision}: {why}")
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=precision))
+
+
+def begun_with(folder: Path) -> str:
+    """The precision of the run in a folder; 'auto' where none has been decided."""
+    if not (folder / CONFIG).is_file():
+        return "auto"
+    precision = read_config(folder).train.precision
+    path = checkpoint.newest(folder) if precision == "auto" else None  # where an older version kept it
+    return checkpoint.read_state(path).get("precision", "auto") if path else precision
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keeps other trainings out of a run's folder until this one ends, however it ends: the lock goes with its process.
+
+    Makes the folder, and removes it where nothing came into it. Raises UserError where another training is at work.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+    try:
+        yield
+    finally:
+        with file, suppress(OSError):  # of a folder that holds a run, which stays
+            (folder / LOCK).unlink()
+            if made:
+                folder.rmdir()
+
+
+def lock(folder: Path) -> TextIO:
+    """The run's lock file, which no other process can lock until it is closed. Raises UserError where one has."""
+    file = (folder / LOCK).open("a+", errors="replace")
+    try:
+        if fcntl is None:
+            raise OSError("Windows")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(20)
+        who = f"process {owner}" if owner.isdecimal() else "another process"
+        raise UserError(f"{who} trains in {folder}: wait for it, stop it, or choose another --out") from None
+    except OSError as error:
+        warn(f"{folder} cannot be locked ({error}): let no second training write there")
+    if not os.fstat(file.fileno()).st_nlink:  # its owner has removed it since we opened it
+        return lock(folder)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def contents(folder: Path) -> list[Path]:
+    """What lies in a run's folder, the configuration last, without the lock."""
+    return sorted((path for path in folder.iterdir() if path.name != LOCK), key=lambda path: path.name == CONFIG)
 
 
 def start_folder(cfg: RunConfig) -> Path:
@@ -135,19 +235,17 @@ def start_folder(cfg: RunConfig) -> Path:
     A run that never came to anything, having its configuration alone, may begin with another one.
     """
     folder = cfg.folder
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --out")
     if cfg.overwrite and (folder / CONFIG).exists():
         read_config(folder)  # refuses to delete a folder with some other program's config.json
         remove(folder)
     if (folder / CONFIG).exists():
         changed = differences(read_config(folder), cfg)
-        if changed and len(list(folder.iterdir())) > 1:
+        if changed and len(contents(folder)) > 1:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
                 f"{folder} holds another run ({'; '.join(changed[:3])}{more}): choose another --out, or --overwrite it"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and contents(folder):
         raise UserError(f"{folder} holds files that are no run's: choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,9 +256,10 @@ def start_folder(cfg: RunConfig) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a run. Raises UserError where that cannot be."""
+    """Deletes what a run's folder holds. Raises UserError where that cannot be."""
     try:
-        shutil.rmtree(folder)
+        for path in contents(folder):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
         raise UserError(f"cannot overwrite {folder} ({error}): choose another --out") from None
 
