@@ -72,7 +72,7 @@ class Budget:
                 self.changed.notify_all()
 
 
-DECODED = Budget(2**28)  # bytes of the pictures that are being decoded and resized in this process
+DECODED = Budget(250_000_000)  # bytes of the pictures that are being decoded and resized in this process
 
 
 def bytes_per_pixel(mode: str) -> int:
