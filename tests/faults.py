@@ -261,25 +261,23 @@ def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="runs of each way")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp"])
     args = parser.parse_args()
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    done, equal, stages = 0, 0, Counter()
+    ways, expected, equal, stages = list(itertools.product((1, 2), ("ddp", "fsdp"))), {}, 0, Counter()
     with tempfile.TemporaryDirectory() as place:
-        for ranks, mode in itertools.product(args.ranks, args.modes):
-            whole, start = Path(place) / f"whole-{ranks}-{mode}", time.monotonic()
-            assert Launched(whole, ranks, whole=mode).wait() == 0, said(whole)
-            seconds, expected = time.monotonic() - start, end_of(whole)
-            for seed in range(args.times):
-                folder = Path(place) / f"run-{ranks}-{mode}-{seed}"
-                stages.update(kill_anywhere(folder, ranks, mode, seed, seconds))
-                different = differences(end_of(folder), expected)
-                done, equal = done + 1, equal + (not different)
-                print(f"{ranks} ranks, {mode}, seed {seed}: {different or 'the same bits'}; {dict(stages)}", flush=True)
-                shutil.rmtree(folder)
-    print(f"{equal} of {done} ended with the same bits; {stages.total()} kills before an end")
-    sys.exit(equal < done)
+        for way in ways:
+            whole, start = Path(place) / f"whole-{way}", time.monotonic()
+            assert Launched(whole, way[0], whole=way[1]).wait() == 0, said(whole)
+            expected[way] = time.monotonic() - start, end_of(whole)
+        for number, (seed, way) in enumerate(itertools.product(range(args.times), ways), 1):
+            (seconds, end), folder = expected[way], Path(place) / f"run-{number}"
+            stages.update(kill_anywhere(folder, *way, seed, seconds))
+            different = differences(end_of(folder), end)
+            equal += not different
+            print(f"{number} ({way}, seed {seed}): {different or 'the same bits'}; {dict(stages)}", flush=True)
+            shutil.rmtree(folder)
+    print(f"{equal} of {number} ended with the same bits; {stages.total()} kills before an end")
+    sys.exit(equal < number)
 
 
 if __name__ == "__main__":
