@@ -28,7 +28,7 @@ from nanochameleon import layout_files, layouts
 from nanochameleon.cli import MAX_NUMBER, parse
 from nanochameleon.config import ModelConfig
 from nanochameleon.errors import UserError, exit_on_user_error
-from nanochameleon.files import fsync
+from nanochameleon.files import fsync, sweep_dead
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.layouts import DECODER, VQ_PREFIX
 from nanochameleon.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, text_of
@@ -155,7 +155,7 @@ def convert(args: Args) -> Path:
         warn(NO_DECODER)
     aside = args.dst.parent / f".tmp-{args.dst.name}-{os.getpid()}"
     try:
-        sweep(args.dst)
+        sweep_dead(args.dst.absolute().parent, f".tmp-{args.dst.name}")
         aside.mkdir(parents=True)
         needed = sum(x.nbytes for x in (*parts.weights.meta.values(), *parts.vq.meta.values()))
         if shutil.disk_usage(aside).free < needed:
@@ -168,27 +168,6 @@ def convert(args: Args) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return args.dst
-
-
-def sweep(dst: Path) -> None:
-    """Removes what killed conversions to this name have left, not what a running one is writing."""
-    for path in dst.absolute().parent.glob(".tmp-*"):
-        name, _, pid = path.name.rpartition("-")
-        if name == f".tmp-{dst.name}" and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    """Is there a process of this number? Where only a signal that kills could tell (Windows), yes."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def write(parts: Parts, folder: Path, args: Args) -> None:

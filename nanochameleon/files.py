@@ -5,6 +5,7 @@ Folders of several files are checkpoint.py's and data/shards.py's.
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,27 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_file(path: Path, data: bytes) -> None:
     with replacing(path) as file:
         file.write(data)
+
+
+def sweep_dead(folder: Path, start: str) -> None:
+    """Removes the folders `start`-PID of this process and of those that are no more. Those of running ones stay."""
+    for path in folder.glob(".*"):
+        name, _, pid = path.name.rpartition("-")
+        if name == start and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Is there a process of this number? Where only a signal that kills could tell (Windows), yes."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_new(folder: Path, stem: str, ending: str, data: bytes) -> Path:

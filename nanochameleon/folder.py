@@ -5,34 +5,49 @@
     00000.tar, 00001.tar, ...          a WebDataset (webdataset.py), where there is no caption file
 
 A file in the folder itself, or one in each of its subfolders (Hugging Face's imagefolder: train/, test/, ...), and so
-for tars; file names are relative to the caption file. A picture may have several captions. What cannot be used is
-skipped, counted and listed with its reason in skipped.jsonl beside the prepared pictures. Left out: folders named for a
-class.
+for tars; file names are relative to the caption file, or absolute and inside its folder. A picture may have several
+captions. What cannot be used is skipped, counted and listed with its reason in skipped.jsonl beside the prepared
+pictures: rows, pictures, and files that are not read. Links are followed, to files and to folders, wherever they lead:
+look through a folder that you were given before you use it. Left out: folders named for a class, hidden files, pictures
+that no row names.
 """
 
 import csv
-import json
+import io
 import os
+import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
 from nanochameleon.data import Pictures, RawDocument, aside, captioned, interleaved, permutation, write_pictures
 from nanochameleon.data.reading import (
+    MAX_LINE,
     SKIPPED,
     TEXT_KEYS,
     Bad,
     File,
     Report,
+    accounted,
     as_line,
     first_few,
     first_text,
+    is_blank,
     is_utf8,
+    json_row,
+    near,
+    not_read,
+    opened,
     shortened,
+    size_of,
+    text_lines,
+    walk,
 )
 from nanochameleon.errors import UserError
 from nanochameleon.webdataset import captioned as captioned_in_tar
@@ -40,6 +55,7 @@ from nanochameleon.webdataset import tars_in
 
 CAPTION_FILES = "captions.jsonl", "metadata.jsonl", "metadata.csv"  # the first one found in a folder is read
 FILE_KEYS = ("file_name", "image")
+BROKEN_QUOTES = "broken quotes"
 TEST_FOLDERS = {"test", "validation", "valid", "val", "dev"}
 TEST_SHARE = 20  # without such folders one picture in this many is of the test split
 
@@ -47,69 +63,160 @@ TEST_SHARE = 20  # without such folders one picture in this many is of the test 
 # Caption files
 
 
-def caption_files(folder: Path) -> list[Path]:
-    """The caption file of the folder and of each subfolder."""
-    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    found = [[place / name for name in CAPTION_FILES if (place / name).is_file()][:1] for place in places]
-    return [file for files in found for file in files]
+def caption_files(folder: Path, files: Iterable[Path]) -> list[Path]:
+    """Of the files (reading.walk): the caption file of the folder and of each subfolder, in any letter case."""
+    found: dict[Path, Path] = {}
+    for path in near(folder, files):
+        if path.name.lower() in CAPTION_FILES:
+            found[path.parent] = min(found.get(path.parent, path), path, key=order_of)
+    return list(found.values())
 
 
-def json_rows(file: Path) -> Iterator[tuple[int, dict | None]]:
-    """(line number, object, or None for a line that is not one); empty lines are passed over."""
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield number, row if isinstance(row, dict) else None
+def order_of(path: Path) -> int:
+    return CAPTION_FILES.index(path.name.lower())
 
 
-def csv_rows(file: Path) -> Iterator[tuple[int, dict | None]]:
-    """(line number, row by the header's names, or None for a row that cannot be read)."""
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = csv.DictReader(lines)
+Row = dict | str  # by the names of its fields; or why it cannot be read
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, Row]]:
+    """(line number, row); empty lines are passed over."""
+    with opened(file) as data:
+        for number, (_, line) in enumerate(text_lines(data, 0, float("inf")), 1):
+            if line is None:
+                yield number, "lines too long"
+            elif not is_blank(line):
+                row = json_row(line)
+                yield number, "broken lines" if row is None else row
+
+
+class Lines:
+    """The lines of a table for csv.reader. Those that a broken row has swallowed can be given back."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.number = file, 0
+        self.taken: list[str] = []  # of the row that is being read
+        self.again: deque[str] = deque()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else self.file.readline(MAX_LINE)
+        if not line:
+            raise StopIteration
+        self.taken.append(line)
+        return line
+
+    def next_row(self) -> int:
+        """The number of the line at which the next row begins."""
+        self.number += len(self.taken)
+        self.taken.clear()
+        return self.number + 1
+
+    def give_back(self) -> None:
+        """All lines of the row but its first."""
+        self.again.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+
+def csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
+    """(number of its first line, row). A row that breaks a rule takes no other row with it."""
+    with opened(file) as data:
+        lines, header = Lines(io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline="")), None
+        rows = csv.reader(lines, strict=True)
         while True:
+            number = lines.next_row()
             try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error:
-                row = None
-            yield rows.reader.line_num, row  # rows.line_num does not count a row that failed
+                fields = next(rows, None)
+            except csv.Error as error:
+                row, header = "broken lines" if "limit" in str(error) else BROKEN_QUOTES, header or []
+            else:
+                if fields is None:
+                    return
+                if not fields or header is None:  # an empty line, or the first other one
+                    header = header or fields or None
+                    continue
+                row = row_of(fields, header, lines.taken, file.parent)
+            if row == BROKEN_QUOTES:
+                lines.give_back()
+            yield number, row
 
 
-def problem(row: dict | None, name: str, caption: str, folder: Path) -> str | None:
-    """Why a row cannot be used, short of reading its picture."""
-    if row is None:
-        return "broken lines"
+def row_of(fields: list[str], header: list[str], lines: list[str], folder: Path) -> Row:
+    """A row by the header's names. A quote that was not meant as one makes the rows after it a part of a field."""
+    for line in lines[1:]:
+        other = next(csv.reader([line]), [])
+        name = first_text(dict(zip(header, other, strict=False)), FILE_KEYS)
+        if len(other) == len(header) and name and isinstance(picture_at(name, folder), Path):
+            return BROKEN_QUOTES
+    return dict(zip(header, fields, strict=False)) if len(fields) <= len(header) else "more fields than the header"
+
+
+def read_row(row: Row, where: str, folder: Path) -> tuple[Path, str] | Bad:
+    """Picture file and caption of a row, or why it cannot be used, short of reading the picture."""
+    if isinstance(row, str):
+        return Bad(where, row)
+    name, caption = first_text(row, FILE_KEYS), first_text(row, TEXT_KEYS)
     if not is_utf8(name + caption):
-        return "not in UTF-8"
-    if not name:
-        return "without a file name"
-    if not caption:
-        return "without a caption"
+        return Bad(where, "not in UTF-8", ascii(name[:200]))
+    if not name or not caption:
+        return Bad(where, "without a caption" if name else "without a file name", fields_of(row))
+    found = picture_at(name, folder)
+    return Bad(where, found, ascii(name[:200])) if isinstance(found, str) else (found, caption)
+
+
+def fields_of(row: dict) -> str:
+    return f"its fields are {', '.join(map(ascii, row))}"[:200]
+
+
+def picture_at(name: str, folder: Path) -> Path | str:
+    """The file of that name, or why there is none."""
     # by its spelling alone: links inside the folder are the owner's, and may lead anywhere
-    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+    inside = os.path.relpath(name, os.path.abspath(folder)) if os.path.isabs(name) else os.path.normpath(name)
+    if inside.split(os.sep)[0] == os.pardir:
         return "outside the folder"
-    return None if os.path.isfile(folder / name) else "missing pictures"
+    if os.path.isfile(folder / inside):
+        return folder / inside
+    found = None if name.isascii() else respelled(folder, Path(inside).parts)
+    return found or "missing pictures"
 
 
-def read_captions(folder: Path, report: Report) -> dict[Path, list[str]]:
+def respelled(folder: Path, parts: tuple[str, ...]) -> Path | None:
+    """The only file whose name is the same but for how Unicode composes its letters: a Mac writes e and an accent."""
+    for part in parts:
+        try:
+            alike = spellings(folder, os.stat(folder).st_mtime_ns).get(unicodedata.normalize("NFC", part), [])
+        except OSError:
+            return None
+        if part not in alike and len(alike) != 1:
+            return None
+        folder /= part if part in alike else alike[0]
+    return folder if os.path.isfile(folder) else None
+
+
+@lru_cache(maxsize=64)
+def spellings(folder: Path, changed: int) -> dict[str, list[str]]:
+    """Names in a folder by their composed form; `changed`, its time, makes the answer of an older one no answer."""
+    found: dict[str, list[str]] = {}
+    for name in os.listdir(folder):
+        found.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return found
+
+
+def read_captions(folder: Path, files: Iterable[Path], report: Report) -> dict[Path, list[str]]:
     """Picture file -> its captions, in the order of the caption files; notes in `report` what was skipped or cut."""
     captions: dict[Path, list[str]] = {}
-    for file in caption_files(folder):
-        rows = csv_rows(file) if file.suffix == ".csv" else json_rows(file)
-        for number, row in rows:
-            name, caption = first_text(row or {}, FILE_KEYS), first_text(row or {}, TEXT_KEYS)
-            if reason := problem(row, name, caption, file.parent):
-                report.skip(f"{file.relative_to(folder)}:{number}", reason, ascii(name[:200]))
+    for file in files:
+        rows, name = csv_rows(file) if file.suffix.lower() == ".csv" else json_rows(file), str(file.relative_to(folder))
+        for found in accounted(rows, file, name):
+            read = found if isinstance(found, Bad) else read_row(found[1], f"{name}:{found[0]}", file.parent)
+            if isinstance(read, Bad):
+                report.skipped.append(read)
                 continue
-            caption, cut = shortened(caption)
+            caption, cut = shortened(read[1])
             report.cut += cut
-            captions.setdefault(file.parent / os.path.normpath(name), []).append(caption)
+            captions.setdefault(read[0], []).append(caption)
     return captions
 
 
@@ -132,7 +239,7 @@ def read_pictures(
 
 def read_tars(folder: Path, tars: list[Path], resolution: int, fit: Fit, report: Report) -> Iterator[tuple]:
     """The same for the pictures in tars."""
-    with tqdm(total=sum(tar.stat().st_size for tar in tars), desc="pictures", unit="B", unit_scale=True) as bar:
+    with tqdm(total=sum(map(size_of, tars)), desc="pictures", unit="B", unit_scale=True) as bar:
         for tar in tars:
             before = bar.n
             for found, end in captioned_in_tar(tar, str(tar.relative_to(folder))):
@@ -161,13 +268,17 @@ def stored(picture: File, captions: list[str], resolution: int, report: Report) 
 
 def find_pictures(folder: Path, resolution: int, fit: Fit, report: Report) -> Iterator[tuple]:
     """From caption files, else from tars. Raises UserError where there are neither."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder: set --data.path to the one with your pictures and their captions")
-    if caption_files(folder):
-        return read_pictures(folder, read_captions(folder, report), resolution, fit, report)
-    if tars := tars_in(folder):
+    files, left = walk(folder)
+    captions, tars = caption_files(folder, files), tars_in(folder, files)
+    report.skipped += left + not_read(folder, files, captions or tars)
+    if captions:
+        return read_pictures(folder, read_captions(folder, captions, report), resolution, fit, report)
+    if tars:
         return read_tars(folder, tars, resolution, fit, report)
-    raise UserError(f"{folder} has no caption file: put captions.jsonl or metadata.csv beside the pictures, or tars")
+    why = f"{folder} has no caption file: put captions.jsonl or metadata.csv beside the pictures, or tars"
+    raise UserError(why + (f"; it has {first_few(report.skipped)}" if report.skipped else ""))
 
 
 def prepare_folder(folder: Path, directory: Path, resolution: int, fit: Fit = "crop") -> Report:

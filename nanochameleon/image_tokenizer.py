@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from nanochameleon.errors import UserError
-from nanochameleon.picture_files import of_exif, of_xmp, without_metadata
+from nanochameleon.picture_files import is_large_webp, of_exif, of_xmp, without_metadata
 from nanochameleon.vqgan import VQGAN
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -173,11 +173,15 @@ def decoded(path: str | Path, data: bytes | None) -> Iterator[Image.Image]:
                 raise UserError(f"picture {path} is an empty file")
             file = io.BytesIO(data) if data is not None else stack.enter_context(open(path, "rb"))
             file, orientation = without_metadata(file)
+            alone = is_large_webp(file)
+            if alone:
+                stack.enter_context(DECODED.take(DECODED.total))
             picture = stack.enter_context(Image.open(file, formats=FORMATS))
             if picture.mode == "F":
                 raise ValueError(BEYOND)
             orientation = orientation or stated_orientation(picture)
-            stack.enter_context(DECODED.take(fit_budget(path, picture, orientation in TURNS)))
+            needed = fit_budget(path, picture, orientation in TURNS)
+            stack.enter_context(DECODED.take(0 if alone else needed))
             picture.load()
             picture = to_rgb(picture, orientation)
         yield picture

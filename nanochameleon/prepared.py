@@ -11,7 +11,7 @@
 import dataclasses
 import json
 import os
-import shutil
+import platform
 from pathlib import Path
 
 from nanochameleon import checkpoint
@@ -19,7 +19,7 @@ from nanochameleon.config import VQGANConfig
 from nanochameleon.data import Shards
 from nanochameleon.data.folders import read_index, write_index
 from nanochameleon.errors import UserError
-from nanochameleon.files import write_file
+from nanochameleon.files import sweep_dead, write_file
 from nanochameleon.model_folder import Tokenizers, stored_tokenizers
 from nanochameleon.run import IMAGE_TOKENIZER, TEXT_TOKENIZER, build
 
@@ -43,19 +43,21 @@ def open_prepared(folder: Path) -> Tokenizers:
 def store_prepared(folder: Path, tokenizers: Tokenizers) -> None:
     """Writes the tokenizers into the folder, unless they are there. Several processes may do so at once.
 
-    Raises UserError where others are there, or the folder holds something else.
+    Raises UserError where others are there, or the folder holds something else. Removes what killed processes left.
     """
-    if (folder / INDEX).exists():
-        if read_index(folder, INDEX, FORMAT).get("digest") != tokenizers.digest():
-            raise UserError(
-                f"{folder} holds data of other tokenizers, whose ids mean other things: choose another --out"
-            )
-        return
+    aside = f".new-{platform.node()}"  # with the machine's name: no other one knows which of its processes live
+    if not (folder / INDEX).exists():
+        write_prepared(folder, tokenizers, folder / f"{aside}-{os.getpid()}")
+    elif read_index(folder, INDEX, FORMAT).get("digest") != tokenizers.digest():
+        raise UserError(f"{folder} holds data of other tokenizers, whose ids mean other things: choose another --out")
+    sweep_dead(folder, aside)
+
+
+def write_prepared(folder: Path, tokenizers: Tokenizers, aside: Path) -> None:
     ours = (IMAGE_TOKENIZER, TEXT_TOKENIZER)
     left = (INDEX, *ours), (".new-", ".tmp-")  # by a process that does the same, or was killed in it
     if folder.exists() and any(p.name not in left[0] and not p.name.startswith(left[1]) for p in folder.iterdir()):
         raise UserError(f"{folder} is in the way: it holds no prepared data; choose another --out")
-    aside = folder / f".new-{os.getpid()}"
     write_tokenizers(tokenizers, aside)
     for name in ours:
         try:
@@ -63,7 +65,6 @@ def store_prepared(folder: Path, tokenizers: Tokenizers) -> None:
         except OSError:  # another process was first
             if not (folder / name).exists():
                 raise
-    shutil.rmtree(aside)
     index = {"digest": tokenizers.digest(), "vocab_size": tokenizers.vocab_size}
     index |= {"context": tokenizers.context, "vqgan": dataclasses.asdict(tokenizers.vqgan)}
     write_index(folder, INDEX, FORMAT, index)

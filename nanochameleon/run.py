@@ -147,10 +147,15 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         fields = (flat(getattr(value, f.name), f"{name}.{f.name}".lstrip(".")) for f in dataclasses.fields(value))
         return {key: v for part in fields for key, v in part.items()}
 
-    free = (*MAY_CHANGE, *(f"train.{name}" for name in MAY_CHANGE_IN_TRAIN))
+    free = {*MAY_CHANGE, *(f"train.{name}" for name in MAY_CHANGE_IN_TRAIN)}
     a, b = flat(old, ""), flat(new, "")
-    names = [name for name in b if a.get(name) != b[name] and name.split(".")[0] not in free and name not in free]
+    names = [name for name in b if not same(a.get(name), b[name]) and not {name, name.split(".")[0]} & free]
     return [f"{name} was {a.get(name)} and is {b[name]}" for name in names]
+
+
+def same(old, new) -> bool:
+    """Whether two values of a field mean the same: paths may be spelled in several ways."""
+    return old == new or (isinstance(old, Path) and isinstance(new, Path) and old.resolve() == new.resolve())
 
 
 def decide_precision(cfg: RunConfig, device: torch.device) -> RunConfig:

@@ -55,6 +55,7 @@ class Job:
     images: ImageTokenizer
     digest: str  # of the tokenizers
     units: Sequence[Unit]
+    left: Sequence[Bad] = ()  # what lies in the sources and is in no unit: listed last
 
     @property
     def resolution(self) -> int:
@@ -333,8 +334,11 @@ def finish(job: Job) -> str:
             per_shard.append(len(outcome.lengths))
             totals += Counter(documents=per_shard[-1], ids=sum(outcome.lengths), pictures=outcome.pictures)
             totals += Counter(cut=outcome.cut, mended=outcome.mended, skipped=len(outcome.skipped))
+        listed.writelines(map(as_line, job.left))
+        counts.update(bad.reason for bad in job.left)
+        totals["skipped"] += len(job.left)
         if not totals["documents"]:
-            why = first_few(first) or "the sources are empty"
+            why = first_few([*first, *job.left]) or "the sources are empty"
             raise UserError(f"nothing of {job.directory} can be used: {why}; delete it before you try others")
     index = {"documents_per_shard": per_shard, "form": job.form, "seq_len": job.most, "tokenizers": job.digest}
     write_shards_index(job.directory, index | {name: totals[name] for name in TOTALS})

@@ -9,25 +9,45 @@
 
 A unit is a tar, a table, or a stretch of another file that begins and ends with a line. Which units there are depends
 on the sources alone, so that processes need not talk to agree.
+
+In a folder, files of words are read at any depth, caption files and tars in the folder itself and in its subfolders.
+Endings are read in any letter case, links are followed to files and to folders, hidden files are left out. Every other
+file, but for pictures, is counted and listed as one that is not read (left_out).
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from nanochameleon.data.reading import TEXT_KEYS, Bad, File, first_text, shortened
+from nanochameleon.data.reading import (
+    MAX_LINE,
+    TEXT_KEYS,
+    Bad,
+    File,
+    accounted,
+    first_few,
+    first_text,
+    is_blank,
+    is_utf8,
+    json_row,
+    not_read,
+    opened,
+    shortened,
+    size_of,
+    text_lines,
+    walk,
+)
 from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.errors import UserError
-from nanochameleon.folder import FILE_KEYS, caption_files, csv_rows, problem
+from nanochameleon.folder import Row, caption_files, csv_rows, fields_of, picture_at, read_row
 from nanochameleon.webdataset import captioned, tars_in
 
 FORMS = ("pairs", "drawings", "interleaved", "text", "chat")
 STRETCH = {"text": 2**26, "pairs": 2**20, "drawings": 2**20, "interleaved": 2**21, "chat": 2**21}  # bytes, about
 BLOCK = 2**20  # bytes of a .txt that are one item
-MAX_LINE = 2**25  # bytes; a longer line is skipped
 
 
 @dataclass(frozen=True)
@@ -58,37 +78,51 @@ Item = Loose | Bad
 
 
 def plan(sources: Sequence[Path], form: str) -> list[Unit]:
-    """All units in order. Raises UserError for a source that has nothing of this form."""
-    return [unit for source in sources for path, name in files_of(source, form) for unit in cut(path, name, form)]
+    """All units in order. Raises UserError for a source that has nothing of this form, or cannot be read."""
+    return [unit for source in sources for path, name in survey(source, form)[0] for unit in cut(path, name, form)]
 
 
-def files_of(source: Path, form: str) -> list[tuple[Path, str]]:
-    if source.is_dir():
-        found = found_in(source, form)
-        names = [f"{source.resolve().name}/{path.relative_to(source)}" for path in found]
+def left_out(sources: Sequence[Path], form: str) -> list[Bad]:
+    """What lies in the sources and is in no unit: files that are not read or empty, folders that may not be read."""
+    return [bad for source in sources for bad in survey(source, form)[1]]
+
+
+def survey(source: Path, form: str) -> tuple[list[tuple[Path, str]], list[Bad]]:
+    """(files to read with their names, what is left out) of a source. Raises UserError if there is nothing to read."""
+    left, name = [], source.resolve().name
+    if os.path.isdir(source):
+        files, left = walk(source)
+        found = found_in(source, files, form)
+        left += not_read(source, files, found)
+        left = [replace(bad, where=f"{name}/{bad.where}") for bad in left]
+        named = [(path, f"{name}/{path.relative_to(source)}") for path in found]
     else:
-        found, names = [source] if source.is_file() else [], [source.name]
+        named = [(source, source.name)] if os.path.isfile(source) else []
     endings = {"text": (".txt", ".jsonl", ".csv", ".tar"), "chat": (".jsonl",)}.get(form, (".tar", ".jsonl", ".csv"))
-    if not found or any(path.suffix not in endings for path in found):
-        raise UserError(f"{source} has nothing to prepare as {form}: that comes from {', '.join(endings)}")
-    return list(zip(found, names, strict=True))
+    if not named or any(path.suffix.lower() not in endings for path, _ in named):
+        has = f"; it has {first_few(left)}" if left else ""
+        raise UserError(f"{source} has nothing to prepare as {form}: that comes from {', '.join(endings)}{has}")
+    why = {0: "empty files", -1: "files that may not be read"}
+    sizes = [(name, size_of(path)) for path, name in named]
+    return named, left + [Bad(name, why[size]) for name, size in sizes if size in why]
 
 
-def found_in(folder: Path, form: str) -> list[Path]:
+def found_in(folder: Path, files: Sequence[Path], form: str) -> list[Path]:
     """For text and chat all files of words; for pictures, and where there are none, caption files, else tars."""
-    words = {"text": ("*.txt", "*.jsonl"), "chat": ("*.jsonl",)}.get(form, ())
-    found = sorted(path for pattern in words for path in folder.rglob(pattern) if path.is_file())
-    if not found and form == "interleaved" and not caption_files(folder):
-        found = sorted(folder.glob("*.jsonl"))
-    return found or caption_files(folder) or tars_in(folder)
+    words = {"text": (".txt", ".jsonl"), "chat": (".jsonl",)}.get(form, ())
+    captions = caption_files(folder, files)
+    found = [path for path in files if path.suffix.lower() in words]
+    if not found and form == "interleaved" and not captions:
+        found = [path for path in files if path.parent == folder and path.suffix.lower() == ".jsonl"]
+    return found or captions or tars_in(folder, files)
 
 
 def cut(path: Path, name: str, form: str) -> Iterator[Unit]:
     """A tar and a table are one unit: their parts can be found by reading them from the start alone."""
-    size = path.stat().st_size
-    edges, following = [0], {".jsonl": next_line, ".txt": next_break}.get(path.suffix)
-    if following:
-        with open(path, "rb") as file:
+    size = size_of(path)
+    edges, following = [0], {".jsonl": next_line, ".txt": next_break}.get(path.suffix.lower())
+    if following and size > STRETCH[form]:
+        with suppress(PermissionError), open(path, "rb") as file:  # a unit that may not be read says so itself
             while edges[-1] + STRETCH[form] < size:
                 edges.append(following(file, edges[-1] + STRETCH[form]))
     ends = [*edges[1:], size]
@@ -118,12 +152,19 @@ def next_break(file: BinaryIO, place: int) -> int:
 
 
 def items(unit: Unit, form: str) -> Iterator[tuple[Item, int]]:
-    """The unit's items in order, each with the bytes of the unit read so far."""
-    if unit.path.suffix == ".tar":
+    """The unit's items in order, each with the bytes of the unit read so far. Raises UserError where the disk fails."""
+    whole = unit.start == 0 and unit.end >= size_of(unit.path)
+    for found in accounted(read(unit, form), unit.path, unit.name, whole):
+        yield found if isinstance(found, tuple) else (found, 0)
+
+
+def read(unit: Unit, form: str) -> Iterator[tuple[Item, int]]:
+    ending = unit.path.suffix.lower()
+    if ending == ".tar":
         return ((loose(found, form), end) for found, end in captioned(unit.path, unit.name))
-    if unit.path.suffix == ".txt":
+    if ending == ".txt":
         return prose(unit)
-    if unit.path.suffix == ".csv":
+    if ending == ".csv":
         rows = csv_rows(unit.path)
         return ((of_row(row, f"{unit.name}:{number}", unit.path.parent, form), 0) for number, row in rows)
     return lines(unit, form)
@@ -140,49 +181,39 @@ def loose(found, form: str) -> Item:
 
 def lines(unit: Unit, form: str) -> Iterator[tuple[Item, int]]:
     """Of a .jsonl, each called by the byte it begins at."""
-    with open(unit.path, "rb") as file:
-        file.seek(unit.start)
-        while (place := file.tell()) < unit.end:
-            line, where = file.readline(MAX_LINE), f"{unit.name} at byte {place}"
-            if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                    pass
-                yield Bad(where, "lines too long"), file.tell() - unit.start
-            elif line.strip(b" \t\r\n\xef\xbb\xbf"):
-                yield of_line(line, where, unit.path.parent, form), file.tell() - unit.start
+    with opened(unit.path) as file:
+        for place, line in text_lines(file, unit.start, unit.end, MAX_LINE):
+            where, behind = f"{unit.name} at byte {place}", place + len(line or b"") - unit.start
+            if line is None:
+                yield Bad(where, "lines too long"), behind
+            elif not is_blank(line):
+                yield of_line(line, where, unit.path.parent, form), behind
 
 
 def of_line(line: bytes, where: str, folder: Path, form: str) -> Item:
     """Bytes that are no UTF-8 are mended in a text, which is long, and no reason to take the rest of it."""
-    mended = False
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        mended = form == "text"
-        text = line.decode("utf-8-sig", "replace" if mended else "surrogateescape")
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        row = None
-    found = of_row(row if isinstance(row, dict) else None, where, folder, form)
+    mended = form == "text" and not is_utf8(line.decode(errors="surrogateescape"))
+    row = json_row(line, "replace" if mended else "surrogateescape")
+    found = of_row("broken lines" if row is None else row, where, folder, form)
     return replace(found, mended=True) if mended and isinstance(found, Loose) else found
 
 
-def of_row(row: dict | None, where: str, folder: Path, form: str) -> Item:
+def of_row(row: Row, where: str, folder: Path, form: str) -> Item:
     """One row of a .jsonl or of a table."""
-    if row is None:
-        return Bad(where, "broken lines")
+    if isinstance(row, str):
+        return Bad(where, row)
     if form == "text":
         text = first_text(row, TEXT_KEYS)
         whole = text.encode("utf-8", "replace").decode() == text  # else half surrogate pairs
-        return Loose(where, [Text(text)], mended=not whole) if text else Bad(where, "without a text")
+        return Loose(where, [Text(text)], mended=not whole) if text else Bad(where, "without a text", fields_of(row))
     if form == "chat" or "segments" in row:
         return conversation(row, where, folder, form)
-    name, caption = first_text(row, FILE_KEYS), first_text(row, TEXT_KEYS)
-    if reason := problem(row, name, caption, folder):
-        return Bad(where, reason, ascii(name[:200]))
-    caption, was_cut = shortened(caption)
-    return Loose(where, [Text(caption), File(f"{where} {name!a}", folder / name)], captioned=True, cut=was_cut)
+    found = read_row(row, where, folder)
+    if isinstance(found, Bad):
+        return found
+    caption, was_cut = shortened(found[1])
+    picture = File(f"{where} {found[0].name!a}", found[0])
+    return Loose(where, [Text(caption), picture], captioned=True, cut=was_cut)
 
 
 def conversation(row: dict, where: str, folder: Path, form: str) -> Item:
@@ -208,17 +239,20 @@ def read_segment(entry, folder: Path, fit: str, where: str) -> Text | File | Bad
     if not isinstance(entry, dict) or len(entry) != 1 or not isinstance(next(iter(entry.values())), str):
         return Bad(where, "broken turns")
     ((kind, value),) = entry.items()
-    if kind == "image":
-        reason = problem({}, value, "a picture", folder)
-        return Bad(where, reason, ascii(value[:200])) if reason else File(f"{where} {value!a}", folder / value, fit=fit)
-    if kind != "text" or not value:
+    if kind not in ("text", "image") or not value:
         return Bad(where, "broken turns")
-    return Text(value) if problem({}, "x", value, folder) != "not in UTF-8" else Bad(where, "not in UTF-8")
+    if not is_utf8(value):
+        return Bad(where, "not in UTF-8", ascii(value[:200]))
+    if kind == "text":
+        return Text(value)
+    if isinstance(found := picture_at(value, folder), str):
+        return Bad(where, found, ascii(value[:200]))
+    return File(f"{where} {value!a}", found, fit=fit)
 
 
 def prose(unit: Unit) -> Iterator[tuple[Item, int]]:
     """Of a .txt: blocks of about BLOCK bytes that end with a line, or with a letter where lines are longer."""
-    with open(unit.path, "rb") as file:
+    with opened(unit.path) as file:
         place = unit.start
         while place < unit.end:
             behind = min(next_break(file, place + BLOCK), unit.end) if place + BLOCK < unit.end else unit.end
@@ -227,7 +261,7 @@ def prose(unit: Unit) -> Iterator[tuple[Item, int]]:
             text = data.decode("utf-8-sig", "replace")
             mended = "\ufffd" in text and text.count("\ufffd") > data.count("\ufffd".encode())
             place = behind
-            if text.strip():
+            if "\0" in text:
+                yield Bad(where, "NUL bytes"), place - unit.start
+            elif text.strip():
                 yield Loose(where, [Text(text)], mended=mended), place - unit.start
-            elif place == unit.end and unit.start == 0 and os.path.getsize(unit.path) == len(data):
-                yield Bad(where, "without a text"), place - unit.start

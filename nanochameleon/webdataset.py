@@ -2,34 +2,46 @@
 
     00000.tar   000000012.jpg  000000012.txt  000000012.json  000000013.jpg ...
 
-Members that follow each other and share their name up to the first dot of its last part are one sample. Its caption is
-the .txt, else "text" or "caption" of the .json. Nothing is unpacked onto the disk, no member is read beyond a limit.
-Left out: compressed tars, and what else a sample may hold.
+Members that follow each other and share their name up to the first dot of its last part are one sample; up to the last
+dot, where only so the ending is one that is read (photo.2021.01.jpg). An ending that comes again begins another sample
+of the same name. The caption is the .txt, else "text" or "caption" of the .json. Nothing is unpacked onto the disk, no
+member is read beyond a limit. Left out: hidden members (._a.jpg), what else a sample may hold, a second picture of it.
+Compressed or joined tars, links, and samples that are not whole are bad items.
 """
 
 import codecs
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochameleon.data.reading import MAX_CAPTION, TEXT_KEYS, Bad, Captioned, File, first_text, is_utf8, shortened
+from nanochameleon.data.reading import (
+    MAX_CAPTION,
+    PICTURE_ENDINGS,
+    TEXT_KEYS,
+    Bad,
+    Captioned,
+    File,
+    accounted,
+    first_text,
+    is_utf8,
+    near,
+    shortened,
+)
 from nanochameleon.errors import UserError
 
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 MAX_PICTURE = 2**25  # bytes of a picture; a larger one is skipped
 MAX_JSON = 2**22  # bytes
 MAX_TEXT = 4 * MAX_CAPTION + 4  # bytes of a .txt that are read: enough to see that it is too long
 MAX_HEADER = 2**16  # bytes of a header beyond its 512: long names
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 
-def tars_in(folder: Path) -> list[Path]:
-    """Those of the folder, then those of its subfolders, each by name."""
-    folder = Path(folder)
-    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())] if folder.is_dir() else []
-    return [path for place in places for path in sorted(place.glob("*.tar")) if path.is_file()]
+def tars_in(folder: Path, files: Iterable[Path]) -> list[Path]:
+    """Of the files (reading.walk): tars in the folder, then those in each of its subfolders, each by name."""
+    return [path for path in near(folder, files) if path.suffix.lower() == ".tar"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,47 +78,102 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, int]
         file.seek(tar.offset)
         if file.read(512) != bytes(512):  # the end that every tar is given
             raise tarfile.ReadError("unexpected end of data")
+        while rest := file.read(2**20):
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError("data after its end: if it was joined from several tars, give them apart")
 
 
 @dataclass
 class Sample:
     key: str
+    first: str  # name of its first member
     members: dict[str, bytes] = field(default_factory=dict)  # by ending; of several pictures the first
     too_large: str = ""  # which member is over its limit
 
-    def wants(self, ending: str) -> bool:
-        has_picture = any(each in PICTURE_ENDINGS for each in self.members)
-        return ending not in self.members and not (has_picture and ending in PICTURE_ENDINGS)
+    @property
+    def picture(self) -> str | None:
+        """The ending of its picture."""
+        return next((ending for ending in PICTURE_ENDINGS if ending in self.members), None)
 
-    def read(self, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, most: int) -> None:
-        if member.size > most and ending != "txt":  # a text will be cut
+    @property
+    def is_whole(self) -> bool:
+        return self.picture is not None and not {"txt", "json"}.isdisjoint(self.members)
+
+    def read(self, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> None:
+        if ending in PICTURE_ENDINGS and self.picture:
+            return
+        most = limit(ending)
+        if too_large := member.size > most and ending != "txt":  # a text will be cut
             self.too_large = f"{member.name!a} has {member.size:,} bytes"
-        else:
-            self.members[ending] = tar.extractfile(member).read(min(member.size, most))
+        self.members[ending] = b"" if too_large else tar.extractfile(member).read(min(member.size, most))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of a member's name begins with a dot: ._a.jpg of a Mac, .ipynb_checkpoints/a.txt."""
+    return any(part.startswith(".") and part.strip(".") for part in name.split("/"))
+
+
+def key_of(name: str, begun: list[Sample]) -> tuple[str, str]:
+    """The key of a member that follows the samples `begun`, and its ending; '' for one that is not read."""
+    place, last = os.path.split(name)
+    stem, _, ending = last.partition(".")
+    key = os.path.join(place, stem)
+    if limit(ending.lower()) is not None:
+        return key, ending.lower()
+    longer, ending = os.path.splitext(last)
+    if limit(ending[1:].lower()) is not None:
+        return os.path.join(place, longer), ending[1:].lower()
+    return next((sample.key for sample in reversed(begun) if name.startswith(f"{sample.key}.")), key), ""
+
+
+def begin(begun: list[Sample], name: str, key: str, ending: str) -> Iterator[Sample]:
+    """Makes the sample that the member `name` belongs to the last one of `begun`; yields those that end before it.
+
+    Inside sample 7 there may be one called 7.small: if it is not whole, it is something else that 7 holds.
+    """
+    if begun and not begun[-1].members and begun[-1].first.startswith(f"{key}."):
+        begun[-1].key = key  # its name was a guess
+    while begun and (begun[-1].key != key or ending in begun[-1].members):
+        if len(begun) == 1 and begun[0].members and key.startswith(f"{begun[0].key}."):
+            break
+        ended = begun.pop()
+        if not begun or ended.is_whole:
+            yield ended
+    if not begun or begun[-1].key != key:
+        begun.append(Sample(key, name))
 
 
 def samples(path: Path) -> Iterator[tuple[Sample | Bad, int]]:
     """(sample, bytes of the tar so far), then what is wrong with the tar, if anything is."""
-    sample, end, damage = None, 0, []
+    begun, end, damage = [], 0, []
     try:
         for tar, member, position in members(path):
-            place, name = os.path.split(member.name)
-            stem, _, ending = name.partition(".")
-            key, most = os.path.join(place, stem), limit(ending.lower())
-            if most is None or not member.isreg():
+            if member.isdir() or is_hidden(member.name):
                 continue
-            if sample is None or sample.key != key:
-                if sample:
-                    yield sample, end
-                sample = Sample(key)
-            if sample.wants(ending.lower()):
-                sample.read(tar, member, ending.lower(), most)
+            key, ending = key_of(member.name, begun)
+            for ended in begin(begun, member.name, key, ending):
+                yield ended, end
+            if ending and member.isreg():
+                begun[-1].read(tar, member, ending)
             end = position
+    except PermissionError:
+        raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        damage = [(Bad(path.name, "cut off or broken tars", str(error)), os.path.getsize(path))]
-    if sample:
-        yield sample, end
+        damage = [(damaged(path, error), os.path.getsize(path))]
+    for number, sample in enumerate(begun):
+        if number == 0 or sample.is_whole:
+            yield sample, end
     yield from damage
+
+
+def damaged(path: Path, error: Exception) -> Bad:
+    """What a tar that raised `error` is."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    packed = [kind for start, kind in PACKED.items() if head.startswith(start)]
+    if packed:
+        return Bad(path.name, "compressed tars", f"{packed[0]}: unpack it first")
+    return Bad(path.name, "cut off or broken tars", str(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,14 +182,15 @@ def samples(path: Path) -> Iterator[tuple[Sample | Bad, int]]:
 
 def caption_of(sample: Sample) -> tuple[str, str]:
     """(caption, '') or ('', why there is none)."""
-    if "txt" in sample.members:
-        data = sample.members["txt"]
-        whole = len(data) < MAX_TEXT  # else the last letter may be cut
-        try:
-            text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole).strip()
-        except UnicodeDecodeError:
-            return "", "not in UTF-8"
-    else:
+    data = sample.members.get("txt", b"")
+    whole = len(data) < MAX_TEXT  # else the last letter may be cut
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=whole).strip()
+    except UnicodeDecodeError:
+        return "", "not in UTF-8"
+    if "\0" in text:
+        return "", "NUL bytes"
+    if not text:
         try:
             row = json.loads(sample.members.get("json", b"{}"))
         except (ValueError, RecursionError):
@@ -138,9 +206,10 @@ def captioned(path: Path, name: str) -> Iterator[tuple[Captioned | Bad, int]]:
 
     Raises UserError for a tar that cannot be opened.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} is not there or is not a file")
-    for sample, end in samples(path):
+    for found in accounted(samples(path), path, name):
+        sample, end = found if isinstance(found, tuple) else (found, 0)
         yield usable(sample, name), end
 
 
@@ -150,11 +219,10 @@ def usable(sample: Sample | Bad, name: str) -> Captioned | Bad:
     where = f"{name}:{ascii(sample.key)[1:-1]}"
     if sample.too_large:
         return Bad(where, "members too large", sample.too_large)
-    picture = next((ending for ending in PICTURE_ENDINGS if ending in sample.members), None)
-    if picture is None:
-        return Bad(where, "without a picture")
+    if sample.picture is None:
+        return Bad(where, "without a picture", f"its first member is {sample.first[:200]!a}")
     caption, problem = caption_of(sample)
     if problem:
-        return Bad(where, problem)
+        return Bad(where, problem, f"its first member is {sample.first[:200]!a}")
     caption, cut = shortened(caption)
-    return Captioned(where, caption, File(f"{where}.{picture}", data=sample.members[picture]), cut)
+    return Captioned(where, caption, File(f"{where}.{sample.picture}", data=sample.members[sample.picture]), cut)

@@ -283,6 +283,7 @@ def test_what_is_broken_is_named(layout, file, damage, words, tmp_path, monkeypa
         (["{nano}", "{hf}", "--to", "hf"], "exists"), (["{nano}", "new", "--to", "meta", "--shards", "3"], "3 shards"),
         (["{nano}", "new", "--to", "meta", "--shards", "1"], "2 groups"), (["{run}", "new", "--to", "hf"], "n_groups"),
         (["{nano}", "new", "--to", "tar"], "tar"), (["{nano}", "new", "--to", "meta", "--shards", "-2"], "--shards"),
+        (["{nano}", "new", "--to", "nano", "--file-gb", "inf"], "--file-gb"),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_one_sentence(arguments, word, folders, tmp_path, monkeypatch, capsys):

@@ -38,6 +38,7 @@ def png_bytes() -> bytes:
     return file.getvalue()
 
 
+BLANK = b" \t\r\n\xef\xbb\xbf"  # what an empty line may hold
 BAD_LINES = {
     "broken": (b'{"file_name": "good.png", "text"\n', "broken lines"),
     "a list": (b'["good.png", "a cat"]\n', "broken lines"),
@@ -105,9 +106,12 @@ def test_no_bytes_in_a_caption_file_stop_the_good_lines(noise):
         save(folder / "good.png")
         (folder / "captions.jsonl").write_bytes(noise + b"\n" + line("good.png", "red"))
         report = Report()
-        assert read_captions(folder, report) == {folder / "good.png": ["red"]}
-        text = noise.decode("utf-8-sig", "surrogateescape")
-        assert len(report.skipped) == sum(bool(part.strip()) for part in io.StringIO(text, newline=None))
+        found = read_captions(folder, [folder / "captions.jsonl"], report)
+        if not json.detect_encoding(noise[:4] + b"\n{").startswith("utf-8"):
+            assert found == {} and [bad.reason for bad in report.skipped] == ["files not in UTF-8"]
+            return
+        assert found == {folder / "good.png": ["red"]}
+        assert len(report.skipped) == sum(bool(part.strip(BLANK)) for part in noise.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -237,3 +241,144 @@ def test_a_document_depends_on_the_index_alone(source, tmp_path):
     assert [shown(again.document(i)) for i in reversed(range(50))][::-1] == forwards
     other = FolderSource(tmp_path / "prepared", "train", 8)
     assert [shown(other.document(i)) for i in range(50)] != forwards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing is passed over in silence
+
+
+def said(folder: Path, prepared: Path) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    """(captions of each picture, where and why something was skipped)."""
+    report = prepare_folder(folder, prepared, 16)
+    return captions_in(prepared), [(bad.where, bad.reason) for bad in report.skipped]
+
+
+TABLES = {
+    "a stray quote takes no row with it": (
+        'good.png,"a 5 foot sign\nsub/also.png,second\ngood.png,third\n',
+        {"sub/also.png": ["second"], "good.png": ["third"]}, [(2, "broken quotes")],
+    ),
+    "nor does one that a later row closes": (
+        'good.png,"a 5 foot sign\nsub/also.png,a 6 foot sign"\ngood.png,"third, at last"\n',
+        {"sub/also.png": ['a 6 foot sign"'], "good.png": ["third, at last"]}, [(2, "broken quotes")],
+    ),
+    "a caption of several lines is one": (
+        'good.png,"a cat,\na dog, and\nmore"\nsub/also.png,\'a bird\'\n',
+        {"good.png": ["a cat,\na dog, and\nmore"], "sub/also.png": ["'a bird'"]}, [],
+    ),
+    "commas": (
+        "good.png,a cat, a dog\nsub/also.png,b\n", {"sub/also.png": ["b"]}, [(2, "more fields than the header")],
+    ),
+    "backslashes": ('good.png,"he \\"said\\" so"\nsub/also.png,b\n', {"sub/also.png": ["b"]}, [(2, "broken quotes")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_loses_no_row_and_no_half_of_a_caption(kind, folder, tmp_path):
+    rows, captions, bad = TABLES[kind]
+    (folder / "metadata.csv").write_text("file_name,text\n" + rows)
+    assert said(folder, tmp_path / "out") == (captions, [(f"metadata.csv:{n}", reason) for n, reason in bad])
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_table_of_another_kind_is_refused_with_the_header_that_was_found(separator, folder, tmp_path):
+    (folder / "metadata.csv").write_text(f"file_name{separator}text\ngood.png{separator}red\n")
+    with pytest.raises(UserError) as error:
+        prepare_folder(folder, tmp_path / "out", 16)
+    assert f"without a file name: its fields are {f'file_name{separator}text'!a}" in str(error.value)
+    assert len(str(error.value).replace(str(tmp_path), "")) < 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.csv"])
+def test_another_encoding_is_named(name, encoding, folder, tmp_path):
+    content = line("good.png", "red").decode() if name.endswith("jsonl") else "file_name,text\ngood.png,red\n"
+    (folder / name).write_bytes(content.encode(encoding))
+    (folder / "sub" / "captions.jsonl").write_bytes(line("also.png", "green"))
+    assert said(folder, tmp_path / "out") == ({"sub/also.png": ["green"]}, [(name, "files not in UTF-8")])
+
+
+def test_what_is_not_read_is_counted_and_named_and_hidden_files_are_not(folder, tmp_path):
+    (folder / "captions.jsonl").write_bytes(line("good.png", "red"))
+    for name in (
+        "metadata.csv",
+        "sub/0.tar",
+        "sub/deep/captions.jsonl",
+        "more.jsonl.gz",
+        ".DS_Store",
+        "._captions.jsonl",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"file_name,text\n")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "captions.jsonl").write_bytes(line("../good.png", "green"))
+    report = prepare_folder(folder, tmp_path / "out", 16)
+    assert captions_in(tmp_path / "out") == {"good.png": ["red"]}
+    assert [bad.where for bad in report.skipped] == [
+        "metadata.csv",
+        "more.jsonl.gz",
+        "sub/0.tar",
+        "sub/deep/captions.jsonl",
+    ]
+    assert str(report) == "1 pictures with 1 captions; 4 skipped: 4 files that are not read"
+
+
+def test_a_folder_of_packed_captions_is_refused_with_their_name(folder, tmp_path):
+    (folder / "captions.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(
+        UserError, match=r"has no caption file: .*; it has captions\.jsonl\.gz \(files that are not read\)"
+    ):
+        prepare_folder(folder, tmp_path / "out", 16)
+
+
+NAMES = ["caf\u00e9.png", "cafe\u0301.png"]  # as one letter; as a letter and an accent, so a Mac writes it
+
+
+@pytest.mark.parametrize("listed, there", [NAMES, NAMES[::-1]])
+def test_a_name_finds_the_only_file_that_is_spelled_with_other_code_points(listed, there, folder, tmp_path):
+    folder_there = there.removesuffix(".png")
+    save(folder / folder_there / there)
+    (folder / "captions.jsonl").write_bytes(
+        line(f"{listed.removesuffix('.png')}/{listed}", "red") + line("caf.png", "x")
+    )
+    assert said(folder, tmp_path / "out") == (
+        {f"{folder_there}/{there}": ["red"]}, [("captions.jsonl:2", "missing pictures")]
+    )  # fmt: skip
+
+
+def test_of_two_files_whose_names_look_the_same_each_is_found_by_its_own(folder, tmp_path):
+    for name, colour in zip(NAMES, COLOURS, strict=False):
+        save(folder / name, colour)
+    three = "\u1e69", "s\u0323\u0307", "s\u0307\u0323"  # one letter: two files, and a row that spells it a third way
+    for name in three[1:]:
+        save(folder / f"{name}.png", COLOURS[4])
+    rows = [line(name, str(n)) for n, name in enumerate([*NAMES, *(f"{name}.png" for name in three)])]
+    (folder / "captions.jsonl").write_bytes(b"".join(rows))
+    captions, skipped = said(folder, tmp_path / "out")
+    assert captions == {name: [str(n)] for n, name in enumerate(NAMES)} | {
+        f"{three[1]}.png": ["3"],
+        f"{three[2]}.png": ["4"],
+    }
+    assert skipped == [("captions.jsonl:3", "missing pictures")]
+
+
+def test_an_absolute_name_inside_the_folder_is_read(folder, tmp_path, monkeypatch):
+    rows = [line(str(folder / "sub" / "also.png"), "green"), line(str(tmp_path / "outside.png"), "secret")]
+    (folder / "captions.jsonl").write_bytes(b"".join(rows))
+    monkeypatch.chdir(tmp_path)
+    assert said(Path("mine"), tmp_path / "out") == (
+        {"sub/also.png": ["green"]}, [("captions.jsonl:2", "outside the folder")]
+    )  # fmt: skip
+
+
+def test_links_are_followed_to_files_and_folders_and_no_folder_is_read_twice(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "captions.jsonl").write_bytes(line("there.png", "blue"))
+    save(tmp_path / "elsewhere" / "there.png", COLOURS[2])
+    (folder / "train").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to("train")
+    (folder / "captions.jsonl").write_bytes(line("link.png", "red"))
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    assert said(folder, tmp_path / "out") == (
+        {"link.png": ["red"], "again/there.png": ["blue"]}, [("train", "links to folders that are read already")]
+    )  # fmt: skip

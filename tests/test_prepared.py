@@ -1,7 +1,10 @@
 """Training on prepared data: sizes and tokenizers are the data's, names are its folders, what changed is refused."""
 
 import json
+import os
+import platform
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +26,7 @@ from nanochameleon.evaluate import held_out, report
 from nanochameleon.layouts import DECODER
 from nanochameleon.model_folder import open_model, open_tokenizers
 from nanochameleon.prepare import open_loader
-from nanochameleon.prepared import INDEX, open_prepared, sources
+from nanochameleon.prepared import INDEX, open_prepared, sources, store_prepared
 from nanochameleon.presets import mixed
 from nanochameleon.run import TEXT_TOKENIZER, read_config
 
@@ -186,3 +189,19 @@ def test_a_folder_that_is_damaged_or_none_is_one_sentence(kind, data, tmp_path):
 def test_without_a_path_the_option_is_named(tmp_path):
     with pytest.raises(UserError, match=r"needs --data\.path"):
         train.main(config(tmp_path / "run", None))
+
+
+def test_folders_that_killed_processes_left_are_removed_and_those_of_running_ones_stay(model, tmp_path):
+    """Row by row: of a process that is gone, of one that runs (pytest's parent), of one on another machine."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    here = f".new-{platform.node()}"
+    dead, others = f"{here}-{process.pid}", {f"{here}-{os.getppid()}", f".new-elsewhere.{process.pid}-{process.pid}"}
+    for name in (dead, *others):
+        (tmp_path / "data" / name / "image_tokenizer").mkdir(parents=True)
+    for _ in range(2):  # when the tokenizers are written, and when they are there
+        store_prepared(tmp_path / "data", open_tokenizers(model))
+        left = {path.name for path in (tmp_path / "data").glob(".*")}
+        assert left == others
+        (tmp_path / "data" / dead).mkdir()
+    assert open_prepared(tmp_path / "data").digest() == open_tokenizers(model).digest()

@@ -159,6 +159,18 @@ def test_a_run_of_another_version_is_not_overwritten_and_the_way_out_is_said(tmp
     assert (tmp_path / CONFIG).exists()
 
 
+def test_a_path_by_another_spelling_is_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    first = tiny_config(out=tmp_path / "run", data=DataConfig("folder", Path("data")))
+    start_folder(first)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    for path in (tmp_path / "data", tmp_path / "link", Path("x/../data")):
+        start_folder(dataclasses.replace(first, data=DataConfig("folder", path)))
+    with pytest.raises(UserError, match=r"holds another run \(data\.path was .*data and is .*other\)"):
+        start_folder(dataclasses.replace(first, data=DataConfig("folder", tmp_path / "other")))
+
+
 def test_a_command_names_the_python_that_runs_it_as_it_is_found_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", str(tmp_path / ".venv/bin/python"))

@@ -33,7 +33,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.run import TEXT_TOKENIZER
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.tokenizing import Job, Outcome, fit, run, tokenize
-from nanochameleon.units import Unit, plan
+from nanochameleon.units import Unit, left_out, plan
 
 
 class Levels:
@@ -46,7 +46,7 @@ class Levels:
 
 
 def job(directory: Path, form: str, sources: list[Path], most: int = 64, seed: int = 0) -> Job:
-    return Job(directory, form, most, seed, TOKENIZER, Levels(), "digest", plan(sources, form))
+    return Job(directory, form, most, seed, TOKENIZER, Levels(), "digest", plan(sources, form), left_out(sources, form))
 
 
 def prepare(directory: Path, form: str, sources: list[Path], **more) -> list[list]:
@@ -236,6 +236,19 @@ def test_what_is_done_is_not_done_again_and_nothing_is_there_before_all_is(tars,
     assert sorted(done[:7]) == list(range(7)) and contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"lengths": [3], "skipped": []}'])
+def test_a_unit_whose_outcome_is_damaged_is_done_again(content, tars, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "finish", lambda job: "stopped before its end")
+    run(job(tmp_path / "out", "pairs", [tars]), 0, 1, 2)
+    monkeypatch.undo()
+    (tmp_path / "out" / "unit-00003.json").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=r"unit-00003\.json is gone or damaged"):
+        tokenizing.finish(job(tmp_path / "out", "pairs", [tars]))
+    run(job(tmp_path / "out", "pairs", [tars]), 0, 1, 2)
+    run(job(tmp_path / "one", "pairs", [tars]), 0, 1, 2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_run(tmp_path_factory.mktemp("model") / "tiny")
@@ -297,13 +310,27 @@ def test_a_hundred_bad_items_in_a_row_end_it_and_ninety_nine_do_not(tmp_path):
         prepare(tmp_path / "b", "pairs", [tmp_path / "wrong"])
 
 
+def test_what_is_in_no_unit_is_counted_and_listed(model, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    lines(tmp_path / "mine" / "a.jsonl", {"text": "words"}, b"broken\n")
+    for name in ("b.txt", "more.jsonl.gz"):
+        (tmp_path / "mine" / name).write_bytes(b"")
+    main(args([tmp_path / "mine"], model, tmp_path / "out", form="text"))
+    assert "3 skipped: 1 broken lines, 1 files that are not read, 1 empty files" in capsys.readouterr().out
+    listed = (tmp_path / "out" / "web" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(bad)["where"] for bad in listed] == [
+        "mine/a.jsonl at byte 18", "mine/more.jsonl.gz", "mine/b.txt"
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "web" / "index.json").read_text())["skipped"] == 3
+
+
 def test_nothing_usable_is_one_sentence_and_no_index(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"nothing": 1}, b"[]\n")
     with pytest.raises(UserError, match=r"nothing of .*out can be used: a\.jsonl at byte 0 \(without a text\)"):
         prepare(tmp_path / "out", "text", [path])
     assert not (tmp_path / "out" / "index.json").exists()
     (tmp_path / "empty.txt").write_bytes(b"")
-    with pytest.raises(UserError, match="the sources are empty"):
+    with pytest.raises(UserError, match=r"empty\.txt \(empty files\)"):
         prepare(tmp_path / "empty", "text", [tmp_path / "empty.txt"])
 
 

@@ -1,6 +1,7 @@
 """train.py from raw data to the report, at a size of seconds: what it leaves, stops and goes on with, and refuses."""
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -224,6 +225,25 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(copy, 
     assert again == before
 
 
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_run_goes_to_its_end_when_nothing_can_be_printed(number, before_transformer, finished, monkeypatch):
+    """The reader of its output has gone, or the disk of its log is full: the run's folder is not to blame."""
+
+    def fail(self, text):
+        raise OSError(number, os.strerror(number))
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, type("Broken", (io.TextIOBase,), {"write": fail})())
+    monkeypatch.setattr(train, "make_report", lambda *_: None)
+    code = 0
+    try:
+        exit_on_user_error(lambda: train.main(training_config(before_transformer)))
+    except SystemExit as end:
+        code = end.code
+    assert code == (2 if number == errno.ENOSPC else 0)
+    assert_same_weights(before_transformer, finished)
+
+
 def test_a_stop_while_documents_are_tokenized_is_heard_and_leaves_no_half_of_them(before_transformer, monkeypatch):
     shutil.rmtree(before_transformer / "data")
     before = set(contents(before_transformer))
@@ -324,6 +344,16 @@ def heard_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_stop_is_heard_where_nothing_can_be_said_of_it(heard_ctrl_c, monkeypatch):
+    def fail(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", fail)
+    with Stopper() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
 
 
 def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back(heard_ctrl_c):

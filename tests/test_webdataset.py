@@ -1,7 +1,10 @@
 """WebDataset tars: every sample before a cut comes, bad ones are counted with tar and key, memory stays bounded."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import subprocess
 import sys
 import tarfile
@@ -15,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanochameleon.data.reading import MAX_CAPTION, Bad, Captioned
+from nanochameleon.data.reading import MAX_CAPTION, Bad, Captioned, walk
 from nanochameleon.errors import UserError
 from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.webdataset import MAX_JSON, MAX_PICTURE, captioned, tars_in
@@ -83,13 +86,14 @@ def test_half_a_surrogate_pair_and_a_huge_json_are_bad_and_a_huge_text_is_cut(tm
     assert found[2].caption == "é" * MAX_CAPTION and found[2].cut
 
 
-def test_links_and_folders_are_no_samples(tmp_path):
+def test_links_are_not_followed_and_folders_are_no_samples(tmp_path):
     with tarfile.open(write_tar(tmp_path / "0.tar", [("a.jpg", PICTURE), ("a.txt", b"a")]), "a") as tar:
         for name, kind in (("b.jpg", tarfile.SYMTYPE), ("c.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.DIRTYPE)):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    assert said(tmp_path / "0.tar") == [("a",)]
+    bad = [(f"0.tar:{name}", "without a picture") for name in "bc"]
+    assert said(tmp_path / "0.tar") == [("a",), *bad]
 
 
 def whole_tar(folder: Path, n: int = 4) -> bytes:
@@ -144,6 +148,67 @@ def test_long_names_are_read(tmp_path):
         assert said(tmp_path / f"{number}.tar") == [("grün",)]
 
 
+def sample(key: str, caption: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", PICTURE), (f"{key}.txt", caption.encode())]
+
+
+TARS = {
+    "keys with dots": (sample("photo.2021.01", "a") + sample("photo.2021.02", "b"), ["a", "b"], []),
+    "keys with dots among others": (sample("a", "a") + sample("photo.v2", "b") + sample("z", "c"), ["a", "b", "c"], []),
+    "a sample whose name goes on": (sample("a", "a") + sample("a.small", "b") + sample("b", "c"), ["b", "a", "c"], []),
+    "several pictures of one sample": (
+        [("s.input.jpg", PICTURE), ("s.target.jpg", PICTURE)], [],
+        [("s.input", "without a caption"), ("s.target", "without a caption")],
+    ),
+    "one key twice": (sample("a", "one") + sample("a", "two"), ["one", "two"], []),
+    "one member twice": ([("a.jpg", PICTURE), *sample("a", "a")], ["a"], [("a", "without a caption")]),
+    "sorted by kind": (
+        [("a.jpg", PICTURE), ("b.jpg", PICTURE), ("a.txt", b"a"), ("b.txt", b"b")], [],
+        [(key, f"without a {what}") for what in ("caption", "picture") for key in "ab"],
+    ),
+    "what is no sample": (
+        [("README", b"a"), ("clip.mp4", b"a"), ("jpg", b"a"), ("dir/00.npy", b"a")], [],
+        [(key, "without a picture") for key in ("README", "clip", "jpg", "dir/00")],
+    ),
+    "an empty text beside a good caption": ([*sample("a", " "), ("a.json", b'{"text": "a"}')], ["a"], []),
+    "captions that are none": (
+        [m for key, text in (("a", b"null"), ("b", b"NaN"), ("c", b'["a"]')) for m in (
+            (f"{key}.jpg", PICTURE), (f"{key}.json", b'{"caption": %s}' % text))], [],
+        [(key, "without a caption") for key in "abc"],
+    ),
+    "texts in UTF-16": (
+        [("a.jpg", PICTURE), ("a.txt", "words".encode("utf-16")), ("b.jpg", PICTURE), ("b.txt", b"w\0o\0")], [],
+        [("a", "not in UTF-8"), ("b", "NUL bytes")],
+    ),
+    "a Mac's and a notebook's": ([("._a.jpg", b"x"), *sample("a", "a"), (".ipynb_checkpoints/a.txt", b"x")], ["a"], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_every_member_is_part_of_a_sample_that_is_told(kind, tmp_path):
+    tar, captions, bad = TARS[kind]
+    told = said(write_tar(tmp_path / "0.tar", tar))
+    assert [each[0] for each in told if len(each) == 1] == captions
+    assert [each for each in told if len(each) == 2] == [(f"0.tar:{key}", reason) for key, reason in bad]
+
+
+@pytest.mark.parametrize("gap", [0, 9_728, 3_000_000])
+def test_joined_tars_are_told(gap, tmp_path):
+    parts = [write_tar(tmp_path / name, sample(name, name)).read_bytes() for name in "ab"]
+    (tmp_path / "0.tar").write_bytes(bytes(gap).join(parts))
+    assert said(tmp_path / "0.tar") == [("a",), ("0.tar", "cut off or broken tars")]
+    assert "joined from several tars" in read(tmp_path / "0.tar")[-1].detail
+    (tmp_path / "0.tar").write_bytes(parts[0] + bytes(gap))
+    assert said(tmp_path / "0.tar") == [("a",)]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_packed_tar_is_told_by_its_kind(pack, tmp_path):
+    (tmp_path / "0.tar").write_bytes(pack(whole_tar(tmp_path)))
+    assert said(tmp_path / "0.tar") == [("0.tar", "compressed tars")]
+    assert read(tmp_path / "0.tar")[0].detail.endswith(": unpack it first")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # As a folder of pictures
 
@@ -170,7 +235,7 @@ def test_a_folder_of_tars_is_taken_like_a_folder_of_pictures(tmp_path):
 def test_tars_in_folders_for_training_and_test_are_kept_apart(tmp_path):
     for name in ("train", "val"):
         write_tar(tmp_path / "mine" / name / "0.tar", [("a.png", PICTURE), ("a.txt", name.encode())])
-    assert [str(path.relative_to(tmp_path)) for path in tars_in(tmp_path / "mine")] == [
+    assert [str(path.relative_to(tmp_path)) for path in tars_in(tmp_path / "mine", walk(tmp_path / "mine")[0])] == [
         "mine/train/0.tar", "mine/val/0.tar"
     ]  # fmt: skip
     prepare_folder(tmp_path / "mine", tmp_path / "prepared", 8)

@@ -25,7 +25,8 @@ class Args:
     what: tyro.conf.Positional[Literal["prepare"]]
     """What to do."""
     sources: tyro.conf.Positional[tuple[Path, ...]]
-    """Files and folders, see nanochameleon/units.py: .tar, .jsonl, .csv, .txt, folders of these."""
+    """Files and folders, see nanochameleon/units.py: .tar, .jsonl, .csv, .txt, folders of these. Links in folders are
+    followed, wherever they lead; hidden files are left out; what cannot be read is listed in NAME/skipped.jsonl."""
     form: Literal["pairs", "drawings", "interleaved", "text", "chat"]
     """pairs: captioned pictures, either one first. drawings: the caption first. interleaved: several in turn. text:
     words alone. chat: turns of prompt and answer."""
@@ -77,18 +78,19 @@ def main(args: Args) -> None:
     from nanochameleon.model_folder import open_tokenizers, text_of
     from nanochameleon.prepared import open_prepared, store_prepared
     from nanochameleon.run import pick_device
-    from nanochameleon.units import plan
+    from nanochameleon.units import left_out, plan
 
     (rank, world), local = place(), environment("LOCAL_WORLD_SIZE", 1)
     tokenizers = open_tokenizers(args.tokenizers) if args.tokenizers else open_prepared(args.out)
-    units, text = plan(args.sources, args.form), text_of(tokenizers, args.tokenizers or args.out)
+    units, left = plan(args.sources, args.form), left_out(args.sources, args.form)
+    text = text_of(tokenizers, args.tokenizers or args.out)
     most, least = args.seq_len or tokenizers.context, tokenizers.vqgan.codes_per_image + 5
     if most < (least := 3 if args.form == "text" else least):  # <s>, a word, a picture between its two ids, </s>
         raise UserError(f"--seq-len must be at least {least} for this form, not {most}")
     images = tokenizers.images(pick_device(device_of(args.device)))
     store_prepared(args.out, tokenizers)
     where = args.out / args.name, args.form, most, args.seed
-    job = tokenizing.Job(*where, text, images, tokenizers.digest(), units)
+    job = tokenizing.Job(*where, text, images, tokenizers.digest(), units, left)
     say(tokenizing.run(job, rank, world, args.threads or max(1, min(16, (os.cpu_count() or 1) // local))))
 
 
