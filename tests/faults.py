@@ -232,24 +232,25 @@ def differences(one: dict, other: dict) -> list[str]:
 # The whole run, as a program
 
 
-def stage_of(folder: Path) -> str:
-    """How far a run has come."""
-    from nanochameleon import checkpoint
+STAGES = {
+    "start": "*", "text tokenizer": "config.json", "image tokenizer": "text_tokenizer.json", "data": "data",
+    "transformer": "metrics.jsonl", "transformer, saved": "step-*",
+}  # fmt: skip
 
-    if lines(folder):
-        return "transformer, saved" if checkpoint.checkpoints(folder) else "transformer, not saved"
-    stages = {"data": "data", "text_tokenizer.json": "image tokenizer", "config.json": "text tokenizer"}
-    return next((stage for name, stage in stages.items() if (folder / name).exists()), "start")
+
+def stage_of(folder: Path) -> str:
+    """How far a run has come: the last stage of which there is something."""
+    return next((stage for stage, made in reversed(STAGES.items()) if any(folder.glob(made))), "start")
 
 
 def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float) -> list[str]:
-    """Begins a run, kills it at two moments drawn from so many seconds, each time going on with the same command; ->
-    the stages in which it was killed."""
-    chance, stages = random.Random(seed), []
+    """Begins a run that lasts so many seconds and kills it twice, at a drawn moment of a drawn stage, or later where that
+    is done, each time going on with the same command; -> the stages in which it was killed."""
+    chance, names, stages = random.Random(seed), list(STAGES), []
     for _ in range(2):
-        run, end = Launched(folder, ranks, whole=mode), time.monotonic() + chance.uniform(0, seconds)
-        while time.monotonic() < end and not run.ended():
-            time.sleep(0.01)
+        run, aim = Launched(folder, ranks, whole=mode), chance.randrange(len(names))
+        wait_for(lambda run=run, aim=aim: names.index(stage_of(folder)) >= aim or run.ended())
+        time.sleep(chance.uniform(0, seconds / len(names)))
         stage = stage_of(folder)
         if kill(run, ranks, chance):
             stages.append(stage)
