@@ -244,8 +244,8 @@ def stage_of(folder: Path) -> str:
 
 
 def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float) -> list[str]:
-    """Begins a run that lasts so many seconds and kills it twice, at a drawn moment of a drawn stage, or later where that
-    is done, each time going on with the same command; -> the stages in which it was killed."""
+    """Begins a run that lasts so many seconds and kills it twice, each time at a drawn moment of a drawn stage, or
+    later where that is done, and goes on with the same command; -> the stages in which it was killed."""
     chance, names, stages = random.Random(seed), list(STAGES), []
     for _ in range(2):
         run, aim = Launched(folder, ranks, whole=mode), chance.randrange(len(names))
