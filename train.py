@@ -15,8 +15,9 @@
         train.py chameleon_34b --data.path=tokens --parallel.mode fsdp --parallel.tensor 8 --parallel.recompute
 
 The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
-transformer, report. Ctrl-C and SIGTERM save; the same command goes on, on as many processes as you like. config.py says
-what the numbers are. The variable above lets torchrun's restarts after a dead rank meet (pytorch issue 167288).
+transformer, report. Ctrl-C and SIGTERM save and end with code 130 and 143; the same command goes on, on as many
+processes as you like. config.py says what the numbers are. The variable above lets torchrun's restarts after a dead
+rank meet (pytorch issue 167288).
 """
 
 import sys
@@ -35,7 +36,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,17 @@ from nanochameleon import checkpoint, stability
 from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
-from nanochameleon.distributed import Mesh, Trainee, check_tensor, local_device, shards, spread, start, wrap
+from nanochameleon.distributed import (
+    Mesh,
+    Trainee,
+    check_tensor,
+    environment,
+    local_device,
+    shards,
+    spread,
+    start,
+    wrap,
+)
 from nanochameleon.drawing import noisy, to_learn
 from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
@@ -59,12 +70,22 @@ from nanochameleon.kernels.pages import keep_pages
 from nanochameleon.kernels.zloss import Expected
 from nanochameleon.model_folder import Parts, open_model
 from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
-from nanochameleon.objective import Objective, Sums, matrix_products, pick_precision, product_rate
+from nanochameleon.objective import Objective, Sums, matrix_products, product_rate
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
 from nanochameleon.printing import say, warn
-from nanochameleon.run import TEXT_TOKENIZER, Run, command, open_image_tokenizer, pick_device, start_folder
+from nanochameleon.run import (
+    TEXT_TOKENIZER,
+    Run,
+    build,
+    claim,
+    decide_precision,
+    open_image_tokenizer,
+    pick_device,
+    same_command,
+    start_folder,
+)
 from nanochameleon.saver import Saver, find
 from nanochameleon.scaling import flop_per_id, peak_of
 from nanochameleon.sharding import part_of
@@ -129,9 +150,9 @@ def memory_gib(device: torch.device) -> float | None:
     return peak_memory_gib()
 
 
-def mfu_per_id(cfg: RunConfig, precision: str, mesh: Mesh) -> float | None:
+def mfu_per_id(cfg: RunConfig, mesh: Mesh) -> float | None:
     """The share of all devices' peak that one id a second takes; a CPU's peak is what a plain product reaches."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
     if mesh.device.type == "cuda":
         peak = peak_of(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
     else:
@@ -143,13 +164,20 @@ def mfu_per_id(cfg: RunConfig, precision: str, mesh: Mesh) -> float | None:
 class Progress:
     """What a checkpoint holds beside tensors."""
 
-    precision: str  # which may not change on the way where it was chosen by the clock
     step: int = 0  # updates done
     tokens: int = 0  # supervised ones
     passed: int = 0  # batches passed over by rolling back
     left_out: int = 0  # updates that did not happen, since loss or gradient was not finite
     loss: float | None = None  # mean of what was logged since the checkpoint before
     failed: int = 0  # steps in a row without a finite loss
+
+    @staticmethod
+    def read(state: dict, path: Path) -> "Progress":
+        """Of a checkpoint's state. Raises UserError for one of another stage or version."""
+        try:
+            return build(Progress, {name: x for name, x in state.items() if name != "precision"}, "state")  # older ones
+        except ValueError as error:
+            raise UserError(f"{path} is of another stage or version of training: {error}") from None
 
 
 ROLL_BACKS = 3  # to one checkpoint before a run gives up
@@ -212,7 +240,7 @@ class Training:
     def move(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with matrix_products(self.progress.precision, self.trainee.mesh.device):  # Muon has some
+        with matrix_products(self.cfg.train.precision, self.trainee.mesh.device):  # Muon has some
             self.optimizer.step()
 
     def set_aside(self, batch: Batch, number: int) -> None:
@@ -241,7 +269,7 @@ class Training:
         path, before = find(self.folder, self.trainee.mesh), self.progress
         if path is None or self.rolled_back.count(path) == ROLL_BACKS:
             raise GaveUp(f"{before.failed} steps in a row had no finite loss: {lower}")
-        self.progress = Progress(**checkpoint.restore(path, self.trainee.model, self.optimizer))
+        self.progress = Progress.read(checkpoint.restore(path, self.trainee.model, self.optimizer), path)
         self.progress.passed = before.step + before.passed - self.progress.step
         self.progress.left_out, self.progress.failed = before.left_out, 0
         self.losses, self.owed, self.rolled_back = [], False, [*self.rolled_back, path]
@@ -253,6 +281,8 @@ class Training:
         """To the end. Raises Interrupted once a stop is saved."""
         t, p = self.cfg.train, self.progress
         while p.step < t.steps:
+            if monitor and p.step and p.step % t.sample_every == 0:  # here, so that a run stopped at this step has it
+                self.look(run)
             stop = self.step(monitor, stopped)
             if p.failed == TOO_MANY:
                 start_again = self.roll_back()
@@ -269,11 +299,13 @@ class Training:
                 self.owed = False
             if stop and not done:
                 raise Interrupted
-            if monitor and p.step % t.sample_every == 0 and not done:
-                plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
-                if run.images.can_draw and not self.saver.sharded:  # one rank has no whole model
-                    self.trainee.model.eval()
-                    sample_grid(run, self.folder / "samples" / f"step-{p.step:06d}.png")
+
+    def look(self, run: Run) -> None:
+        """Draws the curves so far, and some captions."""
+        plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
+        if run.images.can_draw and not self.saver.sharded:  # one rank has no whole model
+            self.trainee.model.eval()
+            sample_grid(run, self.folder / "samples" / f"step-{self.progress.step:06d}.png")
 
 
 def train_transformer(
@@ -281,22 +313,17 @@ def train_transformer(
 ) -> None:
     """Runs cfg.train.steps updates of run.model, which has no weights yet, from the newest checkpoint on, or from those
     of `parts`, or from random ones. Raises Interrupted once a stop is saved."""
-    t, model = cfg.train, run.model
-    path = find(folder, mesh)
-    before = checkpoint.read_state(path) if path else {}
-    wish = before.get("precision", "auto") if t.precision == "auto" else t.precision
-    precision = mesh.tell(pick_precision(wish, cfg.model.dim, mesh.device))
-    objective = Objective(model, run.vocab, precision, mesh.layer_ranks)
+    t, model, path = cfg.train, run.model, find(folder, mesh)
+    objective = Objective(model, run.vocab, t.precision, mesh.layer_ranks)
     spread(objective, mesh, cfg.parallel)
     model.to_empty(device=mesh.device)
     if path is None:
         fill(model, parts, cfg.seed)
     optimizer = make_optimizer(model, cfg.optim)
-    progress = Progress(**checkpoint.restore(path, model, optimizer)) if path else Progress(precision)
-    progress.precision = precision
-    chosen = kernels_of(mesh.device, precision)
+    progress = Progress.read(checkpoint.restore(path, model, optimizer), path) if path else Progress()
+    chosen = kernels_of(mesh.device, t.precision)
     if mesh.first:
-        announce(model, loader, precision, mesh, cfg)
+        announce(model, loader, mesh, cfg)
         say(chosen)
     keep = t.keep, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
@@ -305,7 +332,7 @@ def train_transformer(
             monitor = None
             if mesh.first:
                 board = open_board(folder / "tensorboard") if t.tensorboard else None
-                rate = mfu_per_id(cfg, precision, mesh)
+                rate = mfu_per_id(cfg, mesh)
                 monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_id=rate, board=board))
             training.run(monitor, run, stopped)
 
@@ -318,13 +345,13 @@ def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
             target.copy_(part_of(whole, target))
 
 
-def announce(model: Chameleon, loader: Loader, precision: str, mesh: Mesh, cfg: RunConfig) -> None:
+def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> None:
     for name, rows in loader.rows.items():
         if rows.n_too_long:
             say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
     ranks = f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.mode})" if mesh.world > 1 else ""
     size = sum(p.numel() for p in model.parameters())
-    say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
+    say(f"transformer: {size:,} parameters, {cfg.train.precision} on {mesh.device}{ranks}")
 
 
 def kernels_of(device: torch.device, precision: str) -> str:
@@ -340,30 +367,45 @@ def kernels_of(device: torch.device, precision: str) -> str:
 
 
 def main(cfg: RunConfig, with_report: bool = True) -> Path:
-    """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend."""
+    """Runs every stage that is not done yet; returns the run's folder. Raises UserError for what the user can mend, and
+    Interrupted after a stop, when it has said how to go on."""
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
-    with start(cfg.parallel, cfg.train.batch_size, device) as mesh:
+    if environment("TORCHELASTIC_RESTART_COUNT", 0):  # what torchrun's restart finds there is this run's own
+        cfg = replace(cfg, overwrite=False)
+    with start(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
+        mesh.once(lambda: held.enter_context(claim(cfg.folder)))
         cfg, begun = begin(cfg)
         check_room(cfg)
         if mesh.tensor > 1:
             check_tensor(cfg.model, mesh.tensor)
+        cfg = mesh.once(lambda: decide_precision(cfg, mesh.device))
         folder = mesh.once(lambda: start_folder(cfg))
-        laps = Laps(folder)
+        stop = work(cfg, begun, folder, mesh, with_report)
+    if stop:
+        raise stop
+    return folder
+
+
+def work(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, with_report: bool) -> Interrupted | None:
+    """All stages and the report. Returns what stopped them, so that all ranks end together."""
+    laps, stop = Laps(folder), Interrupted()
+    with Stopper() as stopped:
         try:
-            with Stopper() as stopped:
-                run = stages(cfg, begun, folder, mesh, laps, stopped)
+            run = stages(cfg, begun, folder, mesh, laps, stopped)
+            stopped.at_once = True  # the report has nothing to save
             if with_report:
                 mesh.once(lambda: report(run, folder, mesh, laps))
+            return None
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
             if mesh.first:
                 laps.add("interrupted")
-                again = command("train.py", *(word for word in sys.argv[1:] if word != "--overwrite"))
-                say(f"stopped and saved in {folder}; this goes on: {again}")
+                say(f"stopped and saved in {folder}; this goes on: {same_command()}")
+            stop.number = stopped.asked or stop.number
+            return stop
         except OSError as error:  # a full disk, a folder that may not be written
             why = f"cannot go on in {folder}: {error}"
             raise UserError(f"{why}; once that is mended, the same command without --overwrite goes on") from error
-    return folder
 
 
 def no_room(cfg: RunConfig, mesh: Mesh) -> str:

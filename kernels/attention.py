@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochameleon.kernels.ops import FLOATS, expect
+
 
 def visible(query_docs: Tensor, key_docs: Tensor) -> Tensor:
     """Which keys a query may see: those at or before it, of its own document. (B, T), (B, S) -> bool (B, T, S).
@@ -31,8 +33,19 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor
     return torch.einsum("bhij,bhjd->bhid", weights, v[:, group])
 
 
+def expect_heads(op: str, q: Tensor, k: Tensor, heads: int) -> None:
+    """Raises ValueError unless both have 4 dimensions, and k's heads, the dimension of this number, divide q's."""
+    if q.dim() != 4 or k.dim() != 4 or not k.shape[heads] or q.shape[heads] % k.shape[heads]:
+        shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        raise ValueError(f"{op}: queries and keys need 4 dimensions, and key heads that divide the others: {shapes}")
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, H, T, D). `mask` is bool (B, T, S), True where a key is seen; None is causal, or for T = 1 everything."""
+    """(B, H, T, D). `mask` is bool (B, T, S), True where a key is seen; None is causal, or for T = 1 everything. Raises
+    ValueError for shapes that do not fit: torch's own attention reads what lies behind a v that is shorter than k."""
+    expect_heads("attention", q, k, heads=1)
+    expect("attention", q, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), FLOATS, k=k, v=v)
+    expect("attention", q, (q.shape[0], q.shape[2], k.shape[2]), (torch.bool,), mask=mask)
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

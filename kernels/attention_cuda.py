@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels import gpu
-from nanochameleon.kernels.attention import attention, visible
+from nanochameleon.kernels.attention import attention, expect_heads, visible
+from nanochameleon.kernels.ops import FLOATS, expect
 
 
 def normed_attention_cuda(
@@ -39,10 +40,19 @@ def bounds(doc_ids: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
 # Norm and turn
 
 
+def _expect_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, **others: Tensor) -> None:
+    """Raises ValueError unless x and others are (B, T, H, E) bfloat16, turns (B, T, E), weight and bias (H, E)."""
+    expect("norm_rotary", x, x.shape, (torch.bfloat16,), x=x, **others)
+    expect("norm_rotary", x, (*x.shape[:2], x.shape[3]), FLOATS, turns=turns)
+    expect("norm_rotary", x, x.shape[2:], FLOATS, weight=weight, bias=bias)
+
+
 @torch.library.custom_op("nanochameleon::norm_rotary", mutates_args=())
 def _norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    turns = turns if len(turns) > 1 else turns.expand(len(x), -1, -1)
+    _expect_rotary(x, turns, weight, bias)
     weight, bias = (None if p is None else p.float().contiguous() for p in (weight, bias))
-    return gpu.norm_rotary(x.contiguous(), turns.expand(*x.shape[:2], -1).contiguous(), weight, bias, eps)
+    return gpu.norm_rotary(x.contiguous(), turns.float().contiguous(), weight, bias, eps)
 
 
 @_norm_rotary.register_fake
@@ -54,8 +64,10 @@ def _(x, turns, weight, bias, eps):
 def _norm_rotary_backward(
     d_out: Tensor, x: Tensor, turns: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight, turns = None if weight is None else weight.float().contiguous(), turns.expand(*x.shape[:2], -1)
-    return gpu.norm_rotary_backward(d_out.contiguous(), x.contiguous(), turns.contiguous(), weight, eps)
+    turns = turns if len(turns) > 1 else turns.expand(len(x), -1, -1)
+    _expect_rotary(x, turns, weight, None, d_out=d_out)
+    weight = None if weight is None else weight.float().contiguous()
+    return gpu.norm_rotary_backward(d_out.contiguous(), x.contiguous(), turns.float().contiguous(), weight, eps)
 
 
 @_norm_rotary_backward.register_fake
@@ -84,8 +96,17 @@ _norm_rotary.register_autograd(_norm_gradients, setup_context=_save_norm)
 # Attention
 
 
+def _expect_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, **others: Tensor) -> None:
+    """Raises ValueError unless q and others are (B, T, H, E), k and v (B, T, G, E), bfloat16; bounds (B, T) int32."""
+    expect_heads("attention_cuda", q, k, heads=2)
+    expect("attention_cuda", q, q.shape, (torch.bfloat16,), q=q, **others)
+    expect("attention_cuda", q, (*q.shape[:2], k.shape[2], q.shape[3]), (torch.bfloat16,), k=k, v=v)
+    expect("attention_cuda", q, q.shape[:2], (torch.int32,), first=first, last=last)
+
+
 @torch.library.custom_op("nanochameleon::attention_cuda", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    _expect_attention(q, k, v, first, last)
     return gpu.attention(q.contiguous(), k.contiguous(), v.contiguous(), first)
 
 
@@ -99,6 +120,7 @@ def _(q, k, v, first, last):
 def _attention_backward(
     d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _expect_attention(q, k, v, first, last, d_out=d_out, out=out)
     d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
     return gpu.attention_backward(d_out, out, lse, q, k, v, first, last)
 

@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels import gpu
+from nanochameleon.kernels.attention import expect_heads
 from nanochameleon.kernels.dispatch import choose
+from nanochameleon.kernels.ops import FLOATS, expect
 
 
 def decode_attention_(
     heads: Tensor, turns: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, keys: Tensor, values: Tensor,
     positions: Tensor, bias: Tensor,
 ) -> Tensor:  # fmt: skip
-    """(N, T, H, E), by the implementation that `dispatch.choose` names; keys and values change."""
+    """(N, T, H, E), by the implementation that `dispatch.choose` names; keys and values change. A GPU does not look
+    whether positions are below span."""
     if choose("decode_attention", heads) != "cuda" or heads.shape[-1] not in gpu.HEAD_DIMS:
         return decode_attention_reference_(heads, turns, norm, eps, keys, values, positions, bias)
-    pairs = torch.view_as_real(turns).flatten(-2)
+    pairs = torch.view_as_real(turns.resolve_conj()).flatten(-2)
     op, span = torch.ops.nanochameleon.decode_attention, bias.shape[-1]
     return op(heads, pairs, *(norm or (None, None)), eps, keys, values, positions, span)
 
@@ -61,9 +64,16 @@ def _decode_attention(
     heads: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, keys: Tensor, values: Tensor,
     positions: Tensor, span: int,
 ) -> Tensor:  # fmt: skip
-    """decode.cu. turns (N, T, E): cos and sin of each pair."""
-    if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("a cache that is written into must be contiguous")
+    """decode.cu. turns (N, T, E): cos and sin of each pair. Raises ValueError for what does not fit."""
+    expect_heads("decode_attention", heads, keys.transpose(1, 2), heads=2)
+    (n, t, every, e), (groups, places), name = heads.shape, keys.shape[1:3], "decode_attention"
+    expect(name, heads, heads.shape, (torch.bfloat16,), heads=heads)
+    expect(name, heads, (n, groups, places, e), (torch.bfloat16,), keys=keys, values=values)
+    expect(name, heads, (n, t, e), FLOATS, turns=turns)
+    expect(name, heads, (every - groups, e), FLOATS, weight=weight, bias=bias)
+    expect(name, heads, (n, t), (torch.int64,), positions=positions)
+    if span > places or not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError(f"a cache that is written into must be contiguous, and hold the {span} places in sight")
     norm = None if weight is None else (weight.float().contiguous(), bias.float().contiguous())
     turns, positions = turns.float().contiguous(), positions.contiguous()
     queries = gpu.decode_append(heads.contiguous(), turns, norm, eps, keys, values, positions)

@@ -5,13 +5,17 @@
     otherwise "auto": the fastest one measured for this device and type (the table AUTO); of the output layer with its
     loss, which is there to save memory, the one that holds the least
 
-An explicit wish that cannot be met raises with the reason. Not here: the implementations.
+An explicit wish that cannot be met raises with the reason. Inputs that only torch's rules bring together (broadcast
+shapes, several types, no numbers at all) run on the reference whatever the wish. Not here: the implementations.
 """
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -62,18 +66,35 @@ OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
 # What a training step runs: losses.py has logits, and decoding is not training.
 STEP = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
 
-_wishes: list[str] = []
+
+class _Asked(threading.local):
+    """What use_kernels asks for in this thread. torch.compile compiles again when it changes, as a ContextVar's value
+    would not be seen."""
+
+    def __init__(self):
+        self.name: str | None = None
+
+
+_asked = _Asked()
 
 
 @contextmanager
-def use_kernels(name: str) -> Iterator[None]:
-    """Inside, every op runs this implementation: "reference", "numba", "amx", "cuda", "vendor" or "auto"."""
-    _check(name)
-    _wishes.append(name)
+def use_kernels(name: str | None) -> Iterator[None]:
+    """Inside, every op that this thread calls runs this implementation: "reference", "numba", "amx", "cuda", "vendor"
+    or "auto"; None is whatever the environment says. Raises ValueError for another name."""
+    if name is not None:
+        _check(name)
+    before, _asked.name = _asked.name, name
     try:
         yield
     finally:
-        _wishes.pop()
+        _asked.name = before
+
+
+def same_kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For torch.utils.checkpoint's `context_fn`: what is computed again runs what ran first, in whatever thread the
+    backward pass is."""
+    return nullcontext(), use_kernels(_asked.name)
 
 
 def _check(name: str) -> None:
@@ -82,8 +103,8 @@ def _check(name: str) -> None:
 
 
 def wish() -> str:
-    """What was asked for: by use_kernels, else by the environment, else "auto"."""
-    name = _wishes[-1] if _wishes else os.environ.get(VARIABLE, "auto")
+    """What was asked for: by use_kernels, else by the environment, else "auto". An empty variable asks for nothing."""
+    name = _asked.name or os.environ.get(VARIABLE) or "auto"
     _check(name)
     return name
 
@@ -99,6 +120,8 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"they are for the CPU, and the tensors are on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
     return None if installed("numba") else "numba is not installed"
 
 
@@ -120,12 +143,31 @@ def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
     if dtype not in CUDA[op]:
         return f"they do not take {str(dtype).removeprefix('torch.')}"
-    missing = [name for name in ("cupy", "nvidia") if not installed(name)]
-    if missing:
-        return f"{missing[0]} is not installed: pip install nanochameleon[cuda]"
+    if missing := missing_for_cuda():
+        return f"{missing} is not installed: pip install -e '.[{cuda_extra()}]'"
     major, minor = torch.cuda.get_device_capability(device)
     known = architecture(major, minor)
     return None if known else f"they are not written for a GPU of compute capability {major}.{minor}"
+
+
+def cuda_extra() -> str:
+    """The extra of pyproject.toml with the packages for torch's own CUDA."""
+    return "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda"
+
+
+@torch.compiler.assume_constant_result
+def missing_for_cuda() -> str | None:
+    """What is lacking of cuda_extra(); CuPy for another CUDA would fail at its first launch."""
+    right, other = ("cupy-cuda12x", "cupy-cuda13x")[:: 1 if cuda_extra() == "cuda12" else -1]
+    if not installed("cupy") or (distribution(other) and not distribution(right)):
+        return right
+    return None if installed("nvidia") else "nvidia-cuda-nvrtc"
+
+
+@cache
+def distribution(name: str) -> bool:
+    """Is a package of this name installed?"""
+    return any(metadata.distributions(name=name))
 
 
 def architecture(major: int, minor: int) -> str | None:

@@ -9,6 +9,8 @@ So a row is dropped alike in whatever batch it comes, on whatever rank, in a ste
 import torch
 from torch import Tensor
 
+from nanochameleon.kernels.ops import expect
+
 # multipliers of "lowbias32", found by search for a hash of 32 bits without bias (Chris Wellons, 2018)
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
@@ -32,7 +34,8 @@ def keep(shape: torch.Size, keys: Tensor, p: float) -> Tensor:
 
 
 def dropout(x: Tensor, keys: Tensor, p: float) -> Tensor:
-    """x (B, ...), keys (B,) int64, one for each row."""
+    """x (B, ...), keys (B,) int64, one for each row: ValueError for others."""
+    expect("dropout", x, x.shape[:1], (torch.int64,), keys=keys)
     return torch.where(keep(x.shape, keys, p), x / (1 - p), 0.0)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import decide
-from nanochameleon.kernels.ops import product_type
+from nanochameleon.kernels.ops import expect, ordinary, product_type
 
 LEAST = 64  # rows, inputs and outputs; below, tiles' margins and the launches cost more than they save
 
@@ -29,12 +29,19 @@ def linear_reference(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """By the implementation that `dispatch.decide` names for products of their type; torch.compile sees the plain
-    ones."""
+    ones, which also refuse what does not fit."""
     kind = product_type(x)
     name = decide("linear", x.device, kind)[0]
-    if name == "reference" or torch.compiler.is_compiling():
+    if name == "reference" or torch.compiler.is_compiling() or not _join(x, weights, kind):
         return linear_reference(x, weights)
     return _Joined.apply(x, kind, name == "amx", *weights)
+
+
+def _join(x: Tensor, weights: Sequence[Tensor], kind: torch.dtype) -> bool:
+    """Whether torch would multiply x by each of the weights, as matrices: copied side by side, any would pass."""
+    width = x.shape[-1:]
+    alike = (w.dim() == 2 and w.shape[1:] == width and product_type(w) == kind and w.is_cpu for w in weights)
+    return len(weights) > 0 and all(alike)
 
 
 def beside(parts: Sequence[Tensor]) -> Tensor:
@@ -42,8 +49,8 @@ def beside(parts: Sequence[Tensor]) -> Tensor:
     first, width = parts[0], sum(part.shape[1] for part in parts)
     place, storage = first.storage_offset(), first.untyped_storage().data_ptr()
     for part in parts:
-        where = part.stride(), part.storage_offset(), part.untyped_storage().data_ptr()
-        if where != ((width, 1), place, storage):
+        where = part.stride(), part.storage_offset(), part.untyped_storage().data_ptr(), part.is_neg()
+        if where != ((width, 1), place, storage, first.is_neg()):
             return torch.cat(parts, 1)
         place += part.shape[1]
     return first.as_strided((len(first), width), (width, 1))
@@ -88,11 +95,13 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     from nanochameleon.kernels import launch
     from nanochameleon.kernels import weight_gradient_amx as compiled
 
+    expect("weight_gradient", g, (*g.shape[:1], *x.shape[1:]), (torch.bfloat16,), x=x)
+    expect("weight_gradient", g, (len(x), *g.shape[1:]), (torch.bfloat16,), g=g)
     (t, n_out), n_in = g.shape, x.shape[1]
     rows, outputs, columns = (-(-n // compiled.BLOCK) for n in (t, n_out, n_in))
     if not rows * outputs * columns:
         return torch.zeros(n_out, n_in, dtype=torch.float32, device="cpu")
-    g, x = (y if y.stride(1) == 1 else y.contiguous() for y in (g, x))
+    g, x = (y if y.stride(1) == 1 and ordinary(y) else y.resolve_neg().contiguous() for y in (g, x))
     pairs = torch.empty(columns, rows, compiled.BLOCK**2, dtype=torch.bfloat16, device="cpu")
     c = torch.empty(outputs * compiled.BLOCK, columns * compiled.BLOCK, dtype=torch.float32, device="cpu")
     where = {"g": g.data_ptr(), "x": x.data_ptr(), "pairs": pairs.data_ptr(), "c": c.data_ptr()}

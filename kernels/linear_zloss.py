@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import differentiable
+from nanochameleon.kernels.ops import COMPILED, FLOATS, INDICES, differentiable, expect
 from nanochameleon.kernels.zloss import zloss_cross_entropy, zloss_cross_entropy_reference
 
 
@@ -23,7 +23,8 @@ def linear_zloss_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets
 
 
 def linear_zloss_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """By the implementation that `dispatch.choose` names; "reference" holds the logits."""
+    """By the implementation that `dispatch.choose` names; "reference" holds the logits. Raises as
+    `zloss_cross_entropy` does."""
     name = choose("linear_zloss_cross_entropy", hidden)
     if name == "reference":
         return zloss_cross_entropy(F.linear(hidden, weight), targets)
@@ -31,9 +32,22 @@ def linear_zloss_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) 
     return op(hidden, weight, targets)
 
 
+def _expect(hidden: Tensor, weight: Tensor, targets: Tensor, **rows: Tensor) -> None:
+    """Raises ValueError where these are not (N, D), (V, D), N whole numbers, and N numbers in each of `rows`."""
+    name = "linear_zloss_cross_entropy"
+    if hidden.dim() != 2 or weight.dim() != 2 or not len(weight):
+        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"{name}: hidden must be (N, D) and weight (V, D) with V > 0; they are {shapes}")
+    expect(name, hidden, hidden.shape, COMPILED, hidden=hidden)
+    expect(name, hidden, (len(weight), hidden.shape[1]), FLOATS, weight=weight)
+    expect(name, hidden, hidden.shape[:1], INDICES, targets=targets)
+    expect(name, hidden, hidden.shape[:1], FLOATS, **rows)
+
+
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     from nanochameleon.kernels import linear_zloss_cpu
 
+    _expect(hidden, weight, targets)
     if len(targets) and int(targets.max()) >= len(weight):
         raise IndexError(f"target {int(targets.max())} is out of range for {len(weight)} logits")
     return linear_zloss_cpu.forward(hidden.contiguous(), weight, targets.long().contiguous())
@@ -43,9 +57,10 @@ def _backward(
     g: Tensor, h: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_z: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of hidden and weight, in their types."""
+    _expect(hidden, weight, targets, g=g, h=h, log_z=log_z)
     from nanochameleon.kernels import linear_zloss_cpu
 
-    g, h = g.float().contiguous(), h.float().contiguous()
+    g, h, log_z = (x.float().contiguous() for x in (g, h, log_z))
     return linear_zloss_cpu.backward(g, h, hidden.contiguous(), weight, targets.long().contiguous(), log_z)
 
 
@@ -75,6 +90,7 @@ def _(g, h, hidden, weight, targets, log_z):
 def _(hidden, weight, targets):
     from nanochameleon.kernels import linear_zloss_cuda
 
+    _expect(hidden, weight, targets)
     return linear_zloss_cuda.forward(hidden.contiguous(), weight, targets.long().contiguous())
 
 
@@ -82,5 +98,6 @@ def _(hidden, weight, targets):
 def _(g, h, hidden, weight, targets, log_z):
     from nanochameleon.kernels import linear_zloss_cuda
 
-    g, h = g.float().contiguous(), h.float().contiguous()
+    _expect(hidden, weight, targets, g=g, h=h, log_z=log_z)
+    g, h, log_z = (x.float().contiguous() for x in (g, h, log_z))
     return linear_zloss_cuda.backward(g, h, hidden.contiguous(), weight, targets.long().contiguous(), log_z)

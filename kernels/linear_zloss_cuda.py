@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels import gpu
+from nanochameleon.kernels.ops import expect
 
 CHUNKS = 8  # at most
 CHUNK_BYTES = 2**28  # of logits at least, as far as there are so many: products of few rows are slow
@@ -60,7 +61,8 @@ def gradients(
 
     For a loop that makes its gradients itself, as zloss_cross_entropy_; autograd knows nothing of it.
     """
-    narrow = weight.to(hidden.dtype)
+    expect("linear_zloss_cross_entropy", hidden, hidden.shape[:1], (torch.int64,), targets=targets)
+    targets, narrow = targets.contiguous(), weight.to(hidden.dtype)
     loss, log_z = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(narrow)
     kilobytes = gpu.shared_kilobytes(hidden.device.index)

@@ -13,8 +13,9 @@ The gradient. With weights P, scores s = q' k'^T / sqrt(E) and dO the gradient o
 The turn is orthogonal, so its gradient is the turn back: g. With n the standardised row and u = g * weight:
     d weight = sum g n,   d bias = sum g,   d row = (u - mean(u) - n mean(u n)) / deviation
 
-Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); table (B, 1, T, E/2) complex, the
-turns; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) heads in turn.
+Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); table (B or 1, 1, T, E/2)
+complex, the turns; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) heads in
+turn.
 """
 
 from types import ModuleType
@@ -23,18 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.attention import attention, visible
+from nanochameleon.kernels.attention import attention, expect_heads, visible
 from nanochameleon.kernels.attention_cuda import normed_attention_cuda
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import differentiable
+from nanochameleon.kernels.ops import COMPILED, FLOATS, INDICES, differentiable, expect
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
 
 
 def per_head(norm: Norm | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """(groups, E) -> (heads, E), float32 or wider."""
+    """(groups, E) -> (heads, E). Raises ValueError for groups that do not divide the heads."""
     if norm is None:
         return None, None
+    if any(not p.dim() or not len(p) or heads % len(p) for p in norm):
+        shapes = " and ".join(str(tuple(p.shape)) for p in norm)
+        raise ValueError(f"a norm's weight and bias need groups that divide the {heads} heads; they are {shapes}")
     weight, bias = (p.repeat_interleave(heads // p.shape[0], 0) for p in norm)
     return weight, bias
 
@@ -53,7 +57,7 @@ def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
     """(B, T, heads, E) -> the same, each head normalised."""
     if norm is None:
         return x
-    if len(norm[0]) == 1:
+    if len(norm[0]) == len(norm[1]) == 1:
         return F.layer_norm(x, x.shape[-1:], norm[0][0], norm[1][0], eps)
     weight, bias = per_head(norm, x.shape[2])
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias).type_as(x)
@@ -73,26 +77,31 @@ def normed_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, doc_ids: Tensor | None, q_norm: Norm | None, k_norm: Norm | None,
     eps: float,
 ) -> Tensor:  # fmt: skip
-    """(B, T, H, E), the type of q; by the implementation that `dispatch.choose` names."""
+    """(B, T, H, E), the type of q; by the implementation that `dispatch.choose` names. Raises ValueError for shapes
+    that do not fit."""
     name = choose("normed_attention", q)
-    if name == "reference":
+    if name == "reference" or not q.numel():
         return normed_attention_reference(q, k, v, table, doc_ids, q_norm, k_norm, eps)
-    turns = torch.view_as_real(table[:, 0]).flatten(-2)
+    expect_heads("normed_attention", q, k, heads=2)
+    if table.dim() != 4 or table.shape[1] != 1 or not table.is_complex():
+        shape = f"{tuple(table.shape)}, {table.dtype}"
+        raise ValueError(f"normed_attention: the table must be (B, 1, T, E/2), complex; it is {shape}")
+    turns = torch.view_as_real(table[:, 0].resolve_conj()).flatten(-2)
     norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
     if name in ("cuda", "vendor"):
         return normed_attention_cuda(q, k, v, turns, doc_ids, *norms, eps, own=name == "cuda")
-    return normed_attention_op(q, k, v, turns, doc_ids, *norms, eps)[0]
+    return normed_attention_op(q, k, v, turns, doc_ids, *norms, eps, name == "amx")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The op
 
 
-def _kernels(q: Tensor) -> ModuleType:
-    """The compiled ones for such queries: on tiles, or in vectors."""
+def _kernels(tiles: bool) -> ModuleType:
+    """The compiled ones, on tiles or in vectors: what the forward pass ran, the backward pass runs."""
     from nanochameleon.kernels import attention_amx, attention_numba
 
-    return attention_amx if choose("normed_attention", q) == "amx" else attention_numba
+    return attention_amx if tiles else attention_numba
 
 
 def _row(x: Tensor) -> int:
@@ -100,22 +109,22 @@ def _row(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor, v: Tensor, eps: float):
+def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor, v: Tensor, eps: float, lanes: int):
     """The tensors' addresses and the sizes, as the compiled kernels take them."""
     from nanochameleon.kernels.attention_numba import Job
 
     t, heads, e = q.shape[1:]
-    lanes = _kernels(q).LANES
     sizes = dict(t=t, heads=heads, key_heads=k.shape[2], e=e, width=-(-e // lanes) * lanes, size=q.element_size())
     rows = dict(q_row=_row(q), k_row=_row(k), v_row=_row(v), d_row=(heads + 2 * k.shape[2]) * e)
     where = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
     return Job(**(dict.fromkeys(Job._fields, 0) | where | sizes | rows | {"eps": eps}))
 
 
-def _run(name: str, tensors: dict[str, Tensor | None], eps: float) -> None:
+def _run(name: str, tensors: dict[str, Tensor | None], eps: float, tiles: bool) -> None:
     from nanochameleon.kernels import launch
 
-    module, job = _kernels(tensors["q"]), _job(tensors, *(tensors[name] for name in "qkv"), eps)
+    module = _kernels(tiles)
+    job = _job(tensors, *(tensors[name] for name in "qkv"), eps, module.LANES)
     floats = module.scratch_floats(job, name == "backward")
     launch.run(getattr(module, name), job, len(tensors["q"]) * job.key_heads, floats)
 
@@ -128,9 +137,22 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if regular else x.contiguous()
 
 
-def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias) -> dict[str, Tensor | None]:
+def _expect(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles: bool) -> None:
+    """Raises ValueError where the inputs do not fit one another."""
+    expect_heads("normed_attention", q, k, heads=2)
+    name, (b, t, h, e), g = "normed_attention", q.shape, k.shape[2]
+    expect(name, q, q.shape, (torch.bfloat16,) if tiles else COMPILED, q=q)
+    expect(name, q, (b, t, g, e), FLOATS, k=k, v=v)
+    expect(name, q, (b, t, e), FLOATS, table=turns)
+    expect(name, q, (b, t), INDICES, doc_ids=doc_ids)
+    expect(name, q, (h, e), FLOATS, q_weight=q_weight, q_bias=q_bias)
+    expect(name, q, (g, e), FLOATS, k_weight=k_weight, k_bias=k_bias)
+
+
+def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles: bool) -> dict[str, Tensor | None]:
     """Of one type and regular strides, the small ones float32 and padded with zeros to whole registers."""
-    lanes = _kernels(q).LANES
+    turns, lanes = turns if len(turns) > 1 else turns.expand(len(q), -1, -1), _kernels(tiles).LANES
+    _expect(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles)
 
     def row(x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -138,45 +160,48 @@ def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias) -> dict
         x = x.float()
         return (F.pad(x, (0, -x.shape[-1] % lanes)) if x.shape[-1] % lanes else x).contiguous()
 
-    b, t = q.shape[:2]
     big = {name: _in_rows(x.to(q.dtype)) for name, x in (("q", q), ("k", k), ("v", v))}
     norms = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     docs = None if doc_ids is None else doc_ids.long().contiguous()
-    return big | {name: row(x) for name, x in norms.items()} | {"table": row(turns.expand(b, t, -1)), "docs": docs}
+    return big | {name: row(x) for name, x in norms.items()} | {"table": row(turns), "docs": docs}
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None, q_weight: Tensor | None,
-    q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float,
+    q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, tiles: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out (B, T, H, E), and (B, H, T) float32, log2 of the sum of 2^score that the gradient needs."""
+    inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles)
     out = q.new_empty(q.shape)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias)
-    _run("forward", inputs | {"out": out, "lse": lse}, eps)
+    _run("forward", inputs | {"out": out, "lse": lse}, eps, tiles)
     return out, lse
 
 
 def _backward(
     d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float,
+    tiles: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v side by side, (B, T, H + 2 G, E), and of the norms, (H, E) and (G, E); without norms
     those are of length 0."""
-    inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias)
+    inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles)
+    expect("normed_attention", q, q.shape, FLOATS, d_out=d_out, out=out)
     (b, t, h, e), g, width = q.shape, k.shape[2], inputs["table"].shape[-1]
     both = q.new_empty(b, t, h + 2 * g, e)
     big = dict(zip(("dq", "dk", "dv"), both.split([h, g, g], 2), strict=True))
     heads = {"d_q_weight": h, "d_q_bias": h, "d_k_weight": g, "d_k_bias": g}
     parts = {name: torch.zeros(b, n, width, dtype=torch.float32, device=q.device) for name, n in heads.items()}
-    saved = {"d_out": d_out.to(q.dtype).contiguous(), "out": out, "lse": lse}
-    _run("backward", inputs | big | parts | saved, eps)
-    norms = [x.sum(0)[:, :e].contiguous() if q_weight is not None else x.new_empty(0) for x in parts.values()]
+    saved = {"d_out": d_out.to(q.dtype).contiguous(), "out": out.to(q.dtype).contiguous(), "lse": lse}
+    expect("normed_attention", q, (b, h, t), (torch.float32,), lse=lse)
+    _run("backward", inputs | big | parts | saved, eps, tiles)
+    given = zip((q_weight, q_bias, k_weight, k_bias), parts.values(), strict=True)
+    norms = [x.new_empty(0) if weight is None else x.sum(0)[:, :e].contiguous() for weight, x in given]
     return both, *norms
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.tiles = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *tensors)
     ctx.types = [x.dtype if isinstance(x, Tensor) else None for x in tensors]
@@ -184,22 +209,22 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(backward, ctx, d_out, _):
     out, lse, *tensors = ctx.saved_tensors
-    both, *norms = backward(d_out, out, lse, *tensors, ctx.eps)
+    both, *norms = backward(d_out, out, lse, *tensors, ctx.eps, ctx.tiles)
     dq, dk, dv = both.split([x.shape[2] for x in tensors[:3]], 2)
     norms = [x.to(kind) if kind is not None else None for x, kind in zip(norms, ctx.types[5:], strict=True)]
-    return dq, dk.to(ctx.types[1]), dv.to(ctx.types[2]), None, None, *norms, None
+    return dq, dk.to(ctx.types[1]), dv.to(ctx.types[2]), None, None, *norms, None, None
 
 
 normed_attention_op = differentiable("normed_attention", _forward, _backward, _save, _gradients)
 
 
 @torch.library.register_fake("nanochameleon::normed_attention")
-def _(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
+def _(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, tiles):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 @torch.library.register_fake("nanochameleon::normed_attention_backward")
-def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps):
+def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, tiles):
     given = q_weight, q_bias, k_weight, k_bias
     norms = [q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in given]
     return q.new_empty(*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]), *norms

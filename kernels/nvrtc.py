@@ -8,10 +8,15 @@ import ctypes
 import hashlib
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
+
+from nanochameleon.kernels.caches import cache_folder
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
 
@@ -33,15 +38,30 @@ class Cubin:
         return {part.split("'")[0]: int(found[1]) for part, found in zip(kernels, stores, strict=True)}
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """Raises ModuleNotFoundError, naming the package, where there is none."""
+def library_file(cuda: str | None) -> Path:
+    """The compiler of the packages in `nvidia`, for torch.version.cuda, such as "12.6". None takes the newest.
+
+    Raises ModuleNotFoundError, naming the package, where there is none.
+    """
     nvidia = find_spec("nvidia")
     folders = [Path(place) for place in nvidia.submodule_search_locations] if nvidia else []
-    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
-    if not found:
-        raise ModuleNotFoundError("NVIDIA's runtime compiler is missing: pip install nvidia-cuda-nvrtc")
-    return ctypes.CDLL(str(found[-1]))
+    found = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))):
+        found.setdefault(int(path.suffix[1:]), path)  # the folder that Python would import from, as for any package
+    wanted = int(cuda.split(".")[0]) if cuda else max(found, default=13)
+    if wanted not in found:
+        package = f"nvidia-cuda-nvrtc{'' if wanted >= 13 else f'-cu{wanted}'}"
+        raise ModuleNotFoundError(f"NVIDIA's runtime compiler for CUDA {wanted} is missing: pip install {package}")
+    return found[wanted]
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiler, loaded. Raises ModuleNotFoundError where there is none for torch's CUDA."""
+    path = library_file(torch.version.cuda)
+    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))  # some releases look for it in the system's folders alone, unless it is loaded
+    return ctypes.CDLL(str(path))
 
 
 def _text(size_of: str, get: str, program: ctypes.c_void_p) -> bytes:
@@ -75,15 +95,15 @@ def compile_source(source: str, name: str, architecture: str) -> Cubin:
 
 
 def cubin_file(source: Path, architecture: str) -> Path:
-    """The compiled file of a .cu, made where it is not in the cache (NANOCHAMELEON_CACHE, or ~/.cache)."""
+    """The compiled file of a .cu, made where it is not in the cache (NANOCHAMELEON_CACHE, or see caches.py)."""
     text = source.read_text()
     version = [ctypes.c_int(), ctypes.c_int()]
     library().nvrtcVersion(*(ctypes.byref(number) for number in version))
     key = f"{text}{headers()}{architecture}{[number.value for number in version]}"
-    folder = Path(os.environ.get("NANOCHAMELEON_CACHE", Path.home() / ".cache" / "nanochameleon"))
+    wished = os.environ.get("NANOCHAMELEON_CACHE", "")
+    folder = cache_folder("NANOCHAMELEON_CACHE", wished) or Path(tempfile.mkdtemp())  # CuPy loads files alone
     path = folder / f"{source.stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
         aside.write_bytes(compile_source(text, source.name, architecture).code)
         aside.replace(path)

@@ -4,17 +4,40 @@ torch.library's Python side costs 60 us a call in the forward pass and 100 us wi
 small model's norm takes. So in eager mode the same functions run as a torch.autograd.Function.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+COMPILED = torch.float32, torch.bfloat16  # what the compiled kernels read
+INDICES = torch.int64, torch.int32
+
 
 def product_type(x: Tensor) -> torch.dtype:
-    """The type of the matrix products that read x: autocast's, or that of x."""
+    """The type of the matrix products that read x: autocast's where that casts x, else that of x."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.is_autocast_enabled(kind) and x.dtype in FLOATS[:3]  # never float64
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
+
+
+def expect(op: str, like: Tensor, shape: Sequence[int], types: Sequence[torch.dtype], **tensors: Tensor | None) -> None:
+    """Raises ValueError for a tensor that has not this shape, one of these types and the device of `like`; None passes.
+
+    Compiled code takes the sizes of one tensor for those of all, so this comes before any address is taken.
+    """
+    for name, x in tensors.items():
+        if x is not None and (x.shape != shape or x.dtype not in types or x.device != like.device):
+            wanted = " or ".join(str(kind).removeprefix("torch.") for kind in types)
+            given = f"{tuple(x.shape)}, {str(x.dtype).removeprefix('torch.')}, on {x.device}"
+            raise ValueError(f"{op}: {name} must be {tuple(shape)}, {wanted}, on {like.device}; it is {given}")
+
+
+def ordinary(x: object) -> bool:
+    """Whether memory holds what x reads as, where x is a tensor: no tensor of tracing or of another library, and none
+    that torch negates whenever it is read (`torch._neg_view`, the imaginary part of a conjugate)."""
+    return not isinstance(x, Tensor) or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg())
 
 
 def differentiable(name: str, forward: Callable, backward: Callable, save: Callable, gradients: Callable) -> Callable:
@@ -40,10 +63,10 @@ def differentiable(name: str, forward: Callable, backward: Callable, save: Calla
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *g):
-            return gradients(backward, ctx, *g)
+            return gradients(backward if all(map(ordinary, g)) else op_backward, ctx, *g)
 
     def call(*args):
-        if torch.compiler.is_compiling() or type(args[0]) is not Tensor:  # tensors without memory, of other libraries
+        if torch.compiler.is_compiling() or not all(map(ordinary, args)):  # torch knows what those are
             return op(*args)
         return Direct.apply(*args)
 

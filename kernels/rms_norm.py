@@ -8,7 +8,8 @@ The norm's gradient, with r = 1 / sqrt(mean x^2 + eps) and u = g * weight:
     dx = r (u - x r^2 mean(u x)),   dweight = sum over rows of g x r
 
 Shapes: x and branch (..., D), weight (D,); s has the type of x. Under autocast y has autocast's type, that of the
-products which read it; otherwise that of x.
+products which read it; otherwise that of x. Inputs that the compiled ops do not take (a branch that is broadcast or of
+a wider type than x, a weight of several dimensions, no numbers at all) run on the reference, by torch's rules.
 """
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import differentiable, product_type
+from nanochameleon.kernels.ops import COMPILED, FLOATS, differentiable, expect, product_type
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,21 +33,31 @@ def norm_add_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) ->
     return x + rms_norm_reference(branch, weight, eps)
 
 
+def _plain(x: Tensor, branch: Tensor, weight: Tensor) -> bool:
+    """Whether the inputs are as the compiled ops take them."""
+    if x.dtype != branch.dtype and (x.dtype, branch.dtype) != (torch.float32, torch.bfloat16):
+        return False
+    vector = weight.dim() == 1 and weight.shape == x.shape[-1:] and weight.dtype in FLOATS and x.numel() > 0
+    return vector and x.shape == branch.shape and x.device == branch.device == weight.device
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """By the implementation that `dispatch.choose` names, as the two below."""
-    if choose("rms_norm", x) == "reference":
+    kind = product_type(x)
+    if choose("rms_norm", x) == "reference" or kind not in COMPILED or not _plain(x, x, weight):
         return rms_norm_reference(x, weight, eps)
-    return rms_norm_op(x, weight, eps, product_type(x) == torch.bfloat16)
+    return rms_norm_op(x, weight, eps, kind == torch.bfloat16)
 
 
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if choose("rms_norm", x) == "reference":
+    kind = product_type(x)
+    if choose("rms_norm", x) == "reference" or kind not in COMPILED or not _plain(x, branch, weight):
         return add_norm_reference(x, branch, weight, eps)
-    return add_norm_op(x, branch, weight, eps, product_type(x) == torch.bfloat16)
+    return add_norm_op(x, branch, weight, eps, kind == torch.bfloat16)
 
 
 def norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if choose("rms_norm", x) == "reference":
+    if choose("rms_norm", x) == "reference" or not _plain(x, branch, weight):
         return norm_add_reference(x, branch, weight, eps)
     return norm_add_op(x, branch, weight, eps)
 
@@ -60,7 +71,9 @@ def _run(name: str, weight: Tensor, eps: float, parts: int | None = None, **tens
     from nanochameleon.kernels import launch
     from nanochameleon.kernels import rms_norm_numba as compiled
 
-    d = len(weight)
+    x, d = tensors["x"], len(weight)
+    expect("rms_norm", x, x.shape, COMPILED, **tensors)
+    expect("rms_norm", x, x.shape[-1:], FLOATS, weight=weight)
     width = -(-d // compiled.W) * compiled.W
     tensors["weight"] = weight.float().contiguous() if d == width else F.pad(weight.float(), (0, width - d))
     tensors["d_weight"] = torch.zeros(parts, width, dtype=torch.float32, device="cpu") if parts else None
@@ -68,8 +81,7 @@ def _run(name: str, weight: Tensor, eps: float, parts: int | None = None, **tens
     kinds = {"size": ("x", "dx"), "branch_size": ("branch", "d_branch"), "y_size": ("y", "dy")}
     sizes = {key: next((tensors[n].element_size() for n in names if n in tensors), 0) for key, names in kinds.items()}
     job = compiled.Job(**(dict.fromkeys(compiled.Job._fields, 0) | where | sizes | dict(d=d, width=width, eps=eps)))
-    some = next(x for x in tensors.values() if x is not None)
-    launch.run(getattr(compiled, name), job, some.numel() // d, 3 * width, parts)
+    launch.run(getattr(compiled, name), job, x.shape[:-1].numel(), 3 * width, parts)
     return tensors["d_weight"].sum(0)[:d].to(weight.dtype) if parts else None
 
 

@@ -1,6 +1,7 @@
 """SwiGLU's gate (arXiv 2002.05202): y = silu(a) * b, silu(a) = a sigmoid(a), elementwise.
 
-The gradient, with s = sigmoid(a): da = g b s (1 + a (1 - s)),   db = g a s. a and b of one shape and type.
+The gradient, with s = sigmoid(a): da = g b s (1 + a (1 - s)),   db = g a s. The compiled op takes a and b of one shape
+and type; others run on the reference, by torch's rules.
 """
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import differentiable
+from nanochameleon.kernels.ops import COMPILED, differentiable, expect
 
 
 def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:
@@ -17,7 +18,8 @@ def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """By the implementation that `dispatch.choose` names."""
-    if choose("swiglu", a) == "reference":
+    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.dim() > 0
+    if choose("swiglu", a) == "reference" or not alike:
         return swiglu_reference(a, b)
     return swiglu_op(a, b)
 
@@ -43,9 +45,13 @@ def _run(name: str, **tensors: Tensor) -> None:
     launch.run(getattr(compiled, name), job, len(a), 3 * compiled.W)
 
 
+def _check(a: Tensor, **others: Tensor) -> None:
+    expect("swiglu", a, a.shape, COMPILED, a=a)
+    expect("swiglu", a, a.shape, (a.dtype,), **others)
+
+
 def _forward(a: Tensor, b: Tensor) -> Tensor:
-    if a.shape != b.shape:
-        raise ValueError(f"silu(a) * b needs one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
+    _check(a, b=b)
     y = torch.empty_like(a, memory_format=torch.contiguous_format)
     _run("forward", a=_in_rows(a), b=_in_rows(b), y=y)
     return y
@@ -53,6 +59,7 @@ def _forward(a: Tensor, b: Tensor) -> Tensor:
 
 def _backward(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """(..., 2 F): the gradients of a and of b side by side."""
+    _check(a, b=b, g=g)
     both = a.new_empty(*a.shape[:-1], 2 * a.shape[-1])
     da, db = _in_rows(both).chunk(2, 1)
     _run("backward", a=_in_rows(a), b=_in_rows(b), y=g.contiguous(), da=da, db=db)

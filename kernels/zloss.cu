@@ -11,11 +11,12 @@
 //                       sm_80 each thread fetches its 16 bytes at a time past the registers.
 //
 // Reads and writes are 16 bytes a thread where rows are multiples of 16 bytes and start at one. A target below 0 is
-// ignored: zeros.
+// ignored: zeros. One from V on would be read from another row: its loss is NaN.
 
 #include "bf16.cuh"
 
 #define LN2 0.6931471805599453f
+#define NOT_A_NUMBER __uint_as_float(0x7fc00000)
 
 INLINE float wide(u16 x) { return __uint_as_float((u32)x << 16); }
 INLINE float wide(float x) { return x; }
@@ -81,7 +82,7 @@ __device__ void forward(const T* logits, const long long* targets, float* loss, 
   if (threadIdx.x == 0) {
     const long long y = targets[row];
     const float z = (m + __log2f(s)) * LN2;
-    loss[row] = y < 0 ? 0.f : z - wide(x[y]);
+    loss[row] = y < 0 ? 0.f : y < v ? z - wide(x[y]) : NOT_A_NUMBER;
     log_z[row] = y < 0 ? 0.f : z;
   }
 }
@@ -149,7 +150,8 @@ __device__ void overwrite(T* logits, const long long* targets, float* loss, floa
   const float shift = m + __log2f(s), z = shift * LN2, made = 1.f + 2.f * z_loss * z;
   const float factor = share * (fabsf(made) > 1e-3f ? made : 1e-3f);  // zloss_numba.LEAST_FACTOR
   if (threadIdx.x == 0) {
-    loss[row] = y < 0 ? 0.f : z - wide(((const T*)stage)[y]);  // from the stage: the row itself is being overwritten
+    // from the stage: the row itself is being overwritten
+    loss[row] = y < 0 ? 0.f : y < v ? z - wide(((const T*)stage)[y]) : NOT_A_NUMBER;
     log_z[row] = y < 0 ? 0.f : z;
   }
   for (int i = threadIdx.x; i < whole; i += blockDim.x) {

@@ -10,13 +10,14 @@ every output, and no gradient. All functions return the cross-entropy (N,) and l
 no rows at all is the caller's to avoid: rows stay apart here.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import differentiable
+from nanochameleon.kernels.ops import COMPILED, FLOATS, INDICES, differentiable, expect, ordinary
 
 
 def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,11 +61,21 @@ class _ZLossCrossEntropy(torch.autograd.Function):
 
 def zloss_cross_entropy_by_hand(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Equal to the reference, in torch's operations but with fewer of them: any device and type."""
+    expect_rows(logits, targets, FLOATS)
     return _ZLossCrossEntropy.apply(logits, targets)
 
 
+def expect_rows(logits: Tensor, targets: Tensor, types: Sequence[torch.dtype] = COMPILED) -> None:
+    """Raises ValueError where these are not logits (N, V) of these types, V > 0, and one whole number for each row."""
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"zloss_cross_entropy: logits must be (N, V) with V > 0; they are {tuple(logits.shape)}")
+    expect("zloss_cross_entropy", logits, logits.shape, types, logits=logits)
+    expect("zloss_cross_entropy", logits, logits.shape[:1], INDICES, targets=targets)
+
+
 def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal to the reference, by the implementation that `dispatch.choose` names."""
+    """Equal to the reference, by the implementation that `dispatch.choose` names. Raises ValueError for shapes or types
+    that do not fit, and on a CPU IndexError for a target from V on; on a GPU the loss of such a row is NaN."""
     name = choose("zloss_cross_entropy", logits)
     if name == "reference":
         return zloss_cross_entropy_by_hand(logits, targets)
@@ -87,9 +98,8 @@ def _run(
 
 
 def _checked(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contiguous. Raises ValueError where shapes do not fit, IndexError for a target that no row of logits has."""
-    if logits.shape[:1] != targets.shape:
-        raise ValueError(f"targets must be {tuple(logits.shape[:1])}, one for each row, not {tuple(targets.shape)}")
+    """Both contiguous. Raises ValueError where they do not fit, IndexError for a target that no row of logits has."""
+    expect_rows(logits, targets)
     if len(targets) and int(targets.max()) >= logits.shape[1]:
         raise IndexError(f"target {int(targets.max())} is out of range for {logits.shape[1]} logits")
     return logits.contiguous(), targets.long().contiguous()
@@ -112,11 +122,17 @@ def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return forward_rows(*_checked(logits, targets))
 
 
+def _expect_gradients(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> None:
+    expect_rows(logits, targets)
+    expect("zloss_cross_entropy", logits, targets.shape, FLOATS, g=g, h=h, log_z=log_z)
+
+
 def _backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> Tensor:
     """The gradient of the logits, in their type, for the gradients g and h of the two outputs."""
+    _expect_gradients(g, h, logits, targets, log_z)
     logits, targets = logits.contiguous(), targets.long().contiguous()
     gradient = torch.empty_like(logits)
-    g, h = g.float().contiguous(), h.float().contiguous()
+    g, h, log_z = (x.float().contiguous() for x in (g, h, log_z))
     _run("backward", logits, targets, log_z=log_z, g=g, h=h, gradient=gradient)
     return gradient
 
@@ -146,6 +162,7 @@ def _(g, h, logits, targets, log_z):
 def _(logits, targets):
     from nanochameleon.kernels import gpu
 
+    expect_rows(logits, targets)
     return gpu.zloss_forward(logits.contiguous(), targets.long().contiguous())
 
 
@@ -153,7 +170,8 @@ def _(logits, targets):
 def _(g, h, logits, targets, log_z):
     from nanochameleon.kernels import gpu
 
-    g, h = g.float().contiguous(), h.float().contiguous()
+    _expect_gradients(g, h, logits, targets, log_z)
+    g, h, log_z = (x.float().contiguous() for x in (g, h, log_z))
     return gpu.zloss_backward(g, h, logits.contiguous(), targets.long().contiguous(), log_z)
 
 
@@ -174,14 +192,14 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: 
     To be differentiated once: the gradient that autograd gets is the logits' own memory. Should the loss turn out to be
     another one, it is corrected there. float32 and bfloat16.
     """
-    if not logits.is_contiguous():
-        raise ValueError("logits that are overwritten must be contiguous")
+    if not logits.is_contiguous() or not ordinary(logits):
+        raise ValueError("logits that are overwritten must be contiguous, and not negated whenever they are read")
     return _InPlace.apply(logits, targets, z_loss, share)
 
 
 def fits_in_place(logits: Tensor) -> bool:
     """Whether that is the way for logits that nobody reads again. On a GPU it would have to wait for the correction."""
-    if torch.compiler.is_compiling() or type(logits) is not Tensor or not logits.is_contiguous():
+    if torch.compiler.is_compiling() or not ordinary(logits) or not logits.is_contiguous():
         return False
     return torch.is_grad_enabled() and logits.requires_grad and choose("zloss_cross_entropy", logits) == "numba"
 
@@ -221,6 +239,7 @@ def _corrected_(gradient, targets, log_z, g, h, z_loss: float, share: float) -> 
 
 def _overwrite(logits: Tensor, targets: Tensor, z_loss: float, share: float) -> tuple[Tensor, Tensor]:
     if logits.is_cuda:
+        expect_rows(logits, targets)
         from nanochameleon.kernels import gpu
 
         kilobytes = gpu.shared_kilobytes(logits.device.index)

@@ -39,8 +39,8 @@ class VQGANConfig:
         return self.grid**2
 
     def __post_init__(self):
-        if not self.ch_mult:
-            raise ValueError("ch_mult needs a number for each level, and at least one")
+        if not 1 <= len(self.ch_mult) <= 16:
+            raise ValueError("ch_mult needs a number for each level, at least one and at most 16")
         window = self.window or self.resolution
         if window < 1 or self.resolution % self.factor or self.resolution % window or window % self.factor:
             sizes = f"resolution {self.resolution}, window {window} and factor {self.factor} (2 to the levels less one)"
@@ -164,7 +164,7 @@ class TrainConfig:
     pictures: Literal["all", "drawn", "none"] = "all"
     answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     code_noise: float = 0.0  # largest share of a drawn picture's codes that are read as another's: drawing.py
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the matrix products; auto takes what is faster here
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster one, decided once a run
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints, of which a streak of failures has none
@@ -230,6 +230,7 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
+    init_vqgan: Path | None = None  # image decoder of an init_from without one: vqgan.ckpt, vqgan_decoder.safetensors
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one

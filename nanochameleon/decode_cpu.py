@@ -124,7 +124,7 @@ class CPUDecoder:
         return dict(
             product=product_address(1 if isinstance(model.output, QuantizedLinear) else 4),
             product_fp32=product_address(4), do_block=do_block_address(), choose=choose_address(),
-            embeddings=self.at(model.tok_embeddings.weight.detach()),
+            embeddings=self.at(model.tok_embeddings.weight.detach().contiguous()),
             norm=padded(model.norm.weight), output=output, output_scale=output_scale,
             rotations=padded(torch.view_as_real(turns[0, 0]).flatten(1)), layers=self.at(layers),
         )  # fmt: skip

@@ -50,6 +50,8 @@ def make_task(
     """Raises UserError, naming the lengths, for a prompt that leaves no room, ValueError for a wrong mode or stop."""
     if not prompt or prompt[0] != vocab.bos:
         raise ValueError("a prompt starts with <s>")
+    if wrong := [token for token in prompt if not 0 <= token < vocab.size]:
+        raise ValueError(f"the prompt has id {wrong[0]}, and the vocabulary has {vocab.size}")
     check_stops(mode, stops, vocab)
     begun = open_picture(prompt, vocab)
     left = -1 if begun is None else n_codes + 1 - len(begun)

@@ -5,6 +5,7 @@ that sentence on stderr and exit code 2. Anything else is a bug of ours and keep
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -31,7 +32,9 @@ class GaveUp(UserError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, met between two steps: what is done is saved, and the same command goes on."""
+    """Ctrl-C or SIGTERM, met between two steps: what is done is saved, and the same command goes on."""
+
+    number = signal.SIGINT
 
 
 def rank_0_speaks() -> bool:
@@ -41,8 +44,21 @@ def rank_0_speaks() -> bool:
     return several and rank.isdecimal() and int(rank) > 0
 
 
+def shown(what: object, most: int = 60) -> str:
+    """Quote what comes from outside: one line, control characters spelled out, at most `most` characters.
+
+    Of an exception the first line is taken: torch puts a stack of C++ calls after it.
+    """
+    text = str(what)
+    if isinstance(what, BaseException):
+        text = text.partition("\n")[0]
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
-    """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130.
+    """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130,
+    SIGTERM, where it is met between steps, with 143.
 
     Of several processes, which all find the same fault, the first one says it; with `each` every one its own.
     A disk that is full when main prints never stops it, and is said at its end. A reader that has gone is no fault.
@@ -58,6 +74,8 @@ def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
             if each or isinstance(error, OwnError) or not rank_0_speaks():
                 say(f"error: {short(str(error))}", file=sys.stderr)
             raise SystemExit(2) from None
+        except Interrupted as stop:  # which has been told
+            raise SystemExit(128 + stop.number) from None
         except KeyboardInterrupt:
             say("\nstopped", file=sys.stderr)
             raise SystemExit(130) from None

@@ -17,7 +17,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PARTS = 2**20  # chunks or segments that are looked at; a photo has some thousands
 MAX_METADATA = 2**20  # bytes of one piece of metadata
 MAX_TAGS = 2**26  # bytes of all tags of a TIFF together
-MAX_WEBP = 2**26  # bytes of a WebP that are read, since Pillow reads all of it before it knows the size
+LARGE_WEBP, MAX_WEBP = 2**22, 2**26  # bytes
 ORIENTATION = 274  # the tag's number
 NUMBERS = {1: "B", 3: "H", 4: "I"}  # types of a tag that can hold an orientation
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -61,7 +61,19 @@ def without_metadata(file: BinaryIO) -> tuple[BinaryIO, int | None]:
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         check_tags(file)
     file.seek(0)
-    return Spliced(b"", file, 0, MAX_WEBP) if start[:4] == b"RIFF" else file, None
+    return file, None
+
+
+def is_large_webp(file: BinaryIO) -> bool:
+    """Whether opening it takes much memory: a WebP's bytes are all read, twice, before its size is known.
+
+    Raises ValueError for one that is larger than any picture.
+    """
+    start, size = file.read(4), file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if start == b"RIFF" and size > MAX_WEBP:
+        raise ValueError(f"it has {size:,} bytes")
+    return start == b"RIFF" and size > LARGE_WEBP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,8 +191,8 @@ def of_xmp(data: bytes) -> int | None:
 
 
 def check_tags(file: BinaryIO) -> None:
-    """Raises ValueError if the tags of a TIFF's first picture state more bytes than are read of any: they may overlap,
-    so that a small file states terabytes."""
+    """Raises ValueError if the tags of a TIFF's first picture have more than MAX_TAGS bytes together: they may overlap,
+    so that those of a small file have gigabytes."""
     file.seek(0)
     start = file.read(16)
     order = "<" if start[:2] == b"II" else ">"
@@ -191,7 +203,8 @@ def check_tags(file: BinaryIO) -> None:
         (n,) = struct.unpack(order + ("Q" if large else "H"), file.read(8 if large else 2))
         entry = struct.Struct(order + ("HHQ8x" if large else "HHI4x"))
         entries = entry.iter_unpack(file.read(entry.size * n) if n < 2**16 else b"")
-        stated = sum(SIZES.get(kind, 0) * count for _, kind, count in entries)
+        most = file.seek(0, io.SEEK_END)  # bytes that any of them can have
+        stated = sum(min(SIZES.get(kind, 0) * count, most) for _, kind, count in entries)
     except (struct.error, OverflowError, ValueError):
         return  # Pillow refuses it
     if n >= 2**16 or stated > MAX_TAGS:

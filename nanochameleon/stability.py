@@ -21,7 +21,7 @@ from nanochameleon.errors import GaveUp, UserError
 from nanochameleon.files import write_file
 from nanochameleon.monitor import METRICS, read_metrics
 from nanochameleon.printing import say
-from nanochameleon.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
+from nanochameleon.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, claim, config_to_json
 
 SEEDS = 3
 RATES = {"plain": 1.0, "hot": 10.0}  # times optim.lr
@@ -70,7 +70,11 @@ def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
     run's folder, and returns it. Raises UserError under torchrun."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("the study is of small runs, one process each: leave torchrun out")
-    base = dataclasses.replace(cfg, evaluation=EvalConfig(1, 1, 1))
+    with claim(cfg.folder):
+        return run_all(dataclasses.replace(cfg, evaluation=EvalConfig(1, 1, 1)), train)
+
+
+def run_all(base: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
     todo = [(v, rate, seed) for seed in range(SEEDS) for rate in RATES for v in VARIANTS]
     curves: dict[tuple[str, str], list[list[dict]]] = {}
     for number, (variant, rate, seed) in enumerate(todo, 1):
@@ -82,17 +86,10 @@ def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
         except GaveUp as error:  # that, too, is a result
             say(error)
         else:
-            if not finished(one):
-                return base.folder  # stopped, as train has said; the same command goes on
             keep_beginning(base.folder, one)
         curves.setdefault((variant.name, rate), []).append(read_metrics(one.folder / METRICS))
     write(base.folder, curves)
     return base.folder
-
-
-def finished(cfg: RunConfig) -> bool:
-    lines = read_metrics(cfg.folder / METRICS)
-    return bool(lines) and lines[-1]["step"] == cfg.train.steps - 1
 
 
 def share_beginning(folder: Path, cfg: RunConfig) -> None:

@@ -15,15 +15,21 @@ ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a 
 
 
 class Stopper:
-    """The first Ctrl-C or SIGTERM sets `asked`, which loops look at between steps; a second one stops at once."""
+    """The first Ctrl-C or SIGTERM is noted in `asked`, which loops look at between steps; a second one stops at once.
+    Where `at_once` is set, the first one raises KeyboardInterrupt. The end of torchrun counts as SIGTERM."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0  # the signal's number
+        self.at_once = False
         self.since = 0.0
         self.before: dict[int, object] = {}
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __call__(self) -> bool:
-        return self.asked
+        if not self.asked and self.launcher not in (None, os.getppid()):
+            self.asked = signal.SIGTERM
+            say_at_once("torchrun has ended without its ranks: stopping after this step")
+        return bool(self.asked)
 
     def _note(self, number: int, frame: object) -> None:
         if self.asked:
@@ -31,12 +37,12 @@ class Stopper:
                 self._restore()
                 os.kill(os.getpid(), number)
             return
-        self.asked, self.since = True, time.monotonic()
-        if not rank_0_speaks():
-            with suppress(OSError):  # stderr may be closed
-                os.write(2, b"\nstopping after this step; once more to stop at once\n")  # it may come within a print
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        self.asked, self.since = number, time.monotonic()
+        if self.launcher is None:
             self._restore()
+        if self.at_once:
+            raise KeyboardInterrupt
+        say_at_once("stopping after this step; once more to stop at once")
 
     def _restore(self) -> None:
         for number, handler in self.before.items():
@@ -53,6 +59,13 @@ class Stopper:
 
     def __exit__(self, *error) -> None:
         self._restore()
+
+
+def say_at_once(sentence: str) -> None:
+    """By rank 0, past Python's own buffers: a signal may come within a print."""
+    if not rank_0_speaks():
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, f"\n{sentence}\n".encode())
 
 
 class Laps:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention import attention
+from nanochameleon.kernels.dispatch import same_kernels
 from nanochameleon.kernels.dropout import derive, dropout
 from nanochameleon.kernels.linear import linear
 from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
@@ -289,10 +290,11 @@ class Chameleon(nn.Module):
         mask = doc_ids if cache is None else cache.mask()  # the fused op takes documents (B, T) for a mask
         table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x, branch = self.tok_embeddings(tokens), None
+        kernels = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}  # a graph has chosen already
         for i, layer in enumerate(self.layers):
             inputs = x, branch, table, mask, cache, i, None if keys is None else derive(keys, i)
             if self.recompute and self.training:  # what is random is a function of the keys, so no generator's state
-                x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **kernels)
             else:
                 x, branch = layer(*inputs)
         return x if branch is None else x + branch

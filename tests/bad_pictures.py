@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -57,6 +58,8 @@ def odd_pictures() -> dict[str, bytes]:
     """Good ones."""
     turned = Image.Exif()
     turned[0x0112] = 6
+    workflow = PngInfo()  # as programs that draw with models write it
+    workflow.add_text("workflow", "x" * 2_000_000, zip=True)
     return {
         "one pixel": encoded(Image.new("RGB", (1, 1), "red")),
         "a line": encoded(Image.new("RGB", (3_000, 2), "red")),
@@ -65,4 +68,5 @@ def odd_pictures() -> dict[str, bytes]:
         "16 bits": encoded(Image.fromarray(np.full((8, 8), 40_000, np.uint16))),
         "turned": encoded(noise(size=24), "JPEG", exif=turned),
         "a palette": encoded(noise().quantize(7)),
+        "a long text": encoded(noise(), pnginfo=workflow),
     }

@@ -1,11 +1,16 @@
 """Real faults on real runs: processes that are killed, told to stop, hung; a full disk; torchrun's restarts.
 
-    python tests/faults.py --times 20 --ranks 2      kills 20 runs, goes on with the same command, compares the ends
+    python tests/faults.py --times 10      kills 10 runs of each way at drawn moments, each twice, goes on with the same
+                                           command, and compares the ends
 
-test_faults.py has a few of each; docs/results.md the figures of this script.
+The ways are 1 and 2 ranks, plain and FSDP, of a small toy whose settings are else the preset's. A kill may fall into
+any stage: the tokenizers, the data, the transformer before and after its first checkpoint. test_faults.py has a few of
+each; docs/results.md the figures of this script.
 """
 
 import argparse
+import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -15,22 +20,50 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 from ranks import free_port
 
 TESTS = Path(__file__).parent
-PATIENCE = 120  # seconds until a process is taken to hang
+PATIENCE = 280  # seconds until a process is taken to hang
 
 
-def program(folder: Path, changes: dict) -> None:
-    """What the processes run: the transformer's training. changes: "parallel", the fields of ParallelConfig; "pause",
-    seconds before each step, so that there is a moment to be killed in; "hangs", a rank that does so in step 5."""
+SMALL_TOY = (
+    "toy", "--device=cpu", "--vqgan.ch=8", "--model.dim=64", "--model.n-layers=2", "--model.n-heads=2",
+    "--tokenizers.n-texts=200", "--tokenizers.n-merges=40", "--tokenizers.steps=10", "--tokenizers.warmup-steps=4",
+    "--tokenizers.batch-size=2", "--data.n-documents=100", "--train.steps=20", "--train.seq-len=256",
+    "--train.save-every=6", "--train.sample-every=10", "--train.log-every=2",
+)  # fmt: skip
+
+
+def small(folder: Path, **parallel):
+    """That of test_distributed.py, in the precision that is the presets' and with sheets of samples."""
     from dataclasses import replace
 
     from test_distributed import config
 
+    cfg = config(folder, precision="auto", **parallel)
+    return replace(cfg, train=replace(cfg.train, sample_every=3))
+
+
+def configuration(folder: Path, changes: dict):
+    """Of a program: the small toy where changes have "whole", else one that saves after every step."""
+    from dataclasses import replace
+
+    from nanochameleon.cli import parse_run
+
+    if changes.get("whole"):
+        return parse_run([*SMALL_TOY, f"--out={folder}", f"--parallel.mode={changes['whole']}"])
+    cfg = small(folder, **changes.get("parallel", {}))
+    return replace(cfg, train=replace(cfg.train, save_every=1, keep=3))
+
+
+def program(folder: Path, changes: dict) -> None:
+    """What the processes run: all stages but the report. changes: "parallel", the fields of ParallelConfig; "whole",
+    see configuration; "pause", seconds before each step, so that there is a moment to be killed in; "hangs", a rank
+    that does so in step 5."""
     import train
     from nanochameleon.errors import exit_on_user_error
 
@@ -43,9 +76,7 @@ def program(folder: Path, changes: dict) -> None:
         return real(self, monitor, stopped)
 
     train.Training.step, train.report = step, lambda *_: None
-    cfg = config(folder, **changes.get("parallel", {}))
-    cfg = replace(cfg, train=replace(cfg.train, save_every=1, keep=3))
-    exit_on_user_error(lambda: train.main(cfg))
+    exit_on_user_error(lambda: train.main(configuration(folder, changes)))
 
 
 def as_process(folder: Path, changes: dict, environment: dict[str, str]) -> None:
@@ -71,7 +102,7 @@ class Launched:
             self.torchrun = start_torchrun(folder, ranks, torchrun, changes)
             return
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["train", "test_distributed"])
+        server.set_forkserver_preload(["train", "test_distributed", "matplotlib.figure"])
         names = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         self.processes = []
         for rank in range(ranks):
@@ -141,66 +172,113 @@ def lines(folder: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def kill(run: Launched, ranks: int, chance: random.Random) -> bool:
+    """Kills the whole group, or one rank of it, of which the others notice; -> whether that was before the end."""
+    if ranks > 1 and chance.random() < 0.5 and not run.ended():
+        with suppress(ProcessLookupError):
+            os.kill(chance.choice(run.pids), signal.SIGKILL)
+    else:
+        run.send(signal.SIGKILL)
+    return run.wait() != 0
+
+
 def kill_and_go_on(prepared: Path, folder: Path, ranks: int, seed: int, kills: int = 1, **changes) -> int:
-    """Kills the run at `kills` drawn moments, the whole group or one rank of it, each time going on with the same
-    command; -> how often it was killed before its end."""
+    """Kills the run at `kills` drawn moments after its next step, each time going on with the same command; -> how
+    often it was killed before its end."""
     chance, killed = random.Random(seed), 0
     shutil.copytree(prepared, folder)
     for _ in range(kills):
         run, before = Launched(folder, ranks, pause=0.04, **changes), lines(folder)
         wait_for(lambda run=run, before=before: lines(folder) > before or run.ended())
         time.sleep(chance.uniform(0, 0.6))
-        if ranks > 1 and chance.random() < 0.5 and not run.ended():
-            with suppress(ProcessLookupError):
-                os.kill(chance.choice(run.pids), signal.SIGKILL)  # the others notice
-        else:
-            run.send(signal.SIGKILL)
-        killed += run.wait() != 0
+        killed += kill(run, ranks, chance)
     if Launched(folder, ranks, **changes).wait() != 0:
         raise AssertionError(f"it did not go on:\n{said(folder)[-3000:]}")
     return killed
 
 
+CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory_gib")
+
+
 def end_of(folder: Path) -> dict:
-    """The last step and all tensors of the newest whole checkpoint."""
+    """What a run has come to, by name: the last step and all tensors of the newest whole checkpoint; tokenizers, data
+    and sheets of samples as bytes; the log without its clocks."""
     from nanochameleon import checkpoint
+    from nanochameleon.monitor import read_metrics
     from nanochameleon.tensor_files import Cut
 
     path = checkpoint.newest(folder)
     names = checkpoint.stored_shapes(path).keys()
     tensors = Cut(sorted(path.glob("*.safetensors")), names)
-    return {"step": checkpoint.read_state(path)["step"]} | {name: tensors[name] for name in names}
+    images = checkpoint.newest(folder / "image_tokenizer").glob("*.safetensors")
+    files = [folder / "text_tokenizer.json", *images, *folder.glob("data/*/*"), *folder.glob("samples/*")]
+    log = [{k: v for k, v in line.items() if k not in CLOCKS} for line in read_metrics(folder / "metrics.jsonl")]
+    end = {"step": checkpoint.read_state(path)["step"], "log": json.dumps(log)}
+    end |= {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    return end | {name: tensors[name] for name in names}
 
 
-def same(one: dict, other: dict) -> bool:
+def differences(one: dict, other: dict) -> list[str]:
+    """Names of what is not the same, bit for bit."""
     import torch
 
-    return one.keys() == other.keys() and one["step"] == other["step"] and all(
-        torch.equal(one[name], other[name]) for name in one if name != "step"
-    )  # fmt: skip
+    names = one.keys() & other.keys()
+    equal = {name for name in names if torch.is_tensor(one[name]) and torch.equal(one[name], other[name])}
+    equal |= {name for name in names if not torch.is_tensor(one[name]) and one[name] == other[name]}
+    return sorted((one.keys() | other.keys()) - equal)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole run, as a program
+
+
+STAGES = {
+    "start": "*", "text tokenizer": "config.json", "image tokenizer": "text_tokenizer.json", "data": "data",
+    "transformer": "metrics.jsonl", "transformer, saved": "step-*",
+}  # fmt: skip
+
+
+def stage_of(folder: Path) -> str:
+    """How far a run has come: the last stage of which there is something."""
+    return next((stage for stage, made in reversed(STAGES.items()) if any(folder.glob(made))), "start")
+
+
+def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float) -> list[str]:
+    """Begins a run that lasts so many seconds and kills it twice, each time at a drawn moment of a drawn stage, or
+    later where that is done, and goes on with the same command; -> the stages in which it was killed."""
+    chance, names, stages = random.Random(seed), list(STAGES), []
+    for _ in range(2):
+        run, aim = Launched(folder, ranks, whole=mode), chance.randrange(len(names))
+        wait_for(lambda run=run, aim=aim: names.index(stage_of(folder)) >= aim or run.ended())
+        time.sleep(chance.uniform(0, seconds / len(names)))
+        stage = stage_of(folder)
+        if kill(run, ranks, chance):
+            stages.append(stage)
+    if Launched(folder, ranks, whole=mode).wait() != 0:
+        raise AssertionError(f"it did not go on:\n{said(folder)[-3000:]}")
+    return stages
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--mode", choices=["ddp", "fsdp"], default="ddp")
+    parser.add_argument("--times", type=int, default=10, help="runs of each way")
     args = parser.parse_args()
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    from test_distributed import prepare
-
-    parallel = {"parallel": {"mode": args.mode}}
+    ways, expected, equal, stages = list(itertools.product((1, 2), ("ddp", "fsdp"))), {}, 0, Counter()
     with tempfile.TemporaryDirectory() as place:
-        prepared, whole = prepare(Path(place) / "prepared", mode=args.mode), Path(place) / "whole"
-        shutil.copytree(prepared, whole)
-        assert Launched(whole, args.ranks, **parallel).wait() == 0, said(whole)
-        expected, equal, killed = end_of(whole), 0, 0
-        for seed in range(args.times):
-            folder = Path(place) / f"run{seed}"
-            killed += kill_and_go_on(prepared, folder, args.ranks, seed, **parallel)
-            equal += same(end_of(folder), expected)
-            print(f"{seed + 1} runs, {killed} killed before their end, {equal} ended with the same bits", flush=True)
-    sys.exit(equal < args.times)
+        for way in ways:
+            whole, start = Path(place) / f"whole-{way}", time.monotonic()
+            assert Launched(whole, way[0], whole=way[1]).wait() == 0, said(whole)
+            expected[way] = time.monotonic() - start, end_of(whole)
+        for number, (seed, way) in enumerate(itertools.product(range(args.times), ways), 1):
+            (seconds, end), folder = expected[way], Path(place) / f"run-{number}"
+            stages.update(kill_anywhere(folder, *way, seed, seconds))
+            different = differences(end_of(folder), end)
+            equal += not different
+            print(f"{number} ({way}, seed {seed}): {different or 'the same bits'}; {dict(stages)}", flush=True)
+            shutil.rmtree(folder)
+    print(f"{equal} of {number} ended with the same bits; {stages.total()} kills before an end")
+    sys.exit(equal < number)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A checkpoint is whole or does not count, and a run that goes on from one is the run that never stopped."""
 
+import json
 import math
 import os
 import resource
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from nanochameleon import checkpoint
@@ -260,6 +262,156 @@ def test_what_is_no_run_folder_is_refused_in_words(tmp_path):
     ):
         with pytest.raises(UserError, match=f"{name} .*{words}"):
             load(tmp_path / name)
+
+
+def mend(path: Path, **content: bytes) -> Path:
+    """Writes files and a manifest that agrees with them, as whoever wishes harm would. "__" stands for a dot."""
+    for name, data in content.items():
+        (path / name.replace("__", ".")).write_bytes(data)
+    files = (file for file in path.iterdir() if file.name != "manifest.json")
+    (path / "manifest.json").write_bytes(checkpoint.render_manifest(checkpoint.describe(files)))
+    return path
+
+
+def header(**tensors: dict) -> bytes:
+    """A safetensors file of a header alone."""
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+ODD_CONTENT = {
+    "no JSON": {"state__json": b"{"},
+    "no text": {"state__json": b"\xff\xfe{"},
+    "no object": {"state__json": b"[1]"},
+    "brackets": {"state__json": b"[" * 100_000},
+    "a cut header": {"model__safetensors": b"\x10\x00"},
+    "a header beyond the file": {"model__safetensors": b"\xff" * 8 + b"{}"},
+    "tensors beyond the file": {"model__safetensors": header(a=dict(dtype="F32", shape=[9], data_offsets=[0, 36]))},
+    "a header of brackets": {"model__safetensors": (50_000).to_bytes(8, "little") + b"[" * 50_000},
+    "odd shards": {"model__safetensors": header(__metadata__={"DCP_SHARDING_INFO": "[" * 9_000})},
+    "shards of an odd kind": {"model__safetensors": header(__metadata__={"DCP_SHARDING_INFO": '{"a": [1]}'})},
+    "shards before the first number": {
+        "model__safetensors": header(__metadata__={"DCP_SHARDING_INFO": '{"a": {"saved_offsets": [-1]}}'})
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ODD_CONTENT)
+def test_odd_files_with_a_manifest_that_agrees_are_passed_over(kind, tmp_path, capsys):
+    save_some(tmp_path, 1, 2)
+    mend(tmp_path / "step-000002", **ODD_CONTENT[kind])
+    assert newest(tmp_path) == tmp_path / "step-000001" and "passing over" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"step-000002 is damaged: (state|model)\.\w+ is not what belongs there"):
+        load(tmp_path / "step-000002")
+
+
+ODD_NAMES = ["x" * 300, "\x1b]0;title\x07\x1b[2J", "..", "a\0b", "a/b", "", " ", "\ud800"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_no_save_gives_is_damage(name, tmp_path):
+    save_some(tmp_path, 1)
+    entries = checkpoint.read_manifest(tmp_path / "step-000001")
+    entries[name] = entries["model.safetensors"]
+    (tmp_path / "step-000001" / "manifest.json").write_bytes(checkpoint.render_manifest(entries))
+    assert damage(tmp_path / "step-000001") == "manifest.json is damaged"
+
+
+def test_a_manifest_of_brackets_is_damage(tmp_path):
+    save_some(tmp_path, 1)
+    (tmp_path / "step-000001" / "manifest.json").write_bytes(b"[" * 100_000)
+    assert damage(tmp_path / "step-000001") == "manifest.json is damaged"
+
+
+def a_model() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Its optimizer has a state, as after a step."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    optimizer = make_adamw(model, OptimConfig())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save_model(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    model, optimizer = a_model()
+    groups = {"weights": model.state_dict(), "optim": optimizer_tensors(optimizer, model)}
+    save(run_dir, step, groups, {"step": step})
+    return groups["weights"] | groups["optim"]
+
+
+@pytest.mark.parametrize(
+    "name", ["zzz.safetensors", "._weights.safetensors", "shard-00009.safetensors", "a.safetensors"]
+)
+def test_tensors_in_a_file_that_the_manifest_does_not_list_are_never_read(name, tmp_path):
+    expected = save_model(tmp_path, 3)
+    path = tmp_path / "step-000003"
+    save_file({key: torch.full_like(x, 7) for key, x in expected.items()}, path / name)
+    (path / "more.safetensors").write_bytes(b"no tensors")
+    model, optimizer = a_model()
+    assert damage(path) is None and checkpoint.restore(newest(tmp_path), model, optimizer) == {"step": 3}
+    found = model.state_dict() | optimizer_tensors(optimizer, model)
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+    assert load(path)[0].keys() == {"weights", "optim"} and checkpoint.stored_shapes(path).keys() == expected.keys()
+
+
+def in_two(path: Path, tensors: dict[str, torch.Tensor], first: int = 1, second: int = 1) -> Path:
+    """The tensors in two files, the rows from `second` on in the second one, as ranks with shards write them."""
+    for number, begin, end in ((1, 0, first), (2, second, None)):
+        parts = {key: x[begin:end].clone() for key, x in tensors.items() if x.ndim} | {
+            key: x for key, x in tensors.items() if not x.ndim and number == 1
+        }
+        offsets = {key: {"saved_offsets": [begin] + [0] * (x.ndim - 1) if x.ndim else []} for key, x in parts.items()}
+        save_file(parts, path / f"shard-0000{number}.safetensors", {"DCP_SHARDING_INFO": json.dumps(offsets)})
+    for name in ("weights", "optim"):
+        (path / f"{name}.safetensors").unlink()
+    return mend(path)
+
+
+def test_of_a_sharded_checkpoint_too_only_listed_files_are_read(tmp_path):
+    expected = save_model(tmp_path, 3)
+    path = in_two(tmp_path / "step-000003", expected)
+    shutil.copy(path / "shard-00002.safetensors", path / "shard-00003.safetensors")
+    save_file({key: torch.full_like(x, 7) for key, x in expected.items()}, path / "weights.safetensors")
+    model, optimizer = a_model()
+    checkpoint.restore(newest(tmp_path), model, optimizer)
+    found = model.state_dict() | optimizer_tensors(optimizer, model)
+    assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("edges", [(1, 2), (2, 1)], ids=["a part is missing", "a part is there twice"])
+def test_shards_that_do_not_make_whole_tensors_are_refused(edges, tmp_path):
+    path = in_two(tmp_path / "step-000003", save_model(tmp_path, 3), *edges)
+    assert damage(path) is None
+    with pytest.raises(UserError, match=r"step-000003 has \d+ of the \d+ numbers of .*: delete .*step-000003"):
+        checkpoint.restore(path, *a_model())
+
+
+def test_a_state_that_lacks_a_part_of_the_optimizer_is_refused(tmp_path):
+    save_model(tmp_path, 3)
+    file = tmp_path / "step-000003" / "optim.safetensors"
+    content = file.read_bytes().replace(b"0.weight.exp_avg_sq", b"0.weight.exp_avg_sx")
+    mend(file.parent, optim__safetensors=content)
+    with pytest.raises(UserError, match="the checkpoint's optimizer lacks a part of its state"):
+        checkpoint.restore(file.parent, *a_model())
+
+
+def test_numbers_of_a_kind_that_torch_does_not_know_are_one_sentence(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2, bias=False))
+    optimizer = make_adamw(model, OptimConfig())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    path = save(tmp_path, 3, {"optim": optimizer_tensors(optimizer, model)}, {})
+    weights = {"0.weight": dict(dtype="F6_E2M3", shape=[2, 4], data_offsets=[0, 6])}
+    mend(path, weights__safetensors=header(**weights) + bytes(6))
+    for use in (lambda: checkpoint.restore(path, model, optimizer), lambda: load(path)):
+        with pytest.raises(UserError, match=r"step-000003 does not hold what it should .*: delete it, and the same"):
+            use()
+
+
+@pytest.mark.parametrize("step", [None, -1, 1.5, "1", True])
+def test_steps_that_are_no_count_are_refused(step):
+    with pytest.raises(ValueError, match="no count"):
+        checkpoint.steps_done({"step": step})
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path):

@@ -10,9 +10,11 @@ import pytest
 from nanochameleon.cli import parse, parse_run, sizes_come_later
 from nanochameleon.convert import Args as ConvertArgs
 from nanochameleon.data.__main__ import Args as DataArgs
+from nanochameleon.errors import exit_on_user_error
 from nanochameleon.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 
 def run_train(*words: str, cwd: Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -60,6 +62,8 @@ WRONG = {
     "fewer documents of prepared data": (["1b", "--data.n-documents", "3"], "data.live and data.n_documents are for"),
     "no prompts to measure": (["align", "--evaluation.alignment", "0"], "evaluation.alignment must be at least 1"),
     "rows too short for a picture": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
+    "an image decoder of no model": (["toy", "--init-vqgan", "x"], "init_vqgan is the image decoder of the model in"),
+    "an epsilon that hides all": (["toy", "--model.norm-eps", "1e30"], "model.norm_eps must be above 0 and at most 1"),
     "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),
 }  # fmt: skip
 
@@ -158,12 +162,18 @@ def test_a_folder_that_is_not_there_ends_with_one_sentence_and_leaves_no_data(tm
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment, not a number"),
     ],
 )
-def test_half_of_what_torchrun_sets_is_refused_with_a_sentence(given, why, tmp_path, monkeypatch):
+def test_half_of_what_torchrun_sets_is_refused_with_a_sentence(given, why, tmp_path, monkeypatch, capsys):
+    import train
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    done = run_train("toy", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 2 and why in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(lambda: train.main(parse_run(["toy", "--device", "cpu"])))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and why in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

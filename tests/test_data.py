@@ -1,5 +1,7 @@
 """Data: what is stored comes back or is refused, and every draw is a pure function of seed and index."""
 
+import json
+import math
 import os
 import signal
 import tempfile
@@ -30,10 +32,11 @@ from nanochameleon.data import (
     write_pictures,
     write_shards,
 )
+from nanochameleon.data.folders import CHECKED
 from nanochameleon.data.loader import shuffled
 from nanochameleon.data.mixture import BLOCK
 from nanochameleon.documents import EndOfTurn, Image, Text, render
-from nanochameleon.errors import UserError
+from nanochameleon.errors import OwnError, UserError
 from nanochameleon.packing import NO_DOCUMENT
 
 PAD = 1
@@ -205,6 +208,137 @@ def test_a_damaged_shard_folder_is_refused_by_the_file_s_name(name, damage, tmp_
         Shards(tmp_path / "tokens")
 
 
+def flip(file: Path, place: int, bits: int = 1) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= bits
+    file.write_bytes(content)
+
+
+def exchange(file: Path, a: int, b: int, size: int) -> None:
+    """Two parts of a file change places."""
+    content = file.read_bytes()
+    parts = content[:a], content[b : b + size], content[a + size : b], content[a : a + size], content[b + size :]
+    file.write_bytes(b"".join(parts))
+
+
+def older(directory: Path, index: str = "index.json", **changes) -> Path:
+    """What an older version wrote: the index without checksums."""
+    content = json.loads((directory / index).read_text())
+    content["format"] = content["format"].removesuffix(CHECKED)
+    kept = {name: value for name, value in content.items() if name not in ("files", "checksum", "checksums")}
+    (directory / index).write_text(json.dumps({k: v for k, v in (kept | changes).items() if v != "left out"}))
+    (directory / "checksums.bin").unlink(missing_ok=True)
+    return directory
+
+
+@pytest.mark.parametrize("place", range(14))
+def test_a_flipped_bit_in_a_shard_is_noticed_by_whoever_reads_its_document(place, tmp_path):
+    """The shards hold [1, 2, 3] and [4, 5], [6, 65535]."""
+    path = write_two_shards(tmp_path / "tokens")
+    name, document = ("shard-00000.bin", 0) if place < 6 else ("shard-00001.bin", 1 + (place - 6) // 4)
+    flip(path / name, place if place < 6 else place - 6)
+    shards = Shards(path)
+    with pytest.raises(OwnError, match=rf"{name} has changed since it was written: delete .*tokens, and the command"):
+        shards.fetch([document])
+    others = [number for number in range(3) if number != document]
+    assert [ids.tolist() for ids in shards.fetch(others)] == [[[1, 2, 3], [4, 5], [6, 65_535]][n] for n in others]
+
+
+@pytest.mark.parametrize("name", ["offsets.bin", "checksums.bin", "index.json"])
+def test_a_changed_byte_of_what_is_beside_the_shards_is_refused(name, tmp_path):
+    path = write_two_shards(tmp_path / "tokens")
+    content = (path / name).read_bytes()
+    for place in range(len(content)):
+        flip(path / name, place)
+        with pytest.raises(UserError, match=rf"{name} (is broken|has changed since it was written): delete"):
+            Shards(path)
+        (path / name).write_bytes(content)
+    assert len(Shards(path)) == 3
+
+
+@pytest.mark.parametrize("make", [lambda path: path, older])
+def test_exchanged_offsets_are_refused_with_checksums_and_without(make, tmp_path):
+    path = make(write_two_shards(tmp_path / "tokens"))
+    exchange(path / "offsets.bin", 8, 16, 8)
+    with pytest.raises(UserError, match=r"offsets\.bin (has changed|is not in order)"):
+        Shards(path)
+
+
+def test_shards_that_change_places_are_noticed(tmp_path):
+    write_shards(tmp_path / "tokens", [[1, 2], [3, 4]], shard_tokens=2)
+    names = [tmp_path / "tokens" / f"shard-0000{number}.bin" for number in (0, 1)]
+    first, second = (file.read_bytes() for file in names)
+    names[0].write_bytes(second)
+    names[1].write_bytes(first)
+    with pytest.raises(OwnError, match="has changed"):
+        Shards(tmp_path / "tokens").fetch([1])
+
+
+def test_data_of_an_older_version_opens_without_checksums(tmp_path):
+    path = older(write_two_shards(tmp_path / "tokens"))
+    assert [ids.tolist() for ids in Shards(path)] == [[1, 2, 3], [4, 5], [6, 65_535]]
+    rows = Rows("x", Shards(path), 4, 0, path)
+    assert sorted(rows.documents(i) for i in range(len(rows))) == [[0], [1, 2]]
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_where_no_checksum_could(tmp_path):
+    path = older(write_two_shards(tmp_path / "tokens"))
+    shards = Shards(path, vocab_size=100)
+    assert shards.fetch([0, 1])[1].tolist() == [4, 5]
+    with pytest.raises(OwnError, match=r"shard-00001\.bin has the id 65535, which a vocabulary of 100 has not: delete"):
+        shards.fetch([0, 2])
+
+
+COUNTS = [
+    "left out", None, "x", ["1", "2"], [None], [math.inf], [1.5, 1.5], [True, 2], [-1, 4], [2**63, 2**63], [1, 2, 3], {}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_an_index_with_odd_fields_is_one_sentence_that_says_what_to_delete(counts, tmp_path):
+    path = older(write_two_shards(tmp_path / "tokens"), documents_per_shard=counts)
+    with pytest.raises(UserError, match=r"tokens/(index\.json|offsets\.bin) .*: delete .*tokens, and the command that"):
+        Shards(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, '{"format": []}', '{"format": "a folder of token shards, with"}']
+)
+def test_an_index_that_is_cut_or_odd_is_one_sentence(text, tmp_path):
+    path = write_two_shards(tmp_path / "tokens")
+    (path / "index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is broken: delete .*tokens, and the command that wrote it makes"):
+        Shards(path)
+
+
+def cut_to_26_bytes(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:26])
+
+
+@pytest.mark.parametrize("name", ["rows-4-0-edges.npy", "rows-4-0-documents.npy", "rows-4-0.json"])
+@pytest.mark.parametrize("damage", [cut_to_26_bytes, lambda file: flip(file, 9), lambda file: flip(file, -1, 4)])
+def test_damaged_rows_are_packed_again_with_a_warning(name, damage, tmp_path, capsys):
+    path = write_two_shards(tmp_path / "tokens")
+    rows = Rows("x", Shards(path), 4, 0, path)
+    expected = [rows.documents(i) for i in range(9)]
+    damage(path / name)
+    again = Rows("x", Shards(path), 4, 0, path)
+    assert [again.documents(i) for i in range(9)] == expected
+    assert f"packing rows again: {path / name}" in capsys.readouterr().err
+    Rows("x", Shards(path), 4, 0, path)
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_of_other_shards_are_packed_again(tmp_path):
+    path = write_two_shards(tmp_path / "tokens")
+    Rows("x", Shards(path), 4, 0, path)
+    kept = {file.name: file.read_bytes() for file in path.glob("rows-*")}
+    write_shards(path, [[1], [2]], shard_tokens=4)
+    for name, content in kept.items():
+        (path / name).write_bytes(content)
+    assert Rows("x", Shards(path), 4, 0, path).documents(0) in ([0, 1], [1, 0])
+
+
 def test_what_is_no_shard_folder_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("hello")
     (tmp_path / "other").mkdir()
@@ -259,6 +393,17 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
     with pytest.raises(UserError, match="is in the way"):
         write_shards(tmp_path, [[1]])
     assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+def test_a_changed_picture_is_noticed_and_one_of_an_older_version_is_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    write_pictures(tmp_path, ((p, {}) for p in pixels), 4)
+    flip(tmp_path / "pictures.bin", 50)
+    assert (Pictures(tmp_path)[0] == pixels[0]).all()
+    with pytest.raises(OwnError, match=r"pictures\.bin has changed since it was written"):
+        Pictures(tmp_path)[1]
+    flip(tmp_path / "pictures.bin", 50)
+    assert (Pictures(older(tmp_path, "pictures.json"))[1] == pixels[1]).all()
 
 
 def test_stored_pictures_come_back_with_what_was_said_of_them(tmp_path):

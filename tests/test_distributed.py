@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,10 +114,11 @@ def test_the_loss_over_spread_columns_is_that_of_all_columns(n_merges, ignored):
 
 
 def config(out: Path, **parallel) -> RunConfig:
-    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step."""
+    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step. parallel: also "optim" and "precision"."""
     cfg = training_config(out)
     model = replace(cfg.model, dim=32, n_heads=4, n_layers=2, qk_norm_groups=2, norm_order="post")
-    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100)
+    precision = parallel.pop("precision", "fp32")
+    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100, precision=precision)
     optim = replace(cfg.optim, name=parallel.pop("optim", "adamw"))
     return replace(cfg, model=model, train=train, optim=optim, parallel=ParallelConfig(**parallel))
 
@@ -127,7 +129,8 @@ def prepare(folder: Path, **parallel) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_transformer", interrupted)
-        train.main(config(folder, **parallel))
+        with pytest.raises(Interrupted):
+            train.main(config(folder, **parallel))
     return folder
 
 
@@ -153,7 +156,8 @@ def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "report", lambda *_: None)
         patch.setattr(train.Training, "step", step)
-        train.main(replace(cfg, out=folder))
+        with nullcontext() if until is None else pytest.raises(Interrupted):
+            train.main(replace(cfg, out=folder))
 
 
 def trained(prepared: Path, folder: Path, ranks: int, until: int | None = None, **parallel) -> Path:

@@ -9,21 +9,28 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from faults import Launched, end_of, kill_and_go_on, lines, said, same, wait_for
+from faults import Launched, differences, end_of, kill_and_go_on, lines, said, wait_for
+from faults import small as config
 from ranks import run_on
-from test_distributed import config, learn, prepare, trained
+from test_distributed import learn, prepare
+from test_distributed import trained as trained_in
 
+import train
 from nanochameleon import checkpoint
 from nanochameleon.errors import UserError
-from nanochameleon.run import CONFIG, config_to_json
+from nanochameleon.run import CONFIG, LOCK, config_to_json
+
+trained = partial(trained_in, precision="auto")  # as presets have it
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("prepared") / "run")
+    return prepare(tmp_path_factory.mktemp("prepared") / "run", precision="auto")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,7 @@ def ends(prepared, tmp_path_factory) -> dict[int, dict]:
 @pytest.mark.parametrize("ranks, seed", [(1, 0), (2, 1)])
 def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_bits(ranks, seed, prepared, ends, tmp_path):
     kill_and_go_on(prepared, tmp_path / "run", ranks, seed, kills=2)
-    assert same(end_of(tmp_path / "run"), ends[ranks])
+    assert differences(end_of(tmp_path / "run"), ends[ranks]) == []
     assert list((tmp_path / "run").glob(".tmp-*")) == []
 
 
@@ -51,10 +58,10 @@ def test_a_run_told_to_stop_saves_and_goes_on_with_the_same_bits(ranks, number, 
     run = Launched(folder, ranks, pause=0.05)
     wait_for(lambda: lines(folder) >= 3)
     run.send(number)
-    assert run.wait() == 0, said(folder)
+    assert run.wait() == 128 + number, said(folder)
     assert "stopped and saved in" in said(folder) and 3 <= checkpoint.read_state(checkpoint.newest(folder))["step"] < 12
     assert Launched(folder, ranks).wait() == 0, said(folder)
-    assert same(end_of(folder), ends[ranks])
+    assert differences(end_of(folder), ends[ranks]) == []
 
 
 def test_torchrun_s_ranks_stop_together_and_start_again_when_one_is_lost(prepared, ends, tmp_path):
@@ -70,7 +77,30 @@ def test_torchrun_s_ranks_stop_together_and_start_again_when_one_is_lost(prepare
     wait_for(lambda: lines(folder) > reached)
     os.kill(run.pids[1], signal.SIGKILL)
     assert run.wait() == 0, said(folder)
-    assert same(end_of(folder), ends[2])
+    assert differences(end_of(folder), ends[2]) == []
+
+
+def test_ranks_whose_torchrun_was_killed_save_and_end(prepared, tmp_path):
+    """Sharded, since a save has more to say to other ranks then."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "run"))
+    run = Launched(folder, 2, torchrun=0, pause=0.05, parallel={"mode": "fsdp"})
+    wait_for(lambda: lines(folder) >= 2)
+    os.kill(run.torchrun.pid, signal.SIGKILL)
+    wait_for(lambda: not (folder / LOCK).exists())
+    assert "torchrun has ended without its ranks" in said(folder) and "stopped and saved in" in said(folder)
+    assert 2 <= checkpoint.read_state(checkpoint.newest(folder))["step"] < 12
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_training_in_a_folder_is_refused_and_the_first_one_untouched(ranks, prepared, ends, tmp_path):
+    folder = Path(shutil.copytree(prepared, tmp_path / "run"))
+    run = Launched(folder, ranks, pause=0.05)
+    wait_for(lambda: lines(folder) >= 2)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=f"process {run.pids[0]} trains in {folder}: wait for it"):
+            train.main(replace(config(folder), overwrite=overwrite))
+    assert run.wait() == 0, said(folder)
+    assert differences(end_of(folder), ends[ranks]) == []
 
 
 def test_a_lost_rank_ends_the_run_with_a_sentence(prepared, tmp_path):
@@ -135,7 +165,7 @@ def test_a_full_disk_loses_nothing_and_the_run_can_go_on(prepared, ends, small_d
     (disk / "full").unlink(missing_ok=True)
     assert list(folder.glob(".tmp-*")) == []
     learn(folder, config(folder))
-    assert same(end_of(folder), ends[1])
+    assert differences(end_of(folder), ends[1]) == []
 
 
 def test_a_save_that_fails_on_the_way_is_told_and_the_run_goes_on(prepared, ends, small_disk, capsys, monkeypatch):
@@ -157,7 +187,7 @@ def test_a_save_that_fails_on_the_way_is_told_and_the_run_goes_on(prepared, ends
     learn(folder, config(folder))
     assert "cannot save a checkpoint" in capsys.readouterr().err
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-000012", "step-000008"]
-    assert same(end_of(folder), ends[1])
+    assert differences(end_of(folder), ends[1]) == []
 
 
 def learn_without_a_place_for_one(folder: Path) -> None:

@@ -369,6 +369,21 @@ def test_the_budget_is_never_exceeded_and_all_get_their_turn():
         pass
 
 
+def test_webps_of_many_bytes_are_opened_one_at_a_time(tmp_path, monkeypatch):
+    """Pillow reads all their bytes before it knows how many pixels they have."""
+    opened, plain = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(image_tokenizer.DECODED.free) or plain(*a, **k))
+    file = saved(Image.fromarray(noise(40, 40)), "WEBP", lossless=True)
+    junk = b"junk" + struct.pack("<I", 2**22) + bytes(2**22)
+    for data in (file, file[:4] + struct.pack("<I", len(file) - 8 + len(junk)) + file[8:] + junk):
+        np.testing.assert_array_equal(load(tmp_path, data), noise(40, 40))
+    assert opened == [image_tokenizer.DECODED.total, 0]
+    (tmp_path / "x.webp").write_bytes(b"RIFF")
+    os.truncate(tmp_path / "x.webp", 2**30)
+    with pytest.raises(UserError, match="it has 1,073,741,824 bytes"):
+        load_picture(tmp_path / "x.webp")
+
+
 def test_a_failed_picture_gives_its_memory_back(tmp_path):
     for _ in range(3):
         with pytest.raises(UserError, match="broken"):

@@ -65,7 +65,7 @@ def test_every_line_is_strict_json(tmp_path_factory, value):
     with Monitor(run_dir, 1) as monitor:
         monitor.log(0, loss=value, loss_text=torch.tensor(value, dtype=torch.float64), loss_image=None)
     line = json.loads((run_dir / "metrics.jsonl").read_text(), parse_constant=refuse)
-    expected = value if math.isfinite(value) else None
+    expected = value if abs(value) < 2.0**128 else None  # what single precision has no finite number for
     assert (line["loss"], line["loss_text"], line["loss_image"]) == (expected, expected, None)
 
 
@@ -154,3 +154,59 @@ def test_without_the_package_tensorboard_is_refused_with_a_sentence(tmp_path, mo
     monkeypatch.setattr("nanochameleon.monitor.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"train\.tensorboard needs the package tensorboard: pip install"):
         open_board(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A log that is damaged
+
+USUAL = [{"step": s, "loss_text": 2.0, "grad_norm": 1.0, "attention_logits": [1.0, 2.0], "lr": 1e-3} for s in (0, 5, 9)]
+ODD = {
+    "a word for a number": '{"step": 3, "seconds": "x"}',
+    "brackets": "[" * 100_000,
+    "brackets in a field": '{"step": 3, "loss": ' + "[" * 100_000,
+    "infinity": '{"step": 3, "loss_text": Infinity}',
+    "not a number": '{"step": 3, "loss_text": NaN}',
+    "several for one": '{"step": 3, "loss_text": [1, 2]}',
+    "an object": '{"step": 3, "more": {}}',
+    "a huge number": '{"step": 3, "output_norm": -1e308}',
+    "a huge step": '{"step": 1%s}' % ("0" * 400),
+    "a long number": '{"step": 3, "loss": %s}' % ("9" * 5_000),
+    "a step below 0": '{"step": -3}',
+    "no step": '{"loss": 1.0}',
+    "a list": "[3]",
+    "half a line": '{"step": 3, "lo',
+    "no text": "\x00\ufffd",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_damaged_line_of_the_log_is_left_out_with_one_warning(kind, tmp_path, capsys):
+    before, *after = map(json.dumps, USUAL)
+    (tmp_path / "metrics.jsonl").write_text("\n".join([before, ODD[kind], *after, ""]))
+    assert read_metrics(tmp_path / "metrics.jsonl") == USUAL
+    with Monitor(tmp_path, 20, start=10) as monitor:
+        monitor.log(10, loss_text=1.0)
+    assert capsys.readouterr().err.count("1 damaged lines are left out") == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 5, 9, 10]
+
+
+def test_a_line_that_a_kill_has_cut_needs_no_warning(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(USUAL[0]) + '\n{"step": 3, "lo')
+    with Monitor(tmp_path, 20, start=10):
+        pass
+    assert "warning" not in capsys.readouterr().err and read_metrics(tmp_path / "metrics.jsonl") == USUAL[:1]
+
+
+def test_numbers_that_are_odd_together_stop_no_curve(tmp_path):
+    """Lists of other lengths, a field that is a list in one line alone, the largest and the smallest numbers."""
+    odd = [
+        {"step": 2**53 - 1, "attention_logits": [1.0], "grad_norm": 1e-320, "output_norm": 3e38},
+        {"step": 0, "attention_logits": [None] * 400, "grad_norm": 3e38, "lr": -3e38, "log_z": -3e38},
+        {"step": 7, "attention_logits": 3.0, "grad_norm": 0, "loss_text": -3e38, "loss_image": 3e38},
+        {"step": 7, "attention_logits": [], "grad_norm": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd + USUAL))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines == odd + USUAL
+    plot_curves(lines, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width == 1000

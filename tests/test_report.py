@@ -147,12 +147,8 @@ def test_letters_of_many_alphabets_are_drawn_and_others_are_spelled_out(tmp_path
     """A font's box, which is the same for all letters that it lacks, is never seen."""
     words = ["красный", "красным", "κόκκινο", "կարմիր", "אדום", "אדומ", "أحمر", "قرمز", "مي\u200cخواهم", "đỏ"]
     assert len({ink(tmp_path, word) for word in words}) == len(words)
-    for unknown, spelled in (
-        ("红", r"\u7ea2"),
-        ("a 🔴", r"a \U0001f534"),
-        ("लाल", r"\u0932\u093e\u0932"),
-        ("\x1b[2J", r"\x1b[2J"),
-    ):
+    spellings = {"红": r"\u7ea2", "a 🔴": r"a \U0001f534", "लाल": r"\u0932\u093e\u0932", "\x1b[2J": r"\x1b[2J"}
+    for unknown, spelled in spellings.items():
         assert ink(tmp_path, unknown) == ink(tmp_path, spelled)
     assert ink(tmp_path, "a\u3000b\u00a0c") == ink(tmp_path, "a b c")
 

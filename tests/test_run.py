@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model, tiny_run
 
+from nanochameleon import run
 from nanochameleon.config import (
     DataConfig,
     EvalConfig,
@@ -18,6 +20,7 @@ from nanochameleon.config import (
     OptimConfig,
     RunConfig,
     SampleConfig,
+    StageConfig,
     TokenizerTraining,
     TrainConfig,
     VQGANConfig,
@@ -27,11 +30,14 @@ from nanochameleon.model_folder import open_model
 from nanochameleon.presets import PRESETS
 from nanochameleon.run import (
     CONFIG,
+    LOCK,
+    claim,
     command,
     config_from_json,
     config_to_json,
     pick_device,
     read_config,
+    same_command,
     start_folder,
 )
 
@@ -41,7 +47,8 @@ whole, real = st.integers(1, 10**9), st.floats(allow_nan=False)
 
 def drawn(cls, **known):
     """Any value of a configuration: every field, by its annotation, unless it is given."""
-    known |= {f.name: real for f in dataclasses.fields(cls) if f.name not in known and f.type in (float, "float")}
+    numbers = {float: real, "float": real, float | None: st.none() | real}  # NaN is not equal to itself
+    known |= {f.name: numbers[f.type] for f in dataclasses.fields(cls) if f.name not in known and f.type in numbers}
     given_fields = {f.name: known.get(f.name, ...) for f in dataclasses.fields(cls)}
     return st.builds(cls, **given_fields)
 
@@ -63,8 +70,9 @@ vqgans = st.builds(
     st.lists(st.integers(1, 8), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 3),
     drawn(VQGANConfig, resolution=st.just(512), ch_mult=st.just((1, 2)), window=st.none()),
 )  # fmt: skip
+stages = st.lists(drawn(StageConfig, weights=st.lists(st.tuples(st.text(), real)).map(tuple))).map(tuple)
 configs = drawn(
-    RunConfig, name=st.text(), vqgan=vqgans, model=models, optim=optims,
+    RunConfig, name=st.text(), stages=stages, vqgan=vqgans, model=models, optim=optims,
     tokenizers=drawn(TokenizerTraining, optim=optims), data=drawn(DataConfig, path=st.none() | paths),
     train=drawn(TrainConfig), sample=drawn(SampleConfig), evaluation=drawn(EvalConfig), out=st.none() | paths,
 )  # fmt: skip
@@ -173,6 +181,81 @@ def test_a_command_names_the_python_that_runs_it_as_it_is_found_from_here(tmp_pa
     assert command("train.py") == "python train.py"
     monkeypatch.setattr("sys.executable", "/opt/python")
     assert command("train.py") == "/opt/python train.py"
+
+
+def test_a_script_is_named_as_the_one_beside_it_was_started(tmp_path, monkeypatch):
+    (tmp_path / "clone").mkdir()
+    for name in ("train.py", "sample.py"):
+        (tmp_path / "clone" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for started in ("clone/train.py", str(tmp_path / "clone" / "sample.py")):
+        monkeypatch.setattr("sys.argv", [started, "toy", "--overwrite"])
+        for name in ("train.py", "sample.py"):
+            assert Path(command(name, "x").split()[1]) == Path(started).with_name(name)
+    assert same_command() == command("train.py", "toy")
+
+
+def test_under_a_launcher_the_same_command_is_said_in_words(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for words, said in (["toy"], "the same command"), (["toy", "--overwrite"], "the same command, without --overwrite"):
+        monkeypatch.setattr("sys.argv", ["train.py", *words])
+        assert same_command() == said
+
+
+def test_a_folder_has_one_training_at_a_time_and_its_lock_goes_with_it(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    with claim(folder):
+        assert (folder / LOCK).read_text() == str(os.getpid())
+        with pytest.raises(UserError, match=f"process {os.getpid()} trains in {folder}: wait"), claim(folder):
+            pass
+        (folder / LOCK).write_text("\x1b[2J")
+        with pytest.raises(UserError, match=f"another process trains in {folder}"), claim(folder):
+            pass
+    assert not folder.exists()  # where nothing came of it
+    with claim(folder):
+        (folder / CONFIG).write_text("{}")
+    assert [path.name for path in folder.iterdir()] == [CONFIG]
+    (folder / LOCK).write_text("1")  # left by a killed process
+    with claim(folder):
+        assert (folder / LOCK).read_text() == str(os.getpid())
+
+
+def test_a_lock_that_is_removed_while_it_is_opened_is_not_taken(tmp_path, monkeypatch):
+    real, removed = run.fcntl.flock, []
+
+    def removes_it_first(file, how):
+        if not removed:
+            removed.append((tmp_path / LOCK).unlink())
+        real(file, how)
+
+    monkeypatch.setattr(run.fcntl, "flock", removes_it_first)
+    with claim(tmp_path), pytest.raises(UserError, match="trains in"), claim(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("reason", ["No locks available", "Windows"])
+def test_where_nothing_can_be_locked_a_run_goes_on_with_a_note(reason, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(37, reason)
+
+    if reason == "Windows":
+        monkeypatch.setattr(run, "fcntl", None)
+    else:
+        monkeypatch.setattr(run.fcntl, "flock", fail)
+    with claim(tmp_path):
+        (tmp_path / CONFIG).touch()
+    assert reason in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == [CONFIG]
+
+
+def test_overwriting_deletes_what_a_run_has_and_nothing_that_it_links_to(tmp_path):
+    data, folder = tmp_path / "data", tiny_run(tmp_path / "run")
+    data.mkdir()
+    (data / "mine").touch()
+    (folder / "data").symlink_to(data)
+    with claim(folder):
+        start_folder(tiny_config(out=folder, overwrite=True))
+        assert {path.name for path in folder.iterdir()} == {CONFIG, LOCK}
+    assert (data / "mine").exists()
 
 
 def test_devices():

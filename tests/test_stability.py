@@ -8,7 +8,7 @@ import pytest
 from tiny import training_config
 
 from nanochameleon import stability
-from nanochameleon.errors import GaveUp, UserError
+from nanochameleon.errors import GaveUp, Interrupted, UserError
 from nanochameleon.run import read_config
 
 
@@ -84,7 +84,13 @@ def test_the_study_runs_each_variant_once_on_the_first_one_s_tokenizers_and_data
 
 def test_a_study_that_is_stopped_ends_without_results_and_one_that_gave_up_goes_on(tmp_path):
     begun, cfg = [], training_config(tmp_path / "study")
-    assert stability.run(cfg, lambda one: begun.append(one.folder)) == cfg.folder
+
+    def stops(one):
+        begun.append(one.folder)
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        stability.run(cfg, stops)
     assert len(begun) == 1 and not (cfg.folder / "stability.md").exists()
 
     def gives_up(one):

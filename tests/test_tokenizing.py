@@ -236,6 +236,19 @@ def test_what_is_done_is_not_done_again_and_nothing_is_there_before_all_is(tars,
     assert sorted(done[:7]) == list(range(7)) and contents(tmp_path / "out") == contents(tmp_path / "one")
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"lengths": [3], "skipped": []}'])
+def test_a_unit_whose_outcome_is_damaged_is_done_again(content, tars, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "finish", lambda job: "stopped before its end")
+    run(job(tmp_path / "out", "pairs", [tars]), 0, 1, 2)
+    monkeypatch.undo()
+    (tmp_path / "out" / "unit-00003.json").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=r"unit-00003\.json is gone or damaged"):
+        tokenizing.finish(job(tmp_path / "out", "pairs", [tars]))
+    run(job(tmp_path / "out", "pairs", [tars]), 0, 1, 2)
+    run(job(tmp_path / "one", "pairs", [tars]), 0, 1, 2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_run(tmp_path_factory.mktemp("model") / "tiny")

@@ -1,6 +1,7 @@
 """train.py from raw data to the report, at a size of seconds: what it leaves, stops and goes on with, and refuses."""
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -19,18 +20,26 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import SHAPES_VQGAN, nano_folder, released_model, training_config
 
-from nanochameleon import checkpoint, prepare, train_tokenizers
+from nanochameleon import checkpoint, prepare, run, train_tokenizers
 from nanochameleon.alignment import CATEGORIES
 from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.convert import Args, convert
 from nanochameleon.drawing import noisy, to_learn
-from nanochameleon.errors import OwnError, UserError
+from nanochameleon.errors import OwnError, UserError, exit_on_user_error
 from nanochameleon.model_folder import open_parts
 from nanochameleon.monitor import read_metrics
 from nanochameleon.objective import Objective
 from nanochameleon.prepare import open_loader
 from nanochameleon.presets import mixed
-from nanochameleon.run import CONFIG, TEXT_TOKENIZER, command, open_image_tokenizer, read_config, start_folder
+from nanochameleon.run import (
+    CONFIG,
+    TEXT_TOKENIZER,
+    command,
+    config_to_json,
+    open_image_tokenizer,
+    read_config,
+    start_folder,
+)
 from nanochameleon.shapes import World, draw, draw_scene
 from nanochameleon.stopping import Stopper
 from nanochameleon.text_tokenizer import TextTokenizer
@@ -82,6 +91,12 @@ def assert_same_weights(folder: Path, other: Path) -> None:
         assert [name for name in content if not torch.equal(tensors[group][name], content[name])] == []
 
 
+def train_until_stopped(cfg: RunConfig, code: int = 130) -> None:
+    with pytest.raises(SystemExit) as stop:
+        exit_on_user_error(lambda: train.main(cfg))
+    assert stop.value.code == code
+
+
 def interrupt_in_call(patch: pytest.MonkeyPatch, owner, name: str, number: int) -> None:
     """This process gets SIGINT, as by Ctrl-C, in call `number` of the function owner.name."""
     real, calls = getattr(owner, name), itertools.count(1)
@@ -120,6 +135,7 @@ SHARE, AMOUNT = "a share", "an amount"
 STAGES = ("text_tokenizer", "image_tokenizer", "data", "transformer", "report")
 FACTS = ("background", "count", "shapes", "colours", "sizes")  # and the relation, where a pair was drawn
 REPORT = {
+    "precision": "fp32",
     "seconds": {"total": AMOUNT} | dict.fromkeys(STAGES, AMOUNT),
     "peak_memory_gib": AMOUNT,
     "tokenizer": dict.fromkeys(("oracle_on_clean", "oracle_on_reconstructions", "codebook_used"), SHARE),
@@ -140,6 +156,8 @@ def assert_shape(report: dict, shape: dict) -> None:
     for name, kind in shape.items():
         if isinstance(kind, dict):
             assert_shape(report[name], kind)
+        elif kind == "fp32":
+            assert report[name] == kind
         else:
             assert isinstance(report[name], float) and math.isfinite(report[name]), name
             assert 0 <= report[name] <= 1 if kind == SHARE else report[name] > 0, name
@@ -166,18 +184,19 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
         (train_tokenizers, "tokenizer_loss", 1, "image_tokenizer", [1]),
         (train_tokenizers, "tokenizer_loss", 4, "image_tokenizer", [5]),
         (train, "gradients", 2, ".", [2]),
-        (train, "gradients", 5, ".", [7, 5]),
+        (train, "gradients", 6, ".", [8, 5]),  # where a sheet of samples is due, too
     ]
     for owner, name, number, where, steps in places:
         with monkeypatch.context() as patch:
             interrupt_in_call(patch, owner, name, number)
-            train.main(cfg)
+            train_until_stopped(cfg)
         assert steps_of(cfg.folder / where) == steps
         again = command("train.py", "toy", "--out", "a b")  # --overwrite would start anew
         assert f"goes on: {again}\n" in capsys.readouterr().out
     train.main(cfg)
     assert_same_weights(cfg.folder, finished)
     assert_same_weights(cfg.folder / "image_tokenizer", finished / "image_tokenizer")
+    assert contents(cfg.folder / "samples") == contents(finished / "samples")
     lines, expected = (read_metrics(folder / "metrics.jsonl") for folder in (cfg.folder, finished))
     for line in (*lines, *expected):
         for name in ("seconds", "tokens_per_second", "mfu", "memory_gib"):
@@ -206,28 +225,49 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(copy, 
     assert again == before
 
 
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_a_run_goes_to_its_end_when_nothing_can_be_printed(number, before_transformer, finished, monkeypatch):
+    """The reader of its output has gone, or the disk of its log is full: the run's folder is not to blame."""
+
+    def fail(self, text):
+        raise OSError(number, os.strerror(number))
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, type("Broken", (io.TextIOBase,), {"write": fail})())
+    monkeypatch.setattr(train, "make_report", lambda *_: None)
+    code = 0
+    try:
+        exit_on_user_error(lambda: train.main(training_config(before_transformer)))
+    except SystemExit as end:
+        code = end.code
+    assert code == (2 if number == errno.ENOSPC else 0)
+    assert_same_weights(before_transformer, finished)
+
+
 def test_a_stop_while_documents_are_tokenized_is_heard_and_leaves_no_half_of_them(before_transformer, monkeypatch):
     shutil.rmtree(before_transformer / "data")
     before = set(contents(before_transformer))
     monkeypatch.setattr(prepare, "CHUNK", 8)
     interrupt_in_call(monkeypatch, prepare, "fuse", 2)
-    train.main(training_config(before_transformer))
+    train_until_stopped(training_config(before_transformer))
     assert set(contents(before_transformer)) == before
 
 
 def test_a_stop_in_the_last_step_is_heard_before_the_report(before_transformer, monkeypatch):
     monkeypatch.setattr(train, "make_report", None)
     interrupt_in_call(monkeypatch, train, "gradients", 12)
-    train.main(training_config(before_transformer))
+    train_until_stopped(training_config(before_transformer))
     assert steps_of(before_transformer) == [12, 10]
 
 
-def test_ctrl_c_in_the_report_says_how_to_go_on(copy, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_report_ends_it_at_once_and_says_how_to_go_on(number, copy, monkeypatch, capsys):
     def interrupted(*_):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        raise AssertionError("the report goes on")
 
     monkeypatch.setattr(train, "make_report", interrupted)
-    assert train.main(training_config(copy)) == copy
+    train_until_stopped(training_config(copy), 128 + number)
     assert "this goes on: " in capsys.readouterr().out
 
 
@@ -257,15 +297,45 @@ def test_missing_packages_are_one_sentence():
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1 and "make demo" in run.stderr
 
 
-def test_the_precision_that_the_clock_chose_is_kept(before_transformer, monkeypatch):
-    cfg = training_config(before_transformer)
-    cfg, wishes = replace(cfg, train=replace(cfg.train, precision="auto")), []
-    monkeypatch.setattr(train, "pick_precision", lambda wish, *_: wishes.append(wish) or "bf16")
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            interrupt_in_call(patch, train, "gradients", 1)
-            train.main(cfg)
-    assert wishes == ["auto", "bf16"]
+def test_the_precision_is_decided_once_before_any_stage_and_told(tmp_path, monkeypatch, capsys):
+    """Also where a kill came before the first checkpoint, and another machine would decide otherwise; but where it came
+    before anything was made, as on a machine without the GPU, the next start decides."""
+    cfg = training_config(tmp_path / "run")
+    cfg = replace(cfg, train=replace(cfg.train, precision="auto"))
+    choices = iter([("fp32", "no GPU"), ("bf16", "a GPU"), ("fp32", "no GPU")])
+    monkeypatch.setattr(run, "pick_precision", lambda *_: next(choices))
+    starts = [("store_pictures", cfg, "fp32", "no GPU"), ("train_image_tokenizer", cfg, "bf16", "a GPU"),
+              ("store_pictures", cfg, "bf16", "as in this run so far"),
+              ("store_pictures", replace(cfg, overwrite=True), "fp32", "no GPU")]  # fmt: skip
+    for killed_in, start, precision, why in starts:
+        with monkeypatch.context() as patch, pytest.raises(KilledHere):
+            patch.setattr(train, killed_in, killed)
+            train.main(start)
+        assert read_config(cfg.folder).train.precision == precision
+        assert f"matrix products in {precision}: {why}\n" in capsys.readouterr().out
+
+
+def test_the_precision_is_that_of_the_checkpoints_of_an_older_version(finished, tmp_path, monkeypatch):
+    cfg = training_config(tmp_path / "older", train=replace(training_config(tmp_path).train, precision="auto"))
+    tensors, state = checkpoint.load(finished)
+    checkpoint.save(cfg.folder, 10, tensors, state | {"step": 10, "precision": "bf16"})
+    (cfg.folder / CONFIG).write_text(config_to_json(cfg))
+    assert run.decide_precision(cfg, torch.device("cpu")).train.precision == "bf16"
+    assert train.Progress.read(checkpoint.read_state(cfg.folder / "step-000010"), cfg.folder).step == 10
+
+
+def test_a_state_of_something_else_is_a_sentence(tmp_path):
+    for state in ({"lost": 1}, {"step": "ten"}, {"loss": []}):
+        with pytest.raises(UserError, match=f"{tmp_path} is of another stage or version"):
+            train.Progress.read(state, tmp_path)
+
+
+class KilledHere(BaseException):
+    """In place of a kill: nothing catches it."""
+
+
+def killed(*_):
+    raise KilledHere
 
 
 @pytest.fixture
@@ -274,6 +344,16 @@ def heard_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_stop_is_heard_where_nothing_can_be_said_of_it(heard_ctrl_c, monkeypatch):
+    def fail(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", fail)
+    with Stopper() as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
 
 
 def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back(heard_ctrl_c):
@@ -444,6 +524,15 @@ def test_overwrite_starts_anew_and_nothing_of_the_old_run_is_left(copy):
     assert set(contents(copy)) == {CONFIG} and read_config(copy).seed == 5
 
 
+def test_a_restart_by_torchrun_does_not_overwrite_what_it_began(copy, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(train, "store_pictures", killed)
+    before = contents(copy)
+    with pytest.raises(KilledHere):
+        train.main(training_config(copy, overwrite=True))
+    assert contents(copy) | {CONFIG: b""} == before | {CONFIG: b""}
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("name", ["notes.txt", "config.json"])
 def test_a_folder_with_other_files_is_refused_and_untouched(name, overwrite, tmp_path):
@@ -534,16 +623,16 @@ def test_a_run_begins_with_the_sizes_tokenizers_and_weights_of_another(finished,
         other = replace(cfg, init_from=source, out=tmp_path / source.name / "more", model=ModelConfig(dropout=0.0))
         train.main(replace(other, optim=replace(cfg.optim, lr=1e-30, weight_decay=0.0)))
         runs.append(other.out)
-    for run in runs:
-        read = read_config(run)
+    for place in runs:
+        read = read_config(place)
         assert read.model == replace(read_config(finished).model, dropout=0.0) and read.vqgan == cfg.vqgan
-        assert (run / "text_tokenizer.json").read_bytes() == (finished / "text_tokenizer.json").read_bytes()
-        kept = checkpoint.load(run / "image_tokenizer")[0]["model"]
+        assert (place / "text_tokenizer.json").read_bytes() == (finished / "text_tokenizer.json").read_bytes()
+        kept = checkpoint.load(place / "image_tokenizer")[0]["model"]
         assert all(torch.equal(x, kept[name]) for name, x in before["image_tokenizer"]["model"].items())
-        weights = checkpoint.load(run)[0]["weights"]
+        weights = checkpoint.load(place)[0]["weights"]
         for name, x in before["."]["weights"].items():
             torch.testing.assert_close(weights[name], x, rtol=0, atol=1e-6)  # one step of nearly no length
-        assert (run / "report.json").is_file()
+        assert (place / "report.json").is_file()
 
 
 def other_model(place: Path, layout: str) -> Path:

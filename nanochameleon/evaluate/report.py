@@ -76,7 +76,8 @@ def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     samples_sheet(sheet, folder / "samples.png")
     plot_curves(read_metrics(folder / METRICS), folder / "curves.png")
     seconds = seconds | {"report": time.perf_counter() - clock}
-    figures = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()} | figures
+    made = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()}
+    figures = made | {"precision": run.cfg.train.precision} | figures
     prompt = sheet[0][0] if sheet else "a red circle"
     question = talks[0]["question"] or "what is this?" if talks else ""
     tries = [[prompt, "--n", "4"]]

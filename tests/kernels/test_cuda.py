@@ -1,6 +1,7 @@
 """The CUDA files without a GPU: they compile for every architecture without spills. The emulator runs them on a CPU."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,15 @@ def test_a_compiled_file_is_kept_until_the_source_changes(tmp_path, monkeypatch)
     assert nvrtc.cubin_file(path, "sm_80") != first
 
 
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    """And a temporary folder of this process takes its place."""
+    monkeypatch.setattr(nvrtc, "cache_folder", lambda variable, wished: None)
+    monkeypatch.setattr(nvrtc.tempfile, "tempdir", str(tmp_path))
+    (path := tmp_path / "k.cu").write_text('extern "C" __global__ void k() {}')
+    found = nvrtc.cubin_file(path, "sm_80")
+    assert found.is_relative_to(tmp_path) and found.read_bytes().startswith(b"\x7fELF")
+
+
 def test_a_changed_header_is_another_key(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
     path = tmp_path / "k.cu"
@@ -59,6 +69,44 @@ def test_a_changed_header_is_another_key(tmp_path, monkeypatch):
     first = nvrtc.cubin_file(path, "sm_80")
     monkeypatch.setattr(nvrtc, "headers", lambda: {"extra.cuh": "__device__ void extra() { __syncthreads(); }"})
     assert nvrtc.cubin_file(path, "sm_80") != first
+
+
+@pytest.fixture
+def compilers(tmp_path, monkeypatch):
+    """Two folders of packages, the second one's behind the first's: CUDA 12 and 13, then 13 again."""
+    for name in ("first/nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "first/nvidia/cu13/lib/libnvrtc.so.13",
+                 "second/nvidia/cu13/lib/libnvrtc.so.13"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        path.with_name("libnvrtc-builtins.so." + path.suffix[1:] + ".0").touch()
+        path.with_name("libnvrtc-builtins.alt.so." + path.suffix[1:] + ".0").touch()
+    folders = [str(tmp_path / name / "nvidia") for name in ("first", "second")]
+    spec = SimpleNamespace(submodule_search_locations=folders)
+    monkeypatch.setattr(nvrtc, "find_spec", lambda name: spec)
+    return tmp_path / "first" / "nvidia"
+
+
+def test_the_compiler_is_that_of_torch_s_cuda_else_the_newest(compilers):
+    twelve, thirteen = compilers / "cuda_nvrtc/lib/libnvrtc.so.12", compilers / "cu13/lib/libnvrtc.so.13"
+    assert [nvrtc.library_file(cuda) for cuda in ("12.6", "13.0", None)] == [twelve, thirteen, thirteen]
+    with pytest.raises(ModuleNotFoundError, match=r"for CUDA 11 is missing: pip install nvidia-cuda-nvrtc-cu11$"):
+        nvrtc.library_file("11.8")
+
+
+def test_no_compiler_at_all_names_the_package(monkeypatch):
+    monkeypatch.setattr(nvrtc, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install nvidia-cuda-nvrtc$"):
+        nvrtc.library_file(None)
+
+
+def test_what_the_compiler_needs_is_loaded_first(compilers, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", loaded.append)
+    monkeypatch.setattr(nvrtc.torch.version, "cuda", "12.6")
+    nvrtc.library.__wrapped__()
+    assert [Path(name).name for name in loaded] == ["libnvrtc-builtins.so.12.0", "libnvrtc.so.12"]
+    assert {Path(name).parent for name in loaded} == {compilers / "cuda_nvrtc/lib"}
 
 
 def test_inline_ptx_stands_in_one_file():

@@ -124,3 +124,20 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
     ours, theirs = hidden("cuda", NARROW), hidden("reference", NARROW)
     truth = hidden("reference", torch.float64)
     assert (ours - truth).norm() < 2 * (theirs - truth).norm() and not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shape"),
+    [("keys", (2, 2, 7, 32)), ("keys", (1, 2, 7, 64)), ("values", (2, 1, 7, 64)), ("values", (2, 2, 6, 64)),
+     ("positions", (1, 3)), ("positions", (2, 2)), ("turns", (2, 2, 32)), ("weight", (4, 64)), ("bias", (2, 3, 8))],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(monkeypatch, wrong, shape):
+    monkeypatch.setattr(gpu, "start", None)
+    cache = (2, 2, 7, 64)
+    shapes = {"keys": cache, "values": cache, "positions": (2, 3), "turns": (2, 3, 32), "weight": (6, 64),
+              "bias": (2, 3, 7)} | {wrong: shape}  # fmt: skip
+    keys, values, weight, bias = (torch.zeros(shapes[key]).to(NARROW) for key in ("keys", "values", "weight", "bias"))
+    turns, positions = torch.zeros(shapes["turns"]).to(torch.complex64), torch.zeros(shapes["positions"]).long()
+    heads = torch.zeros(2, 3, 8, 64).to(NARROW)
+    with use_kernels("cuda"), pytest.raises(ValueError, match=r"decode_attention|a cache"):
+        decode_attention_(heads, turns, (weight, weight), EPS, keys, values, positions, bias)

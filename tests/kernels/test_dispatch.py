@@ -1,8 +1,13 @@
 """Which implementation runs: a wish by call, by environment, by table; and what cannot be met is said."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
+from nanochameleon.config import ModelConfig
+from nanochameleon.kernels import dispatch, normed_attention
 from nanochameleon.kernels.dispatch import (
     AMX,
     AUTO,
@@ -16,6 +21,7 @@ from nanochameleon.kernels.dispatch import (
     explain,
     use_kernels,
 )
+from nanochameleon.transformer import Chameleon, rotary_table
 
 CPU = torch.device("cpu")
 x = torch.zeros(1)
@@ -34,6 +40,56 @@ def test_a_wish_beats_the_environment_which_beats_the_table(monkeypatch):
     assert choose("normed_attention", x) == "reference"
 
 
+def test_an_empty_variable_asks_for_nothing(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")
+    assert choose("normed_attention", x) == AUTO["normed_attention", torch.float32][0]
+
+
+def test_threads_do_not_see_one_another_s_wish():
+    """All threads are in their block before any of them looks, and all look before any of them leaves it."""
+    names = ["reference", "numba", "auto", "reference"]
+    together = threading.Barrier(len(names))
+
+    def chosen(name: str) -> tuple[str, str]:
+        with use_kernels(name):
+            together.wait(60)
+            inside = choose("rms_norm", x)
+            together.wait(60)
+        return inside, choose("rms_norm", x)
+
+    table = AUTO["rms_norm", torch.float32][0]
+    with use_kernels("reference"), ThreadPoolExecutor(len(names)) as pool:
+        seen = list(pool.map(chosen, names))
+    assert seen == [(table if name == "auto" else name, table) for name in names]
+
+
+def in_another_thread(function) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(function).result()
+
+
+def test_the_backward_pass_runs_what_the_forward_pass_ran(monkeypatch):
+    """On a GPU it is in a thread of autograd's, which has no wish."""
+    q = torch.randn(1, 5, 2, 8, requires_grad=True)
+    with use_kernels("numba"):
+        out = normed_attention(q, q, q, rotary_table(torch.arange(5)[None], 8, 1e4), None, None, None, 1e-5)
+    monkeypatch.setenv(VARIABLE, "cuda")  # which cannot be had
+    in_another_thread(lambda: out.sum().backward())
+    assert q.grad.isfinite().all()
+
+
+def test_what_is_computed_again_runs_what_ran_first():
+    model = Chameleon(ModelConfig(vocab_size=280, dim=32, n_layers=2, n_heads=2, multiple_of=8, max_seq_len=64)).train()
+    gradients = []
+    for model.recompute, name in ((False, "reference"), (True, "reference"), (True, "numba"), (False, "numba")):
+        model.zero_grad()
+        with use_kernels(name):
+            hidden = model(torch.arange(30)[None])
+        in_another_thread((hidden * torch.arange(32.0)).sum().backward)
+        gradients.append(model.layers[0].attention.wq.weight.grad.clone())
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[2], gradients[3])
+
+
 @pytest.mark.parametrize(
     ("tensor", "reason"), [(x.double(), "not float64"), (torch.zeros(1, device="meta"), "tensors are on meta")]
 )
@@ -50,13 +106,48 @@ def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr("nanochameleon.kernels.dispatch.installed", lambda name: False)
     with use_kernels("cuda"):
-        with pytest.raises(ValueError, match=r"cupy is not installed: pip install nanochameleon\[cuda\]"):
+        with pytest.raises(ValueError, match=r"cupy-cuda13x is not installed: pip install -e '\.\[cuda\]'"):
             decide("zloss_cross_entropy", gpu, torch.bfloat16)
         with pytest.raises(ValueError, match="do not take float32"):
             decide("normed_attention", gpu, torch.float32)
         assert decide("swiglu", gpu, torch.bfloat16)[0] == "reference"  # never written
     with use_kernels("auto"):
         assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
+
+
+@pytest.mark.parametrize(("value", "works"), [("1", False), ("0", True), ("", True)])
+def test_numba_that_does_not_compile_leaves_all_to_the_reference(monkeypatch, value, works):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", value)
+    with use_kernels("auto"):
+        kinds = {decide(op, CPU, torch.float32) for op in OPS}
+        assert works or {name for name, _ in kinds} == {"reference"}
+        assert works or all("NUMBA_DISABLE_JIT is set" in reason for _, reason in kinds)
+        assert ("NUMBA_DISABLE_JIT" in explain(CPU, torch.float32)) == (not works)
+    with use_kernels("numba"):
+        if works:
+            assert choose("rms_norm", x) == "numba"
+        else:
+            with pytest.raises(ValueError, match="numba's kernels were asked for rms_norm, but NUMBA_DISABLE_JIT"):
+                choose("rms_norm", x)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "there", "missing"),
+    [
+        ("13.0", {"cupy-cuda13x"}, None),
+        ("13.0", {"cupy-cuda12x"}, "cupy-cuda13x"),
+        ("12.6", {"cupy-cuda12x"}, None),
+        ("12.6", {"cupy-cuda13x"}, "cupy-cuda12x"),
+        ("12.6", {"cupy-cuda12x", "cupy-cuda13x"}, None),
+        ("12.9", set(), None),  # built here, or conda's
+    ],
+)
+def test_cupy_is_for_the_cuda_of_torch(monkeypatch, cuda, there, missing):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(dispatch, "installed", lambda name: True)
+    monkeypatch.setattr(dispatch, "distribution", there.__contains__)
+    assert dispatch.missing_for_cuda() == missing
+    assert dispatch.cuda_extra() == ("cuda" if cuda == "13.0" else "cuda12")
 
 
 def test_unknown_names_are_refused(monkeypatch):

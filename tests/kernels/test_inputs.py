@@ -1,5 +1,9 @@
 """What ops are given besides the usual: another default type, weights with strides, shapes that do not fit."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,3 +46,11 @@ def test_shapes_that_do_not_fit_are_refused(name):
             zloss_cross_entropy(torch.zeros(4, 8), torch.zeros(2, dtype=torch.long))
         with pytest.raises((ValueError, RuntimeError)):
             swiglu(torch.zeros(4, 64), torch.zeros(4, 32))
+
+
+def test_what_does_not_fit_is_refused_or_read_as_the_reference_reads_it():
+    """mismatches.py, in a process of its own: reading beyond a tensor ends it there. Its last words name the inputs."""
+    file = Path(__file__).with_name("mismatches.py")
+    command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-6_000:]}\n{done.stderr[-2_000:]}"

@@ -121,7 +121,7 @@ def test_rows_may_lie_an_odd_number_of_numbers_apart(name, dtype):
 
 def test_the_sums_that_the_gradient_needs_have_none_themselves():
     x, turns = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
-    out, lse = torch.ops.nanochameleon.normed_attention(x, x, x, turns, None, None, None, None, None, EPS)
+    out, lse = torch.ops.nanochameleon.normed_attention(x, x, x, turns, None, None, None, None, None, EPS, False)
     assert out.requires_grad and not lse.requires_grad
 
 

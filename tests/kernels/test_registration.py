@@ -24,7 +24,7 @@ def op_inputs():
     hidden, weight = torch.randn(T, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
     targets = torch.arange(T) - 1
     return {
-        "normed_attention": (q, k, v, torch.view_as_real(table[:, 0]).flatten(-2), docs, *norms, 1e-5),
+        "normed_attention": (q, k, v, torch.view_as_real(table[:, 0]).flatten(-2), docs, *norms, 1e-5, False),
         "zloss_cross_entropy": (torch.randn(T, V, requires_grad=True), targets),
         "linear_zloss_cross_entropy": (hidden, weight, targets),
     }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels import gpu, linear_zloss_cuda
+from nanochameleon.kernels import gpu, linear_zloss_cross_entropy, linear_zloss_cuda, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.zloss import zloss_cross_entropy_reference
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
@@ -75,6 +75,28 @@ def test_a_row_as_wide_as_a_vocabulary(generation, monkeypatch):
     buffer = x.to(NARROW)
     loss, log_z = gpu.zloss_overwrite(buffer, targets, 1e-2, 0.5, gpu.shared_kilobytes(0))
     compare_losses([loss, log_z, buffer], x, targets, NARROW, 1e-2, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [NARROW, torch.float32])
+@pytest.mark.parametrize("target", [64, 65, 10**12])
+def test_a_target_beyond_the_vocabulary_has_no_loss(dtype, target):
+    """NaN, where reading on would give the logit of another row; other rows are as they were."""
+    x, targets = torch.randn(3, 64, generator=generator(0)).to(dtype), torch.tensor([5, target, -1])
+    buffer = x.clone()
+    for loss, _ in (gpu.zloss_forward(x, targets), gpu.zloss_overwrite(buffer, targets, 1e-2, 0.5, 227)):
+        assert loss[1].isnan() and loss[[0, 2]].isfinite().all() and loss[2] == 0
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2).long(), torch.zeros(3), torch.zeros(3, 1).long()])
+def test_targets_that_do_not_fit_are_refused(monkeypatch, wrong):
+    monkeypatch.setattr(gpu, "start", None)
+    x, weight = torch.randn(3, 8), torch.randn(8, 8)
+    with use_kernels("cuda"):
+        for function, inputs in ((zloss_cross_entropy, (x,)), (linear_zloss_cross_entropy, (x, weight))):
+            with pytest.raises(ValueError, match="targets must be"):
+                function(*inputs, wrong)
+    with pytest.raises(ValueError, match="targets must be"):
+        linear_zloss_cuda.gradients(x, weight, wrong, 0.1, 0.5)
 
 
 def test_rows_that_start_anywhere_are_read_number_by_number():
