@@ -67,7 +67,7 @@ class Run:
 def command(script: str, *words: str) -> str:
     """The line for a shell that runs a script with this Python, both under the names by which they are found from here:
     the script beside the one that was started."""
-    beside = Path(sys.argv[0]).with_name(script)
+    beside = Path(sys.argv[0]).parent / script
     python, here = Path(sys.executable or "python"), Path.cwd()
     if shutil.which("python") == str(python):
         name = "python"  # as in an active environment
@@ -171,11 +171,11 @@ def same(old, new) -> bool:
 
 
 def decide_precision(cfg: RunConfig, device: torch.device) -> RunConfig:
-    """The configuration with its train.precision decided, and says why. 'auto' is what the run in its folder has begun
-    with, or what is faster here."""
+    """Returns the configuration with its train.precision decided, and says why: 'auto' becomes what the run in its
+    folder has begun with, or what is faster here."""
     if cfg.train.precision != "auto":
         return cfg
-    precision, why = "auto" if cfg.overwrite else begun_with(cfg.folder), "as this run has begun"
+    precision, why = "auto" if cfg.overwrite else begun_with(cfg.folder), "as in this run so far"
     if precision == "auto":
         precision, why = pick_precision(cfg.model.dim, device)
     say(f"matrix products in {precision}: {why}")
@@ -183,8 +183,8 @@ def decide_precision(cfg: RunConfig, device: torch.device) -> RunConfig:
 
 
 def begun_with(folder: Path) -> str:
-    """The precision of the run in a folder; 'auto' where none has been decided."""
-    if not (folder / CONFIG).is_file():
+    """The precision of the run in a folder; 'auto' where it has not been decided, or the run never came to anything."""
+    if not (folder / CONFIG).is_file() or len(contents(folder)) == 1:
         return "auto"
     precision = read_config(folder).train.precision
     path = checkpoint.newest(folder) if precision == "auto" else None  # where an older version kept it
