@@ -28,7 +28,7 @@ from typing import TextIO
 import torch
 
 from nanochameleon import checkpoint
-from nanochameleon.config import RunConfig
+from nanochameleon.config import ModelConfig, RunConfig, VQGANConfig
 from nanochameleon.errors import UserError, shown
 from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
@@ -117,12 +117,20 @@ def build(kind, value, name: str):
     return Path(value) if kind is Path else value
 
 
+WHOLE = ModelConfig, VQGANConfig  # a default in place of one of their fields would be another model
+
+
+def has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
 def build_fields(kind, content: object):
-    """The dataclass whose fields are all in `content`: a default in place of one would be another model."""
+    """The dataclass with the fields in `content`; one that an older version did not write takes its default."""
     if not isinstance(content, dict):
         raise ValueError(f"{kind.__name__} is {shown(repr(content))}")
     known = typing.get_type_hints(kind)
-    for names, what in ((content.keys() - known.keys(), "has no field"), (known.keys() - content.keys(), "lacks")):
+    needed = {f.name for f in dataclasses.fields(kind) if kind in WHOLE or not has_default(f)}
+    for names, what in ((content.keys() - known.keys(), "has no field"), (needed - content.keys(), "lacks")):
         if names:
             raise ValueError(f"{kind.__name__} {what} {shown(repr(min(names)))}")
     return kind(**{name: build(known[name], value, name) for name, value in content.items()})

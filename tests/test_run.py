@@ -99,6 +99,7 @@ NOT_A_CONFIG = {
     "an unknown field": (changed(lambda c: c.update(learning_rate=1)), "learning_rate"),
     "an unknown field inside": (changed(lambda c: c["model"].update(dims=1)), "ModelConfig has no field 'dims'"),
     "a missing field": (changed(lambda c: c.pop("model")), "model"),
+    "a missing field of the model": (changed(lambda c: c["model"].pop("rope_theta")), "ModelConfig lacks 'rope_theta'"),
     "a part that is a number": (changed(lambda c: c.update(model=3)), "ModelConfig is 3"),
     "sizes that do not divide": (changed(lambda c: c["model"].update(n_heads=3)), "n_heads must divide dim"),
     "no heads": (changed(lambda c: c["model"].update(n_heads=0)), "config.json"),
@@ -113,6 +114,11 @@ NOT_A_CONFIG = {
     "no JSON": ("{", "config.json"),
     "no text": (b"\xff\xfe", "config.json"),
 }
+
+
+def test_a_field_that_an_older_version_did_not_write_has_its_default():
+    older = changed(lambda c: (c.pop("init_vqgan"), c["train"].pop("keep")))
+    assert config_from_json(older) == tiny_config()
 
 
 @pytest.mark.parametrize(("content", "why"), NOT_A_CONFIG.values(), ids=NOT_A_CONFIG)
