@@ -401,7 +401,10 @@ MUTANTS = [
            "test_convert.py"),
     Mutant("another model's image decoder is taken", "model_folder.py",
            "if not torch.equal(given.get(name).to(x.dtype), x):", "if False:", "test_convert.py"),
-    Mutant("a field that is missing is the 7B's", "run.py", '(known.keys() - content.keys(), "lacks")', '((), "lacks")',
+    Mutant(
+        "a field that is missing is the 7B's", "run.py", "if kind in WHOLE or not has_default(f)",
+        "if not has_default(f)", "test_run.py",
+    ), "lacks")', '((), "lacks")',
            "test_convert.py"),
     Mutant("other words pass for ours", "tokenizer_fields.py", "if words != list(split_words(EXAMPLE)):", "if False:",
            "test_text_tokenizer.py"),
