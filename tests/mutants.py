@@ -560,6 +560,8 @@ MUTANTS = [
            "~visible(doc_ids, doc_ids)[:, None] & False", "test_watch.py"),
     Mutant("attention is counted twice", "scaling.py", "attention = 6 * cfg.n_layers", "attention = 12 * cfg.n_layers",
            "test_scaling.py"),
+    Mutant("a stopped study goes on", "stability.py", "except GaveUp as error:", "except Exception as error:",
+           "test_stability.py"),
     Mutant("a save deletes files that are being written", "checkpoint.py", 'glob(".tmp-*/")', 'glob(".tmp-*")',
            "test_checkpoint.py"),
     Mutant("float32 is taken for the default type", "kernels/zloss.py",
