@@ -120,6 +120,8 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"they are for the CPU, and the tensors are on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT is set"
     return None if installed("numba") else "numba is not installed"
 
 

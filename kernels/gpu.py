@@ -1,7 +1,7 @@
 """Calls the CUDA kernels of the .cu files with torch's tensors, on torch's current stream, through CuPy.
 
 Here stand the grids, the block sizes and the order of arguments; what the kernels do stands in their files. CuPy is
-imported at the first launch, and nvrtc.py compiles: both come with the extra `cuda`.
+imported at the first launch, and nvrtc.py compiles: both come with the extra `cuda` or `cuda12`.
 """
 
 from functools import cache

@@ -18,26 +18,47 @@ from pathlib import Path
 
 import torch
 
+from nanochameleon.kernels.caches import cache_folder, say
 from nanochameleon.kernels.dispatch import PROCESS
+
+_compiling = threading.RLock()  # the folder is a setting of the whole process
 
 
 def compiled(function: Callable, integers: int):
     """A C function of int64s without a result, kept on disk in a folder named by all sources beside this one and beside
     the function's.
 
-    Numba's own cache looks at the function's file alone, and would not see that what it calls was edited.
+    Numba's own cache looks at the function's file alone, and would not see that what it calls was edited. Where nothing
+    can be kept, or what is kept cannot be read, it is compiled for this process alone.
     """
-    from numba import cfunc, config, types
+    from numba import config
+    from numba.core.errors import NumbaError
 
-    here, before = Path(__file__).parent, config.CACHE_DIR
+    here = Path(__file__).parent
     folders = sorted({here, Path(function.__code__.co_filename).parent})
     sources = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))]
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
-    config.CACHE_DIR = str((Path(before) if before else here / "__pycache__") / digest)  # read by cfunc, now
-    try:
-        return cfunc(types.void(*[types.int64] * integers), cache=True, error_model="numpy")(function)
-    finally:
-        config.CACHE_DIR = before
+    with _compiling:
+        before = config.CACHE_DIR
+        kept = cache_folder("NUMBA_CACHE_DIR", before, here / "__pycache__", digest)
+        try:
+            config.CACHE_DIR = str(kept or before)  # read by cfunc, now
+            return native(function, integers, kept is not None)
+        except NumbaError:
+            raise
+        except Exception as error:  # a full disk, or a pickle that was cut, which raises anything
+            if kept is None:
+                raise
+            say(f"the compiled kernels in {kept} cannot be used ({type(error).__name__}: {error}): delete that folder")
+            return native(function, integers, False)
+        finally:
+            config.CACHE_DIR = before
+
+
+def native(function: Callable, integers: int, keep: bool):
+    from numba import cfunc, types
+
+    return cfunc(types.void(*[types.int64] * integers), cache=keep, error_model="numpy")(function)
 
 
 class kernel:

@@ -8,12 +8,15 @@ import ctypes
 import hashlib
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from nanochameleon.kernels.caches import cache_folder
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
 
@@ -92,15 +95,15 @@ def compile_source(source: str, name: str, architecture: str) -> Cubin:
 
 
 def cubin_file(source: Path, architecture: str) -> Path:
-    """The compiled file of a .cu, made where it is not in the cache (NANOCHAMELEON_CACHE, or ~/.cache)."""
+    """The compiled file of a .cu, made where it is not in the cache (NANOCHAMELEON_CACHE, or see caches.py)."""
     text = source.read_text()
     version = [ctypes.c_int(), ctypes.c_int()]
     library().nvrtcVersion(*(ctypes.byref(number) for number in version))
     key = f"{text}{headers()}{architecture}{[number.value for number in version]}"
-    folder = Path(os.environ.get("NANOCHAMELEON_CACHE", Path.home() / ".cache" / "nanochameleon"))
+    wished = os.environ.get("NANOCHAMELEON_CACHE", "")
+    folder = cache_folder("NANOCHAMELEON_CACHE", wished) or Path(tempfile.mkdtemp())  # CuPy loads files alone
     path = folder / f"{source.stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
         aside.write_bytes(compile_source(text, source.name, architecture).code)
         aside.replace(path)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanochameleon.config import SampleConfig
 from nanochameleon.decode_torch import TorchStep
+from nanochameleon.kernels.dispatch import why_not_numba
 from nanochameleon.sampling import (
     BY_RULES,
     CLOSE,
@@ -98,7 +99,8 @@ class Decoder:
         self.cpu = self.joined = None
         if auto or any(is_sharded(x) for x in model.parameters()):  # sums in place have rules of their own there
             return
-        if device.type == "cpu" and all(x.dtype == torch.float32 for x in model.parameters()):
+        compiles = why_not_numba(device, torch.float32) is None
+        if compiles and all(x.dtype == torch.float32 for x in model.parameters()):
             from nanochameleon.decode_cpu import CPUDecoder
 
             self.cpu = CPUDecoder(self)

@@ -52,6 +52,15 @@ def test_a_compiled_file_is_kept_until_the_source_changes(tmp_path, monkeypatch)
     assert nvrtc.cubin_file(path, "sm_80") != first
 
 
+def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    """And a temporary folder of this process takes its place."""
+    monkeypatch.setattr(nvrtc, "cache_folder", lambda variable, wished: None)
+    monkeypatch.setattr(nvrtc.tempfile, "tempdir", str(tmp_path))
+    (path := tmp_path / "k.cu").write_text('extern "C" __global__ void k() {}')
+    found = nvrtc.cubin_file(path, "sm_80")
+    assert found.is_relative_to(tmp_path) and found.read_bytes().startswith(b"\x7fELF")
+
+
 def test_a_changed_header_is_another_key(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
     path = tmp_path / "k.cu"

@@ -115,6 +115,22 @@ def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
         assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
 
 
+@pytest.mark.parametrize(("value", "works"), [("1", False), ("0", True), ("", True)])
+def test_numba_that_does_not_compile_leaves_all_to_the_reference(monkeypatch, value, works):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", value)
+    with use_kernels("auto"):
+        kinds = {decide(op, CPU, torch.float32) for op in OPS}
+        assert works or {name for name, _ in kinds} == {"reference"}
+        assert works or all("NUMBA_DISABLE_JIT is set" in reason for _, reason in kinds)
+        assert ("NUMBA_DISABLE_JIT" in explain(CPU, torch.float32)) == (not works)
+    with use_kernels("numba"):
+        if works:
+            assert choose("rms_norm", x) == "numba"
+        else:
+            with pytest.raises(ValueError, match="numba's kernels were asked for rms_norm, but NUMBA_DISABLE_JIT"):
+                choose("rms_norm", x)
+
+
 @pytest.mark.parametrize(
     ("cuda", "there", "missing"),
     [

@@ -1,13 +1,15 @@
 """Tasks on threads, torch's and Python's: all of [0, n) is done once, each thread in memory of its own."""
 
+import errno
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 import torch
+from numba import config
 
-from nanochameleon.kernels import launch
+from nanochameleon.kernels import caches, launch
 from nanochameleon.kernels.region_numba import next_of, reader
 from nanochameleon.kernels.simd import load, peek, poke, splat, store
 
@@ -71,6 +73,49 @@ def test_python_s_own_threads_may_run_kernels_at_the_same_time(way, threads):
     with ThreadPoolExecutor(4) as pool:
         for done, _ in pool.map(counted, [500] * 40):
             assert done == [0.5] * 500
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Where compiled kernels are kept in a test."""
+    monkeypatch.setattr(launch, "cache_folder", lambda variable, wished, usual, name: tmp_path / name)
+    return tmp_path
+
+
+def compiled_count():
+    """The kernel above, by a wrapper of Numba's that was not used before."""
+    return launch.compiled(count.function, 5)
+
+
+def test_a_kernel_is_compiled_once_and_then_read(kept):
+    assert [compiled_count().cache_hits for _ in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_what_is_kept_and_was_cut_is_compiled_again_and_said(kept, caplog, ending):
+    compiled_count()
+    for path in kept.rglob(f"*.{ending}"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    caches.say.cache_clear()
+    assert compiled_count().address
+    assert str(kept) in caplog.text and "delete that folder" in caplog.text
+
+
+def test_a_full_disk_costs_what_is_kept_alone(kept, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    caches.say.cache_clear()
+    assert compiled_count().address and "No space left on device" in caplog.text
+
+
+def test_nothing_can_be_kept_and_the_kernel_runs(tmp_path, monkeypatch):
+    before = config.CACHE_DIR
+    monkeypatch.setattr(launch, "cache_folder", lambda *_: None)
+    monkeypatch.setitem(vars(count), "compiled", compiled_count())
+    assert counted(7)[0] == [0.5] * 7
+    assert before == config.CACHE_DIR
 
 
 @pytest.mark.skipif(
