@@ -371,6 +371,12 @@ def test_an_open_picture_of_too_many_codes_is_refused():
         generate(MODEL, [prompt], VOCAB, N_CODES, OPTIONS)
 
 
+@pytest.mark.parametrize("token", [-1, VOCAB.size, 10**12])
+def test_an_id_that_the_vocabulary_does_not_have_is_refused(token):
+    with pytest.raises(ValueError, match=f"has id {token}, and the vocabulary has {VOCAB.size}"):
+        generate(MODEL, [[VOCAB.bos, token]], VOCAB, N_CODES, OPTIONS)
+
+
 @pytest.mark.parametrize("context", [0, MODEL.cfg.max_seq_len + 1])
 def test_a_context_that_the_model_does_not_have_is_refused(context):
     with pytest.raises(ValueError, match="1 to the model's 64 ids"):
