@@ -31,10 +31,11 @@ if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "r
 
 import tyro
 
-from nanochameleon.cli import MAX_NUMBER, check_kernels, parse
+from nanochameleon.cli import check_kernels, parse
 from nanochameleon.config import RunConfig, SampleConfig
-from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.printing import say
+from nanochameleon.ranges import MAX_NUMBER
 
 PREVIEW = 32  # codes between two looks at a picture that is being drawn
 PICTURE_ENDINGS = (  # of formats that cannot be read, too: such a word is a mistake, and no words to draw
@@ -86,6 +87,9 @@ class Args:
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the transformer's weights; auto is that of its files. int8 is made of that after loading, so the peak of
     memory is that of loading."""
+    vqgan: Path | None = None
+    """A file with the image decoder, for a model that came from transformers, which drops it: Meta's vqgan.ckpt or a
+    vqgan_decoder.safetensors."""
 
     def check(self) -> None:
         """Raises UserError for a value out of range, naming the option."""
@@ -106,7 +110,7 @@ class Args:
             ("scale", self.scale is None or 1 <= self.scale <= 64, "1 to 64"),
         ):
             if not good:
-                raise UserError(f"--{name} must be {wish}, not {getattr(self, name.replace('-', '_'))}")
+                raise UserError(f"--{name} must be {wish}, not {shown(getattr(self, name.replace('-', '_')))}")
 
     def options(self, cfg: SampleConfig) -> SampleConfig:
         """The run's own settings, with those given here in their place."""
@@ -184,7 +188,7 @@ def main(args: Args) -> list[list[str | Path]]:
     from nanochameleon.run import pick_device
 
     check_kernels(pick_device(args.device))
-    run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype)
+    run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
     if args.dtype == "int8":
         quantize_(run.model)
     vocab, n_codes = run.vocab, run.images.n_codes_per_image

@@ -49,7 +49,7 @@ def _expect_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor
 
 @torch.library.custom_op("nanochameleon::norm_rotary", mutates_args=())
 def _norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    turns = turns.expand(*x.shape[:2], -1)
+    turns = turns if len(turns) > 1 else turns.expand(len(x), -1, -1)
     _expect_rotary(x, turns, weight, bias)
     weight, bias = (None if p is None else p.float().contiguous() for p in (weight, bias))
     return gpu.norm_rotary(x.contiguous(), turns.float().contiguous(), weight, bias, eps)
@@ -64,7 +64,7 @@ def _(x, turns, weight, bias, eps):
 def _norm_rotary_backward(
     d_out: Tensor, x: Tensor, turns: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    turns = turns.expand(*x.shape[:2], -1)
+    turns = turns if len(turns) > 1 else turns.expand(len(x), -1, -1)
     _expect_rotary(x, turns, weight, None, d_out=d_out)
     weight = None if weight is None else weight.float().contiguous()
     return gpu.norm_rotary_backward(d_out.contiguous(), x.contiguous(), turns.float().contiguous(), weight, eps)

@@ -13,8 +13,9 @@ The gradient. With weights P, scores s = q' k'^T / sqrt(E) and dO the gradient o
 The turn is orthogonal, so its gradient is the turn back: g. With n the standardised row and u = g * weight:
     d weight = sum g n,   d bias = sum g,   d row = (u - mean(u) - n mean(u n)) / deviation
 
-Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); table (B, 1, T, E/2) complex, the
-turns; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) heads in turn.
+Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); table (B or 1, 1, T, E/2)
+complex, the turns; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) heads in
+turn.
 """
 
 from types import ModuleType
@@ -150,7 +151,7 @@ def _expect(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles: 
 
 def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles: bool) -> dict[str, Tensor | None]:
     """Of one type and regular strides, the small ones float32 and padded with zeros to whole registers."""
-    turns, lanes = turns.expand(*q.shape[:2], -1), _kernels(tiles).LANES
+    turns, lanes = turns if len(turns) > 1 else turns.expand(len(q), -1, -1), _kernels(tiles).LANES
     _expect(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles)
 
     def row(x: Tensor | None) -> Tensor | None:

@@ -38,6 +38,7 @@ def begin(cfg: RunConfig) -> tuple[RunConfig, Beginning]:
     tokenizers, parts = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
         cfg, parts = adopt(cfg)
+        text_of(parts.tokenizers, cfg.init_from)  # a sentence, before anything else reads it
         if tokenizers and parts.tokenizers.digest() != tokenizers.digest():
             what = f"{cfg.data.path} was prepared with other tokenizers than those of {cfg.init_from}"
             raise UserError(f"{what}: prepare it with --tokenizers {cfg.init_from}")
@@ -66,7 +67,7 @@ def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
         raise UserError(f"{cfg.init_from}, which the run is to begin with, lies in {cfg.folder}: choose another --out")
     if begun := begun_from(cfg):
         cfg = dataclasses.replace(cfg, init_from=begun)
-    parts = open_parts(cfg.folder if begun else cfg.init_from)
+    parts = open_parts(cfg.folder) if begun else open_parts(cfg.init_from, cfg.init_vqgan)
     if cfg.train.seq_len > parts.model.max_seq_len:
         raise UserError(
             f"train.seq_len is {cfg.train.seq_len}; {cfg.init_from} has a context of {parts.model.max_seq_len}"

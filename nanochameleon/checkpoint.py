@@ -129,7 +129,7 @@ def check_room(run_dir: Path, tensors: Iterable[Tensor]) -> None:
     """Raises OSError where the disk has no room for them."""
     needed = sum(t.numel() * t.element_size() for t in tensors)
     if shutil.disk_usage(run_dir).free < needed:
-        raise OSError(f"it needs {needed / 1e6:.0f} MB and the disk has less")
+        raise OSError(f"it needs {needed / 1e6:,.1f} MB and the disk has less")
 
 
 def sweep(run_dir: Path) -> None:

@@ -13,39 +13,10 @@ import tyro
 from nanochameleon.config import RunConfig
 from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.presets import PRESETS
+from nanochameleon.ranges import out_of_range
 
 T = TypeVar("T")
-ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every entry has to pass
-    ("at least 0", lambda x: 0 <= x < math.inf, (
-        "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
-        "tokenizers.warmup_steps", "tokenizers.optim.warmup", "tokenizers.optim.eps", "tokenizers.optim.weight_decay",
-        "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
-        "tokenizers.adversarial", "tokenizers.adversarial_from",
-        "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
-        "sample.guidance_image",
-    )),
-    ("at least 1", lambda x: 1 <= x < math.inf, (
-        "vqgan.resolution", "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim",
-        "vqgan.n_codes", "vqgan.n_groups", "model.n_layers", "model.multiple_of", "tokenizers.n_texts",
-        "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
-        "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
-        "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
-        "evaluation.reconstructions", "evaluation.alignment", "parallel.tensor", "parallel.micro_batch",
-        "parallel.timeout",
-    )),
-    ("above 0", lambda x: 0 < x < math.inf, (
-        "model.norm_eps", "model.rope_theta", "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
-        "tokenizers.optim.lr", "tokenizers.optim.clip", "sample.repetition_penalty",
-    )),
-    ("at least 0 and less than 1", lambda x: 0 <= x < 1, (
-        "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
-        "sample.min_p", "sample.image_min_p",
-    )),
-    ("from 0 to 1", lambda x: 0 <= x <= 1, ("train.code_noise",)),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, ("sample.top_p", "sample.image_top_p")),
-)  # fmt: skip
 MAX_SEED = 2**32 - 1
-MAX_NUMBER = 2**63 - 1  # of a whole number, as torch and numpy hold it
 
 
 def parse(kind: type[T], args: Sequence[str] | None = None, **more) -> T:
@@ -84,14 +55,8 @@ def first_line(doc: str | None) -> str:
 
 def check(cfg: RunConfig) -> None:
     """Raises UserError, naming the field, for a number that is out of range."""
-    for wish, good, names in ALLOWED:
-        for name in names:
-            value = attrgetter(name)(cfg)
-            for x in value if isinstance(value, tuple) else (value,):
-                if x is not None and not good(x):
-                    raise UserError(f"{name} must be {wish}, not {x}")
-                if isinstance(x, int) and x > MAX_NUMBER:
-                    raise UserError(f"{name} must be at most {MAX_NUMBER}, not {x}")
+    if wrong := out_of_range(**vars(cfg)):
+        raise UserError(wrong)
     if cfg.seed > MAX_SEED:
         raise UserError(f"seed must be at most {MAX_SEED}, not {cfg.seed}")
     for name in ("optim", "tokenizers.optim"):
@@ -109,6 +74,8 @@ def check_together(cfg: RunConfig) -> None:
     check_stages(cfg)
     if cfg.data.source == "prepared" and (cfg.data.live or cfg.data.n_documents):
         raise UserError("data.live and data.n_documents are for documents made here: leave them out for prepared data")
+    if cfg.init_vqgan and not cfg.init_from:
+        raise UserError("init_vqgan is the image decoder of the model in init_from: set that, too")
     if not sizes_come_later(cfg):
         check_room(cfg)
 

@@ -39,8 +39,8 @@ class VQGANConfig:
         return self.grid**2
 
     def __post_init__(self):
-        if not self.ch_mult:
-            raise ValueError("ch_mult needs a number for each level, and at least one")
+        if not 1 <= len(self.ch_mult) <= 16:
+            raise ValueError("ch_mult needs a number for each level, at least one and at most 16")
         window = self.window or self.resolution
         if window < 1 or self.resolution % self.factor or self.resolution % window or window % self.factor:
             sizes = f"resolution {self.resolution}, window {window} and factor {self.factor} (2 to the levels less one)"
@@ -230,6 +230,7 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
+    init_vqgan: Path | None = None  # image decoder of an init_from without one: vqgan.ckpt, vqgan_decoder.safetensors
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one

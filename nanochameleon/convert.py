@@ -2,6 +2,7 @@
 
     python -m nanochameleon.convert chameleon-meta chameleon-hf --to hf
     python -m nanochameleon.convert chameleon-hf chameleon --to nano
+    python -m nanochameleon.convert chameleon-hf chameleon-meta --to meta --vqgan vqgan.ckpt
     python -m nanochameleon.convert runs/mine mine-meta --to meta --shards 4
 
 Tensors keep their type and come one at a time. Memory holds the largest tensor up to three times (its pieces, joined,
@@ -25,16 +26,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanochameleon import layout_files, layouts
-from nanochameleon.cli import MAX_NUMBER, parse
+from nanochameleon.cli import parse
 from nanochameleon.config import ModelConfig
-from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.files import fsync, sweep_dead
 from nanochameleon.image_tokenizer import NO_DECODER
 from nanochameleon.layouts import DECODER, VQ_PREFIX
 from nanochameleon.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, text_of
 from nanochameleon.printing import say, warn
+from nanochameleon.ranges import MAX_NUMBER
 from nanochameleon.run import CONFIG, TEXT_TOKENIZER
-from nanochameleon.tensor_files import Get, write_pth, write_safetensors, write_sharded
+from nanochameleon.tensor_files import Get, Tensors, write_pth, write_safetensors, write_sharded
 
 NAMES = {(4_096, 32): "7b", (8_192, 48): "30b"}  # (dim, n_layers) -> the release's folder
 
@@ -53,6 +55,11 @@ class Args:
     """Of Meta's layout: files that each hold a slice of every matrix; None is one for each group of QK-norm."""
     file_gb: float = 5.0
     """Of the others: largest size of a file in GB, if more than one tensor is in it."""
+    vqgan: Path | None = None
+    """A file with the image decoder, for a model that came from transformers, which drops it: Meta's vqgan.ckpt or a
+    vqgan_decoder.safetensors."""
+    decoder: bool = True
+    """Write the image decoder. --no-decoder leaves it out, and --to meta then takes a model that has none."""
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -64,7 +71,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_nano(parts: Parts, folder: Path, get: Get, args: Args) -> None:
-    write_sharded(folder, parts.weights.meta, get, int(args.file_gb * 1e9))
+    write_sharded(folder, parts.weights.meta, get, args.file_gb * 1e9)
     write_safetensors(folder / f"{NANO_VQGAN}.safetensors", parts.vq.meta, parts.vq.get)
     sizes = {"model": dataclasses.asdict(parts.model), "vqgan": dataclasses.asdict(parts.vqgan)}
     write_json(folder / CONFIG, {"layout": NANO} | sizes)
@@ -83,7 +90,7 @@ def write_hf(parts: Parts, folder: Path, get: Get, args: Args) -> None:
 
     for name, content in hf_files(parts).items():  # before the weights, since these may be refused
         write_json(folder / name, content)
-    write_sharded(folder, meta, get_hf, int(args.file_gb * 1e9))
+    write_sharded(folder, meta, get_hf, args.file_gb * 1e9)
     if parts.has_decoder:
         decoder = {name: x for name, x in parts.vq.meta.items() if name.startswith(DECODER)}
         write_safetensors(folder / f"{HF_DECODER}.safetensors", decoder, parts.vq.get)
@@ -138,8 +145,8 @@ def check(parts: Parts, args: Args) -> None:
         raise UserError(f"{args.src} cannot be written in {args.to} layout: {error}") from None
     if args.to == "meta" and (why := layouts.bad_shards(parts.model, n_shards(parts.model, args))):
         raise UserError(f"{args.src} cannot be cut like that: {why}; choose another --shards")
-    if args.to == "meta" and not parts.has_decoder:
-        raise UserError(f"{args.src} cannot be written in meta layout: {NO_DECODER}")
+    if args.to == "meta" and args.decoder and not parts.has_decoder:
+        raise UserError(f"{args.src} cannot be written in meta layout: {NO_DECODER}; --no-decoder writes it without")
 
 
 def convert(args: Args) -> Path:
@@ -148,26 +155,33 @@ def convert(args: Args) -> Path:
         raise UserError(f"{args.dst} exists: choose another name")
     if (args.shards or 1) < 1 or not 0 < args.file_gb * 1e9 <= MAX_NUMBER:
         raise UserError("--shards must be at least 1, --file-gb above 0 and below 9 billion")
-    parts = open_parts(args.src)
+    parts = open_parts(args.src, args.vqgan)
+    if not args.decoder:
+        parts = without_decoder(parts)
     text_of(parts.tokenizers, args.src)
     check(parts, args)
     if not parts.has_decoder:
-        warn(NO_DECODER)
+        warn(NO_DECODER if args.decoder else "the image decoder is left out")
     aside = args.dst.parent / f".tmp-{args.dst.name}-{os.getpid()}"
     try:
         sweep_dead(args.dst.absolute().parent, f".tmp-{args.dst.name}")
         aside.mkdir(parents=True)
         needed = sum(x.nbytes for x in (*parts.weights.meta.values(), *parts.vq.meta.values()))
-        if shutil.disk_usage(aside).free < needed:
-            raise OSError(f"it needs {needed / 1e9:.1f} GB and the disk has less")
+        if (free := shutil.disk_usage(aside).free) < needed:
+            raise OSError(f"it needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB")
         write(parts, aside, args)
         os.rename(aside, args.dst)
         fsync(args.dst.parent)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot write {args.dst}: {error}") from error
+        raise UserError(f"cannot write {args.dst}: {shown(error, 120)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return args.dst
+
+
+def without_decoder(parts: Parts) -> Parts:
+    kept = {name: x for name, x in parts.vq.meta.items() if not name.startswith(DECODER)}
+    return dataclasses.replace(parts, vq=Tensors(kept, parts.vq.get))
 
 
 def write(parts: Parts, folder: Path, args: Args) -> None:

@@ -44,6 +44,18 @@ def rank_0_speaks() -> bool:
     return several and rank.isdecimal() and int(rank) > 0
 
 
+def shown(what: object, most: int = 60) -> str:
+    """Quote what comes from outside: one line, control characters spelled out, at most `most` characters.
+
+    Of an exception the first line is taken: torch puts a stack of C++ calls after it.
+    """
+    text = str(what)
+    if isinstance(what, BaseException):
+        text = text.partition("\n")[0]
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
     """Returns main(); a UserError ends the program with its sentence on stderr and exit code 2, Ctrl-C with 130,
     SIGTERM, where it is met between steps, with 143.

@@ -3,6 +3,7 @@
 Folders of several files are checkpoint.py's and data/shards.py's.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,10 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
+
+from nanochameleon.errors import UserError, shown
+
+MAX_JSON = 2**24  # bytes; the released tokenizer has a third of them, and JSON takes 20 times its size in memory
 
 
 def is_plain(name: str) -> bool:
@@ -52,6 +57,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_file(path: Path, data: bytes) -> None:
     with replacing(path) as file:
         file.write(data)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; a byte order mark may stand first. Raises UserError, naming the file."""
+    try:
+        if not path.is_file():
+            raise UserError(f"cannot read {path}: {'it is not a file' if path.exists() else 'it is not there'}")
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise UserError(f"{path} has {size:,} bytes: at most {MAX_JSON:,} are read")
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {shown(error, 120)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it is no JSON object")
+    return content
 
 
 def sweep_dead(folder: Path, start: str) -> None:

@@ -173,13 +173,14 @@ def fields_of(row: dict) -> str:
 def picture_at(name: str, folder: Path) -> Path | str:
     """The file of that name, or why there is none."""
     # by its spelling alone: links inside the folder are the owner's, and may lead anywhere
-    inside = os.path.relpath(name, os.path.abspath(folder)) if os.path.isabs(name) else os.path.normpath(name)
-    if inside.split(os.sep)[0] == os.pardir:
+    base = os.path.join(os.path.abspath(folder), "")
+    path = os.path.normpath(os.path.join(base, name))
+    if not path.startswith(base):
         return "outside the folder"
+    inside = Path(path[len(base) :])
     if os.path.isfile(folder / inside):
         return folder / inside
-    found = None if name.isascii() else respelled(folder, Path(inside).parts)
-    return found or "missing pictures"
+    return (None if name.isascii() else respelled(folder, inside.parts)) or "missing pictures"
 
 
 def respelled(folder: Path, parts: tuple[str, ...]) -> Path | None:

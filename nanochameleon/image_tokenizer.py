@@ -28,7 +28,7 @@ from nanochameleon.vqgan import VQGAN
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 NO_DECODER = (
     "this model has no image decoder, since it came from transformers, which drops it: it reads pictures and cannot "
-    "draw them; convert Meta's files to have it"
+    "draw them; give Meta's vqgan.ckpt with --vqgan (train.py: --init-vqgan)"
 )
 MAX_SIDE = 8_192  # pixels
 BAND = 128  # rows that are converted at a time
@@ -72,7 +72,7 @@ class Budget:
                 self.changed.notify_all()
 
 
-DECODED = Budget(2**28)  # bytes of the pictures that are being decoded and resized in this process
+DECODED = Budget(250_000_000)  # bytes of the pictures that are being decoded and resized in this process
 
 
 def bytes_per_pixel(mode: str) -> int:
@@ -159,7 +159,9 @@ def load_square(
     load_picture does.
     """
     with decoded(path, data) as picture:
-        return preprocess(picture, resolution, fit)
+        square = preprocess(picture, resolution, fit)
+        picture.close()
+        return square
 
 
 @contextmanager
@@ -173,17 +175,18 @@ def decoded(path: str | Path, data: bytes | None) -> Iterator[Image.Image]:
                 raise UserError(f"picture {path} is an empty file")
             file = io.BytesIO(data) if data is not None else stack.enter_context(open(path, "rb"))
             file, orientation = without_metadata(file)
-            alone = is_large_webp(file)
-            if alone:
+            if alone := is_large_webp(file):
                 stack.enter_context(DECODED.take(DECODED.total))
-            picture = stack.enter_context(Image.open(file, formats=FORMATS))
-            if picture.mode == "F":
+            source = stack.enter_context(Image.open(file, formats=FORMATS))
+            if source.mode == "F":
                 raise ValueError(BEYOND)
-            orientation = orientation or stated_orientation(picture)
-            needed = fit_budget(path, picture, orientation in TURNS)
+            orientation = orientation or stated_orientation(source)
+            needed = fit_budget(path, source, orientation in TURNS)
             stack.enter_context(DECODED.take(0 if alone else needed))
-            picture.load()
-            picture = to_rgb(picture, orientation)
+            source.load()
+            picture = to_rgb(source, orientation)
+            if picture is not source:
+                source.close()  # at once: its memory is given back before its part of the budget
         yield picture
 
 

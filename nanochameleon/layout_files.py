@@ -12,6 +12,9 @@ import dataclasses
 import re
 
 from nanochameleon.config import ModelConfig, VQGANConfig
+from nanochameleon.errors import shown
+from nanochameleon.ranges import out_of_range
+from nanochameleon.run import build
 from nanochameleon.tensor_files import Meta
 from nanochameleon.text_tokenizer import NOTE
 from nanochameleon.vocab import Vocab
@@ -29,8 +32,31 @@ def note(cfg: ModelConfig, layout: str) -> dict:
 
 
 def noted(content: dict, layout: str) -> dict:
-    """The fields of such a note; none without one."""
-    return {name: value for name, value in content.get(NOTE, {}).items() if name in NOTED[layout]}
+    """The fields of such a note; none without one. Raises ValueError for a note that is no object."""
+    return {name: value for name, value in section(content, NOTE).items() if name in NOTED[layout]}
+
+
+def section(content: dict, name: str) -> dict:
+    """An object inside a configuration; {} where it is missing or null. Raises ValueError for anything else."""
+    found = content.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{name} is {shown(repr(found))}")
+    return found or {}
+
+
+def field(content: dict, name: str, kind: type, default: object = None):
+    """A field of a configuration, which has the type `kind`. Raises ValueError, naming it, for another type, and where
+    it is missing and there is no default."""
+    if name not in content and default is None:
+        raise ValueError(f"it lacks {name!r}")
+    return build(kind, content.get(name, default), name)
+
+
+def checked(cfg: ModelConfig) -> ModelConfig:
+    """Raises ValueError for numbers that no model has."""
+    if wrong := out_of_range(model=cfg):
+        raise ValueError(wrong)
+    return cfg
 
 
 def check_exportable(cfg: ModelConfig, layout: str) -> None:
@@ -57,18 +83,18 @@ def meta_params(cfg: ModelConfig) -> dict:
 
 def model_from_meta(params: dict, n_shards: int) -> ModelConfig:
     """params.json, merged or not, -> ModelConfig. Each shard is a group unless the note says else."""
-    p = params | params.get("model", {})
+    p = params | section(params, "model")
+    heads, kv_heads = field(p, "n_heads", int), build(int | None, p.get("n_kv_heads"), "n_kv_heads")
+    qk_norm = field(p, "qk_normalization", bool, True)
     fields = dict(
-        vocab_size=p["vocab_size"], dim=p["dim"], n_layers=p["n_layers"], n_heads=p["n_heads"],
-        n_kv_heads=p.get("n_kv_heads"), multiple_of=p.get("multiple_of", 256),
-        ffn_dim_multiplier=p.get("ffn_dim_multiplier"), norm_eps=p["norm_eps"],
-        rope_theta=float(p.get("rope_theta", 10_000.0)), qk_norm=p.get("qk_normalization", True),
-        norm_order="post" if p.get("swin_norm", False) else "pre",
-        qk_norm_groups=n_shards if p.get("qk_normalization", True) else 1,
+        vocab_size=field(p, "vocab_size", int), dim=field(p, "dim", int), n_layers=field(p, "n_layers", int),
+        n_heads=heads, n_kv_heads=None if kv_heads == heads else kv_heads,
+        multiple_of=field(p, "multiple_of", int, 256), ffn_dim_multiplier=p.get("ffn_dim_multiplier"),
+        norm_eps=field(p, "norm_eps", float), rope_theta=float(field(p, "rope_theta", float, 10_000.0)),
+        qk_norm=qk_norm, qk_norm_groups=n_shards if qk_norm else 1,
+        norm_order="post" if field(p, "swin_norm", bool, False) else "pre",
     )  # fmt: skip
-    if fields["n_kv_heads"] == fields["n_heads"]:
-        fields["n_kv_heads"] = None
-    return ModelConfig(**fields | noted(params, "meta"))
+    return checked(build(ModelConfig, dataclasses.asdict(ModelConfig()) | fields | noted(params, "meta"), "model"))
 
 
 def hf_config(cfg: ModelConfig, vqgan: VQGANConfig, vocab: Vocab, vocabulary_map: dict, dtype: str) -> dict:
@@ -94,26 +120,31 @@ def hf_config(cfg: ModelConfig, vqgan: VQGANConfig, vocab: Vocab, vocabulary_map
 
 def model_from_hf(config: dict) -> ModelConfig:
     """config.json -> ModelConfig. Raises ValueError for what our model does not compute."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = section(config, "rope_parameters") or section(config, "rope_scaling")
+    ffn_dim = field(config, "intermediate_size", int, 11_008)
     for bad, what in (
         (config.get("model_type") != "chameleon", f"model_type {config.get('model_type')!r}"),
         (config.get("hidden_act", "silu") != "silu", f"hidden_act {config.get('hidden_act')!r}"),
         (rope.get("rope_type", rope.get("type", "default")) != "default", f"rotary scaling {rope}"),
         (config.get("tie_word_embeddings", False), "tied embeddings"),
-        (config.get("intermediate_size", 11_008) < 1, f"intermediate_size {config.get('intermediate_size')}"),
+        (ffn_dim < 1, f"intermediate_size {ffn_dim}"),
     ):
         if bad:
-            raise ValueError(f"{what} is not Chameleon's")
-    heads, kv_heads = config.get("num_attention_heads", 32), config.get("num_key_value_heads", 32)
+            raise ValueError(f"{shown(what)} is not Chameleon's")
+    heads = field(config, "num_attention_heads", int, 32)
+    kv_heads = build(int | None, config.get("num_key_value_heads", 32), "num_key_value_heads")
     fields = dict(
-        vocab_size=config.get("vocab_size", 65_536), dim=config.get("hidden_size", 4_096), n_heads=heads,
-        n_layers=config.get("num_hidden_layers", 32), n_kv_heads=None if kv_heads in (None, heads) else kv_heads,
-        max_seq_len=config.get("max_position_embeddings", 4_096), norm_eps=config.get("rms_norm_eps", 1e-5),
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        norm_order="post" if config.get("swin_norm", False) else "pre",
-        qk_norm_groups=config.get("model_parallel_size", 1),
+        vocab_size=field(config, "vocab_size", int, 65_536), dim=field(config, "hidden_size", int, 4_096),
+        n_layers=field(config, "num_hidden_layers", int, 32), n_heads=heads,
+        n_kv_heads=None if kv_heads in (None, heads) else kv_heads,
+        max_seq_len=field(config, "max_position_embeddings", int, 4_096),
+        norm_eps=field(config, "rms_norm_eps", float, 1e-5),
+        rope_theta=float(field(config | rope, "rope_theta", float, 10_000.0)),
+        norm_order="post" if field(config, "swin_norm", bool, False) else "pre",
+        qk_norm_groups=field(config, "model_parallel_size", int, 1),
     )  # fmt: skip
-    return with_ffn_dim(ModelConfig(**fields | noted(config, "hf")), config.get("intermediate_size", 11_008))
+    cfg = build(ModelConfig, dataclasses.asdict(ModelConfig()) | fields | noted(config, "hf"), "model")
+    return with_ffn_dim(checked(cfg), ffn_dim)
 
 
 def with_ffn_dim(cfg: ModelConfig, ffn_dim: int) -> ModelConfig:
@@ -130,16 +161,23 @@ def with_ffn_dim(cfg: ModelConfig, ffn_dim: int) -> ModelConfig:
 
 
 def vqgan_from_tensors(meta: Meta, resolution: int) -> VQGANConfig:
-    """Sizes of an image tokenizer, by its tensors' shapes. Raises KeyError where a tensor is missing."""
-    shapes = {name: x.shape for name, x in meta.items()}
-    levels = len({name.split(".")[2] for name in shapes if name.startswith("encoder.down.")})
-    ch, blocks = shapes["encoder.conv_in.weight"][0], [n for n in shapes if n.startswith("encoder.down.0.block.")]
-    n_codes, embed_dim = shapes["quantize.embedding.weight"]
+    """Sizes of an image tokenizer, by its tensors' shapes. Raises ValueError where a tensor is missing."""
+    if not any(name.startswith("encoder.") for name in meta):
+        raise ValueError("it has no image tokenizer")
+
+    def shape(name: str, n: int) -> tuple[int, ...]:
+        if name not in meta or len(meta[name].shape) != n or 0 in meta[name].shape:
+            raise ValueError(f"it lacks {name}, of which its image tokenizer's sizes are read")
+        return meta[name].shape
+
+    levels = len({name.split(".")[2] for name in meta if name.startswith("encoder.down.")})
+    ch, blocks = shape("encoder.conv_in.weight", 4)[0], [n for n in meta if n.startswith("encoder.down.0.block.")]
+    n_codes, embed_dim = shape("quantize.embedding.weight", 2)
     return VQGANConfig(
         resolution=resolution, ch=ch, n_codes=n_codes, embed_dim=embed_dim,
-        ch_mult=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)),
-        n_res_blocks=len({name.split(".")[4] for name in blocks}), z_channels=shapes["quant_conv.weight"][1],
-        mid_attention="encoder.mid.attn_1.q.weight" in shapes,
+        ch_mult=tuple(shape(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] // ch for i in range(levels)),
+        n_res_blocks=len({name.split(".")[4] for name in blocks}), z_channels=shape("quant_conv.weight", 4)[1],
+        mid_attention="encoder.mid.attn_1.q.weight" in meta,
     )  # fmt: skip
 
 
@@ -178,7 +216,7 @@ def vqgan_yaml(cfg: VQGANConfig) -> str:
 
 def resolution_of_yaml(text: str) -> int:
     """Raises ValueError where there is none."""
-    found = re.search(r"^[ \t]*resolution:[ \t]*(\d+)[ \t]*(?:#.*)?$", text, re.MULTILINE)
+    found = re.search(r"^[ \t]*resolution:[ \t]*(\d{1,9})[ \t]*(?:#.*)?$", text, re.MULTILINE)
     if not found:
         raise ValueError("it names no resolution")
     return int(found[1])
@@ -228,8 +266,11 @@ def tokenizer_from_hf(content: dict) -> dict:
 
 
 def vocabulary_map(content: dict) -> dict[str, int]:
-    """Every name -> id, for config.json."""
-    return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    """Every name -> id, for config.json. Raises ValueError for a file of another form."""
+    try:
+        return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its text tokenizer has no names with ids ({shown(error)})") from None
 
 
 def processor_files(vocab: Vocab, vqgan: VQGANConfig) -> dict[str, dict]:

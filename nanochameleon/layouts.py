@@ -8,6 +8,7 @@ Hugging Face's repeats them for every head. Files and configurations are layout_
 Shapes: H heads (of queries or keys), E = head_dim, g = n_groups, S shards.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,6 +59,12 @@ def rule(name: str) -> Rule:
     layers, number, rest = name.split(".", 2)
     found = LAYER[rest]
     return Rule(f"model.{layers}.{number}.{found.hf}", f"{layers}.{number}.{found.meta}", found.cut)
+
+
+def is_ours(name: str) -> bool:
+    """Is it the name of a weight, and not of an optimizer's state?"""
+    inside = re.fullmatch(r"layers\.\d+\.(.+)", name)
+    return name in TOP or bool(inside and inside[1] in LAYER)
 
 
 def skeleton(cfg: ModelConfig) -> dict[str, Tensor]:

@@ -14,21 +14,24 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanochameleon import checkpoint, layout_files, layouts
 from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig, VQGANConfig
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, shown
+from nanochameleon.files import read_json
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.layouts import DECODER, VQ_PREFIX, skeleton
+from nanochameleon.model_checks import expected_weights, finite, match, match_images
 from nanochameleon.printing import warn
-from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, build, command, pick_device, read_config
-from nanochameleon.tensor_files import Cut, Get, Meta, Pth, Safetensors, open_safetensors
+from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, command, pick_device, read_config
+from nanochameleon.tensor_files import Cut, Pth, Safetensors, Tensors, open_safetensors
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vqgan import VQGAN
@@ -36,13 +39,6 @@ from nanochameleon.vqgan import VQGAN
 NANO = "nanochameleon"  # what config.json of our own folders says under "layout"
 HF_DECODER, NANO_VQGAN = "vqgan_decoder", "vqgan"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Tensors(NamedTuple):
-    """Types and shapes by name, and the function that reads one."""
-
-    meta: Meta
-    get: Get
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,8 @@ class Tokenizers:
         pieces = {spell(piece): token for piece, token in text.ids.items()}
         merges = [[spell(left), spell(right)] for left, right in text.merges]
         sizes = [dataclasses.asdict(each) for each in (text.vocab, self.vqgan)]
-        found = hashlib.sha256(json.dumps([*sizes, pieces, merges], sort_keys=True).encode())
+        rare = [text.added, text.ignore_merges] if any(text.added) or text.ignore_merges else []
+        found = hashlib.sha256(json.dumps([*sizes, pieces, merges, *rare], sort_keys=True).encode())
         for name in sorted(self.vq.meta):
             if not name.startswith(DECODER):
                 x = self.vq.get(name).to(torch.float32).contiguous()
@@ -111,6 +108,13 @@ class Parts:
 
 def layout_of(path: Path) -> tuple[str, Path]:
     """-> 'run', 'nano', 'hf' or 'meta', and the folder with the configuration. Raises UserError for anything else."""
+    try:
+        return found_layout(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def found_layout(path: Path) -> tuple[str, Path]:
     if not path.is_dir():
         raise UserError(f"{path} {'is a file' if path.exists() else 'does not exist'}: give a model's folder")
     if (path / "params.json").is_file():
@@ -131,46 +135,30 @@ def layout_of(path: Path) -> tuple[str, Path]:
     raise UserError(f"{path} is not {wanted}: it has no {CONFIG} of Chameleon, no params.json and no models/")
 
 
-def open_parts(path: Path) -> Parts:
-    """Opens a folder and checks that all tensors are there. Raises UserError naming what is missing or broken."""
+@contextmanager
+def naming(path: Path, layout: str) -> Iterator[None]:
+    """Makes a sentence of what a damaged folder raises. A KeyError is none of that: it is a bug of ours."""
+    reader = f"{path} cannot be read as a Chameleon in {layout} layout"
+    try:
+        yield
+    except (ValueError, AttributeError, IndexError, OSError) as error:
+        raise UserError(f"{reader}: {shown(error, 120)}") from None
+    except (ArithmeticError, RuntimeError, TypeError) as error:  # torch's, of a tensor of 10^300 rows
+        raise UserError(f"{reader}: no model has the sizes that it names ({shown(error, 80)})") from None
+
+
+def open_parts(path: Path, vqgan: Path | None = None) -> Parts:
+    """Opens a folder and checks that all tensors are there. `vqgan`: a file with the image decoder (with_decoder).
+
+    Raises UserError naming what is missing or broken.
+    """
     layout, folder = layout_of(Path(path))
-    try:
+    with naming(path, layout):
         parts = {"run": open_run_parts, "nano": open_nano, "hf": open_hf, "meta": open_meta}[layout](folder)
-        with torch.device("meta"):
-            vq = VQGAN(parts.vqgan).state_dict()
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} cannot be read as a Chameleon in {layout} layout: {why}") from None
-    except (ArithmeticError, RuntimeError) as error:  # a division by zero, a tensor of 10^300 rows
-        why = f"no model has the sizes that it names ({str(error).splitlines()[0]})"
-        raise UserError(f"{path} cannot be read as a Chameleon in {layout} layout: {why}") from None
-    if not parts.has_decoder:
-        vq = {name: x for name, x in vq.items() if not name.startswith(DECODER)}
-    match(vq, parts.vq.meta, f"{path}: image tokenizer")
-    return parts
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object")
-    return content
-
-
-def match(expected: Meta, found: Meta, where: str) -> None:
-    """Raises UserError naming a tensor that is missing, too many or of another shape."""
-    for names, what in ((expected.keys() - found.keys(), "misses"), (found.keys() - expected.keys(), "has left over")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{where} {what} {min(names)}{more}")
-    for name, x in expected.items():
-        if x.shape != found[name].shape:
-            raise UserError(f"{where}: {name} is {tuple(found[name].shape)}, {tuple(x.shape)} by the configuration")
+        match_images(parts.vqgan, parts.vq.meta, f"{path}: image tokenizer")
+    if vqgan:
+        parts = with_decoder(parts, Path(vqgan), path)
+    return dataclasses.replace(parts, weights=finite(parts.weights, path), vq=finite(parts.vq, path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +167,7 @@ def match(expected: Meta, found: Meta, where: str) -> None:
 
 def plain(files: Safetensors | Cut, cfg: ModelConfig, where: Path) -> Tensors:
     """Tensors that stand under our names."""
-    ours = skeleton(cfg)
+    ours = expected_weights(cfg, files.meta)
     match(ours, files.meta, str(where))
     return Tensors({name: files.meta[name] for name in ours}, files.__getitem__)
 
@@ -195,7 +183,7 @@ def open_run_parts(folder: Path) -> Parts:
     if (whole / "weights.safetensors") in listed:
         files = Safetensors([whole / "weights.safetensors"])
     else:  # written by ranks that had a shard of each tensor
-        files = Cut(listed, skeleton(model).keys())
+        files = Cut(listed, {name for name in checkpoint.stored_shapes(whole) if layouts.is_ours(name)})
     weights, kept = plain(files, model, whole), run_tokenizers(folder)
     return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
 
@@ -210,13 +198,15 @@ def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANC
     """As runs and prepared data hold them."""
     whole = checkpoint.locate(folder / IMAGE_TOKENIZER)
     vq = Safetensors([file for file in checkpoint.tensor_files(whole) if file.stem == "model"])
-    return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), Tensors(vq.meta, vq.__getitem__))
+    match_images(vqgan, vq.meta, f"{folder}: image tokenizer")
+    tensors = finite(Tensors(vq.meta, vq.__getitem__), folder)
+    return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), tensors)
 
 
 def open_nano(folder: Path) -> Parts:
     content = read_json(folder / CONFIG)
-    model = build(ModelConfig, content["model"], "model")
-    vqgan = build(VQGANConfig, content["vqgan"], "vqgan")
+    model = layout_files.checked(layout_files.field(content, "model", ModelConfig))
+    vqgan = layout_files.field(content, "vqgan", VQGANConfig)
     vq = open_safetensors(folder, NANO_VQGAN)
     weights = plain(open_safetensors(folder), model, folder)
     return Parts("nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, Tensors(vq.meta, vq.__getitem__))
@@ -225,7 +215,7 @@ def open_nano(folder: Path) -> Parts:
 def open_hf(folder: Path) -> Parts:
     config, files = read_json(folder / CONFIG), open_safetensors(folder)
     model = layout_files.model_from_hf(config)
-    ours = skeleton(model)
+    ours = expected_weights(model, files.meta)
     theirs = {layouts.rule(name).hf: name for name in ours}
     found = {name: x for name, x in files.meta.items() if not name.startswith(VQ_PREFIX)}
     match({hf: layouts.to_hf(name, ours[name], model) for hf, name in theirs.items()}, found, str(folder))
@@ -244,7 +234,8 @@ def open_hf(folder: Path) -> Parts:
     decoder = open_safetensors(folder, HF_DECODER) if (folder / f"{HF_DECODER}.safetensors").is_file() else None
     vq = {name.removeprefix(VQ_PREFIX): x for name, x in files.meta.items() if name.startswith(VQ_PREFIX)}
     vq |= decoder.meta if decoder else {}
-    vqgan = layout_files.vqgan_from_tensors(vq, config.get("vq_config", {}).get("resolution", 512))
+    resolution = layout_files.field(layout_files.section(config, "vq_config"), "resolution", int, 512)
+    vqgan = layout_files.vqgan_from_tensors(vq, resolution)
     meta = {name: x.to(files.meta[layouts.rule(name).hf].dtype) for name, x in skeleton(model).items()}
     tokenizer = layout_files.tokenizer_from_hf(read_json(folder / "tokenizer.json"))
     return Parts("hf", model, vqgan, tokenizer, Tensors(meta, get), Tensors(vq, get_vq))
@@ -266,14 +257,17 @@ def open_meta(folder: Path) -> Parts:
     paths = meta_shards(folder)
     shards = [Pth(path, n_shards=len(paths)) for path in paths]
     params = read_json(folder / "params.json")
-    params |= params.pop("model", {})  # Meta's loader merges in this order, the later winning
+    params |= layout_files.section(params, "model")  # Meta's loader merges in this order, the later winning
     if (folder / "consolidate_params.json").is_file():
         params |= read_json(folder / "consolidate_params.json")
-    needed = params["dim"] // shards[0].meta["tok_embeddings.weight"].shape[1]  # of which each has so many columns
+    columns = (
+        shards[0].meta.get("tok_embeddings.weight", torch.empty(0, 0)).shape[1:]
+    )  # of which each shard has so many
+    needed = layout_files.field(params, "dim", int) // columns[0] if all(columns) else len(shards)
     if needed != len(shards):
         raise UserError(f"{folder} has {len(shards)} of {needed} shards")
     model = layout_files.model_from_meta(params, len(shards))
-    ours = skeleton(model)
+    ours = expected_weights(model, shards[0].meta)
     for i, shard in enumerate(shards):
         expected = {layouts.rule(name).meta: layouts.to_meta(name, x, i, len(shards)) for name, x in ours.items()}
         found = {name: x for name, x in shard.meta.items() if name != "rope.freqs"}
@@ -292,11 +286,38 @@ def open_meta(folder: Path) -> Parts:
 
     meta = {name: x.to(shards[0].meta[layouts.rule(name).meta].dtype) for name, x in ours.items()}
     beside = Path(os.path.abspath(folder)).parent.parent / "tokenizer"  # of a path as short as "7b" or "."
-    vq = Pth(beside / "vqgan.ckpt", key="state_dict")
+    vq = open_vqgan(beside / "vqgan.ckpt")
+    resolution = layout_files.resolution_of_yaml((beside / "vqgan.yaml").read_text(encoding="utf-8-sig"))
+    vqgan = layout_files.vqgan_from_tensors(vq.meta, resolution)
+    return Parts("meta", model, vqgan, read_json(beside / TEXT_TOKENIZER), Tensors(meta, get), vq)
+
+
+def open_vqgan(path: Path) -> Tensors:
+    """Meta's vqgan.ckpt, or a .safetensors with these tensors or the decoder's alone. Raises UserError."""
+    vq = Safetensors([path]) if path.suffix == ".safetensors" else Pth(path, key="state_dict")
     kept = {name: x for name, x in vq.meta.items() if not name.startswith("loss.")}  # taming's, of training alone
-    vqgan = layout_files.vqgan_from_tensors(kept, layout_files.resolution_of_yaml((beside / "vqgan.yaml").read_text()))
-    tokenizer = read_json(beside / TEXT_TOKENIZER)
-    return Parts("meta", model, vqgan, tokenizer, Tensors(meta, get), Tensors(kept, vq.__getitem__))
+    return Tensors(kept, vq.__getitem__)
+
+
+def with_decoder(parts: Parts, vqgan: Path, path: Path) -> Parts:
+    """The model with the image decoder of another file, whose other tensors, if it has any, are to be the model's.
+
+    Those are taken from that file, too: it may have more digits. Raises UserError for another model's file.
+    """
+    given = open_vqgan(vqgan)
+    if not any(name.startswith(DECODER) for name in given.meta):
+        raise UserError(f"{vqgan} holds no image decoder: give Meta's vqgan.ckpt or a vqgan_decoder.safetensors")
+    rest = {name: x for name, x in parts.vq.meta.items() if not name.startswith(DECODER)}
+    match_images(parts.vqgan, rest | given.meta, str(vqgan))
+    for name in rest.keys() & given.meta.keys():
+        x = parts.vq.get(name)
+        if not torch.equal(given.get(name).to(x.dtype), x):
+            raise UserError(f"{vqgan} does not belong to {path}: its {name} has other values")
+
+    def get(name: str) -> Tensor:
+        return given.get(name) if name in given.meta else parts.vq.get(name)
+
+    return dataclasses.replace(parts, vq=Tensors(rest | given.meta, get))
 
 
 def with_groups_of_shards(cfg: ModelConfig, shards: list[Pth]) -> ModelConfig:
@@ -329,9 +350,12 @@ def load_model(parts: Parts, device: torch.device, dtype: torch.dtype | None = N
     return model.eval()
 
 
-def open_model(path: Path, device: str = "auto", dtype: str = "auto") -> Run:
-    """A run or a model in any layout, ready for sampling. dtype: 'auto' is the files'. Raises UserError."""
-    where, parts = pick_device(device), open_parts(path)
+def open_model(path: Path, device: str = "auto", dtype: str = "auto", vqgan: Path | None = None) -> Run:
+    """A run or a model in any layout, ready for sampling. dtype: 'auto' is the files'. vqgan: as in open_parts.
+
+    Raises UserError.
+    """
+    where, parts = pick_device(device), open_parts(path, vqgan)
     tokenizer, images = text_of(parts.tokenizers, path), parts.tokenizers.images(where)
     if parts.layout == "run":
         cfg = read_config(path)
@@ -345,10 +369,14 @@ def text_of(tokenizers: Tokenizers, path: Path) -> TextTokenizer:
     try:
         return tokenizers.text()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the text tokenizer in {path} is not usable with its model ({error})") from None
+        why = f"it lacks {shown(error)}" if isinstance(error, KeyError) else shown(error, 140)
+        raise UserError(f"the text tokenizer in {path} is not usable with its model ({why})") from None
 
 
 def open_tokenizers(path: Path) -> Tokenizers:
     """Those of a run, whose transformer need not be trained, or of a model in any layout. Raises UserError."""
     layout, folder = layout_of(Path(path))
-    return run_tokenizers(folder) if layout == "run" else open_parts(path).tokenizers
+    if layout != "run":
+        return open_parts(path).tokenizers
+    with naming(path, layout):
+        return run_tokenizers(folder)

@@ -29,11 +29,12 @@ import torch
 
 from nanochameleon import checkpoint
 from nanochameleon.config import RunConfig
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, shown
 from nanochameleon.files import write_file
 from nanochameleon.image_tokenizer import ImageTokenizer
 from nanochameleon.objective import pick_precision
 from nanochameleon.printing import say, warn
+from nanochameleon.ranges import out_of_range
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -66,7 +67,7 @@ class Run:
 def command(script: str, *words: str) -> str:
     """The line for a shell that runs a script with this Python, both under the names by which they are found from here:
     the script beside the one that was started."""
-    beside = Path(sys.argv[0]).with_name(script)
+    beside = Path(sys.argv[0]).parent / script
     python, here = Path(sys.executable or "python"), Path.cwd()
     if shutil.which("python") == str(python):
         name = "python"  # as in an active environment
@@ -94,43 +95,54 @@ def config_from_json(text: str) -> RunConfig:
 
 
 def build(kind, value, name: str):
-    """A JSON value -> a value of the annotated type: dataclasses, tuples and paths come back as they were."""
+    """A JSON value -> a value of the annotated type: dataclasses, tuples and paths come back as they were.
+
+    Raises ValueError naming a field that is unknown, missing or of another type.
+    """
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if value is None else build(kinds[0], value, name)
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{kind.__name__} is {value!r}")
-        known = typing.get_type_hints(kind)
-        if unknown := set(value) - set(known):
-            raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
-        try:
-            return kind(**{name: build(known[name], v, name) for name, v in value.items()})
-        except TypeError as error:
-            raise ValueError(str(error)) from None
+        return build_fields(kind, value)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         kinds = typing.get_args(kind)
         if kinds[-1] is Ellipsis:
             kinds = kinds[:1] * len(value)
         if len(kinds) != len(value):
-            raise ValueError(f"{name} is {value!r}")
+            raise ValueError(f"{name} is {shown(value)}")
         return tuple(build(k, v, name) for k, v in zip(kinds, value, strict=True))
     types_of = {int: (int,), float: (int, float), Path: (str,), bool: (bool,), str: (str,)}  # 1 may stand for 1.0
     if type(value) not in types_of.get(kind, ()) and value not in typing.get_args(kind):  # those of a Literal
-        raise ValueError(f"{name} is {value!r}")
+        raise ValueError(f"{name} is {shown(repr(value))}")
     return Path(value) if kind is Path else value
+
+
+def build_fields(kind, content: object):
+    """The dataclass whose fields are all in `content`: a default in place of one would be another model."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{kind.__name__} is {shown(repr(content))}")
+    known = typing.get_type_hints(kind)
+    for names, what in ((content.keys() - known.keys(), "has no field"), (known.keys() - content.keys(), "lacks")):
+        if names:
+            raise ValueError(f"{kind.__name__} {what} {shown(repr(min(names)))}")
+    return kind(**{name: build(known[name], value, name) for name, value in content.items()})
 
 
 def read_config(folder: Path) -> RunConfig:
     """The configuration of a run. Raises UserError for a folder that is not one."""
     path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run: it has no {CONFIG}; train one with {command('train.py', 'toy')}")
     try:
-        return config_from_json(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        why = f"{path} is not the configuration of a run ({error})"
+        if not path.is_file():
+            raise UserError(f"{folder} is not a run: it has no {CONFIG}; train one with {command('train.py', 'toy')}")
+        cfg = config_from_json(path.read_text(encoding="utf-8-sig"))
+        if wrong := out_of_range(**vars(cfg)):
+            raise ValueError(wrong)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        why = f"{path} is not the configuration of a run ({shown(error, 120)})"
         raise UserError(f"{why}; if an older version wrote it, delete the folder and train anew") from None
+    return cfg
 
 
 # between the start of a run and its continuation
@@ -159,11 +171,11 @@ def same(old, new) -> bool:
 
 
 def decide_precision(cfg: RunConfig, device: torch.device) -> RunConfig:
-    """The configuration with its train.precision decided, and says why. 'auto' is what the run in its folder has begun
-    with, or what is faster here."""
+    """Returns the configuration with its train.precision decided, and says why: 'auto' becomes what the run in its
+    folder has begun with, or what is faster here."""
     if cfg.train.precision != "auto":
         return cfg
-    precision, why = "auto" if cfg.overwrite else begun_with(cfg.folder), "as this run has begun"
+    precision, why = "auto" if cfg.overwrite else begun_with(cfg.folder), "as in this run so far"
     if precision == "auto":
         precision, why = pick_precision(cfg.model.dim, device)
     say(f"matrix products in {precision}: {why}")
@@ -171,8 +183,8 @@ def decide_precision(cfg: RunConfig, device: torch.device) -> RunConfig:
 
 
 def begun_with(folder: Path) -> str:
-    """The precision of the run in a folder; 'auto' where none has been decided."""
-    if not (folder / CONFIG).is_file():
+    """The precision of the run in a folder; 'auto' where it has not been decided, or the run never came to anything."""
+    if not (folder / CONFIG).is_file() or len(contents(folder)) == 1:
         return "auto"
     precision = read_config(folder).train.precision
     path = checkpoint.newest(folder) if precision == "auto" else None  # where an older version kept it

@@ -19,8 +19,9 @@ from pathlib import Path
 import regex
 from tqdm import tqdm
 
-from nanochameleon.errors import UserError
-from nanochameleon.files import write_file
+from nanochameleon.errors import UserError, shown
+from nanochameleon.files import read_json, write_file
+from nanochameleon.tokenizer_fields import GPT2, added_text, check_fields
 from nanochameleon.vocab import N_BYTES, Vocab
 
 Pair = tuple[bytes, bytes]
@@ -32,11 +33,9 @@ BYTES = [bytes([b]) for b in range(N_BYTES)]
 # What stands alone: a tab, a line end, 4 or 2 spaces, any single digit, any single punctuation mark. ASCII symbols such
 # as $ + < are spelled out because Unicode does not count them as punctuation.
 ALONE = r"[\t\n]|    |  |\p{N}|[\p{P}!-/:-@\[-`{-~]"
-# GPT-2's pattern for what lies between, so that a word takes the space before it: " the".
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 ALONE_REGEX = regex.compile(f"({ALONE})")
-GPT2_REGEX = regex.compile(GPT2)
+GPT2_REGEX = regex.compile(GPT2)  # for what lies between, so that a word takes the space before it: " the"
 SURROGATE_REGEX = regex.compile("[\ud800-\udfff]")
 
 
@@ -205,25 +204,36 @@ class TextTokenizer:
 
     `ids` (piece -> id) overrides that order, for files made elsewhere. Text ids without a piece stay unused: a corpus
     may give fewer merges than there is room for. Raises ValueError for merges or ids that cannot belong together.
+
+    added: texts that are taken out before words are split, with their text ids; two lists, one after the other.
+    ignore_merges: a word that is a piece is that piece, whatever merges would make of it.
     """
 
-    def __init__(self, merges: list[Pair], vocab: Vocab, ids: dict[bytes, int] | None = None):
+    def __init__(
+        self, merges: list[Pair], vocab: Vocab, ids: dict[bytes, int] | None = None,
+        added: tuple[dict[str, int], ...] = ({}, {}), ignore_merges: bool = False,
+    ):  # fmt: skip
         self.merges, self.vocab = [(left, right) for left, right in merges], vocab
         if ids is None:
             in_order = dict.fromkeys([*BYTES, *(left + right for left, right in self.merges)])
             ids = {piece: vocab.first_text + i for i, piece in enumerate(in_order)}
-        self.ids = ids
+        self.ids, self.added, self.ignore_merges = ids, added, ignore_merges
         self.pieces = {token: piece for piece, token in ids.items()}
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self.cache: dict[str, list[int]] = {}
+        longest_first = [sorted(names, key=len, reverse=True) for names in added]
+        self.added_regexes = [regex.compile(f"({'|'.join(map(regex.escape, names))})") for names in longest_first]
         self._check()
 
     def _check(self) -> None:
         needed = {*BYTES, *(piece for pair in self.merges for piece in (*pair, pair[0] + pair[1]))}
         if missing := needed - self.ids.keys():
-            raise ValueError(f"{len(missing)} pieces have no id, {min(missing)!r} among them")
+            raise ValueError(f"{len(missing)} pieces have no id, {shown(min(missing))} among them")
         if len(self.pieces) < len(self.ids):
             raise ValueError("two pieces share an id")
+        for name, token in (item for names in self.added for item in names.items()):
+            if self.pieces.setdefault(token, name.encode()) != name.encode():
+                raise ValueError(f"the added token {shown(name)} has the id of another piece")
         first, size = self.vocab.first_text, self.vocab.size
         if min(self.pieces) < first or max(self.pieces) >= size:
             raise ValueError(f"{len(self.pieces)} pieces do not fit into the text ids {first}..{size - 1}")
@@ -240,12 +250,29 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Text -> text ids; never a special or picture id."""
         out: list[int] = []
-        for word in split_words(text):
-            out += self.cache.get(word) or self._encode_word(word)
+        for part in self._take_added(text):
+            if isinstance(part, int):
+                out.append(part)
+            else:
+                for word in split_words(part):
+                    out += self.cache.get(word) or self._encode_word(word)
         return out
 
+    def _take_added(self, text: str) -> list[str | int]:
+        """Ids of added tokens, the longest first, and the text between them."""
+        parts: list[str | int] = [text]
+        for names, pattern in zip(self.added, self.added_regexes, strict=True):
+            for at in reversed([at for at, part in enumerate(parts) if names and isinstance(part, str)]):
+                split = enumerate(pattern.splititer(parts[at]))
+                parts[at : at + 1] = [names[part] if odd % 2 else part for odd, part in split]
+        return parts
+
     def _encode_word(self, word: str) -> list[int]:
-        ids = [self.ids[piece] for piece in merge_word(word.encode(), self.ranks)]
+        piece = word.encode()
+        if self.ignore_merges and piece in self.ids:
+            ids = [self.ids[piece]]
+        else:
+            ids = [self.ids[piece] for piece in merge_word(piece, self.ranks)]
         if len(word) <= CACHED_LENGTH:
             if len(self.cache) >= CACHED_WORDS:
                 self.cache.clear()
@@ -274,11 +301,9 @@ class TextTokenizer:
     def load(cls, path: str | Path, vocab: Vocab | None = None) -> "TextTokenizer":
         """Reads such a file; the Vocab is in it. Raises UserError for any other file, or one for another `vocab`."""
         try:
-            return from_json(json.loads(Path(path).read_text(encoding="utf-8")), vocab)
-        except OSError as error:
-            raise UserError(f"cannot read the text tokenizer {path}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            why = f"it lacks {error}" if isinstance(error, KeyError) else error
+            return from_json(read_json(Path(path)), vocab)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"it lacks {shown(error)}" if isinstance(error, KeyError) else shown(error, 140)
             raise UserError(f"{path} is not a usable text tokenizer ({why}); make it again with train.py") from None
 
 
@@ -292,20 +317,26 @@ def to_json(tokenizer: TextTokenizer) -> dict:
     """TextTokenizer -> the file's content. Special names are both in the model and marked special, at their ids."""
     vocab, plain = tokenizer.vocab, dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     names = vocab.names()
-    text = {spell(tokenizer.pieces[token]): token for token in sorted(tokenizer.pieces)}
+    text = {spell(piece): token for piece, token in sorted(tokenizer.ids.items(), key=lambda item: item[1])}
     split = [dict(type="Split", pattern={"Regex": p}, behavior="Isolated", invert=False) for p in (ALONE, GPT2)]
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": token, "content": name, **plain, "special": True} for name, token in names.items()],
+        "added_tokens": [{"id": token, "content": name, **plain, "special": True} for name, token in names.items()]
+        + [
+            {"id": token, "content": name, **plain, "normalized": bool(late), "special": False}
+            for late, added in enumerate(tokenizer.added)
+            for name, token in added.items()
+        ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
         "model": {
             "type": "BPE",
+            "ignore_merges": tokenizer.ignore_merges,
             NOTE: {"size": vocab.size, "eot_slot": vocab.eot_slot},
             "vocab": names | text,
             "merges": [[spell(left), spell(right)] for left, right in tokenizer.merges],
@@ -319,6 +350,7 @@ def from_json(content: dict, vocab: Vocab | None = None) -> TextTokenizer:
     Raises ValueError, KeyError, TypeError or AttributeError for content of any other form.
     """
     model = content["model"]
+    check_fields(content, split_words)
     added = {token["content"]: token["id"] for token in content["added_tokens"]}
     ids = model["vocab"] | added
     if model["type"] != "BPE" or not all(type(token) is int for token in ids.values()):
@@ -329,10 +361,14 @@ def from_json(content: dict, vocab: Vocab | None = None) -> TextTokenizer:
     for name, token in found.names().items():
         if (name in ids or token <= found.boi) and ids.get(name) != token:  # a reserved name may be missing
             raise ValueError(f"it does not have {name} at id {token}")
-    text = {name: token for name, token in model["vocab"].items() if token >= found.first_text and name not in added}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]  # "a b" in older files
     pairs = [(unspell(left), unspell(right)) for left, right in merges]
-    return TextTokenizer(pairs, found, {unspell(name): token for name, token in text.items()})
+    taken = added_text(content["added_tokens"], found)
+    # Special names have no text, unless merges make one.
+    hidden = added.keys() - taken[0].keys() - taken[1].keys() - {spell(left + right) for left, right in pairs}
+    text = {name: token for name, token in model["vocab"].items() if token >= found.first_text and name not in hidden}
+    ids = {unspell(name): token for name, token in text.items()}
+    return TextTokenizer(pairs, found, ids, taken, model.get("ignore_merges") is True)
 
 
 def layout(ids: dict[str, int], note: dict | None, vocab: Vocab | None) -> Vocab:

@@ -10,6 +10,7 @@ Compressed or joined tars, links, and samples that are not whole are bad items.
 """
 
 import codecs
+import errno
 import json
 import os
 import tarfile
@@ -156,9 +157,9 @@ def samples(path: Path) -> Iterator[tuple[Sample | Bad, int]]:
             if ending and member.isreg():
                 begun[-1].read(tar, member, ending)
             end = position
-    except PermissionError:
-        raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a size in a header may lead to
+            raise
         damage = [(damaged(path, error), os.path.getsize(path))]
     for number, sample in enumerate(begun):
         if number == 0 or sample.is_whole:

@@ -232,24 +232,25 @@ def differences(one: dict, other: dict) -> list[str]:
 # The whole run, as a program
 
 
-def stage_of(folder: Path) -> str:
-    """How far a run has come."""
-    from nanochameleon import checkpoint
+STAGES = {
+    "start": "*", "text tokenizer": "config.json", "image tokenizer": "text_tokenizer.json", "data": "data",
+    "transformer": "metrics.jsonl", "transformer, saved": "step-*",
+}  # fmt: skip
 
-    if lines(folder):
-        return "transformer, saved" if checkpoint.checkpoints(folder) else "transformer, not saved"
-    stages = {"data": "data", "text_tokenizer.json": "image tokenizer", "config.json": "text tokenizer"}
-    return next((stage for name, stage in stages.items() if (folder / name).exists()), "start")
+
+def stage_of(folder: Path) -> str:
+    """How far a run has come: the last stage of which there is something."""
+    return next((stage for stage, made in reversed(STAGES.items()) if any(folder.glob(made))), "start")
 
 
 def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float) -> list[str]:
-    """Begins a run, kills it at two moments drawn from so many seconds, each time going on with the same command; ->
-    the stages in which it was killed."""
-    chance, stages = random.Random(seed), []
+    """Begins a run that lasts so many seconds and kills it twice, each time at a drawn moment of a drawn stage, or
+    later where that is done, and goes on with the same command; -> the stages in which it was killed."""
+    chance, names, stages = random.Random(seed), list(STAGES), []
     for _ in range(2):
-        run, end = Launched(folder, ranks, whole=mode), time.monotonic() + chance.uniform(0, seconds)
-        while time.monotonic() < end and not run.ended():
-            time.sleep(0.01)
+        run, aim = Launched(folder, ranks, whole=mode), chance.randrange(len(names))
+        wait_for(lambda run=run, aim=aim: names.index(stage_of(folder)) >= aim or run.ended())
+        time.sleep(chance.uniform(0, seconds / len(names)))
         stage = stage_of(folder)
         if kill(run, ranks, chance):
             stages.append(stage)
@@ -261,25 +262,23 @@ def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="runs of each way")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp"])
     args = parser.parse_args()
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    done, equal, stages = 0, 0, Counter()
+    ways, expected, equal, stages = list(itertools.product((1, 2), ("ddp", "fsdp"))), {}, 0, Counter()
     with tempfile.TemporaryDirectory() as place:
-        for ranks, mode in itertools.product(args.ranks, args.modes):
-            whole, start = Path(place) / f"whole-{ranks}-{mode}", time.monotonic()
-            assert Launched(whole, ranks, whole=mode).wait() == 0, said(whole)
-            seconds, expected = time.monotonic() - start, end_of(whole)
-            for seed in range(args.times):
-                folder = Path(place) / f"run-{ranks}-{mode}-{seed}"
-                stages.update(kill_anywhere(folder, ranks, mode, seed, seconds))
-                different = differences(end_of(folder), expected)
-                done, equal = done + 1, equal + (not different)
-                print(f"{ranks} ranks, {mode}, seed {seed}: {different or 'the same bits'}; {dict(stages)}", flush=True)
-                shutil.rmtree(folder)
-    print(f"{equal} of {done} ended with the same bits; {stages.total()} kills before an end")
-    sys.exit(equal < done)
+        for way in ways:
+            whole, start = Path(place) / f"whole-{way}", time.monotonic()
+            assert Launched(whole, way[0], whole=way[1]).wait() == 0, said(whole)
+            expected[way] = time.monotonic() - start, end_of(whole)
+        for number, (seed, way) in enumerate(itertools.product(range(args.times), ways), 1):
+            (seconds, end), folder = expected[way], Path(place) / f"run-{number}"
+            stages.update(kill_anywhere(folder, *way, seed, seconds))
+            different = differences(end_of(folder), end)
+            equal += not different
+            print(f"{number} ({way}, seed {seed}): {different or 'the same bits'}; {dict(stages)}", flush=True)
+            shutil.rmtree(folder)
+    print(f"{equal} of {number} ended with the same bits; {stages.total()} kills before an end")
+    sys.exit(equal < number)
 
 
 if __name__ == "__main__":

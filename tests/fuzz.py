@@ -407,7 +407,7 @@ def judge(place: Place, seed: int, start: int) -> tuple[str, str]:
 
 
 def work(connection: Connection, places: dict[str, Place], folder: Path) -> None:
-    """A process that judges what its parent names, until it is told to stop or has grown."""
+    """A process that judges what its parent names, until that is gone or this has grown."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -415,16 +415,21 @@ def work(connection: Connection, places: dict[str, Place], folder: Path) -> None
     for stream in (1, 2):
         os.dup2(null, stream)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, 64 * 2**30))  # before the machine has no more
+    if size := status("VmSize"):
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**32, size + 2**32))  # before the machine has no more
     mine: dict[str, Place] = {}
-    start = status("VmRSS")
-    while (task := connection.recv()) is not None:
-        name, seed = task
+    start, parent = status("VmRSS"), os.getppid()
+    while True:
+        while not connection.poll(1):
+            if os.getppid() != parent:  # it was killed
+                return
+        name, seed = connection.recv()
         if name not in mine:
             mine[name] = moved(places[name], folder / name)
         verdict = judge(mine[name], seed, start)
-        connection.send(verdict)
-        if status("VmRSS") - start > MEMORY // 2:
+        grown = status("VmRSS") - start > MEMORY // 2
+        connection.send((verdict, grown))
+        if grown:
             return
 
 
@@ -448,17 +453,17 @@ class Worker:
 
     def give(self, task: tuple[str, int]) -> None:
         self.task, self.since = task, time.monotonic()
-        try:
-            self.connection.send(task)
-        except OSError:  # it had grown, and is gone
-            self.start()
-            self.connection.send(task)
+        self.connection.send(task)
 
     def take(self) -> tuple[str, str] | None:
         """The verdict, or None while there is none."""
         if self.connection.poll():
             try:
-                return self.connection.recv()
+                verdict, grown = self.connection.recv()
+                if grown:
+                    self.end()
+                    self.start()
+                return verdict
             except (EOFError, OSError):
                 self.process.join()
         elif time.monotonic() - self.since < STUCK:

@@ -1,9 +1,13 @@
 """A model's folder in four layouts: chains come back bit for bit, what is broken is named, memory stays small."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pickle
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,12 +20,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import TOKENIZER, nano_folder, released_model, tiny_run
+from tiny import TOKENIZER, nano_folder, released_model, tiny_config, tiny_run
 
+from nanochameleon.beginning import begin
+from nanochameleon.config import TrainConfig
 from nanochameleon.convert import Args, cli, convert
 from nanochameleon.errors import UserError
 from nanochameleon.model_folder import open_model, open_parts
-from nanochameleon.tensor_files import write_safetensors
+from nanochameleon.tensor_files import Pth, write_safetensors
 from nanochameleon.vqgan import VQGAN
 
 SHAPES = [  # GQA, groups, norm order, type
@@ -103,8 +109,45 @@ def test_a_source_without_a_decoder_reads_and_does_not_draw(folders, tmp_path, c
     assert torch.equal(run.images.encode(picture), whole.images.encode(picture))
     with pytest.raises(UserError, match="no image decoder"):
         run.images.decode(torch.zeros(1, 16, dtype=torch.long))
-    with pytest.raises(UserError, match="no image decoder"):
+    with pytest.raises(UserError, match=r"no image decoder.*--no-decoder"):
         convert(Args(nano, tmp_path / "meta", "meta"))
+    same(convert(Args(nano, tmp_path / "meta", "meta", decoder=False)), nano)
+    assert "the image decoder is left out" in capsys.readouterr().err
+
+
+def without_decoder(folders, place: Path) -> Path:
+    shutil.copytree(folders["hf"], place)
+    (place / "vqgan_decoder.safetensors").unlink()
+    return place
+
+
+def test_another_file_gives_the_image_decoder_that_transformers_drops(folders, tmp_path):
+    """To Meta's layout and back to its very bits, and as a run begins."""
+    hf = without_decoder(folders, tmp_path / "hf")
+    for i, file in enumerate((folders["meta"] / "tokenizer/vqgan.ckpt", folders["hf"] / "vqgan_decoder.safetensors")):
+        meta = convert(Args(hf, tmp_path / str(i), "meta", vqgan=file))
+        for name, key in (("models/nano/consolidated.00.pth", None), ("tokenizer/vqgan.ckpt", "state_dict")):
+            one, other = (torch.load(place / name) for place in (meta, folders["meta"]))
+            one, other = (content[key] if key else content for content in (one, other))
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert open_model(hf, "cpu", vqgan=file).images.can_draw
+    cfg = tiny_config(init_from=hf, init_vqgan=file, train=TrainConfig(seq_len=64), out=tmp_path / "run")
+    assert begin(cfg)[1].parts.has_decoder
+
+
+def test_an_image_decoder_of_another_model_is_refused(folders, tmp_path):
+    hf, other = without_decoder(folders, tmp_path / "hf"), tmp_path / "vqgan.ckpt"
+    state = torch.load(folders["meta"] / "tokenizer/vqgan.ckpt")["state_dict"]
+    state["quantize.embedding.weight"] = state["quantize.embedding.weight"] + 1
+    torch.save({"state_dict": state}, other)
+    with pytest.raises(UserError, match=r"vqgan.ckpt does not belong to .*hf: its quantize.embedding.weight"):
+        open_parts(hf, other)
+    torch.save({name: x for name, x in state.items() if not name.startswith("decoder.")}, other)
+    with pytest.raises(UserError, match="holds no image decoder"):
+        open_parts(hf, other)
+    torch.save({"decoder.conv_in.weight": torch.ones(2)}, other)
+    with pytest.raises(UserError, match=r"vqgan.ckpt misses decoder"):
+        open_parts(hf, other)
 
 
 def test_metas_layout_opens_by_any_path_to_it(folders, tmp_path, monkeypatch):
@@ -218,7 +261,7 @@ def edit_safetensors(path: Path, change) -> None:
         ),
         (
             "meta", "models/nano/params.json", lambda p: edit_json(p, lambda c: c["model"].update(multiple_of=0)),
-            ["no model has the sizes"],
+            ["model.multiple_of must be at least 1, not 0"],
         ),
         (
             "meta", "models/nano/params.json",
@@ -230,7 +273,7 @@ def edit_safetensors(path: Path, change) -> None:
         ),
         ("hf", "config.json", lambda p: edit_json(p, lambda c: c.update(intermediate_size=0)), ["intermediate_size 0"]),
         ("hf", "config.json", lambda p: p.write_text("[" * 200_000), ["config.json is damaged"]),
-        ("nano", "config.json", lambda p: edit_json(p, lambda c: c["model"].update(multiple_of=0)), ["no model has"]),
+        ("nano", "config.json", lambda p: edit_json(p, lambda c: c["model"].update(multiple_of=0)), ["multiple_of"]),
         ("meta", "models/nano/consolidated.01.pth", lambda p: p.unlink(), ["1 of 2 shards"]),
         ("meta", "models/nano/consolidated.00.pth", lambda p: p.unlink(), ["not all from 00"]),
         ("meta", "models/nano/consolidated.01.pth", lambda p: p.write_bytes(pickle.dumps(Bomb())), ["cannot read"]),
@@ -291,6 +334,187 @@ def test_a_mistake_gets_one_sentence(arguments, word, folders, tmp_path, monkeyp
     with pytest.raises(SystemExit) as end:
         cli([a.format(place=tmp_path, **folders) for a in arguments])
     assert end.value.code == 2 and word in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def set_config(**changes):
+    return lambda p: edit_json(p / "config.json", lambda c: c.update(changes))
+
+
+def set_part(part: str, **changes):
+    return lambda p: edit_json(p / "config.json", lambda c: c[part].update(changes))
+
+
+def set_params(**changes):
+    return lambda p: edit_json(p / "models/nano/params.json", lambda c: c["model"].update(changes))
+
+
+def set_tensor(name: str, change):
+    return lambda p: edit_safetensors(p / "model.safetensors", lambda c: c.update({name: change(c[name])}))
+
+
+def rename(prefix: str):
+    def change(content: dict) -> None:
+        for name in list(content):
+            content[prefix + name] = content.pop(name)
+
+    return lambda p: edit_safetensors(p / "model.safetensors", change)
+
+
+def with_nan(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten().index_fill(0, torch.tensor([1, 3]), torch.nan).view(x.shape)
+
+
+def edit_header(change):
+    """The header's text goes through `change`, which keeps its length."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        text = change(data[8:end].decode().rstrip()).encode()
+        text += b" " * (-len(text) % 8)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return damage
+
+
+def set_pth(change):
+    return lambda p: edit_pth(p / "models/nano/consolidated.00.pth", change)
+
+
+class Hog:
+    def __reduce__(self):
+        return bytearray, (3 * 10**9,)
+
+
+W2, HUGE = "layers.0.feed_forward.w2.weight", 10**7
+UNFIT = {
+    "layers without end": ("nano", set_part("model", n_layers=HUGE), "n_layers is 10000000, and its files hold"),
+    "layers of transformers": ("hf", set_config(num_hidden_layers=HUGE), "n_layers is 10000000"),
+    "layers of Meta": ("meta", set_params(n_layers=HUGE), "n_layers is 10000000"),
+    "blocks without end": ("nano", set_part("vqgan", n_res_blocks=HUGE), "vqgan.n_res_blocks is 10000000"),
+    "ids without end": ("nano", set_part("model", vocab_size=2**64), "no model has the sizes"),
+    "levels without end": ("nano", set_part("vqgan", ch_mult=[1] * 99), "ch_mult needs"),
+    "no number": ("nano", set_part("model", norm_eps=float("nan")), "model.norm_eps must be above 0 and at most 1"),
+    "a base below 0": ("hf", set_config(rope_parameters=None, rope_theta=-5.0), "model.rope_theta must be above 0"),
+    "an endless base": ("meta", set_params(rope_theta=float("inf")), "model.rope_theta must be above 0"),
+    "an endless context": ("nano", set_part("model", max_seq_len=10**30), "model.max_seq_len must be from 1 to"),
+    "dropout of all": ("nano", set_part("model", dropout=float("nan")), "model.dropout must be at least 0"),
+    "groups below 0": ("nano", set_part("vqgan", n_groups=-1), "vqgan.n_groups must be at least 1"),
+    "a field less": (
+        "nano", lambda p: edit_json(p / "config.json", lambda c: c["model"].pop("rope_theta")),
+        "ModelConfig lacks 'rope_theta'",
+    ),
+    "an image tokenizer's field less": (
+        "nano", lambda p: edit_json(p / "config.json", lambda c: c["vqgan"].pop("window")), "VQGANConfig lacks 'window'"
+    ),
+    "a word for a number": ("hf", set_config(rms_norm_eps="x" * 9_999), "rms_norm_eps is 'xxx"),
+    "null for a number": ("hf", set_config(hidden_size=None), "hidden_size is None"),
+    "a list for an object": ("hf", set_config(vq_config=[1]), r"vq_config is \[1\]"),
+    "a side of a billion": ("hf", set_config(vq_config={"resolution": 10**9}), "vqgan.resolution must be from 1 to"),
+    "a word in the note": (
+        "meta", lambda p: edit_json(
+            p / "models/nano/params.json", lambda c: c["nanochameleon"].update(max_seq_len="x")
+        ), "max_seq_len is 'x'",
+    ),
+    "a run's number": ("run", set_part("model", norm_eps=-1.0), "model.norm_eps must be above 0"),
+    "a run's layers": ("run", set_part("model", n_layers=HUGE), "n_layers is 10000000"),
+    "whole numbers for weights": ("nano", set_tensor("output.weight", torch.Tensor.int), "is of type I32: float32"),
+    "whole numbers inside": ("hf", set_tensor("lm_head.weight", torch.Tensor.bool), "is of type BOOL: float32"),
+    "8 bits": (
+        "nano", set_tensor(W2, lambda x: x.to(torch.float8_e4m3fn)), f"{W2} in .* is of type F8_E4M3: float32, float16"
+    ),
+    "whole numbers of Meta": ("meta", set_pth(lambda c: c.update({W2: c[W2].char()})), "is of type int8: float32"),
+    "no numbers": ("nano", set_tensor(W2, with_nan), f"not finite: 2 of .* values of {W2}"),
+    "no numbers of Meta": ("meta", set_pth(lambda c: c[W2].fill_(torch.inf)), "not finite"),
+    "a name twice": (
+        "nano", edit_header(lambda text: text[:-1] + ", " + text[text.index('"norm.weight"') :].split("}")[0] + "}}"),
+        "describes norm.weight twice",
+    ),
+    "a module of torch.compile": ("nano", rename("_orig_mod."), "'_orig_mod.' in its tensors' names"),
+    "a module of DDP": ("hf", rename("module."), "'module.' in its tensors' names"),
+    "control characters": ("nano", rename("\x1b]0;PWNED\x07\x1b[2J" + "long" * 99), r"has left over|misses"),
+    "no image tokenizer": (
+        "hf", lambda p: edit_safetensors(
+            p / "model.safetensors", lambda c: [c.pop(name) for name in list(c) if name.startswith("model.vqmodel.")]
+        ), "it has no image tokenizer",
+    ),
+    "memory by a number": ("meta", set_pth(lambda c: c.update(x=Hog())), "more than tensors .* bytearray"),
+    "one value for many": (
+        "meta", set_pth(lambda c: c.update({W2: torch.ones(1).expand(10**6, 10**6)})), "larger than the file"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", UNFIT)
+def test_what_no_model_has_is_one_short_sentence(how, folders, tmp_path):
+    layout, damage, words = UNFIT[how]
+    shutil.copytree(folders[layout], tmp_path / "it")
+    damage(tmp_path / "it")
+    with pytest.raises(UserError, match=words) as error:
+        open_model(tmp_path / "it", "cpu")
+    said = str(error.value).replace(str(tmp_path), "")
+    assert len(said) < 300 and said.isprintable()
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**9), st.sampled_from(["flip", "cut", "copy"]))
+def test_a_damaged_pth_is_a_sentence_or_the_same_names(folders, tmp_path_factory, seed, how):
+    data = bytearray((folders["meta"] / "tokenizer/vqgan.ckpt").read_bytes())
+    chance, end = random.Random(seed), 30_000  # the pickle is in front
+    for _ in range(chance.randint(1, 8)):
+        at = chance.randrange(end) if chance.random() < 0.7 else chance.randrange(len(data))
+        if how == "flip":
+            data[at] = chance.randrange(256)
+        elif how == "cut":
+            del data[at : at + chance.randint(1, 9)]
+        else:
+            data[at : at + 4] = data[chance.randrange(end) :][:4]
+    path = tmp_path_factory.mktemp("pth") / "x.pth"
+    path.write_bytes(data)
+    with contextlib.suppress(UserError):
+        assert all(isinstance(x, torch.Tensor) for x in Pth(path, "state_dict").tensors.values())
+
+
+def test_a_byte_order_mark_and_null_sections_are_read(folders, tmp_path):
+    shutil.copytree(folders["hf"], tmp_path / "hf")
+    set_config(rope_scaling=None, nanochameleon=None)(tmp_path / "hf")
+    for name in ("config.json", "tokenizer.json"):
+        path = tmp_path / "hf" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    one, other = (open_model(place, "cpu").model.state_dict() for place in (tmp_path / "hf", folders["hf"]))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_full_disk_is_called_so(folders, tmp_path):
+    """By a limit on the size of files, which fails like a full disk in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*meta: .*File too large"):
+            convert(Args(folders["nano"], tmp_path / "meta", "meta"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["", "config.json", "model.safetensors"])
+def test_what_may_not_be_read_is_called_so(what, folders, tmp_path, monkeypatch):
+    shutil.copytree(folders["nano"], tmp_path / "it")
+    shut = str(tmp_path / "it" / what)
+
+    def guarded(function):
+        def call(path, *rest, **more):
+            if str(path).startswith(shut):
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *rest, **more)
+
+        return call
+
+    monkeypatch.setattr("os.stat" if what == "" else "builtins.open", guarded(os.stat if what == "" else open))
+    monkeypatch.setattr("io.open", guarded(io.open))
+    with pytest.raises(UserError, match=f"cannot read {shut}.*: Permission denied$"):
+        open_parts(tmp_path / "it")
 
 
 def test_two_tensors_of_one_name_and_an_index_that_lies_are_refused(folders, tmp_path):

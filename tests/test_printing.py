@@ -54,7 +54,10 @@ def test_the_text_of_no_script_changes():
     assert printable(SCRIPTS) == SCRIPTS
 
 
-@given(st.text(max_size=2_000), st.text(st.characters(categories=["L", "P"]), min_size=1, max_size=100))
+LENGTHY = st.builds(str.__mul__, st.text(max_size=20), st.integers(0, 200))
+
+
+@given(LENGTHY, st.text(st.characters(categories=["L", "P"]), min_size=1, max_size=100))
 def test_a_warning_is_one_short_line_that_begins_with_what_is_wrong_and_ends_with_what_to_do(what, remedy):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", io.StringIO())
@@ -238,7 +241,7 @@ MANY += "exit_on_user_error(lambda: [say('line'), *(say('x' * 99) for _ in range
 def in_shell(command: str, code: str, **more) -> subprocess.CompletedProcess:
     """A shell's line in which PROGRAM is a Python that runs the code. Its pipes fail if any part of them does."""
     line = "set -o pipefail; " + command.replace("PROGRAM", '"$PYTHON" -c "$CODE"')
-    environment = os.environ | {"PYTHON": sys.executable, "CODE": code}
+    environment = os.environ | {"PYTHON": sys.executable, "CODE": code, "PYTHONUNBUFFERED": ""}  # a pipe has a buffer
     return subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, **more)
 
 

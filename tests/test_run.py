@@ -47,7 +47,8 @@ whole, real = st.integers(1, 10**9), st.floats(allow_nan=False)
 
 def drawn(cls, **known):
     """Any value of a configuration: every field, by its annotation, unless it is given."""
-    known |= {f.name: real for f in dataclasses.fields(cls) if f.name not in known and f.type in (float, "float")}
+    numbers = {float: real, "float": real, float | None: st.none() | real}  # NaN is not equal to itself
+    known |= {f.name: numbers[f.type] for f in dataclasses.fields(cls) if f.name not in known and f.type in numbers}
     given_fields = {f.name: known.get(f.name, ...) for f in dataclasses.fields(cls)}
     return st.builds(cls, **given_fields)
 

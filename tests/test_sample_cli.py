@@ -203,9 +203,12 @@ def test_a_model_in_any_layout_draws_and_answers(to, tmp_path, picture):
 
 def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_path, picture, capsys):
     hf = convert(convert_args(nano_folder(tmp_path / "nano"), tmp_path / "hf", "hf"))
-    (hf / "vqgan_decoder.safetensors").unlink()
+    decoder = (hf / "vqgan_decoder.safetensors").rename(tmp_path / "decoder.safetensors")
     assert len(main(Args(hf, (picture, "ta?"), max_new=5))) == 1
     assert "no image decoder" in refused([str(hf), "ta"], capsys)
+    [[drawn]] = main(Args(hf, ("ta",), vqgan=decoder))
+    [[expected]] = main(Args(tmp_path / "nano", ("ta",)))
+    assert drawn.read_bytes() == expected.read_bytes()
 
 
 def test_a_terminal_that_can_shows_the_picture_while_it_grows(run, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import SNIPPETS, any_text, merge_lists, tokenizers, vocabs
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
 from nanochameleon import text_tokenizer
 from nanochameleon.errors import UserError
@@ -259,7 +259,7 @@ def test_tokenizers_gives_the_same_ids_after_training(folder, texts, text):
 
 
 def same(a: TextTokenizer, b: TextTokenizer) -> bool:
-    return (a.merges, a.ids, a.vocab) == (b.merges, b.ids, b.vocab)
+    return (a.merges, a.ids, a.vocab, a.added) == (b.merges, b.ids, b.vocab, b.added)
 
 
 @given(tokenizers())
@@ -304,6 +304,94 @@ def test_a_file_made_elsewhere(folder, tokenizer, text, random):
     assert loaded.encode(text) == theirs.encode(text).ids
     assert loaded.decode(loaded.encode(text)) == text
     assert TextTokenizer.load(path).vocab.first_text == vocab.first_text
+
+
+tags = st.lists(
+    st.sampled_from(["<my_tag>", "<my", "re", "red", "the", " the", "a b", "\u65e5\u672c", "'s", "12"]), max_size=4
+)
+
+
+@given(tokenizers(), tags, st.lists(settled_text | st.sampled_from(["<my_tag>", "red", " the", "\u65e5\u672c"])))
+def test_tokens_that_were_added_are_matched_as_tokenizers_does(folder, tokenizer, names, texts):
+    """As a fine-tuner adds them and transformers saves them; those that are special stay out of text's reach."""
+    path, text = folder / "added.json", "".join(texts)
+    tokenizer.save(path)
+    theirs = loaded_by_tokenizers(path)
+    theirs.add_tokens(names)
+    theirs.add_tokens([AddedToken("<verbatim>", normalized=False)])
+    theirs.add_special_tokens(["<special>", "cat"])
+    theirs.save(str(path))
+    ours = TextTokenizer.load(path)
+    for each in (text, text + "<verbatim> the red<my_tag><special> cat<s>"):
+        ids = ours.encode(each)
+        assert ids == theirs.encode(each).ids and ours.decode(ids) == each
+        assert all(ours.vocab.is_text(token) for token in ids) and theirs.token_to_id("<special>") not in ids
+    again = text_tokenizer.from_json(text_tokenizer.to_json(ours))
+    assert same(again, ours) and again.encode(text) == ours.encode(text)
+
+
+@given(tokenizers(), settled_text)
+def test_words_that_are_pieces_are_kept_whole_where_merges_are_ignored(folder, tokenizer, text):
+    content = text_tokenizer.to_json(tokenizer)
+    content["model"]["ignore_merges"] = True
+    (folder / "whole.json").write_text(json.dumps(content))
+    ours = TextTokenizer.load(folder / "whole.json")
+    assert ours.encode(text) == loaded_by_tokenizers(folder / "whole.json").encode(text).ids
+
+
+def test_a_word_whose_merges_are_never_reached_is_a_piece_where_merges_are_ignored():
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c")]  # of abc, bc comes first, and a bc is no pair
+    vocab = Vocab.toy(4, 3)
+    kept, merged = (TextTokenizer(merges, vocab, ignore_merges=ignored) for ignored in (True, False))
+    assert kept.encode("abc") == [kept.ids[b"abc"]] and len(merged.encode("abc")) == 2
+
+
+def release_steps(content: dict) -> None:
+    """The release's rules in other words: the same split."""
+    split = dict(type="Split", behavior="Isolated", invert=False)
+    content["pre_tokenizer"]["pretokenizers"] = [
+        split | {"pattern": {"Regex": "([\\t\\n]|    |  )"}}, dict(type="Digits", individual_digits=True),
+        split | {"pattern": {"Regex": r"[\p{P}!-/:-@\[-`{-~]"}},
+        dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
+    ]  # fmt: skip
+
+
+def test_the_same_rules_may_be_written_otherwise():
+    content = text_tokenizer.to_json(TextTokenizer([(b"a", b"b")], Vocab.toy(4, 3)))
+    release_steps(content)
+    assert text_tokenizer.from_json(content).encode("ab 12")
+
+
+def first_pattern(pattern: str):
+    return lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": pattern})
+
+
+OTHER_IDS = {
+    "normalizer": lambda c: c.update(normalizer={"type": "NFKC"}),
+    "dropout": lambda c: c["model"].update(dropout=0.1),
+    "end_of_word_suffix": lambda c: c["model"].update(end_of_word_suffix="</w>"),
+    "continuing_subword_prefix": lambda c: c["model"].update(continuing_subword_prefix="##"),
+    "add_prefix_space": lambda c: c["pre_tokenizer"]["pretokenizers"][-1].update(add_prefix_space=True),
+    "ByteLevel is the last": lambda c: c.update(pre_tokenizer=None),
+    "the step .*Whitespace": lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Whitespace"}),
+    "pre_tokenizer splits text into other words": lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0),
+    "pattern .* cannot be used": first_pattern("("),
+    r"pattern .*\\x00.* cannot be used": first_pattern(r"(?:.|..|...)*[\x00\x01]"),  # never ends
+    "<tag> has lstrip": lambda c: c["added_tokens"].append({"id": 280, "content": "<tag>", "lstrip": True}),
+    "added tokens that are text": lambda c: c["added_tokens"].extend(
+        {"id": 280 + i, "content": f"<{i}>"} for i in range(2_000)
+    ),
+}
+
+
+@pytest.mark.parametrize("why", OTHER_IDS)
+def test_what_decides_ids_and_is_not_computed_is_named(folder, monkeypatch, why):
+    monkeypatch.setattr("nanochameleon.tokenizer_fields.SECONDS", 0.2)
+    content = text_tokenizer.to_json(TextTokenizer([], Vocab.toy(4, 3)))
+    OTHER_IDS[why](content)
+    (folder / "other.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=why):
+        TextTokenizer.load(folder / "other.json")
 
 
 @given(vocabs(), vocabs())

@@ -326,7 +326,7 @@ def test_what_is_in_no_unit_is_counted_and_listed(model, tmp_path, capsys):
 
 def test_nothing_usable_is_one_sentence_and_no_index(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"nothing": 1}, b"[]\n")
-    with pytest.raises(UserError, match=r"nothing of .*out can be used: a\.jsonl at byte 0 \(without a text\)"):
+    with pytest.raises(UserError, match=r"nothing of .*out can be used: a\.jsonl at byte 0 \(without a text: its"):
         prepare(tmp_path / "out", "text", [path])
     assert not (tmp_path / "out" / "index.json").exists()
     (tmp_path / "empty.txt").write_bytes(b"")

@@ -298,21 +298,21 @@ def test_missing_packages_are_one_sentence():
 
 
 def test_the_precision_is_decided_once_before_any_stage_and_told(tmp_path, monkeypatch, capsys):
-    """Also where a kill came before the first checkpoint, and another machine would decide otherwise."""
+    """Also where a kill came before the first checkpoint, and another machine would decide otherwise; but where it came
+    before anything was made, as on a machine without the GPU, the next start decides."""
     cfg = training_config(tmp_path / "run")
     cfg = replace(cfg, train=replace(cfg.train, precision="auto"))
-    choices = iter([("bf16", "a reason"), ("fp32", "another"), ("fp32", "another")])
+    choices = iter([("fp32", "no GPU"), ("bf16", "a GPU"), ("fp32", "no GPU")])
     monkeypatch.setattr(run, "pick_precision", lambda *_: next(choices))
-    monkeypatch.setattr(train, "store_pictures", killed)
-    for _ in range(2):
-        with pytest.raises(KilledHere):
-            train.main(cfg)
-        assert read_config(cfg.folder).train.precision == "bf16"
-    told = [f"matrix products in bf16: {why}" for why in ("a reason", "as this run has begun")]
-    assert capsys.readouterr().out.splitlines() == told
-    with pytest.raises(KilledHere):
-        train.main(replace(cfg, overwrite=True))
-    assert read_config(cfg.folder).train.precision == "fp32"
+    starts = [("store_pictures", cfg, "fp32", "no GPU"), ("train_image_tokenizer", cfg, "bf16", "a GPU"),
+              ("store_pictures", cfg, "bf16", "as in this run so far"),
+              ("store_pictures", replace(cfg, overwrite=True), "fp32", "no GPU")]  # fmt: skip
+    for killed_in, start, precision, why in starts:
+        with monkeypatch.context() as patch, pytest.raises(KilledHere):
+            patch.setattr(train, killed_in, killed)
+            train.main(start)
+        assert read_config(cfg.folder).train.precision == precision
+        assert f"matrix products in {precision}: {why}\n" in capsys.readouterr().out
 
 
 def test_the_precision_is_that_of_the_checkpoints_of_an_older_version(finished, tmp_path, monkeypatch):
@@ -530,7 +530,7 @@ def test_a_restart_by_torchrun_does_not_overwrite_what_it_began(copy, monkeypatc
     before = contents(copy)
     with pytest.raises(KilledHere):
         train.main(training_config(copy, overwrite=True))
-    assert contents(copy) == before
+    assert contents(copy) | {CONFIG: b""} == before | {CONFIG: b""}
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

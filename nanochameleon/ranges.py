@@ -1,0 +1,60 @@
+"""Which numbers a configuration may hold, by the dotted name of the field: on the command line and in every file."""
+
+import math
+from operator import attrgetter
+from types import SimpleNamespace
+
+from nanochameleon.errors import shown
+
+MAX_NUMBER = 2**63 - 1  # of a whole number, as torch and numpy hold it
+
+ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every entry has to pass
+    ("at least 0", lambda x: 0 <= x < math.inf, (
+        "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
+        "tokenizers.warmup_steps", "tokenizers.optim.warmup", "tokenizers.optim.eps", "tokenizers.optim.weight_decay",
+        "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
+        "tokenizers.adversarial", "tokenizers.adversarial_from",
+        "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
+        "sample.guidance_image",
+    )),
+    ("at least 1", lambda x: 1 <= x < math.inf, (
+        "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim",
+        "vqgan.n_codes", "vqgan.n_groups", "model.vocab_size", "model.n_layers", "model.multiple_of",
+        "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch",
+        "data.n_documents", "train.steps",
+        "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
+        "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
+        "evaluation.reconstructions", "evaluation.alignment", "parallel.tensor", "parallel.micro_batch",
+        "parallel.timeout",
+    )),
+    ("above 0", lambda x: 0 < x < math.inf, (
+        "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
+        "tokenizers.optim.lr", "tokenizers.optim.clip", "sample.repetition_penalty",
+    )),
+    ("at least 0 and less than 1", lambda x: 0 <= x < 1, (
+        "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
+        "sample.min_p", "sample.image_min_p",
+    )),
+    ("from 1 to 8,192", lambda x: 1 <= x <= 2**13, ("vqgan.resolution",)),  # pixels: as large as pictures may be
+    ("from 1 to 16,777,216", lambda x: 1 <= x <= 2**24, ("model.max_seq_len",)),  # positions that float32 tells apart
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, ("model.norm_eps", "sample.top_p", "sample.image_top_p")),
+    ("above 0 and at most 1e12", lambda x: 0 < x <= 1e12, ("model.rope_theta",)),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, ("train.code_noise",)),
+)  # fmt: skip
+
+
+def out_of_range(**sections: object) -> str | None:
+    """Name the first number that is out of range. `sections` are those fields of a RunConfig that are to be checked.
+
+    Returns the sentence, or None where every number is allowed.
+    """
+    cfg = SimpleNamespace(**sections)
+    for wish, good, names in ALLOWED:
+        for name in (name for name in names if name.partition(".")[0] in sections):
+            value = attrgetter(name)(cfg)
+            for x in value if isinstance(value, tuple) else (value,):
+                if x is not None and not good(x):
+                    return f"{name} must be {wish}, not {shown(x)}"
+                if isinstance(x, int) and x > MAX_NUMBER:
+                    return f"{name} must be at most {MAX_NUMBER}, not {shown(x)}"
+    return None
