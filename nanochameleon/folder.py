@@ -130,7 +130,8 @@ def csv_rows(file: Path) -> Iterator[tuple[int, Row]]:
             try:
                 fields = next(rows, None)
             except csv.Error as error:
-                row, header = "broken lines" if "limit" in str(error) else BROKEN_QUOTES, header or []
+                too_long = "limit" in str(error) and len(lines.taken) == 1  # of several lines, a quote was left open
+                row, header = "broken lines" if too_long else BROKEN_QUOTES, header or []
             else:
                 if fields is None:
                     return
@@ -148,9 +149,10 @@ def row_of(fields: list[str], header: list[str], lines: list[str], folder: Path)
     for line in lines[1:]:
         other = next(csv.reader([line]), [])
         name = first_text(dict(zip(header, other, strict=False)), FILE_KEYS)
-        if len(other) == len(header) and name and isinstance(picture_at(name, folder), Path):
+        if len(other) >= len(header) and name and isinstance(picture_at(name, folder), Path):
             return BROKEN_QUOTES
-    return dict(zip(header, fields, strict=False)) if len(fields) <= len(header) else "more fields than the header"
+    more = any(fields[len(header) :])  # a comma at the end of every line says nothing
+    return "more fields than the header" if more else dict(zip(header, fields, strict=False))
 
 
 def read_row(row: Row, where: str, folder: Path) -> tuple[Path, str] | Bad:

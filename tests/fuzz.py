@@ -43,7 +43,7 @@ from tiny import TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from nanochameleon import checkpoint, convert, units
 from nanochameleon.data import Rows, Shards, write_shards
 from nanochameleon.data.__main__ import Args, main
-from nanochameleon.data.reading import Captioned
+from nanochameleon.data.reading import Bad, Captioned, File
 from nanochameleon.errors import UserError
 from nanochameleon.folder import FolderSource, prepare_folder
 from nanochameleon.image_tokenizer import load_square
@@ -135,20 +135,20 @@ def pixels_of(picture) -> None:
 
 def make_texts(folder: Path) -> None:
     (folder / "0.png").write_bytes(encoded(noise(size=4)))
-    turns = [{"role": "user", "content": ["what is it?", {"image": "0.png"}]}, {"role": "assistant", "content": "red"}]
-    rows = [{"text": "words"}, {"file_name": "0.png", "text": "red"}, {"messages": turns}]
+    turns = [[{"text": "what is it?"}, {"image": "0.png"}], [{"text": "red"}]]
+    rows = [{"text": "words"}, {"file_name": "0.png", "text": "red"}, {"turns": turns}, {"segments": turns[0]}]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "b.txt").write_text("one\n\ntwo\n")
     (folder / "c.csv").write_text('file_name,text\n0.png,"a, b"\n0.png,c\n')
 
 
 def read_texts(folder: Path, changed: Path) -> None:
-    forms = {".jsonl": ("pairs", "text", "chat"), ".csv": ("pairs",), ".txt": ("text",)}
+    forms = {".jsonl": ("pairs", "interleaved", "text", "chat"), ".csv": ("pairs",), ".txt": ("text",)}
     for form in forms[changed.suffix]:
         for unit in units.plan([changed], form):
             for item, _ in units.items(unit, form):
-                for part in getattr(item, "segments", ()):
-                    if hasattr(part, "pixels"):
+                for part in () if isinstance(item, Bad) else item.doc:
+                    if isinstance(part, File):
                         pixels_of(part)
 
 

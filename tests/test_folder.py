@@ -269,6 +269,17 @@ TABLES = {
     "commas": (
         "good.png,a cat, a dog\nsub/also.png,b\n", {"sub/also.png": ["b"]}, [(2, "more fields than the header")],
     ),
+    "a quote that stays open beyond the longest field": (
+        'good.png,"a 5 foot sign\n' + "sub/also.png,second\n" * 10_000,
+        {"sub/also.png": ["second"] * 10_000}, [(2, "broken quotes")],
+    ),
+    "a comma at the end of every line": (
+        "good.png,a cat,\nsub/also.png,b,,\n", {"good.png": ["a cat"], "sub/also.png": ["b"]}, [],
+    ),
+    "a row with too many commas is swallowed": (
+        'good.png,"a 5 foot sign\nsub/also.png,a cat, a dog\ngood.png,third"\n',
+        {"good.png": ['third"']}, [(2, "broken quotes"), (3, "more fields than the header")],
+    ),
     "backslashes": ('good.png,"he \\"said\\" so"\nsub/also.png,b\n', {"sub/also.png": ["b"]}, [(2, "broken quotes")]),
 }  # fmt: skip
 

@@ -23,6 +23,16 @@ def burn() -> None:
         pass
 
 
+def test_the_reader_of_texts_opens_the_pictures_of_every_form(tmp_path, monkeypatch):
+    fuzz.make_texts(tmp_path)
+    opened = []
+    monkeypatch.setattr(fuzz, "pixels_of", opened.append)
+    for name, n in {"a.jsonl": 5, "b.txt": 0, "c.csv": 2}.items():
+        opened.clear()
+        fuzz.read_texts(tmp_path, tmp_path / name)
+        assert len(opened) == n, name
+
+
 FAULTS = {
     "traceback": lambda: {}["missing"],
     "slow": burn,
