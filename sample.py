@@ -122,10 +122,15 @@ class Args:
         return dataclasses.replace(cfg, **{name: value for name, value in given.items() if value is not None})
 
 
+def is_picture(argument: str) -> bool:
+    path = os.path.expanduser(argument)
+    return os.path.isfile(path) or path.lower().endswith(PICTURE_ENDINGS)
+
+
 def picture_path(argument: str) -> str | None:
     """The file that an argument names; None for words. Raises UserError for a folder, a pipe or a device."""
     path = os.path.expanduser(argument)
-    if os.path.isfile(path) or path.lower().endswith(PICTURE_ENDINGS):
+    if is_picture(argument):
         return path
     if os.path.lexists(path):
         why = f"{argument} is there and is not a picture file, but a folder, a pipe or the like"
@@ -302,7 +307,7 @@ class Shelf:
 
         picture = self.images.decode(torch.tensor([list(codes)]))[0]
         scale = self.args.scale or math.ceil(256 / len(picture))
-        words = " ".join(word for word in self.args.prompt if not picture_path(word)).lower()
+        words = " ".join(word for word in self.args.prompt if not is_picture(word)).lower()
         stem = re.sub(r"[^a-z0-9]+", "-", words)[:60].strip("-") or "picture"
         with self.saving():
             path = write_new(self.folder, stem, ".png", png(picture.repeat(scale, 0).repeat(scale, 1)))

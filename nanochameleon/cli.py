@@ -11,7 +11,7 @@ from typing import TypeVar
 import tyro
 
 from nanochameleon.config import RunConfig
-from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.presets import PRESETS
 from nanochameleon.ranges import out_of_range
 
@@ -55,10 +55,10 @@ def first_line(doc: str | None) -> str:
 
 def check(cfg: RunConfig) -> None:
     """Raises UserError, naming the field, for a number that is out of range."""
+    if cfg.seed > MAX_SEED:
+        raise UserError(f"seed must be at most {MAX_SEED}, not {shown(cfg.seed)}")
     if wrong := out_of_range(**vars(cfg)):
         raise UserError(wrong)
-    if cfg.seed > MAX_SEED:
-        raise UserError(f"seed must be at most {MAX_SEED}, not {cfg.seed}")
     for name in ("optim", "tokenizers.optim"):
         optim = attrgetter(name)(cfg)
         if optim.schedule == "exponential" and optim.final == 0:

@@ -19,9 +19,9 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
     )),
     ("at least 1", lambda x: 1 <= x < math.inf, (
         "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim",
-        "vqgan.n_codes", "vqgan.n_groups", "model.vocab_size", "model.n_layers", "model.multiple_of",
-        "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size", "tokenizers.discriminator_ch",
-        "data.n_documents", "train.steps",
+        "vqgan.n_codes", "vqgan.n_groups", "model.vocab_size", "model.n_layers", "model.n_kv_heads",
+        "model.multiple_of", "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size",
+        "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
         "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
         "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
         "evaluation.reconstructions", "evaluation.alignment", "parallel.tensor", "parallel.micro_batch",

@@ -89,6 +89,8 @@ def left_out(sources: Sequence[Path], form: str) -> list[Bad]:
 
 def survey(source: Path, form: str) -> tuple[list[tuple[Path, str]], list[Bad]]:
     """(files to read with their names, what is left out) of a source. Raises UserError if there is nothing to read."""
+    if not os.path.lexists(source):
+        raise UserError(f"{source} is not there: give files or folders that are")
     left, name = [], source.resolve().name
     if os.path.isdir(source):
         files, left = walk(source)

@@ -44,7 +44,7 @@ WRONG = {
     "no channels": (["toy", "--vqgan.ch", "0"], "vqgan.ch must be at least 1, not 0"),
     "no levels": (["toy", "--vqgan.ch-mult"], "ch_mult needs a number for each level"),
     "a seed beyond 32 bits": (["toy", "--seed", str(2**32)], "seed must be at most 4294967295"),
-    "a seed beyond 64 bits": (["toy", "--seed", str(10**30)], "seed must be at most"),
+    "a seed beyond 64 bits": (["toy", "--seed", str(10**30)], "seed must be at most 4294967295"),
     "more steps than a number can count": (["toy", "--train.steps", str(10**400)], "train.steps must be at most"),
     "a rate that is no number": (["toy", "--optim.lr", "nan"], "optim.lr must be above 0, not nan"),
     "an endless rate": (["toy", "--tokenizers.optim.lr", "inf"], "tokenizers.optim.lr must be above 0, not inf"),

@@ -274,6 +274,7 @@ def edit_safetensors(path: Path, change) -> None:
         ("hf", "config.json", lambda p: edit_json(p, lambda c: c.update(intermediate_size=0)), ["intermediate_size 0"]),
         ("hf", "config.json", lambda p: p.write_text("[" * 200_000), ["config.json is damaged"]),
         ("nano", "config.json", lambda p: edit_json(p, lambda c: c["model"].update(multiple_of=0)), ["multiple_of"]),
+        ("nano", "config.json", lambda p: edit_json(p, lambda c: c["model"].update(n_kv_heads=0)), ["n_kv_heads"]),
         ("meta", "models/nano/consolidated.01.pth", lambda p: p.unlink(), ["1 of 2 shards"]),
         ("meta", "models/nano/consolidated.00.pth", lambda p: p.unlink(), ["not all from 00"]),
         ("meta", "models/nano/consolidated.01.pth", lambda p: p.write_bytes(pickle.dumps(Bomb())), ["cannot read"]),

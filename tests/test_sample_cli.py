@@ -75,6 +75,11 @@ def test_samplers_at_work_in_one_folder_never_overwrite_each_other(run, tmp_path
     assert len({path.read_bytes() for path in files}) == 4
 
 
+def test_the_folder_of_the_pictures_may_be_called_as_the_prompt(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(Args(run, ("ta",), out=Path("ta"))) == [[Path("ta/ta-1.png")]]
+
+
 def test_a_seed_of_any_size_gives_samples_of_its_own(run, tmp_path):
     seeds = (0, 2**63, 2**64, 10**30)
     assert len({main(Args(run, ("ta",), seed=seed, out=tmp_path))[0][0].read_bytes() for seed in seeds}) > 2

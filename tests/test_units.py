@@ -180,10 +180,12 @@ def test_a_broken_chat_is_bad_and_the_next_one_comes(kind, mine):
 
 def test_a_source_without_anything_of_the_form_is_refused_by_name(mine, tmp_path):
     (tmp_path / "a.txt").write_text("words")
-    nothing = (mine, "pairs"), (mine, "chat"), (tmp_path / "nowhere", "text"), (tmp_path / "a.txt", "pairs")
+    nothing = (mine, "pairs"), (mine, "chat"), (tmp_path / "a.txt", "pairs")
     for source, form in nothing:
         with pytest.raises(UserError, match=f"{source.name} has nothing to prepare as {form}: that comes from"):
             plan([source], form)
+    with pytest.raises(UserError, match="nowhere is not there"):
+        plan([tmp_path / "nowhere"], "text")
 
 
 def test_captions_alone_are_texts(mine):
