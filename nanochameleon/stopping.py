@@ -91,4 +91,5 @@ class Laps:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
         self.last = now
-        write_file(self.path, json.dumps(self.seconds).encode())
+        with suppress(OSError):  # a stopwatch stops no run
+            write_file(self.path, json.dumps(self.seconds).encode())
