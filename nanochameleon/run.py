@@ -224,7 +224,8 @@ def claim(folder: Path) -> Iterator[None]:
 
 def lock(folder: Path) -> TextIO:
     """The run's lock file, which no other process can lock until it is closed. Raises UserError where one has."""
-    file = (folder / LOCK).open("a+", errors="replace")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a folder from outside may hold a link to any file
+    file = os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+", errors="replace")
     try:
         if fcntl is None:
             raise OSError("Windows")
