@@ -301,11 +301,14 @@ class Training:
                 raise Interrupted
 
     def look(self, run: Run) -> None:
-        """Draws the curves so far, and some captions."""
-        plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
-        if run.images.can_draw and not self.saver.sharded:  # one rank has no whole model
-            self.trainee.model.eval()
-            sample_grid(run, self.folder / "samples" / f"step-{self.progress.step:06d}.png")
+        """Draws the curves so far, and some captions. What cannot be written stops no run."""
+        try:
+            plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
+            if run.images.can_draw and not self.saver.sharded:  # one rank has no whole model
+                self.trainee.model.eval()
+                sample_grid(run, self.folder / "samples" / f"step-{self.progress.step:06d}.png")
+        except OSError as error:
+            warn(f"curves and samples of step {self.progress.step} cannot be written: {error}; the run goes on")
 
 
 def train_transformer(

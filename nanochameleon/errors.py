@@ -37,7 +37,7 @@ class Interrupted(Exception):
     number = signal.SIGINT
 
 
-def rank_0_speaks() -> bool:
+def another_rank_speaks() -> bool:
     """Is this one of several processes that torchrun has started, and not rank 0, which says what all have to say?"""
     rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     several = world.isdecimal() and int(world) > 1 and "MASTER_ADDR" in os.environ
@@ -71,7 +71,7 @@ def exit_on_user_error(main: Callable[[], T], each: bool = False) -> T:
                 raise UserError(f"stdout could not be written ({lost}): what was printed is lost, files are saved")
             return result
         except UserError as error:
-            if each or isinstance(error, OwnError) or not rank_0_speaks():
+            if each or isinstance(error, OwnError) or not another_rank_speaks():
                 say(f"error: {short(str(error))}", file=sys.stderr)
             raise SystemExit(2) from None
         except Interrupted as stop:  # which has been told

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mode
@@ -78,8 +79,7 @@ class Monitor:
 
     def open_at(self, start: int) -> None:
         """Goes on behind the lines of the steps before `start`."""
-        if self.file:
-            self.file.close()
+        self.close()
         lines, n_damaged = _read(self.path)
         if n_damaged:
             warn(f"{self.path}: {n_damaged} damaged lines are left out")
@@ -112,8 +112,11 @@ class Monitor:
             self.ids = values["ids"]
         if self.board:
             self.write_board(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk: the line stays in the file's buffer and is written with a later one
+            warn(f"{self.path} cannot be written: {error}; the run goes on")
         self.bar.set_postfix_str(summary(line), refresh=False)
         return line
 
@@ -134,9 +137,14 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         return self
 
+    def close(self) -> None:
+        if self.file:
+            with suppress(OSError):  # of lines that the disk did not take, as a warning has said
+                self.file.close()
+
     def __exit__(self, *error) -> None:
         self.bar.close()
-        self.file.close()
+        self.close()
         if self.board:
             self.board.close()
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,20 @@ def test_lines_are_on_the_disk_as_they_are_logged(tmp_path):
     with Monitor(tmp_path, 10) as monitor:
         monitor.log(0, loss=2.0)
         assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_costs_no_step_and_lines_come_once_there_is_room(tmp_path, capsys):
+    with Monitor(tmp_path, 10) as monitor:
+        real = os.dup(monitor.file.fileno())
+        with open("/dev/full", "a") as full:
+            os.dup2(full.fileno(), monitor.file.fileno())
+            monitor.log(0, loss=2.0)
+        assert "the run goes on" in capsys.readouterr().err
+        os.dup2(real, monitor.file.fileno())
+        os.close(real)
+        monitor.log(1, loss=1.0)
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 1.0]
 
 
 def test_speed_and_time_are_of_training_alone_and_go_on_after_a_resume(tmp_path):

@@ -26,6 +26,14 @@ def test_a_damaged_file_begins_from_zero_with_a_warning(content, tmp_path, capsy
     assert json.loads((tmp_path / "seconds.json").read_text()).keys() == {"data"}
 
 
+def test_a_folder_that_cannot_be_written_stops_no_run(tmp_path):
+    (tmp_path / "file").touch()
+    laps = Laps(tmp_path)
+    laps.path = tmp_path / "file" / "seconds.json"
+    laps.add("data")
+    assert laps.seconds["data"] > 0
+
+
 def test_bytes_that_are_no_text_are_damage(tmp_path):
     (tmp_path / "seconds.json").write_bytes(b"\xff\xfe{")
     assert Laps(tmp_path).seconds == {}
