@@ -196,7 +196,8 @@ def begun_with(folder: Path) -> str:
         return "auto"
     precision = read_config(folder).train.precision
     path = checkpoint.newest(folder) if precision == "auto" else None  # where an older version kept it
-    return checkpoint.read_state(path).get("precision", "auto") if path else precision
+    kept = checkpoint.read_state(path).get("precision") if path else None
+    return kept if kept in ("bf16", "fp32") else precision
 
 
 @contextmanager
