@@ -175,8 +175,9 @@ class Progress:
     def read(state: dict, path: Path) -> "Progress":
         """Of a checkpoint's state. Raises UserError for one of another stage or version."""
         try:
+            checkpoint.steps_done(state)
             return build(Progress, {name: x for name, x in state.items() if name != "precision"}, "state")  # older ones
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise UserError(f"{path} is of another stage or version of training: {error}") from None
 
 

@@ -18,7 +18,7 @@ INDICES = torch.int64, torch.int32
 def product_type(x: Tensor) -> torch.dtype:
     """The type of the matrix products that read x: autocast's where that casts x, else that of x."""
     kind = x.device.type
-    casts = torch.is_autocast_enabled(kind) and x.dtype in FLOATS[:3]  # never float64
+    casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype in FLOATS[:3]  # never float64
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 

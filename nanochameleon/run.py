@@ -196,7 +196,8 @@ def begun_with(folder: Path) -> str:
         return "auto"
     precision = read_config(folder).train.precision
     path = checkpoint.newest(folder) if precision == "auto" else None  # where an older version kept it
-    return checkpoint.read_state(path).get("precision", "auto") if path else precision
+    kept = checkpoint.read_state(path).get("precision") if path else None
+    return kept if kept in ("bf16", "fp32") else precision
 
 
 @contextmanager
@@ -224,7 +225,8 @@ def claim(folder: Path) -> Iterator[None]:
 
 def lock(folder: Path) -> TextIO:
     """The run's lock file, which no other process can lock until it is closed. Raises UserError where one has."""
-    file = (folder / LOCK).open("a+", errors="replace")
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a folder from outside may hold a link to any file
+    file = os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+", errors="replace")
     try:
         if fcntl is None:
             raise OSError("Windows")

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import tempfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -308,6 +309,17 @@ def test_an_index_that_is_cut_or_odd_is_one_sentence(text, tmp_path):
     path = write_two_shards(tmp_path / "tokens")
     (path / "index.json").write_text(text)
     with pytest.raises(UserError, match=r"index\.json is broken: delete .*tokens, and the command that wrote it makes"):
+        Shards(path)
+
+
+@pytest.mark.parametrize("files", [None, ["offsets.bin"], "x", 1])
+def test_an_index_with_its_checksum_mended_and_odd_files_is_one_sentence(files, tmp_path):
+    path = write_two_shards(tmp_path / "tokens")
+    index = json.loads((path / "index.json").read_text()) | {"files": files}
+    rest = {name: value for name, value in index.items() if name != "checksum"}
+    index["checksum"] = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json is broken: delete .*tokens, and the command that"):
         Shards(path)
 
 

@@ -239,6 +239,16 @@ def test_a_lock_that_is_removed_while_it_is_opened_is_not_taken(tmp_path, monkey
         pass
 
 
+def test_a_lock_that_is_a_link_leaves_the_file_that_it_leads_to_alone(tmp_path):
+    other, folder = tmp_path / "other", tmp_path / "run"
+    other.write_text("precious")
+    folder.mkdir()
+    (folder / LOCK).symlink_to(other)
+    with pytest.raises(UserError, match=f"cannot write to {folder}"), claim(folder):
+        pass
+    assert other.read_text() == "precious"
+
+
 @pytest.mark.parametrize("reason", ["No locks available", "Windows"])
 def test_where_nothing_can_be_locked_a_run_goes_on_with_a_note(reason, tmp_path, monkeypatch, capsys):
     def fail(*_):

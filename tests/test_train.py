@@ -322,10 +322,13 @@ def test_the_precision_is_that_of_the_checkpoints_of_an_older_version(finished, 
     (cfg.folder / CONFIG).write_text(config_to_json(cfg))
     assert run.decide_precision(cfg, torch.device("cpu")).train.precision == "bf16"
     assert train.Progress.read(checkpoint.read_state(cfg.folder / "step-000010"), cfg.folder).step == 10
+    checkpoint.save(cfg.folder, 11, tensors, state | {"step": 11, "precision": "odd"})
+    monkeypatch.setattr(run, "pick_precision", lambda *_: ("fp32", "no GPU"))
+    assert run.decide_precision(cfg, torch.device("cpu")).train.precision == "fp32"
 
 
 def test_a_state_of_something_else_is_a_sentence(tmp_path):
-    for state in ({"lost": 1}, {"step": "ten"}, {"loss": []}):
+    for state in ({}, {"lost": 1}, {"step": "ten"}, {"step": -1}, {"loss": []}):
         with pytest.raises(UserError, match=f"{tmp_path} is of another stage or version"):
             train.Progress.read(state, tmp_path)
 

@@ -90,13 +90,13 @@ def read_index(directory: Path, index: str, what: str, files: bool = True) -> di
         content = json.loads(path.read_text(encoding="utf-8"))
         checked = content["format"] == what + CHECKED
         whole = content["checksum"] == _own(content) if checked else content["format"] == what
+        content |= {"files": dict(content["files"]) if checked else {}}
     except OSError:
         raise UserError(f"{directory} is not {what}: it has no readable {index}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise damaged(path, "is broken")
-    content |= {"files": content["files"] if checked else {}}
     for name, expected in content["files"].items() if files else ():
         check_file(path.with_name(name) if is_plain(name) else path, expected)
     return content

@@ -21,6 +21,8 @@ from nanochameleon.kernels.dispatch import (
     explain,
     use_kernels,
 )
+from nanochameleon.kernels.linear import linear
+from nanochameleon.kernels.rms_norm import rms_norm
 from nanochameleon.transformer import Chameleon, rotary_table
 
 CPU = torch.device("cpu")
@@ -201,3 +203,9 @@ def test_a_gpu_that_no_kernel_was_written_for_is_named(monkeypatch):
             except ValueError as error:
                 assert f"not written for a GPU of compute capability {capability[0]}.{capability[1]}" in str(error)
     assert decided == {(8, 0): "sm_80", (8, 9): "sm_80", (9, 0): "sm_90a", (10, 0): "sm_100a"}
+
+
+def test_ops_give_shapes_on_the_meta_device():
+    x, weight = torch.zeros(4, 8, device="meta"), torch.zeros(8, device="meta")
+    assert rms_norm(x, weight, 1e-5).shape == (4, 8)
+    assert linear(x, [weight.expand(3, 8)])[0].shape == (4, 3)
