@@ -243,6 +243,12 @@ def stage_of(folder: Path) -> str:
     return next((stage for stage, made in reversed(STAGES.items()) if any(folder.glob(made))), "start")
 
 
+def at_work(run: Launched, folder: Path) -> bool:
+    """Have its ranks met? Before that, one that is left alone waits for the others as long as parallel.timeout."""
+    lock = folder / ".lock"
+    return lock.exists() and lock.read_text() == str(run.pids[0])
+
+
 def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float) -> list[str]:
     """Begins a run that lasts so many seconds and kills it twice, each time at a drawn moment of a drawn stage, or
     later where that is done, and goes on with the same command; -> the stages in which it was killed."""
@@ -252,7 +258,7 @@ def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float
         wait_for(lambda run=run, aim=aim: names.index(stage_of(folder)) >= aim or run.ended())
         time.sleep(chance.uniform(0, seconds / len(names)))
         stage = stage_of(folder)
-        if kill(run, ranks, chance):
+        if kill(run, ranks if at_work(run, folder) else 1, chance):
             stages.append(stage)
     if Launched(folder, ranks, whole=mode).wait() != 0:
         raise AssertionError(f"it did not go on:\n{said(folder)[-3000:]}")
