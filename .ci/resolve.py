@@ -56,7 +56,8 @@ def resolve(programs: Path, system: str, python: str, extra: str) -> str | None:
     words += ["--python-version", python, "--python-platform", SYSTEMS[system], "--constraints", "constraints.txt"]
     done = alone(programs / "uv", *words, "--no-header", "--no-annotate", *wanted, "pyproject.toml")
     name = f"Python {python}, {system:13} {f'.[{extra}]' if extra else '.':14}"
-    print(name, "does not resolve" if done.returncode else f"{len(done.stdout.split())} packages", flush=True)
+    found = "does not resolve" if done.returncode else f"{len(done.stdout.split())} packages"
+    print(f"{name} {found}\n", end="", flush=True)  # at once, since other threads print too
     return f"{name}\n{done.stderr}" if done.returncode else None
 
 

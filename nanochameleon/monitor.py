@@ -67,7 +67,7 @@ class Monitor:
         mfu_per_id: float | None = None, board=None,
     ):  # fmt: skip
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        self.path, self.file = Path(run_dir) / METRICS, None
+        self.path, self.file, self.full = Path(run_dir) / METRICS, None, False
         self.total_steps, self.clock, self.mfu_per_id, self.board = total_steps, clock, mfu_per_id, board
         self.open_at(start)
         # Without a terminal each update is a line of its own in some log, so there are few.
@@ -116,7 +116,9 @@ class Monitor:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         except OSError as error:  # a full disk: the line stays in the file's buffer and is written with a later one
-            warn(f"{self.path} cannot be written: {error}; the run goes on")
+            if not self.full:
+                warn(f"{self.path} cannot be written: {error}; the run goes on")
+            self.full = True
         self.bar.set_postfix_str(summary(line), refresh=False)
         return line
 

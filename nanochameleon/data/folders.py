@@ -87,7 +87,7 @@ def read_index(directory: Path, index: str, what: str, files: bool = True) -> di
     """
     path = Path(directory) / index
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         checked = content["format"] == what + CHECKED
         whole = content["checksum"] == _own(content) if checked else content["format"] == what
         content |= {"files": dict(content["files"]) if checked else {}}

@@ -80,7 +80,7 @@ def kept(folder: Path, documents: Documents, seq_len: int, seed: int) -> list[np
     """pack_all, done once: its two arrays lie beside the shards and are mapped, however many ranks read them."""
     stem = f"rows-{seq_len}-{seed}"
     names = [f"{stem}-{what}.npy" for what in ("documents", "edges")]
-    if not whole(folder, f"{stem}.json"):
+    if not whole(folder, f"{stem}.json", {*names, Shards.INDEX}):
         for name, array in zip(names, pack_all(documents, seq_len, seed), strict=True):
             with replacing(folder / name) as file:
                 np.save(file, array)
@@ -88,11 +88,11 @@ def kept(folder: Path, documents: Documents, seq_len: int, seed: int) -> list[np
     return [np.load(folder / name, mmap_mode="r") for name in names]
 
 
-def whole(folder: Path, index: str) -> bool:
+def whole(folder: Path, index: str, names: set[str]) -> bool:
     """Whether packed rows are there, as they were written and of these shards. Others are made again, with a warning
     where they are damaged."""
     try:
-        return (folder / index).exists() and bool(read_index(folder, index, ROWS))
+        return (folder / index).exists() and read_index(folder, index, ROWS)["files"].keys() == names
     except UserError as error:
         warn(f"packing rows again: {str(error).partition(': delete')[0]}")
         return False
