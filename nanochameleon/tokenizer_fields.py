@@ -15,9 +15,9 @@ from nanochameleon.vocab import Vocab
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
-EXAMPLE = (
+EXAMPLE = (  # without names of special tokens, which a file may set apart: here text never becomes one
     "The cat's 12 mats, isn't it?\n\tdef f(x):    return x**2 + $5  # na\u00efve_ness   <s> 3.14\r\n"
-    "\u65e5\u672c\u8a9e\u3002 \u0440\u0443\u0441 IMGIMGFDZ...  we'll  \u2014 \u0663 e\u0301 end  "
+    "\u65e5\u672c\u8a9e\u3002 \u0440\u0443\u0441 image...  we'll  \u2014 \u0663 e\u0301 end  "
 )
 MOST = 1_000  # characters of a pattern, and added tokens, which become a pattern
 SECONDS = 5.0  # for all patterns of a file: one that was made for it may take for ever

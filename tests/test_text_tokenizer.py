@@ -347,9 +347,11 @@ def test_a_word_whose_merges_are_never_reached_is_a_piece_where_merges_are_ignor
 
 
 def release_steps(content: dict) -> None:
-    """The release's rules in other words: the same split."""
+    """The release's rules in other words: the same split, with the names of its special tokens set apart."""
     split = dict(type="Split", behavior="Isolated", invert=False)
     content["pre_tokenizer"]["pretokenizers"] = [
+        split | {"pattern": {"Regex": "<sentinel:[0-9]+>"}},
+        split | {"pattern": {"Regex": "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z"}},
         split | {"pattern": {"Regex": "([\\t\\n]|    |  )"}}, dict(type="Digits", individual_digits=True),
         split | {"pattern": {"Regex": r"[\p{P}!-/:-@\[-`{-~]"}},
         dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True),
