@@ -39,6 +39,7 @@ from bad_pictures import encoded, noise, odd_pictures
 from mutators import mutated
 from test_webdataset import write_tar
 from tiny import TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
+from tqdm import tqdm
 
 from nanochameleon import checkpoint, convert, units
 from nanochameleon.data import Rows, Shards, write_shards
@@ -499,6 +500,7 @@ def run(
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         places = made(readers, Path(name) / "good")
         pool = [Worker(places, Path(name) / f"worker-{n}") for n in range(workers)]
+        bar = tqdm(total=left, unit=" inputs", disable=not sys.stderr.isatty())
         try:
             for worker in pool:
                 worker.start()
@@ -515,9 +517,11 @@ def run(
                     if verdict := worker.take():
                         (reader, number), worker.task = worker.task, None
                         counts[reader][verdict[0]] += 1
+                        bar.update()
                         if verdict[0] not in ("ok", "refused"):
                             found(reader, number, *verdict)
         finally:
+            bar.close()
             for worker in pool:
                 worker.end()
 
