@@ -24,7 +24,7 @@ fuzz: .venv/.dev  ## damages files of every kind for a minute and reads them; AR
 	$(BIN)/python tests/fuzz.py $(ARGS)
 
 mutants: .venv/.dev  ## plants known bugs one by one; every one must turn a test red
-	$(BIN)/python tests/mutants.py
+	cd tests && ../$(BIN)/python -m mutants
 
 peers: .venv/.dev  ## full-width layers beside transformers (6 GB of memory); tests/peers holds one more
 	$(BIN)/python tests/peers/full_width.py

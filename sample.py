@@ -35,7 +35,7 @@ from nanochameleon.cli import check_kernels, parse
 from nanochameleon.config import RunConfig, SampleConfig
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.printing import say
-from nanochameleon.ranges import MAX_NUMBER
+from nanochameleon.weights.ranges import MAX_NUMBER
 
 PREVIEW = 32  # codes between two looks at a picture that is being drawn
 PICTURE_ENDINGS = (  # of formats that cannot be read, too: such a word is a mistake, and no words to draw
@@ -142,7 +142,7 @@ def read_segments(arguments: tuple[str, ...], resolution: int, fit: Literal["cro
     """Arguments -> Text and Picture segments. Raises UserError for one that names no picture that can be read."""
     from nanochameleon.data import Picture
     from nanochameleon.documents import Text
-    from nanochameleon.image_tokenizer import load_square
+    from nanochameleon.images.tokenizer import load_square
 
     segments = []
     for argument in arguments:
@@ -157,8 +157,8 @@ def read_segments(arguments: tuple[str, ...], resolution: int, fit: Literal["cro
 
 def what_is_it(cfg: RunConfig) -> str | None:
     """The question that a run learnt to answer with the caption; None for a folder's, where captions just follow."""
-    from nanochameleon.emoji import WHAT
-    from nanochameleon.shapes import ASK_CAPTION
+    from nanochameleon.data.sources.emoji import WHAT
+    from nanochameleon.data.sources.shapes import ASK_CAPTION
 
     return {"shapes": ASK_CAPTION, "shapes_rich": ASK_CAPTION, "emoji": WHAT}.get(cfg.data.source)
 
@@ -185,12 +185,12 @@ def decide(mode: str, segments: list, cfg: RunConfig) -> tuple[str, list]:
 def main(args: Args) -> list[list[str | Path]]:
     """Samples, prints and saves; returns each sample as its texts and the files of its pictures, in order."""
     args.check()
-    from nanochameleon.engine import generate, prompt_ids, stream
-    from nanochameleon.events import Reader
-    from nanochameleon.image_tokenizer import NO_DECODER
-    from nanochameleon.model_folder import open_model
-    from nanochameleon.quantize import quantize_
-    from nanochameleon.run import pick_device
+    from nanochameleon.generation.engine import generate, prompt_ids, stream
+    from nanochameleon.generation.events import Reader
+    from nanochameleon.generation.quantize import quantize_
+    from nanochameleon.images.tokenizer import NO_DECODER
+    from nanochameleon.training.run import pick_device
+    from nanochameleon.weights.model_folder import open_model
 
     check_kernels(pick_device(args.device))
     run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
@@ -229,7 +229,7 @@ def main(args: Args) -> list[list[str | Path]]:
 def show(events, shelf: "Shelf") -> list[str | Path]:
     """Prints and saves one sample as it comes."""
     from nanochameleon.documents import Image, Text
-    from nanochameleon.events import PartialPicture
+    from nanochameleon.generation.events import PartialPicture
 
     parts, line_open, held = [], False, ""
     for event in events:
@@ -263,7 +263,7 @@ class Shelf:
     @property
     def shows(self) -> str | None:
         """How the terminal shows pictures, None where it cannot."""
-        from nanochameleon.report import terminal_mode
+        from nanochameleon.evaluate.report_html import terminal_mode
 
         return terminal_mode(os.environ, sys.stdout.isatty())
 
@@ -271,7 +271,7 @@ class Shelf:
         """Shows an unfinished picture, with the first code where codes lack; what is printed next goes over it."""
         import torch
 
-        from nanochameleon.report import as_terminal
+        from nanochameleon.evaluate.report_html import as_terminal
 
         filled = [*codes, *[codes[0]] * (self.images.n_codes_per_image - len(codes))]
         shown = as_terminal(self.images.decode(torch.tensor([filled]))[0])
@@ -302,8 +302,8 @@ class Shelf:
         """One picture's codes -> the file it was saved in. Raises UserError where it cannot be written."""
         import torch
 
+        from nanochameleon.evaluate.report_html import as_terminal, png
         from nanochameleon.files import write_new
-        from nanochameleon.report import as_terminal, png
 
         picture = self.images.decode(torch.tensor([list(codes)]))[0]
         scale = self.args.scale or math.ceil(256 / len(picture))

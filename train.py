@@ -45,11 +45,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nanochameleon import checkpoint, stability
-from nanochameleon.beginning import Beginning, begin
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
-from nanochameleon.distributed import (
+from nanochameleon.data.build import mixture, open_loader, open_sources, store_pictures, write_tokens
+from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
+from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
+from nanochameleon.images.tokenizer import NO_DECODER
+from nanochameleon.kernels.block.dropout import derive
+from nanochameleon.kernels.cpu.malloc import keep_pages
+from nanochameleon.kernels.dispatch import VARIABLE, explain
+from nanochameleon.kernels.zloss.cross_entropy import Expected
+from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
+from nanochameleon.packing import IGNORE, Batch
+from nanochameleon.parallel.mesh import (
     Mesh,
     Trainee,
     check_tensor,
@@ -60,22 +68,17 @@ from nanochameleon.distributed import (
     start,
     wrap,
 )
-from nanochameleon.drawing import noisy, to_learn
-from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
-from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
-from nanochameleon.image_tokenizer import NO_DECODER
-from nanochameleon.kernels.dispatch import VARIABLE, explain
-from nanochameleon.kernels.dropout import derive
-from nanochameleon.kernels.pages import keep_pages
-from nanochameleon.kernels.zloss import Expected
-from nanochameleon.model_folder import Parts, open_model
-from nanochameleon.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
-from nanochameleon.objective import Objective, Sums, matrix_products, product_rate
-from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
-from nanochameleon.packing import IGNORE, Batch
-from nanochameleon.prepare import mixture, open_loader, open_sources, store_pictures, write_tokens
+from nanochameleon.parallel.sharding import part_of
 from nanochameleon.printing import say, warn
-from nanochameleon.run import (
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.training import checkpoint, stability
+from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
+from nanochameleon.training.flops import flop_per_id, peak_of
+from nanochameleon.training.image_targets import noisy, to_learn
+from nanochameleon.training.init_from import Beginning, begin
+from nanochameleon.training.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
+from nanochameleon.training.objective import Objective, Sums, matrix_products, product_rate
+from nanochameleon.training.run import (
     TEXT_TOKENIZER,
     Run,
     build,
@@ -86,14 +89,11 @@ from nanochameleon.run import (
     same_command,
     start_folder,
 )
-from nanochameleon.saver import Saver, find
-from nanochameleon.scaling import flop_per_id, peak_of
-from nanochameleon.sharding import part_of
-from nanochameleon.stopping import Laps, Stopper
-from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.train_tokenizers import train_image_tokenizer, train_text_tokenizer
+from nanochameleon.training.saver import Saver, find
+from nanochameleon.training.signals import Laps, Stopper
+from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
-from nanochameleon.watch import attention_peaks, gradient_norms
+from nanochameleon.weights.model_folder import Parts, open_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step

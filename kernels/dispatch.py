@@ -132,7 +132,7 @@ def why_not_amx(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if dtype != torch.bfloat16:
         return f"they take bfloat16, not {str(dtype).removeprefix('torch.')}"
-    from nanochameleon.kernels import amx
+    from nanochameleon.kernels.cpu.amx import tiles as amx
 
     return amx.why_not()
 

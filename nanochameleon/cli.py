@@ -13,7 +13,7 @@ import tyro
 from nanochameleon.config import RunConfig
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.presets import PRESETS
-from nanochameleon.ranges import out_of_range
+from nanochameleon.weights.ranges import out_of_range
 
 T = TypeVar("T")
 MAX_SEED = 2**32 - 1

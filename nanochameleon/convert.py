@@ -25,18 +25,18 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from nanochameleon import layout_files, layouts
 from nanochameleon.cli import parse
 from nanochameleon.config import ModelConfig
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.files import fsync, sweep_dead
-from nanochameleon.image_tokenizer import NO_DECODER
-from nanochameleon.layouts import DECODER, VQ_PREFIX
-from nanochameleon.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, text_of
+from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.printing import say, warn
-from nanochameleon.ranges import MAX_NUMBER
-from nanochameleon.run import CONFIG, TEXT_TOKENIZER
-from nanochameleon.tensor_files import Get, Tensors, write_pth, write_safetensors, write_sharded
+from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER
+from nanochameleon.weights import layout_files, layouts
+from nanochameleon.weights.layouts import DECODER, VQ_PREFIX
+from nanochameleon.weights.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, text_of
+from nanochameleon.weights.ranges import MAX_NUMBER
+from nanochameleon.weights.tensor_files import Get, Tensors, write_pth, write_safetensors, write_sharded
 
 NAMES = {(4_096, 32): "7b", (8_192, 48): "30b"}  # (dim, n_layers) -> the release's folder
 

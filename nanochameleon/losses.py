@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.zloss import Expected, fits_in_place, zloss_cross_entropy, zloss_cross_entropy_
+from nanochameleon.kernels.zloss.cross_entropy import Expected, fits_in_place, zloss_cross_entropy, zloss_cross_entropy_
 from nanochameleon.packing import IGNORE
 from nanochameleon.vocab import Vocab
 

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
-from nanochameleon.sharding import part_of, whole
+from nanochameleon.parallel.sharding import part_of, whole
 
 TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
 

@@ -106,7 +106,7 @@ def folder() -> RunConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# At scale: on data that `python -m nanochameleon.data prepare` has tokenized (--data.path), in sources of these names.
+# At scale: on data that `python -m nanochameleon.data.prepare` has tokenized (--data.path), in sources of these names.
 
 # Ids of the paper's first stage, in trillions (section 2.2): Llama 2's and CodeLlama's texts, captioned pictures, web
 # pages with pictures among their words

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from nanochameleon.errors import UserError, shown
 from nanochameleon.files import read_json, write_file
-from nanochameleon.tokenizer_fields import GPT2, added_text, check_fields
 from nanochameleon.vocab import N_BYTES, Vocab
+from nanochameleon.weights.tokenizer_fields import GPT2, added_text, check_fields
 
 Pair = tuple[bytes, bytes]
 BYTES = [bytes([b]) for b in range(N_BYTES)]

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.attention import attention
+from nanochameleon.kernels.attention.qknorm_rope import layer_norm, normed_attention, rotate
+from nanochameleon.kernels.attention.reference import attention
+from nanochameleon.kernels.block.dropout import derive, dropout
+from nanochameleon.kernels.block.linear import linear
+from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm
+from nanochameleon.kernels.block.swiglu import swiglu
 from nanochameleon.kernels.dispatch import same_kernels
-from nanochameleon.kernels.dropout import derive, dropout
-from nanochameleon.kernels.linear import linear
-from nanochameleon.kernels.normed_attention import layer_norm, normed_attention, rotate
-from nanochameleon.kernels.rms_norm import add_norm, norm_add, rms_norm
-from nanochameleon.kernels.swiglu import swiglu
-from nanochameleon.sharding import is_sharded, local
+from nanochameleon.parallel.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Block(nn.Module):
         return norm.added_to(x, branch)
 
     def drop(self, branch: Tensor, keys: Tensor | None, number: int) -> Tensor:
-        """Dropout of the branch of this number; keys (B,), see kernels/dropout.py."""
+        """Dropout of the branch of this number; keys (B,), see kernels/block/dropout.py."""
         if not self.training or not self.dropout:
             return branch
         return dropout(branch, derive(keys, number), self.dropout)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-# Shrinking explains a failure; tests/mutants.py, which expects failures, does without.
+# Shrinking explains a failure; tests/mutants/, which expects failures, does without.
 explaining = () if os.environ.get("NANOCHAMELEON_NO_SHRINK") else (Phase.shrink, Phase.explain)
 settings.register_profile(
     "same",

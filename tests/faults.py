@@ -203,9 +203,9 @@ CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory_gib")
 def end_of(folder: Path) -> dict:
     """What a run has come to, by name: the last step and all tensors of the newest whole checkpoint; tokenizers, data
     and sheets of samples as bytes; the log without its clocks."""
-    from nanochameleon import checkpoint
-    from nanochameleon.monitor import read_metrics
-    from nanochameleon.tensor_files import Cut
+    from nanochameleon.training import checkpoint
+    from nanochameleon.training.monitor import read_metrics
+    from nanochameleon.weights.tensor_files import Cut
 
     path = checkpoint.newest(folder)
     names = checkpoint.stored_shapes(path).keys()

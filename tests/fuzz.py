@@ -41,21 +41,23 @@ from test_webdataset import write_tar
 from tiny import TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from tqdm import tqdm
 
-from nanochameleon import checkpoint, convert, units
+from nanochameleon import convert
 from nanochameleon.data import Rows, Shards, write_shards
-from nanochameleon.data.__main__ import Args, main
+from nanochameleon.data.prepare import units
+from nanochameleon.data.prepare.__main__ import Args, main
+from nanochameleon.data.prepared import open_prepared, sources
 from nanochameleon.data.reading import Bad, Captioned, File
+from nanochameleon.data.sources.folder import FolderSource, prepare_folder
+from nanochameleon.data.sources.webdataset import captioned
 from nanochameleon.errors import UserError
-from nanochameleon.folder import FolderSource, prepare_folder
-from nanochameleon.image_tokenizer import load_square
-from nanochameleon.model_folder import open_model
-from nanochameleon.monitor import Monitor, plot_curves, read_metrics
-from nanochameleon.prepared import open_prepared, sources
+from nanochameleon.images.tokenizer import load_square
 from nanochameleon.printing import LONGEST, OBEYED, printable, short
-from nanochameleon.stopping import Laps
-from nanochameleon.tensor_files import load_pth
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.webdataset import captioned
+from nanochameleon.training import checkpoint
+from nanochameleon.training.monitor import Monitor, plot_curves, read_metrics
+from nanochameleon.training.signals import Laps
+from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.tensor_files import load_pth
 
 SECONDS, MEMORY = 10, 300 * 2**20
 STUCK = 180  # seconds after which a process that only waits is ended

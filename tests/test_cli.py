@@ -9,7 +9,7 @@ import pytest
 
 from nanochameleon.cli import parse, parse_run, sizes_come_later
 from nanochameleon.convert import Args as ConvertArgs
-from nanochameleon.data.__main__ import Args as DataArgs
+from nanochameleon.data.prepare.__main__ import Args as DataArgs
 from nanochameleon.errors import exit_on_user_error
 from nanochameleon.presets import PRESETS
 

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER, nano_folder, released_model, tiny_config, tiny_run
 
-from nanochameleon.beginning import begin
 from nanochameleon.config import TrainConfig
 from nanochameleon.convert import Args, cli, convert
 from nanochameleon.errors import UserError
-from nanochameleon.model_folder import open_model, open_parts
-from nanochameleon.tensor_files import Pth, write_safetensors
-from nanochameleon.vqgan import VQGAN
+from nanochameleon.images.vqgan import VQGAN
+from nanochameleon.training.init_from import begin
+from nanochameleon.weights.model_folder import open_model, open_parts
+from nanochameleon.weights.tensor_files import Pth, write_safetensors
 
 SHAPES = [  # GQA, groups, norm order, type
     dict(), dict(dim=24, n_heads=4, n_kv_heads=2, qk_norm_groups=2, norm_order="post"),

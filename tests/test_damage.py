@@ -20,19 +20,19 @@ from test_prepared import prepare
 from test_units import lines
 from tiny import TOKENIZER, tiny_config, tiny_model, tiny_run
 
-from nanochameleon import checkpoint
-from nanochameleon.checkpoint import optimizer_tensors
 from nanochameleon.config import DataConfig
 from nanochameleon.data import write_shards
+from nanochameleon.data.build import checksum_of, open_loader
+from nanochameleon.data.prepared import open_prepared
 from nanochameleon.errors import UserError
-from nanochameleon.monitor import Monitor
 from nanochameleon.optim import make_optimizer
-from nanochameleon.prepare import checksum_of, open_loader
-from nanochameleon.prepared import open_prepared
 from nanochameleon.presets import mixed
-from nanochameleon.run import CONFIG, TEXT_TOKENIZER, config_to_json, open_image_tokenizer, start_folder
-from nanochameleon.stopping import Laps
 from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.training import checkpoint
+from nanochameleon.training.checkpoint import optimizer_tensors
+from nanochameleon.training.monitor import Monitor
+from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json, open_image_tokenizer, start_folder
+from nanochameleon.training.signals import Laps
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanochameleon.distributed import place
 from nanochameleon.errors import OwnError, UserError, exit_on_user_error
+from nanochameleon.parallel.mesh import place
 
 NUMBERS = ("0", "1", "2", "7", "first", "", "-1", "\u00b2")
 ENVIRONMENTS = st.dictionaries(st.sampled_from(["RANK", "WORLD_SIZE", "MASTER_ADDR"]), st.sampled_from(NUMBERS))

@@ -21,9 +21,9 @@ from test_distributed import learn, prepare
 from test_distributed import trained as trained_in
 
 import train
-from nanochameleon import checkpoint
 from nanochameleon.errors import UserError
-from nanochameleon.run import CONFIG, LOCK, config_to_json
+from nanochameleon.training import checkpoint
+from nanochameleon.training.run import CONFIG, LOCK, config_to_json
 
 trained = partial(trained_in, precision="auto")  # as presets have it
 

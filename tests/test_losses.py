@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from test_transformer import TINY, random_model
 from tiny import training_config
 
-from nanochameleon.distributed import Mesh, Trainee
-from nanochameleon.kernels import use_kernels, zloss
-from nanochameleon.kernels.zloss import Expected
+from nanochameleon.kernels import use_kernels
+from nanochameleon.kernels.zloss import cross_entropy as zloss
+from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.losses import LossParts, next_token_loss
-from nanochameleon.objective import Objective
 from nanochameleon.packing import IGNORE, pack
+from nanochameleon.parallel.mesh import Mesh, Trainee
+from nanochameleon.training.objective import Objective
 from nanochameleon.vocab import Vocab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

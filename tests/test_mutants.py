@@ -1,7 +1,11 @@
 """The planted bugs can be planted: each text stands in its file, once. That they are found is `make mutants`."""
 
+from pathlib import Path
+
 import pytest
-from mutants import MUTANTS, ROOT
+from mutants import MUTANTS
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)

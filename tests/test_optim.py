@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nanochameleon.checkpoint import load, load_optimizer, optimizer_tensors, save
 from nanochameleon.config import ModelConfig, OptimConfig, VQGANConfig
 from nanochameleon.errors import UserError
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.optim import Muon, clip, decay_groups, learning_rate, make_adamw, make_optimizer, orthogonalize
+from nanochameleon.training.checkpoint import load, load_optimizer, optimizer_tensors, save
 from nanochameleon.transformer import Chameleon
-from nanochameleon.vqgan import VQGAN
 
 schedules = st.sampled_from(["exponential", "cosine", "constant"])
 configs = st.builds(

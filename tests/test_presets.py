@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from nanochameleon.alignment import CATEGORIES
 from nanochameleon.config import RunConfig
-from nanochameleon.layouts import skeleton
+from nanochameleon.data.sources.alignment import CATEGORIES
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import BETTER, FIRST, PRESETS
-from nanochameleon.vqgan import VQGAN
+from nanochameleon.weights.layouts import skeleton
 
 AT_SCALE = ("125m", "1b", "chameleon_7b", "chameleon_34b")
 

@@ -19,8 +19,8 @@ from nanochameleon import convert
 from nanochameleon.bench import __main__ as bench
 from nanochameleon.bench.rows import Row
 from nanochameleon.cli import parse
-from nanochameleon.data.__main__ import Args as DataArgs
-from nanochameleon.data.__main__ import guarded
+from nanochameleon.data.prepare.__main__ import Args as DataArgs
+from nanochameleon.data.prepare.__main__ import guarded
 from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.printing import LONGEST, Stream, printable, say, short, warn
 

@@ -18,7 +18,7 @@ from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
 from nanochameleon.documents import Text
-from nanochameleon.run import CONFIG, config_to_json, open_image_tokenizer, read_config
+from nanochameleon.training.run import CONFIG, config_to_json, open_image_tokenizer, read_config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -110,7 +110,9 @@ def test_a_question_about_a_picture_is_answered_in_words(run, picture, capsys):
 
 def test_the_model_reads_the_segments_in_the_order_given(run, picture, monkeypatch):
     seen = []
-    monkeypatch.setattr("nanochameleon.engine.stream", lambda model, prompt, *rest: seen.append(prompt) or iter(()))
+    monkeypatch.setattr(
+        "nanochameleon.generation.engine.stream", lambda model, prompt, *rest: seen.append(prompt) or iter(())
+    )
     main(Args(run, (picture, "red", "a"), mode="answer"))
     main(Args(run, (" red\n", picture, "", "a "), mode="text"))  # white space around words is not the model's to see
     first, second = seen
@@ -128,7 +130,7 @@ def test_a_picture_is_cropped_as_those_of_training_were_or_padded_if_asked(pictu
 
 
 def test_a_picture_alone_is_asked_what_it_shows(run, picture):
-    from nanochameleon.shapes import ASK_CAPTION
+    from nanochameleon.data.sources.shapes import ASK_CAPTION
 
     assert main(Args(run, (picture,))) == main(Args(run, (picture, ASK_CAPTION)))
 
@@ -145,7 +147,7 @@ def test_an_aligned_run_is_asked_and_may_answer_in_both(run, picture, tmp_path, 
     cfg = read_config(aligned)
     aligned_cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, answers_only=True))
     (aligned / CONFIG).write_text(config_to_json(aligned_cfg))
-    monkeypatch.setattr("nanochameleon.engine.stream", lambda *args: seen.append(args) or iter(()))
+    monkeypatch.setattr("nanochameleon.generation.engine.stream", lambda *args: seen.append(args) or iter(()))
     main(Args(aligned, ("red", picture)))
     main(Args(run, ("red",), mode="chat"))
     for _, prompt, _, _, _, mode, _, _, stops, _ in seen:
@@ -155,7 +157,7 @@ def test_an_aligned_run_is_asked_and_may_answer_in_both(run, picture, tmp_path, 
 
 @pytest.mark.parametrize("mode", ["free", "text", "answer"])
 def test_several_samples_are_rows_of_one_engine_and_told_in_order(mode, run, tmp_path, monkeypatch):
-    from nanochameleon import engine
+    from nanochameleon.generation import engine
 
     made, start = [], engine.Engine.__post_init__
     monkeypatch.setattr(engine.Engine, "__post_init__", lambda self: made.append(self) or start(self))
@@ -170,7 +172,7 @@ def test_several_samples_are_rows_of_one_engine_and_told_in_order(mode, run, tmp
 
 
 def test_int8_answers_and_draws(run, picture, tmp_path, monkeypatch):
-    from nanochameleon import quantize
+    from nanochameleon.generation import quantize
 
     made, start = [], quantize.QuantizedLinear.__init__
     monkeypatch.setattr(quantize.QuantizedLinear, "__init__", lambda self, w: made.append(w) or start(self, w))
@@ -189,7 +191,7 @@ def test_int8_answers_and_draws(run, picture, tmp_path, monkeypatch):
     ],
 )
 def test_text_is_printed_as_it_is_but_control_characters_do_not_reach_the_terminal(pieces, shown, capsys):
-    from nanochameleon.events import End
+    from nanochameleon.generation.events import End
 
     parts = sample.show([*map(Text, pieces), End(())], None)
     assert parts == ["".join(pieces)] and capsys.readouterr().out == f"{shown}\n"
@@ -220,7 +222,7 @@ def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_pat
 def test_a_terminal_that_can_shows_the_picture_while_it_grows(run, monkeypatch, capsys):
     [[path]] = main(Args(run, ("a",)))
     capsys.readouterr()
-    monkeypatch.setattr("nanochameleon.report.terminal_mode", lambda env, isatty: "blocks")
+    monkeypatch.setattr("nanochameleon.evaluate.report_html.terminal_mode", lambda env, isatty: "blocks")
     monkeypatch.setattr(sample, "PREVIEW", 2)
     [[live]] = main(Args(run, ("a",)))
     said = capsys.readouterr().out
@@ -287,7 +289,7 @@ def test_a_folder_that_is_no_run_and_one_without_a_model(tmp_path, run, capsys):
 
 @pytest.mark.parametrize("mode", ["draw", "free", "chat"])
 def test_an_out_that_cannot_be_written_is_refused_before_anything_is_drawn(mode, run, picture, monkeypatch, capsys):
-    monkeypatch.setattr("nanochameleon.engine.generate", None)
+    monkeypatch.setattr("nanochameleon.generation.engine.generate", None)
     words = [str(run), "a", "--n", "2", "--mode", mode, "--out", picture]
     assert f"cannot save a picture in {picture}" in refused(words, capsys)
 

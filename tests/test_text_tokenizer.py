@@ -388,7 +388,7 @@ OTHER_IDS = {
 
 @pytest.mark.parametrize("why", OTHER_IDS)
 def test_what_decides_ids_and_is_not_computed_is_named(folder, monkeypatch, why):
-    monkeypatch.setattr("nanochameleon.tokenizer_fields.SECONDS", 0.2)
+    monkeypatch.setattr("nanochameleon.weights.tokenizer_fields.SECONDS", 0.2)
     content = text_tokenizer.to_json(TextTokenizer([], Vocab.toy(4, 3)))
     OTHER_IDS[why](content)
     (folder / "other.json").write_text(json.dumps(content))

@@ -20,18 +20,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import SHAPES_VQGAN, nano_folder, released_model, training_config
 
-from nanochameleon import checkpoint, prepare, run, train_tokenizers
-from nanochameleon.alignment import CATEGORIES
 from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.convert import Args, convert
-from nanochameleon.drawing import noisy, to_learn
+from nanochameleon.data import build as prepare
+from nanochameleon.data.build import open_loader
+from nanochameleon.data.sources.alignment import CATEGORIES
+from nanochameleon.data.sources.shapes import World, draw, draw_scene
 from nanochameleon.errors import OwnError, UserError, exit_on_user_error
-from nanochameleon.model_folder import open_parts
-from nanochameleon.monitor import read_metrics
-from nanochameleon.objective import Objective
-from nanochameleon.prepare import open_loader
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import mixed
-from nanochameleon.run import (
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.training import checkpoint, run, train_tokenizers
+from nanochameleon.training.image_targets import noisy, to_learn
+from nanochameleon.training.monitor import read_metrics
+from nanochameleon.training.objective import Objective
+from nanochameleon.training.run import (
     CONFIG,
     TEXT_TOKENIZER,
     command,
@@ -40,10 +43,8 @@ from nanochameleon.run import (
     read_config,
     start_folder,
 )
-from nanochameleon.shapes import World, draw, draw_scene
-from nanochameleon.stopping import Stopper
-from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.vqgan import VQGAN
+from nanochameleon.training.signals import Stopper
+from nanochameleon.weights.model_folder import open_parts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.dropout import derive
+from nanochameleon.kernels.block.dropout import derive
 from nanochameleon.packing import pack
 from nanochameleon.transformer import Chameleon, KVCache, QKNorm, rotary_table, rotate
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from nanochameleon import checkpoint
 from nanochameleon.cli import complete
 from nanochameleon.config import (
     DataConfig,
@@ -20,13 +19,14 @@ from nanochameleon.config import (
     VQGANConfig,
 )
 from nanochameleon.convert import Args, write_nano
-from nanochameleon.model_folder import Parts, Tensors
-from nanochameleon.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
-from nanochameleon.sampling import MODES
+from nanochameleon.generation.sampling import MODES
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.text_tokenizer import TextTokenizer, to_json
+from nanochameleon.training import checkpoint
+from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
-from nanochameleon.vqgan import VQGAN
+from nanochameleon.weights.model_folder import Parts, Tensors
 
 VOCAB = Vocab.toy(8, 4)
 N_CODES = 4  # a picture

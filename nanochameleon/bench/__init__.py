@@ -1,1 +1,3 @@
-"""Speed beside the peers that are installed, in one run: `python -m nanochameleon.bench NAME`."""
+"""Optional. Buys proof of every claim about speed (`python -m nanochameleon.bench NAME`): ours next to the peers
+that are installed, in one run. Skip on a first reading.
+"""

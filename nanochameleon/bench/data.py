@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nanochameleon import tokenizing
 from nanochameleon.bench.rows import Row, commit, device_name
 from nanochameleon.bench.timing import seconds
 from nanochameleon.cli import complete
 from nanochameleon.config import RunConfig, VQGANConfig
 from nanochameleon.data import Loader, Rows, Shards, write_shards
-from nanochameleon.image_tokenizer import ImageTokenizer
-from nanochameleon.prepare import mixture, open_loader
+from nanochameleon.data.build import mixture, open_loader
+from nanochameleon.data.prepare import tokenizing
+from nanochameleon.data.prepare.units import plan
+from nanochameleon.images.tokenizer import ImageTokenizer
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import toy
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.units import plan
 from nanochameleon.vocab import Vocab
-from nanochameleon.vqgan import VQGAN
 
 # Ids a second that training takes from the loader: the toy's step on two cores (docs/results.md), and what one H100 is
 # to reach with 1.4B and with 288M parameters
@@ -105,7 +105,7 @@ def tar_of_pictures(path: Path, n: int, size: tuple[int, int]) -> Path:
 def prepare_rows(
     case: str, source: Path, form: str, images: ImageTokenizer, text: TextTokenizer, eaters: tuple[str, ...]
 ) -> list[Row]:
-    """The whole of `nanochameleon.data prepare` but for its start."""
+    """The whole of `nanochameleon.data.prepare` but for its start."""
     with tempfile.TemporaryDirectory() as folder:
         numbers = iter(range(10**9))
 

@@ -1,7 +1,7 @@
 """The GPU's cases of the kernel bench, and the checks that come before any timing there.
 
-tests/kernels/emulator.py runs the kernels on a CPU, which shows that they are right by the manual. Whether they are on
-the hardware, only that can say, so the checks stand here again, beside the clock: every CUDA kernel against float64,
+kernels/gpu/emulator/ runs the kernels on a CPU, which shows that they are right by the manual. Whether they are on the
+hardware, only that can say, so the checks stand here again, beside the clock: every CUDA kernel against float64,
 odd sizes included, by the rule of the tests: at most twice the error of torch's own bfloat16.
 """
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.bench.kernels import Z_LOSS, Case, attention_case, check, linear_case, with_kernels, zloss_case
-from nanochameleon.kernels import gpu, linear_zloss_cuda
-from nanochameleon.kernels.attention import attention, attention_reference, visible
-from nanochameleon.kernels.decode_attention import decode_attention_, decode_attention_reference_
-from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.attention.reference import attention, attention_reference, visible
+from nanochameleon.kernels.gpu import launch as gpu
+from nanochameleon.kernels.zloss import linear_cuda as linear_zloss_cuda
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.transformer import rotary_table
 
 NARROW = torch.bfloat16

@@ -18,12 +18,12 @@ from nanochameleon.bench.rows import Row
 from nanochameleon.bench.timing import seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels.attention.qknorm_rope import normed_attention_reference
+from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
+from nanochameleon.kernels.cpu.malloc import keep_pages
 from nanochameleon.kernels.dispatch import NAMES, why_not_amx
-from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
-from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
-from nanochameleon.kernels.normed_attention import normed_attention_reference
-from nanochameleon.kernels.pages import keep_pages
-from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
 from nanochameleon.optim import make_optimizer
 from nanochameleon.transformer import Chameleon, rotary_table
 

@@ -4,7 +4,16 @@ from nanochameleon.config import ModelConfig
 from nanochameleon.errors import exit_on_user_error
 from nanochameleon.presets import chameleon_7b, chameleon_34b
 from nanochameleon.printing import say
-from nanochameleon.scaling import PEAKS, Layout, flop_per_id, gpu_hours, memory, messages, parameters, step_seconds
+from nanochameleon.training.flops import (
+    PEAKS,
+    Layout,
+    flop_per_id,
+    gpu_hours,
+    memory,
+    messages,
+    parameters,
+    step_seconds,
+)
 
 IDS = 9.2e12  # that the paper's models have read (Table 1)
 PAPER_HOURS = {"7B": 856_481, "34B": 4_282_407}  # of A100s (Table 2)

@@ -1,6 +1,5 @@
 """From raw documents to batches: the forms of documents, mixtures, stored pictures, token shards, the loader."""
 
-from nanochameleon.data.folders import aside
 from nanochameleon.data.forms import (
     FORMS,
     Picture,
@@ -13,10 +12,11 @@ from nanochameleon.data.forms import (
     pair,
     question_answer,
 )
+from nanochameleon.data.image_store import Pictures, write_pictures
+from nanochameleon.data.index import aside
 from nanochameleon.data.live import Live
 from nanochameleon.data.loader import Loader, Rows
 from nanochameleon.data.mixture import Mixture, Shares, in_epochs, permutation
-from nanochameleon.data.pictures import Pictures, write_pictures
 from nanochameleon.data.shards import Shards, write_shards
 
 __all__ = [

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from nanochameleon.documents import Document, EndOfTurn, Image, Text
-from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.images.tokenizer import ImageTokenizer
 
 
 @dataclass(frozen=True, eq=False)

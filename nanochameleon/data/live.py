@@ -9,7 +9,7 @@ import numpy as np
 
 from nanochameleon.data.forms import Picture, RawDocument, Source, fuse
 from nanochameleon.documents import Text, render
-from nanochameleon.image_tokenizer import ImageTokenizer
+from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.text_tokenizer import TextTokenizer
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nanochameleon.data.folders import read_index, write_index
+from nanochameleon.data.index import read_index, write_index
 from nanochameleon.data.mixture import Shares, seed_of
 from nanochameleon.data.shards import Shards
 from nanochameleon.errors import UserError

@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal, TypeVar
 import numpy as np
 
 from nanochameleon.errors import UserError
-from nanochameleon.image_tokenizer import load_square
+from nanochameleon.images.tokenizer import load_square
 
 T = TypeVar("T")
 TEXT_KEYS = ("text", "caption")  # of a JSON object or a table that holds a text

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochameleon.data.folders import aside, damaged, map_file, read_index, write_index
+from nanochameleon.data.index import aside, damaged, map_file, read_index, write_index
 from nanochameleon.errors import OwnError
 
 

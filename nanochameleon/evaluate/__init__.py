@@ -1,1 +1,1 @@
-"""Measures, one file each."""
+"""How good is a model? One file a measure, and the report."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nanochameleon.alignment import AlignmentSource, Exchange, drawn
+from nanochameleon.data.sources.alignment import AlignmentSource, Exchange, drawn
+from nanochameleon.data.sources.shapes import Scene, World
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, parse
-from nanochameleon.engine import generate, prompt_ids
 from nanochameleon.evaluate.oracle import judge
 from nanochameleon.evaluate.shapes import SCENE_SEED
-from nanochameleon.run import Run
-from nanochameleon.shapes import Scene, World
+from nanochameleon.generation.engine import generate, prompt_ids
+from nanochameleon.training.run import Run
 
 
 @dataclass(frozen=True)

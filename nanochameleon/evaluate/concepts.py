@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanochameleon.data import Pictures, permutation
+from nanochameleon.data.sources.emoji import STYLES, EmojiSource, package_folder
 from nanochameleon.documents import Text
-from nanochameleon.emoji import STYLES, EmojiSource, package_folder
-from nanochameleon.engine import prompt_ids
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.shapes import draw_pictures, has_room
-from nanochameleon.run import Run
+from nanochameleon.generation.engine import prompt_ids
+from nanochameleon.training.run import Run
 
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 SIDE = 96  # pixels that the network sees a side: more would tell more concepts apart, and take longer (docs/log.md)

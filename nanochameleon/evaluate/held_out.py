@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from nanochameleon.data import Picture, Shards, fuse
+from nanochameleon.data.build import mixture, open_sources
+from nanochameleon.data.prepared import TEST
 from nanochameleon.documents import Image, Text, parse, render
-from nanochameleon.prepare import mixture, open_sources
-from nanochameleon.prepared import TEST
-from nanochameleon.run import Run
+from nanochameleon.training.run import Run
 
 
 def prepared_documents(run: Run, n: int) -> list[list[int]]:

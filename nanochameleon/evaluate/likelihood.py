@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import torch
 
-from nanochameleon.drawing import to_learn
 from nanochameleon.kernels import use_kernels
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import pack
-from nanochameleon.run import Run
+from nanochameleon.training.image_targets import to_learn
+from nanochameleon.training.run import Run
 
 
 @torch.inference_mode()

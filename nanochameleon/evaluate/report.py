@@ -11,22 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochameleon.alignment import CATEGORIES
 from nanochameleon.data import Picture
+from nanochameleon.data.build import open_sources, world
+from nanochameleon.data.prepared import TEST
+from nanochameleon.data.sources.alignment import CATEGORIES
+from nanochameleon.data.sources.shapes import World, draw
 from nanochameleon.documents import Text
-from nanochameleon.engine import prompt_ids
 from nanochameleon.evaluate import alignment, concepts, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
+from nanochameleon.evaluate.report_html import png, samples_sheet, write_report
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
 from nanochameleon.files import write_file
-from nanochameleon.monitor import METRICS, plot_curves, read_metrics
-from nanochameleon.prepare import open_sources, world
-from nanochameleon.prepared import TEST
+from nanochameleon.generation.engine import prompt_ids
 from nanochameleon.printing import say
-from nanochameleon.report import png, samples_sheet, write_report
-from nanochameleon.run import Run, command
-from nanochameleon.shapes import World, draw
+from nanochameleon.training.monitor import METRICS, plot_curves, read_metrics
+from nanochameleon.training.run import Run, command
 
 GRID = 14  # pictures of a sample grid during training
 SHEET = 28  # pictures in samples.png

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from nanochameleon.data import Picture
+from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, World, draw, questions, scenes
 from nanochameleon.documents import Text, parse
-from nanochameleon.engine import generate, prompt_ids
 from nanochameleon.evaluate.captions import score_caption
 from nanochameleon.evaluate.oracle import judge
-from nanochameleon.image_tokenizer import ImageTokenizer
-from nanochameleon.run import Run
-from nanochameleon.shapes import ASK_CAPTION, Scene, World, draw, questions, scenes
+from nanochameleon.generation.engine import generate, prompt_ids
+from nanochameleon.images.tokenizer import ImageTokenizer
+from nanochameleon.training.run import Run
 
 SCENE_SEED = 7_777  # of the scenes that are asked about
 

@@ -17,7 +17,7 @@ def outcomes_in_garbage(monkeypatch, run: Callable[[], list[Tensor]]) -> list[li
             patch.setattr(torch, "empty", lambda *shape, g=garbage, **kw: empty(*shape, **kw).fill_(g))
             patch.setattr(torch, "empty_like", lambda x, g=garbage, **kw: like(x, **kw).fill_(g))
             patch.setattr(Tensor, "new_empty", lambda x, *shape, g=garbage, **kw: new(x, *shape, **kw).fill_(g))
-            patch.setattr("nanochameleon.kernels.launch._own", threading.local())
+            patch.setattr("nanochameleon.kernels.cpu.launch._own", threading.local())
             outcomes.append(run())
     return outcomes
 

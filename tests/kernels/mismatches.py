@@ -28,14 +28,14 @@ from nanochameleon.kernels import (
     swiglu,
     zloss_cross_entropy,
 )
-from nanochameleon.kernels.attention import attention_reference, visible
-from nanochameleon.kernels.dropout import dropout, keep
-from nanochameleon.kernels.linear import linear_reference
-from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
-from nanochameleon.kernels.normed_attention import normed_attention_reference
-from nanochameleon.kernels.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference
-from nanochameleon.kernels.swiglu import swiglu_reference
-from nanochameleon.kernels.zloss import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.attention.qknorm_rope import normed_attention_reference
+from nanochameleon.kernels.attention.reference import attention_reference, visible
+from nanochameleon.kernels.block.dropout import dropout, keep
+from nanochameleon.kernels.block.linear import linear_reference
+from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference
+from nanochameleon.kernels.block.swiglu import swiglu_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
 from nanochameleon.transformer import rotary_table
 
 EPS, Z_LOSS, SHARE = 1e-5, 1e-2, 0.5

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.attention import attention, attention_reference, visible
+from nanochameleon.kernels.attention.reference import attention, attention_reference, visible
 
 doc_rows = st.lists(st.integers(-1, 3), min_size=1, max_size=9)
 

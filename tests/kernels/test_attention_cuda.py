@@ -6,17 +6,17 @@ Run on a CPU through the very calls that launch the kernels on a GPU: see emulat
 import pytest
 import torch
 from attention_problems import EPS, generator, outcome, problems, seeds, sizes
-from emulator import emulated, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels import gpu
-from nanochameleon.kernels.attention import attention_reference, visible
+from nanochameleon.kernels.attention.qknorm_rope import normed_attention, normed_attention_reference
+from nanochameleon.kernels.attention.reference import attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels
-from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
+from nanochameleon.kernels.gpu import launch as gpu
+from nanochameleon.kernels.gpu.emulator.emulator import emulated
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 NARROW = torch.bfloat16
 
 
@@ -61,8 +61,7 @@ def test_both_versions_are_close_to_float64(t, e, shared_by, simple, seed):
 @given(st.sampled_from([1, 70, 140]), st.sampled_from(gpu.HEAD_DIMS), st.sampled_from([1, 2]), seeds)
 def test_hopper_s_own_products_give_the_same(t, e, shared_by, seed):
     """As the kernel above: the same sums in the same order, and so nearly the same bits."""
-    with pytest.MonkeyPatch.context() as patch:
-        emulated(patch, 90)
+    with emulated(90):
         numbers = generator(seed)
         q, k, v = (torch.randn(1, t, n, e, generator=numbers).to(NARROW) for n in (shared_by, 1, 1))
         first, _ = gpu.document_bounds(torch.randint(-1, 2, (1, t), generator=numbers))

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochameleon.kernels import gpu, nvrtc
+from nanochameleon.kernels.gpu import launch as gpu
+from nanochameleon.kernels.gpu import nvrtc
 
-FOLDER = Path(gpu.__file__).parent
-FILES = sorted(FOLDER.glob("*.cu"))
+FILES = sorted(gpu.KERNELS.rglob("*.cu"))
 SPILLS = 0  # bytes a kernel may put aside
 
 
@@ -111,5 +111,5 @@ def test_what_the_compiler_needs_is_loaded_first(compilers, monkeypatch):
 
 def test_inline_ptx_stands_in_one_file():
     """So that the emulator, which stands in for that file, leaves out nothing."""
-    sources = {path.name: path.read_text() for path in [*FILES, *FOLDER.glob("*.cuh")]}
+    sources = {path.name: path.read_text() for path in [*FILES, *gpu.KERNELS.rglob("*.cuh")]}
     assert [name for name, text in sources.items() if "asm" in text] == ["ptx.cuh"]

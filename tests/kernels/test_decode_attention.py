@@ -7,20 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_problems import EPS, generator, seeds
-from emulator import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.decode_torch import TorchStep
-from nanochameleon.kernels import gpu
-from nanochameleon.kernels.attention import attention_reference
-from nanochameleon.kernels.decode_attention import decode_attention_, decode_attention_reference_
+from nanochameleon.generation.decode_torch import TorchStep
+from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
+from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.transformer import Chameleon, KVCache, rotary_table
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 NARROW = torch.bfloat16
 
 

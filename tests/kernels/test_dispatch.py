@@ -8,6 +8,8 @@ import torch
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels import dispatch, normed_attention
+from nanochameleon.kernels.block.linear import linear
+from nanochameleon.kernels.block.rms_norm import rms_norm
 from nanochameleon.kernels.dispatch import (
     AMX,
     AUTO,
@@ -21,8 +23,6 @@ from nanochameleon.kernels.dispatch import (
     explain,
     use_kernels,
 )
-from nanochameleon.kernels.linear import linear
-from nanochameleon.kernels.rms_norm import rms_norm
 from nanochameleon.transformer import Chameleon, rotary_table
 
 CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ def test_explain_has_a_line_for_each_op_of_a_step():
 
 @pytest.mark.parametrize("missing", [None, "this processor has no AMX-TILE"])
 def test_tiles_are_taken_where_there_are_some_and_never_without_a_word(monkeypatch, missing):
-    monkeypatch.setattr("nanochameleon.kernels.amx.why_not", lambda: missing)
+    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_not", lambda: missing)
     table = AUTO["normed_attention", torch.bfloat16]
     with use_kernels("auto"):
         decided = decide("normed_attention", CPU, torch.bfloat16)

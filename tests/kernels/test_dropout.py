@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.kernels.dropout import derive, dropout, keep
+from nanochameleon.kernels.block.dropout import derive, dropout, keep
 
 SIGMAS = 5  # of a count of independent draws
 

@@ -1,18 +1,19 @@
 """The emulator itself: what it must see, each in a kernel of a few lines that does just that."""
 
-import emulator
 import pytest
 import torch
-from emulator import EmulatorError, needs_compiler
 
-pytestmark = needs_compiler
+from nanochameleon.kernels.gpu.emulator import emulator
+from nanochameleon.kernels.gpu.emulator.emulator import EmulatorError
+
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
 
 def launch(body: str, *tensors: torch.Tensor, block: int = 64, shared: int = 0, generation: int = 90) -> None:
     """Runs `extern "C" __global__ void k(float* x, float* y)` with this body, one block."""
     names = ", ".join(f"float* {name}" for name in "xyz"[: len(tensors)])
     source = f'#include "tiles.cuh"\nextern "C" __global__ void k({names}) {{ int i = threadIdx.x; {body} }}'
-    found = emulator.compiled(source, emulator.FOLDER, generation)
+    found = emulator.compiled(source, emulator.HEADERS, generation)
     emulator.start(found, "k", (1,), block, *tensors, shared=shared)
 
 
@@ -65,7 +66,7 @@ def test_a_mistake_ends_the_launch(name):
 
 def test_a_call_that_does_not_fit_its_kernel_is_refused():
     source = 'extern "C" __global__ void k(float* x, int n, long long m, float f) { x[0] = n + m + f; }'
-    found, x = emulator.compiled(source, emulator.FOLDER, 80), torch.zeros(1)
+    found, x = emulator.compiled(source, emulator.HEADERS, 80), torch.zeros(1)
     emulator.start(found, "k", (1,), 32, x, 1, emulator.gpu.Long(2), 3.0)
     assert x.item() == 6
     for wrong in ((x, 1, 2, 3.0), (x, 1, emulator.gpu.Long(2)), (x, 1.0, emulator.gpu.Long(2), 3.0)):

@@ -5,8 +5,8 @@ import torch
 from garbage import assert_same_in_garbage
 
 from nanochameleon.kernels import linear_zloss_cross_entropy, rms_norm, swiglu, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.rms_norm import add_norm, norm_add
-from nanochameleon.kernels.zloss import zloss_cross_entropy_
+from nanochameleon.kernels.block.rms_norm import add_norm, norm_add
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 
 N, V = 5, 601  # rows end within a register
 TARGETS = torch.tensor([0, V - 1, -100, 300, 7])

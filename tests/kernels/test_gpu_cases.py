@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from emulator import needs_compiler
 
 from nanochameleon.bench import gpu_cases
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
 
 @pytest.mark.parametrize("op", ["attention", "zloss", "linear_zloss", "decode"])

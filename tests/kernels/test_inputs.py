@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanochameleon.kernels import rms_norm, swiglu, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.zloss import zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float64], ids=["bfloat16", "float64"])

@@ -9,9 +9,10 @@ import pytest
 import torch
 from numba import config
 
-from nanochameleon.kernels import caches, launch
-from nanochameleon.kernels.region_numba import next_of, reader
-from nanochameleon.kernels.simd import load, peek, poke, splat, store
+from nanochameleon.kernels import caches
+from nanochameleon.kernels.cpu import launch
+from nanochameleon.kernels.cpu.parallel_for import next_of, reader
+from nanochameleon.kernels.cpu.simd import load, peek, poke, splat, store
 
 
 class Job(NamedTuple):

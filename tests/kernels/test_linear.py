@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear, use_kernels
-from nanochameleon.kernels.linear import beside, linear_reference
+from nanochameleon.kernels.block.linear import beside, linear_reference
 
 
 def outcome(function, x, weights, upstream, dtype) -> list[torch.Tensor]:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from nanochameleon.kernels import normed_attention, use_kernels
-from nanochameleon.kernels.loops_numba import attention_loops, zloss_loops
-from nanochameleon.kernels.zloss import zloss_cross_entropy_
+from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 
 
 def test_attention():

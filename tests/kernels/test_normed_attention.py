@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.attention import visible
+from nanochameleon.kernels.attention.qknorm_rope import normed_attention, normed_attention_reference
+from nanochameleon.kernels.attention.reference import visible
 from nanochameleon.kernels.dispatch import use_kernels, why_not_amx
-from nanochameleon.kernels.normed_attention import normed_attention, normed_attention_reference
 from nanochameleon.transformer import rotary_table
 
 REFUSED = why_not_amx(torch.device("cpu"), torch.bfloat16)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanochameleon.kernels import pages
+from nanochameleon.kernels.cpu import malloc as pages
 
 FAULTS = """
 import resource, torch

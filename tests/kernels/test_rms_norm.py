@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import add_norm, norm_add, rms_norm, use_kernels
-from nanochameleon.kernels.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference
+from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference
 
 PAIRS = {  # with the same arguments for all: x, branch, weight -> the results
     "rms_norm": [lambda x, b, w, f=f: (f(x, w, 1e-5),) for f in (rms_norm, rms_norm_reference)],

@@ -5,8 +5,9 @@ import pytest
 import torch
 from numba import njit
 
-from nanochameleon.kernels import powers, simd
-from nanochameleon.kernels.simd import W, load, load_first, load_first_bf16, store, store_first, store_first_bf16
+from nanochameleon.kernels.cpu import exp2 as powers
+from nanochameleon.kernels.cpu import simd
+from nanochameleon.kernels.cpu.simd import W, load, load_first, load_first_bf16, store, store_first, store_first_bf16
 
 ULP = 2.0**-23
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import swiglu, use_kernels
-from nanochameleon.kernels.swiglu import swiglu_reference
+from nanochameleon.kernels.block.swiglu import swiglu_reference
 
 
 def outcome(function, a, b, upstream, dtype) -> list[torch.Tensor]:

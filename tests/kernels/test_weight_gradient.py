@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear, use_kernels
+from nanochameleon.kernels.block.linear import LEAST, pays, weight_gradient
 from nanochameleon.kernels.dispatch import why_not_amx
-from nanochameleon.kernels.linear import LEAST, pays, weight_gradient
 
 REFUSED = why_not_amx(torch.device("cpu"), torch.bfloat16)
 needs_amx = pytest.mark.skipif(REFUSED is not None, reason=f"kernels on AMX tiles cannot run: {REFUSED}")
-module = sys.modules["nanochameleon.kernels.linear"]  # the package's `linear` is the function
+module = sys.modules["nanochameleon.kernels.block.linear"]  # the package's `linear` is the function
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([128, 300]))
 
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear_zloss_cross_entropy
-from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
-from nanochameleon.kernels.zloss import (
+from nanochameleon.kernels.zloss.cross_entropy import (
     zloss_cross_entropy,
     zloss_cross_entropy_by_hand,
     zloss_cross_entropy_reference,
 )
+from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
 
 
 @st.composite

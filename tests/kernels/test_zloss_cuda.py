@@ -7,15 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_problems import generator, seeds
-from emulator import emulated, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels import gpu, linear_zloss_cross_entropy, linear_zloss_cuda, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.zloss import zloss_cross_entropy_reference
+from nanochameleon.kernels import linear_zloss_cross_entropy, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels.gpu import launch as gpu
+from nanochameleon.kernels.gpu.emulator.emulator import emulated
+from nanochameleon.kernels.zloss import linear_cuda as linear_zloss_cuda
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
 
-pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated_gpu")]
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
 NARROW = torch.bfloat16
 
 
@@ -58,22 +60,22 @@ def test_the_loss_is_as_good_as_the_reference(dtype, problem, z_loss):
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32])
 @settings(max_examples=25)
 @given(problem=logits(), z_loss=st.sampled_from([0.0, 0.3]))
-def test_the_gradient_in_the_logits_place(dtype, generation, problem, z_loss, monkeypatch):
+def test_the_gradient_in_the_logits_place(dtype, generation, problem, z_loss):
     """In one pass where rows are multiples of 16 bytes, else in two; with the copies of either generation."""
-    emulated(monkeypatch, generation)
     x, targets = problem
     buffer = x.to(dtype)
-    loss, log_z = gpu.zloss_overwrite(buffer, targets, z_loss, 0.25, gpu.shared_kilobytes(0))
+    with emulated(generation):
+        loss, log_z = gpu.zloss_overwrite(buffer, targets, z_loss, 0.25, gpu.shared_kilobytes(0))
     compare_losses([loss, log_z, buffer], x, targets, dtype, z_loss, 0.25)
 
 
 @pytest.mark.parametrize("generation", [80, 90])
-def test_a_row_as_wide_as_a_vocabulary(generation, monkeypatch):
+def test_a_row_as_wide_as_a_vocabulary(generation):
     """Several bulk copies, all of a block's 1,024 threads."""
-    emulated(monkeypatch, generation)
     x, targets = torch.randn(2, 40_000, generator=generator(0)).to(NARROW).double(), torch.tensor([39_999, 7])
     buffer = x.to(NARROW)
-    loss, log_z = gpu.zloss_overwrite(buffer, targets, 1e-2, 0.5, gpu.shared_kilobytes(0))
+    with emulated(generation):
+        loss, log_z = gpu.zloss_overwrite(buffer, targets, 1e-2, 0.5, gpu.shared_kilobytes(0))
     compare_losses([loss, log_z, buffer], x, targets, NARROW, 1e-2, 0.5)
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear_zloss_cross_entropy, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.linear_zloss import linear_zloss_cross_entropy_reference
-from nanochameleon.kernels.zloss import fits_in_place, zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import fits_in_place, zloss_cross_entropy_, zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
 
 SIZES = [1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 130, 940, 1_025]
 

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 
 from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.convert import Args, convert
-from nanochameleon.layout_files import model_from_hf
-from nanochameleon.model_folder import open_parts
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
-from nanochameleon.vqgan import VQGAN
+from nanochameleon.weights.layout_files import model_from_hf
+from nanochameleon.weights.model_folder import open_parts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import nano_folder

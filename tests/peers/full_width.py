@@ -19,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny import nano_folder, released_model
 
-from nanochameleon import layouts
 from nanochameleon.convert import Args, convert
-from nanochameleon.layout_files import hf_config
-from nanochameleon.model_folder import open_model
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import chameleon_7b, chameleon_34b
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon, rotary_table
 from nanochameleon.vocab import Vocab
-from nanochameleon.vqgan import VQGAN
+from nanochameleon.weights import layouts
+from nanochameleon.weights.layout_files import hf_config
+from nanochameleon.weights.model_folder import open_model
 
 LENGTH = 64
 

@@ -1,0 +1,192 @@
+"""Rows of queries and keys for attention on a CPU: QK-norm and rotary turn, W rows at a time, forward and backward.
+
+A row of 32 or 64 numbers is 2 to 4 registers, so that the sums across its lanes, each a chain of shuffles that waits
+for itself, would cost more than all else. Here each row leaves a register of partial sums in a square of W x W numbers,
+and `row_sums` adds up the square's rows at once: 2 shuffles a row in place of 4, and none waits for another row's.
+
+Shapes: blocks of n <= W rows of `width` float32, a multiple of W, contiguous, zeros behind the E numbers of a row. All
+addresses int64.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba.extending import register_jitable
+
+from nanochameleon.kernels.cpu.simd import (
+    ZERO,
+    W,
+    divide,
+    head,
+    largest,
+    load,
+    njit,
+    peek,
+    read_row,
+    root,
+    row_sums,
+    splat,
+    store,
+    turn,
+    turn_back,
+    write_row,
+)
+
+ONE = np.float32(1)
+
+
+class Rows(NamedTuple):
+    """Rows in memory: that of position i is at p + i * step."""
+
+    p: int
+    step: int  # bytes
+    size: int  # of a number: 4 float32, 2 bfloat16
+    e: int
+
+
+class Norm(NamedTuple):
+    """A head's vectors, all (width,) float32; gradients are 0 in the forward pass."""
+
+    weight: int  # 0: no norm
+    bias: int
+    d_weight: int
+    d_bias: int
+    eps: float
+
+
+SQUARES = 2 * W * W + 3 * W  # floats of scratch: two squares, and a number a row of three kinds
+
+
+@register_jitable
+def block_floats(width: int) -> int:
+    """Scratch of a block: that, and its rows."""
+    return SQUARES + W * width
+
+
+@njit
+def read(rows, i, width, out):
+    """The row of position i, zeros behind it."""
+    read_row(rows.p + i * rows.step, rows.size, rows.e, out)
+    for j in range(-(-rows.e // W) * W, width, W):
+        store(out + 4 * j, splat(ZERO))
+
+
+@njit
+def mean_of_rows(square, e):
+    """A register with a number for each row."""
+    return row_sums(square) * splat(ONE / np.float32(e))
+
+
+@njit
+def centre(x, n, e, width, square):
+    """Rows of mean 0, in place; returns their variances, a register."""
+    whole, numbers = e // W * W, square + 4 * W * W
+    for r in range(n):
+        s = splat(ZERO)
+        for i in range(0, width, W):
+            s += load(x + 4 * (r * width + i))
+        store(square + 4 * W * r, s)
+    store(numbers, mean_of_rows(square, e))
+    for r in range(n):
+        mean, s = splat(peek(numbers + 4 * r)), splat(ZERO)
+        for i in range(0, whole, W):
+            y = load(x + 4 * (r * width + i)) - mean
+            store(x + 4 * (r * width + i), y)
+            s += y * y
+        if whole < e:
+            y = head(load(x + 4 * (r * width + whole)) - mean, e - whole, splat(ZERO))
+            store(x + 4 * (r * width + whole), y)
+            s += y * y
+        store(square + 4 * W * r, s)
+    return mean_of_rows(square, e)
+
+
+@njit
+def inverse_deviation(variance, eps):
+    return divide(splat(ONE), root(variance + splat(eps)))
+
+
+@njit
+def prepare(rows, first, n, width, table, norm, factor, x, scratch):
+    """n rows of queries or keys from position `first` on -> x (n, width), normed, turned, times factor. Returns the
+    largest square of a length."""
+    square, factors = scratch, scratch + 4 * (W * W + W)
+    for r in range(n):
+        read(rows, first + r, width, x + 4 * r * width)
+    if norm.weight != 0:
+        store(factors, inverse_deviation(centre(x, n, rows.e, width, square), norm.eps))
+    for r in range(n):
+        s = splat(ZERO)
+        for i in range(0, width, W):
+            at = 4 * (r * width + i)
+            y = load(x + at)
+            if norm.weight != 0:
+                y = y * splat(peek(factors + 4 * r)) * load(norm.weight + 4 * i) + load(norm.bias + 4 * i)
+            y = turn(y, load(table + 4 * first * width + at)) * splat(factor)
+            store(x + at, y)
+            s += y * y
+        store(square + 4 * W * r, s)
+    return largest(head(row_sums(square), n, splat(ZERO)))
+
+
+@njit
+def norm_backward(rows, first, n, width, norm, dy, scratch):
+    """The gradient dy (n, width) of normed rows -> that of the rows, in place; adds to norm.d_weight and d_bias.
+
+    With z the standardised rows and u = dy weight: d_weight += dy z, d_bias += dy, and a row's gradient is
+    (u - mean u - z mean(u z)) / deviation.
+    """
+    square, z = scratch, scratch + 4 * SQUARES
+    other = square + 4 * (W * W + 3 * W)
+    means, factors, products = other - 12 * W, other - 8 * W, other - 4 * W
+    for r in range(n):
+        read(rows, first + r, width, z + 4 * r * width)
+    store(factors, inverse_deviation(centre(z, n, rows.e, width, square), norm.eps))
+    for r in range(n):
+        s, s_z, factor = splat(ZERO), splat(ZERO), splat(peek(factors + 4 * r))
+        for i in range(0, width, W):
+            at = 4 * (r * width + i)
+            y = load(z + at) * factor
+            u = load(dy + at) * load(norm.weight + 4 * i)
+            store(z + at, y)
+            s += u
+            s_z += u * y
+        store(square + 4 * W * r, s)
+        store(other + 4 * W * r, s_z)
+    store(means, mean_of_rows(square, rows.e))
+    store(products, mean_of_rows(other, rows.e))
+    for i in range(0, width, W):
+        weight, d_weight, d_bias = load(norm.weight + 4 * i), load(norm.d_weight + 4 * i), load(norm.d_bias + 4 * i)
+        for r in range(n):
+            at = 4 * (r * width + i)
+            g, y = load(dy + at), load(z + at)
+            d_weight += g * y
+            d_bias += g
+            u = g * weight - splat(peek(means + 4 * r)) - y * splat(peek(products + 4 * r))
+            store(dy + at, u * splat(peek(factors + 4 * r)))
+        store(norm.d_weight + 4 * i, d_weight)
+        store(norm.d_bias + 4 * i, d_bias)
+
+
+@njit
+def prepare_backward(dy, rows, first, n, width, table, norm, factor, target, scratch):
+    """The gradient dy (n, width) of prepared rows -> of the rows themselves, written to the rows of `target`."""
+    for at in range(0, 4 * n * width, 4 * W):
+        store(dy + at, turn_back(load(dy + at), load(table + 4 * first * width + at)) * splat(factor))
+    if norm.weight != 0:
+        norm_backward(rows, first, n, width, norm, dy, scratch)
+    for r in range(n):
+        write_row(target.p + (first + r) * target.step, target.size, target.e, dy + 4 * r * width, ONE)
+
+
+@njit
+def row_products(x, rows, first, n, width, out, scratch):
+    """out[r] = the product of row r of x (n, width) with the row of position first + r, for n <= W; W are written."""
+    square, row = scratch, scratch + 4 * W * W
+    for r in range(n):
+        read(rows, first + r, width, row)
+        s = splat(ZERO)
+        for i in range(0, width, W):
+            s += load(x + 4 * (r * width + i)) * load(row + 4 * i)
+        store(square + 4 * W * r, s)
+    store(out, row_sums(square))

@@ -1,0 +1,1 @@
+"""The rest of a transformer block: RMSNorm, SwiGLU, joined linear layers, dropout."""

@@ -1,0 +1,128 @@
+"""SwiGLU for the CPU: silu(a) b in one pass. silu(a) = a s with s = 1 / (1 + 2^(-a log2 e)).
+
+Backward, g the gradient of the result: da = g b s (1 + a (1 - s)),   db = g a s.
+Rows of F numbers, of `size` bytes each; those of a and b may lie in one wide row, as those of da and db do.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from nanochameleon.kernels.cpu.exp2 import SCALES, exp2, inverse_bf16, power
+from nanochameleon.kernels.cpu.launch import kernel
+from nanochameleon.kernels.cpu.parallel_for import reader
+from nanochameleon.kernels.cpu.simd import (
+    AHEAD,
+    W,
+    divide,
+    fetch,
+    load,
+    load_bf16,
+    njit,
+    read_row,
+    splat,
+    store,
+    store_bf16,
+    write_row,
+)
+
+MINUS_LOG2E, ONE = np.float32(-1 / math.log(2)), np.float32(1)
+
+
+class Job(NamedTuple):
+    a: int  # (N, F), rows `a_row` numbers apart
+    b: int
+    y: int  # (N, F), the result; in the backward pass its gradient
+    da: int  # (N, F), rows 2 F numbers apart
+    db: int
+    f: int
+    a_row: int
+    b_row: int
+    size: int  # 4 float32, 2 bfloat16
+
+
+read_job = reader(Job)
+
+
+@njit
+def inverse(x):
+    return divide(splat(ONE), x)
+
+
+def _sigmoid(power, inverse):
+    """As exact as these two are."""
+
+    @njit
+    def sigmoid(x):
+        return inverse(splat(ONE) + power(x * splat(MINUS_LOG2E)))
+
+    return sigmoid
+
+
+def _rows(load, store, size, sigmoid):
+    """gate and gate_backward for whole registers of one type."""
+
+    @njit
+    def gate(a, b, y, n):
+        for i in range(0, size * n, size * W):
+            x = load(a + i)
+            for stream in (a, b, y):
+                fetch(stream + i + AHEAD)
+            store(y + i, x * sigmoid(x) * load(b + i))
+
+    @njit
+    def gate_backward(a, b, g, da, db, n):
+        for i in range(0, size * n, size * W):
+            x, y = load(a + i), load(g + i)
+            for stream in (a, b, g, da, db):
+                fetch(stream + i + AHEAD)
+            s = sigmoid(x)
+            store(da + i, y * load(b + i) * s * (splat(ONE) + x * (splat(ONE) - s)))
+            store(db + i, y * x * s)
+
+    return gate, gate_backward
+
+
+sigmoid = _sigmoid(exp2, inverse)
+sigmoid_bf16 = _sigmoid(power if SCALES else exp2, inverse_bf16)
+gate, gate_backward = _rows(load, store, 4, sigmoid)
+gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, sigmoid_bf16)
+
+
+@kernel
+def forward(job, part, first, last, scratch):
+    job = read_job(job)
+    size, whole = job.size, job.f // W * W
+    tail, rest = size * whole, job.f - whole
+    for n in range(first, last):
+        a, b, y = job.a + size * n * job.a_row, job.b + size * n * job.b_row, job.y + size * n * job.f
+        if size == 4:
+            gate(a, b, y, whole)
+        else:
+            gate_bf16(a, b, y, whole)
+        if rest:
+            read_row(a + tail, size, rest, scratch)
+            read_row(b + tail, size, rest, scratch + 4 * W)
+            gate(scratch, scratch + 4 * W, scratch, W)
+            write_row(y + tail, size, rest, scratch, ONE)
+
+
+@kernel
+def backward(job, part, first, last, scratch):
+    job = read_job(job)
+    size, whole = job.size, job.f // W * W
+    tail, rest = size * whole, job.f - whole
+    for n in range(first, last):
+        a, b, g = job.a + size * n * job.a_row, job.b + size * n * job.b_row, job.y + size * n * job.f
+        da, db = job.da + 2 * size * n * job.f, job.db + 2 * size * n * job.f
+        if size == 4:
+            gate_backward(a, b, g, da, db, whole)
+        else:
+            gate_bf16_backward(a, b, g, da, db, whole)
+        if rest:
+            for i, row in enumerate((a, b, g)):
+                read_row(row + tail, size, rest, scratch + 4 * W * i)
+            gate_backward(scratch, scratch + 4 * W, scratch + 8 * W, scratch, scratch + 4 * W, W)
+            write_row(da + tail, size, rest, scratch, ONE)
+            write_row(db + tail, size, rest, scratch + 4 * W, ONE)

@@ -1,0 +1,254 @@
+"""Rows of queries and keys for attention on tiles: QK-norm and rotary turn with a row in each lane, forward and back.
+
+Rows of bfloat16 are rows of words, and a word is a pair of neighbours, which is what rotary positions turn. Transposed,
+pair i of 32 rows is two registers: means, deviations and lengths are sums of registers, nothing is added up across
+lanes, and a row of 32 costs about 40 instructions where one after the other (attention_rows_numba.py) it is 130. What
+comes out, words of 32 rows, is a product's b as it is (amx.py); rows and pairs of rows are moves away.
+
+    words      (width / 2, 32): pair i of 32 rows
+    halves     (width, 32) bfloat16: number i of 32 rows, the transpose
+    pairs      (16, width) words: number i of two rows
+
+All addresses int64, `width` a multiple of 32, zeros behind the E numbers of a row, an even number.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nanochameleon.kernels.attention.qknorm_rope_cpu import ONE, inverse_deviation
+from nanochameleon.kernels.cpu.amx.tiles import (
+    BLOCK,
+    BLOCK_ROW,
+    copy_block,
+    load_high,
+    load_low,
+    split_words,
+    store_pairs,
+    whole_block,
+)
+from nanochameleon.kernels.cpu.simd import (
+    ZERO,
+    W,
+    fetch,
+    larger,
+    largest,
+    load,
+    njit,
+    peek,
+    poke,
+    row_sums,
+    splat,
+    store,
+    transpose,
+)
+
+ROW = 4 * BLOCK  # bytes of a row of words, or of float32
+
+
+class Lanes(NamedTuple):
+    """What 32 rows of a head have in common, and what each has."""
+
+    width: int
+    e: int
+    table: int  # (width, any) float32: cos and sin of each pair in turn, a position in each lane
+    table_row: int  # bytes
+    mean: int  # (32,) float32
+    factor: int  # (32,) one over the deviation
+    sums: int  # (2 width, W) float32: of the norm's gradients, a row of the batch in each lane
+    spare: int  # (32, 32) bfloat16
+
+
+@njit
+def transpose_all(source, rows, columns, lds, target, ldt):
+    """Words, (rows, columns) -> (columns, rows)."""
+    for i in range(0, rows, W):
+        for j in range(0, columns, W):
+            transpose(source + 4 * (i * lds + j), lds, target + 4 * (j * ldt + i), ldt)
+
+
+@njit
+def fetch_rows(rows, i, n):
+    """Asks for positions [i, i + n) early: rows of one head lie too far apart for the processor to foresee them."""
+    for r in range(i, i + n):
+        for c in range(0, 2 * rows.e, 64):
+            fetch(rows.p + r * rows.step + c)
+
+
+@njit
+def take_words(rows, i, n, lanes, words):
+    """Positions [i, i + n) of rows, zeros up to BLOCK -> words."""
+    for c in range(0, lanes.width, BLOCK):
+        p, row = whole_block(rows.p + i * rows.step + 2 * c, rows.step, n, rows.e - c, lanes.spare)
+        transpose_all(p, BLOCK, BLOCK // 2, row // 4, words + ROW * (c // 2), BLOCK)
+
+
+@njit
+def give_rows(words, lanes, rows, i, n):
+    """Words -> positions [i, i + n) of rows."""
+    for c in range(0, lanes.width, BLOCK):
+        transpose_all(words + ROW * (c // 2), BLOCK // 2, BLOCK, BLOCK, lanes.spare, BLOCK // 2)
+        copy_block(lanes.spare, BLOCK_ROW, n, rows.e - c, rows.p + i * rows.step + 2 * c, rows.step)
+
+
+@njit
+def to_rows(words, width, out):
+    """Words -> (32, width) bfloat16."""
+    transpose_all(words, width // 2, BLOCK, BLOCK, out, width // 2)
+
+
+@njit
+def to_halves(words, width, out, row):
+    """Words -> halves, rows this many bytes apart."""
+    for i in range(width // 2):
+        for lane in range(0, BLOCK, W):
+            here = out + 2 * row * i + 2 * lane
+            split_words(words + ROW * i + 4 * lane, here, here + row)
+
+
+@njit
+def to_pairs(words, width, halves, out):
+    """Words -> pairs; halves are made on the way."""
+    to_halves(words, width, halves, BLOCK_ROW)
+    transpose_all(halves, width, BLOCK // 2, BLOCK // 2, out, width)
+
+
+@njit
+def turns(table, t, width, out, row):
+    """(t, width) -> the transpose, zeros from t on."""
+    for i in range(width):
+        for r in range(t, row // 4):
+            poke(out + row * i + 4 * r, ZERO)
+    whole = t // W * W
+    transpose_all(table, whole, width, width, out, row // 4)
+    for r in range(whole, t):
+        for i in range(width):
+            poke(out + row * i + 4 * r, peek(table + 4 * (r * width + i)))
+
+
+@njit
+def turn_of(lanes, i, position, scale):
+    """Cos and sin of pair i for the lanes from this position on, times scale."""
+    at = lanes.table + 2 * lanes.table_row * i + 4 * position
+    return load(at) * splat(scale), load(at + lanes.table_row) * splat(scale)
+
+
+@njit
+def standard(words, mean, factor):
+    """W pairs of standardised numbers."""
+    return (load_low(words) - mean) * factor, (load_high(words) - mean) * factor
+
+
+@njit
+def find_moments(words, norm, lanes):
+    """lanes.mean and lanes.factor; 0 and 1 without a norm."""
+    share = splat(ONE / np.float32(lanes.e))
+    for lane in range(0, 4 * BLOCK, 4 * W):
+        mean, factor, a, b = splat(ZERO), splat(ONE), splat(ZERO), splat(ZERO)
+        if norm.weight != 0:
+            for i in range(lanes.e // 2):
+                a += load_low(words + ROW * i + lane)
+                b += load_high(words + ROW * i + lane)
+            mean, a, b = (a + b) * share, splat(ZERO), splat(ZERO)
+            for i in range(lanes.e // 2):
+                x, y = standard(words + ROW * i + lane, mean, factor)
+                a += x * x
+                b += y * y
+            factor = inverse_deviation((a + b) * share, norm.eps)
+        store(lanes.mean + lane, mean)
+        store(lanes.factor + lane, factor)
+
+
+@njit
+def prepare(words, position, norm, scale, lanes, out):
+    """Words of rows from this position on -> of the rows normed, turned, times scale. Returns the largest square of a
+    length."""
+    find_moments(words, norm, lanes)
+    most = splat(ZERO)
+    for lane in range(0, BLOCK, W):
+        mean, factor, square = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane), splat(ZERO)
+        for i in range(lanes.width // 2):
+            at = ROW * i + 4 * lane
+            x, y = standard(words + at, mean, factor)
+            if norm.weight != 0:
+                x = x * splat(peek(norm.weight + 8 * i)) + splat(peek(norm.bias + 8 * i))
+                y = y * splat(peek(norm.weight + 8 * i + 4)) + splat(peek(norm.bias + 8 * i + 4))
+            cos, sin = turn_of(lanes, i, position + lane, scale)
+            x, y = x * cos - y * sin, y * cos + x * sin
+            square += x * x + y * y
+            store_pairs(out + at, x, y)
+        most = larger(square, most)
+    return largest(most)
+
+
+@njit
+def add(p, x):
+    store(p, load(p) + x)
+
+
+@njit
+def turn_back(dy, words, position, norm, scale, lanes, lane):
+    """The gradient dy (width, 32) float32 of prepared rows -> u, that of the standardised ones, in place, for W lanes;
+    adds to the norm's gradients. Returns the sums of u and of u times them."""
+    mean, factor = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane)
+    s, s_z = splat(ZERO), splat(ZERO)
+    for i in range(lanes.width // 2):
+        at = 2 * ROW * i + 4 * lane
+        cos, sin = turn_of(lanes, i, position + lane, scale)
+        g, h = load(dy + at), load(dy + at + ROW)
+        g, h = g * cos + h * sin, h * cos - g * sin
+        if norm.weight != 0:
+            x, y = standard(words + ROW * i + 4 * lane, mean, factor)
+            weight, bias = lanes.sums + 8 * W * i, lanes.sums + 4 * W * (lanes.width + 2 * i)
+            add(weight, g * x)
+            add(weight + 4 * W, h * y)
+            add(bias, g)
+            add(bias + 4 * W, h)
+            g, h = g * splat(peek(norm.weight + 8 * i)), h * splat(peek(norm.weight + 8 * i + 4))
+            s += g + h
+            s_z += g * x + h * y
+        store(dy + at, g)
+        store(dy + at + ROW, h)
+    return s, s_z
+
+
+@njit
+def prepare_backward(dy, words, position, norm, scale, lanes, out):
+    """The gradient dy (width, 32) float32 of prepared rows -> that of the rows, as words; lanes as the rows left them.
+
+    With z the standardised rows and u = dy weight: d_weight += dy z, d_bias += dy, and a row's gradient is
+    (u - mean u - z mean(u z)) / deviation.
+    """
+    share = splat(ONE / np.float32(lanes.e))
+    for lane in range(0, BLOCK, W):
+        s, s_z = turn_back(dy, words, position, norm, scale, lanes, lane)
+        mean, factor = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane)
+        s, s_z = s * share, s_z * share
+        for i in range(lanes.width // 2):
+            at = dy + 2 * ROW * i + 4 * lane
+            g, h = load(at), load(at + ROW)
+            if norm.weight != 0:
+                x, y = standard(words + ROW * i + 4 * lane, mean, factor)
+                g, h = (g - s - x * s_z) * factor, (h - s - y * s_z) * factor
+            store_pairs(out + ROW * i + 4 * lane, g, h)
+
+
+@njit
+def add_sums(norm, lanes):
+    """The norm's gradients += those of each lane."""
+    if norm.weight != 0:
+        for i in range(0, lanes.width, W):
+            add(norm.d_weight + 4 * i, row_sums(lanes.sums + 4 * W * i))
+            add(norm.d_bias + 4 * i, row_sums(lanes.sums + 4 * W * (lanes.width + i)))
+
+
+@njit
+def products_of_rows(x, y, width, out):
+    """out[r] = the product of row r of both words."""
+    for lane in range(0, BLOCK, W):
+        s, s_high = splat(ZERO), splat(ZERO)
+        for i in range(width // 2):
+            at = ROW * i + 4 * lane
+            s += load_low(x + at) * load_low(y + at)
+            s_high += load_high(x + at) * load_high(y + at)
+        store(out + 4 * lane, s + s_high)

@@ -1,0 +1,227 @@
+"""Tiles: the matrix unit of newer Xeons (AMX), eight registers of 16 rows of 64 bytes, as building blocks for Numba.
+
+    c (16, 16) float32 += a (16, 32) bfloat16 * b (32, 16) bfloat16        one instruction, 16 cycles: tdpbf16ps
+
+which is 16 times the arithmetic of float32 in vectors. What it wants in memory:
+
+    a   rows as they lie: 32 numbers that are summed over, side by side
+    b   rows of pairs: word n of row r holds (b[2r, n], b[2r + 1, n]), both for one step of the sum ("VNNI")
+
+Two moves make either from rows of numbers, and both are exact:
+
+    store_pairs   two rows -> one row of pairs: b for sums over rows; pair_rows where they are bfloat16 already
+    transpose     of words (simd.py). Of rows taken as words it makes pairs of the transpose: b for sums along rows.
+                  Of pairs it makes rows of the transpose: a for sums over rows
+
+Products are (32, n) blocks, four tiles of sums at a time, so that each tile that is loaded is used twice. Strides are
+bytes, k a multiple of 32. Every kernel takes the tiles when it starts and releases them when it ends.
+
+Machines without these instructions never compile this: `why_not` says what is missing.
+"""
+
+import ctypes
+from functools import cache
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from nanochameleon.kernels.cpu.simd import (
+    FEATURES,
+    VH,
+    VI,
+    V,
+    W,
+    address,
+    call_of,
+    clear,
+    count,
+    i16,
+    i32,
+    i64,
+    instruction,
+    load,
+    njit,
+    peek_bf16,
+    poke_bf16,
+    splat_of,
+    store,
+    store_at,
+    types,
+    vec,
+)
+
+BLOCK = 32  # rows and columns of a product's block: two tiles by two
+BLOCK_ROW = 2 * BLOCK  # bytes of bfloat16: with AVX-512, which has to be there, a register
+SQUARE = BLOCK * BLOCK_ROW
+NEEDED = ("amx-tile", "amx-bf16", "avx512f", "avx512dq", "avx512bw")
+i8, void = ir.IntType(8), ir.VoidType()
+bytes_at = i8.as_pointer()
+
+
+@cache
+def why_not() -> str | None:
+    """The reason why tiles cannot be used on this machine, or None. Asks Linux for them, once a process."""
+    missing = [name for name in NEEDED if f"+{name}" not in FEATURES]
+    if missing:
+        return f"this processor has no {missing[0].upper()}"
+    permission, tile_data, arch_prctl = 0x1023, 18, 158  # ARCH_REQ_XCOMP_PERM: Documentation/arch/x86/xstate.rst
+    try:
+        refused = ctypes.CDLL(None).syscall(arch_prctl, permission, tile_data)
+    except (AttributeError, OSError, TypeError):
+        return "this system does not hand out AMX tiles"
+    return "Linux refuses AMX tiles to this process" if refused else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+
+
+@instruction(types.void)
+def take_tiles(b):
+    """Eight tiles of 16 rows of 64 bytes, from here to release_tiles."""
+    words = [1, 0, 0, 0] + [64 << 16 | 64] * 4 + [0] * 4 + [0x10101010] * 2 + [0] * 2  # palette, bytes a row, rows
+    memory = cgutils.alloca_once_value(b, ir.Constant(VI, words))
+    call_of(b, "llvm.x86.ldtilecfg", void, b.bitcast(memory, bytes_at))
+
+
+@instruction(types.void)
+def release_tiles(b):
+    call_of(b, "llvm.x86.tilerelease", void)
+
+
+def _tile(b, name: str, number: int, at, stride) -> None:
+    call_of(b, f"llvm.x86.{name}", void, ir.Constant(i8, number), b.inttoptr(at, bytes_at), stride)
+
+
+def _block(b, a, lda, p, ldp, c, ldc, k, add: bool) -> None:
+    """Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns of p."""
+
+    def part(start, stride, row: int, column: int = 0):
+        return b.add(b.add(start, b.mul(stride, ir.Constant(i64, 16 * row))), ir.Constant(i64, 64 * column))
+
+    for i in range(4):
+        if add:
+            _tile(b, "tileloadd64", i, part(c, ldc, i // 2, i % 2), ldc)
+        else:
+            call_of(b, "llvm.x86.tilezero", void, ir.Constant(i8, i))
+    with cgutils.for_range(b, b.sdiv(k, ir.Constant(i64, 32))) as loop:
+        along = b.add(a, b.mul(loop.index, ir.Constant(i64, 64)))
+        down = b.add(p, b.mul(loop.index, b.mul(ldp, ir.Constant(i64, 16))))
+        for i in range(2):
+            _tile(b, "tileloadd64", 4 + i, part(along, lda, i), lda)
+            _tile(b, "tileloadd64", 6 + i, part(down, ldp, 0, i), ldp)
+        for i in range(4):
+            call_of(b, "llvm.x86.tdpbf16ps", void, *(ir.Constant(i8, n) for n in (i, 4 + i // 2, 6 + i % 2)))
+    for i in range(4):
+        _tile(b, "tilestored64", i, part(c, ldc, i // 2, i % 2), ldc)
+
+
+@instruction(types.void, address, count, address, count, address, count, count)
+def block_product(b, a, lda, p, ldp, c, ldc, k):
+    """c (32, 32) = a (32, k) times p, the (k, 32) in pairs of rows."""
+    _block(b, a, lda, p, ldp, c, ldc, k, False)
+
+
+@instruction(types.void, address, count, address, count, address, count, count)
+def block_product_add(b, a, lda, p, ldp, c, ldc, k):
+    """c (32, 32) += a (32, k) times p."""
+    _block(b, a, lda, p, ldp, c, ldc, k, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers for them
+
+
+def _nearest(b, x):
+    """Bits whose upper half is the nearest bfloat16, ties upwards: one addition. Infinity and NaN stay as they are."""
+    return b.add(b.bitcast(x, VI), ir.Constant(VI, [0x8000] * W))
+
+
+@instruction(vec, vec)
+def rounded(b, x):
+    """The nearest bfloat16 numbers."""
+    return b.bitcast(b.and_(_nearest(b, x), ir.Constant(VI, [0xFFFF0000] * W)), V)
+
+
+@instruction(types.void, address, vec, vec)
+def store_pairs(b, p, x, y):
+    """W words (x[i], y[i]) of two bfloat16."""
+    low = b.lshr(_nearest(b, x), ir.Constant(VI, [16] * W))
+    high = b.and_(_nearest(b, y), ir.Constant(VI, [0xFFFF0000] * W))
+    b.store(b.or_(low, high), b.inttoptr(p, VI.as_pointer()), align=4)
+
+
+@instruction(vec, address)
+def load_low(b, p):
+    """The first number of each of W words at p, widened."""
+    return b.bitcast(b.shl(b.load(b.inttoptr(p, VI.as_pointer()), align=4), ir.Constant(VI, [16] * W)), V)
+
+
+@instruction(vec, address)
+def load_high(b, p):
+    """The second one."""
+    return b.bitcast(b.and_(b.load(b.inttoptr(p, VI.as_pointer()), align=4), ir.Constant(VI, [0xFFFF0000] * W)), V)
+
+
+@instruction(types.void, address, address, address)
+def split_words(b, p, first, second):
+    """W words at p -> their first numbers side by side, and their second ones."""
+    words = b.load(b.inttoptr(p, VI.as_pointer()), align=4)
+    for target, bits in ((first, words), (second, b.lshr(words, ir.Constant(VI, [16] * W)))):
+        b.store(b.trunc(bits, VH), b.inttoptr(target, VH.as_pointer()), align=2)
+
+
+@instruction(types.void, address, address, address)
+def pair_rows(b, x, y, p):
+    """2 W bfloat16 numbers at x and at y -> 2 W words (x[i], y[i]) at p."""
+    halves = ir.VectorType(i16, 2 * W)
+    x, y = (b.load(b.inttoptr(z, halves.as_pointer()), align=2) for z in (x, y))
+    for part in range(2):
+        order = [n for i in range(part * W, part * W + W) for n in (i, 2 * W + i)]
+        words = b.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, 2 * W), order))
+        store_at(b, b.bitcast(words, V), p, W * part)
+
+
+@instruction(types.void, address, vec, vec)
+def store_row(b, p, x, y):
+    """2 W bfloat16 numbers: x, then y."""
+    halves = ir.VectorType(i16, 2 * W)
+    x, y = (b.bitcast(_nearest(b, z), halves) for z in (x, y))
+    odd = ir.Constant(ir.VectorType(i32, 2 * W), [2 * i + 1 for i in range(2 * W)])
+    b.store(b.shuffle_vector(x, y, odd), b.inttoptr(p, halves.as_pointer()), align=2)
+
+
+@instruction(vec, vec, count, count, vec)
+def between(b, x, low, high, y):
+    """x in the lanes [low, high), else y."""
+    lanes = ir.Constant(VI, list(range(W)))
+    low, high = (splat_of(b, b.trunc(n, i32), VI) for n in (low, high))
+    inside = b.and_(b.icmp_signed(">=", lanes, low), b.icmp_signed("<", lanes, high))
+    return b.select(inside, x, y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks of bfloat16 numbers: 32 rows of 64 bytes
+
+
+@njit
+def whole_block(p, row, n, m, spare):
+    """(place, bytes from row to row) of a block of which n rows and m columns are there: itself, or in spare memory,
+    with zeros for what is not. Rows begin at whole words."""
+    if n >= BLOCK and m >= BLOCK and row % 4 == 0:
+        return p, row
+    clear(spare, SQUARE // 4)
+    copy_block(p, row, n, m, spare, BLOCK_ROW)
+    return spare, BLOCK_ROW
+
+
+@njit
+def copy_block(p, row, n, m, target, target_row):
+    """The first n rows and m columns, at most BLOCK each."""
+    for r in range(min(n, BLOCK)):
+        here, there = p + row * r, target + target_row * r
+        if m >= BLOCK:
+            store(there, load(here))
+        else:
+            for i in range(m):
+                poke_bf16(there + 2 * i, peek_bf16(here + 2 * i))

@@ -1,0 +1,114 @@
+"""A linear layer's weight gradient on tiles (amx.py): c (out, in) float32 = g^T x, sums over the T rows of a batch.
+
+The sum runs down the rows of both, so both have to be turned into what tiles take:
+
+    x   pairs of rows, a product's b: once, by all threads, in blocks of 32 columns that lie behind one another
+    g   its transpose, a product's a: SPAN rows of a few panels of 32 outputs at a time, for all of x; a panel then
+        stays in the first-level cache, what it is multiplied with in the second
+
+Each number of c is summed in one order, whatever the threads. T, out and in are filled up to multiples of 32 with
+zeros, c too: its caller leaves the margins out. Addresses and sizes are int64.
+"""
+
+from typing import NamedTuple
+
+from nanochameleon.kernels.cpu.amx.tiles import (
+    BLOCK,
+    BLOCK_ROW,
+    SQUARE,
+    block_product,
+    block_product_add,
+    pair_rows,
+    release_tiles,
+    take_tiles,
+    whole_block,
+)
+from nanochameleon.kernels.cpu.launch import kernel
+from nanochameleon.kernels.cpu.parallel_for import reader
+from nanochameleon.kernels.cpu.simd import W, njit, transpose
+
+SPAN = 256  # rows of g and x at a time
+PANELS = 8  # the most that a stretch may have
+PANEL_ROW = 2 * SPAN + 64  # bytes: rows a power of two apart would fall onto the same places of the cache
+PANEL = BLOCK * PANEL_ROW
+WIDTH = 32  # columns of blocks at a time: of x 512 KB
+SCRATCH = (PANELS * PANEL + 3 * SQUARE) // 4  # floats
+
+
+class Job(NamedTuple):
+    g: int  # (T, out) bfloat16, rows `g_row` bytes apart
+    x: int  # (T, in) bfloat16, rows `x_row` bytes apart
+    pairs: int  # (in / 32, T / 2, 32) words, rounded up
+    c: int  # (out, in) float32, rounded up to whole blocks
+    t: int
+    n_out: int
+    n_in: int
+    g_row: int
+    x_row: int
+
+
+read_job = reader(Job)
+
+
+@njit
+def blocks(n):
+    return (n + BLOCK - 1) // BLOCK
+
+
+@njit
+def to_pairs(p, row, out):
+    """A block as 16 rows of 32 words."""
+    for r in range(0, BLOCK, 2):
+        pair_rows(p + row * r, p + row * (r + 1), out + BLOCK_ROW * r)
+
+
+@kernel
+def pack(job, part, first, last, spare):
+    """x in pairs, [first, last) of its blocks of rows."""
+    job = read_job(job)
+    for k in range(first, last):
+        t = BLOCK * k
+        for j in range(blocks(job.n_in)):
+            at = job.x + job.x_row * t + BLOCK_ROW * j
+            p, row = whole_block(at, job.x_row, job.t - t, job.n_in - BLOCK * j, spare)
+            to_pairs(p, row, job.pairs + SQUARE * (j * blocks(job.t) + k))
+
+
+@njit
+def transpose_block(job, panel, k, out, spare):
+    """A block of g -> (32 outputs, 32 rows) at out."""
+    at, words = job.g + job.g_row * BLOCK * k + BLOCK_ROW * panel, spare + SQUARE
+    p, row = whole_block(at, job.g_row, job.t - BLOCK * k, job.n_out - BLOCK * panel, spare)
+    to_pairs(p, row, words)
+    for i in range(0, BLOCK, W):
+        transpose(words + 4 * i, BLOCK, out + PANEL_ROW * i, PANEL_ROW // 4)
+
+
+@njit
+def multiply_span(job, k, n, a, panel, j):
+    """A block of c += n blocks of rows, from block k on."""
+    pairs, row = job.pairs + SQUARE * (j * blocks(job.t) + k), 4 * BLOCK * blocks(job.n_in)
+    c = job.c + row * BLOCK * panel + 4 * BLOCK * j
+    if k == 0:
+        block_product(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+    else:
+        block_product_add(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+
+
+@kernel
+def multiply(job, part, first, last, scratch):
+    """Panels [first, last) of c, at most PANELS, of 32 outputs each."""
+    job = read_job(job)
+    columns, steps, span = blocks(job.n_in), blocks(job.t), SPAN // BLOCK
+    take_tiles()
+    for left in range(0, columns, WIDTH):
+        for k in range(0, steps, span):
+            n = min(span, steps - k)
+            for i in range(n):
+                for panel in range(first, last):
+                    a = scratch + PANEL * (panel - first) + BLOCK_ROW * i
+                    transpose_block(job, panel, k + i, a, scratch + PANEL * PANELS)
+            for panel in range(first, last):
+                for j in range(left, min(left + WIDTH, columns)):
+                    multiply_span(job, k, n, scratch + PANEL * (panel - first), panel, j)
+    release_tiles()

@@ -1,0 +1,1 @@
+"""Runs the same .cu files on a CPU: g++ compiles them, threads are fibres."""

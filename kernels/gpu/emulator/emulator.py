@@ -1,0 +1,153 @@
+"""Runs the launches of gpu.py without a GPU: the .cu files compiled by g++ behind emulator.h, on tensors of the CPU.
+
+    with emulated(): ...    launches run kernels here
+
+Every launch is made twice, in ascending and in descending order of threads (emulator.h says what that finds), and both
+must leave the same bits in every tensor. Tensors have fences around them. What this cannot show is speed, and that the
+manual's fragments are the hardware's: for that, `python -m nanochameleon.bench kernels --device cuda` checks every case
+before it times it.
+"""
+
+import ctypes
+import hashlib
+import mmap
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from nanochameleon.kernels.gpu import launch as gpu
+
+HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
+ALIGNMENT = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+COMPILE = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE", *ALIGNMENT, "-x", "c++"]
+
+
+PAGE = mmap.PAGESIZE
+
+
+class Address(int):
+    """Where a tensor lies."""
+
+
+# as emulator.h names them, and as C has them
+KINDS = {
+    int: ("i", ctypes.c_int32),
+    gpu.Long: ("l", ctypes.c_int64),
+    float: ("f", ctypes.c_float),
+    Address: ("p", ctypes.c_uint64),
+}
+
+
+class EmulatorError(Exception):
+    """What a kernel did that a GPU would not survive."""
+
+
+def compiled(source: str, folder: Path, generation: int) -> ctypes.CDLL:
+    """CUDA C (which may include files of `folder`) as a library with launch_NAME for each kernel."""
+    headers = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
+    headers += f"#define __CUDA_ARCH__ {generation}0\n#define __CUDA_ARCH_FEAT_SM{generation}_ALL\n"
+    expand = [*COMPILE, f"-I{folder}", "-E", "-P", "-"]
+    text = subprocess.run(expand, input=headers + source, stdout=subprocess.PIPE, text=True, check=True).stdout
+    names = re.findall(r'extern "C" __attribute__\(\(used\)\) void\s+(\w+)', text)
+    launches = (
+        'extern "C" const char* launch_NAME(const char* kinds, const int* sizes, void** arguments) {'
+        " return launch(NAME, kinds, sizes, arguments); }"
+    )
+    text += "".join(launches.replace("NAME", name) + "\n" for name in names)
+    cache_folder = Path(os.environ.get("NANOCHAMELEON_CACHE", Path.home() / ".cache" / "nanochameleon"))
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256((text + " ".join(COMPILE)).encode()).hexdigest()[:16]
+    path = cache_folder / f"emulated-{digest}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=cache_folder) as aside:
+            new = Path(aside) / "new.so"
+            subprocess.run([*COMPILE, "-shared", "-fPIC", "-", "-o", new], input=text, text=True, check=True)
+            new.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def library(file: str, generation: int) -> ctypes.CDLL:
+    return compiled((gpu.KERNELS / f"{file}.cu").read_text(), HEADERS, generation)
+
+
+def contents(x: torch.Tensor) -> bytes:
+    return x.detach().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+class Fence:
+    """A copy of a tensor whose neighbours are nobody's: touching them ends a launch."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x, self.size = x, x.numel() * x.element_size()
+        inside = -(-(self.size + 15) // PAGE) * PAGE
+        self.memory = mmap.mmap(-1, inside + 2 * PAGE)
+        first = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        for page in (first, first + PAGE + inside):
+            if ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), PAGE, 0):
+                raise OSError("mprotect")
+        slack = -(self.size + x.data_ptr()) % 16  # behind the end, for the tensor's own alignment
+        self.at, self.end = PAGE + inside - self.size - slack, PAGE + inside
+        self.address = first + self.at
+
+    def fill(self) -> None:
+        self.memory[PAGE : self.end] = b"\xff" * (self.end - PAGE)
+        self.memory[self.at : self.at + self.size] = contents(self.x)
+
+    def contents(self) -> bytes:
+        around = self.memory[PAGE : self.at] + self.memory[self.at + self.size : self.end]
+        if around.strip(b"\xff"):
+            raise EmulatorError("the kernel writes beside a tensor")
+        return self.memory[self.at : self.at + self.size]
+
+
+def run(found: ctypes.CDLL, name: str, sizes: tuple, arguments: list) -> None:
+    """arguments: addresses, or numbers as gpu.start takes them. Raises EmulatorError."""
+    values = [KINDS[type(x)][1](x) for x in arguments]
+    kinds = "".join(KINDS[type(x)][0] for x in arguments)
+    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    function = getattr(found, f"launch_{name}")
+    function.restype = ctypes.c_char_p
+    if problem := function(kinds.encode(), (ctypes.c_int * 6)(*sizes), addresses):
+        raise EmulatorError(f"{name}: {problem.decode()}")
+
+
+def start(found: ctypes.CDLL, name: str, grid: tuple, block: int, *arguments, shared: int = 0) -> None:
+    """As gpu.start; writes into the tensors what both orders of threads leave in them."""
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    assert all(x.is_contiguous() for x in tensors)
+    fences = {x.data_ptr(): Fence(x) for x in tensors}
+    values = [
+        Address(0) if x is None else Address(fences[x.data_ptr()].address) if isinstance(x, torch.Tensor) else x
+        for x in arguments
+    ]
+    outcomes = []
+    for descending in (False, True):
+        for fence in fences.values():
+            fence.fill()
+        run(found, name, (*grid, *(1,) * (3 - len(grid)), block, shared, descending), values)
+        outcomes.append([fence.contents() for fence in fences.values()])
+    if outcomes[0] != outcomes[1]:
+        raise EmulatorError(f"{name}: the order of its threads decides what it computes")
+    for fence, content in zip(fences.values(), outcomes[0], strict=True):
+        if content != contents(fence.x):  # what is only read stays as it is for autograd, too
+            fence.x.view(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+
+@contextmanager
+def emulated(generation: int = 80) -> Iterator[None]:
+    """Launches run here, as on a GPU of this generation: 80 or 90."""
+    before = gpu.start, gpu.shared_kilobytes
+    gpu.start = lambda file, *rest, **more: start(library(file, generation), *rest, **more)
+    gpu.shared_kilobytes = lambda device: {80: 163, 90: 227}[generation]
+    try:
+        yield
+    finally:
+        gpu.start, gpu.shared_kilobytes = before

@@ -1,0 +1,1 @@
+"""Cross-entropy with z-loss, with and without the output layer: references and fast versions."""

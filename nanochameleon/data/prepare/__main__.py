@@ -1,0 +1,106 @@
+"""python -m nanochameleon.data.prepare SRC ... --form pairs --tokenizers RUN_OR_MODEL --out FOLDER --name NAME
+
+Tokenizes data once, for training on as often as one likes: train.py PRESET --data.source prepared --data.path FOLDER.
+With several processes: torchrun --nproc-per-node 8 -m nanochameleon.data.prepare ... (each takes its share of the
+work, and GPU LOCAL_RANK). Stopped or killed, the same command goes on.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nanochameleon.cli import parse
+from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.printing import say
+
+
+@dataclass(frozen=True)
+class Args:
+    """Reads tars, folders with caption files, .jsonl and .txt; writes token shards into FOLDER/NAME."""
+
+    what: tyro.conf.Positional[Literal["prepare"]]
+    """What to do."""
+    sources: tyro.conf.Positional[tuple[Path, ...]]
+    """Files and folders, see units.py: .tar, .jsonl, .csv, .txt, folders of these. Links in folders are followed,
+     wherever they lead; hidden files are left out; what cannot be read is listed in NAME/skipped.jsonl."""
+    form: Literal["pairs", "drawings", "interleaved", "text", "chat"]
+    """pairs: captioned pictures, either one first. drawings: the caption first. interleaved: several in turn. text:
+    words alone. chat: turns of prompt and answer."""
+    out: Path
+    """FOLDER: everything in it shares its tokenizers."""
+    name: str
+    """NAME of this source, as stages weigh it; "test" is what a report measures and no training sees."""
+    tokenizers: Path | None = None
+    """A run, or a model in any layout, whose tokenizers to use; None: those that FOLDER has already."""
+    seq_len: int | None = None
+    """Ids of a document at most: longer texts become several, others are cut, never in a picture. None: the context of
+    the tokenizers' model."""
+    seed: int = 0
+    """Of the order of picture and caption."""
+    threads: int | None = None
+    """Threads that decode pictures; None: by the number of cores."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
+
+
+def device_of(wish: str) -> str:
+    """With several GPUs each process takes one."""
+    import torch
+
+    from nanochameleon.parallel.mesh import environment
+
+    if wish in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+    return wish
+
+
+def check(args: Args) -> None:
+    if not args.sources:
+        raise UserError("name at least one file or folder to prepare")
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", args.name) or args.name == "image_tokenizer":
+        raise UserError(f"--name must be of letters, digits, - and _, not {args.name!r}")
+    for name in ("seq_len", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {args.seed}")
+
+
+def main(args: Args) -> None:
+    check(args)
+    from nanochameleon.data.prepare import tokenizing
+    from nanochameleon.data.prepare.units import left_out, plan
+    from nanochameleon.data.prepared import open_prepared, store_prepared
+    from nanochameleon.parallel.mesh import environment, place
+    from nanochameleon.training.run import pick_device
+    from nanochameleon.weights.model_folder import open_tokenizers, text_of
+
+    (rank, world), local = place(), environment("LOCAL_WORLD_SIZE", 1)
+    tokenizers = open_tokenizers(args.tokenizers) if args.tokenizers else open_prepared(args.out)
+    units, left = plan(args.sources, args.form), left_out(args.sources, args.form)
+    text = text_of(tokenizers, args.tokenizers or args.out)
+    most, least = args.seq_len or tokenizers.context, tokenizers.vqgan.codes_per_image + 5
+    if most < (least := 3 if args.form == "text" else least):  # <s>, a word, a picture between its two ids, </s>
+        raise UserError(f"--seq-len must be at least {least} for this form, not {most}")
+    images = tokenizers.images(pick_device(device_of(args.device)))
+    store_prepared(args.out, tokenizers)
+    where = args.out / args.name, args.form, most, args.seed
+    job = tokenizing.Job(*where, text, images, tokenizers.digest(), units, left)
+    say(tokenizing.run(job, rank, world, args.threads or max(1, min(16, (os.cpu_count() or 1) // local))))
+
+
+def guarded(args: Args) -> None:
+    try:
+        main(args)
+    except OSError as error:  # a full disk, a folder that may not be written
+        why = f"cannot go on in {args.out}: {error}"
+        raise UserError(f"{why}; once that is mended, the same command goes on") from error
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: guarded(parse(Args, description=__doc__)), each=True)

@@ -1,0 +1,1 @@
+"""Image files to tokens and back: the quantizer, the VQGAN, its losses, and the tokenizer around them."""

@@ -1,0 +1,1 @@
+"""What a training run needs around the model: objective, checkpoints, logs, signals, the tokenizers' training."""

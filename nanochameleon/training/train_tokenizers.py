@@ -1,0 +1,189 @@
+"""Trains the two tokenizers: BPE on texts, the VQGAN on pictures. Both are fixed before the transformer begins.
+
+The VQGAN starts as a plain autoencoder; after `warmup_steps` k-means puts the codebook onto its latents, and from then
+on it is trained through the codes. So no code starts dead, and the encoder knows what matters before it is quantized.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from nanochameleon.config import RunConfig, TokenizerTraining
+from nanochameleon.data import Mixture, Picture, Source
+from nanochameleon.errors import UserError
+from nanochameleon.images.losses import (
+    PatchDiscriminator,
+    PerceptualLoss,
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+)
+from nanochameleon.images.quantizer import codebook_loss, commitment_loss
+from nanochameleon.images.tokenizer import to_pixels
+from nanochameleon.images.vqgan import VQGAN, cut
+from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.training import checkpoint
+from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
+from nanochameleon.vocab import Vocab
+
+START_PICTURES = 512  # pictures whose latents k-means sees
+START_VECTORS = 8_192  # at most so many of their latents
+SAVE_EVERY = 500  # steps of the image tokenizer between checkpoints
+
+
+def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTokenizer:
+    """Trains the BPE on captions and questions and writes it into the run's folder, unless it is there."""
+    path = folder / TEXT_TOKENIZER
+    if not path.exists():
+        vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)
+        TextTokenizer.train(docs.captions(cfg.tokenizers.n_texts), vocab).save(path)
+    return TextTokenizer.load(path)
+
+
+def pictures(source: Source, start: int, n: int) -> np.ndarray:
+    """The pictures of documents start .. start+n-1 of a source of pairs: uint8 (n, R, R, 3)."""
+    docs = (source.document(i) for i in range(start, start + n))
+    return np.stack([s.pixels for doc in docs for s in doc if isinstance(s, Picture)])
+
+
+def step_seed(seed: int, step: int) -> int:
+    """32 bits that mix the run's seed with the step: torch's CPU generator uses no more of its seed."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
+def start_codebook(vqgan: VQGAN, pixels: Tensor, generator: torch.Generator) -> None:
+    """Puts the codebook onto latents of these pictures; with a window, onto those of their different windows."""
+    if vqgan.cfg.window:
+        windows = cut(pixels, vqgan.cfg.window)
+        pixels = torch.unique(windows.flatten(1), dim=0).view(-1, *windows.shape[1:])
+    with torch.no_grad():
+        latents = torch.cat([vqgan.quant_conv(vqgan.encoder(part)) for part in pixels.split(64)])
+    vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    chosen = torch.randperm(len(vectors), generator=generator)[:START_VECTORS].to(vectors.device)
+    vqgan.quantize.start_from(vectors[chosen], rounds=10, generator=generator)
+
+
+def reconstruction_loss(x: Tensor, y: Tensor, perceptual: PerceptualLoss, cfg: TokenizerTraining) -> Tensor:
+    """Absolute and squared error of each pixel, and of the edges."""
+    loss = F.l1_loss(y, x) + F.mse_loss(y, x)
+    return loss + cfg.perceptual * perceptual(x, y) if cfg.perceptual else loss
+
+
+class Adversary:
+    """The patch discriminator and its optimizer: what the VQGAN has to fool, from step `adversarial_from` on."""
+
+    def __init__(self, cfg: TokenizerTraining, device: torch.device):
+        self.net = PatchDiscriminator(cfg.discriminator_ch, n_layers=2).to(device)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), cfg.optim.lr / 10, betas=(0.5, 0.9), weight_decay=0.0)
+
+    def loss(self, x: Tensor, y: Tensor, so_far: Tensor, last_layer: Tensor) -> Tensor:
+        """Trains the discriminator for one step on (x, y); returns the decoder's weighted loss."""
+        self.optimizer.zero_grad()
+        own = hinge_discriminator_loss(self.net(x), self.net(y.detach()))
+        own.backward()
+        if own.isfinite():
+            self.optimizer.step()
+        fooled = generator_loss(self.net(y))
+        return adaptive_weight(so_far, fooled, last_layer) * fooled
+
+
+def tokenizer_loss(
+    vqgan: VQGAN, x: Tensor, quantized: bool, losses: Callable[[Tensor, Tensor], Tensor], cfg: TokenizerTraining
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """-> loss, latents, codes (None before the warm-up ends), reconstruction."""
+    if not quantized:
+        latents = vqgan.latents(x)
+        drawn = vqgan.pixels(latents)
+        return losses(x, drawn), latents, None, drawn
+    drawn, latents, vectors, codes = vqgan(x)
+    loss = losses(x, drawn) + cfg.beta * commitment_loss(latents, vectors)
+    if cfg.codebook == "loss":
+        loss = loss + codebook_loss(latents, vectors)
+    return loss, latents, codes, drawn
+
+
+def train_image_tokenizer(
+    cfg: RunConfig, source: Source, folder: Path, device: torch.device, stopped: Callable[[], bool]
+) -> bool:
+    """Trains the VQGAN into folder/image_tokenizer, going on from its newest checkpoint; True when it is finished.
+
+    `stopped` is asked after every step; when it says so, the state is saved and False returned. A step whose loss or
+    gradient is not finite moves nothing. Raises UserError after TOO_MANY of them in a row.
+    """
+    t = cfg.tokenizers
+    directory = folder / IMAGE_TOKENIZER
+    torch.manual_seed(cfg.seed)
+    vqgan = VQGAN(cfg.vqgan).to(device)
+    vqgan.quantize.embedding.requires_grad_(t.codebook == "loss")
+    optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.adversarial else None
+    start = load_tokenizer(directory, vqgan, optimizer, adversary)
+    generator, perceptual, failed = torch.Generator(), PerceptualLoss().to(device), 0
+    shuffled = Mixture({"pictures": (source, 1.0)}, cfg.seed)
+    bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
+    for step in bar:
+        generator.manual_seed(step_seed(cfg.seed, step))  # draws depend on the step alone: resuming is exact
+        if step == t.warmup_steps:
+            first = pictures(shuffled, t.steps * t.batch_size, START_PICTURES)
+            start_codebook(vqgan, to_pixels(first).to(device), generator)
+        x = to_pixels(pictures(shuffled, step * t.batch_size, t.batch_size)).to(device)
+        loss, latents, codes, drawn = tokenizer_loss(
+            vqgan, x, step >= t.warmup_steps, lambda x, y: reconstruction_loss(x, y, perceptual, t), t
+        )
+        if adversary and step >= t.adversarial_from:
+            loss = loss + t.adversarial * adversary.loss(x, drawn, loss, vqgan.decoder.conv_out.weight)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, t.steps, t.optim)
+        optimizer.zero_grad()
+        loss.backward()
+        value, norm = float(loss.detach()), clip(vqgan.parameters(), t.optim.clip)
+        failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
+        if failed == TOO_MANY:
+            lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"
+            raise UserError(f"{failed} steps in a row had no finite loss: {lower}")
+        if not failed:
+            optimizer.step()
+            if codes is not None and t.codebook == "ema" and step < 0.8 * t.steps:  # then it stands for the decoder
+                vqgan.quantize.follow(latents.detach(), codes, t.ema_decay, t.dead_below, generator)
+        bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+        done, stop = step + 1, stopped()
+        if done % SAVE_EVERY == 0 or done == t.steps or stop:
+            save_tokenizer(directory, done, vqgan, optimizer, adversary)
+        if stop and done < t.steps:
+            return False
+    return True
+
+
+def save_tokenizer(directory: Path, step: int, vqgan: VQGAN, optimizer, adversary: Adversary | None) -> None:
+    moving = {"counts": vqgan.quantize.counts, "sums": vqgan.quantize.sums}
+    tensors = {"model": vqgan.state_dict(), "optim": checkpoint.optimizer_tensors(optimizer, vqgan), "moving": moving}
+    if adversary:
+        tensors["adversary"] = adversary.net.state_dict()
+        tensors["adversary_optim"] = checkpoint.optimizer_tensors(adversary.optimizer, adversary.net)
+    checkpoint.save(directory, step, tensors, {"step": step})
+    checkpoint.keep_last(directory, 1)
+
+
+def load_tokenizer(directory: Path, vqgan: VQGAN, optimizer, adversary: Adversary | None) -> int:
+    """Takes up the newest checkpoint, if there is one; returns the step to go on from.
+
+    Raises UserError where there are some and none is whole.
+    """
+    if not checkpoint.checkpoints(directory):
+        return 0
+    tensors, state = checkpoint.load(directory)
+    with checkpoint.readable(directory):
+        vqgan.load_state_dict(tensors["model"])
+        checkpoint.load_optimizer(optimizer, vqgan, tensors["optim"])
+        vqgan.quantize.counts.copy_(tensors["moving"]["counts"])
+        vqgan.quantize.sums.copy_(tensors["moving"]["sums"])
+        if adversary:
+            adversary.net.load_state_dict(tensors["adversary"])
+            checkpoint.load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
+        return checkpoint.steps_done(state)

@@ -1,0 +1,60 @@
+"""int8 weights: how far they may be off, that a model decodes with them, and what they leave alone."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import N_CODES, VOCAB, tiny_model
+
+from nanochameleon.config import SampleConfig
+from nanochameleon.generation.engine import generate
+from nanochameleon.generation.quantize import QuantizedLinear, quantize, quantize_
+
+
+@given(st.integers(0, 99), st.floats(1e-6, 1e6))
+def test_no_weight_is_off_by_more_than_half_a_step(seed, size):
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(seed)) * size
+    weight[2] = 0
+    q, scale = quantize(weight)
+    error = (q.double() * scale.double()[:, None] - weight.double()).abs()
+    assert q.dtype == torch.int8 and (error <= 0.5001 * scale[:, None]).all()
+    assert (q.abs().amax(1) == torch.tensor([127, 127, 0, 127, 127])).all() and (error[2] == 0).all()
+
+
+def test_the_layer_is_the_product_with_the_rounded_weight():
+    weight, x = torch.randn(6, 4).double(), torch.randn(3, 4).double()
+    layer = QuantizedLinear(weight)
+    rounded = layer.weight.double() * layer.scale[:, None]
+    torch.testing.assert_close(layer(x), x @ rounded.T)
+    torch.testing.assert_close(layer(x, slice(1, 5)), (x @ rounded.T)[:, 1:5])
+
+
+def test_wide_layers_in_fp16_are_finite_and_right():
+    """4,096 codes of up to 127 add up to more than 65,504, which is where float16 ends."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.rand(6, 4_096, generator=generator) * 1e-3, torch.rand(3, 4_096, generator=generator)
+    layer = QuantizedLinear(weight.half())
+    assert layer.scale.dtype == torch.float32
+    torch.testing.assert_close(layer(x.half()).float(), x @ weight.T, rtol=5e-3, atol=0)
+
+
+def test_every_matrix_is_int8_and_nothing_else():
+    model, whole = quantize_(tiny_model()), tiny_model()
+    types = {name: x.dtype for name, x in model.state_dict().items()}
+    matrices = {
+        name for name, x in whole.named_parameters() if x.ndim == 2 and "norm" not in name and "tok" not in name
+    }
+    assert {name for name, kind in types.items() if kind == torch.int8} == matrices
+    tokens = torch.arange(20)[None]
+    close, far = model.logits(model(tokens)), whole.logits(whole(tokens))
+    assert 0 < (close - far).norm() < 0.05 * far.norm()
+
+
+def test_a_quantised_model_generates_in_both_ways():
+    """float64 takes torch's path and float32 Numba's; bf16 as well."""
+    options = SampleConfig(temperature=0.0, image_temperature=0.0, max_new=20)
+    prompts = [[VOCAB.bos], [VOCAB.bos, VOCAB.boi]]
+    rows = generate(quantize_(tiny_model()), prompts, VOCAB, N_CODES, options)
+    assert rows == generate(quantize_(tiny_model().double()), prompts, VOCAB, N_CODES, options)
+    for kind in (torch.bfloat16, torch.float16):
+        assert all(generate(quantize_(tiny_model().to(kind)), prompts, VOCAB, N_CODES, options))
+        assert all(generate(tiny_model().to(kind), prompts, VOCAB, N_CODES, options))

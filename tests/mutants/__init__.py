@@ -1,0 +1,36 @@
+"""Known bugs, one file a room. `make mutants` plants each and expects a test to turn red (__main__.py)."""
+
+from mutants import (
+    bench,
+    core,
+    data,
+    evaluate,
+    generation,
+    images,
+    kernels_amx,
+    kernels_cpu,
+    kernels_gpu,
+    parallel,
+    scripts,
+    training,
+    weights,
+)
+from nanochameleon.kernels.cpu.amx.tiles import why_not
+
+ROOMS = [
+    bench,
+    core,
+    data,
+    evaluate,
+    generation,
+    images,
+    kernels_cpu,
+    kernels_gpu,
+    parallel,
+    scripts,
+    training,
+    weights,
+]
+if why_not() is None:  # without AMX the tests of what runs on its tiles are skipped
+    ROOMS.append(kernels_amx)
+MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

@@ -1,0 +1,142 @@
+"""Bugs to plant in kernels for gpu."""
+
+from mutants.mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "a target beyond the vocabulary reads on",
+        "kernels/zloss/zloss.cu",
+        "y < v ? z - wide(x[y]) : NOT_A_NUMBER",
+        "z - wide(x[y])",
+        "kernels/test_zloss_cuda.py",
+    ),
+    Mutant(
+        "a CUDA call has one argument less",
+        "kernels/gpu/launch.py",
+        "arguments = logits, targets, loss, log_z, v, float",
+        "arguments = logits, targets, loss, v, float",
+        "kernels/test_zloss_cuda.py",
+    ),
+    Mutant(
+        "shared memory for one tile less",
+        "kernels/gpu/launch.py",
+        "tile_bytes(5 * TILE, e)",
+        "tile_bytes(4 * TILE, e)",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "a tile is used before it has arrived",
+        "kernels/attention/attention.cu",
+        "copies_wait<1>();",
+        "copies_wait<2>();",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "a tile is overwritten while it is read",
+        "kernels/attention/attention.cu",
+        "__syncthreads();  // the stage is no longer read",
+        "",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "sums keep the scale of an older maximum",
+        "kernels/gpu/tiles.cuh",
+        "sum[r] *= grown[r];",
+        "",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "two fragments change places",
+        "kernels/gpu/tiles.cuh",
+        "mma(s[2 * n], a, b[0], b[2]);",
+        "mma(s[2 * n], a, b[0], b[1]);",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "positions behind the last are not zeros",
+        "kernels/gpu/tiles.cuh",
+        "bool in = from + row < t;",
+        "bool in = true;",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "queries of later tiles are forgotten",
+        "kernels/attention/attention_backward.cu",
+        "end = max(end, last[(long long)b * t + j] + 1)",
+        "end = max(end, j + 1)",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "a score's gradient without its sum",
+        "kernels/attention/attention_backward.cu",
+        "(dp[n][x] - deltas[stage][column])",
+        "dp[n][x]",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "the first query head of a key head gets all",
+        "kernels/attention/attention_backward.cu",
+        "int h = g * shared_by + tile / tiles,",
+        "int h = g * shared_by,",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "an id sees the place behind its own",
+        "kernels/attention/decode.cu",
+        "positions[n * t + token] + 1 - from",
+        "positions[n * t + token] + 2 - from",
+        "kernels/test_decode_attention.py",
+    ),
+    Mutant(
+        "pieces are joined without their scales",
+        "kernels/attention/decode.cu",
+        "float weight = power(scales[i * rows + row].x - most) / sum;",
+        "float weight = 1.f / sum;",
+        "kernels/test_decode_attention.py",
+    ),
+    Mutant(
+        "every head has the first one's norm",
+        "kernels/attention/qknorm_rope.cu",
+        "weight += head * pairs;",
+        "",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "nobody waits for the row's bulk copies",
+        "kernels/zloss/zloss.cu",
+        "  barrier_wait(&barrier, 0);",
+        "",
+        "kernels/test_zloss_cuda.py",
+    ),
+    Mutant(
+        "the loss reads the gradient",
+        "kernels/zloss/zloss.cu",
+        "wide(((const T*)stage)[y])",
+        "wide(x[y])",
+        "kernels/test_zloss_cuda.py",
+    ),
+    Mutant(
+        "pieces of a tile lie where no product looks",
+        "kernels/attention/attention_sm90.cu",
+        "(piece % 8 ^ row % 8) * 4",
+        "piece % 8 * 4",
+        "kernels/test_attention_cuda.py",
+    ),
+    Mutant(
+        "each chunk forgets the ones before",
+        "kernels/zloss/linear_cuda.py",
+        "d_weight.addmm_(",
+        "d_weight.zero_().addmm_(",
+        "kernels/test_zloss_cuda.py",
+    ),
+    Mutant(
+        "the compiler's built-ins are left to luck",
+        "kernels/gpu/nvrtc.py",
+        "ctypes.CDLL(str(builtins))",
+        "pass",
+        "kernels/test_cuda.py",
+    ),
+    Mutant(
+        "a changed header is not seen", "kernels/gpu/nvrtc.py", "{text}{headers()}", "{text}", "kernels/test_cuda.py"
+    ),
+]

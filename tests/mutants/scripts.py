@@ -1,0 +1,106 @@
+"""Bugs to plant in train.py and sample.py."""
+
+from mutants.mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "a batch is learnt as it comes",
+        "train.py",
+        "to_learn(self.loader.batch(number, rows), cfg, vocab)",
+        "self.loader.batch(number, rows)",
+        "test_train.py",
+    ),
+    Mutant(
+        "a training step foretells its loss wrongly",
+        "train.py",
+        "Expected(cfg.train.z_loss, mesh.data_size /",
+        "Expected(cfg.train.z_loss, 2 * mesh.data_size /",
+        "test_losses.py",
+    ),
+    Mutant(
+        "dropout draws on from anywhere",
+        "train.py",
+        "keys = derive(places[rows], cfg.seed)",
+        "keys = derive(places[rows], int(torch.randint(99, ())))",
+        "test_train.py",
+    ),
+    Mutant(
+        "an out that cannot be written is found after drawing",
+        "sample.py",
+        "        shelf.check()\n",
+        "",
+        "test_sample_cli.py",
+    ),
+    Mutant("a folder is drawn as words", "sample.py", "if os.path.lexists(path):", "if False:", "test_sample_cli.py"),
+    Mutant("a question's turn stays open", "sample.py", '"answer": "answer", ', "", "test_sample_cli.py"),
+    Mutant(
+        "an aligned run is not asked but gone on from",
+        "sample.py",
+        '"chat": "answer"}',
+        '"chat": "go on"}',
+        "test_sample_cli.py",
+    ),
+    Mutant(
+        "ranks divide by what they have alone",
+        "train.py",
+        "(count,) = mesh.total(float((batch.targets != IGNORE).sum()))",
+        "count = float((batch.targets != IGNORE).sum())",
+        "parallel/test_mesh.py",
+    ),
+    Mutant(
+        "the mean over ranks stands for their sum",
+        "train.py",
+        "(loss * mesh.data_size).backward()",
+        "loss.backward()",
+        "parallel/test_mesh.py",
+    ),
+    Mutant(
+        "each rank drops what the first one drops",
+        "train.py",
+        "keys = derive(places[rows], cfg.seed)",
+        "keys = derive(places[: rows.stop - rows.start], cfg.seed)",
+        "parallel/test_mesh.py",
+    ),
+    Mutant(
+        "what led to a streak of failures is saved",
+        "train.py",
+        "(self.owed and not p.failed)",
+        "self.owed",
+        "test_train.py",
+    ),
+    Mutant(
+        "a save that fell into a streak is not made up for",
+        "train.py",
+        "            self.owed |= p.step",
+        "            self.owed = p.step",
+        "test_train.py",
+    ),
+    Mutant(
+        "roll-backs long ago count",
+        "train.py",
+        "self.rolled_back.count(path) == ROLL_BACKS",
+        "len(self.rolled_back) == ROLL_BACKS",
+        "test_train.py",
+    ),
+    Mutant(
+        "a restart by torchrun starts anew",
+        "train.py",
+        'if environment("TORCHELASTIC_RESTART_COUNT", 0):',
+        "if False:",
+        "test_train.py",
+    ),
+    Mutant(
+        "rolled back to the same batches",
+        "train.py",
+        "= before.step + before.passed - self.progress.step",
+        "= 0",
+        "test_train.py",
+    ),
+    Mutant(
+        "a batch that is not finite moves the weights",
+        "train.py",
+        "            p.left_out += 1",
+        "            self.move(lr)",
+        "test_train.py",
+    ),
+]

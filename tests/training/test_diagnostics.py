@@ -1,0 +1,79 @@
+"""What is watched while a model is trained is what it says it is."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import model_configs
+from tiny import VOCAB, tiny_model
+
+from nanochameleon.kernels.dispatch import use_kernels
+from nanochameleon.packing import pack
+from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
+from nanochameleon.training.objective import Objective
+from nanochameleon.transformer import Chameleon, rotary_table
+
+
+def by_hand(model: Chameleon, batch) -> list[float]:
+    """Layer by layer, head by head, pair by pair, from the definition."""
+    cfg, x = model.cfg, model.tok_embeddings(batch.tokens)
+    table, peaks, branch = rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta), [], None
+    for i, block in enumerate(model.layers):
+        a, stream = block.attention, x if branch is None else x + branch
+        read = block.attention_norm(stream) if cfg.norm_order == "pre" else stream
+        q, k = a.wq(read).unflatten(-1, (-1, cfg.head_dim)), a.wk(read).unflatten(-1, (-1, cfg.head_dim))
+        q, k = a.q_norm(q), a.k_norm(k)
+        q, k = (torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) * table[:, 0, :, None] for y in (q, k))
+        peak = -math.inf
+        for row, docs in enumerate(batch.doc_ids.tolist()):
+            pairs = [(i, j) for j in range(len(docs)) for i in range(j + 1) if docs[i] == docs[j]]
+            for s, t in pairs:
+                for head in range(cfg.n_heads):
+                    pair = q[row, t, head] * k[row, s, head * cfg.kv_heads // cfg.n_heads].conj()
+                    peak = max(peak, pair.real.sum().item() / math.sqrt(cfg.head_dim))
+        peaks.append(peak)
+        x, branch = block(x, branch, table, batch.doc_ids, None, i, None)
+    return peaks
+
+
+@given(model_configs(vocab_size=VOCAB.size), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 9))
+@settings(max_examples=12)
+def test_attention_peaks_are_the_largest_scores_that_a_query_sees(cfg, lengths, seed):
+    torch.manual_seed(seed)
+    model = Chameleon(cfg).eval()
+    for name, parameter in model.named_parameters():
+        if "_norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.5)
+    docs = [torch.randint(VOCAB.size, (n,)).tolist() for n in lengths]
+    batch = pack(docs, max(lengths) + 2, VOCAB.pad)
+    with torch.no_grad(), use_kernels("reference"):
+        expected = by_hand(model, batch)
+        found = attention_peaks(Objective(model, VOCAB, "fp32"), batch, None)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_without_qk_norm_the_peaks_grow_with_the_weights_and_with_it_they_do_not():
+    batch = pack([[0, 20, 30, 40, 25]], 5, VOCAB.pad)
+    for normed, factor in ((False, 9.0), (True, 1.0)):
+        model = tiny_model(qk_norm=normed, n_layers=1)
+        before = attention_peaks(Objective(model, VOCAB, "fp32"), batch, None)
+        for weight in (model.layers[0].attention.wq.weight, model.layers[0].attention.wk.weight):
+            weight.data.mul_(3.0)
+        after = attention_peaks(Objective(model, VOCAB, "fp32"), batch, None)
+        assert after[0] == pytest.approx(factor * before[0], rel=1e-3)
+        assert not model.layers[0].attention._forward_pre_hooks
+
+
+def test_gradient_norms_are_of_each_modality_s_rows():
+    model, vocab = tiny_model(), VOCAB
+    docs = [[0, 20, 30, vocab.boi, 4, 5, 6, 7, vocab.eoi, 25, 2]]
+    sums = Objective(model, vocab, "fp32")(pack(docs, 11, vocab.pad), None)
+    sums.parts.total(1e-5, 1.0).backward()
+    found = gradient_norms(model, vocab)
+    squares = model.tok_embeddings.weight.grad.square().sum(1) + model.output.weight.grad.square().sum(1)
+    kinds = [vocab.modality(i) for i in range(vocab.size)]
+    for name, kind in (("grad_norm_text", "text"), ("grad_norm_image", "image")):
+        expected = math.sqrt(sum(float(s) for s, k in zip(squares, kinds, strict=True) if k == kind))
+        assert found[name] == pytest.approx(expected, rel=1e-5) and found[name] > 0
