@@ -1,15 +1,15 @@
-"""A prompt of words and pictures, in any order -> words and pictures.
+"""A prompt of words and images, in any order -> words and images.
 
     python sample.py runs/toy "a big red circle above a small blue star"          draws
-    python sample.py runs/toy picture.png "how many stars are there?"             answers
-    python sample.py runs/toy picture.png                                         says what is in it
-    python sample.py runs/toy "a red star" --mode free --n 3                      goes on in words and pictures
+    python sample.py runs/toy image.png "how many stars are there?"             answers
+    python sample.py runs/toy image.png                                         says what is in it
+    python sample.py runs/toy "a red star" --mode free --n 3                      goes on in words and images
     python sample.py runs/align "please draw a red star"                          a chat with an aligned model
     python sample.py runs/toy "a red star" --n 8 --guidance 2 --seed 1            eight drawings, nearer to the prompt
     python sample.py chameleon-7b "a red star" --guidance 3 --dtype bf16          a released model, in any layout
 
-An argument that is a file, or ends as pictures do (.png, .jpg, ...), is a picture; one that is a folder or a pipe is
-refused. Drawn pictures are saved and, in terminals that can, shown; existing files are never overwritten, and nothing
+An argument that is a file, or ends as images do (.png, .jpg, ...), is an image; one that is a folder or a pipe is
+refused. Drawn images are saved and, in terminals that can, shown; existing files are never overwritten, and nothing
 that stops the printing stops the saving. Left out: chat over several turns.
 """
 
@@ -37,8 +37,8 @@ from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.printing import say
 from nanochameleon.weights.ranges import MAX_NUMBER
 
-PREVIEW = 32  # codes between two looks at a picture that is being drawn
-PICTURE_ENDINGS = (  # of formats that cannot be read, too: such a word is a mistake, and no words to draw
+PREVIEW = 32  # codes between two looks at an image that is being drawn
+IMAGE_ENDINGS = (  # of formats that cannot be read, too: such a word is a mistake, and no words to draw
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".jxl", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif", ".avif", ".ico", ".svg", ".tga", ".psd", ".dng", ".cr2", ".nef",
 )  # fmt: skip
@@ -52,36 +52,36 @@ class Args:
     run: tyro.conf.Positional[Path]
     """Folder that train.py wrote, such as runs/toy, or a model in our, Hugging Face's or Meta's layout."""
     prompt: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Words and picture files, in any order."""
+    """Words and image files, in any order."""
     mode: Literal["auto", "draw", "answer", "chat", "text", "free"] = "auto"
-    """draw: one picture. answer: end the turn, then words. chat: end the turn, then words and pictures. text: go on in
-    words alone. free: go on in words and pictures. auto: chat with an aligned run; draw after words alone; answer where
-    a picture comes with words after it; else say what is in the picture."""
+    """draw: one image. answer: end the turn, then words. chat: end the turn, then words and images. text: go on in
+    words alone. free: go on in words and images. auto: chat with an aligned run; draw after words alone; answer where
+    an image comes with words after it; else say what is in the image."""
     n: int = 1
     """Samples."""
     temperature: float | None = None
-    """Of words and pictures; 0 takes the likeliest at each step."""
+    """Of words and images; 0 takes the likeliest at each step."""
     top_p: float | None = None
     """Draw from the smallest set of ids that holds this probability."""
     top_k: int | None = None
     """Draw from this many ids at most."""
     guidance: float | None = None
-    """Of pictures: 1 is as the model says, more is nearer to the prompt."""
+    """Of images: 1 is as the model says, more is nearer to the prompt."""
     guidance_image: float | None = None
-    """The same by the prompt's pictures alone; None means as --guidance where that is given."""
+    """The same by the prompt's images alone; None means as --guidance where that is given."""
     repetition_penalty: float | None = None
     """Of words: above 1 turns away from ids that were there before."""
     max_new: int | None = None
     """Ids to write at most."""
     fit: Literal["crop", "pad"] = "crop"
-    """How a picture becomes a square: crop keeps the middle, as the pictures of training; pad keeps all of it, with a
+    """How an image becomes a square: crop keeps the middle, as the images of training; pad keeps all of it, with a
     white border, as the paper does for prompts."""
     seed: int = 0
     """The same seed gives the same samples."""
     out: Path | None = None
-    """Folder for pictures; None is RUN/out."""
+    """Folder for images; None is RUN/out."""
     scale: int | None = None
-    """Times that saved pictures are enlarged, without smoothing; None makes the side at least 256 pixels."""
+    """Times that saved images are enlarged, without smoothing; None makes the side at least 256 pixels."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
@@ -122,32 +122,32 @@ class Args:
         return dataclasses.replace(cfg, **{name: value for name, value in given.items() if value is not None})
 
 
-def is_picture(argument: str) -> bool:
+def is_image(argument: str) -> bool:
     path = os.path.expanduser(argument)
-    return os.path.isfile(path) or path.lower().endswith(PICTURE_ENDINGS)
+    return os.path.isfile(path) or path.lower().endswith(IMAGE_ENDINGS)
 
 
-def picture_path(argument: str) -> str | None:
+def image_path(argument: str) -> str | None:
     """The file that an argument names; None for words. Raises UserError for a folder, a pipe or a device."""
     path = os.path.expanduser(argument)
-    if is_picture(argument):
+    if is_image(argument):
         return path
     if os.path.lexists(path):
-        why = f"{argument} is there and is not a picture file, but a folder, a pipe or the like"
-        raise UserError(f"{why}: give a picture file, or ' {argument}' with a space where the word is meant")
+        why = f"{argument} is there and is not an image file, but a folder, a pipe or the like"
+        raise UserError(f"{why}: give an image file, or ' {argument}' with a space where the word is meant")
     return None
 
 
 def read_segments(arguments: tuple[str, ...], resolution: int, fit: Literal["crop", "pad"]) -> list:
-    """Arguments -> Text and Picture segments. Raises UserError for one that names no picture that can be read."""
-    from nanochameleon.data import Picture
+    """Arguments -> Text and RawImage segments. Raises UserError for one that names no image that can be read."""
+    from nanochameleon.data import RawImage
     from nanochameleon.documents import Text
     from nanochameleon.images.tokenizer import load_square
 
     segments = []
     for argument in arguments:
-        if path := picture_path(argument):
-            segments.append(Picture(load_square(path, resolution, fit)))
+        if path := image_path(argument):
+            segments.append(RawImage(load_square(path, resolution, fit)))
         elif any("\ud800" <= letter <= "\udfff" for letter in argument):  # how Python shows bytes that are no UTF-8
             raise UserError(f"the prompt {argument!a} is not valid UTF-8")
         elif argument.strip():
@@ -168,22 +168,22 @@ def decide(mode: str, segments: list, cfg: RunConfig) -> tuple[str, list]:
     from nanochameleon.documents import Text
 
     words_last = bool(segments) and isinstance(segments[-1], Text)
-    has_picture = any(not isinstance(segment, Text) for segment in segments)
+    has_image = any(not isinstance(segment, Text) for segment in segments)
     if mode == "auto" and not segments:
-        raise UserError("the prompt is empty: give words to draw, or a picture and a question")
+        raise UserError("the prompt is empty: give words to draw, or an image and a question")
     if mode == "auto" and cfg.train.answers_only:
         mode = "chat"
     if mode == "auto":
-        mode = "draw" if not has_picture else "answer" if words_last or what_is_it(cfg) else "text"
+        mode = "draw" if not has_image else "answer" if words_last or what_is_it(cfg) else "text"
     if mode == "answer" and not words_last:
-        if not (has_picture and what_is_it(cfg)):
+        if not (has_image and what_is_it(cfg)):
             raise UserError("--mode answer needs a question as its last words")
         segments = [*segments, Text(what_is_it(cfg))]
     return mode, segments
 
 
 def main(args: Args) -> list[list[str | Path]]:
-    """Samples, prints and saves; returns each sample as its texts and the files of its pictures, in order."""
+    """Samples, prints and saves; returns each sample as its texts and the files of its images, in order."""
     args.check()
     from nanochameleon.generation.engine import generate, prompt_ids, stream
     from nanochameleon.generation.events import Reader
@@ -196,20 +196,20 @@ def main(args: Args) -> list[list[str | Path]]:
     run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
     if args.dtype == "int8":
         quantize_(run.model)
-    vocab, n_codes = run.vocab, run.images.n_codes_per_image
+    vocab, n_codes = run.vocab, run.image_tokenizer.n_codes_per_image
     mode, segments = decide(args.mode, read_segments(args.prompt, run.cfg.vqgan.resolution, args.fit), run.cfg)
-    shelf, progress = Shelf(args, run.images), "sampling" if sys.stderr.isatty() else None
+    shelf, progress = Shelf(args, run.image_tokenizer), "sampling" if sys.stderr.isatty() else None
     if mode in ("draw", "free", "chat"):
-        if not run.images.can_draw:
+        if not run.image_tokenizer.can_draw:
             raise UserError(NO_DECODER)
         shelf.check()
     prompt = prompt_ids(segments, run, {"draw": "draw", "answer": "answer", "chat": "answer"}.get(mode, "go on"))
     options = args.options(run.cfg.sample)
     if mode == "draw":
-        if args.max_new is None:  # a picture's length is no choice
+        if args.max_new is None:  # an image's length is no choice
             options = dataclasses.replace(options, max_new=n_codes + 1)
         elif args.max_new <= n_codes:
-            raise UserError(f"--max-new must be at least {n_codes + 1} to draw a picture, not {args.max_new}")
+            raise UserError(f"--max-new must be at least {n_codes + 1} to draw an image, not {args.max_new}")
         if args.n == 1 and shelf.shows:
             told = stream(run.model, prompt, run.tokenizer, n_codes, options, "image", args.seed, preview=PREVIEW)
             return [show(told, shelf)]
@@ -229,7 +229,7 @@ def main(args: Args) -> list[list[str | Path]]:
 def show(events, shelf: "Shelf") -> list[str | Path]:
     """Prints and saves one sample as it comes."""
     from nanochameleon.documents import Image, Text
-    from nanochameleon.generation.events import PartialPicture
+    from nanochameleon.generation.events import PartialImage
 
     parts, line_open, held = [], False, ""
     for event in events:
@@ -242,7 +242,7 @@ def show(events, shelf: "Shelf") -> list[str | Path]:
                 parts[-1] += event.text
             else:
                 parts.append(event.text)
-        elif isinstance(event, PartialPicture | Image):
+        elif isinstance(event, PartialImage | Image):
             say(held, end="\n" if line_open else "")
             line_open, held = False, ""
             if isinstance(event, Image):
@@ -255,26 +255,26 @@ def show(events, shelf: "Shelf") -> list[str | Path]:
 
 @dataclass(frozen=True)
 class Shelf:
-    """Where pictures go: onto the disk and into the terminal."""
+    """Where images go: onto the disk and into the terminal."""
 
     args: Args
-    images: object  # ImageTokenizer
+    image_tokenizer: object  # ImageTokenizer
 
     @property
     def shows(self) -> str | None:
-        """How the terminal shows pictures, None where it cannot."""
+        """How the terminal shows images, None where it cannot."""
         from nanochameleon.evaluate.report_html import terminal_mode
 
         return terminal_mode(os.environ, sys.stdout.isatty())
 
     def preview(self, codes) -> None:
-        """Shows an unfinished picture, with the first code where codes lack; what is printed next goes over it."""
+        """Shows an unfinished image, with the first code where codes lack; what is printed next goes over it."""
         import torch
 
         from nanochameleon.evaluate.report_html import as_terminal
 
-        filled = [*codes, *[codes[0]] * (self.images.n_codes_per_image - len(codes))]
-        shown = as_terminal(self.images.decode(torch.tensor([filled]))[0])
+        filled = [*codes, *[codes[0]] * (self.image_tokenizer.n_codes_per_image - len(codes))]
+        shown = as_terminal(self.image_tokenizer.decode(torch.tensor([filled]))[0])
         sys.stdout.write(f"{shown}\n\x1b[{shown.count(chr(10)) + 1}F")
         sys.stdout.flush()
 
@@ -288,31 +288,31 @@ class Shelf:
         try:
             yield
         except OSError as error:
-            why = f"cannot save a picture in {self.folder}: {error.strerror}"
+            why = f"cannot save an image in {self.folder}: {error.strerror}"
             raise UserError(f"{why}; choose another folder with --out") from None
 
     def check(self) -> None:
-        """Raises UserError where no picture could be saved, before it is drawn."""
+        """Raises UserError where no image could be saved, before it is drawn."""
         from nanochameleon.files import check_writable
 
         with self.saving():
             check_writable(self.folder)
 
     def put(self, codes) -> Path:
-        """One picture's codes -> the file it was saved in. Raises UserError where it cannot be written."""
+        """One image's codes -> the file it was saved in. Raises UserError where it cannot be written."""
         import torch
 
         from nanochameleon.evaluate.report_html import as_terminal, png
         from nanochameleon.files import write_new
 
-        picture = self.images.decode(torch.tensor([list(codes)]))[0]
-        scale = self.args.scale or math.ceil(256 / len(picture))
-        words = " ".join(word for word in self.args.prompt if not is_picture(word)).lower()
-        stem = re.sub(r"[^a-z0-9]+", "-", words)[:60].strip("-") or "picture"
+        image = self.image_tokenizer.decode(torch.tensor([list(codes)]))[0]
+        scale = self.args.scale or math.ceil(256 / len(image))
+        words = " ".join(word for word in self.args.prompt if not is_image(word)).lower()
+        stem = re.sub(r"[^a-z0-9]+", "-", words)[:60].strip("-") or "image"
         with self.saving():
-            path = write_new(self.folder, stem, ".png", png(picture.repeat(scale, 0).repeat(scale, 1)))
+            path = write_new(self.folder, stem, ".png", png(image.repeat(scale, 0).repeat(scale, 1)))
         if how := self.shows:
-            sys.stdout.write(as_terminal(picture, how) + "\n")
+            sys.stdout.write(as_terminal(image, how) + "\n")
         say(path)
         return path
 

@@ -1,9 +1,9 @@
-"""Trains nanochameleon: one script, from raw captions and pictures to a model that writes and draws, and its report.
+"""Trains nanochameleon: one script, from raw captions and images to a model that writes and draws, and its report.
 
     python train.py toy                                   the shapes world, minutes on two CPU cores
     python train.py toy_long                              the same scenes with an hour
     python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
-    python train.py folder --data.path=pictures           your own pictures with captions.jsonl or metadata.csv
+    python train.py folder --data.path=images           your own images with captions.jsonl or metadata.csv
     python train.py stability                             the paper's ablations at a small size, into a table and a plot
     python train.py folder --init-from chameleon-7b       goes on from a run or a model in any layout: its sizes,
                                                           tokenizers and weights
@@ -47,7 +47,7 @@ from torch.utils._pytree import tree_map
 
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
-from nanochameleon.data.build import mixture, open_loader, open_sources, store_pictures, write_tokens
+from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
 from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.images.tokenizer import NO_DECODER
@@ -305,7 +305,7 @@ class Training:
         """Draws the curves so far, and some captions. What cannot be written stops no run."""
         try:
             plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
-            if run.images.can_draw and not self.saver.sharded:  # one rank has no whole model
+            if run.image_tokenizer.can_draw and not self.saver.sharded:  # one rank has no whole model
                 self.trainee.model.eval()
                 sample_grid(run, self.folder / "samples" / f"step-{self.progress.step:06d}.png")
         except OSError as error:
@@ -426,7 +426,7 @@ def no_room(cfg: RunConfig, mesh: Mesh) -> str:
 
 def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
     """By one rank, with the whole model: of a sharded one as it was saved."""
-    if not run.images.can_draw:
+    if not run.image_tokenizer.can_draw:
         say(f"done: {folder}, without samples and a report, since {NO_DECODER}")
         return
     try:
@@ -439,17 +439,17 @@ def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
 
 def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
     """The stages before the transformer, which one rank does for all. Raises Interrupted once a stop is saved."""
-    store_pictures(cfg, folder)
+    store_images(cfg, folder)
     own = begun.tokenizers is None
     tokenizer = train_text_tokenizer(cfg, mixture(cfg, folder), folder) if own else begun.store_tokenizers(cfg, folder)
     laps.add("text_tokenizer")
     if own and not train_image_tokenizer(cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped):
         raise Interrupted
-    images = open_image_tokenizer(folder, cfg, device)
+    image_tokenizer = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
     if not cfg.data.live:
-        write_tokens(cfg, images, tokenizer, folder, stopped)
-        open_loader(cfg, images, tokenizer, folder)  # packs the rows once, for all
+        write_tokens(cfg, image_tokenizer, tokenizer, folder, stopped)
+        open_loader(cfg, image_tokenizer, tokenizer, folder)  # packs the rows once, for all
     laps.add("data")
 
 
@@ -457,10 +457,10 @@ def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Lap
     """The stages before the report. Raises Interrupted once a stop is saved."""
     mesh.once(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
     tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
-    images = open_image_tokenizer(folder, cfg, mesh.device)
-    loader = open_loader(cfg, images, tokenizer, folder)
+    image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
+    loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     with torch.device("meta"):
-        run = Run(cfg, tokenizer.vocab, tokenizer, images, Chameleon(cfg.model))
+        run = Run(cfg, tokenizer.vocab, tokenizer, image_tokenizer, Chameleon(cfg.model))
     try:
         train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
     except torch.OutOfMemoryError as error:

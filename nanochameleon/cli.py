@@ -99,10 +99,10 @@ def check_stages(cfg: RunConfig) -> None:
 
 
 def check_room(cfg: RunConfig) -> None:
-    """Raises UserError for rows that hold no picture."""
+    """Raises UserError for rows that hold no image."""
     least = cfg.vqgan.codes_per_image + 5  # <s>, a word, <boi>, codes, <eoi>, </s>
     if cfg.train.seq_len < least:
-        raise UserError(f"train.seq_len must be at least {least} for a picture and a word, not {cfg.train.seq_len}")
+        raise UserError(f"train.seq_len must be at least {least} for an image and a word, not {cfg.train.seq_len}")
 
 
 def complete(cfg: RunConfig) -> RunConfig:

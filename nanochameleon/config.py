@@ -22,7 +22,7 @@ class VQGANConfig:
     n_codes: int = 8_192  # entries of the codebook
     n_groups: int = 32  # groups of every GroupNorm (eps 1e-6)
     mid_attention: bool = True  # self-attention in the middle block, single head; True in the release
-    window: int | None = None  # pixels a side that the encoder sees at once; None: the whole picture, as in the release
+    window: int | None = None  # pixels a side that the encoder sees at once; None: the whole image, as in the release
 
     @property
     def factor(self) -> int:
@@ -51,7 +51,7 @@ class VQGANConfig:
 class ModelConfig:
     """The transformer (paper Table 1; fact names as in Llama). Defaults are the 7B's."""
 
-    vocab_size: int = 65_536  # ids, words and picture codes together
+    vocab_size: int = 65_536  # ids, words and image codes together
     dim: int = 4_096  # width of the residual stream
     n_layers: int = 32  # blocks
     n_heads: int = 32  # query heads
@@ -117,7 +117,7 @@ class TokenizerTraining:
     n_merges: int = 512  # BPE merges beyond the 256 bytes
     n_texts: int = 4_000  # texts that the BPE is trained on
     steps: int = 600  # of the image tokenizer
-    batch_size: int = 16  # pictures a step
+    batch_size: int = 16  # images a step
     warmup_steps: int = 150  # first steps without quantization; then the codebook is put onto the latents by k-means
     optim: OptimConfig = OptimConfig(
         "muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="cosine", clip=100.0
@@ -137,9 +137,9 @@ class DataConfig:
     """Where documents come from."""
 
     source: Literal["shapes", "shapes_rich", "emoji", "folder", "prepared"] = "shapes"  # prepared: token shards
-    path: Path | None = None  # of source folder: pictures and captions; of prepared: what `nanochameleon.data` wrote
+    path: Path | None = None  # of source folder: images and captions; of prepared: what `nanochameleon.data` wrote
     n_documents: int | None = None  # documents to prepare; None is as many as the run reads, so that none comes twice
-    live: bool = False  # tokenize documents when a batch asks for them, without shards; pictures are encoded each time
+    live: bool = False  # tokenize documents when a batch asks for them, without shards; images are encoded each time
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,10 @@ class TrainConfig:
     batch_size: int = 8  # rows a step
     seq_len: int = 256  # ids a row; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
-    # whose codes are learnt; drawn: not of pictures that open a document, which nothing foretells; none: figure 6b
-    pictures: Literal["all", "drawn", "none"] = "all"
+    # whose codes are learnt; drawn: not of images that open a document, which nothing foretells; none: figure 6b
+    images: Literal["all", "drawn", "none"] = "all"
     answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
-    code_noise: float = 0.0  # largest share of a drawn picture's codes that are read as another's: drawing.py
+    code_noise: float = 0.0  # largest share of a drawn image's codes that are read as another's: drawing.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster one, decided once a run
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
@@ -195,12 +195,12 @@ class SampleConfig:
     top_k: int | None = None  # of text: at most this many ids
     min_p: float = 0.0  # of text: ids with at least this share of the likeliest one's probability
     repetition_penalty: float = 1.2  # of text: on every id of the context; 1 is without
-    image_temperature: float = 0.7  # of picture codes
-    image_top_p: float = 0.9  # of picture codes
-    image_top_k: int | None = None  # of picture codes
-    image_min_p: float = 0.0  # of picture codes
-    guidance: float = 3.0  # of pictures, by the words of the prompt; with guidance_image 1, 1 is as the model says
-    guidance_image: float = 1.2  # of pictures, by the pictures of the prompt
+    image_temperature: float = 0.7  # of image codes
+    image_top_p: float = 0.9  # of image codes
+    image_top_k: int | None = None  # of image codes
+    image_min_p: float = 0.0  # of image codes
+    guidance: float = 3.0  # of images, by the words of the prompt; with guidance_image 1, 1 is as the model says
+    guidance_image: float = 1.2  # of images, by the images of the prompt
     max_new: int = 4_096  # ids to write at most; the context ends a sample, too
 
 
@@ -208,9 +208,9 @@ class SampleConfig:
 class EvalConfig:
     """How much of the report is measured."""
 
-    pictures: int = 300  # prompts drawn for each of seen and held-out compositions; of emoji, test captions
-    answers: int = 400  # pictures to caption, and as many questions
-    reconstructions: int = 400  # pictures for the image tokenizer's score
+    images: int = 300  # prompts drawn for each of seen and held-out compositions; of emoji, test captions
+    answers: int = 400  # images to caption, and as many questions
+    reconstructions: int = 400  # images for the image tokenizer's score
     alignment: int = 100  # prompts of each category of alignment that was trained on
 
 

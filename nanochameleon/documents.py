@@ -1,4 +1,4 @@
-"""Documents: text and pictures in any order, as a list of segments, and as ids of one vocabulary.
+"""Documents: text and images in any order, as a list of segments, and as ids of one vocabulary.
 
     [Text("a red circle"), Image((7, 7, 3, 9))]   <->   <s> a _red _circle <boi> 7 7 3 9 <eoi> </s>
 
@@ -50,11 +50,11 @@ def render(doc: Document, tokenizer: TextTokenizer, vocab: Vocab, end: bool = Tr
 def parse(ids: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document:
     """Inverse of render, up to joining neighbouring texts and dropping empty ones; stops at </s>, skips <s> and <pad>.
 
-    Raises ValueError for what render never makes: a code outside a picture, a picture inside or left open.
+    Raises ValueError for what render never makes: a code outside an image, an image inside or left open.
     """
     doc: Document = []
     text: list[int] = []
-    codes: list[int] | None = None  # the picture being read, None outside of one
+    codes: list[int] | None = None  # the image being read, None outside of one
 
     def close_text():
         if text:
@@ -79,8 +79,8 @@ def parse(ids: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document:
         elif vocab.modality(token) == "text":
             text.append(token)
         elif token not in (vocab.bos, vocab.pad):
-            raise ValueError(f"id {token} at position {position} has no place outside a picture")
+            raise ValueError(f"id {token} at position {position} has no place outside an image")
     if codes is not None:
-        raise ValueError("the last picture is left open")
+        raise ValueError("the last image is left open")
     close_text()
     return doc

@@ -20,7 +20,7 @@ class LossParts(NamedTuple):
     z: Tensor  # sum of (log Z)^2
     log_z: Tensor  # sum of log Z
     count: Tensor  # supervised tokens
-    image_cross_entropy: Tensor  # the share of picture codes
+    image_cross_entropy: Tensor  # the share of image codes
     image_count: Tensor
 
     def total(self, z_loss: float, count: Tensor | float) -> Tensor:

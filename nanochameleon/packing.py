@@ -7,7 +7,7 @@
     doc_ids    0 0 0 1 1 x x x      0 0 0 0 x x x x        x is -1
     positions  0 1 2 0 1 0 0 0      0 1 2 3 0 0 0 0
 
-No document is cut, so no picture is; attention keeps them apart by doc_ids (transformer.py). Which documents, in which
+No document is cut, so no image is; attention keeps them apart by doc_ids (transformer.py). Which documents, in which
 order and from where is data.py.
 """
 
@@ -23,7 +23,7 @@ NO_DOCUMENT = -1  # doc_id of padding
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Four int64 tensors (B, T), as in the picture above."""
+    """Four int64 tensors (B, T), as in the image above."""
 
     tokens: torch.Tensor
     targets: torch.Tensor

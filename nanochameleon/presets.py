@@ -42,7 +42,7 @@ def toy() -> RunConfig:
     """
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
     stages = mixed(pairs=0.2, questions=0.6, interleaved=0.2)
-    train = TrainConfig(steps=3_600, batch_size=4, seq_len=512, pictures="drawn", code_noise=0.75, sample_every=900)
+    train = TrainConfig(steps=3_600, batch_size=4, seq_len=512, images="drawn", code_noise=0.75, sample_every=900)
     optim = dataclasses.replace(TOY_OPTIM, lr=1.4e-2)
     return RunConfig("toy", TOY_VQGAN, TOY_MODEL, optim, tokenizers, stages=stages, train=train, sample=TOY_SAMPLE)
 
@@ -79,7 +79,7 @@ def align() -> RunConfig:
 
 
 def toy_rich() -> RunConfig:
-    """The richer world: 6 shapes, 10 colours, 3 backgrounds, counts to 6 and trios, 144 codes a picture."""
+    """The richer world: 6 shapes, 10 colours, 3 backgrounds, counts to 6 and trios, 144 codes an image."""
     vqgan = dataclasses.replace(TOY_VQGAN, resolution=48, n_codes=160)
     data = DataConfig(source="shapes_rich")
     train = TrainConfig(steps=12_000, seq_len=384, sample_every=2_000)
@@ -87,7 +87,7 @@ def toy_rich() -> RunConfig:
 
 
 def emoji() -> RunConfig:
-    """Twemoji and OpenMoji with their names: real pictures, from PyPI (the [data] extra). 10 minutes on two cores."""
+    """Twemoji and OpenMoji with their names: real images, from PyPI (the [data] extra). 10 minutes on two cores."""
     vqgan = VQGANConfig(
         resolution=64, ch=16, ch_mult=(1, 2, 4, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=1_024,
         n_groups=4, mid_attention=False,
@@ -100,7 +100,7 @@ def emoji() -> RunConfig:
 
 
 def folder() -> RunConfig:
-    """Your own pictures: a folder with captions.jsonl, metadata.csv or metadata.jsonl (--data.path)."""
+    """Your own images: a folder with captions.jsonl, metadata.csv or metadata.jsonl (--data.path)."""
     cfg = emoji()
     return dataclasses.replace(cfg, name="folder", data=DataConfig("folder"), stages=mixed(pairs=1.0))
 
@@ -108,11 +108,11 @@ def folder() -> RunConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # At scale: on data that `python -m nanochameleon.data.prepare` has tokenized (--data.path), in sources of these names.
 
-# Ids of the paper's first stage, in trillions (section 2.2): Llama 2's and CodeLlama's texts, captioned pictures, web
-# pages with pictures among their words
+# Ids of the paper's first stage, in trillions (section 2.2): Llama 2's and CodeLlama's texts, captioned images, web
+# pages with images among their words
 FIRST = {"text": 2.9, "pairs": 1.5, "interleaved": 0.4}
 # What takes their place for half of the rows in the second: better sets in the same proportions, hence with the same
-# share of picture ids; a part of the texts are instructions. Which sets and how much of each, the paper does not say.
+# share of image ids; a part of the texts are instructions. Which sets and how much of each, the paper does not say.
 BETTER = {"text_better": 2.5, "instructions": 0.4, "pairs_better": 1.5, "interleaved_better": 0.4}
 
 

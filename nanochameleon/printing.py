@@ -2,7 +2,7 @@
 
 A run of hours must not end because the reader of its output has gone. `safe_streams` wraps stdout and stderr, so that
 progress bars, --help and warnings of other packages are covered, too. `say` and `warn` print text from files and
-models: they replace what a terminal would obey. Left out: colours and pictures, which are control characters by intent.
+models: they replace what a terminal would obey. Left out: colours and images, which are control characters by intent.
 """
 
 import os

@@ -5,7 +5,7 @@ which gives pieces their ids in the Vocab and reads and writes the JSON file of 
 that library gives on the same file).
 
 Left out on purpose: special ids. encode() makes text ids only, whatever the text spells, so nothing that a user types
-can begin a picture or end a document; those ids come from segments (documents.py). No normalisation either: every
+can begin an image or end a document; those ids come from segments (documents.py). No normalisation either: every
 str comes back from decode(encode(s)) as it was, but for lone surrogates, which have no bytes and become U+FFFD.
 """
 
@@ -248,7 +248,7 @@ class TextTokenizer:
         return cls(train(texts, vocab.n_text - N_BYTES, names, progress), vocab)
 
     def encode(self, text: str) -> list[int]:
-        """Text -> text ids; never a special or picture id."""
+        """Text -> text ids; never a special or image id."""
         out: list[int] = []
         for part in self._take_added(text):
             if isinstance(part, int):

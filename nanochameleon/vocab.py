@@ -1,16 +1,16 @@
-"""One id space for words and pictures: which id means what.
+"""One id space for words and images: which id means what.
 
-Early fusion IS this file: text pieces and picture codes are rows of one embedding table and columns of one softmax.
+Early fusion IS this file: text pieces and image codes are rows of one embedding table and columns of one softmax.
 The layout is that of the released Chameleon (paper section 2.1), scaled down for toys:
 
     0 <s>   1 <pad>   2 </s>   3 <unk>
-    4 .. 4+K-1              picture codes, id = code + 4           (K = 8,192 in the release: 4 .. 8195)
+    4 .. 4+K-1              image codes, id = code + 4           (K = 8,192 in the release: 4 .. 8195)
     4+K      <eoss>         end of image                           (8196)
     4+K+1    <racm3:break>  begin of image: larger than its end!   (8197)
     4+K+2 .. 4+K+R-1        <reservedNNNNN>, id = NNNNN + 4; one of them ends a turn (8710 = <reserved08706>)
     4+K+R .. V-1            text pieces: 256 bytes first, then BPE merges
 
-It knows nothing of how text is split or pictures are coded.
+It knows nothing of how text is split or images are coded.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Vocab:
 
     @staticmethod
     def toy(n_codes: int, n_merges: int) -> "Vocab":
-        """The same scheme, just large enough: `n_codes` picture codes, 8 reserved ids, 256 bytes and `n_merges`."""
+        """The same scheme, just large enough: `n_codes` image codes, 8 reserved ids, 256 bytes and `n_merges`."""
         return Vocab(4 + n_codes + 8 + N_BYTES + n_merges, n_codes, n_reserved=8, eot_slot=2)
 
     @property
@@ -73,8 +73,8 @@ class Vocab:
         return self._checked(code, 0, self.n_codes, "code") + self.first_code
 
     def id_to_code(self, token):
-        """Inverse of code_to_id. Raises ValueError for an id that is not a picture code."""
-        return self._checked(token, self.first_code, self.eoi, "picture id") - self.first_code
+        """Inverse of code_to_id. Raises ValueError for an id that is not an image code."""
+        return self._checked(token, self.first_code, self.eoi, "image id") - self.first_code
 
     def modality(self, token: int) -> str:
         """'text', 'image' (a code) or 'special'. Raises ValueError outside [0, V)."""
@@ -84,7 +84,7 @@ class Vocab:
         return "image" if self.first_code <= token < self.eoi else "special"
 
     def is_image(self, tokens):
-        """Elementwise: is this id a picture code? For arrays and tensors."""
+        """Elementwise: is this id an image code? For arrays and tensors."""
         return (tokens >= self.first_code) & (tokens < self.eoi)
 
     def is_text(self, tokens):
@@ -117,7 +117,7 @@ class Vocab:
         """'IMGIMGFDZ' -> 53. Raises ValueError for any other form, leading zeros included."""
         digits = name.removeprefix("IMGIMG").removesuffix("Z").translate(CODE_DIGITS)
         if not (digits.isascii() and digits.isdigit()) or Vocab.name_of_code(int(digits)) != name:
-            raise ValueError(f"{name!r} is not the name of a picture code")
+            raise ValueError(f"{name!r} is not the name of an image code")
         return int(digits)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Pictures as the web has them: kinds that no decoder may be let loose on, and odd ones that are good."""
+"""Images as the web has them: kinds that no decoder may be let loose on, and odd ones that are good."""
 
 import io
 import struct
@@ -9,9 +9,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -41,7 +41,7 @@ def bad_pictures() -> dict[str, bytes]:
     flipped[len(png) // 2] ^= 0xFF
     return {
         "empty": b"",
-        "words": b"this is no picture",
+        "words": b"this is no image",
         "a page": b"<!doctype html><title>404</title>" * 40,
         "a drawing in XML": b"<svg xmlns='http://www.w3.org/2000/svg'><rect width='9' height='9'/></svg>",
         "cut PNG": png[:-900],
@@ -54,7 +54,7 @@ def bad_pictures() -> dict[str, bytes]:
     }
 
 
-def odd_pictures() -> dict[str, bytes]:
+def odd_images() -> dict[str, bytes]:
     """Good ones."""
     turned = Image.Exif()
     turned[0x0112] = 6

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bad_pictures import encoded, noise, odd_pictures
+from bad_pictures import encoded, noise, odd_images
 from mutators import mutated
 from test_webdataset import write_tar
 from tiny import TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
@@ -86,7 +86,7 @@ class Reader:
 
 def make_images(folder: Path) -> None:
     kinds = dict(PNG=".png", JPEG=".jpg", WEBP=".webp", GIF=".gif", BMP=".bmp", TIFF=".tif", PPM=".ppm")
-    for number, data in enumerate(odd_pictures().values()):
+    for number, data in enumerate(odd_images().values()):
         (folder / f"{number}{kinds['JPEG' if data[:1] == bytes([255]) else 'PNG']}").write_bytes(data)
     for kind, ending in kinds.items():
         (folder / f"plain{ending}").write_bytes(encoded(noise(), kind))
@@ -103,10 +103,10 @@ def make_captions(folder: Path) -> None:
         (folder / name).mkdir()
         for number in range(3):
             (folder / name / f"{number}.png").write_bytes(encoded(noise(size=4 + number)))
-    rows = [{"file_name": f"{number}.png", "text": f"a picture {number}"} for number in range(3)]
+    rows = [{"file_name": f"{number}.png", "text": f"an image {number}"} for number in range(3)]
     (folder / "train/captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "other/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "test/metadata.csv").write_text("file_name,text\n" + "".join(f"{n}.png,a picture\n" for n in range(3)))
+    (folder / "test/metadata.csv").write_text("file_name,text\n" + "".join(f"{n}.png,an image\n" for n in range(3)))
 
 
 def read_captions(folder: Path, changed: Path) -> None:
@@ -125,13 +125,13 @@ def make_tar(folder: Path) -> None:
 def read_tar(folder: Path, changed: Path) -> None:
     for found, _ in captioned(changed, changed.name):
         if isinstance(found, Captioned):
-            pixels_of(found.picture)
+            pixels_of(found.image)
 
 
-def pixels_of(picture) -> None:
-    """A bad picture among others is skipped."""
+def pixels_of(image) -> None:
+    """A bad image among others is skipped."""
     try:
-        picture.pixels(8)
+        image.pixels(8)
     except UserError as error:
         assert fits_a_line(error), error
 

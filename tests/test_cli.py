@@ -61,7 +61,7 @@ WRONG = {
     "live documents of prepared data": (["125m", "--data.live"], "data.live and data.n_documents are for documents"),
     "fewer documents of prepared data": (["1b", "--data.n-documents", "3"], "data.live and data.n_documents are for"),
     "no prompts to measure": (["align", "--evaluation.alignment", "0"], "evaluation.alignment must be at least 1"),
-    "rows too short for a picture": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
+    "rows too short for an image": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
     "an image decoder of no model": (["toy", "--init-vqgan", "x"], "init_vqgan is the image decoder of the model in"),
     "an epsilon that hides all": (["toy", "--model.norm-eps", "1e30"], "model.norm_eps must be above 0 and at most 1"),
     "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),

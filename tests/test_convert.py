@@ -105,10 +105,10 @@ def test_a_source_without_a_decoder_reads_and_does_not_draw(folders, tmp_path, c
     nano = convert(Args(hf, tmp_path / "nano", "nano"))
     assert "no image decoder" in capsys.readouterr().err
     run, whole = open_model(nano, "cpu"), open_model(folders["nano"], "cpu")
-    picture = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8).numpy()
-    assert torch.equal(run.images.encode(picture), whole.images.encode(picture))
+    image = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8).numpy()
+    assert torch.equal(run.image_tokenizer.encode(image), whole.image_tokenizer.encode(image))
     with pytest.raises(UserError, match="no image decoder"):
-        run.images.decode(torch.zeros(1, 16, dtype=torch.long))
+        run.image_tokenizer.decode(torch.zeros(1, 16, dtype=torch.long))
     with pytest.raises(UserError, match=r"no image decoder.*--no-decoder"):
         convert(Args(nano, tmp_path / "meta", "meta"))
     same(convert(Args(nano, tmp_path / "meta", "meta", decoder=False)), nano)
@@ -130,7 +130,7 @@ def test_another_file_gives_the_image_decoder_that_transformers_drops(folders, t
             one, other = (torch.load(place / name) for place in (meta, folders["meta"]))
             one, other = (content[key] if key else content for content in (one, other))
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-        assert open_model(hf, "cpu", vqgan=file).images.can_draw
+        assert open_model(hf, "cpu", vqgan=file).image_tokenizer.can_draw
     cfg = tiny_config(init_from=hf, init_vqgan=file, train=TrainConfig(seq_len=64), out=tmp_path / "run")
     assert begin(cfg)[1].parts.has_decoder
 

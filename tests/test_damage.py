@@ -97,15 +97,15 @@ def come_to(folder: Path) -> str:
     start_folder(cfg)
     Laps(folder)
     tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
-    images = open_image_tokenizer(folder, cfg, CPU)
-    loader = open_loader(cfg, images, tokenizer, folder)
+    image_tokenizer = open_image_tokenizer(folder, cfg, CPU)
+    loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     batches = [loader.batch(step).tokens.tolist() for step in range(8)]
     model, optimizer = trained(folder)
     state = checkpoint.restore(checkpoint.locate(folder), model, optimizer)
     with Monitor(folder, 20, start=state["step"]):
         pass
     tensors = model.state_dict() | optimizer_tensors(optimizer, model)
-    return digest(batches, tensors, state, images.vqgan.state_dict(), TOKENIZER.encode("a red ta"))
+    return digest(batches, tensors, state, image_tokenizer.vqgan.state_dict(), TOKENIZER.encode("a red ta"))
 
 
 @pytest.fixture(scope="module")

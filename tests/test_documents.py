@@ -1,4 +1,4 @@
-"""Documents of text and pictures become ids and come back; what no document renders to is refused."""
+"""Documents of text and images become ids and come back; what no document renders to is refused."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from nanochameleon.vocab import Vocab
 
 @st.composite
 def documents(draw):
-    """(document, tokenizer): texts that may be empty or neighbours, pictures of any length, turns."""
+    """(document, tokenizer): texts that may be empty or neighbours, images of any length, turns."""
     tokenizer = draw(tokenizers())
     codes = st.lists(st.integers(0, tokenizer.vocab.n_codes - 1), max_size=9).map(tuple)
     segments = any_text.map(Text) | codes.map(Image) | st.just(EndOfTurn()) | st.just(Text(""))
@@ -67,7 +67,7 @@ def test_what_follows_the_end_is_not_read():
 
 
 @given(documents(), st.data())
-def test_a_document_that_breaks_off_inside_a_picture_is_refused(case, data):
+def test_a_document_that_breaks_off_inside_an_image_is_refused(case, data):
     doc, tokenizer = case
     vocab = tokenizer.vocab
     broken = render([*doc, Image((0, 0))], tokenizer, vocab, end=False)
@@ -76,15 +76,15 @@ def test_a_document_that_breaks_off_inside_a_picture_is_refused(case, data):
 
 
 WRONG = {
-    "a code outside a picture": [VOCAB.bos, 4],
-    "an end of image outside a picture": [VOCAB.bos, VOCAB.eoi],
+    "a code outside an image": [VOCAB.bos, 4],
+    "an end of image outside an image": [VOCAB.bos, VOCAB.eoi],
     "an unknown id": [VOCAB.bos, VOCAB.unk],
     "a reserved id": [VOCAB.bos, VOCAB.eot + 1],
-    "a picture in a picture": [VOCAB.boi, 4, VOCAB.boi, 4, VOCAB.eoi],
-    "text in a picture": [VOCAB.boi, A, VOCAB.eoi],
-    "padding in a picture": [VOCAB.boi, VOCAB.pad, VOCAB.eoi],
-    "a document's end in a picture": [VOCAB.boi, 4, VOCAB.eos],
-    "an open picture": [VOCAB.boi, 4, 4],
+    "an image in an image": [VOCAB.boi, 4, VOCAB.boi, 4, VOCAB.eoi],
+    "text in an image": [VOCAB.boi, A, VOCAB.eoi],
+    "padding in an image": [VOCAB.boi, VOCAB.pad, VOCAB.eoi],
+    "a document's end in an image": [VOCAB.boi, 4, VOCAB.eos],
+    "an open image": [VOCAB.boi, 4, 4],
     "an id beyond the vocabulary": [VOCAB.size],
     "a negative id": [-1],
 }

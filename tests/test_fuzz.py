@@ -24,7 +24,7 @@ def burn() -> None:
         pass
 
 
-def test_the_reader_of_texts_opens_the_pictures_of_every_form(tmp_path, monkeypatch):
+def test_the_reader_of_texts_opens_the_images_of_every_form(tmp_path, monkeypatch):
     fuzz.make_texts(tmp_path)
     opened = []
     monkeypatch.setattr(fuzz, "pixels_of", opened.append)

@@ -19,14 +19,14 @@ def shares(cfg: RunConfig, stage: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", AT_SCALE)
 def test_stages_are_the_papers(name):
-    """Section 2.2: 80% with 2.9 : 1.5 : 0.4, then 20% with these weights halved and the same share of pictures."""
+    """Section 2.2: 80% with 2.9 : 1.5 : 0.4, then 20% with these weights halved and the same share of images."""
     cfg = PRESETS[name]()
     assert [stage.share for stage in cfg.stages] == [0.8, 0.2] and cfg.data.source == "prepared"
     first, second = shares(cfg, 0), shares(cfg, 1)
     assert first == pytest.approx({"text": 2.9 / 4.8, "pairs": 1.5 / 4.8, "interleaved": 0.4 / 4.8})
     assert {each: second[each] for each in FIRST} == pytest.approx({each: first[each] / 2 for each in FIRST})
-    for pictures in ("pairs", "interleaved"):
-        assert second[pictures] + second[f"{pictures}_better"] == pytest.approx(first[pictures])
+    for images in ("pairs", "interleaved"):
+        assert second[images] + second[f"{images}_better"] == pytest.approx(first[images])
     assert set(second) == set(FIRST) | set(BETTER) and 0 < second["instructions"] < second["text_better"]
 
 

@@ -90,7 +90,7 @@ def prints(path: Path) -> set[str]:
 
 
 def test_there_is_one_place_for_printing():
-    """Besides it, sample.py writes pictures, and the two programs that miss packages cannot import it yet."""
+    """Besides it, sample.py writes images, and the two programs that miss packages cannot import it yet."""
     files = [*(ROOT / "nanochameleon").rglob("*.py"), *(ROOT / "kernels").glob("*.py"), *ROOT.glob("*.py")]
     found = {str(path.relative_to(ROOT)): names for path in files if (names := prints(path))}
     allowed = {"nanochameleon/printing.py": {"print", "tqdm.write"}, "train.py": {"print"}}

@@ -22,7 +22,7 @@ TINY = shlex.split("""
     --model.dim 16 --model.n-layers 1 --model.n-heads 2 --model.multiple-of 8
     --tokenizers.n-merges 64 --tokenizers.n-texts 200 --tokenizers.steps 3 --tokenizers.warmup-steps 2
     --tokenizers.batch-size 2 --train.steps 2 --train.batch-size 2
-    --evaluation.pictures 2 --evaluation.answers 2 --evaluation.reconstructions 2 --device cpu
+    --evaluation.images 2 --evaluation.answers 2 --evaluation.reconstructions 2 --device cpu
 """)
 OVERRIDES = {"toy": TINY, "toy_long": TINY, "toy_rich": TINY}  # presets that need nothing from outside
 
@@ -47,7 +47,7 @@ def run(line: str, folder: Path, more: list[str]) -> str:
 
 
 def test_there_are_commands_to_train_draw_and_answer():
-    assert len(TRAIN) >= 1 and len(SAMPLE) >= 2 and any("picture.png" in line for line in SAMPLE)
+    assert len(TRAIN) >= 1 and len(SAMPLE) >= 2 and any("image.png" in line for line in SAMPLE)
     assert CONVERT and any("--init-from" in line for line in TRAIN)
 
 
@@ -63,7 +63,7 @@ def test_training_ends_with_the_results_that_are_named(place):
 @pytest.mark.parametrize("line", SAMPLE)
 def test_the_sampling_lines_run_as_they_stand(line, place):
     said = run(line, place, [])
-    if "picture.png" not in line:
+    if "image.png" not in line:
         assert (place / said.splitlines()[-1]).suffix == ".png" and (place / said.splitlines()[-1]).is_file()
 
 

@@ -33,8 +33,8 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path) -> str:
-    path = tmp_path / "some picture.png"
+def image(tmp_path) -> str:
+    path = tmp_path / "some image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 5, 3), np.uint8)).save(path)
     return str(path)
 
@@ -67,15 +67,15 @@ def test_samplers_at_work_in_one_folder_never_overwrite_each_other(run, tmp_path
     """Each has chosen its name before any of them has written."""
     all_have_chosen = threading.Barrier(4, timeout=60)
     monkeypatch.setattr("nanochameleon.files.fsync", lambda path: all_have_chosen.wait())
-    images = open_image_tokenizer(run, read_config(run), torch.device("cpu"))
-    shelf = sample.Shelf(Args(run, ("ta",), out=tmp_path), images)
+    image_tokenizer = open_image_tokenizer(run, read_config(run), torch.device("cpu"))
+    shelf = sample.Shelf(Args(run, ("ta",), out=tmp_path), image_tokenizer)
     with ThreadPoolExecutor(4) as pool:
         files = list(pool.map(lambda code: shelf.put([code] * N_CODES), range(4)))
     assert set(files) == {tmp_path / f"ta-{number}.png" for number in (1, 2, 3, 4)} == set(tmp_path.iterdir())
     assert len({path.read_bytes() for path in files}) == 4
 
 
-def test_the_folder_of_the_pictures_may_be_called_as_the_prompt(run, tmp_path, monkeypatch):
+def test_the_folder_of_the_images_may_be_called_as_the_prompt(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(Args(run, ("ta",), out=Path("ta"))) == [[Path("ta/ta-1.png")]]
 
@@ -101,20 +101,20 @@ def test_a_run_has_an_out_folder_and_scale_is_free(run):
     assert path.parent == run / "out" and Image.open(path).size == (12, 12)
 
 
-def test_a_question_about_a_picture_is_answered_in_words(run, picture, capsys):
-    [said, other] = main(Args(run, (picture, "how many stars?"), n=2, temperature=1.0))
+def test_a_question_about_an_image_is_answered_in_words(run, image, capsys):
+    [said, other] = main(Args(run, (image, "how many stars?"), n=2, temperature=1.0))
     assert all(isinstance(part, str) for part in said + other) and said != other
     assert capsys.readouterr().out.count("\n") >= 2
-    assert main(Args(run, (picture, "how many stars?"), n=2, temperature=1.0)) == [said, other]
+    assert main(Args(run, (image, "how many stars?"), n=2, temperature=1.0)) == [said, other]
 
 
-def test_the_model_reads_the_segments_in_the_order_given(run, picture, monkeypatch):
+def test_the_model_reads_the_segments_in_the_order_given(run, image, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "nanochameleon.generation.engine.stream", lambda model, prompt, *rest: seen.append(prompt) or iter(())
     )
-    main(Args(run, (picture, "red", "a"), mode="answer"))
-    main(Args(run, (" red\n", picture, "", "a "), mode="text"))  # white space around words is not the model's to see
+    main(Args(run, (image, "red", "a"), mode="answer"))
+    main(Args(run, (" red\n", image, "", "a "), mode="text"))  # white space around words is not the model's to see
     first, second = seen
     red, a = TOKENIZER.encode("red"), TOKENIZER.encode("a")
     block = first[1 : N_CODES + 3]
@@ -123,32 +123,32 @@ def test_the_model_reads_the_segments_in_the_order_given(run, picture, monkeypat
     assert second == [VOCAB.bos, *red, *block, *a]
 
 
-def test_a_picture_is_cropped_as_those_of_training_were_or_padded_if_asked(picture):
-    [cropped], [padded] = (sample.read_segments((picture,), 4, fit) for fit in ("crop", "pad"))
+def test_an_image_is_cropped_as_those_of_training_were_or_padded_if_asked(image):
+    [cropped], [padded] = (sample.read_segments((image,), 4, fit) for fit in ("crop", "pad"))
     assert (padded.pixels[:, [0, -1]] == 255).all() and not (cropped.pixels[:, [0, -1]] == 255).all()  # 5 wide, 9 high
     assert Args(Path()).fit == "crop"
 
 
-def test_a_picture_alone_is_asked_what_it_shows(run, picture):
+def test_an_image_alone_is_asked_what_it_shows(run, image):
     from nanochameleon.data.sources.shapes import ASK_CAPTION
 
-    assert main(Args(run, (picture,))) == main(Args(run, (picture, ASK_CAPTION)))
+    assert main(Args(run, (image,))) == main(Args(run, (image, ASK_CAPTION)))
 
 
-def test_free_mode_mixes_words_and_pictures(run, tmp_path):
+def test_free_mode_mixes_words_and_images(run, tmp_path):
     samples = main(Args(run, ("a",), mode="free", n=12, temperature=20.0, top_p=1.0, max_new=40, out=tmp_path))
     parts = [part for one in samples for part in one]
     files = [part for part in parts if isinstance(part, Path)]
     assert files and len(files) < len(parts) and all(path.is_file() for path in files)
 
 
-def test_an_aligned_run_is_asked_and_may_answer_in_both(run, picture, tmp_path, monkeypatch):
+def test_an_aligned_run_is_asked_and_may_answer_in_both(run, image, tmp_path, monkeypatch):
     aligned, seen = Path(shutil.copytree(run, tmp_path / "aligned")), []
     cfg = read_config(aligned)
     aligned_cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, answers_only=True))
     (aligned / CONFIG).write_text(config_to_json(aligned_cfg))
     monkeypatch.setattr("nanochameleon.generation.engine.stream", lambda *args: seen.append(args) or iter(()))
-    main(Args(aligned, ("red", picture)))
+    main(Args(aligned, ("red", image)))
     main(Args(run, ("red",), mode="chat"))
     for _, prompt, _, _, _, mode, _, _, stops, _ in seen:
         assert prompt[:1] == [VOCAB.bos] and prompt[-1] == VOCAB.eot and mode == "both"
@@ -171,12 +171,12 @@ def test_several_samples_are_rows_of_one_engine_and_told_in_order(mode, run, tmp
     assert several[0] == said(main(dataclasses.replace(args, n=1)))[0]
 
 
-def test_int8_answers_and_draws(run, picture, tmp_path, monkeypatch):
+def test_int8_answers_and_draws(run, image, tmp_path, monkeypatch):
     from nanochameleon.generation import quantize
 
     made, start = [], quantize.QuantizedLinear.__init__
     monkeypatch.setattr(quantize.QuantizedLinear, "__init__", lambda self, w: made.append(w) or start(self, w))
-    [[said]] = main(Args(run, (picture, "ta?"), max_new=5, dtype="int8"))
+    [[said]] = main(Args(run, (image, "ta?"), max_new=5, dtype="int8"))
     [[path]] = main(Args(run, ("a",), out=tmp_path, dtype="int8"))
     assert isinstance(said, str) and path.is_file() and len(made) > 2
 
@@ -198,28 +198,28 @@ def test_text_is_printed_as_it_is_but_control_characters_do_not_reach_the_termin
 
 
 @pytest.mark.parametrize("to", ["nano", "hf", "meta"])
-def test_a_model_in_any_layout_draws_and_answers(to, tmp_path, picture):
+def test_a_model_in_any_layout_draws_and_answers(to, tmp_path, image):
     """The same samples from each, at the size of its own image tokenizer."""
     nano = nano_folder(tmp_path / "nano")
     folder = nano if to == "nano" else convert(convert_args(nano, tmp_path / to, to))
     [[path]] = main(Args(folder, ("a red",), scale=1, out=tmp_path / "out"))
     [[expected]] = main(Args(nano, ("a red",), scale=1, out=tmp_path / "out"))
     assert Image.open(path).size == (8, 8) and path.read_bytes() == expected.read_bytes()
-    [[said]] = main(Args(folder, (picture, "ta?"), max_new=5, dtype="bf16"))
+    [[said]] = main(Args(folder, (image, "ta?"), max_new=5, dtype="bf16"))
     assert isinstance(said, str)
 
 
-def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_path, picture, capsys):
+def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_path, image, capsys):
     hf = convert(convert_args(nano_folder(tmp_path / "nano"), tmp_path / "hf", "hf"))
     decoder = (hf / "vqgan_decoder.safetensors").rename(tmp_path / "decoder.safetensors")
-    assert len(main(Args(hf, (picture, "ta?"), max_new=5))) == 1
+    assert len(main(Args(hf, (image, "ta?"), max_new=5))) == 1
     assert "no image decoder" in refused([str(hf), "ta"], capsys)
     [[drawn]] = main(Args(hf, ("ta",), vqgan=decoder))
     [[expected]] = main(Args(tmp_path / "nano", ("ta",)))
     assert drawn.read_bytes() == expected.read_bytes()
 
 
-def test_a_terminal_that_can_shows_the_picture_while_it_grows(run, monkeypatch, capsys):
+def test_a_terminal_that_can_shows_the_image_while_it_grows(run, monkeypatch, capsys):
     [[path]] = main(Args(run, ("a",)))
     capsys.readouterr()
     monkeypatch.setattr("nanochameleon.evaluate.report_html.terminal_mode", lambda env, isatty: "blocks")
@@ -230,7 +230,7 @@ def test_a_terminal_that_can_shows_the_picture_while_it_grows(run, monkeypatch, 
     assert live.read_bytes() == path.read_bytes()
 
 
-def test_guidance_is_of_words_and_pictures_unless_told_apart(run):
+def test_guidance_is_of_words_and_images_unless_told_apart(run):
     from nanochameleon.config import SampleConfig
 
     cfg = SampleConfig(guidance=3.0, guidance_image=1.2)
@@ -246,8 +246,8 @@ def test_guidance_is_of_words_and_pictures_unless_told_apart(run):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["nowhere.png"], ["picture nowhere.png"]),
-        (["a", "shot.JPG", "b"], ["picture shot.JPG"]),
+        (["nowhere.png"], ["image nowhere.png"]),
+        (["a", "shot.JPG", "b"], ["image shot.JPG"]),
         ([], ["prompt is empty"]),
         (["  "], ["prompt is empty"]),
         (["--mode", "answer"], ["--mode answer"]),
@@ -288,29 +288,29 @@ def test_a_folder_that_is_no_run_and_one_without_a_model(tmp_path, run, capsys):
 
 
 @pytest.mark.parametrize("mode", ["draw", "free", "chat"])
-def test_an_out_that_cannot_be_written_is_refused_before_anything_is_drawn(mode, run, picture, monkeypatch, capsys):
+def test_an_out_that_cannot_be_written_is_refused_before_anything_is_drawn(mode, run, image, monkeypatch, capsys):
     monkeypatch.setattr("nanochameleon.generation.engine.generate", None)
-    words = [str(run), "a", "--n", "2", "--mode", mode, "--out", picture]
-    assert f"cannot save a picture in {picture}" in refused(words, capsys)
+    words = [str(run), "a", "--n", "2", "--mode", mode, "--out", image]
+    assert f"cannot save an image in {image}" in refused(words, capsys)
 
 
-def test_a_word_that_names_what_is_no_picture_is_refused_and_not_drawn(run, tmp_path, monkeypatch, capsys):
+def test_a_word_that_names_what_is_no_image_is_refused_and_not_drawn(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     os.symlink("nowhere", "link")
     os.mkfifo("pipe")
     for word in ("photos", "photos/", "link", "pipe", "/dev/null", "~", str(tmp_path)):
         said = refused([str(run), word, "how many?"], capsys)
-        assert f"error: {word} is there and is not a picture file" in said and said.count("\n") == 1
+        assert f"error: {word} is there and is not an image file" in said and said.count("\n") == 1
     for ending in ("heic", "HEIF", "avif", "jfif", "pgm", "jxl", "svg"):
-        assert f"picture nowhere.{ending} is not there" in refused([str(run), f"nowhere.{ending}", "what?"], capsys)
+        assert f"image nowhere.{ending} is not there" in refused([str(run), f"nowhere.{ending}", "what?"], capsys)
     assert sample.read_segments((" photos", "photos and more"), 4, "crop") == [Text("photos"), Text("photos and more")]
 
 
-def test_a_file_that_is_no_picture_is_named(run, tmp_path, capsys):
+def test_a_file_that_is_no_image_is_named(run, tmp_path, capsys):
     notes = tmp_path / "notes.txt"
     notes.write_text("a red star")
-    assert f"{notes} is not a picture" in refused([str(run), str(notes)], capsys)
+    assert f"{notes} is not an image" in refused([str(run), str(notes)], capsys)
 
 
 def test_arguments_are_parsed_before_torch_is_imported():

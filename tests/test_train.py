@@ -118,8 +118,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert [path.name for path in (finished / "samples").iterdir()] == ["step-000008.png"]
     assert [line["step"] for line in read_metrics(finished / "metrics.jsonl")] == [0, 5, 10, 11]
     for name in ("samples.png", "curves.png", "samples/step-000008.png"):
-        with Image.open(finished / name) as picture:
-            assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(2**24)) > 3
+        with Image.open(finished / name) as image:
+            assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 3
     page = (finished / "report.html").read_text()
     assert page.count("<img") >= 2 + 4 and f"sample.py {finished}" in page
     assert read_config(finished) == training_config(finished)
@@ -140,7 +140,7 @@ REPORT = {
     "seconds": {"total": AMOUNT} | dict.fromkeys(STAGES, AMOUNT),
     "peak_memory_gib": AMOUNT,
     "tokenizer": dict.fromkeys(("oracle_on_clean", "oracle_on_reconstructions", "codebook_used"), SHARE),
-    "text_to_picture": {
+    "text_to_image": {
         "seen": {"all_facts": SHARE, "by_fact": dict.fromkeys(FACTS, SHARE)},
         "held_out": {"all_facts": SHARE},
     },
@@ -305,9 +305,9 @@ def test_the_precision_is_decided_once_before_any_stage_and_told(tmp_path, monke
     cfg = replace(cfg, train=replace(cfg.train, precision="auto"))
     choices = iter([("fp32", "no GPU"), ("bf16", "a GPU"), ("fp32", "no GPU")])
     monkeypatch.setattr(run, "pick_precision", lambda *_: next(choices))
-    starts = [("store_pictures", cfg, "fp32", "no GPU"), ("train_image_tokenizer", cfg, "bf16", "a GPU"),
-              ("store_pictures", cfg, "bf16", "as in this run so far"),
-              ("store_pictures", replace(cfg, overwrite=True), "fp32", "no GPU")]  # fmt: skip
+    starts = [("store_images", cfg, "fp32", "no GPU"), ("train_image_tokenizer", cfg, "bf16", "a GPU"),
+              ("store_images", cfg, "bf16", "as in this run so far"),
+              ("store_images", replace(cfg, overwrite=True), "fp32", "no GPU")]  # fmt: skip
     for killed_in, start, precision, why in starts:
         with monkeypatch.context() as patch, pytest.raises(KilledHere):
             patch.setattr(train, killed_in, killed)
@@ -409,9 +409,9 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     assert read_metrics(before_transformer / "metrics.jsonl")[1]["loss"] is None
     kept = sorted((before_transformer / "bad").iterdir())
     assert [path.name for path in kept] == [f"step-{call - 1:06d}-rank-0.safetensors" for call in broken]
-    images = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
+    image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
     text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
-    loader = open_loader(cfg, images, text, before_transformer)
+    loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = noisy(to_learn(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.code_noise, cfg.seed, [2, 3])
     assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == {
         k: x.tolist() for k, x in vars(learnt).items()
@@ -530,7 +530,7 @@ def test_overwrite_starts_anew_and_nothing_of_the_old_run_is_left(copy):
 
 def test_a_restart_by_torchrun_does_not_overwrite_what_it_began(copy, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(train, "store_pictures", killed)
+    monkeypatch.setattr(train, "store_images", killed)
     before = contents(copy)
     with pytest.raises(KilledHere):
         train.main(training_config(copy, overwrite=True))
@@ -556,7 +556,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
             train.main(training_config(out))
 
 
-# --- a folder of pictures --------------------------------------------------------------------------------------------
+# --- a folder of images --------------------------------------------------------------------------------------------
 
 
 def folder_config(out: Path, path: Path | None) -> RunConfig:
@@ -564,7 +564,7 @@ def folder_config(out: Path, path: Path | None) -> RunConfig:
     return training_config(out, vqgan=vqgan, data=DataConfig("folder", path), stages=mixed(pairs=1.0))
 
 
-def test_a_folder_of_pictures_goes_all_the_way_and_bad_ones_are_counted(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_images_goes_all_the_way_and_bad_ones_are_counted(tmp_path, monkeypatch, capsys):
     mine, cfg = tmp_path / "mine", folder_config(tmp_path / "run", tmp_path / "mine")
     with pytest.raises(UserError, match="mine is not a folder"):
         train.main(cfg)
@@ -581,7 +581,7 @@ def test_a_folder_of_pictures_goes_all_the_way_and_bad_ones_are_counted(tmp_path
     (mine / "14.png").write_text("words")
     (mine / "captions.jsonl").write_text("\n".join(lines))
     train.main(cfg)
-    assert "12 pictures with 12 captions; 5 skipped: 3 unreadable pictures" in capsys.readouterr().out
+    assert "12 images with 12 captions; 5 skipped: 3 unreadable images" in capsys.readouterr().out
     skipped = [json.loads(line) for line in (tmp_path / "run" / "pictures" / "skipped.jsonl").read_text().splitlines()]
     assert [item["where"] for item in skipped] == ["captions.jsonl:1", "captions.jsonl:2", "12.png", "13.png", "14.png"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -640,7 +640,7 @@ def test_a_run_begins_with_the_sizes_tokenizers_and_weights_of_another(finished,
 
 
 def other_model(place: Path, layout: str) -> Path:
-    """A model with the release's forms, of pictures as large as the shapes world's, in a layout; its tokenizer's file
+    """A model with the release's forms, of images as large as the shapes world's, in a layout; its tokenizer's file
     has a name that we have no use for."""
     vqgan = replace(SHAPES_VQGAN, ch=32, n_groups=32, n_codes=8, mid_attention=True)
     nano = nano_folder(place / "nano", released_model(max_seq_len=256), VQGAN(vqgan))
@@ -665,10 +665,12 @@ def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layo
     cfg = replace(cfg, optim=replace(cfg.optim, lr=1e-30, weight_decay=0.0))
     train.main(cfg)
     assert json.loads((run / "text_tokenizer.json").read_text()) == parts.tokenizer_json
-    weights, images = checkpoint.load(run)[0]["weights"], checkpoint.load(run / "image_tokenizer")[0]["model"]
+    weights, image_tokenizer = checkpoint.load(run)[0]["weights"], checkpoint.load(run / "image_tokenizer")[0]["model"]
     for name in parts.weights.meta:
         torch.testing.assert_close(weights[name], parts.weights.get(name), rtol=0, atol=1e-6)
-    assert images.keys() == parts.vq.meta.keys() and all(torch.equal(x, parts.vq.get(k)) for k, x in images.items())
+    assert image_tokenizer.keys() == parts.vq.meta.keys() and all(
+        torch.equal(x, parts.vq.get(k)) for k, x in image_tokenizer.items()
+    )
     assert ("without samples" in capsys.readouterr().out) == (layout == "hf-encoder")
     shutil.rmtree(source)
     shutil.rmtree(run / "step-000002")  # as if it had been stopped

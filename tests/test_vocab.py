@@ -1,4 +1,4 @@
-"""One id space: each id is exactly one thing, and pictures and ids map one to one."""
+"""One id space: each id is exactly one thing, and images and ids map one to one."""
 
 import numpy as np
 import pytest
@@ -104,7 +104,7 @@ def test_other_names_are_no_codes(name):
         dict(size=4 + 4 + 8 + N_BYTES - 1, n_codes=4, n_reserved=8, eot_slot=2),  # one byte too few
         dict(size=1_000, n_codes=0, n_reserved=8, eot_slot=2),
         dict(size=1_000, n_codes=4, n_reserved=8, eot_slot=8),  # end of turn would be text
-        dict(size=1_000, n_codes=4, n_reserved=8, eot_slot=1),  # end of turn would begin pictures
+        dict(size=1_000, n_codes=4, n_reserved=8, eot_slot=1),  # end of turn would begin images
     ],
 )
 def test_a_layout_without_room_is_refused(sizes):

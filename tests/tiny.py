@@ -1,4 +1,4 @@
-"""The smallest models and the smallest run folder: random weights, 4 codes a picture, made in milliseconds."""
+"""The smallest models and the smallest run folder: random weights, 4 codes an image, made in milliseconds."""
 
 import dataclasses
 import random
@@ -29,7 +29,7 @@ from nanochameleon.vocab import Vocab
 from nanochameleon.weights.model_folder import Parts, Tensors
 
 VOCAB = Vocab.toy(8, 4)
-N_CODES = 4  # a picture
+N_CODES = 4  # an image
 TOKENIZER = TextTokenizer([(b"a", b" "), (b"r", b"e"), (b"re", b"d"), (b"t", b"a")], VOCAB)
 TINY_VQGAN = VQGANConfig(
     resolution=4, ch=8, ch_mult=(1, 2), n_res_blocks=1, z_channels=4, embed_dim=4, n_codes=8, n_groups=4,
@@ -48,7 +48,7 @@ def tiny_model(seed: int = 0, **changes) -> Chameleon:
 
 
 def random_task(rng: random.Random) -> tuple[list[int], SampleConfig, str, tuple[int, ...] | None]:
-    """Any prompt, options, mode and stops, with room for a picture."""
+    """Any prompt, options, mode and stops, with room for an image."""
     prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
     if rng.random() < 0.3:
         prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
@@ -134,7 +134,7 @@ def training_config(out: Path, **changes) -> RunConfig:
         ),
         train=TrainConfig(
             steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5,
-            pictures="drawn", code_noise=0.5,
+            images="drawn", code_noise=0.5,
         ),
         sample=SampleConfig(max_new=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
     )  # fmt: skip

@@ -2,7 +2,7 @@
 one process with one thread, by its own clock (on a GPU by events); each beside what a training step eats, of which it
 is to be ten times as much.
 
-Pictures and texts are made up, tokenizers have random weights; both cost what real ones do.
+Images and texts are made up, tokenizers have random weights; both cost what real ones do.
 """
 
 import io
@@ -73,20 +73,20 @@ def loader_rows(
     return rows(case, batches, {"ids/s": ids}, eaters, torch.device("cpu"))
 
 
-def live_rows(cfg: RunConfig, images: ImageTokenizer, text: TextTokenizer) -> list[Row]:
+def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> list[Row]:
     """Documents of the toy that are made, encoded and packed when a batch asks for them."""
     cfg = replace(cfg, data=replace(cfg.data, live=True, n_documents=2_000))
-    loader = open_loader(cfg, images, text, Path())
+    loader = open_loader(cfg, image_tokenizer, text, Path())
     ids, steps = float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])), iter(range(8, 10**9))
     job = lambda: loader.batch(next(steps))  # noqa: E731
-    return rows("live documents of the toy", job, {"ids/s": ids}, ("toy step",), images.device)
+    return rows("live documents of the toy", job, {"ids/s": ids}, ("toy step",), image_tokenizer.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Preparing
 
 
-def tar_of_pictures(path: Path, n: int, size: tuple[int, int]) -> Path:
+def tar_of_images(path: Path, n: int, size: tuple[int, int]) -> Path:
     """JPEGs of smooth noise with captions of a dozen words."""
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
@@ -103,7 +103,7 @@ def tar_of_pictures(path: Path, n: int, size: tuple[int, int]) -> Path:
 
 
 def prepare_rows(
-    case: str, source: Path, form: str, images: ImageTokenizer, text: TextTokenizer, eaters: tuple[str, ...]
+    case: str, source: Path, form: str, image_tokenizer: ImageTokenizer, text: TextTokenizer, eaters: tuple[str, ...]
 ) -> list[Row]:
     """The whole of `nanochameleon.data.prepare` but for its start."""
     with tempfile.TemporaryDirectory() as folder:
@@ -111,13 +111,15 @@ def prepare_rows(
 
         def prepare() -> tokenizing.Job:
             to = Path(folder) / str(next(numbers))
-            job = tokenizing.Job(to, form, 4_096, 0, text, images, "", plan([source], form))
-            tokenizing.run(job, 0, 1, 1 if images.device.type == "cpu" else min(16, os.cpu_count() or 1), quiet=True)
+            job = tokenizing.Job(to, form, 4_096, 0, text, image_tokenizer, "", plan([source], form))
+            tokenizing.run(
+                job, 0, 1, 1 if image_tokenizer.device.type == "cpu" else min(16, os.cpu_count() or 1), quiet=True
+            )
             return job
 
         shards = Shards(prepare().directory)
-        amounts = {"ids/s": float(shards.offsets[-1])} | ({"pictures/s": len(shards)} if form == "pairs" else {})
-        return rows(case, prepare, amounts, eaters, images.device)
+        amounts = {"ids/s": float(shards.offsets[-1])} | ({"images/s": len(shards)} if form == "pairs" else {})
+        return rows(case, prepare, amounts, eaters, image_tokenizer.device)
 
 
 def bench(device: torch.device, quick: bool) -> Iterator[Row]:
@@ -131,13 +133,13 @@ def bench(device: torch.device, quick: bool) -> Iterator[Row]:
         yield from loader_rows(folder, (72, 95), 256, 8, ("toy step", "H100 288M"), quick)
         yield from loader_rows(folder, (1_071, 1_072), 4_096, 8, ("H100 1.4B", "H100 288M"), quick)
         yield from live_rows(cfg, small, text)
-        tar = tar_of_pictures(folder / "small.tar", 500, (48, 40))
+        tar = tar_of_images(folder / "small.tar", 500, (48, 40))
         yield from prepare_rows("prepare pairs, the toy's tokenizers", tar, "pairs", small, text, ("toy step",))
         words = folder / "words.txt"
         words.write_text("".join(f"{caption}\n" for caption in mixture(cfg, Path()).captions(20_000)))
         yield from prepare_rows("prepare text", words, "text", small, text, ("toy step", "H100 1.4B"))
         if not quick:
-            tar = tar_of_pictures(folder / "large.tar", 256 if device.type == "cuda" else 4, (640, 480))
+            tar = tar_of_images(folder / "large.tar", 256 if device.type == "cuda" else 4, (640, 480))
             released = ImageTokenizer(VQGAN(VQGANConfig()).to(device))
             vocab = TextTokenizer(text.merges, Vocab())
             yield from prepare_rows("prepare pairs, the released size", tar, "pairs", released, vocab, ("H100 1.4B",))

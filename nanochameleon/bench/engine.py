@@ -25,7 +25,7 @@ GPU_MODELS = {  # of one width for all heads, 128
     "1.3B": ModelConfig(dim=2_048, n_layers=22, n_heads=16),
 }
 GREEDY = SampleConfig(temperature=0.0, repetition_penalty=1.0, image_temperature=0.0, guidance=1.0, guidance_image=1.0)
-PICTURE_CODES = {"cpu": 64, "cuda": 1_024}
+IMAGE_CODES = {"cpu": 64, "cuda": 1_024}
 
 
 def random_model(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> Chameleon:
@@ -57,13 +57,13 @@ def as_transformers(model: Chameleon, vocab: Vocab):
     from transformers import ChameleonConfig, ChameleonForConditionalGeneration, GenerationConfig
 
     cfg, weight = model.cfg, model.output.weight
-    pictures = dict(embed_dim=8, num_embeddings=1, latent_channels=8, base_channels=32, channel_multiplier=[1],
+    images = dict(embed_dim=8, num_embeddings=1, latent_channels=8, base_channels=32, channel_multiplier=[1],
                     num_res_blocks=1, resolution=16)  # fmt: skip
     their = ChameleonConfig(
         vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layers,
         num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, max_position_embeddings=cfg.max_seq_len,
         rms_norm_eps=cfg.norm_eps, bos_token_id=vocab.bos, pad_token_id=vocab.pad, eos_token_id=None,
-        vocabulary_map={"<image>": vocab.unk, "IMGIMGAZ": vocab.first_code}, vq_config=pictures,
+        vocabulary_map={"<image>": vocab.unk, "IMGIMGAZ": vocab.first_code}, vq_config=images,
     )  # fmt: skip
     with torch.device(weight.device):
         peer = ChameleonForConditionalGeneration(their).to(weight.dtype).eval()
@@ -162,8 +162,8 @@ def mixed_case(model: Chameleon, vocab: Vocab, n: int, rounds: int, seconds: flo
 MIX = ("text", "image", "both")
 
 
-def picture_case(name: str, model: Chameleon, vocab: Vocab, n_codes: int, rounds: int, seconds: float) -> Iterator[Row]:
-    """One picture with three-way guidance, after a prompt of words and a picture; the same without."""
+def image_case(name: str, model: Chameleon, vocab: Vocab, n_codes: int, rounds: int, seconds: float) -> Iterator[Row]:
+    """One image with three-way guidance, after a prompt of words and an image; the same without."""
     device = model.output.weight.device
     shown = [vocab.boi, *[vocab.first_code] * n_codes, vocab.eoi]
     prompt = [vocab.bos, *range(vocab.first_text, vocab.first_text + 8), *shown, vocab.boi]
@@ -174,7 +174,7 @@ def picture_case(name: str, model: Chameleon, vocab: Vocab, n_codes: int, rounds
 
     jobs = {"nano": lambda: run(3.0, 1.2), "nano without guidance": lambda: run(1.0, 1.0)}
     taken = take_turns(jobs, rounds, seconds)
-    yield from rows_of("engine", f"{name} guided picture", "nano", taken, n_codes, "ms a code", device_name(device))
+    yield from rows_of("engine", f"{name} guided image", "nano", taken, n_codes, "ms a code", device_name(device))
 
 
 def first_token(name: str, model: Chameleon, vocab: Vocab) -> Row:
@@ -203,6 +203,6 @@ def bench(device: torch.device, quick: bool) -> Iterator[Row]:
             model.output.weight[: vocab.first_text] *= 1e-3
         for batch in batches:
             yield from text_case(name, model, vocab, batch, n, unit, rounds, seconds)
-        yield from picture_case(name, model, vocab, PICTURE_CODES[device.type], rounds, seconds)
+        yield from image_case(name, model, vocab, IMAGE_CODES[device.type], rounds, seconds)
         if device.type == "cpu":
             yield from mixed_case(model, vocab, n, rounds, seconds)

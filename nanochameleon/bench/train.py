@@ -2,7 +2,7 @@
 
 Ours is the objective as train.py runs it, in each precision, and on a GPU also with its blocks compiled; the fastest is
 the row `nano`. Theirs is their own forward with labels under the same optimizer, eager and compiled, in fp32 and bf16;
-for bf16 the faster of autocast and bf16 weights counts. Ids are text alone: their forward masks the logits of picture
+for bf16 the faster of autocast and bf16 weights counts. Ids are text alone: their forward masks the logits of image
 codes. On a CPU variants take turns, by the wall clock or, where torch has one thread, by the process's own, which
 neighbours hardly disturb (OMP_NUM_THREADS=1 on a busy machine). On a GPU, whose memory does not hold all of them, they
 follow one another, and their peak memory is a row, too.

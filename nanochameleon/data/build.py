@@ -1,6 +1,6 @@
 """From a configuration to what is trained on: sources of raw documents, and token shards for the transformer.
 
-The made-up worlds are endless and need nothing; emoji and folders are first stored as pictures (emoji.py, folder.py);
+The made-up worlds are endless and need nothing; emoji and folders are first stored as images (emoji.py, folder.py);
 prepared data has shards already (prepared.py).
 """
 
@@ -28,18 +28,18 @@ from nanochameleon.printing import say
 from nanochameleon.text_tokenizer import TextTokenizer, to_json
 from nanochameleon.training.run import TEXT_TOKENIZER
 
-CHUNK = 256  # documents whose pictures are encoded together
+CHUNK = 256  # documents whose images are encoded together
 
 
 def world(data: DataConfig) -> World | None:
-    """The shapes world of a configuration, None for real pictures."""
+    """The shapes world of a configuration, None for real images."""
     return {"shapes": World(), "shapes_rich": World.rich()}.get(data.source)
 
 
-def store_pictures(cfg: RunConfig, folder: Path) -> None:
-    """Reads emoji or a folder into folder/pictures, unless they are there, and says what was skipped.
+def store_images(cfg: RunConfig, folder: Path) -> None:
+    """Reads emoji or a folder into folder/images, unless they are there, and says what was skipped.
 
-    Raises UserError where a split is empty: now, and not when the first pictures of the test split are drawn.
+    Raises UserError where a split is empty: now, and not when the first images of the test split are drawn.
     """
     check_sources(cfg)
     stored = folder / "pictures"
@@ -73,7 +73,7 @@ def store(cfg: RunConfig, stored: Path) -> None:
     if cfg.data.source == "emoji":
         prepare_emoji(stored, cfg.vqgan.resolution)
     elif cfg.data.path is None:
-        raise UserError("source folder needs --data.path, the folder with the pictures and their captions")
+        raise UserError("source folder needs --data.path, the folder with the images and their captions")
     else:
         report = prepare_folder(cfg.data.path, stored, cfg.vqgan.resolution)
         say(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
@@ -118,16 +118,16 @@ class Epochs:
 
 
 def token_lists(
-    docs: Epochs, images: ImageTokenizer, tokenizer: TextTokenizer, stopped: Callable[[], bool] = lambda: False
+    docs: Epochs, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[list[int]]:
-    """Documents 0, 1, 2, ... as ids, without end; each picture of a finite source is encoded once."""
+    """Documents 0, 1, 2, ... as ids, without end; each image of a finite source is encoded once."""
     known = None if docs.source.size is None else {}
     start = 0
     while True:
         if stopped():
             raise Interrupted
         raw = [docs.document(i) for i in range(start, start + CHUNK)]
-        for doc in fuse(raw, images, known):
+        for doc in fuse(raw, image_tokenizer, known):
             yield render(doc, tokenizer, tokenizer.vocab)
         start += CHUNK
 
@@ -144,7 +144,7 @@ def amounts(cfg: RunConfig) -> dict[str, tuple[int, int | None]]:
 
 def write_tokens(
     cfg: RunConfig,
-    images: ImageTokenizer,
+    image_tokenizer: ImageTokenizer,
     tokenizer: TextTokenizer,
     folder: Path,
     stopped: Callable[[], bool] = lambda: False,
@@ -161,7 +161,7 @@ def write_tokens(
     for name, (n_ids, n_documents) in amounts(cfg).items():
         if not (folder / "data" / name).exists():
             docs = Epochs(source(name), cfg.seed, name)
-            lists = token_lists(docs, images, tokenizer, stopped)
+            lists = token_lists(docs, image_tokenizer, tokenizer, stopped)
             write_shards(folder / "data" / name, enough(lists, n_ids, n_documents, name), notes=notes)
 
 
@@ -178,21 +178,21 @@ def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None, n
             bar.update(new)
 
 
-def open_loader(cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Loader:
+def open_loader(cfg: RunConfig, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Loader:
     """What the transformer is trained on. Raises UserError where nothing of a source fits in a row."""
     t = cfg.train
-    rows = {name: rows_of(name, cfg, images, tokenizer, folder) for name in cfg.mixture}
+    rows = {name: rows_of(name, cfg, image_tokenizer, tokenizer, folder) for name in cfg.mixture}
     stages = [(start, dict(stage.weights)) for start, stage in zip(cfg.stage_starts, cfg.stages, strict=True)]
     vocab = tokenizer.vocab
     return Loader(rows, stages, t.batch_size, t.seq_len, cfg.seed, vocab.pad, vocab.eot if t.answers_only else None)
 
 
-def rows_of(name: str, cfg: RunConfig, images: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Rows:
+def rows_of(name: str, cfg: RunConfig, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Rows:
     """One source's rows; how they are packed is kept in the run's folder."""
     seq_len, place, size = cfg.train.seq_len, folder / "data" / name, tokenizer.vocab.size
     if cfg.data.live:
         docs = Epochs(open_sources(cfg, folder)(name), cfg.seed, name)
-        return Rows(name, Live(docs, images, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
+        return Rows(name, Live(docs, image_tokenizer, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
     if cfg.data.source != "prepared":
         shards = Shards(place, size)
         made_by = shards.index.get(TEXT_TOKENIZER)  # None of an older version

@@ -1,6 +1,6 @@
-"""What a raw document is, the forms it takes, and how its pictures become codes.
+"""What a raw document is, the forms it takes, and how its images become codes.
 
-    source.document(i)  ->  [Text, Picture, ...]  -fuse->  [Text, Image, ...]  -render (documents.py)->  ids
+    source.document(i)  ->  [Text, RawImage, ...]  -fuse->  [Text, Image, ...]  -render (documents.py)->  ids
 
 Every draw is a pure function of (seed, index). The sources are shapes.py, alignment.py, emoji.py and folder.py.
 """
@@ -17,15 +17,15 @@ from nanochameleon.images.tokenizer import ImageTokenizer
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """A picture that is not tokenized yet."""
+class RawImage:
+    """An image that is not tokenized yet."""
 
     pixels: np.ndarray  # uint8 (R, R, 3)
 
 
-RawDocument = list[Text | Picture | EndOfTurn]
+RawDocument = list[Text | RawImage | EndOfTurn]
 # What the documents of a source look like, see below: pairs, questions and interleaved documents; text alone; captions
-# that are followed by their picture, never the other way round.
+# that are followed by their image, never the other way round.
 FORMS = ("pairs", "questions", "interleaved", "text", "drawings")
 
 
@@ -50,21 +50,21 @@ class Source(Protocol):
 
 
 def pair(caption: str, pixels: np.ndarray, rng: np.random.Generator) -> RawDocument:
-    """A picture and its caption, either one first, half and half (paper section 2.2: 50% each)."""
-    picture, text = Picture(pixels), Text(caption)
-    return [picture, text] if rng.random() < 0.5 else [text, picture]
+    """An image and its caption, either one first, half and half (paper section 2.2: 50% each)."""
+    image, text = RawImage(pixels), Text(caption)
+    return [image, text] if rng.random() < 0.5 else [text, image]
 
 
 def captioned(form: str, caption: str, pixels: np.ndarray, rng: np.random.Generator) -> RawDocument:
-    """One captioned picture in the form "pairs", "drawings" or "text"."""
+    """One captioned image in the form "pairs", "drawings" or "text"."""
     if form == "pairs":
         return pair(caption, pixels, rng)
-    return {"drawings": [Text(caption), Picture(pixels)], "text": [Text(caption)]}[form]
+    return {"drawings": [Text(caption), RawImage(pixels)], "text": [Text(caption)]}[form]
 
 
 def question_answer(pixels: np.ndarray, qas: Sequence[tuple[str, str]]) -> RawDocument:
-    """Picture, question, end of turn, answer; before each further question another end of turn."""
-    doc: RawDocument = [Picture(pixels)]
+    """Image, question, end of turn, answer; before each further question another end of turn."""
+    doc: RawDocument = [RawImage(pixels)]
     for number, (question, answer) in enumerate(qas):
         doc += [EndOfTurn()] if number else []
         doc += [Text(question), EndOfTurn(), Text(answer)]
@@ -72,26 +72,26 @@ def question_answer(pixels: np.ndarray, qas: Sequence[tuple[str, str]]) -> RawDo
 
 
 def interleaved(pairs: Sequence[tuple[str, np.ndarray]]) -> RawDocument:
-    """Text, picture, text, picture: each text is the caption of the picture after it."""
-    return [segment for caption, pixels in pairs for segment in (Text(caption), Picture(pixels))]
+    """Text, image, text, image: each text is the caption of the image after it."""
+    return [segment for caption, pixels in pairs for segment in (Text(caption), RawImage(pixels))]
 
 
 def fuse(
     docs: Sequence[RawDocument], image_tokenizer: ImageTokenizer, known: dict[bytes, Image] | None = None
 ) -> list[Document]:
-    """Raw documents -> documents with codes in place of pixels; all their pictures, of one size, go in one batch.
+    """Raw documents -> documents with codes in place of pixels; all their images, of one size, go in one batch.
 
-    `known` holds codes by a digest of the pixels and grows: with it a finite source's pictures are encoded only once.
+    `known` holds codes by a digest of the pixels and grows: with it a finite source's images are encoded only once.
     """
     known = {} if known is None else known
-    pixels = {digest(s.pixels): s.pixels for doc in docs for s in doc if isinstance(s, Picture)}
+    pixels = {digest(s.pixels): s.pixels for doc in docs for s in doc if isinstance(s, RawImage)}
     new = [key for key in pixels if key not in known]
     if new:
         codes = image_tokenizer.encode(np.stack([pixels[key] for key in new]))
         known |= {key: Image(tuple(row)) for key, row in zip(new, codes.tolist(), strict=True)}
-    return [[known[digest(s.pixels)] if isinstance(s, Picture) else s for s in doc] for doc in docs]
+    return [[known[digest(s.pixels)] if isinstance(s, RawImage) else s for s in doc] for doc in docs]
 
 
 def digest(pixels: np.ndarray) -> bytes:
-    """16 bytes that tell one picture from another."""
+    """16 bytes that tell one image from another."""
     return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()

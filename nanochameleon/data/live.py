@@ -1,13 +1,13 @@
-"""Documents that are tokenized when a batch asks for them: no shards, at the price of encoding pictures in training.
+"""Documents that are tokenized when a batch asks for them: no shards, at the price of encoding images in training.
 
-What a row holds must be known before: texts are tokenized once for their lengths, and every picture has as many ids.
+What a row holds must be known before: texts are tokenized once for their lengths, and every image has as many ids.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from nanochameleon.data.forms import Picture, RawDocument, Source, fuse
+from nanochameleon.data.forms import RawDocument, RawImage, Source, fuse
 from nanochameleon.documents import Text, render
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.text_tokenizer import TextTokenizer
@@ -17,9 +17,14 @@ class Live:
     """Documents 0, 1, 2, ... of a source, until they hold `n_ids` ids or, if given, are `n_documents`."""
 
     def __init__(
-        self, source: Source, images: ImageTokenizer, tokenizer: TextTokenizer, n_ids: int, n_documents: int | None
+        self,
+        source: Source,
+        image_tokenizer: ImageTokenizer,
+        tokenizer: TextTokenizer,
+        n_ids: int,
+        n_documents: int | None,
     ):
-        self.source, self.images, self.tokenizer = source, images, tokenizer
+        self.source, self.image_tokenizer, self.tokenizer = source, image_tokenizer, tokenizer
         lengths, total = [], 0
         while len(lengths) < n_documents if n_documents else total < n_ids:
             lengths.append(self.length(source.document(len(lengths))))
@@ -29,9 +34,9 @@ class Live:
 
     def length(self, doc: RawDocument) -> int:
         """Ids of a document, <s> and </s> included."""
-        picture = self.images.n_codes_per_image + 2
+        image = self.image_tokenizer.n_codes_per_image + 2
         ids = (
-            len(self.tokenizer.encode(s.text)) if isinstance(s, Text) else picture if isinstance(s, Picture) else 1
+            len(self.tokenizer.encode(s.text)) if isinstance(s, Text) else image if isinstance(s, RawImage) else 1
             for s in doc
         )
         return 2 + sum(ids)
@@ -40,5 +45,5 @@ class Live:
         return self.lengths[first:last]
 
     def fetch(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        docs = fuse([self.source.document(i) for i in numbers], self.images)
+        docs = fuse([self.source.document(i) for i in numbers], self.image_tokenizer)
         return [np.array(render(doc, self.tokenizer, self.tokenizer.vocab)) for doc in docs]

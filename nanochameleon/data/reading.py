@@ -1,8 +1,8 @@
-"""Items read from outside: captioned pictures that may be bad, rules for captions, and the count of what was skipped.
+"""Items read from outside: captioned images that may be bad, rules for captions, and the count of what was skipped.
 
 What cannot be used is skipped, counted and listed with its place and reason, and never stops the rest. Every file, row
 and member ends as an item or as a `Bad`. Two things are left out without a line: hidden files (their name begins with a
-dot), and pictures that no row names.
+dot), and images that no row names.
 """
 
 import json
@@ -24,7 +24,7 @@ T = TypeVar("T")
 TEXT_KEYS = ("text", "caption")  # of a JSON object or a table that holds a text
 MAX_CAPTION = 1_000  # characters
 MAX_LINE = 2**25  # bytes; a longer line is skipped
-PICTURE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 SKIPPED = "skipped.jsonl"  # beside what was prepared
 NOT_READ = "files that are not read"
 
@@ -40,7 +40,7 @@ class Bad:
 
 @dataclass(frozen=True, eq=False)
 class File:
-    """A picture that is not decoded: a file, or bytes that were read from a place called `name`."""
+    """An image that is not decoded: a file, or bytes that were read from a place called `name`."""
 
     name: str
     path: Path | None = None
@@ -48,17 +48,17 @@ class File:
     fit: Literal["crop", "pad"] = "crop"  # pad: of a prompt
 
     def pixels(self, resolution: int) -> np.ndarray:
-        """uint8 (R, R, 3). Raises UserError, as load_picture does."""
+        """uint8 (R, R, 3). Raises UserError, as load_image does."""
         return load_square(self.path or self.name, resolution, self.fit, self.data)
 
 
 @dataclass(frozen=True, eq=False)
 class Captioned:
-    """A picture with a caption of at most MAX_CAPTION characters; `cut`: it was longer."""
+    """An image with a caption of at most MAX_CAPTION characters; `cut`: it was longer."""
 
     where: str
     caption: str
-    picture: File
+    image: File
     cut: bool = False
 
 
@@ -66,7 +66,7 @@ class Captioned:
 class Report:
     """What reading came to."""
 
-    pictures: int = 0
+    images: int = 0
     captions: int = 0
     cut: int = 0  # captions shortened to the limit
     skipped: list[Bad] = field(default_factory=list)
@@ -75,14 +75,14 @@ class Report:
         self.skipped.append(Bad(where, reason, detail))
 
     def __str__(self) -> str:
-        text = f"{self.pictures:,} pictures with {self.captions:,} captions"
+        text = f"{self.images:,} images with {self.captions:,} captions"
         if self.cut:
             text += f", {self.cut:,} of them cut"
         return text + (f"; {reasons(Counter(bad.reason for bad in self.skipped))}" if self.skipped else "")
 
 
 def reasons(counts: Counter[str]) -> str:
-    """'3 skipped: 2 missing pictures, 1 broken lines'."""
+    """'3 skipped: 2 missing images, 1 broken lines'."""
     return f"{counts.total():,} skipped: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common())
 
 
@@ -124,7 +124,7 @@ def shortened(caption: str) -> tuple[str, bool]:
 def walk(folder: Path) -> tuple[list[Path], list[Bad]]:
     """All files of a folder and its subfolders in order, and what else is there that cannot be read.
 
-    Hidden files and pictures are in neither list. Links are followed, to files and to folders; a folder that a link
+    Hidden files and images are in neither list. Links are followed, to files and to folders; a folder that a link
     reaches a second time is not read again. Raises UserError where `folder` itself cannot be read.
     """
     files, left, seen, todo = [], [], set(), deque([folder])
@@ -139,7 +139,7 @@ def walk(folder: Path) -> tuple[list[Path], list[Bad]]:
             kind, path = kind_of(entry), place / entry.name
             if kind == "folder":
                 (todo.append if entry.is_symlink() else todo.appendleft)(path)  # links come last
-            elif not is_picture(entry.name):
+            elif not is_image(entry.name):
                 files += [path] if kind == "file" else []
                 left += [Bad(str(path.relative_to(folder)), "neither files nor folders")] if not kind else []
     return sorted(files), sorted(left, key=lambda bad: bad.where)
@@ -173,8 +173,8 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def is_picture(name: str) -> bool:
-    return name.lower().endswith(tuple(f".{ending}" for ending in PICTURE_ENDINGS))
+def is_image(name: str) -> bool:
+    return name.lower().endswith(tuple(f".{ending}" for ending in IMAGE_ENDINGS))
 
 
 def near(folder: Path, files: Iterable[Path]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""How often an aligned model answers rightly, by category, on prompts that it has not seen: words exactly, pictures by
+"""How often an aligned model answers rightly, by category, on prompts that it has not seen: words exactly, images by
 the oracle, both in the right order and nothing else."""
 
 from dataclasses import dataclass, replace
@@ -31,16 +31,16 @@ def is_right(exchange: Exchange, said: Document, run: Run, world: World) -> bool
 def matches(wanted: Text | Scene, found: Text | Image, run: Run, world: World) -> bool:
     if isinstance(wanted, Text) or not isinstance(found, Image):
         return wanted == found
-    return judge(wanted, run.images.decode(torch.tensor([found.codes]))[0], world)["all_facts"]
+    return judge(wanted, run.image_tokenizer.decode(torch.tensor([found.codes]))[0], world)["all_facts"]
 
 
 def answered(run: Run, world: World, category: str, n: int) -> list[Answered]:
-    """n prompts of the test split and what the model says to them: words greedily, pictures as it is set to draw."""
+    """n prompts of the test split and what the model says to them: words greedily, images as it is set to draw."""
     source = AlignmentSource(world, category, SCENE_SEED, test=True)
     asked = [source.exchanges(i)[0] for i in range(n)]
     prompts = [prompt_ids(drawn(each.prompt, world), run, "answer") for each in asked]
     options = replace(run.cfg.sample, temperature=0.0, max_new=run.cfg.model.max_seq_len)
-    stops, n_codes = (run.vocab.eos, run.vocab.eot), run.images.n_codes_per_image
+    stops, n_codes = (run.vocab.eos, run.vocab.eot), run.image_tokenizer.n_codes_per_image
     rows = generate(run.model, prompts, run.vocab, n_codes, options, "both", run.cfg.seed, stops, progress=category)
     said = [[s for s in parse(row, run.tokenizer, run.vocab) if not isinstance(s, EndOfTurn)] for row in rows]
     return [Answered(each, doc, is_right(each, doc, run, world)) for each, doc in zip(asked, said, strict=True)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochameleon.data import Picture, Shards, fuse
+from nanochameleon.data import RawImage, Shards, fuse
 from nanochameleon.data.build import mixture, open_sources
 from nanochameleon.data.prepared import TEST
 from nanochameleon.documents import Image, Text, parse, render
@@ -27,25 +27,25 @@ def unseen(run: Run, folder: Path, n: int) -> list[list[int]]:
     if run.cfg.data.source == "prepared":
         return prepared_documents(run, n)
     docs = mixture(run.cfg, folder, "test")
-    fused = fuse([docs.document(i) for i in range(n)], run.images)
+    fused = fuse([docs.document(i) for i in range(n)], run.image_tokenizer)
     return [render(doc, run.tokenizer, run.vocab) for doc in fused]
 
 
 def captioned(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarray]]:
-    """At most n captions and their own pictures; prepared data's are drawn from its codes."""
+    """At most n captions and their own images; prepared data's are drawn from its codes."""
     if run.cfg.data.source == "prepared":
         return captioned_codes(run, n)
     source = open_sources(run.cfg, folder, "test")("pairs")
     docs = [source.document(i) for i in range(n if source.size is None else min(n, source.size))]
-    texts = [next(s.text for s in doc if not isinstance(s, Picture)) for doc in docs]
-    return texts, [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
+    texts = [next(s.text for s in doc if not isinstance(s, RawImage)) for doc in docs]
+    return texts, [next(s.pixels for s in doc if isinstance(s, RawImage)) for doc in docs]
 
 
 def captioned_codes(run: Run, n: int) -> tuple[list[str], list[np.ndarray]]:
-    """Of documents that are one text and one picture."""
+    """Of documents that are one text and one image."""
     docs = [parse(ids, run.tokenizer, run.vocab) for ids in prepared_documents(run, n)]
     pairs = [sorted(doc, key=lambda segment: isinstance(segment, Image)) for doc in docs if len(doc) == 2]
     pairs = [(a.text, b.codes) for a, b in pairs if isinstance(a, Text) and isinstance(b, Image)]
     if not pairs:
         return [], []
-    return [text for text, _ in pairs], list(run.images.decode(torch.tensor([codes for _, codes in pairs])))
+    return [text for text, _ in pairs], list(run.image_tokenizer.decode(torch.tensor([codes for _, codes in pairs])))

@@ -1,4 +1,4 @@
-"""How well documents of the test split are predicted: bits per picture code and per byte of text."""
+"""How well documents of the test split are predicted: bits per image code and per byte of text."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from nanochameleon.training.run import Run
 
 @torch.inference_mode()
 def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> dict[str, float | None]:
-    """{"bits_per_code", "bits_per_byte"} over documents of ids, of which all but picture codes count as text.
+    """{"bits_per_code", "bits_per_byte"} over documents of ids, of which all but image codes count as text.
 
-    Documents longer than the context are left out, and what the run does not learn: pictures, prompts; a figure for
+    Documents longer than the context are left out, and what the run does not learn: images, prompts; a figure for
     which nothing is left is None.
     """
     seq_len, answers_from = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.answers_only else None

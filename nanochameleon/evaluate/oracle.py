@@ -1,9 +1,9 @@
-"""Reads a picture of the shapes world back into a scene: the judge of drawn pictures.
+"""Reads an image of the shapes world back into a scene: the judge of drawn images.
 
 Each cell of the lattice is compared with every object the world has (by squared distance of pixels) and with the bare
 background; the nearest explains the cell if it leaves less than `TOLERANCE` of what separates the object from the
 background unexplained. So a blob, half an object or a wrong colour is 'unreadable', not the nearest guess.
-It knows the lattice and the palette and nothing of the model. Its own accuracy on clean pictures is the ceiling to
+It knows the lattice and the palette and nothing of the model. Its own accuracy on clean images is the ceiling to
 print beside every score.
 """
 
@@ -21,7 +21,7 @@ TOLERANCE = 0.25
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows: things by cell in raster order; `unreadable` cells show something that is no object."""
+    """What an image shows: things by cell in raster order; `unreadable` cells show something that is no object."""
 
     background: str
     things: tuple[Thing, ...]
@@ -31,31 +31,31 @@ class Reading:
 
 @cache
 def templates(world: World, background: str) -> tuple[tuple[Thing, ...], np.ndarray]:
-    """Every object on this background: (things, pictures of a cell flattened (n, CELL*CELL*3))."""
+    """Every object on this background: (things, images of a cell flattened (n, CELL*CELL*3))."""
     ground = np.array(BACKGROUNDS[background], np.float32)
     things = tuple(Thing(z, c, s) for z in SIZES for c in world.colours for s in world.shapes)
     cells = [ground + coverage(t.shape, t.size)[..., None] * (np.array(COLOURS[t.colour]) - ground) for t in things]
     return things, np.stack(cells).reshape(len(things), -1).astype(np.float32)
 
 
-def read_background(picture: np.ndarray, world: World) -> str:
+def read_background(image: np.ndarray, world: World) -> str:
     """The background colour nearest to the median of the cells' borders, where no object reaches."""
-    cells = picture.reshape(world.side, CELL, world.side, CELL, 3).swapaxes(1, 2)
+    cells = image.reshape(world.side, CELL, world.side, CELL, 3).swapaxes(1, 2)
     rim = np.concatenate([cells[:, :, 0], cells[:, :, -1], cells[:, :, :, 0], cells[:, :, :, -1]])
     seen = np.median(rim.reshape(-1, 3), axis=0)
     return min(world.backgrounds, key=lambda name: float(np.square(seen - BACKGROUNDS[name]).sum()))
 
 
-def read(picture: np.ndarray, world: World) -> Reading:
+def read(image: np.ndarray, world: World) -> Reading:
     """uint8 (R, R, 3) -> Reading."""
-    background = read_background(picture, world)
+    background = read_background(image, world)
     things, known = templates(world, background)
     ground = np.tile(np.array(BACKGROUNDS[background], np.float32), CELL * CELL)
     energy = np.square(known - ground).sum(1)
     found, cells, unreadable = [], [], 0
     for row in range(world.side):
         for column in range(world.side):
-            cell = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+            cell = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
             cell = cell.reshape(-1).astype(np.float32)
             left = np.square(known - cell).sum(1)
             best = int((left / energy).argmin())
@@ -79,12 +79,12 @@ def relation_holds(scene: Scene, reading: Reading) -> bool:
     return {"above": r1 < r2, "below": r1 > r2, "left of": c1 < c2, "right of": c1 > c2}[scene.relation]
 
 
-def judge(scene: Scene, picture: np.ndarray, world: World) -> dict[str, bool]:
-    """Which facts of the scene's caption the picture shows: background, count, shapes, colours, sizes, relation.
+def judge(scene: Scene, image: np.ndarray, world: World) -> dict[str, bool]:
+    """Which facts of the scene's caption the image shows: background, count, shapes, colours, sizes, relation.
 
-    'all_facts' is right when every one is, the things match as wholes and nothing unreadable is in the picture.
+    'all_facts' is right when every one is, the things match as wholes and nothing unreadable is in the image.
     """
-    reading = read(picture, world)
+    reading = read(image, world)
     facts = {
         "background": reading.background == scene.background,
         "count": len(reading.things) + reading.unreadable == len(scene.things),

@@ -1,7 +1,7 @@
-"""A run's report: figures, sheets of pictures, conversations. What is measured depends on the data.
+"""A run's report: figures, sheets of images, conversations. What is measured depends on the data.
 
-For the shapes worlds an oracle judges, for emoji the nearest concept; for other pictures there is likelihood alone, and
-pictures to look at.
+For the shapes worlds an oracle judges, for emoji the nearest concept; for other images there is likelihood alone, and
+images to look at.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochameleon.data import Picture
+from nanochameleon.data import RawImage
 from nanochameleon.data.build import open_sources, world
 from nanochameleon.data.prepared import TEST
 from nanochameleon.data.sources.alignment import CATEGORIES
@@ -21,17 +21,17 @@ from nanochameleon.evaluate import alignment, concepts, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.report_html import png, samples_sheet, write_report
-from nanochameleon.evaluate.shapes import Answer, Drawn, draw_pictures
+from nanochameleon.evaluate.shapes import Answer, Drawn, draw_images
 from nanochameleon.files import write_file
 from nanochameleon.generation.engine import prompt_ids
 from nanochameleon.printing import say
 from nanochameleon.training.monitor import METRICS, plot_curves, read_metrics
 from nanochameleon.training.run import Run, command
 
-GRID = 14  # pictures of a sample grid during training
-SHEET = 28  # pictures in samples.png
-INTERLEAVED = 100  # documents of two pictures at most whose second one is drawn
-NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # of pictures without exact truth
+GRID = 14  # images of a sample grid during training
+SHEET = 28  # images in samples.png
+INTERLEAVED = 100  # documents of two images at most whose second one is drawn
+NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # of images without exact truth
 
 
 def peak_memory_gib() -> float | None:
@@ -45,7 +45,7 @@ def peak_memory_gib() -> float | None:
 
 
 def drawable(run: Run, captions: list[str]) -> list[str]:
-    """Those that leave room for their picture in the context; training leaves the others out as well."""
+    """Those that leave room for their image in the context; training leaves the others out as well."""
     return [caption for caption in captions if shapes.has_room(run, prompt_ids([Text(caption)], run, "draw"))]
 
 
@@ -56,7 +56,7 @@ def sample_grid(run: Run, path: Path) -> None:
     if not captions:
         return
     path.parent.mkdir(exist_ok=True)
-    samples_sheet([(c, p, None) for c, p in zip(captions, draw_pictures(run, captions, 0), strict=True)], path)
+    samples_sheet([(c, p, None) for c, p in zip(captions, draw_images(run, captions, 0), strict=True)], path)
 
 
 def training_seconds(folder: Path) -> dict[str, float]:
@@ -66,12 +66,12 @@ def training_seconds(folder: Path) -> dict[str, float]:
 
 
 def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
-    """Measures everything; writes samples.png, curves.png, picture.png, report.json and report.html to the folder.
+    """Measures everything; writes samples.png, curves.png, image.png, report.json and report.html to the folder.
 
-    Without anything unseen, as prepared data may be, what is measured on it is None, and the pictures are not there.
+    Without anything unseen, as prepared data may be, what is measured on it is None, and the images are not there.
     """
     clock, place = time.perf_counter(), world(run.cfg.data)
-    figures, sheet, talks = shapes_report(run, place) if place else pictures_report(run, folder)
+    figures, sheet, talks = shapes_report(run, place) if place else images_report(run, folder)
     figures |= bits(run, unseen(run, folder, 200)) | training_seconds(folder)
     samples_sheet(sheet, folder / "samples.png")
     plot_curves(read_metrics(folder / METRICS), folder / "curves.png")
@@ -83,9 +83,9 @@ def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     tries = [[prompt, "--n", "4"]]
     if run.cfg.data.source == "prepared" and not talks:
         say(f"{run.cfg.data.path} has no source called {TEST}, so nothing unseen is measured")
-    if talks:  # a picture of the test split, to ask about
-        write_file(folder / "picture.png", png(talks[0]["picture"]))
-        tries.append([str(folder / "picture.png"), question])
+    if talks:  # an image of the test split, to ask about
+        write_file(folder / "image.png", png(talks[0]["image"]))
+        tries.append([str(folder / "image.png"), question])
     commands = [command("sample.py", str(folder), *words) for words in tries]
     return write_report(folder, figures, talks, commands, f"nanochameleon: {run.cfg.name}")
 
@@ -93,14 +93,14 @@ def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
 def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
     """Figures by the oracle; the sheet shows seen and held-out compositions, then ends of interleaved documents."""
     n = run.cfg.evaluation
-    figures = {"tokenizer": shapes.tokenizer_scores(run.images, place, n.reconstructions)}
-    seen, drawn_seen = shapes.text_to_picture(run, place, "seen", n.pictures)
-    held_out, drawn_held_out = shapes.text_to_picture(run, place, "held_out", n.pictures)
-    interleaved, drawn_second = shapes.second_picture(run, place, min(n.pictures, INTERLEAVED))
+    figures = {"tokenizer": shapes.tokenizer_scores(run.image_tokenizer, place, n.reconstructions)}
+    seen, drawn_seen = shapes.text_to_image(run, place, "seen", n.images)
+    held_out, drawn_held_out = shapes.text_to_image(run, place, "held_out", n.images)
+    interleaved, drawn_second = shapes.second_image(run, place, min(n.images, INTERLEAVED))
     captions, captioned = shapes.caption_facts(run, place, n.answers)
     accuracy, answered = shapes.question_accuracy(run, place, n.answers)
     figures |= {
-        "text_to_picture": {"seen": seen, "held_out": held_out},
+        "text_to_image": {"seen": seen, "held_out": held_out},
         "interleaved": interleaved,
         "captions": {"facts": captions},
         "questions": {"accuracy": accuracy, "question_only": shapes.question_only(place, answered)},
@@ -112,57 +112,57 @@ def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
     half = SHEET // 2
     sheet = [sheet_item(d, "") for d in drawn_seen[:half]]
     sheet += [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
-    sheet += [sheet_item(d, " (after another caption and its picture)") for d in drawn_second[:8]]
+    sheet += [sheet_item(d, " (after another caption and its image)") for d in drawn_second[:8]]
     return figures, sheet, [talk(a, place) for a in (*captioned[:6], *answered[:12])]
 
 
 def sheet_item(drawn: Drawn, note: str) -> tuple[str, np.ndarray, bool]:
-    return drawn.scene.caption() + note, drawn.picture, drawn.facts["all_facts"]
+    return drawn.scene.caption() + note, drawn.image, drawn.facts["all_facts"]
 
 
 def talk(answer: Answer, place: World) -> dict:
-    picture = draw(answer.scene, place)
-    return {"question": answer.question, "answer": answer.said, "truth": answer.truth, "picture": picture}
+    image = draw(answer.scene, place)
+    return {"question": answer.question, "answer": answer.said, "truth": answer.truth, "image": image}
 
 
-def pictures_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
+def images_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
     """Reconstruction error and codebook use, of emoji the nearest concept, None for what an oracle has to tell; the
     sheet is of the test split."""
-    captions, pictures = captioned(run, folder, run.cfg.evaluation.reconstructions)
-    figures = {"tokenizer": NO_ORACLE | reconstruction(run, pictures)}
-    figures |= {"text_to_picture": None, "interleaved": None, "captions": None, "questions": None}
+    captions, images = captioned(run, folder, run.cfg.evaluation.reconstructions)
+    figures = {"tokenizer": NO_ORACLE | reconstruction(run, images)}
+    figures |= {"text_to_image": None, "interleaved": None, "captions": None, "questions": None}
     drawn = []
     if run.cfg.data.source == "emoji":
-        figures["text_to_picture"], drawn = concepts.text_to_picture(run, folder, run.cfg.evaluation.pictures)
+        figures["text_to_image"], drawn = concepts.text_to_image(run, folder, run.cfg.evaluation.images)
     if not drawn:
         captions = drawable(run, captions)[:SHEET]
-        drawn = list(zip(captions, draw_pictures(run, captions, run.cfg.seed, "drawing"), strict=True))
+        drawn = list(zip(captions, draw_images(run, captions, run.cfg.seed, "drawing"), strict=True))
     return figures, [(c, p, None) for c, p in drawn[:SHEET]], asked_about(run, folder, 12)
 
 
-def reconstruction(run: Run, pictures: list[np.ndarray]) -> dict[str, float | None]:
-    """Of pictures as they were before they became codes: prepared data has them no more, and no figure then."""
-    if not pictures or run.cfg.data.source == "prepared":
+def reconstruction(run: Run, images: list[np.ndarray]) -> dict[str, float | None]:
+    """Of images as they were before they became codes: prepared data has them no more, and no figure then."""
+    if not images or run.cfg.data.source == "prepared":
         return {"mean_absolute_error": None, "codebook_used": None}
-    clean = np.stack(pictures)
-    codes = run.images.encode(clean)
-    error = np.abs(clean.astype(int) - run.images.decode(codes)).mean() / 255
+    clean = np.stack(images)
+    codes = run.image_tokenizer.encode(clean)
+    error = np.abs(clean.astype(int) - run.image_tokenizer.decode(codes)).mean() / 255
     return {"mean_absolute_error": float(error), "codebook_used": len(torch.unique(codes)) / run.cfg.vqgan.n_codes}
 
 
 def asked_about(run: Run, folder: Path, n: int) -> list[dict]:
-    """What the model says of pictures of the test split: answers where it learnt questions, else captions."""
+    """What the model says of images of the test split: answers where it learnt questions, else captions."""
     if "questions" not in run.cfg.mixture or run.cfg.data.source == "prepared":
-        truths, pictures = captioned(run, folder, n)
+        truths, images = captioned(run, folder, n)
         asked = [""] * len(truths)
     else:
         source = open_sources(run.cfg, folder, "test")("questions")
         docs = [source.document(i) for i in range(min(n, source.size))]
-        pictures = [next(s.pixels for s in doc if isinstance(s, Picture)) for doc in docs]
+        images = [next(s.pixels for s in doc if isinstance(s, RawImage)) for doc in docs]
         texts = [[s.text for s in doc if isinstance(s, Text)] for doc in docs]
         asked, truths = [text[0] for text in texts], [text[1] for text in texts]
-    said = shapes.ask(run, list(zip(pictures, asked, strict=True)), "captions")
+    said = shapes.ask(run, list(zip(images, asked, strict=True)), "captions")
     return [
-        {"question": question, "answer": answer, "truth": truth, "picture": picture}
-        for question, answer, truth, picture in zip(asked, said, truths, pictures, strict=True)
+        {"question": question, "answer": answer, "truth": truth, "image": image}
+        for question, answer, truth, image in zip(asked, said, truths, images, strict=True)
     ]

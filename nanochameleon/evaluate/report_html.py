@@ -1,6 +1,6 @@
-"""What a run leaves to look at: samples.png, report.json, report.html, and pictures inside a terminal.
+"""What a run leaves to look at: samples.png, report.json, report.html, and images inside a terminal.
 
-report.html is one page that needs nothing else: pictures inside it, no scripts, no links, every text escaped, and a
+report.html is one page that needs nothing else: images inside it, no scripts, no links, every text escaped, and a
 content policy that forbids the rest. It measures nothing (evaluate/) and draws no curves (monitor.py).
 """
 
@@ -24,7 +24,7 @@ from nanochameleon.files import write_file
 
 PAPER, INK, RIGHT, WRONG = "#ffffff", "#222222", "#2e8b57", "#c0392b"
 GAP, LINE, FONT_SIZE = 16, 18, 14  # pixels
-NARROWEST = 128  # pixels of a cell, so that a small picture still has room for words
+NARROWEST = 128  # pixels of a cell, so that a small image still has room for words
 
 
 def samples_sheet(
@@ -32,24 +32,24 @@ def samples_sheet(
 ) -> None:
     """Writes a grid of (caption, uint8 (R, R, 3), was it right? or None) as one PNG about `width` pixels wide.
 
-    Pictures are enlarged `scale` times (by default to at least 128 pixels) without smoothing, captions wrapped below;
+    Images are enlarged `scale` times (by default to at least 128 pixels) without smoothing, captions wrapped below;
     a green tick or a red cross tells right from wrong where that is known. Letters that the font lacks, as those of
     Chinese, are written as their code points, since a box for each would look like a fault of the model.
     """
     font, letters = _font()
-    pictures = [_enlarge(picture, scale or max(1, math.ceil(NARROWEST / picture.shape[1]))) for _, picture, _ in items]
-    cell = max([NARROWEST, *(picture.width for picture in pictures)])
+    images = [_enlarge(image, scale or max(1, math.ceil(NARROWEST / image.shape[1]))) for _, image, _ in items]
+    cell = max([NARROWEST, *(image.width for image in images)])
     captions = [_wrap(_drawable(caption, letters), font, cell - 18 * (ok is not None)) for caption, _, ok in items]
     columns = max(1, min(len(items), (width - GAP) // (cell + GAP)))
     rows = [range(start, min(start + columns, len(items))) for start in range(0, len(items), columns)]
-    heights = [max(pictures[i].height + 6 + LINE * len(captions[i]) for i in row) + GAP for row in rows]
+    heights = [max(images[i].height + 6 + LINE * len(captions[i]) for i in row) + GAP for row in rows]
     sheet = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, row in enumerate(rows):
         top = GAP + sum(heights[:number])
         for column, i in enumerate(row):
             left = GAP + column * (cell + GAP)
-            _draw_item(sheet, draw, (left, top), pictures[i], captions[i], items[i][2], font)
+            _draw_item(sheet, draw, (left, top), images[i], captions[i], items[i][2], font)
     write_file(Path(path), png(sheet))
 
 
@@ -68,11 +68,11 @@ def _drawable(text: str, letters: Container[int]) -> str:
     return "".join(c if ord(c) in letters or c.isspace() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _draw_item(sheet, draw, corner, picture, lines, ok, font) -> None:
+def _draw_item(sheet, draw, corner, image, lines, ok, font) -> None:
     left, top = corner
-    sheet.paste(picture, corner)
-    draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline="#cccccc")
-    below = top + picture.height + 6
+    sheet.paste(image, corner)
+    draw.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline="#cccccc")
+    below = top + image.height + 6
     if ok is not None:
         _draw_mark(draw, left, below + 2, ok)
     for number, line in enumerate(lines):
@@ -105,14 +105,14 @@ def _wrap(text: str, font, width: int) -> list[str]:
     return lines
 
 
-def _enlarge(picture: np.ndarray, scale: int) -> Image.Image:
-    return Image.fromarray(np.asarray(picture).repeat(scale, 0).repeat(scale, 1))
+def _enlarge(image: np.ndarray, scale: int) -> Image.Image:
+    return Image.fromarray(np.asarray(image).repeat(scale, 0).repeat(scale, 1))
 
 
-def png(picture: Image.Image | np.ndarray) -> bytes:
-    """Picture, or uint8 (H, W, 3) -> the bytes of a PNG."""
+def png(image: Image.Image | np.ndarray) -> bytes:
+    """Image, or uint8 (H, W, 3) -> the bytes of a PNG."""
     buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -130,15 +130,15 @@ def write_report(
     """Writes run_dir/report.json and report.html, with its samples.png and curves.png inside; returns the page's path.
 
     report: figures in nested dicts, fractions as 0..1, times in seconds. conversations: dicts with "question",
-    "answer", and, where known, "truth" and "picture" (uint8 (R, R, 3)). commands: lines to try next.
+    "answer", and, where known, "truth" and "image" (uint8 (R, R, 3)). commands: lines to try next.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     data = _jsonable(report)
     write_file(run_dir / "report.json", (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
     sections = [
-        _section("Drawn from words", _figure(run_dir / "samples.png", "pictures drawn by the model, prompts below")),
-        _section("Asked about pictures", "".join(_conversation(item) for item in conversations)),
+        _section("Drawn from words", _figure(run_dir / "samples.png", "images drawn by the model, prompts below")),
+        _section("Asked about images", "".join(_conversation(item) for item in conversations)),
         _section("Figures", _table(data)),
         _section("Training", _figure(run_dir / "curves.png", "loss by modality, output norm, log Z, gradient norm")),
         _section("Try next", f"<pre>{html.escape(chr(10).join(commands))}</pre>" if commands else ""),
@@ -213,12 +213,8 @@ def _figure(path: Path, alt: str) -> str:
 
 
 def _conversation(item: Mapping) -> str:
-    picture = item.get("picture")
-    shown = (
-        ""
-        if picture is None
-        else _image(png(_enlarge(picture, math.ceil(96 / len(picture)))), "the picture asked about")
-    )
+    image = item.get("image")
+    shown = "" if image is None else _image(png(_enlarge(image, math.ceil(96 / len(image)))), "the image asked about")
     truth = item.get("truth")
     note = "" if truth is None else f'<p class="truth">truth: {html.escape(str(truth))}</p>'
     question, answer = (html.escape(str(item.get(key, ""))) for key in ("question", "answer"))
@@ -265,16 +261,16 @@ STYLE = textwrap.dedent("""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures in a terminal
+# images in a terminal
 
 MAX_COLUMNS = 64  # of a terminal, for half blocks
 COMFORTABLE = 256  # pixels a side, for terminals that show pixels
 
 
 def terminal_mode(env: Mapping[str, str], isatty: bool) -> str | None:
-    """How this terminal shows pictures: 'kitty', 'iterm', 'blocks' (24-bit colours), or None (a file, a dumb one).
+    """How this terminal shows images: 'kitty', 'iterm', 'blocks' (24-bit colours), or None (a file, a dumb one).
 
-    Inside tmux and screen the picture protocols do not get through, colours do.
+    Inside tmux and screen the image protocols do not get through, colours do.
     """
     term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
     if not isatty or term == "dumb":
@@ -288,11 +284,11 @@ def terminal_mode(env: Mapping[str, str], isatty: bool) -> str | None:
     return "blocks"
 
 
-def as_terminal(picture: np.ndarray, mode: str = "blocks") -> str:
+def as_terminal(image: np.ndarray, mode: str = "blocks") -> str:
     """uint8 (H, W, 3) -> text that shows it when printed, in a mode of terminal_mode."""
     if mode == "blocks":
-        return half_blocks(picture)
-    data = png(_enlarge(picture, max(1, COMFORTABLE // picture.shape[1])))
+        return half_blocks(image)
+    data = png(_enlarge(image, max(1, COMFORTABLE // image.shape[1])))
     text = base64.b64encode(data).decode()
     if mode == "iterm":
         return f"\x1b]1337;File=inline=1;size={len(data)}:{text}\a"
@@ -302,17 +298,15 @@ def as_terminal(picture: np.ndarray, mode: str = "blocks") -> str:
     return "".join(f"\x1b_G{c};{chunk}\x1b\\" for c, chunk in zip(controls, chunks, strict=True))
 
 
-def half_blocks(picture: np.ndarray) -> str:
+def half_blocks(image: np.ndarray) -> str:
     """Two pixels a character: the upper half block's colour is the upper one, its background the lower one."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if width > MAX_COLUMNS:
         size = (MAX_COLUMNS, max(1, round(height * MAX_COLUMNS / width)))
-        picture = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
     lines = []
-    for top in range(0, len(picture), 2):
-        pairs = (
-            zip(picture[top], picture[top + 1], strict=True) if top + 1 < len(picture) else ((p,) for p in picture[top])
-        )
+    for top in range(0, len(image), 2):
+        pairs = zip(image[top], image[top + 1], strict=True) if top + 1 < len(image) else ((p,) for p in image[top])
         lines.append("".join(_half_block(*pair) for pair in pairs) + "\x1b[0m")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What a model knows of the shapes world: pictures from words, captions and answers for pictures it has not seen.
+"""What a model knows of the shapes world: images from words, captions and answers for images it has not seen.
 
 Every scene is of the test split. Prompts name the background, so that it can be judged.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nanochameleon.data import Picture
+from nanochameleon.data import RawImage
 from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, World, draw, questions, scenes
 from nanochameleon.documents import Text, parse
 from nanochameleon.evaluate.captions import score_caption
@@ -23,7 +23,7 @@ SCENE_SEED = 7_777  # of the scenes that are asked about
 @dataclass(frozen=True)
 class Drawn:
     scene: Scene
-    picture: np.ndarray  # uint8 (R, R, 3)
+    image: np.ndarray  # uint8 (R, R, 3)
     facts: dict[str, bool]  # of the oracle
 
 
@@ -42,74 +42,72 @@ def mean_facts(judged: list[dict[str, bool]]) -> dict:
     return {"all_facts": float(np.mean([facts["all_facts"] for facts in judged])), "by_fact": by_fact}
 
 
-def tokenizer_scores(images: ImageTokenizer, world: World, n: int) -> dict:
-    """The oracle on clean pictures (its ceiling) and on reconstructions, and the share of the codebook in use."""
+def tokenizer_scores(image_tokenizer: ImageTokenizer, world: World, n: int) -> dict:
+    """The oracle on clean images (its ceiling) and on reconstructions, and the share of the codebook in use."""
     shown = list(scenes(world, SCENE_SEED, n, test=True))
     clean = np.stack([draw(scene, world) for scene in shown])
-    codes = images.encode(clean)
-    again = images.decode(codes)
-    right = [
-        [judge(s, p, world)["all_facts"] for s, p in zip(shown, pictures, strict=True)] for pictures in (clean, again)
-    ]
+    codes = image_tokenizer.encode(clean)
+    again = image_tokenizer.decode(codes)
+    right = [[judge(s, p, world)["all_facts"] for s, p in zip(shown, images, strict=True)] for images in (clean, again)]
     return {
         "oracle_on_clean": float(np.mean(right[0])),
         "oracle_on_reconstructions": float(np.mean(right[1])),
-        "codebook_used": len(torch.unique(codes)) / images.vqgan.cfg.n_codes,
+        "codebook_used": len(torch.unique(codes)) / image_tokenizer.vqgan.cfg.n_codes,
         "mean_absolute_error": float(np.abs(clean.astype(int) - again).mean()) / 255,
     }
 
 
-def draw_pictures(run: Run, captions: list[str], seed: int, progress: str | None = None) -> np.ndarray:
-    """One picture for each caption: uint8 (n, R, R, 3)."""
+def draw_images(run: Run, captions: list[str], seed: int, progress: str | None = None) -> np.ndarray:
+    """One image for each caption: uint8 (n, R, R, 3)."""
     return draw_from(run, [prompt_ids([Text(caption)], run, "draw") for caption in captions], seed, progress)
 
 
 def has_room(run: Run, prompt: list[int]) -> bool:
-    """Does a picture fit in the context behind this prompt? Then <eoi> and </s> do, too, as in training."""
-    return len(prompt) + run.images.n_codes_per_image + 2 <= run.cfg.model.max_seq_len
+    """Does an image fit in the context behind this prompt? Then <eoi> and </s> do, too, as in training."""
+    return len(prompt) + run.image_tokenizer.n_codes_per_image + 2 <= run.cfg.model.max_seq_len
 
 
 def draw_from(run: Run, prompts: list[list[int]], seed: int, progress: str | None = None) -> np.ndarray:
-    """One picture for each prompt, which ends in <boi>: uint8 (n, R, R, 3)."""
-    n_codes, side = run.images.n_codes_per_image, run.cfg.vqgan.resolution
+    """One image for each prompt, which ends in <boi>: uint8 (n, R, R, 3)."""
+    n_codes, side = run.image_tokenizer.n_codes_per_image, run.cfg.vqgan.resolution
     if not prompts:
         return np.empty((0, side, side, 3), np.uint8)
     options = replace(run.cfg.sample, max_new=n_codes + 2)
     rows = generate(run.model, prompts, run.vocab, n_codes, options, "image", seed, progress=progress)
-    return run.images.decode(torch.tensor([row[:n_codes] for row in rows]) - run.vocab.first_code)
+    return run.image_tokenizer.decode(torch.tensor([row[:n_codes] for row in rows]) - run.vocab.first_code)
 
 
-def text_to_picture(run: Run, world: World, compositions: str, n: int) -> tuple[dict, list[Drawn]]:
+def text_to_image(run: Run, world: World, compositions: str, n: int) -> tuple[dict, list[Drawn]]:
     """Draws n scenes from their captions and lets the oracle judge; -> scores and what was drawn."""
     wanted = list(scenes(world, SCENE_SEED, n, compositions, test=True))
-    pictures = draw_pictures(run, [s.caption() for s in wanted], run.cfg.seed, f"drawing {compositions}")
-    drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, pictures, strict=True)]
+    images = draw_images(run, [s.caption() for s in wanted], run.cfg.seed, f"drawing {compositions}")
+    drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, images, strict=True)]
     return mean_facts([d.facts for d in drawn]), drawn
 
 
-def second_picture(run: Run, world: World, n: int) -> tuple[dict | None, list[Drawn]]:
-    """Draws the end of interleaved documents: caption, picture, another caption -> its picture, for the oracle.
+def second_image(run: Run, world: World, n: int) -> tuple[dict | None, list[Drawn]]:
+    """Draws the end of interleaved documents: caption, image, another caption -> its image, for the oracle.
 
-    -> scores and what was drawn; None where the context has no room for two pictures.
+    -> scores and what was drawn; None where the context has no room for two images.
     """
     first, second = (list(scenes(world, SCENE_SEED + k, n, test=True)) for k in (4, 5))
     prompts = [
-        prompt_ids([Text(a.caption()), Picture(draw(a, world)), Text(b.caption())], run, "draw")
+        prompt_ids([Text(a.caption()), RawImage(draw(a, world)), Text(b.caption())], run, "draw")
         for a, b in zip(first, second, strict=True)
     ]
     kept = [i for i in range(n) if has_room(run, prompts[i])]
-    pictures = draw_from(run, [prompts[i] for i in kept], run.cfg.seed, "drawing interleaved")
+    images = draw_from(run, [prompts[i] for i in kept], run.cfg.seed, "drawing interleaved")
     wanted = [second[i] for i in kept]
-    drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, pictures, strict=True)]
+    drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, images, strict=True)]
     return mean_facts([d.facts for d in drawn]) if drawn else None, drawn
 
 
 def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = None) -> list[str]:
-    """The model's answer to each (picture, question), greedy; with no question "", what follows the picture."""
-    n_codes, vocab = run.images.n_codes_per_image, run.vocab
+    """The model's answer to each (image, question), greedy; with no question "", what follows the image."""
+    n_codes, vocab = run.image_tokenizer.n_codes_per_image, run.vocab
     prompts = []
-    for picture, question in asked:
-        segments = [Picture(picture), Text(question)] if question else [Picture(picture)]
+    for image, question in asked:
+        segments = [RawImage(image), Text(question)] if question else [RawImage(image)]
         prompts.append(prompt_ids(segments, run, "answer" if question else "go on"))
     options = replace(run.cfg.sample, temperature=0.0, max_new=40)
     stops = (vocab.eos, vocab.eot)

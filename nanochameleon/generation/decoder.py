@@ -4,7 +4,7 @@
 
 No shape and no branch depends on a value, so that a step is one CUDA graph and the host looks only when it wants to.
 Every row has a cache, a length, options and uniform numbers of its own. With guidance a sample has up to three rows:
-one that read the whole prompt, one that read its pictures alone, and one that reads [<s>, <boi>, codes so far]. All
+one that read the whole prompt, one that read its images alone, and one that reads [<s>, <boi>, codes so far]. All
 take the ids of the first. Which request has which row is the host's to know (engine.py).
 """
 
@@ -26,12 +26,12 @@ from nanochameleon.generation.sampling import (
     FULL,
     GUIDANCE,
     GUIDANCE_IMAGE,
+    IMAGE,
+    IMAGES,
     LEFT,
     LENGTH,
     NOTHING,
     PENALTY,
-    PICTURE,
-    PICTURES,
     READS,
     ROOM,
     STATE,
@@ -51,7 +51,7 @@ from nanochameleon.parallel.sharding import is_sharded
 from nanochameleon.transformer import Chameleon, KVCache
 from nanochameleon.vocab import Vocab
 
-Columns = Literal["text", "picture", "all"]
+Columns = Literal["text", "image", "all"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Task:
     mode: Mode
     seed: tuple[int, ...]
     stops: tuple[int, ...] | None
-    left: int  # codes that a picture left open by the prompt lacks; -1 without
+    left: int  # codes that an image left open by the prompt lacks; -1 without
     room: int  # ids to write at most
 
 
@@ -157,7 +157,7 @@ class Decoder:
     def step(self, n: int, span: int, columns: Columns, guided: bool, needs: tuple[bool, bool, bool]) -> None:
         """One id for each of the first n rows. span: places of the cache in sight, at least the longest row's next.
 
-        columns: of the logits, "text" where no row is in a picture, "picture" where all are. guided: some sample has
+        columns: of the logits, "text" where no row is in an image, "image" where all are. guided: some sample has
         more than one row. needs: see needed() in sampling.py.
         """
         grammar = self.grammar.rows(slice(0, n))
@@ -179,15 +179,15 @@ class Decoder:
         """ids (n,) from the rows' hidden states."""
         vocab, kinds, options = self.vocab, grammar.kinds(), Options(self.options.table[:, :n])
         draws, sorts, penalised = needs
-        in_picture = kinds == PICTURE
+        in_image = kinds == IMAGE
         logits = self.logits(self.hidden[:n], columns)
         if guided and columns != "text":
-            full, image, nothing = (logits[self.sample[reads, :n]] for reads in (FULL, PICTURES, NOTHING))
-            by_picture = guide(full, image, nothing, options.table[GUIDANCE], options.table[GUIDANCE_IMAGE])
-            logits = torch.where(in_picture[:, None], by_picture, logits)
-        if columns != "picture":
+            full, image, nothing = (logits[self.sample[reads, :n]] for reads in (FULL, IMAGES, NOTHING))
+            by_image = guide(full, image, nothing, options.table[GUIDANCE], options.table[GUIDANCE_IMAGE])
+            logits = torch.where(in_image[:, None], by_image, logits)
+        if columns != "image":
             if penalised:
-                penalty = options.table[PENALTY].masked_fill(in_picture, 1.0)
+                penalty = options.table[PENALTY].masked_fill(in_image, 1.0)
                 logits = repetition(logits, self.taken(self.seen[:n], columns), penalty)
             logits = logits.masked_fill(~self.taken(grammar.allowed(kinds), columns), -torch.inf)
         ids = logits.argmax(-1)
@@ -195,9 +195,9 @@ class Decoder:
             uniforms = self.uniforms[:n].gather(
                 1, self.count[:n, None].clamp(max=self.context - 1).to(self.uniforms.device)
             )[:, 0]
-            drawn = pick(filtered(logits, options, in_picture, sorts), uniforms)
-            ids = torch.where(options.of_each(TEMPERATURE, in_picture) > 0, drawn, ids)
-        if columns == "picture":
+            drawn = pick(filtered(logits, options, in_image, sorts), uniforms)
+            ids = torch.where(options.of_each(TEMPERATURE, in_image) > 0, drawn, ids)
+        if columns == "image":
             ids = ids + vocab.first_code
         elif columns == "text":
             ids = torch.where(ids < vocab.first_code, ids, ids + vocab.n_codes)
@@ -213,7 +213,7 @@ class Decoder:
         """Ids in front of the codes, codes, ids behind them."""
         first, behind = self.vocab.first_code, self.vocab.eoi
         front, codes, back = slice(0, first), slice(first, behind), slice(behind, self.vocab.size)
-        return {"text": [front, back], "picture": [codes], "all": [slice(0, self.vocab.size)]}[columns]
+        return {"text": [front, back], "image": [codes], "all": [slice(0, self.vocab.size)]}[columns]
 
     def taken(self, x: Tensor, columns: Columns) -> Tensor:
         """The same columns of (n, V)."""
@@ -222,10 +222,10 @@ class Decoder:
     def feed(self, n: int, ids: Tensor, span: int) -> None:
         """Each row reads its sample's next id, if it reads such ids; if not, what it writes is overwritten later."""
         vocab, reads, length = self.vocab, self.numbers[READS, :n], self.length[:n]
-        of_picture = (ids >= vocab.first_code) & (ids <= vocab.boi)
-        begins = (reads == NOTHING) & (ids == vocab.boi)  # [<s>] is in the cache, and the last picture is forgotten
+        of_image = (ids >= vocab.first_code) & (ids <= vocab.boi)
+        begins = (reads == NOTHING) & (ids == vocab.boi)  # [<s>] is in the cache, and the last image is forgotten
         positions = torch.where(begins, 1, length).clamp(max=self.context - 1)
-        goes_on = ((reads == FULL) | of_picture) & (ids != vocab.pad)
+        goes_on = ((reads == FULL) | of_image) & (ids != vocab.pad)
         length.copy_(torch.where(goes_on, positions + 1, length))
         window = self.cache.window(slice(0, n), positions[:, None], span)
         if self.joined is not None:

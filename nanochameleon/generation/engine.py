@@ -1,8 +1,8 @@
-"""Generation: prompts join a running batch and leave it one by one, each in its own state of text or picture.
+"""Generation: prompts join a running batch and leave it one by one, each in its own state of text or image.
 
     add(prompt) -> wait -> prefill, chunk by chunk -> steps of all rows at once -> ids -> leave
 
-The host decides who has which row and when to look; all else is tensors (decoder.py). While every row is in a picture
+The host decides who has which row and when to look; all else is tensors (decoder.py). While every row is in an image
 nothing is looked at until the first of them ends: the grammar knows what comes. A sample's ids depend on its prompt,
 options and seed alone, not on who shares its batch: bit for bit in float32 on a CPU; elsewhere up to rounding, since
 there a product may add up in another order in a batch of another size.
@@ -22,9 +22,9 @@ from nanochameleon.data import RawDocument, fuse
 from nanochameleon.documents import render
 from nanochameleon.errors import UserError
 from nanochameleon.generation.decoder import Decoder, Task
-from nanochameleon.generation.events import Event, Reader, open_picture
+from nanochameleon.generation.events import Event, Reader, open_image
 from nanochameleon.generation.graphs import Graphs
-from nanochameleon.generation.sampling import FULL, NOTHING, PICTURES, Mode, check_stops, needed
+from nanochameleon.generation.sampling import FULL, IMAGES, NOTHING, Mode, check_stops, needed
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
 from nanochameleon.transformer import Chameleon
@@ -35,11 +35,11 @@ from nanochameleon.vocab import Vocab
 
 
 def prompt_ids(segments: RawDocument, run: Run, ask: Literal["draw", "answer", "go on"] = "go on") -> list[int]:
-    """<s> and the segments, as in training; then <boi> to have a picture drawn, or the end of turn to have an answer.
+    """<s> and the segments, as in training; then <boi> to have an image drawn, or the end of turn to have an answer.
 
-    segments: Text, data.Picture (uint8 (R, R, 3)) and EndOfTurn in any order, no closing EndOfTurn needed for "answer".
+    segments: Text, data.RawImage (uint8 (R, R, 3)) and EndOfTurn in any order, no closing EndOfTurn needed for "answer".
     """
-    ids = render(fuse([segments], run.images)[0], run.tokenizer, run.vocab, end=False)
+    ids = render(fuse([segments], run.image_tokenizer)[0], run.tokenizer, run.vocab, end=False)
     return ids + {"draw": [run.vocab.boi], "answer": [run.vocab.eot], "go on": []}[ask]
 
 
@@ -53,13 +53,13 @@ def make_task(
     if wrong := [token for token in prompt if not 0 <= token < vocab.size]:
         raise ValueError(f"the prompt has id {wrong[0]}, and the vocabulary has {vocab.size}")
     check_stops(mode, stops, vocab)
-    begun = open_picture(prompt, vocab)
+    begun = open_image(prompt, vocab)
     left = -1 if begun is None else n_codes + 1 - len(begun)
     if begun is not None and left < 0:
-        codes = f"{len(begun) - 1} codes, and a picture has {n_codes}"
-        raise UserError(f"the picture that the prompt leaves open has {codes}: end it with <eoi>, or leave codes out")
+        codes = f"{len(begun) - 1} codes, and an image has {n_codes}"
+        raise UserError(f"the image that the prompt leaves open has {codes}: end it with <eoi>, or leave codes out")
     need = left + 1 if begun is not None else n_codes + 2 if mode == "image" else 1
-    what = "one new id" if need == 1 else f"the {need} ids of a picture"
+    what = "one new id" if need == 1 else f"the {need} ids of an image"
     if len(prompt) + need > context:
         raise UserError(f"the prompt has {len(prompt)} ids, which leaves no room for {what} in a context of {context}")
     if options.max_new < need:
@@ -69,17 +69,17 @@ def make_task(
 
 
 def branches(task: Task, vocab: Vocab) -> dict[int, tuple[int, ...]]:
-    """What is read beside the whole prompt, for guidance: PICTURES and NOTHING -> its prompt. Only what makes a
-    difference: without earlier pictures the picture to come has seen nothing but words."""
+    """What is read beside the whole prompt, for guidance: IMAGES and NOTHING -> its prompt. Only what makes a
+    difference: without earlier images the image to come has seen nothing but words."""
     by_text, by_image = task.options.guidance, task.options.guidance_image
     if task.mode == "text" and task.left < 0:
         return {}
-    begun = tuple(open_picture(task.prompt, vocab) or ())
+    begun = tuple(open_image(task.prompt, vocab) or ())
     nothing = {NOTHING: (vocab.bos, *begun)}
-    pictures = tuple(t for t in task.prompt if t == vocab.bos or vocab.first_code <= t <= vocab.boi)
-    if by_text == by_image or (task.mode != "both" and pictures == nothing[NOTHING]):  # the middle term is 0
+    images = tuple(t for t in task.prompt if t == vocab.bos or vocab.first_code <= t <= vocab.boi)
+    if by_text == by_image or (task.mode != "both" and images == nothing[NOTHING]):  # the middle term is 0
         return nothing if by_text != 1 else {}
-    return {PICTURES: pictures} if by_image == 1 else {PICTURES: pictures} | nothing
+    return {IMAGES: images} if by_image == 1 else {IMAGES: images} | nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Engine:
 
     model: Chameleon
     vocab: Vocab
-    n_codes: int  # codes a picture
+    n_codes: int  # codes an image
     n_rows: int = 16  # of the batch; a sample takes one, with guidance up to three
     context: int | None = None  # ids a row can hold; None: as many as the model
     chunk: int = 512  # ids of prompts read between two stretches of decoding
@@ -237,10 +237,10 @@ class Engine:
         places = torch.arange(self.n_rows).repeat(3, 1)
         for sample in self.running:
             place = {row.reads: row.place for row in sample.rows}
-            nothing = place.get(NOTHING, place.get(PICTURES, place[FULL]))
+            nothing = place.get(NOTHING, place.get(IMAGES, place[FULL]))
             for row in sample.rows:
                 places[FULL, row.place] = place[FULL]
-                places[PICTURES, row.place], places[NOTHING, row.place] = place.get(PICTURES, nothing), nothing
+                places[IMAGES, row.place], places[NOTHING, row.place] = place.get(IMAGES, nothing), nothing
         self.decoder.sample.copy_(places)
         begun = [sample for sample in self.running if sample.begun]
         self.needs = needed([sample.task.options for sample in begun])
@@ -250,7 +250,7 @@ class Engine:
     # Steps
 
     def decode(self) -> tuple[list[list[int]], list[bool]]:
-        """As many steps as need no look: inside pictures the grammar foresees them, and on a CPU steps see ends."""
+        """As many steps as need no look: inside images the grammar foresees them, and on a CPU steps see ends."""
         samples = [sample for sample in self.running if sample.begun]
         inside = [sample.left >= 0 for sample in samples]
         steps = min(sample.left for sample in samples) + 1 if all(inside) else 1
@@ -260,7 +260,7 @@ class Engine:
         if self.decoder.cpu is not None:
             self.decoder.cpu.run(self.n_live, steps)
             return self.decoder.look(self.n_live, steps)
-        columns = "picture" if all(inside) else "all" if any(inside) else "text"
+        columns = "image" if all(inside) else "all" if any(inside) else "text"
         longest = max(len(sample.task.prompt) + sample.n_new for sample in samples) + steps
         coarse = max(64, (1 << longest.bit_length()) >> 3)  # in steps of at most a quarter, so that graphs stay few
         span = min(-(-longest // coarse) * coarse, self.context)
@@ -304,7 +304,7 @@ def generate(
 ) -> list[list[int]]:
     """The new ids of each prompt, the stop id included, on the model's device.
 
-    n_codes: codes a picture. mode: "text", "image" (one picture) or "both", see Grammar. Row i draws its numbers from
+    n_codes: codes an image. mode: "text", "image" (one image) or "both", see Grammar. Row i draws its numbers from
     (seed, i), whatever the batch of at most batch_size rows. stops: ids that end a row, by default </s> alone.
     progress: shows a bar of this name. Raises UserError for a prompt without room, before any work.
     """
@@ -343,9 +343,9 @@ def stream(
     stops: Sequence[int] | None = None,
     preview: int | None = None,
 ) -> Iterator[Event]:
-    """What generate gives as row `row`, event by event: pieces of text, none of which splits a character, pictures.
+    """What generate gives as row `row`, event by event: pieces of text, none of which splits a character, images.
 
-    preview: unfinished pictures are told every so many codes. The model must be in eval mode. Raises UserError, at the
+    preview: unfinished images are told every so many codes. The model must be in eval mode. Raises UserError, at the
     call and not later, for a prompt without room.
     """
     task = make_task(prompt, tokenizer.vocab, n_codes, model.cfg.max_seq_len, options, mode, (seed, row), stops)

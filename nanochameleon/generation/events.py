@@ -1,6 +1,6 @@
-"""What happens while a sample is made, as it is told to whoever listens: pieces of text, pictures that grow, the end.
+"""What happens while a sample is made, as it is told to whoever listens: pieces of text, images that grow, the end.
 
-    ids as they come -> Text("a re"), Text("d"), PictureStarted(), PartialPicture(codes), Image(codes), End(ids)
+    ids as they come -> Text("a re"), Text("d"), ImageStarted(), PartialImage(codes), Image(codes), End(ids)
 
 No piece of text splits a UTF-8 character. Where ids come from is not its business (engine.py).
 """
@@ -15,12 +15,12 @@ from nanochameleon.vocab import Vocab
 
 
 @dataclass(frozen=True)
-class PictureStarted:
+class ImageStarted:
     """The model has begun to draw."""
 
 
 @dataclass(frozen=True)
-class PartialPicture:
+class PartialImage:
     codes: tuple[int, ...]  # those drawn so far, raster order
 
 
@@ -29,11 +29,11 @@ class End:
     ids: tuple[int, ...]  # all new ids, the stop id included
 
 
-Event = Text | PictureStarted | PartialPicture | Image | End
+Event = Text | ImageStarted | PartialImage | Image | End
 
 
-def open_picture(ids: Sequence[int], vocab: Vocab) -> list[int] | None:
-    """<boi> and the codes behind it where ids end inside a picture, else None."""
+def open_image(ids: Sequence[int], vocab: Vocab) -> list[int] | None:
+    """<boi> and the codes behind it where ids end inside an image, else None."""
     start = len(ids)
     while start and vocab.first_code <= ids[start - 1] < vocab.eoi:
         start -= 1
@@ -41,19 +41,19 @@ def open_picture(ids: Sequence[int], vocab: Vocab) -> list[int] | None:
 
 
 class Reader:
-    """One sample's ids, in pieces -> its events. Every `preview` codes an unfinished picture is told, too."""
+    """One sample's ids, in pieces -> its events. Every `preview` codes an unfinished image is told, too."""
 
     def __init__(self, prompt: Sequence[int], tokenizer: TextTokenizer, preview: int | None = None):
         self.tokenizer, self.vocab, self.preview = tokenizer, tokenizer.vocab, preview
         self.letters = codecs.getincrementaldecoder("utf-8")("replace")
-        self.picture = open_picture(prompt, self.vocab)  # <boi> and codes
+        self.image = open_image(prompt, self.vocab)  # <boi> and codes
         self.new: list[int] = []
         self.begun = False
 
     def read(self, ids: Sequence[int], ended: bool) -> Iterator[Event]:
         """The next ids; `ended`: they are the last ones."""
-        if not self.begun and self.picture is not None:
-            yield PictureStarted()
+        if not self.begun and self.image is not None:
+            yield ImageStarted()
         self.begun = True
         for i, token in enumerate(ids):
             self.new.append(token)
@@ -68,16 +68,16 @@ class Reader:
         text = self.letters.decode(self.tokenizer.decode_bytes([token]) if is_text else b"", final=not is_text)
         if text:
             yield Text(text)
-        if token == self.vocab.boi and not last:  # as the last id it is a stop, and no picture follows
-            self.picture = [token]
-            yield PictureStarted()
+        if token == self.vocab.boi and not last:  # as the last id it is a stop, and no image follows
+            self.image = [token]
+            yield ImageStarted()
         elif token == self.vocab.eoi:
             yield Image(self.codes())
-            self.picture = None
-        elif self.picture is not None:
-            self.picture.append(token)
-            if self.preview and (len(self.picture) - 1) % self.preview == 0:
-                yield PartialPicture(self.codes())
+            self.image = None
+        elif self.image is not None:
+            self.image.append(token)
+            if self.preview and (len(self.image) - 1) % self.preview == 0:
+                yield PartialImage(self.codes())
 
     def codes(self) -> tuple[int, ...]:
-        return tuple(self.vocab.id_to_code(token) for token in self.picture[1:])
+        return tuple(self.vocab.id_to_code(token) for token in self.image[1:])

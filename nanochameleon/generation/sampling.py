@@ -61,7 +61,7 @@ def probabilities(logits: Tensor) -> Tensor:
     return (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(-1)
 
 
-TEMPERATURE, TOP_K, TOP_P, MIN_P = range(0, 8, 2)  # rows of Options: of text, and behind it of picture codes
+TEMPERATURE, TOP_K, TOP_P, MIN_P = range(0, 8, 2)  # rows of Options: of text, and behind it of image codes
 PENALTY, GUIDANCE, GUIDANCE_IMAGE = range(8, 11)
 
 
@@ -81,9 +81,9 @@ class Options:
         kind = torch.float32 if device.type == "mps" else torch.float64
         return Options(torch.tensor(columns, dtype=kind).T.contiguous().to(device))
 
-    def of_each(self, name: int, in_picture: Tensor) -> Tensor:
-        """(N,): that of pictures where in_picture (N,), else that of text."""
-        return torch.where(in_picture, self.table[name + 1], self.table[name])
+    def of_each(self, name: int, in_image: Tensor) -> Tensor:
+        """(N,): that of images where in_image (N,), else that of text."""
+        return torch.where(in_image, self.table[name + 1], self.table[name])
 
 
 def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
@@ -95,9 +95,9 @@ def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
     return draws, sorts, any(c.repetition_penalty != 1 for c in configs)
 
 
-def filtered(logits: Tensor, options: Options, in_picture: Tensor, sorts: bool = True) -> Tensor:
-    """The filters of text or, where in_picture (N,), of pictures, in the order of the released code."""
-    t, k, p, share = (options.of_each(name, in_picture) for name in (TEMPERATURE, TOP_K, TOP_P, MIN_P))
+def filtered(logits: Tensor, options: Options, in_image: Tensor, sorts: bool = True) -> Tensor:
+    """The filters of text or, where in_image (N,), of images, in the order of the released code."""
+    t, k, p, share = (options.of_each(name, in_image) for name in (TEMPERATURE, TOP_K, TOP_P, MIN_P))
     logits = temperature(logits, t)
     return min_p(top(logits, k, p) if sorts else logits, share)
 
@@ -119,15 +119,15 @@ def pick(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.where(probs.gather(-1, ids) > 0, ids, probs.argmax(-1, keepdim=True))[:, 0].to(logits.device)
 
 
-FULL, PICTURES, NOTHING = range(3)  # what a branch reads of its sample: everything, pictures alone, the open one alone
+FULL, IMAGES, NOTHING = range(3)  # what a branch reads of its sample: everything, images alone, the open one alone
 
 
 def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: Tensor, image_scale: Tensor) -> Tensor:
-    """Guidance on a prompt of text and pictures (InstructPix2Pix, arXiv 2211.09800), scales (N,):
+    """Guidance on a prompt of text and images (InstructPix2Pix, arXiv 2211.09800), scales (N,):
 
         nothing + image_scale * (image - nothing) + text_scale * (full - image),
 
-    of logits that saw the whole prompt, its pictures alone, and nothing of it. Where all three are the same row, or
+    of logits that saw the whole prompt, its images alone, and nothing of it. Where all three are the same row, or
     both scales 1, it is the logits of the whole prompt.
     """
     by_text, by_image = (scale[:, None].to(full.dtype) for scale in (text_scale, image_scale))
@@ -140,7 +140,7 @@ def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: Tensor, imag
 
 Mode = Literal["text", "image", "both"]
 MODES = ("text", "image", "both")
-OPEN, SHUT, PICTURE, CLOSE, DONE = range(5)  # in text with room for a picture, without; in a picture; at its end; ended
+OPEN, SHUT, IMAGE, CLOSE, DONE = range(5)  # in text with room for an image, without; in an image; at its end; ended
 
 
 def check_stops(mode: Mode, stops: Sequence[int] | None, vocab: Vocab) -> None:
@@ -166,17 +166,17 @@ GOES_ON, STOPS = -1, -2  # in Grammar.turns
 class Grammar:
     """What may come next in each of N rows, in state (left, room, done), each in a mode and with stops of its own.
 
-    Modes: "text" never starts a picture; "image" is one picture and then the end; "both" mixes freely. A picture has
+    Modes: "text" never starts an image; "image" is one image and then the end; "both" mixes freely. An image has
     exactly n_codes codes, then <eoi> with certainty, and starts only where all of it has room. Nowhere do pad, <s>,
-    <unk> and reserved ids come, nor a code outside of a picture; a row that has ended gives pad.
+    <unk> and reserved ids come, nor a code outside of an image; a row that has ended gives pad.
     """
 
     vocab: Vocab
-    n_codes: int  # codes a picture
+    n_codes: int  # codes an image
     may: Tensor  # (RULES * 5, V) bool: which ids may come by each rules in OPEN .. DONE
-    turns: Tensor  # (RULES, V) int32: outside of a picture an id GOES_ON, STOPS, or begins so many codes
+    turns: Tensor  # (RULES, V) int32: outside of an image an id GOES_ON, STOPS, or begins so many codes
     rules: Tensor  # (N,), see rules_of
-    left: Tensor  # (N,) codes that the open picture lacks; -1 outside of a picture
+    left: Tensor  # (N,) codes that the open image lacks; -1 outside of an image
     room: Tensor  # (N,) ids that may still be written
     done: Tensor  # (N,) bool
 
@@ -189,15 +189,15 @@ class Grammar:
         room: Sequence[int],
         stops: Sequence[Sequence[int] | None],
     ) -> "Grammar":
-        """A row for each mode, left, room and stops, as above; left = n_codes starts inside a picture.
+        """A row for each mode, left, room and stops, as above; left = n_codes starts inside an image.
 
         stops None: </s> alone; <boi> as a stop ends a row where the model wants to draw, as the released code does.
-        Raises ValueError where an open picture has no room or a stop id could also be something else.
+        Raises ValueError where an open image has no room or a stop id could also be something else.
         """
         for mode, some, lacks, free in zip(modes, stops, left, room, strict=True):
             check_stops(mode, some, vocab)
             if lacks > n_codes or (lacks >= 0 and free < lacks + 1) or free < 1:
-                raise ValueError("a row has no room for one new id or for the rest of its picture")
+                raise ValueError("a row has no room for one new id or for the rest of its image")
         rules = [rules_of(mode, some, vocab) for mode, some in zip(modes, stops, strict=True)]
         state = (torch.tensor(x, dtype=torch.long) for x in (rules, left, room))
         return Grammar(
@@ -211,7 +211,7 @@ class Grammar:
     def kinds(self) -> Tensor:
         """(N,) OPEN .. DONE."""
         kinds = torch.where(self.room >= self.n_codes + 2, OPEN, SHUT)
-        kinds = kinds.masked_fill(self.left > 0, PICTURE).masked_fill(self.left == 0, CLOSE)
+        kinds = kinds.masked_fill(self.left > 0, IMAGE).masked_fill(self.left == 0, CLOSE)
         return kinds.masked_fill(self.done, DONE)
 
     def allowed(self, kinds: Tensor | None = None) -> Tensor:
@@ -235,10 +235,10 @@ def grammar_tables(vocab: Vocab, n_codes: int) -> tuple[Tensor, Tensor]:
     turns = torch.full((len(MODES), 8, vocab.size), GOES_ON, dtype=torch.int32)
     text, image, both = range(len(MODES))
     for mode in (text, both):
-        may[mode, :, OPEN:PICTURE, vocab.first_text :] = True
+        may[mode, :, OPEN:IMAGE, vocab.first_text :] = True
     for mode in (image, both):
         may[mode, :, OPEN, vocab.boi] = True
-    may[:, :, PICTURE, vocab.first_code : vocab.eoi] = True
+    may[:, :, IMAGE, vocab.first_code : vocab.eoi] = True
     may[:, :, CLOSE, vocab.eoi] = True
     may[:, :, DONE, vocab.pad] = True
     turns[:, :, vocab.boi] = n_codes
@@ -246,6 +246,6 @@ def grammar_tables(vocab: Vocab, n_codes: int) -> tuple[Tensor, Tensor]:
     for bits in range(8):
         for end in (end for i, end in enumerate((vocab.eos, vocab.eot, vocab.boi)) if bits >> i & 1):
             turns[:, bits, end] = STOPS
-            may[[text, both], bits, OPEN:PICTURE, end] = True
-            may[image, bits, SHUT, end] = True  # where a picture has room, one comes first
+            may[[text, both], bits, OPEN:IMAGE, end] = True
+            may[image, bits, SHUT, end] = True  # where an image has room, one comes first
     return may.flatten(0, 2), turns.flatten(0, 1)

@@ -1,8 +1,8 @@
-"""Picture files without their metadata, which no pixel depends on and which must not cost the picture.
+"""Image files without their metadata, which no pixel depends on and which must not cost the image.
 
     without_metadata (PNG and JPEG) -> (the same file without what can break or swell, its orientation)
 
-A decoder refuses a good picture for a text of 2 MB or a wrong checksum beside it, or takes gigabytes for a list of
+A decoder refuses a good image for a text of 2 MB or a wrong checksum beside it, or takes gigabytes for a list of
 tags. So these chunks and segments are cut out before it sees the file, and the orientation is all that is read of them.
 """
 
@@ -51,7 +51,7 @@ class Spliced(io.RawIOBase):
 def without_metadata(file: BinaryIO) -> tuple[BinaryIO, int | None]:
     """(the file, for a PNG or JPEG without its metadata; their orientation 1 to 8, None where none is stated).
 
-    Raises ValueError for a file of more parts than MAX_PARTS, or a TIFF whose tags take more memory than a picture.
+    Raises ValueError for a file of more parts than MAX_PARTS, or a TIFF whose tags take more memory than an image.
     """
     start = file.read(8)
     if start == SIGNATURE:
@@ -67,7 +67,7 @@ def without_metadata(file: BinaryIO) -> tuple[BinaryIO, int | None]:
 def is_large_webp(file: BinaryIO) -> bool:
     """Whether opening it takes much memory: a WebP's bytes are all read, twice, before its size is known.
 
-    Raises ValueError for one that is larger than any picture.
+    Raises ValueError for one that is larger than any image.
     """
     start, size = file.read(4), file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -191,7 +191,7 @@ def of_xmp(data: bytes) -> int | None:
 
 
 def check_tags(file: BinaryIO) -> None:
-    """Raises ValueError if the tags of a TIFF's first picture have more than MAX_TAGS bytes together: they may overlap,
+    """Raises ValueError if the tags of a TIFF's first image have more than MAX_TAGS bytes together: they may overlap,
     so that those of a small file have gigabytes."""
     file.seek(0)
     start = file.read(16)

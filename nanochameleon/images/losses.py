@@ -3,7 +3,7 @@
 Both are optional parts of the VQGAN's loss (arXiv 2012.09841); its codebook terms live in quantizer.py. Left out: LPIPS
 and the face and object losses of Make-A-Scene, which need trained networks that would have to be downloaded.
 
-Shapes: B pictures, R their side. All losses are means over everything, as floats of no dimension.
+Shapes: B images, R their side. All losses are means over everything, as floats of no dimension.
 """
 
 import math
@@ -24,9 +24,9 @@ EDGE_FILTERS = (  # derivatives per pixel: across, down (Sobel), and the Laplaci
 
 
 class PerceptualLoss(nn.Module):
-    """How differently edges run in two batches of pictures, at several scales.
+    """How differently edges run in two batches of images, at several scales.
 
-    Mean |filter(x) - filter(y)| of three fixed edge filters, summed over the pictures at sides R, R/2, R/4, ..., plus
+    Mean |filter(x) - filter(y)| of three fixed edge filters, summed over the images at sides R, R/2, R/4, ..., plus
     the mean |x - y| of what remains below the coarsest. Of two errors with the same mean absolute value, one that
     makes, moves or blurs an edge costs more than one that is spread over a plane, which is what a pixel loss lacks.
 
@@ -56,10 +56,10 @@ class PerceptualLoss(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """A logit for every patch of a picture, real above 0 (PatchGAN, arXiv 1611.07004).
+    """A logit for every patch of an image, real above 0 (PatchGAN, arXiv 1611.07004).
 
     (B, 3, R, R) -> (B, 1, S, S) with S = R / 2**n_layers - 2; a logit sees 9 * 2**n_layers - 2 pixels a side, and the
-    rest only through GroupNorm, which stands for BatchNorm so that no picture is judged by its batch. Each of the
+    rest only through GroupNorm, which stands for BatchNorm so that no image is judged by its batch. Each of the
     n_layers halves the side and doubles the channels, up to 8 times `ch`; one more only doubles them.
     """
 

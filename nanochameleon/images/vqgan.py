@@ -1,10 +1,10 @@
 """The image tokenizer's network: encoder, quantizer, decoder, in the layout (and with the names) of the release.
 
-A picture (3, R, R) becomes a grid of R/f x R/f vectors, each replaced by its nearest codebook vector, and back
+An image (3, R, R) becomes a grid of R/f x R/f vectors, each replaced by its nearest codebook vector, and back
 (VQGAN, arXiv 2012.09841; sizes of the release in config.VQGANConfig). Losses live in image_losses.py, pixels and files
 in image_tokenizer.py.
 
-Shapes: B pictures, C channels, H = W the side at that level.
+Shapes: B images, C channels, H = W the side at that level.
 """
 
 import math
@@ -154,17 +154,17 @@ def cut(x: Tensor, side: int) -> Tensor:
 
 
 def join(windows: Tensor, across: int) -> Tensor:
-    """Inverse of cut for square pictures of `across` x `across` windows."""
+    """Inverse of cut for square images of `across` x `across` windows."""
     _, c, side, _ = windows.shape
     x = windows.view(-1, across, across, c, side, side).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(-1, c, across * side, across * side)
 
 
 class VQGAN(nn.Module):
-    """Picture -> codes -> picture. Pixels are float in [-1, 1], codes int64 (B, codes_per_image) in raster order.
+    """Image -> codes -> image. Pixels are float in [-1, 1], codes int64 (B, codes_per_image) in raster order.
 
     With `cfg.window` set, the encoder sees one window at a time, so a code depends on its own pixels alone. Seeing the
-    whole picture, as the release does, lets the surroundings leak into each code (GroupNorm's statistics alone do
+    whole image, as the release does, lets the surroundings leak into each code (GroupNorm's statistics alone do
     that): 4 of 7 bits of every code were such noise in the toy world, which a transformer then has to predict
     (docs/log.md). The decoder always sees the whole grid.
     """
@@ -194,7 +194,7 @@ class VQGAN(nn.Module):
         if self.cfg.window is None:
             return self.quant_conv(self.encoder(pixels))
         windows = cut(pixels, self.cfg.window)
-        # Drawn pictures repeat themselves: each different window goes through the encoder once.
+        # Drawn images repeat themselves: each different window goes through the encoder once.
         different, which = torch.unique(windows.flatten(1), dim=0, return_inverse=True)
         latents = self.quant_conv(self.encoder(different.view(-1, *windows.shape[1:])))
         return join(latents[which], pixels.shape[-1] // self.cfg.window)

@@ -48,7 +48,7 @@ def attention_peaks(objective: Objective, batch: Batch, keys: Tensor | None) -> 
 
 def gradient_norms(model: Chameleon, vocab: Vocab) -> dict[str, float]:
     """{"grad_norm_text", "grad_norm_image"}: the gradient's norm over the rows of embedding and output layer that
-    belong to text, or to picture codes. Of a sharded model it is that of all ranks, which have to take part."""
+    belong to text, or to image codes. Of a sharded model it is that of all ranks, which have to take part."""
     rows = sum(whole(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))
     image, text = rows[vocab.first_code : vocab.eoi].sum(), rows[vocab.first_text :].sum()
     return {"grad_norm_text": float(text.sqrt()), "grad_norm_image": float(image.sqrt())}

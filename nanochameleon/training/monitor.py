@@ -2,7 +2,7 @@
 
 Loss by modality, mean log Z of the output softmax and the norm of the last block's output: a norm that grows without
 bound announces a divergence long before the loss does. One JSON line a logged step in metrics.jsonl, one progress bar,
-one picture. No account, no server; it computes no metric itself.
+one image. No account, no server; it computes no metric itself.
 """
 
 import io
@@ -26,14 +26,14 @@ METRICS = "metrics.jsonl"
 FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite in fp32
     "loss": "nats a supervised token, the z-loss term included",
     "loss_text": "nats a text token",
-    "loss_image": "nats a picture code",
+    "loss_image": "nats an image code",
     "z_loss": "the z-loss term as added, nats",
     "log_z": "mean log Z of the output softmax, nats",
     "output_norm": "mean Euclidean norm of the last block's output over tokens",
     "attention_logits": "the largest attention logit of each layer, on the batch's first row",
     "grad_norm": "global gradient norm before clipping",
     "grad_norm_text": "the same, of the rows of embedding and output layer that belong to text",
-    "grad_norm_image": "the same, of those that belong to picture codes",
+    "grad_norm_image": "the same, of those that belong to image codes",
     "lr": "learning rate",
     "left_out": "updates so far that did not happen, since loss or gradient was not finite",
     "tokens": "supervised tokens since the first step, padding and each document's <s> left out",
@@ -269,7 +269,7 @@ def _label(panel, title: str, unit: str) -> None:
 
 
 def _plot_loss(panel, metrics: list[dict]) -> None:
-    _plot_smooth(panel, metrics, "loss_image", IMAGE, "picture codes")
+    _plot_smooth(panel, metrics, "loss_image", IMAGE, "image codes")
     _plot_smooth(panel, metrics, "loss_text", TEXT, "text")
     _label(panel, "Loss by modality", "nats a token")
     panel.legend(frameon=False)
@@ -292,7 +292,7 @@ def _plot_gradient(panel, metrics: list[dict]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     _plot_smooth(panel, metrics, "grad_norm", OTHER, "all weights")
-    _plot_smooth(panel, metrics, "grad_norm_image", IMAGE, "rows of picture codes")
+    _plot_smooth(panel, metrics, "grad_norm_image", IMAGE, "rows of image codes")
     _plot_smooth(panel, metrics, "grad_norm_text", TEXT, "rows of text")
     _label(panel, "Gradient norm", "before clipping")
     panel.legend(frameon=False)

@@ -6,7 +6,7 @@
     image_tokenizer/        checkpoints of the VQGAN
     data/                   token shards
     step-NNNNNN/            checkpoints of the transformer
-    metrics.jsonl, samples/, curves.png, samples.png, report.json, report.html, picture.png
+    metrics.jsonl, samples/, curves.png, samples.png, report.json, report.html, image.png
 
 Writing it is train.py's work.
 """
@@ -56,7 +56,7 @@ class Run:
     cfg: RunConfig
     vocab: Vocab
     tokenizer: TextTokenizer
-    images: ImageTokenizer
+    image_tokenizer: ImageTokenizer
     model: Chameleon
 
     @property

@@ -1,4 +1,4 @@
-"""Trains the two tokenizers: BPE on texts, the VQGAN on pictures. Both are fixed before the transformer begins.
+"""Trains the two tokenizers: BPE on texts, the VQGAN on images. Both are fixed before the transformer begins.
 
 The VQGAN starts as a plain autoencoder; after `warmup_steps` k-means puts the codebook onto its latents, and from then
 on it is trained through the codes. So no code starts dead, and the encoder knows what matters before it is quantized.
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanochameleon.config import RunConfig, TokenizerTraining
-from nanochameleon.data import Mixture, Picture, Source
+from nanochameleon.data import Mixture, RawImage, Source
 from nanochameleon.errors import UserError
 from nanochameleon.images.losses import (
     PatchDiscriminator,
@@ -33,7 +33,7 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from nanochameleon.vocab import Vocab
 
-START_PICTURES = 512  # pictures whose latents k-means sees
+START_IMAGES = 512  # images whose latents k-means sees
 START_VECTORS = 8_192  # at most so many of their latents
 SAVE_EVERY = 500  # steps of the image tokenizer between checkpoints
 
@@ -47,10 +47,10 @@ def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTok
     return TextTokenizer.load(path)
 
 
-def pictures(source: Source, start: int, n: int) -> np.ndarray:
-    """The pictures of documents start .. start+n-1 of a source of pairs: uint8 (n, R, R, 3)."""
+def images(source: Source, start: int, n: int) -> np.ndarray:
+    """The images of documents start .. start+n-1 of a source of pairs: uint8 (n, R, R, 3)."""
     docs = (source.document(i) for i in range(start, start + n))
-    return np.stack([s.pixels for doc in docs for s in doc if isinstance(s, Picture)])
+    return np.stack([s.pixels for doc in docs for s in doc if isinstance(s, RawImage)])
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -59,7 +59,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def start_codebook(vqgan: VQGAN, pixels: Tensor, generator: torch.Generator) -> None:
-    """Puts the codebook onto latents of these pictures; with a window, onto those of their different windows."""
+    """Puts the codebook onto latents of these images; with a window, onto those of their different windows."""
     if vqgan.cfg.window:
         windows = cut(pixels, vqgan.cfg.window)
         pixels = torch.unique(windows.flatten(1), dim=0).view(-1, *windows.shape[1:])
@@ -125,14 +125,14 @@ def train_image_tokenizer(
     optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.adversarial else None
     start = load_tokenizer(directory, vqgan, optimizer, adversary)
     generator, perceptual, failed = torch.Generator(), PerceptualLoss().to(device), 0
-    shuffled = Mixture({"pictures": (source, 1.0)}, cfg.seed)
+    shuffled = Mixture({"images": (source, 1.0)}, cfg.seed)
     bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
     for step in bar:
         generator.manual_seed(step_seed(cfg.seed, step))  # draws depend on the step alone: resuming is exact
         if step == t.warmup_steps:
-            first = pictures(shuffled, t.steps * t.batch_size, START_PICTURES)
+            first = images(shuffled, t.steps * t.batch_size, START_IMAGES)
             start_codebook(vqgan, to_pixels(first).to(device), generator)
-        x = to_pixels(pictures(shuffled, step * t.batch_size, t.batch_size)).to(device)
+        x = to_pixels(images(shuffled, step * t.batch_size, t.batch_size)).to(device)
         loss, latents, codes, drawn = tokenizer_loss(
             vqgan, x, step >= t.warmup_steps, lambda x, y: reconstruction_loss(x, y, perceptual, t), t
         )

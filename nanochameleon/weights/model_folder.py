@@ -58,14 +58,14 @@ class Tokenizers:
         if found.vocab.size != self.vocab_size:  # the release's last ids need not have pieces
             found = from_json(self.tokenizer_json, dataclasses.replace(found.vocab, size=self.vocab_size))
         if found.vocab.n_codes != self.vqgan.n_codes:
-            raise ValueError(f"it has {found.vocab.n_codes} picture codes, the image tokenizer {self.vqgan.n_codes}")
+            raise ValueError(f"it has {found.vocab.n_codes} image codes, the image tokenizer {self.vqgan.n_codes}")
         return found
 
     def vq_state(self) -> dict[str, Tensor]:
         """The image tokenizer's tensors in fp32, in memory of their own: what was read is a map of its file."""
         return {name: self.vq.get(name).to(torch.float32, copy=True) for name in self.vq.meta}
 
-    def images(self, device: torch.device) -> ImageTokenizer:
+    def image_tokenizer(self, device: torch.device) -> ImageTokenizer:
         return ImageTokenizer(VQGAN.from_state(self.vqgan, self.vq_state()).to(device))
 
     def digest(self) -> str:
@@ -357,12 +357,12 @@ def open_model(path: Path, device: str = "auto", dtype: str = "auto", vqgan: Pat
     Raises UserError.
     """
     where, parts = pick_device(device), open_parts(path, vqgan)
-    tokenizer, images = text_of(parts.tokenizers, path), parts.tokenizers.images(where)
+    tokenizer, image_tokenizer = text_of(parts.tokenizers, path), parts.tokenizers.image_tokenizer(where)
     if parts.layout == "run":
         cfg = read_config(path)
     else:
         cfg = RunConfig("converted", parts.vqgan, parts.model, OptimConfig(), data=DataConfig(source="folder"))
-    return Run(cfg, tokenizer.vocab, tokenizer, images, load_model(parts, where, DTYPES.get(dtype)))
+    return Run(cfg, tokenizer.vocab, tokenizer, image_tokenizer, load_model(parts, where, DTYPES.get(dtype)))
 
 
 def text_of(tokenizers: Tokenizers, path: Path) -> TextTokenizer:

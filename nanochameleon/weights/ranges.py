@@ -23,7 +23,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "model.multiple_of", "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size",
         "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
         "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
-        "sample.image_top_k", "sample.max_new", "evaluation.pictures", "evaluation.answers",
+        "sample.image_top_k", "sample.max_new", "evaluation.images", "evaluation.answers",
         "evaluation.reconstructions", "evaluation.alignment", "parallel.tensor", "parallel.micro_batch",
         "parallel.timeout",
     )),
@@ -35,7 +35,7 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
         "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
         "sample.min_p", "sample.image_min_p",
     )),
-    ("from 1 to 8,192", lambda x: 1 <= x <= 2**13, ("vqgan.resolution",)),  # pixels: as large as pictures may be
+    ("from 1 to 8,192", lambda x: 1 <= x <= 2**13, ("vqgan.resolution",)),  # pixels: as large as images may be
     ("from 1 to 16,777,216", lambda x: 1 <= x <= 2**24, ("model.max_seq_len",)),  # positions that float32 tells apart
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("model.norm_eps", "sample.top_p", "sample.image_top_p")),
     ("above 0 and at most 1e12", lambda x: 0 < x <= 1e12, ("model.rope_theta",)),

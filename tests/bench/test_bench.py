@@ -48,12 +48,12 @@ def test_transformers_says_the_same_with_the_same_weights():
     assert len({tuple(row) for row in theirs}) == 3 and len(set(theirs[0])) > 3
 
 
-def test_ids_are_set_beside_what_eats_them_and_pictures_beside_nothing(monkeypatch):
+def test_ids_are_set_beside_what_eats_them_and_images_beside_nothing(monkeypatch):
     monkeypatch.setattr(data, "seconds", lambda jobs, rounds, device: {"nano": 0.5})
     cpu = torch.device("cpu")
-    made = data.rows("case", lambda: None, {"ids/s": 35_000, "pictures/s": 10}, ("toy step", "H100 1.4B"), cpu)
+    made = data.rows("case", lambda: None, {"ids/s": 35_000, "images/s": 10}, ("toy step", "H100 1.4B"), cpu)
     assert [(r.value, r.unit, r.ratio, r.ratio_to) for r in made] == [
-        (70_000, "ids/s", 3.5, "toy step"), (70_000, "ids/s", 70 / 65, "H100 1.4B"), (20, "pictures/s", None, None),
+        (70_000, "ids/s", 3.5, "toy step"), (70_000, "ids/s", 70 / 65, "H100 1.4B"), (20, "images/s", None, None),
     ]  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def test_preparing_is_timed_on_what_comes_out(tmp_path, monkeypatch):
     """Every run of the job prepares anew, and its ids are counted, not reckoned."""
     jobs = []
     monkeypatch.setattr(data, "seconds", lambda each, rounds, device: jobs.append(each["nano"]) or {"nano": 1.0})
-    images = ImageTokenizer(VQGAN(TINY_VQGAN))
-    source = data.tar_of_pictures(tmp_path / "a.tar", 3, (12, 10))
-    made = data.prepare_rows("case", source, "pairs", images, TOKENIZER, ("toy step",))
+    image_tokenizer = ImageTokenizer(VQGAN(TINY_VQGAN))
+    source = data.tar_of_images(tmp_path / "a.tar", 3, (12, 10))
+    made = data.prepare_rows("case", source, "pairs", image_tokenizer, TOKENIZER, ("toy step",))
     caption = TOKENIZER.encode("a big red circle above a small blue star on white, number 0")
-    assert [(r.unit, r.value) for r in made] == [("ids/s", 3 * (len(caption) + 4 + 4)), ("pictures/s", 3)]
+    assert [(r.unit, r.value) for r in made] == [("ids/s", 3 * (len(caption) + 4 + 4)), ("images/s", 3)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import training_config
 
-from nanochameleon.data import Picture, digest, fuse
+from nanochameleon.data import RawImage, digest, fuse
 from nanochameleon.data.sources.alignment import CATEGORIES, REFUSAL, AlignmentSource, Exchange, program
 from nanochameleon.data.sources.shapes import NUMBERS, Scene, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Image, Text, render
@@ -107,7 +107,7 @@ def test_what_is_asked_for_is_drawn():
         assert words(exchange)[0] == f"show {first.text}, then {second.text}"
 
 
-def test_harm_is_refused_with_and_without_a_picture():
+def test_harm_is_refused_with_and_without_an_image():
     exchanges = turns("align_safety", 400)
     assert {exchange.answer for exchange in exchanges} == {(Text(REFUSAL),)}
     assert 60 < sum(isinstance(exchange.prompt[0], Scene) for exchange in exchanges) < 140
@@ -118,8 +118,8 @@ def test_harm_is_refused_with_and_without_a_picture():
 def test_nothing_of_the_test_split_is_in_training(category):
     def shown(test: bool) -> set:
         firsts = [AlignmentSource(WORLD, category, 3, test).exchanges(i)[0] for i in range(500)]
-        pictures = [next((s for s in (*e.prompt, *e.answer) if isinstance(s, Scene)), None) for e in firsts]
-        return {words(e) if p is None else digest(draw(p, WORLD)) for e, p in zip(firsts, pictures, strict=True)}
+        images = [next((s for s in (*e.prompt, *e.answer) if isinstance(s, Scene)), None) for e in firsts]
+        return {words(e) if p is None else digest(draw(p, WORLD)) for e, p in zip(firsts, images, strict=True)}
 
     train, test = shown(False), shown(True)
     assert train.isdisjoint(test) and len(train) > 150 and len(test) > 20
@@ -133,7 +133,7 @@ def test_a_document_is_prompts_and_answers_in_turn_of_which_only_answers_are_lea
     for i in range(20):
         doc, exchanges = source.document(i), source.exchanges(i)
         assert sum(isinstance(s, EndOfTurn) for s in doc) == 2 * len(exchanges) - 1
-        fused = [Image((5,) * 64) if isinstance(s, Picture) else s for s in doc]
+        fused = [Image((5,) * 64) if isinstance(s, RawImage) else s for s in doc]
         ids = render(fused, tokenizer, vocab)
         targets = fill([[ids]], 2_048, vocab.pad, vocab.eot).targets
         learnt = targets[targets != IGNORE].tolist()
@@ -149,7 +149,7 @@ def test_a_document_is_prompts_and_answers_in_turn_of_which_only_answers_are_lea
 def test_a_document_depends_on_seed_and_index_alone(category):
     def plain(seed: int, i: int) -> list:
         doc = AlignmentSource(WORLD, category, seed).document(i)
-        return [s.pixels.tobytes() if isinstance(s, Picture) else s for s in doc]
+        return [s.pixels.tobytes() if isinstance(s, RawImage) else s for s in doc]
 
     forwards = [plain(0, i) for i in range(30)]
     assert [plain(0, i) for i in reversed(range(30))][::-1] == forwards
@@ -157,13 +157,13 @@ def test_a_document_depends_on_seed_and_index_alone(category):
 
 
 def test_the_toy_s_rows_hold_every_conversation():
-    """With words of letters alone, as a tokenizer that has not seen them reads them, and its pictures of 64 codes."""
+    """With words of letters alone, as a tokenizer that has not seen them reads them, and its images of 64 codes."""
     cfg = PRESETS["align"]()
     tokenizer = TextTokenizer.train(AlignmentSource(WORLD, "align_code", 0).captions(400), Vocab.toy(512, 160), False)
     for category in CATEGORIES:
         for i in range(100):
             doc = AlignmentSource(WORLD, category, 0).document(i)
-            fused = [Image((0,) * 64) if isinstance(s, Picture) else s for s in doc]
+            fused = [Image((0,) * 64) if isinstance(s, RawImage) else s for s in doc]
             assert len(render(fused, tokenizer, tokenizer.vocab)) <= cfg.train.seq_len
 
 
@@ -172,8 +172,8 @@ def test_the_toy_s_rows_hold_every_conversation():
 
 
 SHOWN = list(scenes(WORLD, 9, 2))
-PICTURES = np.stack([draw(scene, WORLD) for scene in SHOWN])
-RUN = SimpleNamespace(images=SimpleNamespace(decode=lambda codes: PICTURES[codes[:, 0].numpy()]))
+IMAGES = np.stack([draw(scene, WORLD) for scene in SHOWN])
+RUN = SimpleNamespace(image_tokenizer=SimpleNamespace(decode=lambda codes: IMAGES[codes[:, 0].numpy()]))
 BOTH = Exchange((), (Text("a"), SHOWN[0], Text("b"), SHOWN[1]))
 ZERO, ONE = Image((0,)), Image((1,))
 
@@ -204,15 +204,15 @@ def test_prompts_end_their_turn_and_answers_may_hold_both(monkeypatch):
     class Images:
         n_codes_per_image = 1
 
-        def encode(self, pictures):
-            for picture in pictures:
-                kept.setdefault(picture.tobytes(), (len(kept), picture))
-            return torch.tensor([[kept[picture.tobytes()][0]] for picture in pictures])
+        def encode(self, images):
+            for image in images:
+                kept.setdefault(image.tobytes(), (len(kept), image))
+            return torch.tensor([[kept[image.tobytes()][0]] for image in images])
 
         def decode(self, codes):
             return np.stack([list(kept.values())[int(code)][1] for code in codes[:, 0]])
 
-    run = SimpleNamespace(model=None, images=Images(), tokenizer=tokenizer, vocab=vocab, cfg=cfg)
+    run = SimpleNamespace(model=None, image_tokenizer=Images(), tokenizer=tokenizer, vocab=vocab, cfg=cfg)
     for category in CATEGORIES:
         source = AlignmentSource(WORLD, category, alignment.SCENE_SEED, test=True)
 
@@ -220,8 +220,8 @@ def test_prompts_end_their_turn_and_answers_may_hold_both(monkeypatch):
             assert all(ids[0] == vocab.bos and ids[-1] == vocab.eot for ids in prompts)
             assert mode == "both" and options.temperature == 0 and set(stops) == {vocab.eos, vocab.eot}
             answers = [source.exchanges(i)[0].answer for i in range(len(prompts))]
-            answers = [[Picture(draw(s, WORLD)) if isinstance(s, Scene) else s for s in each] for each in answers]
-            return [render(doc, tokenizer, vocab)[1:-1] + [vocab.eot] for doc in fuse(answers, run.images)]
+            answers = [[RawImage(draw(s, WORLD)) if isinstance(s, Scene) else s for s in each] for each in answers]
+            return [render(doc, tokenizer, vocab)[1:-1] + [vocab.eot] for doc in fuse(answers, run.image_tokenizer)]
 
         monkeypatch.setattr(alignment, "generate", truth)
         answers = alignment.answered(run, WORLD, category, 12)

@@ -15,7 +15,7 @@ from tiny import training_config
 from tqdm import tqdm
 
 from nanochameleon.config import StageConfig
-from nanochameleon.data import FORMS, Picture, Shards, digest
+from nanochameleon.data import FORMS, RawImage, Shards, digest
 from nanochameleon.data import build as prepare
 from nanochameleon.data.build import (
     CHUNK,
@@ -24,7 +24,7 @@ from nanochameleon.data.build import (
     mixture,
     open_loader,
     open_sources,
-    store_pictures,
+    store_images,
     token_lists,
     write_tokens,
 )
@@ -37,17 +37,17 @@ from nanochameleon.vocab import Vocab
 
 
 class Mosaic:
-    """Stands for a trained image tokenizer: the code of each 8 x 8 patch is its mean brightness. Counts pictures."""
+    """Stands for a trained image tokenizer: the code of each 8 x 8 patch is its mean brightness. Counts images."""
 
     def __init__(self):
-        self.n_pictures = 0
+        self.n_images = 0
 
     n_codes_per_image = 16
 
-    def encode(self, pictures: np.ndarray) -> torch.Tensor:
-        self.n_pictures += len(pictures)
-        patches = pictures.reshape(len(pictures), 4, 8, 4, 8, 3).mean((2, 4, 5)).astype(int) // 16
-        return torch.from_numpy(patches.reshape(len(pictures), 16))
+    def encode(self, images: np.ndarray) -> torch.Tensor:
+        self.n_images += len(images)
+        patches = images.reshape(len(images), 4, 8, 4, 8, 3).mean((2, 4, 5)).astype(int) // 16
+        return torch.from_numpy(patches.reshape(len(images), 16))
 
 
 CFG = training_config(None)
@@ -59,8 +59,8 @@ def tokenizer() -> TextTokenizer:
     return TextTokenizer.train(mixture(CFG, Path()).captions(200), VOCAB)
 
 
-def write(folder: Path, tokenizer: TextTokenizer, cfg=CFG, images=None) -> dict[str, Shards]:
-    write_tokens(cfg, images or Mosaic(), tokenizer, folder)
+def write(folder: Path, tokenizer: TextTokenizer, cfg=CFG, image_tokenizer=None) -> dict[str, Shards]:
+    write_tokens(cfg, image_tokenizer or Mosaic(), tokenizer, folder)
     return {name: Shards(folder / "data" / name) for name in cfg.mixture}
 
 
@@ -109,11 +109,11 @@ def test_enough_stops_without_a_bar_too(monkeypatch):
     assert len(list(enough(lists, 10, None, "x"))) == 4 and len(list(enough(lists, 9, 5, "x"))) == 5
 
 
-def pictures_with_captions(folder: Path, n: int) -> None:
+def images_with_captions(folder: Path, n: int) -> None:
     folder.mkdir()
     for i in range(n):
         PIL.Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(folder / f"{i}.png")
-    lines = [{"file_name": f"{i}.png", "text": "red"} for i in range(n + 1)]  # the last picture is not there
+    lines = [{"file_name": f"{i}.png", "text": "red"} for i in range(n + 1)]  # the last image is not there
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -121,15 +121,15 @@ def test_an_empty_split_is_found_at_once_and_the_list_of_what_was_skipped_is_nam
     def store(n: int) -> Path:
         path = tmp_path / f"mine{n}"
         if not path.exists():
-            pictures_with_captions(path, n)
+            images_with_captions(path, n)
         cfg = replace(CFG, data=replace(CFG.data, source="folder", path=path), stages=mixed(pairs=1.0))
-        store_pictures(cfg, tmp_path / f"run{n}")
+        store_images(cfg, tmp_path / f"run{n}")
         return tmp_path / f"run{n}" / "pictures" / "skipped.jsonl"
 
     listed = store(2)
-    assert f"1 missing pictures; listed in {listed}\n" in capsys.readouterr().out and listed.is_file()
+    assert f"1 missing images; listed in {listed}\n" in capsys.readouterr().out and listed.is_file()
     for _ in range(2):  # stored by the first try, opened by the second
-        with pytest.raises(UserError, match="no picture in its test split"):
+        with pytest.raises(UserError, match="no image in its test split"):
             store(1)
 
 
@@ -144,9 +144,11 @@ def test_the_same_run_writes_the_same_bytes_and_another_seed_others(tmp_path, to
 
 
 def test_data_that_is_there_is_not_made_again(tmp_path, tokenizer):
-    first, images = write(tmp_path, tokenizer), Mosaic()
-    again = write(tmp_path, tokenizer, images=images)
-    assert images.n_pictures == 0 and {k: len(x) for k, x in again.items()} == {k: len(x) for k, x in first.items()}
+    first, image_tokenizer = write(tmp_path, tokenizer), Mosaic()
+    again = write(tmp_path, tokenizer, image_tokenizer=image_tokenizer)
+    assert image_tokenizer.n_images == 0 and {k: len(x) for k, x in again.items()} == {
+        k: len(x) for k, x in first.items()
+    }
 
 
 def test_every_document_parses_back_to_what_the_source_gave(tmp_path, tokenizer):
@@ -154,7 +156,7 @@ def test_every_document_parses_back_to_what_the_source_gave(tmp_path, tokenizer)
         source = open_sources(CFG, tmp_path)(name)
         for i in range(len(shards)):
             expected = [
-                Image(tuple(Mosaic().encode(s.pixels[None])[0].tolist())) if isinstance(s, Picture) else s
+                Image(tuple(Mosaic().encode(s.pixels[None])[0].tolist())) if isinstance(s, RawImage) else s
                 for s in source.document(i)
             ]
             assert parse(shards[i].tolist(), tokenizer, VOCAB) == expected
@@ -168,28 +170,28 @@ def test_the_mixture_has_its_shares_over_all_stages():
 
 
 @pytest.mark.parametrize("form", sorted(set(FORMS) - {"text"}))
-def test_training_shows_no_picture_of_the_test_split(form):
-    """The second picture of an interleaved document varies the first by a word, and only the first decides its split.
+def test_training_shows_no_image_of_the_test_split(form):
+    """The second image of an interleaved document varies the first by a word, and only the first decides its split.
 
-    In a world this small (some 60,000 pictures) hundreds of drawn ones would meet by chance.
+    In a world this small (some 60,000 images) hundreds of drawn ones would meet by chance.
     """
     train, test = (open_sources(CFG, Path(), split)(form) for split in ("train", "test"))
-    seen = {digest(s.pixels) for i in range(400) for s in train.document(i) if isinstance(s, Picture)}
-    held_out = {digest(next(s.pixels for s in test.document(i) if isinstance(s, Picture))) for i in range(200)}
+    seen = {digest(s.pixels) for i in range(400) for s in train.document(i) if isinstance(s, RawImage)}
+    held_out = {digest(next(s.pixels for s in test.document(i) if isinstance(s, RawImage))) for i in range(200)}
     assert len(seen) > 200 and len(held_out) > 100 and seen.isdisjoint(held_out)
 
 
-def test_a_picture_of_a_finite_source_is_encoded_once():
+def test_an_image_of_a_finite_source_is_encoded_once():
     class Five:
         size = 5
 
         def document(self, index):
-            return [Picture(np.full((32, 32, 3), 40 * (index % 5), np.uint8)), Text(str(index))]
+            return [RawImage(np.full((32, 32, 3), 40 * (index % 5), np.uint8)), Text(str(index))]
 
-    images = Mosaic()
+    image_tokenizer = Mosaic()
     text = TextTokenizer([], VOCAB)
-    lists = list(itertools.islice(token_lists(Epochs(Five(), 0, "x"), images, text), 2 * CHUNK + 5))
-    assert images.n_pictures == 5
+    lists = list(itertools.islice(token_lists(Epochs(Five(), 0, "x"), image_tokenizer, text), 2 * CHUNK + 5))
+    assert image_tokenizer.n_images == 5
     said = [int(parse(ids, text, VOCAB)[1].text) for ids in lists]
     assert sorted(said) == list(range(2 * CHUNK + 5)) or sorted(said[:-5]) == list(range(2 * CHUNK - 2))
 
@@ -198,8 +200,8 @@ def test_what_cannot_be_is_said_by_the_options_name(tmp_path):
     with pytest.raises(UserError, match=r"drawn at 32 pixels: set --vqgan\.resolution"):
         open_sources(replace(CFG, vqgan=replace(CFG.vqgan, resolution=64)), tmp_path)
     with pytest.raises(UserError, match=r"--data\.path"):
-        store_pictures(replace(CFG, data=replace(CFG.data, source="folder"), stages=mixed(pairs=1.0)), tmp_path)
+        store_images(replace(CFG, data=replace(CFG.data, source="folder"), stages=mixed(pairs=1.0)), tmp_path)
     with pytest.raises(UserError, match=r"stages\.0\.weights names 'questions'"):
-        store_pictures(replace(CFG, data=replace(CFG.data, source="folder", path=tmp_path)), tmp_path)
+        store_images(replace(CFG, data=replace(CFG.data, source="folder", path=tmp_path)), tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert World().resolution == CFG.vqgan.resolution

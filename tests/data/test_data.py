@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from tiny import TOKENIZER
 
 from nanochameleon.data import (
+    ImageStore,
     Live,
     Loader,
     Mixture,
-    Picture,
-    Pictures,
+    RawImage,
     Rows,
     Shards,
     Shares,
@@ -30,7 +30,7 @@ from nanochameleon.data import (
     interleaved,
     pair,
     question_answer,
-    write_pictures,
+    write_images,
     write_shards,
 )
 from nanochameleon.data.index import CHECKED
@@ -46,7 +46,7 @@ documents = st.lists(st.lists(st.integers(0, 65_535) | st.just(65_535), min_size
 
 def plain(value):
     """Segments as tuples that compare by value."""
-    return [("picture", s.pixels.tobytes()) if isinstance(s, Picture) else s for s in value]
+    return [("image", s.pixels.tobytes()) if isinstance(s, RawImage) else s for s in value]
 
 
 def grey(level: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class Numbered:
 
 
 class LevelTokenizer:
-    """Codes of a grey picture: its level, twice. Keeps the sizes of the batches it was asked for."""
+    """Codes of a grey image: its level, twice. Keeps the sizes of the batches it was asked for."""
 
     def __init__(self):
         self.batches = []
@@ -84,38 +84,38 @@ class LevelTokenizer:
 def test_either_half_of_a_pair_comes_first_half_the_time():
     docs = [pair("a", grey(0), np.random.default_rng((3, i))) for i in range(2_000)]
     first = Counter(type(doc[0]) for doc in docs)
-    assert abs(first[Picture] - 1_000) < 100  # 4.5 standard deviations
-    assert all({type(doc[0]), type(doc[1])} == {Picture, Text} for doc in docs)
+    assert abs(first[RawImage] - 1_000) < 100  # 4.5 standard deviations
+    assert all({type(doc[0]), type(doc[1])} == {RawImage, Text} for doc in docs)
 
 
 def test_the_forms_of_documents():
-    picture = ("picture", grey(5).tobytes())
+    image = ("image", grey(5).tobytes())
     assert plain(question_answer(grey(5), [("q", "a"), ("r", "b")])) == [
-        picture, Text("q"), EndOfTurn(), Text("a"), EndOfTurn(), Text("r"), EndOfTurn(), Text("b")
+        image, Text("q"), EndOfTurn(), Text("a"), EndOfTurn(), Text("r"), EndOfTurn(), Text("b")
     ]  # fmt: skip
     assert plain(interleaved([("x", grey(5)), ("y", grey(6))])) == [
-        Text("x"), picture, Text("y"), ("picture", grey(6).tobytes())
+        Text("x"), image, Text("y"), ("image", grey(6).tobytes())
     ]  # fmt: skip
 
 
-def test_one_captioned_picture_in_three_forms():
-    rng, picture = np.random.default_rng(0), ("picture", grey(5).tobytes())
-    assert plain(captioned("drawings", "x", grey(5), rng)) == [Text("x"), picture]
+def test_one_captioned_image_in_three_forms():
+    rng, image = np.random.default_rng(0), ("image", grey(5).tobytes())
+    assert plain(captioned("drawings", "x", grey(5), rng)) == [Text("x"), image]
     assert plain(captioned("text", "x", grey(5), rng)) == [Text("x")]
     assert len(captioned("pairs", "x", grey(5), rng)) == 2
 
 
-def test_fuse_puts_each_picture_s_codes_in_its_place_and_encodes_it_once():
+def test_fuse_puts_each_image_s_codes_in_its_place_and_encodes_it_once():
     tokenizer, known = LevelTokenizer(), {}
     docs = [
-        [Picture(grey(7)), Text("seven")],
+        [RawImage(grey(7)), Text("seven")],
         [Text("x"), EndOfTurn()],
-        [Text("n"), Picture(grey(9)), Picture(grey(7))],
+        [Text("n"), RawImage(grey(9)), RawImage(grey(7))],
     ]
     seven, nine = Image((7, 7)), Image((9, 9))
     expected = [[seven, Text("seven")], [Text("x"), EndOfTurn()], [Text("n"), nine, seven]]
     assert fuse(docs, tokenizer, known) == expected
-    assert fuse(docs[:1] + [[Picture(grey(8))]], tokenizer, known) == [expected[0], [Image((8, 8))]]
+    assert fuse(docs[:1] + [[RawImage(grey(8))]], tokenizer, known) == [expected[0], [Image((8, 8))]]
     assert tokenizer.batches == [2, 1]
 
 
@@ -407,25 +407,25 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "the only copy"
 
 
-def test_a_changed_picture_is_noticed_and_one_of_an_older_version_is_read(tmp_path):
+def test_a_changed_image_is_noticed_and_one_of_an_older_version_is_read(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
-    write_pictures(tmp_path, ((p, {}) for p in pixels), 4)
+    write_images(tmp_path, ((p, {}) for p in pixels), 4)
     flip(tmp_path / "pictures.bin", 50)
-    assert (Pictures(tmp_path)[0] == pixels[0]).all()
-    with pytest.raises(OwnError, match=r"pictures\.bin has changed since it was written"):
-        Pictures(tmp_path)[1]
+    assert (ImageStore(tmp_path)[0] == pixels[0]).all()
+    with pytest.raises(OwnError, match=r"images\.bin has changed since it was written"):
+        ImageStore(tmp_path)[1]
     flip(tmp_path / "pictures.bin", 50)
-    assert (Pictures(older(tmp_path, "pictures.json"))[1] == pixels[1]).all()
+    assert (ImageStore(older(tmp_path, "pictures.json"))[1] == pixels[1]).all()
 
 
-def test_stored_pictures_come_back_with_what_was_said_of_them(tmp_path):
+def test_stored_images_come_back_with_what_was_said_of_them(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
-    assert write_pictures(tmp_path, ((p, {"n": i}) for i, p in enumerate(pixels)), 4) == 3
-    stored = Pictures(tmp_path)
+    assert write_images(tmp_path, ((p, {"n": i}) for i, p in enumerate(pixels)), 4) == 3
+    stored = ImageStore(tmp_path)
     assert (stored.pixels == pixels).all() and stored.items == [{"n": 0}, {"n": 1}, {"n": 2}] and stored.resolution == 4
     (tmp_path / "pictures.bin").write_bytes(pixels.tobytes()[:-1])
-    with pytest.raises(UserError, match=r"pictures\.bin has 143 bytes where 144 were written"):
-        Pictures(tmp_path)
+    with pytest.raises(UserError, match=r"images\.bin has 143 bytes where 144 were written"):
+        ImageStore(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,14 +597,14 @@ def test_live_documents_are_those_of_the_shards(tmp_path):
         size = None
 
         def document(self, i):
-            doc = [Picture(grey(i % 7)), Text("a" * (i % 5)), EndOfTurn(), Text("ta")]
+            doc = [RawImage(grey(i % 7)), Text("a" * (i % 5)), EndOfTurn(), Text("ta")]
             return doc[i % 2 :]
 
-    images = LevelTokenizer()
-    images.n_codes_per_image = 2
-    live = Live(Levels(), images, TOKENIZER, 120, None)
-    expected = [render(fuse([Levels().document(i)], images)[0], TOKENIZER, TOKENIZER.vocab) for i in range(40)]
+    image_tokenizer = LevelTokenizer()
+    image_tokenizer.n_codes_per_image = 2
+    live = Live(Levels(), image_tokenizer, TOKENIZER, 120, None)
+    expected = [render(fuse([Levels().document(i)], image_tokenizer)[0], TOKENIZER, TOKENIZER.vocab) for i in range(40)]
     assert [ids.tolist() for ids in live.fetch(range(len(live.lengths)))] == expected[: len(live.lengths)]
     assert live.sizes(0, 99).tolist() == [len(ids) for ids in expected[: len(live.lengths)]]
     assert live.lengths[:-1].sum() < 120 <= live.lengths.sum()
-    assert Live(Levels(), images, TOKENIZER, 1, 3).groups == [(0, 3)]
+    assert Live(Levels(), image_tokenizer, TOKENIZER, 1, 3).groups == [(0, 3)]

@@ -1,4 +1,4 @@
-"""Emoji: drawn on white in two styles, no test picture seen in training, names that say what is there."""
+"""Emoji: drawn on white in two styles, no test image seen in training, names that say what is there."""
 
 import importlib.util
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nanochameleon.data import FORMS, Picture, Pictures
+from nanochameleon.data import FORMS, ImageStore, RawImage
 from nanochameleon.data.sources.emoji import (
     EmojiSource,
     concepts,
@@ -31,7 +31,7 @@ def prepared(tmp_path_factory):
     return path
 
 
-def pictures(source: EmojiSource) -> set[tuple[str, str]]:
+def images(source: EmojiSource) -> set[tuple[str, str]]:
     return {(source.item(i)["emoji"], source.item(i)["style"]) for i in range(source.size)}
 
 
@@ -44,10 +44,10 @@ def test_names_say_what_is_there_and_leave_out_what_is_drawn_twice():
     assert len(names) > 1_850 and len(set(names.values())) == len(names)
 
 
-def test_no_test_picture_is_in_training_and_each_test_concept_is_in_the_other_style(prepared):
-    train, test = pictures(EmojiSource(prepared, "train", 0)), pictures(EmojiSource(prepared, "test", 0))
+def test_no_test_image_is_in_training_and_each_test_concept_is_in_the_other_style(prepared):
+    train, test = images(EmojiSource(prepared, "train", 0)), images(EmojiSource(prepared, "test", 0))
     assert not train & test
-    assert len(train | test) == len(Pictures(prepared).items)
+    assert len(train | test) == len(ImageStore(prepared).items)
     assert {text for text, _ in test} <= {text for text, _ in train}
     assert {style for _, style in test} == {"flat", "outlined"}
     assert 0.02 < len(test) / len(train | test) < 0.1
@@ -59,8 +59,8 @@ def test_a_concept_drawn_in_one_style_only_is_never_held_out():
     assert held_out_styles(both[::2]) == held_out_styles(both[1::2]) == {}
 
 
-def test_no_picture_of_a_style_is_there_under_two_names(prepared):
-    stored = Pictures(prepared)
+def test_no_image_of_a_style_is_there_under_two_names(prepared):
+    stored = ImageStore(prepared)
     assert len({(item["style"], p.tobytes()) for item, p in zip(stored.items, stored.pixels, strict=True)}) == len(
         stored.items
     )
@@ -69,12 +69,12 @@ def test_no_picture_of_a_style_is_there_under_two_names(prepared):
 
 
 def test_both_vendors_know_an_emoji_whichever_way_it_is_spelled(prepared):
-    drawn = Counter(item["emoji"] for item in Pictures(prepared).items)
+    drawn = Counter(item["emoji"] for item in ImageStore(prepared).items)
     assert drawn[DOG] == drawn[HEART] == drawn[JOINED] == 2
 
 
 def test_what_is_see_through_becomes_white(prepared):
-    stored = Pictures(prepared)
+    stored = ImageStore(prepared)
     for item, pixels in zip(stored.items, stored.pixels, strict=True):
         if item["emoji"] in (DOG, HEART, JOINED):
             assert (pixels[[0, 0], [0, -1]] == 255).all()  # the upper corners
@@ -88,25 +88,25 @@ def test_an_emoji_that_a_vendor_lacks_is_left_out_not_drawn_wrong():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_documents_tell_the_truth_about_their_pictures_and_have_the_form_asked_for(form, prepared):
-    source, stored = EmojiSource(prepared, "train", 0, form), Pictures(prepared)
+def test_documents_tell_the_truth_about_their_images_and_have_the_form_asked_for(form, prepared):
+    source, stored = EmojiSource(prepared, "train", 0, form), ImageStore(prepared)
     item_of = {p.tobytes(): item for item, p in zip(stored.items, stored.pixels, strict=True)}
     article, orders = {"flat": "a", "outlined": "an"}, Counter()
     for i in range(200):
         doc = source.document(i)
-        pictured = [item_of[s.pixels.tobytes()] for s in doc if isinstance(s, Picture)]
+        shown = [item_of[s.pixels.tobytes()] for s in doc if isinstance(s, RawImage)]
         texts = [s.text for s in doc if isinstance(s, Text)]
         if form == "questions":
-            answers = {"what is this?": pictured[0]["name"], "which style?": pictured[0]["style"]}
+            answers = {"what is this?": shown[0]["name"], "which style?": shown[0]["style"]}
             assert dict(zip(texts[::2], texts[1::2], strict=True)) == answers
         elif form != "text":
-            assert texts == [f"{article[p['style']]} {p['style']} emoji of {p['name']}" for p in pictured]
+            assert texts == [f"{article[p['style']]} {p['style']} emoji of {p['name']}" for p in shown]
         orders[" ".join(type(s).__name__ for s in doc), texts[0] == "what is this?"] += 1
     expected = {
-        "pairs": {("Picture Text", False), ("Text Picture", False)},
-        "questions": {("Picture Text EndOfTurn Text EndOfTurn Text EndOfTurn Text", first) for first in (True, False)},
-        "interleaved": {("Text Picture Text Picture", False)},
-        "drawings": {("Text Picture", False)},
+        "pairs": {("RawImage Text", False), ("Text RawImage", False)},
+        "questions": {("RawImage Text EndOfTurn Text EndOfTurn Text EndOfTurn Text", first) for first in (True, False)},
+        "interleaved": {("Text RawImage Text RawImage", False)},
+        "drawings": {("Text RawImage", False)},
         "text": {("Text", False)},
     }
     assert set(orders) == expected[form]
@@ -117,7 +117,7 @@ def test_a_document_is_the_same_each_time_and_another_the_next_time_round(prepar
     first, second = EmojiSource(prepared, "train", 3), EmojiSource(prepared, "train", 3)
 
     def shown(doc):
-        return [s.pixels.tobytes() if isinstance(s, Picture) else s for s in doc]
+        return [s.pixels.tobytes() if isinstance(s, RawImage) else s for s in doc]
 
     indices = range(60)
     assert [shown(first.document(i)) for i in indices] == [shown(second.document(i)) for i in reversed(indices)][::-1]
@@ -133,7 +133,7 @@ def test_captions_cover_the_split(prepared):
     assert len(set(texts)) > 0.9 * source.size
 
 
-def test_the_licences_are_written_beside_the_pictures(prepared):
+def test_the_licences_are_written_beside_the_images(prepared):
     text = (prepared / "ATTRIBUTION.md").read_text()
     assert "Copyright Twitter, Inc and other contributors, CC BY 4.0" in text and "CC BY-SA 4.0" in text
 
@@ -148,7 +148,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(missing, monkeypatch,
 
 
 def test_a_folder_without_emoji_or_with_an_empty_split_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a folder of prepared pictures"):
+    with pytest.raises(UserError, match="is not a folder of prepared images"):
         EmojiSource(tmp_path, "train", 0)
     prepare_emoji(tmp_path / "one", 16, {"🐶\u200d🚗": "dog car", DOG: "dog face"})
     with pytest.raises(UserError, match="test split"):

@@ -1,4 +1,4 @@
-"""A folder of pictures: what is good is used, what is bad is skipped, counted and listed, and never stops the rest."""
+"""A folder of images: what is good is used, what is bad is skipped, counted and listed, and never stops the rest."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanochameleon.data import Picture
+from nanochameleon.data import RawImage
 from nanochameleon.data.reading import Report
 from nanochameleon.data.sources.folder import FolderSource, is_test, prepare_folder, read_captions
 from nanochameleon.documents import Text
@@ -51,23 +51,23 @@ BAD_LINES = {
     "blank caption": (line("good.png", " \n\t"), "without a caption"),
     "up and out": (line("sub/../../outside.png", "a secret"), "outside the folder"),
     "absolute": (line("/etc/passwd", "a secret"), "outside the folder"),
-    "missing": (line("nowhere.png", "a cat"), "missing pictures"),
-    "a folder": (line("sub", "a cat"), "missing pictures"),
-    "NUL in the name": (line("good.png\0", "a cat"), "missing pictures"),
-    "name too long": (line("x" * 5_000, "a cat"), "missing pictures"),
-    "text as picture": (line("text.png", "a cat"), "unreadable pictures"),
-    "empty picture": (line("empty.png", "a cat"), "unreadable pictures"),
-    "cut picture": (line("cut.png", "a cat"), "unreadable pictures"),
+    "missing": (line("nowhere.png", "a cat"), "missing images"),
+    "a folder": (line("sub", "a cat"), "missing images"),
+    "NUL in the name": (line("good.png\0", "a cat"), "missing images"),
+    "name too long": (line("x" * 5_000, "a cat"), "missing images"),
+    "text as image": (line("text.png", "a cat"), "unreadable images"),
+    "empty image": (line("empty.png", "a cat"), "unreadable images"),
+    "cut image": (line("cut.png", "a cat"), "unreadable images"),
 }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Good pictures good.png and sub/also.png, three that cannot be read, and one outside."""
+    """Good images good.png and sub/also.png, three that cannot be read, and one outside."""
     save(tmp_path / "mine" / "good.png")
     save(tmp_path / "mine" / "sub" / "also.png", COLOURS[1])
     save(tmp_path / "outside.png")
-    (tmp_path / "mine" / "text.png").write_text("this is no picture")
+    (tmp_path / "mine" / "text.png").write_text("this is no image")
     (tmp_path / "mine" / "empty.png").write_bytes(b"")
     (tmp_path / "mine" / "cut.png").write_bytes(png_bytes()[:-900])
     return tmp_path / "mine"
@@ -84,8 +84,8 @@ def test_a_bad_item_is_skipped_with_its_line_and_reason(kind, folder, tmp_path):
     (folder / "captions.jsonl").write_bytes(line("good.png", "red") + bad + b"\n" + line("sub/also.png", "green"))
     report = prepare_folder(folder, tmp_path / "prepared", 16)
     assert [item.reason for item in report.skipped] == [reason]
-    assert report.skipped[0].where == "captions.jsonl:2" or reason == "unreadable pictures"
-    assert (report.pictures, report.captions) == (2, 2) and f"1 skipped: 1 {reason}" in str(report)
+    assert report.skipped[0].where == "captions.jsonl:2" or reason == "unreadable images"
+    assert (report.images, report.captions) == (2, 2) and f"1 skipped: 1 {reason}" in str(report)
     assert captions_in(tmp_path / "prepared") == {"good.png": ["red"], "sub/also.png": ["green"]}
 
 
@@ -96,7 +96,7 @@ def test_all_bad_items_together_are_counted_and_listed(folder, tmp_path):
     assert Counter(item.reason for item in report.skipped) == Counter(reason for _, reason in BAD_LINES.values())
     listed = (tmp_path / "prepared" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(entry) for entry in listed] == [asdict(bad) for bad in report.skipped]
-    assert report.pictures == 2
+    assert report.images == 2
 
 
 @given(st.binary(max_size=200))
@@ -121,7 +121,7 @@ def test_a_folder_with_nothing_to_use_is_refused_and_leaves_nothing(content, fol
     if content is not None:
         (folder / "captions.jsonl").write_bytes(content)
     before = set(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"mine has no (caption file|picture with a caption)"):
+    with pytest.raises(UserError, match=r"mine has no (caption file|image with a caption)"):
         prepare_folder(folder, tmp_path / "prepared", 16)
     assert set(tmp_path.iterdir()) == before
 
@@ -182,7 +182,7 @@ def test_subfolders_for_training_and_test_are_kept_apart(tmp_path):
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=300))
-def test_without_such_folders_equal_pictures_stay_in_one_split_and_neither_is_empty(lucks):
+def test_without_such_folders_equal_images_stay_in_one_split_and_neither_is_empty(lucks):
     items = [{"folder": f"{n}.png", "luck": luck} for n, luck in enumerate(lucks)]
     test = is_test(items)
     held_out = {luck for luck, is_held in zip(lucks, test, strict=True) if is_held}
@@ -201,7 +201,7 @@ def test_a_split_that_is_empty_is_refused(folder, tmp_path):
 
 @pytest.fixture
 def source(tmp_path):
-    """Four pictures to train on, each with three captions that name its colour."""
+    """Four images to train on, each with three captions that name its colour."""
     lines = b""
     for number, colour in enumerate(COLOURS):
         save(tmp_path / "mine" / f"{number}.png", colour)
@@ -212,17 +212,17 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize("form", FolderSource.FORMS)
-def test_documents_pair_each_picture_with_its_own_captions(form, source, tmp_path):
+def test_documents_pair_each_image_with_its_own_captions(form, source, tmp_path):
     source, orders = FolderSource(tmp_path / "prepared", "train", 7, form), Counter()
     for i in range(200):
         doc = source.document(i)
         orders[" ".join(type(s).__name__ for s in doc)] += 1
         texts = [s.text for s in doc if isinstance(s, Text)]
-        colours = [tuple(s.pixels[8, 8].tolist()) for s in doc if isinstance(s, Picture)]
+        colours = [tuple(s.pixels[8, 8].tolist()) for s in doc if isinstance(s, RawImage)]
         assert form == "text" or [text.split(" in ")[0] for text in texts] == [str(colour) for colour in colours]
     expected = {
-        "pairs": {"Picture Text", "Text Picture"}, "interleaved": {"Text Picture Text Picture"},
-        "text": {"Text"}, "drawings": {"Text Picture"},
+        "pairs": {"RawImage Text", "Text RawImage"}, "interleaved": {"Text RawImage Text RawImage"},
+        "text": {"Text"}, "drawings": {"Text RawImage"},
     }  # fmt: skip
     assert set(orders) == expected[form] and min(orders.values()) > 70
     assert {source.caption(i)[-1] for i in (0, 4, 8)} == {"a", "b", "c"}  # another caption each time round
@@ -234,7 +234,7 @@ def test_captions_show_every_one_before_any_twice(source):
 
 def test_a_document_depends_on_the_index_alone(source, tmp_path):
     def shown(doc):
-        return [s.pixels.tobytes() if isinstance(s, Picture) else s for s in doc]
+        return [s.pixels.tobytes() if isinstance(s, RawImage) else s for s in doc]
 
     again = FolderSource(tmp_path / "prepared", "train", 7)
     forwards = [shown(source.document(i)) for i in range(50)]
@@ -248,7 +248,7 @@ def test_a_document_depends_on_the_index_alone(source, tmp_path):
 
 
 def said(folder: Path, prepared: Path) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
-    """(captions of each picture, where and why something was skipped)."""
+    """(captions of each image, where and why something was skipped)."""
     report = prepare_folder(folder, prepared, 16)
     return captions_in(prepared), [(bad.where, bad.reason) for bad in report.skipped]
 
@@ -331,7 +331,7 @@ def test_what_is_not_read_is_counted_and_named_and_hidden_files_are_not(folder, 
         "sub/0.tar",
         "sub/deep/captions.jsonl",
     ]
-    assert str(report) == "1 pictures with 1 captions; 4 skipped: 4 files that are not read"
+    assert str(report) == "1 images with 1 captions; 4 skipped: 4 files that are not read"
 
 
 def test_a_folder_of_packed_captions_is_refused_with_their_name(folder, tmp_path):
@@ -353,7 +353,7 @@ def test_a_name_finds_the_only_file_that_is_spelled_with_other_code_points(liste
         line(f"{listed.removesuffix('.png')}/{listed}", "red") + line("caf.png", "x")
     )
     assert said(folder, tmp_path / "out") == (
-        {f"{folder_there}/{there}": ["red"]}, [("captions.jsonl:2", "missing pictures")]
+        {f"{folder_there}/{there}": ["red"]}, [("captions.jsonl:2", "missing images")]
     )  # fmt: skip
 
 
@@ -370,7 +370,7 @@ def test_of_two_files_whose_names_look_the_same_each_is_found_by_its_own(folder,
         f"{three[1]}.png": ["3"],
         f"{three[2]}.png": ["4"],
     }
-    assert skipped == [("captions.jsonl:3", "missing pictures")]
+    assert skipped == [("captions.jsonl:3", "missing images")]
 
 
 def test_an_absolute_name_inside_the_folder_is_read(folder, tmp_path, monkeypatch):

@@ -46,12 +46,12 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(model, tmp_path_factory) -> Path:
-    """Prepared sources pairs and words, and pictures that are never trained on. Read only."""
+    """Prepared sources pairs and words, and images that are never trained on. Read only."""
     place = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for name in ("pairs", "test"):
-        pictures = [encoded(Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))) for _ in range(40)]
-        members = [m for n, p in enumerate(pictures) for m in ((f"{n}.png", p), (f"{n}.txt", f"{name} {n}".encode()))]
+        images = [encoded(Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))) for _ in range(40)]
+        members = [m for n, p in enumerate(images) for m in ((f"{n}.png", p), (f"{n}.txt", f"{name} {n}".encode()))]
         prepare(place / "prepared", name, write_tar(place / f"{name}.tar", members), "pairs", model)
     text = lines(place / "a.jsonl", *({"text": f"all about {n}, and more of it"} for n in range(60)))
     prepare(place / "prepared", "words", text, "text")
@@ -74,19 +74,19 @@ def test_a_run_takes_sizes_tokenizers_and_sources_of_the_data_and_reports_on_its
     assert open_tokenizers(run).digest() == open_prepared(data).digest()
     found = json.loads((run / "report.json").read_text())
     assert found["bits_per_code"] > 0 and found["bits_per_byte"] > 0
-    assert found["tokenizer"]["mean_absolute_error"] is None and found["text_to_picture"] is None
-    for name in ("samples.png", "report.html", "picture.png", "samples/step-000004.png"):
+    assert found["tokenizer"]["mean_absolute_error"] is None and found["text_to_image"] is None
+    for name in ("samples.png", "report.html", "image.png", "samples/step-000004.png"):
         assert (run / name).is_file()
     assert not any(path.name.startswith("rows-") for path in data.rglob("*"))  # it may be another's, or read only
     train.main(config(tmp_path / "run", data))  # as a run that is finished
 
 
-def test_captions_and_pictures_of_the_report_are_those_of_the_test_folder(data, model):
+def test_captions_and_images_of_the_report_are_those_of_the_test_folder(data, model):
     run = replace(open_model(model, "cpu"), cfg=tiny_config(data=DataConfig("prepared", data)))
-    captions, pictures = held_out.captioned(run, Path(), 99)
-    assert len(captions) == len(pictures) == 40 and all(caption.startswith("test ") for caption in captions)
-    assert len(set(captions)) == 40 and pictures[0].shape == (4, 4, 3)
-    _, sheet, talks = report.pictures_report(run, Path())
+    captions, images = held_out.captioned(run, Path(), 99)
+    assert len(captions) == len(images) == 40 and all(caption.startswith("test ") for caption in captions)
+    assert len(set(captions)) == 40 and images[0].shape == (4, 4, 3)
+    _, sheet, talks = report.images_report(run, Path())
     assert {caption for caption, _, _ in sheet} <= set(captions) and talks[0]["truth"] in captions
 
 

@@ -1,4 +1,4 @@
-"""The shapes world: every scene, caption, picture and answer is checked against the scene itself, by other means."""
+"""The shapes world: every scene, caption, image and answer is checked against the scene itself, by other means."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.data import FORMS, Picture
+from nanochameleon.data import FORMS, RawImage
 from nanochameleon.data.sources.shapes import (
     ASK_CAPTION,
     BACKGROUNDS,
@@ -90,7 +90,7 @@ def test_scenes_differ_between_indices_seeds_and_splits():
 
 
 @given(some_scenes)
-def test_things_stand_in_cells_of_their_own_inside_the_picture(case):
+def test_things_stand_in_cells_of_their_own_inside_the_image(case):
     world, scene = case
     assert len(scene.cells) == len(scene.things) == len(set(scene.cells)) >= 1
     assert all(0 <= row < world.side and 0 <= column < world.side for row, column in scene.cells)
@@ -102,8 +102,8 @@ def test_held_out_compositions_are_in_no_seen_scene_and_in_every_held_out_one(wo
     assert draw_scene(world, seed, index, "held_out", test).compositions & world.held_out
 
 
-def test_no_picture_of_the_test_split_is_in_training():
-    """By the pictures: 'a above b' and 'b below a' are two scenes and one picture."""
+def test_no_image_of_the_test_split_is_in_training():
+    """By the images: 'a above b' and 'b below a' are two scenes and one image."""
     small = World(n_shapes=2, n_colours=3, n_backgrounds=1, max_count=2)
     train, test = ({draw(s, small).tobytes() for s in scenes(small, 0, 2_000, test=split)} for split in (False, True))
     assert len(test) > 10 and len(train) > 100 and not train & test
@@ -242,20 +242,20 @@ def test_yes_and_no_are_equally_likely_and_every_kind_is_asked(world):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 @given(some_scenes)
 def test_every_cell_shows_its_thing_as_any_other_cell_would(case):
     """So the tokenizer's patches, of 4 or 8 or 16 pixels, see one object always in the same way."""
     world, scene = case
-    picture = draw(scene, world)
-    assert picture.shape == (world.resolution, world.resolution, 3) and picture.dtype == np.uint8
+    image = draw(scene, world)
+    assert image.shape == (world.resolution, world.resolution, 3) and image.dtype == np.uint8
     shown = dict(zip(scene.cells, scene.things, strict=True))
     one = World(side=1)
     for row in range(world.side):
         for column in range(world.side):
-            cell = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+            cell = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
             if thing := shown.get((row, column)):
                 assert np.array_equal(cell, draw(Scene(scene.background, (thing,), ((0, 0),)), one))
             else:
@@ -265,23 +265,23 @@ def test_every_cell_shows_its_thing_as_any_other_cell_would(case):
 def test_objects_look_different_and_show_their_colour():
     one = World(side=1)
     for background, ground in BACKGROUNDS.items():
-        pictures = {
+        images = {
             Thing(z, c, s): draw(Scene(background, (Thing(z, c, s),), ((0, 0),)), one).astype(int)
             for z in SIZES for c in COLOURS for s in SHAPES
         }  # fmt: skip
-        flat = np.stack([p.ravel() for p in pictures.values()]).astype(float)
+        flat = np.stack([p.ravel() for p in images.values()]).astype(float)
         apart = ((flat[:, None] - flat[None]) ** 2).sum(-1) + 1e12 * np.eye(len(flat))
         assert apart.min() > 1_000
-        for thing, picture in pictures.items():
-            assert (picture == COLOURS[thing.colour]).all(-1).sum() >= 10
-            corners = picture[[0, 0, -1, -1], [0, -1, 0, -1]]
+        for thing, image in images.items():
+            assert (image == COLOURS[thing.colour]).all(-1).sum() >= 10
+            corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
             assert (corners == ground).all()
-        big, small = ((flat_of(pictures, z) != ground).any(-1).sum() for z in ("big", "small"))
+        big, small = ((flat_of(images, z) != ground).any(-1).sum() for z in ("big", "small"))
         assert big > 1.5 * small
 
 
-def flat_of(pictures, size):
-    return np.stack([p for thing, p in pictures.items() if thing.size == size])
+def flat_of(images, size):
+    return np.stack([p for thing, p in images.items() if thing.size == size])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,29 +290,29 @@ def flat_of(pictures, size):
 
 @pytest.mark.parametrize("form", FORMS)
 @given(st.integers(0, 1_000), st.integers(0, 10_000), st.booleans())
-def test_documents_tell_the_truth_about_their_pictures(form, seed, index, test):
+def test_documents_tell_the_truth_about_their_images(form, seed, index, test):
     source = ShapesSource(TOY, form, seed, test)
     doc, again = source.document(index), source.document(index)
     scenes = [source.scene(i)[0] for i in ((2 * index, 2 * index + 1) if form == "interleaved" else (index,))]
     scene = scenes[0]
-    texts, pictures = [s.text for s in doc if isinstance(s, Text)], [s.pixels for s in doc if isinstance(s, Picture)]
+    texts, images = [s.text for s in doc if isinstance(s, Text)], [s.pixels for s in doc if isinstance(s, RawImage)]
     assert texts == [s.text for s in again if isinstance(s, Text)]
     assert all(s.for_test == test for s in scenes) and not any(s.compositions & TOY.held_out for s in scenes)
-    assert all(np.array_equal(p, draw(s, TOY)) for p, s in zip(pictures, scenes, strict=form != "text"))
+    assert all(np.array_equal(p, draw(s, TOY)) for p, s in zip(images, scenes, strict=form != "text"))
     if form == "questions":
-        assert len(pictures) == 1 and 8 <= len(texts) <= 12
-        assert [type(s) for s in doc] == [Picture, *[Text, EndOfTurn] * len(texts)][:-1]
+        assert len(images) == 1 and 8 <= len(texts) <= 12
+        assert [type(s) for s in doc] == [RawImage, *[Text, EndOfTurn] * len(texts)][:-1]
         cells = dict(zip(scene.cells, scene.things, strict=True))
         for question, said in zip(texts[::2], texts[1::2], strict=True):
             assert said == (scene.caption() if question == ASK_CAPTION else answer(question, scene, cells))
         return
-    orders = {"interleaved": [Text, Picture] * 2, "drawings": [Text, Picture], "text": [Text]}
+    orders = {"interleaved": [Text, RawImage] * 2, "drawings": [Text, RawImage], "text": [Text]}
     if form == "pairs":
-        assert len(texts) == len(pictures) == 1
+        assert len(texts) == len(images) == 1
     else:
         assert [type(s) for s in doc] == orders[form]
-    for text, picture in zip(texts, pictures, strict=form != "text"):
-        reading, (things, _, background) = read(picture, TOY), read_caption(text)
+    for text, image in zip(texts, images, strict=form != "text"):
+        reading, (things, _, background) = read(image, TOY), read_caption(text)
         assert sorted(reading.things) == sorted(things) and background in (None, reading.background)
     assert tuple(read_caption(texts[0])[0]) == scene.things
 

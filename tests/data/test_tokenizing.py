@@ -1,5 +1,5 @@
 """Preparing at scale: the same bytes however many processes share the work and whenever they are killed; text is text;
-what does not fit is cut between pictures; what is wrong is one sentence."""
+what does not fit is cut between images; what is wrong is one sentence."""
 
 import dataclasses
 import json
@@ -37,12 +37,12 @@ from nanochameleon.training.run import TEXT_TOKENIZER
 
 
 class Levels:
-    """Stands for an image tokenizer: the 4 codes of a picture are the red of its 2 x 2 pixels, over 32."""
+    """Stands for an image tokenizer: the 4 codes of an image are the red of its 2 x 2 pixels, over 32."""
 
     vqgan = SimpleNamespace(cfg=SimpleNamespace(resolution=2))
 
-    def encode(self, pictures):
-        return torch.from_numpy(pictures[..., 0].reshape(len(pictures), 4) // 32).long()
+    def encode(self, images):
+        return torch.from_numpy(images[..., 0].reshape(len(images), 4) // 32).long()
 
 
 def job(directory: Path, form: str, sources: list[Path], most: int = 64, seed: int = 0) -> Job:
@@ -55,11 +55,11 @@ def prepare(directory: Path, form: str, sources: list[Path], **more) -> list[lis
 
 
 def tar_of(path: Path, levels, **more) -> Path:
-    """A tar of pictures of one red each, its caption the code that it has."""
+    """A tar of images of one red each, its caption the code that it has."""
     members = []
     for number, level in enumerate(levels):
-        picture = encoded(PILImage.new("RGB", (2, 2), (32 * level, 0, 0)))
-        members += [(f"{number:04d}.png", picture), (f"{number:04d}.txt", b"red %d" % level)]
+        image = encoded(PILImage.new("RGB", (2, 2), (32 * level, 0, 0)))
+        members += [(f"{number:04d}.png", image), (f"{number:04d}.txt", b"red %d" % level)]
     return write_tar(path, members)
 
 
@@ -69,13 +69,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory) -> Path:
-    """Seven tars of 20 pictures, a bad one in each."""
+    """Seven tars of 20 images, a bad one in each."""
     folder = tmp_path_factory.mktemp("web")
     for number in range(7):
         levels = np.random.default_rng(number).integers(0, 8, 20).tolist()
         tar_of(folder / f"{number:05d}.tar", levels)
         with open(folder / f"{number:05d}.tar", "r+b") as file:
-            file.seek(512 + 10)  # inside the first picture
+            file.seek(512 + 10)  # inside the first image
             file.write(b"xxxx")
     return folder
 
@@ -84,14 +84,14 @@ def tars(tmp_path_factory) -> Path:
 # Forms
 
 
-def test_pairs_have_either_one_first_half_and_half_and_every_caption_its_picture(tmp_path):
+def test_pairs_have_either_one_first_half_and_half_and_every_caption_its_image(tmp_path):
     levels = [i % 8 for i in range(400)]
     docs = prepare(tmp_path / "out", "pairs", [tar_of(tmp_path / "0.tar", levels)])
     first = sum(isinstance(doc[0], Text) for doc in docs)
     assert len(docs) == 400 and abs(first - 200) < 50  # 5 standard deviations
     for doc, level in zip(docs, levels, strict=True):
-        text, picture = sorted(doc, key=lambda s: isinstance(s, Image))
-        assert text == Text(f"red {level}") and picture == Image((level,) * 4)
+        text, image = sorted(doc, key=lambda s: isinstance(s, Image))
+        assert text == Text(f"red {level}") and image == Image((level,) * 4)
     other = prepare(tmp_path / "seed", "pairs", [tmp_path / "0.tar"], seed=1)
     assert [doc[0] for doc in other] != [doc[0] for doc in docs]
 
@@ -126,11 +126,11 @@ def test_no_text_injects_an_id_and_none_of_it_is_lost(tmp_path_factory, written,
     assert given_back.decode() == "".join(written)
 
 
-def test_captions_that_spell_special_ids_add_no_picture_and_no_turn(tmp_path):
-    """The same beside pictures, where such ids are expected."""
-    picture = encoded(PILImage.new("RGB", (2, 2), (96, 0, 0)))
+def test_captions_that_spell_special_ids_add_no_image_and_no_turn(tmp_path):
+    """The same beside images, where such ids are expected."""
+    image = encoded(PILImage.new("RGB", (2, 2), (96, 0, 0)))
     spelled = [VOCAB.name(i) for i in range(VOCAB.first_text)] + ["<image>", "<boi>"]
-    members = [m for n, word in enumerate(spelled) for m in ((f"{n}.png", picture), (f"{n}.txt", word.encode()))]
+    members = [m for n, word in enumerate(spelled) for m in ((f"{n}.png", image), (f"{n}.txt", word.encode()))]
     assert prepare(tmp_path / "out", "drawings", [write_tar(tmp_path / "0.tar", members)]) == [
         [Text(word), Image((3,) * 4)] for word in spelled
     ]
@@ -141,7 +141,7 @@ def test_captions_that_spell_special_ids_add_no_picture_and_no_turn(tmp_path):
 
 
 words = st.integers(0, 40).map(lambda n: Text("x" * n))
-picture = st.just(Image((1, 2, 3, 4)))
+image = st.just(Image((1, 2, 3, 4)))
 
 
 def a_job(form: str, most: int) -> Job:
@@ -149,7 +149,7 @@ def a_job(form: str, most: int) -> Job:
 
 
 @given(words, st.booleans(), st.integers(9, 60))
-def test_a_caption_that_is_too_long_loses_its_end_and_never_its_picture(text, first, most):
+def test_a_caption_that_is_too_long_loses_its_end_and_never_its_image(text, first, most):
     doc = [text, Image((1, 2, 3, 4))] if first else [Image((1, 2, 3, 4)), text]
     (ids,), cut = fit(doc, a_job("pairs", most))
     kept = text.text[: most - 8]
@@ -157,21 +157,21 @@ def test_a_caption_that_is_too_long_loses_its_end_and_never_its_picture(text, fi
     assert cut == (kept != text.text) and len(ids) <= most
 
 
-@given(st.lists(words | picture, min_size=1, max_size=6), st.integers(9, 80))
-def test_a_document_that_is_too_long_ends_before_the_picture_that_does_not_fit(doc, most):
+@given(st.lists(words | image, min_size=1, max_size=6), st.integers(9, 80))
+def test_a_document_that_is_too_long_ends_before_the_image_that_does_not_fit(doc, most):
     lists, cut = fit(doc, a_job("interleaved", most))
     whole = render(doc, TOKENIZER, VOCAB)
     assert cut == (len(whole) > most and bool(lists))
     for ids in lists:
         assert len(ids) <= most
-        kept = parse(ids, TOKENIZER, VOCAB)  # raises for half a picture
-        n_pictures = sum(isinstance(s, Image) for s in kept)
-        before = [s for s in doc if isinstance(s, Image)][:n_pictures]
+        kept = parse(ids, TOKENIZER, VOCAB)  # raises for half an image
+        n_images = sum(isinstance(s, Image) for s in kept)
+        before = [s for s in doc if isinstance(s, Image)][:n_images]
         assert [s for s in kept if isinstance(s, Image)] == before
-        assert whole[: len(ids) - 1] == ids[:-1] or n_pictures  # a text may lose its end before a picture
+        assert whole[: len(ids) - 1] == ids[:-1] or n_images  # a text may lose its end before an image
 
 
-@given(st.lists(st.tuples(words, words | picture), min_size=1, max_size=5), st.integers(9, 90))
+@given(st.lists(st.tuples(words, words | image), min_size=1, max_size=5), st.integers(9, 90))
 def test_a_chat_that_is_too_long_keeps_whole_turns(pairs, most):
     doc = [s for number, (a, b) in enumerate(pairs) for s in ([EndOfTurn()] * (number > 0) + [a, EndOfTurn(), b])]
     lists, _ = fit(doc, a_job("chat", most))
@@ -186,8 +186,8 @@ def test_a_caption_of_ten_megabytes_is_cut_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         TextTokenizer, "encode", lambda self, text, *rest: lengths.append(len(text)) or encode(self, text, *rest)
     )
-    picture = encoded(PILImage.new("RGB", (2, 2)))
-    tar = write_tar(tmp_path / "0.tar", [("a.png", picture), ("a.txt", "é".encode() * 5_000_000)])
+    image = encoded(PILImage.new("RGB", (2, 2)))
+    tar = write_tar(tmp_path / "0.tar", [("a.png", image), ("a.txt", "é".encode() * 5_000_000)])
     (doc,) = prepare(tmp_path / "out", "drawings", [tar], most=64)
     assert 0 < max(lengths) <= MAX_CAPTION
     assert doc == [Text("é" * 28), Image((0,) * 4)]
@@ -201,7 +201,7 @@ def test_a_caption_of_ten_megabytes_is_cut_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("world", [2, 3, 9])
 def test_the_bytes_do_not_depend_on_how_many_share_the_work(world, tars, tmp_path):
     said = run(job(tmp_path / "one", "pairs", [tars]), 0, 1, 2)
-    assert "133 documents" in said and "7 skipped: 7 unreadable pictures" in said
+    assert "133 documents" in said and "7 skipped: 7 unreadable images" in said
     for rank in reversed(range(world)):
         run(job(tmp_path / "many", "pairs", [tars]), rank, world, 3)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
@@ -365,7 +365,7 @@ WRONG = {
     "a name with a slash": ({"name": "../up"}, "--name must be"),
     "the tokenizers' name": ({"name": "image_tokenizer"}, "--name must be"),
     "no ids": ({"seq_len": 0}, "--seq-len must be at least 1"),
-    "no room for a picture": ({"seq_len": 8}, "--seq-len must be at least 9 for this form"),
+    "no room for an image": ({"seq_len": 8}, "--seq-len must be at least 9 for this form"),
     "no threads": ({"threads": 0}, "--threads must be"),
     "a negative seed": ({"seed": -1}, "--seed must be"),
     "another device": ({"device": "abacus"}, "device 'abacus' is not available"),
@@ -400,4 +400,4 @@ def test_outcomes_come_back_as_they_were(tmp_path, tars):
     made = dataclasses.replace(job(tmp_path, "pairs", [tars]), units=[unit])
     with ThreadPoolExecutor(1) as pool:
         outcome = tokenize(0, made, pool, tqdm(disable=True))
-    assert isinstance(unit, Unit) and isinstance(outcome, Outcome) and outcome.pictures == len(outcome.lengths) == 19
+    assert isinstance(unit, Unit) and isinstance(outcome, Outcome) and outcome.images == len(outcome.lengths) == 19

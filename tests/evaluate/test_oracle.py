@@ -1,4 +1,4 @@
-"""The judge: right on every clean picture, wrong for each single wrong fact, unreadable for what is no object."""
+"""The judge: right on every clean image, wrong for each single wrong fact, unreadable for what is no object."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ TOY, RICH = World(), World.rich()
 
 @pytest.mark.parametrize("compositions", ["seen", "held_out"])
 @pytest.mark.parametrize("world", [TOY, RICH], ids=["toy", "rich"])
-def test_clean_pictures_of_the_test_split_are_read_right(world, compositions):
+def test_clean_images_of_the_test_split_are_read_right(world, compositions):
     drawn = list(scenes(world, 0, 500, compositions, test=True))
     judged = [judge(scene, draw(scene, world), world) for scene in drawn]
     assert np.mean([facts["all_facts"] for facts in judged]) >= 0.999
@@ -26,7 +26,7 @@ def test_clean_pictures_of_the_test_split_are_read_right(world, compositions):
 
 
 @st.composite
-def wrong_pictures(draw_from):
+def wrong_images(draw_from):
     """(the fact that is wrong, the scene asked for, the scene drawn instead, world)"""
     world = draw_from(st.sampled_from([TOY, RICH]))
     scene = draw_scene(world, draw_from(st.integers(0, 100)), draw_from(st.integers(0, 10_000)), "any")
@@ -63,7 +63,7 @@ def other_pair(thing):
     return ("red", "circle") if thing.colour != "red" else ("blue", "square")
 
 
-@given(wrong_pictures())
+@given(wrong_images())
 def test_one_wrong_fact_is_seen_and_named(case):
     fact, asked, drawn, world = case
     facts = judge(asked, draw(drawn, world), world)
@@ -91,24 +91,24 @@ def test_half_an_object_is_unreadable(world, turned):
     for i, background in enumerate(world.backgrounds):
         for thing in [Thing(z, c, s) for z in ("big", "small") for c in world.colours[i::3] for s in world.shapes]:
             scene = Scene(background, (thing,), ((0, 1),))
-            picture = draw(scene, world)
-            cell = np.rot90(picture[:CELL, CELL : 2 * CELL], turned)  # a view: rows are taken away from its top
+            image = draw(scene, world)
+            cell = np.rot90(image[:CELL, CELL : 2 * CELL], turned)  # a view: rows are taken away from its top
             rows = (cell != BACKGROUNDS[background]).any(-1).sum(1).cumsum()
             cell[: int(np.searchsorted(rows, rows[-1] / 2)) + 1] = BACKGROUNDS[background]
-            reading = read(picture, world)
+            reading = read(image, world)
             assert (reading.things, reading.unreadable) == ((), 1), thing
-            assert not judge(scene, picture, world)["all_facts"]
+            assert not judge(scene, image, world)["all_facts"]
 
 
 @given(st.integers(0, 1_000), st.sampled_from([TOY, RICH]), st.integers(0, 2), st.integers(0, 4))
 def test_a_blob_of_noise_is_unreadable_and_no_background(seed, world, background, margin):
     background = world.backgrounds[background % len(world.backgrounds)]
     scene = Scene(background, (Thing("big", "red", "star"),), ((0, 0),))
-    picture, (low, high) = draw(scene, world), (CELL + margin, 2 * CELL - margin)
-    picture[low:high, low:high] = np.random.default_rng(seed).integers(0, 256, (high - low, high - low, 3))
-    reading = read(picture, world)
+    image, (low, high) = draw(scene, world), (CELL + margin, 2 * CELL - margin)
+    image[low:high, low:high] = np.random.default_rng(seed).integers(0, 256, (high - low, high - low, 3))
+    reading = read(image, world)
     assert reading.unreadable == 1 and reading.things == scene.things
-    facts = judge(scene, picture, world)
+    facts = judge(scene, image, world)
     assert not facts["count"] and not facts["all_facts"]
 
 
@@ -116,12 +116,12 @@ def test_a_blob_of_noise_is_unreadable_and_no_background(seed, world, background
 def test_a_little_noise_all_over_changes_no_reading(seed, size):
     scene = draw_scene(RICH, 0, seed)
     noise = np.random.default_rng(seed).integers(-size, size + 1, (RICH.resolution, RICH.resolution, 3))
-    picture = np.clip(draw(scene, RICH).astype(int) + noise, 0, 255).astype(np.uint8)
-    assert judge(scene, picture, RICH)["all_facts"]
+    image = np.clip(draw(scene, RICH).astype(int) + noise, 0, 255).astype(np.uint8)
+    assert judge(scene, image, RICH)["all_facts"]
 
 
 def test_nothing_is_an_empty_reading():
-    picture = np.full((32, 32, 3), BACKGROUNDS["black"], np.uint8)
-    reading = read(picture, TOY)
+    image = np.full((32, 32, 3), BACKGROUNDS["black"], np.uint8)
+    reading = read(image, TOY)
     assert (reading.background, reading.things, reading.cells, reading.unreadable) == ("black", (), (), 0)
-    assert not judge(draw_scene(TOY, 0, 0), picture, TOY)["count"]
+    assert not judge(draw_scene(TOY, 0, 0), image, TOY)["count"]

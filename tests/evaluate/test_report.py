@@ -1,4 +1,4 @@
-"""What people look at: no caption is ever markup, figures carry their units, pictures come back as they were."""
+"""What people look at: no caption is ever markup, figures carry their units, images come back as they were."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ REPORT = {
     "seconds": {"total": 583.2, "tokenizer": 4.21},
     "peak_memory_gib": 1.234,
     "tokenizer": {"codebook_used": np.float32(0.5)},
-    "text_to_picture": {"seen": {"all_facts": 0.714, "by_fact": {"shape": 1.0}}},
+    "text_to_image": {"seen": {"all_facts": 0.714, "by_fact": {"shape": 1.0}}},
     "bits_per_byte": 0.31,
     "tokens_per_second": 16_234.2,
     "broken": float("nan"),
@@ -50,7 +50,7 @@ def test_the_page_needs_nothing_else_and_escapes_all_it_is_given(tmp_path):
     evil = """<script>alert("x")</script>&amp;'"><img src=http://e.vil onerror=x>"""
     samples_sheet([(evil, RED, True)], tmp_path / "samples.png")
     Image.fromarray(RED).save(tmp_path / "curves.png")
-    talk = {"question": evil, "answer": evil, "truth": evil, "picture": RED}
+    talk = {"question": evil, "answer": evil, "truth": evil, "image": RED}
     page = Page(write_report(tmp_path, {evil: {evil: evil}}, [talk], [evil], evil).read_text())
     assert "script" not in {tag for tag, _ in page.tags}
     assert not {name for _, attributes in page.tags for name in attributes} & {"href", "onerror", "onload", "srcset"}
@@ -99,8 +99,8 @@ def test_flatten_names_every_leaf_once():
 
 @settings(max_examples=20)
 @given(st.integers(0, 9), st.sampled_from([1, 8, 32, 200]), st.sampled_from([None, 1, 2]), st.text(max_size=60))
-def test_every_picture_stands_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, scale, caption):
-    """Each picture has a colour of its own; it covers exactly its enlarged area and none is lost or covered."""
+def test_every_image_stands_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, scale, caption):
+    """Each image has a colour of its own; it covers exactly its enlarged area and none is lost or covered."""
     path = tmp_path_factory.mktemp("sheet") / "samples.png"
     colours = [(200, 10 * i + 5, 77) for i in range(n)]
     items = [(caption, np.full((side, side, 3), colour, np.uint8), [None, True, False][i % 3])
@@ -156,7 +156,7 @@ def test_letters_of_many_alphabets_are_drawn_and_others_are_spelled_out(tmp_path
 # ---------------------------------------------------------------------------------------------------------------------
 # terminal
 
-pictures = hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 64), st.just(3)))
+images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 64), st.just(3)))
 
 
 def decode_half_blocks(text):
@@ -171,30 +171,30 @@ def decode_half_blocks(text):
     return np.array(rows, np.uint8)
 
 
-@given(pictures)
-def test_half_blocks_decode_to_the_colours_they_were_given(picture):
-    assert np.array_equal(decode_half_blocks(as_terminal(picture, "blocks")), picture)
+@given(images)
+def test_half_blocks_decode_to_the_colours_they_were_given(image):
+    assert np.array_equal(decode_half_blocks(as_terminal(image, "blocks")), image)
 
 
 @given(st.integers(65, 300), st.integers(1, 40))
-def test_a_wide_picture_is_scaled_to_64_columns_and_keeps_its_shape(width, height):
+def test_a_wide_image_is_scaled_to_64_columns_and_keeps_its_shape(width, height):
     shown = decode_half_blocks(as_terminal(np.full((height, width, 3), (9, 8, 7), np.uint8)))
     assert shown.shape == (max(1, round(height * 64 / width)), 64, 3)
     assert (shown == (9, 8, 7)).all()
 
 
-@given(pictures, st.integers(0, 99))
-def test_kitty_and_iterm_carry_the_picture_enlarged(picture, seed):
+@given(images, st.integers(0, 99))
+def test_kitty_and_iterm_carry_the_image_enlarged(image, seed):
     noise = np.random.default_rng(seed).integers(0, 256, (60, 60, 3), dtype=np.uint8)  # more than one kitty chunk
-    for image in (picture, noise):
-        kitty = re.findall("\x1b_G([^;]*);([^\x1b]*)\x1b\\\\", as_terminal(image, "kitty"))
+    for original in (image, noise):
+        kitty = re.findall("\x1b_G([^;]*);([^\x1b]*)\x1b\\\\", as_terminal(original, "kitty"))
         assert all(len(chunk) <= 4096 for _, chunk in kitty)
         assert [control[-1] for control, _ in kitty] == ["1"] * (len(kitty) - 1) + ["0"]
-        iterm = as_terminal(image, "iterm").removeprefix("\x1b]1337;File=inline=1;size=").removesuffix("\a")
+        iterm = as_terminal(original, "iterm").removeprefix("\x1b]1337;File=inline=1;size=").removesuffix("\a")
         for data in ("".join(chunk for _, chunk in kitty), iterm.split(":")[1]):
             shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-            scale = 256 // image.shape[1]
-            assert np.array_equal(shown[::scale, ::scale], image) and shown.shape[1] == scale * image.shape[1]
+            scale = 256 // original.shape[1]
+            assert np.array_equal(shown[::scale, ::scale], original) and shown.shape[1] == scale * original.shape[1]
         assert int(iterm.split(":")[0]) == len(base64.b64decode(iterm.split(":")[1]))
 
 
@@ -211,5 +211,5 @@ def test_kitty_and_iterm_carry_the_picture_enlarged(picture, seed):
         ({"TERM": "xterm-kitty"}, False, None),
     ],
 )
-def test_the_environment_decides_how_pictures_are_shown(env, isatty, mode):
+def test_the_environment_decides_how_images_are_shown(env, isatty, mode):
     assert terminal_mode(env, isatty) == mode

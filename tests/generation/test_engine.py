@@ -14,13 +14,13 @@ from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
 from nanochameleon.errors import UserError
 from nanochameleon.generation.decoder import uniforms
 from nanochameleon.generation.engine import Engine, generate, stream
-from nanochameleon.generation.events import End, PartialPicture, PictureStarted, Reader
+from nanochameleon.generation.events import End, ImageStarted, PartialImage, Reader
 from nanochameleon.generation.sampling import MODES, Grammar, Options, filtered, pick
 
 # float64, so that rounding, which differs from one shape of a batch to another, decides nothing
 MODEL, GROUPED = tiny_model().double(), tiny_model(1, n_heads=4, n_kv_heads=2, norm_order="post").double()
 SINGLE = tiny_model()  # MODEL in float32, the path that a CPU takes
-with torch.no_grad():  # so that all often begin a picture where they may
+with torch.no_grad():  # so that all often begin an image where they may
     for model in (MODEL, GROUPED, SINGLE):
         model.output.weight[VOCAB.boi] *= 6
 OPTIONS = SampleConfig(
@@ -28,13 +28,13 @@ OPTIONS = SampleConfig(
     max_new=16,
 )  # fmt: skip
 
-pictures = st.lists(st.integers(0, 7), min_size=N_CODES, max_size=N_CODES).map(lambda codes: Image(tuple(codes)))
-documents = st.lists(st.sampled_from([Text("a red"), Text("ta"), EndOfTurn()]) | pictures, max_size=3)
+images = st.lists(st.integers(0, 7), min_size=N_CODES, max_size=N_CODES).map(lambda codes: Image(tuple(codes)))
+documents = st.lists(st.sampled_from([Text("a red"), Text("ta"), EndOfTurn()]) | images, max_size=3)
 
 
 @st.composite
 def prompts(draw) -> list[int]:
-    """Any document, or one that ends inside a picture after 0 to n codes."""
+    """Any document, or one that ends inside an image after 0 to n codes."""
     ids = render(draw(documents), TOKENIZER, VOCAB, end=False)
     if draw(st.booleans()):
         ids += [VOCAB.boi, *(VOCAB.code_to_id(c) for c in draw(st.lists(st.integers(0, 7), max_size=N_CODES)))]
@@ -98,7 +98,7 @@ def plain(model, prompt, options, mode, seed, stops=None) -> list[int]:
 
 
 def room_for(task):
-    """A task whose mode leaves room for a picture."""
+    """A task whose mode leaves room for an image."""
     prompt, options, mode, stops = task
     return prompt, replace(options, max_new=max(options.max_new, N_CODES + 2)), mode, stops
 
@@ -123,7 +123,7 @@ def test_any_mixture_that_comes_and_goes_equals_plain_loops(tasks, n_rows, chunk
 
 
 @pytest.mark.parametrize("model", [MODEL, SINGLE], ids=["double", "single"])
-def test_so_does_it_where_guided_pictures_begin_between_words(model):
+def test_so_does_it_where_guided_images_begin_between_words(model):
     rows = [[VOCAB.bos, VOCAB.first_text + i] for i in range(6)]
     options = replace(OPTIONS, guidance=2.5, guidance_image=-2.0, max_new=40)  # far from 1, where mistakes show
     together = generate(model, rows, VOCAB, N_CODES, options, "both", 1)
@@ -183,17 +183,17 @@ def test_a_long_prompt_is_read_in_chunks_between_steps_of_others(monkeypatch):
     assert len(looks) - before >= 4
 
 
-def test_the_host_does_not_look_inside_a_picture(monkeypatch):
+def test_the_host_does_not_look_inside_an_image(monkeypatch):
     looks = counted(monkeypatch, "look")
     prompt = [VOCAB.bos, VOCAB.boi]
     generate(MODEL, [prompt, [*prompt, VOCAB.first_code]], VOCAB, N_CODES, OPTIONS, "image")
-    assert [steps for _, steps in looks] == [N_CODES, 1]  # the second picture's end, then the first one's
+    assert [steps for _, steps in looks] == [N_CODES, 1]  # the second image's end, then the first one's
 
 
 def test_no_logits_but_those_that_may_come(monkeypatch):
     chosen = counted(monkeypatch, "logits")
     generate(MODEL, [[VOCAB.bos, VOCAB.boi]], VOCAB, N_CODES, OPTIONS, "image")
-    assert {columns for _, columns in chosen} == {"picture"}
+    assert {columns for _, columns in chosen} == {"image"}
     chosen.clear()
     generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, OPTIONS, "text")
     assert {columns for _, columns in chosen} == {"text"}
@@ -219,7 +219,7 @@ def test_steps_stay_in_place_and_their_keys_are_few(monkeypatch):
     now = [*decoder.row_tensors(), decoder.sample, decoder.log, decoder.tick, decoder.cache.keys, decoder.cache.values]
     assert [x.data_ptr() for x in now] == [x.data_ptr() for x in state]
     spans, columns = ({key[i] for key in engine.graphs.graphs} for i in (1, 2))
-    assert spans == {64} and columns == {"text", "picture", "all"}
+    assert spans == {64} and columns == {"text", "image", "all"}
     engine.graphs.on = True
     assert [engine.graphs.size(n, 6) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
 
@@ -231,7 +231,7 @@ def test_steps_stay_in_place_and_their_keys_are_few(monkeypatch):
 @settings(max_examples=15)
 @given(batches, st.integers(0, 99))
 def test_scales_of_1_are_no_guidance(rows, seed):
-    """With branches beside it, too: guidance 1 after pictures, where guidance_image is another number, has them."""
+    """With branches beside it, too: guidance 1 after images, where guidance_image is another number, has them."""
     new = generate(MODEL, rows, VOCAB, N_CODES, replace(OPTIONS, max_new=40), seed=seed)
     nearly = replace(OPTIONS, guidance=1 + 1e-12, guidance_image=1 - 1e-12, max_new=40)
     assert generate(MODEL, rows, VOCAB, N_CODES, nearly, seed=seed) == new
@@ -272,8 +272,8 @@ def test_a_sample_parses_fits_and_repeats(model):
     assert once(5, list(enumerate(drawn))[::50]) == new[::50]
     for (prompt, options, mode, stops), ids in zip(drawn, new, strict=True):
         assert 1 <= len(ids) <= options.max_new and len(prompt) + len(ids) <= context
-        pictures = [segment for segment in parse(prompt + ids, TOKENIZER, VOCAB) if isinstance(segment, Image)]
-        assert all(len(picture.codes) == N_CODES for picture in pictures)
+        images = [segment for segment in parse(prompt + ids, TOKENIZER, VOCAB) if isinstance(segment, Image)]
+        assert all(len(image.codes) == N_CODES for image in images)
         ends = [i for i, token in enumerate(ids) if token in (VOCAB.eos, VOCAB.eot)]
         assert ends in ([], [len(ids) - 1])
         full = len(ids) == options.max_new or len(prompt) + len(ids) == context
@@ -338,10 +338,10 @@ def test_a_prompt_at_one_under_and_one_over_the_most_that_fits(mode, need, over)
         assert 1 <= len(generate(MODEL, [prompt], VOCAB, N_CODES, OPTIONS, mode)[0]) <= need - over
 
 
-def test_an_open_picture_needs_room_for_its_rest():
+def test_an_open_image_needs_room_for_its_rest():
     prompt = [VOCAB.bos] * (MODEL.cfg.max_seq_len - N_CODES) + [VOCAB.boi, VOCAB.first_code]
     assert len(generate(MODEL, [prompt[2:]], VOCAB, N_CODES, OPTIONS, "image")[0]) == N_CODES
-    with pytest.raises(UserError, match="4 ids of a picture"):
+    with pytest.raises(UserError, match="4 ids of an image"):
         generate(MODEL, [prompt], VOCAB, N_CODES, OPTIONS, "image")
     with pytest.raises(UserError, match="max_new is 3"):
         generate(MODEL, [prompt[2:]], VOCAB, N_CODES, replace(OPTIONS, max_new=3), "image")
@@ -365,9 +365,9 @@ def test_a_wrong_mode_or_stop_is_refused_when_it_is_added_and_harms_nobody(mode,
     assert [ids] == generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, OPTIONS)
 
 
-def test_an_open_picture_of_too_many_codes_is_refused():
+def test_an_open_image_of_too_many_codes_is_refused():
     prompt = [VOCAB.bos, VOCAB.boi, *[VOCAB.first_code] * (N_CODES + 1)]
-    with pytest.raises(UserError, match="has 5 codes, and a picture has 4"):
+    with pytest.raises(UserError, match="has 5 codes, and an image has 4"):
         generate(MODEL, [prompt], VOCAB, N_CODES, OPTIONS)
 
 
@@ -407,17 +407,17 @@ def test_a_stream_tells_what_generate_gives(prompt, mode, seed, preview):
     letters = [token for token in new if VOCAB.is_text(token)]
     if not any(isinstance(s, Image) for s in joined):
         assert "".join(s.text for s in joined) == TOKENIZER.decode(letters)
-    assert told.count(PictureStarted()) == len(everything) - len(before)
+    assert told.count(ImageStarted()) == len(everything) - len(before)
 
 
-def test_a_picture_is_told_while_it_grows():
+def test_an_image_is_told_while_it_grows():
     told = list(stream(MODEL, [VOCAB.bos, VOCAB.boi], TOKENIZER, N_CODES, OPTIONS, "image", preview=2))
-    assert [type(event) for event in told] == [PictureStarted, PartialPicture, PartialPicture, Image, End]
+    assert [type(event) for event in told] == [ImageStarted, PartialImage, PartialImage, Image, End]
     assert told[1].codes == told[3].codes[:2] and told[2].codes == told[3].codes
 
 
 def parse_open(prompt):
-    """The prompt's segments, an open picture at its end left out."""
+    """The prompt's segments, an open image at its end left out."""
     start = max((i for i, token in enumerate(prompt) if token == VOCAB.boi), default=0)
     return parse(prompt if VOCAB.eoi in prompt[start:] or not start else prompt[:start], TOKENIZER, VOCAB)
 
@@ -431,10 +431,10 @@ def test_pieces_of_text_never_split_a_character():
     told = [event for i, token in enumerate(ids) for event in reader.read([token], i == len(ids) - 1)]
     texts = [event.text for event in told if isinstance(event, Text)]
     assert texts == ["é", "日", "\U0001f44d", "\ufffda", "\ufffd"]
-    assert [type(event) for event in told[-4:]] == [PictureStarted, Image, Text, End]
+    assert [type(event) for event in told[-4:]] == [ImageStarted, Image, Text, End]
 
 
-def test_a_row_that_ends_where_the_model_wants_to_draw_tells_of_no_picture():
+def test_a_row_that_ends_where_the_model_wants_to_draw_tells_of_no_image():
     reader, letter = Reader([VOCAB.bos], TOKENIZER), VOCAB.first_text + 65
     told = [*reader.read([letter], False), *reader.read([letter, VOCAB.boi], True)]
     assert told == [Text("A"), Text("A"), End((letter, letter, VOCAB.boi))]

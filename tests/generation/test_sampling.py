@@ -111,9 +111,9 @@ def test_repetition_lowers_what_was_seen_and_nothing_else(logits, penalty, bits)
 
 
 @given(some_logits, st.floats(0.0, 3.0), st.none() | st.integers(1, 12), shares, st.booleans())
-def test_no_filter_brings_back_what_was_forbidden(logits, t, k, p, in_picture):
+def test_no_filter_brings_back_what_was_forbidden(logits, t, k, p, in_image):
     cfg = SampleConfig(t, p, k, 0.1, 1.0, t, p, k, 0.1)
-    left = kept(filtered(logits, options(cfg), torch.tensor([in_picture])))
+    left = kept(filtered(logits, options(cfg), torch.tensor([in_image])))
     assert left.any() and not (left & ~kept(logits)).any()
 
 
@@ -124,7 +124,7 @@ def test_filters_apply_in_the_order_of_the_released_code():
         assert kept(filtered(logits, options(SampleConfig(t, 0.75)), torch.tensor([False]))).tolist() == left
 
 
-def test_each_row_has_numbers_of_its_own_and_pictures_have_others_than_text():
+def test_each_row_has_numbers_of_its_own_and_images_have_others_than_text():
     rows = [
         SampleConfig(1.0, 1.0, k, image_temperature=1.0, image_top_p=1.0, image_top_k=i) for k, i in ((1, 3), (2, 4))
     ]
@@ -193,17 +193,17 @@ CODES = set(range(VOCAB.first_code, VOCAB.eoi))
 
 
 def may_come(new: list[int], n: int, mode: str, stops: set[int], begun: int | None, room: int) -> set[int]:
-    """The rules, written out from a row's new ids alone. begun: codes of the picture that the prompt leaves open."""
-    picture = begun  # codes of the open picture so far, None outside
+    """The rules, written out from a row's new ids alone. begun: codes of the image that the prompt leaves open."""
+    image = begun  # codes of the open image so far, None outside
     for token in new:
-        if (token in stops and picture is None) or (token == VOCAB.eoi and mode == "image"):
+        if (token in stops and image is None) or (token == VOCAB.eoi and mode == "image"):
             return {VOCAB.pad}
-        picture = 0 if token == VOCAB.boi else None if picture is None or token == VOCAB.eoi else picture + 1
+        image = 0 if token == VOCAB.boi else None if image is None or token == VOCAB.eoi else image + 1
     free = room - len(new)
     if free == 0:
         return {VOCAB.pad}
-    if picture is not None:
-        return CODES if picture < n else {VOCAB.eoi}
+    if image is not None:
+        return CODES if image < n else {VOCAB.eoi}
     fits = free >= 1 + n + 1
     if mode == "image":
         return {VOCAB.boi} if fits else stops
@@ -212,7 +212,7 @@ def may_come(new: list[int], n: int, mode: str, stops: set[int], begun: int | No
 
 @st.composite
 def batches(draw):
-    """Codes a picture, and of each row: codes of the picture begun or None, room, where to turn, mode, stops."""
+    """Codes an image, and of each row: codes of the image begun or None, room, where to turn, mode, stops."""
     n, rows = draw(st.integers(1, 4)), []
     for begun in draw(st.lists(st.none() | st.integers(0, n), min_size=1, max_size=4)):
         room = draw(st.integers(1 if begun is None else n - begun + 1, 20))
@@ -227,7 +227,7 @@ def batches(draw):
 
 @given(batches())
 def test_the_grammar_allows_what_the_rules_say_step_by_step(batch):
-    """Random walks through what is allowed, pictures favoured, each row beside others in other states."""
+    """Random walks through what is allowed, images favoured, each row beside others in other states."""
     n, rows = batch
     left = [-1 if begun is None else n - begun for begun, _, _, _, _ in rows]
     modes, rooms = [mode for *_, mode, _ in rows], [room for _, room, *_ in rows]
@@ -264,6 +264,6 @@ def test_a_start_without_room_is_refused(left, room):
 
 
 def test_unknown_modes_and_stops_are_refused():
-    for mode, stops in (("pictures", None), ("both", ()), ("both", (VOCAB.pad,)), ("both", (VOCAB.boi,))):
+    for mode, stops in (("images", None), ("both", ()), ("both", (VOCAB.pad,)), ("both", (VOCAB.boi,))):
         with pytest.raises(ValueError, match="mode"):
             Grammar.start(VOCAB, 3, [mode], [-1], [9], [stops])

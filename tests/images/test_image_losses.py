@@ -18,7 +18,7 @@ from nanochameleon.images.losses import (
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def pictures(seed: int, b: int = 2, side: int = 16) -> torch.Tensor:
+def images(seed: int, b: int = 2, side: int = 16) -> torch.Tensor:
     return torch.rand(b, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -27,8 +27,8 @@ def pictures(seed: int, b: int = 2, side: int = 16) -> torch.Tensor:
 
 
 @given(SEEDS, st.integers(0, 767), st.floats(0.01, 2))
-def test_perceptual_is_zero_for_equal_pictures_and_positive_after_one_number_changes(seed, place, change):
-    x = pictures(seed)
+def test_perceptual_is_zero_for_equal_images_and_positive_after_one_number_changes(seed, place, change):
+    x = images(seed)
     y = x.clone()
     y.view(2, -1)[1, place] += change
     loss = PerceptualLoss()
@@ -46,14 +46,14 @@ ALTERNATE = torch.tensor([1.0, -1.0]).repeat(8)
     ids=["plain", "across", "down", "checkerboard"],
 )
 def test_perceptual_has_no_blind_pattern(difference):
-    x = pictures(0)
+    x = images(0)
     assert PerceptualLoss()(x, x + 0.1 * difference) > 0.01
 
 
 @given(SEEDS, st.floats(0.1, 3))
 def test_perceptual_is_a_norm_of_the_difference(seed, scale):
     loss = PerceptualLoss()
-    x, y, z = pictures(seed), pictures(seed + 1), pictures(seed + 2)
+    x, y, z = images(seed), images(seed + 1), images(seed + 2)
     torch.testing.assert_close(loss(scale * x, scale * y), scale * loss(x, y))
     torch.testing.assert_close(loss(x, y), loss(y, x))
     assert loss(x, z) <= loss(x, y) + loss(y, z) + 1e-5
@@ -78,7 +78,7 @@ def test_perceptual_minds_a_moved_edge_more_than_a_tint_with_the_same_mean_error
 
 
 def test_perceptual_minds_blur_more_than_the_mean_error_does():
-    """Between a blurred picture and one with the same mean error spread evenly, only edges tell."""
+    """Between a blurred image and one with the same mean error spread evenly, only edges tell."""
     x = torch.full((1, 3, 32, 32), -1.0)
     x[..., 8:24, 8:24] = 1
     blurred = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
@@ -88,7 +88,7 @@ def test_perceptual_minds_blur_more_than_the_mean_error_does():
 
 def test_perceptual_can_be_descended():
     """Its gradient leads from noise to the target: no pattern is out of its reach."""
-    target, x = pictures(1), pictures(2).requires_grad_()
+    target, x = images(1), images(2).requires_grad_()
     loss, optimizer = PerceptualLoss(), torch.optim.Adam([x], lr=0.02)
     first = loss(x, target).item()
     for _ in range(150):
@@ -110,16 +110,16 @@ def test_perceptual_has_nothing_to_store():
 
 @pytest.mark.parametrize(("ch", "n_layers", "side"), [(8, 1, 16), (8, 2, 32), (12, 3, 64), (1, 5, 128)])
 def test_discriminator_gives_a_logit_a_patch(ch, n_layers, side):
-    logits = PatchDiscriminator(ch, n_layers)(pictures(0, 2, side))
+    logits = PatchDiscriminator(ch, n_layers)(images(0, 2, side))
     assert logits.shape == (2, 1, side // 2**n_layers - 2, side // 2**n_layers - 2)
     widest = max(m.out_channels for m in PatchDiscriminator(ch, n_layers).modules() if isinstance(m, nn.Conv2d))
     assert widest == ch * min(2**n_layers, 8)
 
 
-def test_discriminator_judges_a_picture_without_its_batch():
+def test_discriminator_judges_an_image_without_its_batch():
     torch.manual_seed(0)
     net = PatchDiscriminator(8, 2)
-    x, other = pictures(3, 1, 32), pictures(4, 3, 32)
+    x, other = images(3, 1, 32), images(4, 3, 32)
     torch.testing.assert_close(net(torch.cat([x, other]))[:1], net(x), rtol=1e-4, atol=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_a_logit_sees_as_many_pixels_as_it_says(n_layers):
     torch.manual_seed(0)
     net = PatchDiscriminator(8, n_layers)
     net.layers = nn.Sequential(*(nn.Identity() if isinstance(m, nn.GroupNorm) else m for m in net.layers))
-    x = pictures(5, 1, 64).requires_grad_()
+    x = images(5, 1, 64).requires_grad_()
     logits = net(x)
     middle = logits.shape[-1] // 2
     logits[0, 0, middle, middle].backward()
@@ -165,7 +165,7 @@ def test_a_discriminator_learns_to_tell_stripes_from_planes():
 def test_adaptive_weight_makes_both_losses_pull_equally_on_the_last_layer(seed, scale):
     torch.manual_seed(seed)
     last, critic = nn.Conv2d(4, 3, 3, padding=1), PatchDiscriminator(4, 1)
-    hidden, target = torch.randn(2, 4, 16, 16), pictures(seed)
+    hidden, target = torch.randn(2, 4, 16, 16), images(seed)
     drawn = last(hidden)
     rec, gen = scale * (drawn - target).abs().mean(), generator_loss(critic(drawn))
     weight = adaptive_weight(rec, gen, last.weight)

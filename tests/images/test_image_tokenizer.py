@@ -1,4 +1,4 @@
-"""Pictures from files to codes: right colours whatever the file's kind, one sentence for what is none, exact pixels."""
+"""Images from files to codes: right colours whatever the file's kind, one sentence for what is none, exact pixels."""
 
 import io
 import os
@@ -22,7 +22,7 @@ from torch import nn
 from nanochameleon.config import VQGANConfig
 from nanochameleon.errors import UserError
 from nanochameleon.images import tokenizer as image_tokenizer
-from nanochameleon.images.tokenizer import Budget, ImageTokenizer, load_picture, preprocess, to_pictures, to_pixels
+from nanochameleon.images.tokenizer import Budget, ImageTokenizer, load_image, preprocess, to_images, to_pixels
 from nanochameleon.images.vqgan import VQGAN
 
 FITS = st.sampled_from(["crop", "pad"])
@@ -57,16 +57,16 @@ def load(tmp_path, data: bytes, name: str = "x.png") -> np.ndarray:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:
-            picture = load_picture(path)
+            image = load_image(path)
         finally:
             assert not seen, [str(w.message) for w in seen]
-    assert picture.mode == "RGB"
-    return np.asarray(picture).astype(int)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
 
 
-def saved(picture: Image.Image, kind: str, **options) -> bytes:
+def saved(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -82,9 +82,9 @@ def test_lossless_files_come_back_as_they_are(tmp_path, kind):
 
 @given(st.integers(0, 255), st.tuples(*[st.integers(0, 255)] * 3))
 def test_alpha_is_blended_on_white(tmp_path, alpha, colour):
-    picture = Image.new("RGBA", (2, 2), (*colour, alpha))
+    image = Image.new("RGBA", (2, 2), (*colour, alpha))
     expected = np.array(colour) * (alpha / 255) + 255 - alpha
-    error = np.abs(load(tmp_path, saved(picture, "PNG")) - expected).max()
+    error = np.abs(load(tmp_path, saved(image, "PNG")) - expected).max()
     assert error == 0 if alpha in (0, 255) else error <= 0.5 + 1e-9
 
 
@@ -95,10 +95,10 @@ def test_grey_with_alpha(tmp_path):
 
 
 def palette() -> Image.Image:
-    picture = Image.new("P", (3, 1))
-    picture.putpalette([10, 20, 30, 200, 100, 0, 0, 0, 255])
-    picture.putdata([0, 1, 2])
-    return picture
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 200, 100, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    return image
 
 
 COLOURS = [[10, 20, 30], [200, 100, 0], [0, 0, 255]]
@@ -167,7 +167,7 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, kind):
     assert (load(tmp_path, data) == (255, 0, 0)).all()
 
 
-TURNS = {  # EXIF orientation -> from the stored picture to the upright one
+TURNS = {  # EXIF orientation -> from the stored image to the upright one
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -181,7 +181,7 @@ TURNS = {  # EXIF orientation -> from the stored picture to the upright one
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", TURNS)
-def test_exif_turns_the_picture_upright(tmp_path, orientation, kind):
+def test_exif_turns_the_image_upright(tmp_path, orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -192,7 +192,7 @@ def test_exif_turns_the_picture_upright(tmp_path, orientation, kind):
 @pytest.mark.parametrize(
     "exif", [b"rubbish!", b"II*\0\x08\0\0\0\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01"]
 )
-def test_broken_exif_costs_no_picture(tmp_path, exif):
+def test_broken_exif_costs_no_image(tmp_path, exif):
     data = load(tmp_path, saved(Image.new("RGB", (8, 8), (255, 0, 0)), "JPEG", exif=b"Exif\0\0" + exif))
     assert np.abs(data - (255, 0, 0)).max() <= 3
 
@@ -214,7 +214,7 @@ STRIPES = np.kron(noise(4, 6), np.ones((8, 8, 1), np.uint8))  # squares as JPEG 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("tag", TAGS)
-def test_no_tag_of_any_type_costs_a_picture_or_its_orientation(tmp_path, kind, tag):
+def test_no_tag_of_any_type_costs_an_image_or_its_orientation(tmp_path, kind, tag):
     plain = saved(Image.fromarray(STRIPES), kind, **({"lossless": True} if kind == "WEBP" else {}))
     stored = np.asarray(Image.open(io.BytesIO(plain))).astype(int)
     for tag_type in range(20):
@@ -250,7 +250,7 @@ ANCILLARY = (
 
 @pytest.mark.parametrize("kind", ANCILLARY)
 @given(data=st.binary(max_size=60), good=st.booleans(), behind=st.booleans())
-def test_no_chunk_beside_the_pixels_costs_a_picture(tmp_path, kind, data, good, behind):
+def test_no_chunk_beside_the_pixels_costs_an_image(tmp_path, kind, data, good, behind):
     extra = chunk(kind, data) if good else chunk(kind, data)[:-4] + b"none"
     pixels = noise(2, 3)
     file = png(3, 2, 8, 2, b"".join(b"\0" + row.tobytes() for row in pixels))
@@ -274,7 +274,7 @@ def text_chunk(keyword: bytes, text: bytes) -> bytes:
     ],
     ids=["text", "packed", "plain", "profile", "many", "transparency with a wrong checksum"],
 )
-def test_large_texts_and_profiles_cost_no_picture(tmp_path, extra):
+def test_large_texts_and_profiles_cost_no_image(tmp_path, extra):
     assert load(tmp_path, png(1, 1, 8, 2, bytes([0, 7, 8, 9]), extra))[0, 0].tolist() == [7, 8, 9]
 
 
@@ -299,19 +299,19 @@ def test_a_png_states_its_orientation_in_many_ways(tmp_path, extra):
 
 def camera(kind: str) -> bytes:
     """A JPEG that is turned by 90 degrees as a camera or an editor says it."""
-    picture, block = Image.fromarray(STRIPES), Image.Exif()
+    image, block = Image.fromarray(STRIPES), Image.Exif()
     block[0x0112] = 6
     if kind == "MPO":
-        return saved(picture, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))], exif=block)
+        return saved(image, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))], exif=block)
     if kind == "XMP":
-        return saved(picture, "JPEG", xmp=XMP)
-    return saved(picture, "JPEG", exif=block, comment=b"x" * 60_000, progressive=kind == "progressive")
+        return saved(image, "JPEG", xmp=XMP)
+    return saved(image, "JPEG", exif=block, comment=b"x" * 60_000, progressive=kind == "progressive")
 
 
 @pytest.mark.parametrize("kind", ["MPO", "XMP", "plain", "progressive"])
 def test_photos_of_cameras_are_turned(tmp_path, kind):
-    with Image.open(io.BytesIO(camera(kind))) as picture:
-        stored = np.asarray(picture).astype(int)
+    with Image.open(io.BytesIO(camera(kind))) as image:
+        stored = np.asarray(image).astype(int)
     np.testing.assert_array_equal(load(tmp_path, camera(kind)), TURNS[6](stored))
 
 
@@ -332,14 +332,14 @@ def test_tags_of_one_mebibyte_each_are_not_read(tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
 @given(orientation=st.integers(0, 9), height=st.sampled_from([1, 127, 128, 129, 300]))
 def test_what_is_done_in_bands_equals_what_is_done_at_once(mode, orientation, height):
-    picture = Image.fromarray(noise(height, 5, 4)).convert("RGBA" if mode == "RGBA" else "RGB")
-    picture = Image.fromarray(noise(height, 5, 2).view("<u2")[..., 0]) if mode[0] == "I" else picture.convert(mode)
-    whole = image_tokenizer.blended(picture)
+    image = Image.fromarray(noise(height, 5, 4)).convert("RGBA" if mode == "RGBA" else "RGB")
+    image = Image.fromarray(noise(height, 5, 2).view("<u2")[..., 0]) if mode[0] == "I" else image.convert(mode)
+    whole = image_tokenizer.blended(image)
     block = Image.Exif()
     block[0x0112] = orientation
     whole.info["exif"] = block.tobytes()
     expected = np.asarray(ImageOps.exif_transpose(whole))
-    np.testing.assert_array_equal(np.asarray(image_tokenizer.to_rgb(picture, orientation)), expected)
+    np.testing.assert_array_equal(np.asarray(image_tokenizer.to_rgb(image, orientation)), expected)
 
 
 def test_the_budget_is_never_exceeded_and_all_get_their_turn():
@@ -374,10 +374,10 @@ def test_webps_of_many_bytes_are_opened_one_at_a_time(tmp_path, monkeypatch):
     (tmp_path / "x.webp").write_bytes(b"RIFF")
     os.truncate(tmp_path / "x.webp", 2**30)
     with pytest.raises(UserError, match="it has 1,073,741,824 bytes"):
-        load_picture(tmp_path / "x.webp")
+        load_image(tmp_path / "x.webp")
 
 
-def test_a_failed_picture_gives_its_memory_back(tmp_path):
+def test_a_failed_image_gives_its_memory_back(tmp_path):
     for _ in range(3):
         with pytest.raises(UserError, match="broken"):
             load(tmp_path, png(4_000, 4_000, 8, 2, b"no deflate", packed=True))
@@ -388,8 +388,8 @@ def test_a_failed_picture_gives_its_memory_back(tmp_path):
 def test_only_a_jpeg_beyond_the_budget_is_reduced(tmp_path, monkeypatch, turned):
     block = Image.Exif()
     block[0x0112] = 6 if turned else 1
-    picture = Image.fromarray(np.kron(noise(4, 6), np.ones((32, 32, 1), np.uint8)))  # 192 x 128
-    file, needed = saved(picture, "JPEG", quality=95, exif=block), 192 * 128 * (8 if turned else 4)
+    image = Image.fromarray(np.kron(noise(4, 6), np.ones((32, 32, 1), np.uint8)))  # 192 x 128
+    file, needed = saved(image, "JPEG", quality=95, exif=block), 192 * 128 * (8 if turned else 4)
     monkeypatch.setattr(image_tokenizer, "DECODED", Budget(needed))
     whole = load(tmp_path, file)
     with Image.open(io.BytesIO(file)) as stored:
@@ -399,7 +399,7 @@ def test_only_a_jpeg_beyond_the_budget_is_reduced(tmp_path, monkeypatch, turned)
     assert half.shape == (whole.shape[0] // 2, whole.shape[1] // 2, 3)
     assert np.abs(half - whole[::2, ::2]).mean() < 12
     with pytest.raises(UserError, match="too large at 193 x 128 pixels: use at most") as caught:
-        load(tmp_path, saved(picture.resize((193, 128)).convert("RGBA"), "PNG"))
+        load(tmp_path, saved(image.resize((193, 128)).convert("RGBA"), "PNG"))
     assert len(str(caught.value).replace(str(tmp_path), "")) < 300
 
 
@@ -461,11 +461,11 @@ def test_small_files_of_many_pixels_take_little_memory_on_three_threads(tmp_path
     ("data", "why"),
     [
         (b"", "empty"),
-        (b"a text that was renamed", "not a picture"),
-        (b"\x89PNG\r\n\x1a\n", "not a picture"),
-        (png(0, 5, 8, 2, bytes(5)), "not a picture"),
-        (png(5, 0, 8, 2, b""), "not a picture"),
-        (saved(Image.new("RGB", (4, 4)), "ICO", sizes=[(4, 4)]), "not a picture"),
+        (b"a text that was renamed", "not an image"),
+        (b"\x89PNG\r\n\x1a\n", "not an image"),
+        (png(0, 5, 8, 2, bytes(5)), "not an image"),
+        (png(5, 0, 8, 2, b""), "not an image"),
+        (saved(Image.new("RGB", (4, 4)), "ICO", sizes=[(4, 4)]), "not an image"),
         (png(4, 4, 8, 2, b"no deflate", packed=True), "broken"),
         (b"P5 4 4 255 ", "cut off"),
         # the second of each pair has no data at all: it is refused before any is asked for
@@ -488,7 +488,7 @@ def test_a_bad_file_gets_one_sentence_that_names_it(tmp_path, data, why):
 def test_the_bomb_is_small_and_its_limit_is_not_too_low(tmp_path):
     assert len(png(20_000, 20_000, 1, 0, bytes(2_501 * 20_000))) < 50_000
     (tmp_path / "large.png").write_bytes(png(8_064, 6_048, 1, 0, bytes(1_009 * 6_048)))  # as a camera's 48 million
-    assert load_picture(tmp_path / "large.png").size == (8_064, 6_048)
+    assert load_image(tmp_path / "large.png").size == (8_064, 6_048)
     assert load(tmp_path, png(8_192, 1, 1, 0, bytes(1_025))).shape == (1, 8_192, 3)
     assert load(tmp_path, tiff(10, 10, 16)).max() == 0
 
@@ -497,10 +497,10 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     for name in ("missing.png", ".", "pipe.png", "n" * 5_000, "a\0b"):
         with pytest.raises(UserError, match="not there or is not a file") as caught:
-            load_picture(tmp_path / name)
+            load_image(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
-    with pytest.raises(UserError, match=r"^picture missing\.png "):
-        load_picture("missing.png")
+    with pytest.raises(UserError, match=r"^image missing\.png "):
+        load_image("missing.png")
 
 
 KINDS = {
@@ -521,7 +521,7 @@ FILES = {name: saved(Image.fromarray(noise(13, 17)), name.split()[0], **options)
 @pytest.mark.parametrize("kind", FILES)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_off_anywhere_raises_or_has_lost_no_pixel(tmp_path, kind, share):
-    """A few last bytes mark the end only; nothing but UserError ever comes, and never a picture that is half grey."""
+    """A few last bytes mark the end only; nothing but UserError ever comes, and never an image that is half grey."""
     data, whole = FILES[kind], load(tmp_path, FILES[kind])
     cut = data[: int(share * len(data))]
     try:
@@ -571,19 +571,19 @@ def test_any_shape_becomes_the_square_and_a_plane_stays_exact(long, short, uprig
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 50), st.integers(0, 99))
 def test_crop_is_to_resize_all_and_keep_the_middle(w, h, side, seed):
     assume(max(w, h) <= 30 * min(w, h))
-    picture = Image.fromarray(noise(h, w, seed=seed))
+    image = Image.fromarray(noise(h, w, seed=seed))
     width, height = round(w * side / min(w, h)), round(h * side / min(w, h))
-    whole = picture.resize((width, h), Image.Resampling.LANCZOS).resize((width, height), Image.Resampling.LANCZOS)
+    whole = image.resize((width, h), Image.Resampling.LANCZOS).resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - side) // 2, (height - side) // 2
     expected = np.asarray(whole)[top : top + side, left : left + side].astype(int)
-    error = np.abs(preprocess(picture, side, "crop") - expected)
+    error = np.abs(preprocess(image, side, "crop") - expected)
     assert error.max() <= 2 and error.mean() < 0.2
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
-def test_a_picture_of_the_right_size_is_left_alone_and_all_is_repeatable(fit):
-    picture = Image.fromarray(noise(32, 32))
-    np.testing.assert_array_equal(preprocess(picture, 32, fit), noise(32, 32))
+def test_an_image_of_the_right_size_is_left_alone_and_all_is_repeatable(fit):
+    image = Image.fromarray(noise(32, 32))
+    np.testing.assert_array_equal(preprocess(image, 32, fit), noise(32, 32))
     other = Image.fromarray(noise(40, 70))
     np.testing.assert_array_equal(preprocess(other, 32, fit), preprocess(other, 32, fit))
 
@@ -600,7 +600,7 @@ def test_crop_keeps_the_middle_and_pad_keeps_the_ends(turned):
     assert (pad[:6] == 255).all() and (pad[-6:] == 255).all()
 
 
-def test_the_longest_picture_at_the_releases_size_takes_no_memory():
+def test_the_longest_image_at_the_releases_size_takes_no_memory():
     """Resized as a whole before cropping it would be 8192 * 512 pixels wide: 6 GB."""
     assert preprocess(Image.fromarray(noise(1, 8_192)), 512, "crop").shape == (512, 512, 3)
 
@@ -619,24 +619,24 @@ def test_pixels_are_exact_at_both_ends_and_all_levels_return():
     pixels = to_pixels(levels)
     assert pixels.dtype == torch.float32 and pixels.shape == (1, 3, 16, 16)
     assert pixels[0, 0, 0, 0] == -1 and pixels[0, 0, -1, -1] == 1
-    np.testing.assert_array_equal(to_pictures(pixels), levels)
+    np.testing.assert_array_equal(to_images(pixels), levels)
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
-def test_to_pictures_inverts_to_pixels(b, side, seed):
-    pictures = noise(b * side, side, seed=seed).reshape(b, side, side, 3)
-    pictures.flags.writeable = False  # as in a memory map
+def test_to_images_inverts_to_pixels(b, side, seed):
+    images = noise(b * side, side, seed=seed).reshape(b, side, side, 3)
+    images.flags.writeable = False  # as in a memory map
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pixels = to_pixels(pictures)
-    assert pixels[b - 1, 2, side - 1, 0].item() == pytest.approx(pictures[b - 1, side - 1, 0, 2] / 127.5 - 1, abs=1e-6)
-    np.testing.assert_array_equal(to_pictures(pixels), pictures)
+        pixels = to_pixels(images)
+    assert pixels[b - 1, 2, side - 1, 0].item() == pytest.approx(images[b - 1, side - 1, 0, 2] / 127.5 - 1, abs=1e-6)
+    np.testing.assert_array_equal(to_images(pixels), images)
 
 
-def test_to_pictures_clamps_and_rounds():
+def test_to_images_clamps_and_rounds():
     pixels = torch.tensor([-9.0, -1.0, 0.0, 0.6 / 127.5, 1.0, 1.5]).repeat(3, 1).view(1, 3, 1, 6)
-    assert to_pictures(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
-    assert to_pictures(torch.tensor([99.4, 99.6, 100.4]).view(1, 3, 1, 1) / 127.5 - 1).ravel().tolist() == [
+    assert to_images(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
+    assert to_images(torch.tensor([99.4, 99.6, 100.4]).view(1, 3, 1, 1) / 127.5 - 1).ravel().tolist() == [
         99,
         100,
         100,
@@ -675,10 +675,10 @@ def test_codes_and_back_in_batches_of_any_size(b, batch_size):
     codes = torch.from_numpy(noise(b, 4, 1)[..., 0].astype(np.int64))
     stub = Stub()
     tokenizer = ImageTokenizer(stub)
-    pictures = tokenizer.decode(codes, batch_size)
-    assert pictures.shape == (b, 4, 4, 3) and pictures.dtype == np.uint8
+    images = tokenizer.decode(codes, batch_size)
+    assert images.shape == (b, 4, 4, 3) and images.dtype == np.uint8
     stub.batches.clear()
-    again = tokenizer.encode(pictures, batch_size)
+    again = tokenizer.encode(images, batch_size)
     assert again.dtype == torch.int64 and torch.equal(again, codes)
     assert sum(stub.batches) == b and all(n <= batch_size for n in stub.batches)
 
@@ -695,8 +695,8 @@ def test_codes_can_be_learnt_from():
 def test_missing_codes_are_like_the_first(n_given):
     codes = torch.arange(10, 19)[None].repeat(2, 1)
     codes[1] += 100
-    picture = ImageTokenizer(Stub(grid=3)).decode(codes[:, :n_given])
-    shown = picture[:, ::2, ::2, 0].reshape(2, 9).tolist()
+    image = ImageTokenizer(Stub(grid=3)).decode(codes[:, :n_given])
+    shown = image[:, ::2, ::2, 0].reshape(2, 9).tolist()
     for first, row in zip((10, 110), shown, strict=True):
         assert row == [first + i if i < n_given else first for i in range(9)]
     assert codes[0].tolist() == list(range(10, 19))
@@ -709,16 +709,16 @@ def test_no_codes_or_too_many_are_refused(n_given):
 
 
 def test_the_real_network():
-    """A picture's codes do not hang on its batch; its pixels are those of the network, clamped."""
+    """An image's codes do not hang on its batch; its pixels are those of the network, clamped."""
     torch.manual_seed(0)
     cfg = VQGANConfig(resolution=16, ch=8, ch_mult=(1, 2), z_channels=4, embed_dim=4, n_codes=32, n_groups=4)
     vqgan = VQGAN(cfg)
     tokenizer = ImageTokenizer(vqgan)
-    pictures = noise(3 * 16, 16).reshape(3, 16, 16, 3)
-    codes = tokenizer.encode(pictures, batch_size=2)
+    images = noise(3 * 16, 16).reshape(3, 16, 16, 3)
+    codes = tokenizer.encode(images, batch_size=2)
     assert codes.shape == (3, cfg.codes_per_image) and not vqgan.training
     assert codes.min() >= 0 and codes.max() < 32
-    alone = torch.cat([tokenizer.encode(picture[None]) for picture in pictures])
+    alone = torch.cat([tokenizer.encode(image[None]) for image in images])
     assert (codes == alone).float().mean() > 0.98  # rounding may tip a tie
     with torch.no_grad():
-        np.testing.assert_array_equal(tokenizer.decode(codes), to_pictures(vqgan.decode(codes)))
+        np.testing.assert_array_equal(tokenizer.decode(codes), to_images(vqgan.decode(codes)))

@@ -51,9 +51,9 @@ def test_join_inverts_cut_and_windows_are_in_raster_order(b, c, across, side):
     windows = cut(x, side)
     assert torch.equal(join(windows, across), x)
     for n, window in enumerate(windows):
-        picture, place = divmod(n, across**2)
+        image, place = divmod(n, across**2)
         row, column = (side * i for i in divmod(place, across))
-        assert torch.equal(window, x[picture, :, row : row + side, column : column + side])
+        assert torch.equal(window, x[image, :, row : row + side, column : column + side])
 
 
 @pytest.mark.parametrize("window", [None, 4, 8, 16])
@@ -79,7 +79,7 @@ def test_with_a_window_a_code_depends_on_its_own_pixels_alone(row, column, seed)
     assert changed.sum() == 15 and not changed[row, column]
 
 
-def test_without_a_window_every_code_sees_the_whole_picture():
+def test_without_a_window_every_code_sees_the_whole_image():
     vqgan = tiny()
     pixels = torch.rand(1, 3, 16, 16)
     other = pixels.clone()

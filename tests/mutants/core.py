@@ -28,21 +28,21 @@ MUTANTS = [
         "test_text_tokenizer.py",
     ),
     Mutant(
-        "a picture's end is left out",
+        "an image's end is left out",
         "documents.py",
         "for code in segment.codes), vocab.eoi]",
         "for code in segment.codes)]",
         "test_documents.py",
     ),
     Mutant(
-        "text before a picture moves behind it",
+        "text before an image moves behind it",
         "documents.py",
         "elif token == vocab.boi:\n            close_text()",
         "elif token == vocab.boi:",
         "test_documents.py",
     ),
     Mutant(
-        "an open picture passes",
+        "an open image passes",
         "documents.py",
         "    if codes is not None:\n        raise",
         "    if not doc and codes is not None:\n        raise",
@@ -213,7 +213,7 @@ MUTANTS = [
     Mutant("what to do is cut off", "printing.py", "{line[-160:]}", "{line[135:295]}", "test_printing.py"),
     Mutant("a rank alone fails without a word", "errors.py", "int(world) > 1", "int(world) > 0", "test_errors.py"),
     Mutant(
-        "two samplers write one picture", "files.py", "path.touch(exist_ok=False)", "path.touch()", "test_sample_cli.py"
+        "two samplers write one image", "files.py", "path.touch(exist_ok=False)", "path.touch()", "test_sample_cli.py"
     ),
     Mutant("a folder called ~", "cli.py", "os.path.expanduser(value)", "value", "test_cli.py"),
     Mutant(

@@ -18,7 +18,7 @@ MUTANTS = [
         "data/test_shapes.py",
     ),
     Mutant(
-        "test pictures leak into training",
+        "test images leak into training",
         "data/sources/shapes.py",
         "self.background, sorted(zip(",
         "self.relation, list(zip(",
@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant(
         "a header's claim is believed",
         "data/sources/webdataset.py",
-        "if not 0 <= n <= max(MAX_HEADER, MAX_PICTURE):",
+        "if not 0 <= n <= max(MAX_HEADER, MAX_IMAGE):",
         "if False:",
         "data/test_webdataset.py",
     ),
@@ -130,7 +130,7 @@ MUTANTS = [
         "data/test_units.py",
     ),
     Mutant(
-        "pictures of prompts are cropped, those of answers padded",
+        "images of prompts are cropped, those of answers padded",
         "data/prepare/units.py",
         'form == "chat" and number % 2 == 0',
         'form == "chat" and number % 2 == 1',
@@ -145,14 +145,14 @@ MUTANTS = [
         "data/test_tokenizing.py",
     ),
     Mutant(
-        "a picture runs over the end",
+        "an image runs over the end",
         "data/prepare/tokenizing.py",
         "if len(ids) + len(part) > room:\n                break",
         "if len(ids) > room:\n                break",
         "data/test_tokenizing.py",
     ),
     Mutant(
-        "a caption takes its picture's room",
+        "a caption takes its image's room",
         "data/prepare/tokenizing.py",
         "max(0, room - reserved - len(ids))",
         "max(0, room - len(ids))",

@@ -33,7 +33,7 @@ MUTANTS = [
         "evaluate/test_concepts.py",
     ),
     Mutant(
-        "the ceiling is the wanted picture itself",
+        "the ceiling is the wanted image itself",
         "evaluate/concepts.py",
         "other = dict(zip(STYLES.values(), reversed(STYLES.values()), strict=True))",
         "other = dict(zip(STYLES.values(), STYLES.values(), strict=True))",
@@ -50,7 +50,7 @@ MUTANTS = [
         "evaluate/test_concepts.py",
     ),
     Mutant(
-        "pictures are judged by another caption",
+        "images are judged by another caption",
         "evaluate/concepts.py",
         "source.numbers[i] for i in asked",
         "source.numbers[i] for i in sorted(asked)",

@@ -62,7 +62,7 @@ MUTANTS = [
     ),
     Mutant("white is not 1", "images/tokenizer.py", "/ 127.5 - 1", "/ 128 - 1", "images/test_image_tokenizer.py"),
     Mutant(
-        "pictures without a budget",
+        "images without a budget",
         "images/tokenizer.py",
         "self.changed.wait_for(lambda: self.free >= n)",
         "pass",
@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "transparent is black",
         "images/tokenizer.py",
-        'Image.new("RGBA", picture.size, "white")',
-        'Image.new("RGBA", picture.size, "black")',
+        'Image.new("RGBA", image.size, "white")',
+        'Image.new("RGBA", image.size, "black")',
         "images/test_image_tokenizer.py",
     ),
     Mutant(

@@ -4,7 +4,7 @@ from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
-        "pictures that are read get noise",
+        "images that are read get noise",
         "training/image_targets.py",
         "share = most * drawn[:, None] *",
         "share = most *",
@@ -25,7 +25,7 @@ MUTANTS = [
         "training/test_image_targets.py",
     ),
     Mutant(
-        "every picture has the same share of noise",
+        "every image has the same share of noise",
         "training/image_targets.py",
         "rng.random((len(codes), 1))",
         "0.5",

@@ -62,7 +62,7 @@ def layer(cfg) -> float:
 
 @torch.no_grad()
 def image_tokenizer() -> tuple[bool, float]:
-    """Are the codes of a picture equal? And the largest difference of the pixels that they decode to: transformers'
+    """Are the codes of an image equal? And the largest difference of the pixels that they decode to: transformers'
     encoder with the weights of our export, and the decoder that open_model finds beside them, against our own."""
     torch.manual_seed(0)
     cfg = chameleon_7b().vqgan
@@ -75,7 +75,7 @@ def image_tokenizer() -> tuple[bool, float]:
         export = convert(Args(nano, Path(place) / "hf", "hf"))
         config = ChameleonConfig.from_pretrained(export)
         files = load_file(export / "model.safetensors")
-        again = open_model(export, "cpu").images.vqgan
+        again = open_model(export, "cpu").image_tokenizer.vqgan
     theirs = hf.ChameleonVQVAE._from_config(config.vq_config).eval()
     prefix = layouts.VQ_PREFIX
     theirs.load_state_dict({name.removeprefix(prefix): x for name, x in files.items() if name.startswith(prefix)})

@@ -11,7 +11,7 @@ from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.image_targets import drawn_alone, noisy, partners
 from nanochameleon.vocab import Vocab
 
-N = 16  # codes a picture
+N = 16  # codes an image
 VOCAB = Vocab.toy(40, 0)
 TOKENIZER = TextTokenizer([], VOCAB)
 
@@ -21,7 +21,7 @@ documents = st.lists(st.lists(segments, max_size=4), min_size=1, max_size=8)
 
 
 def batch_of(docs):
-    """-> the batch, and of each of its places whether it holds a code of a picture that opens its document, (B, T)."""
+    """-> the batch, and of each of its places whether it holds a code of an image that opens its document, (B, T)."""
     batch = pack([render(doc, TOKENIZER, VOCAB) for doc in docs], 96, VOCAB.pad)
     opening = torch.zeros_like(batch.tokens, dtype=torch.bool)
     for row, t in (batch.tokens == VOCAB.bos).nonzero().tolist():
@@ -54,13 +54,13 @@ def test_noise_touches_codes_that_are_drawn_and_no_target(docs, seed):
 
 
 def drawings(n, n_rows):
-    """n_rows rows of n drawn pictures each; picture k of a row has code k everywhere."""
+    """n_rows rows of n drawn images each; image k of a row has code k everywhere."""
     docs = [[Text("ab"), Image((k % n,) * N)] for k in range(n * n_rows)]
     return pack([render(doc, TOKENIZER, VOCAB) for doc in docs], n * (N + 6), VOCAB.pad)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=9).map(sorted))
-def test_a_partner_is_the_next_picture_of_another_document(documents):
+def test_a_partner_is_the_next_image_of_another_document(documents):
     documents = np.array(documents)
     for i, j in enumerate(partners(documents)):
         between = (np.arange(i, i + (j - i) % len(documents))) % len(documents)
@@ -68,7 +68,7 @@ def test_a_partner_is_the_next_picture_of_another_document(documents):
         assert documents[j] != documents[i] or (j == i and len(set(documents)) == 1)
 
 
-def test_a_code_is_that_of_the_rows_next_picture_at_the_same_place():
+def test_a_code_is_that_of_the_rows_next_image_at_the_same_place():
     batch = drawings(3, 1)
     codes = torch.arange(3)[:, None].expand(3, N).clone()
     codes[:, 5] += 10
@@ -78,8 +78,8 @@ def test_a_code_is_that_of_the_rows_next_picture_at_the_same_place():
     assert ((found == codes) | (found == codes.roll(-1, 0))).all() and (found != codes).any()
 
 
-def test_each_picture_has_its_own_share_up_to_the_most():
-    """A share drawn from 0 to 0.8: mean 0.4, and pictures differ by more than 16 draws of 0.4 would."""
+def test_each_image_has_its_own_share_up_to_the_most():
+    """A share drawn from 0 to 0.8: mean 0.4, and images differ by more than 16 draws of 0.4 would."""
     batch = drawings(2, 400)
     read = noisy(batch, N, VOCAB, 0.8, 0, range(400))
     kinds = VOCAB.is_image(batch.tokens)

@@ -115,16 +115,16 @@ def test_smoothing_has_no_lag():
 
 
 @pytest.mark.parametrize("lines", [0, 1, 50])
-def test_the_curves_are_a_picture_1000_pixels_wide_that_shows_the_data(tmp_path, lines):
-    """Falling and rising curves give other pictures: something of the data is drawn; gaps and no data do no harm."""
-    pictures = []
+def test_the_curves_are_an_image_1000_pixels_wide_that_shows_the_data(tmp_path, lines):
+    """Falling and rising curves give other images: something of the data is drawn; gaps and no data do no harm."""
+    images = []
     for sign in (1, -1):
         metrics = [{"step": s, "loss_text": 5 + sign * s / 50, "loss_image": None if s % 3 else 4.0, "log_z": sign * s,
                     "output_norm": 9.0, "grad_norm": 1.0 + s, "lr": 1e-3} for s in range(lines)]  # fmt: skip
         plot_curves(metrics, tmp_path / "curves.png")
-        pictures.append(Image.open(tmp_path / "curves.png").convert("RGB"))
-    assert pictures[0].width == 1000
-    assert (pictures[0].tobytes() != pictures[1].tobytes()) == (lines > 1)
+        images.append(Image.open(tmp_path / "curves.png").convert("RGB"))
+    assert images[0].width == 1000
+    assert (images[0].tobytes() != images[1].tobytes()) == (lines > 1)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 

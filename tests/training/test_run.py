@@ -141,7 +141,10 @@ def test_a_run_opens_with_the_weights_that_were_saved(tmp_path):
     ids = torch.tensor([[0, 5, 20, 2]])
     torch.testing.assert_close(run.model(ids), model.eval()(ids), rtol=0, atol=0)
     assert not run.model.training and run.device == torch.device("cpu") and run.cfg.model == model.cfg
-    assert run.vocab.size == model.cfg.vocab_size and run.images.n_codes_per_image == run.cfg.vqgan.codes_per_image
+    assert (
+        run.vocab.size == model.cfg.vocab_size
+        and run.image_tokenizer.n_codes_per_image == run.cfg.vqgan.codes_per_image
+    )
 
 
 def test_a_run_without_one_of_its_parts_says_which(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import SHAPES_VQGAN, training_config
 
-from nanochameleon.data import Mixture, Picture
+from nanochameleon.data import Mixture, RawImage
 from nanochameleon.data.build import mixture
 from nanochameleon.data.sources.shapes import ShapesSource, World, draw, scenes
 from nanochameleon.errors import UserError
@@ -24,7 +24,7 @@ from nanochameleon.training import checkpoint, train_tokenizers
 from nanochameleon.training.run import IMAGE_TOKENIZER, open_image_tokenizer
 from nanochameleon.training.train_tokenizers import (
     Adversary,
-    pictures,
+    images,
     reconstruction_loss,
     start_codebook,
     step_seed,
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 SOURCE = ShapesSource(World(), "pairs", 0)
 
 
-def some_pictures(n: int) -> torch.Tensor:
+def some_images(n: int) -> torch.Tensor:
     return to_pixels(np.stack([draw(scene, World()) for scene in scenes(World(), 1, n)]))
 
 
@@ -75,8 +75,8 @@ def test_seeds_far_apart_do_not_share_their_draws():
 
 
 @pytest.fixture
-def few_pictures(monkeypatch):
-    monkeypatch.setattr(train_tokenizers, "START_PICTURES", 16)
+def few_images(monkeypatch):
+    monkeypatch.setattr(train_tokenizers, "START_IMAGES", 16)
 
 
 VARIANTS = {
@@ -92,7 +92,7 @@ def variant(kind: str, folder):
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_stopped_after_every_step_it_ends_with_the_same_bits(kind, tmp_path, few_pictures):
+def test_stopped_after_every_step_it_ends_with_the_same_bits(kind, tmp_path, few_images):
     whole, pieces = variant(kind, tmp_path / "whole"), variant(kind, tmp_path / "pieces")
     assert train_image_tokenizer(whole, SOURCE, whole.folder, CPU, lambda: False)
     for step in range(1, 6):
@@ -106,7 +106,7 @@ def test_stopped_after_every_step_it_ends_with_the_same_bits(kind, tmp_path, few
         assert [name for name in content if not torch.equal(tensors[group][name], content[name])] == []
 
 
-def test_a_kill_costs_the_steps_since_the_last_save_alone(tmp_path, few_pictures, monkeypatch):
+def test_a_kill_costs_the_steps_since_the_last_save_alone(tmp_path, few_images, monkeypatch):
     monkeypatch.setattr(train_tokenizers, "SAVE_EVERY", 2)
     cfg, steps = variant("window", tmp_path), itertools.count(1)
 
@@ -120,7 +120,7 @@ def test_a_kill_costs_the_steps_since_the_last_save_alone(tmp_path, few_pictures
     assert [path.name for path in checkpoint.checkpoints(tmp_path / IMAGE_TOKENIZER)] == ["step-000004"]
 
 
-def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_path, few_pictures, monkeypatch):
+def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_path, few_images, monkeypatch):
     real, calls, broken = train_tokenizers.tokenizer_loss, itertools.count(1), {1, 4, 5}
 
     def loss(*args):
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_pa
         train_image_tokenizer(cfg, SOURCE, tmp_path / "b", CPU, lambda: False)
 
 
-def test_a_finished_one_is_left_alone(tmp_path, few_pictures, monkeypatch):
+def test_a_finished_one_is_left_alone(tmp_path, few_images, monkeypatch):
     cfg = variant("codebook loss", tmp_path)
     train_image_tokenizer(cfg, SOURCE, tmp_path, CPU, lambda: False)
     monkeypatch.setattr(train_tokenizers, "tokenizer_loss", None)
@@ -147,7 +147,7 @@ def test_a_finished_one_is_left_alone(tmp_path, few_pictures, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_moving_averages_stand_still_at_the_end_so_that_the_decoder_can_follow(tmp_path, few_pictures):
+def test_moving_averages_stand_still_at_the_end_so_that_the_decoder_can_follow(tmp_path, few_images):
     cfg, stops = variant("window", tmp_path), itertools.chain([False] * 4, [True], itertools.repeat(False))
     books = []
     for _ in range(2):  # stopped after step 5 of 6; the codebook stands from 0.8 of the steps on
@@ -158,7 +158,7 @@ def test_moving_averages_stand_still_at_the_end_so_that_the_decoder_can_follow(t
 
 
 class Quarters:
-    """Pictures of four squares, each in one of six colours: learnt in a hundred steps."""
+    """Images of four squares, each in one of six colours: learnt in a hundred steps."""
 
     size = None
     palette = np.array(
@@ -168,40 +168,40 @@ class Quarters:
     def __init__(self, seed: int):
         self.seed = seed
 
-    def document(self, index: int) -> list[Picture]:
+    def document(self, index: int) -> list[RawImage]:
         squares = self.palette[np.random.default_rng((self.seed, index)).integers(0, 6, (2, 2))]
-        return [Picture(squares.repeat(8, 0).repeat(8, 1))]
+        return [RawImage(squares.repeat(8, 0).repeat(8, 1))]
 
 
-def test_it_learns_to_draw_pictures_it_has_not_seen(tmp_path, few_pictures):
+def test_it_learns_to_draw_images_it_has_not_seen(tmp_path, few_images):
     optim = replace(training().optim, warmup=5, lr=1e-2)
     vqgan = replace(SHAPES_VQGAN, resolution=16, ch=8, ch_mult=(1, 1, 1), n_codes=32, z_channels=8, embed_dim=8)
     tokenizers = training(steps=120, warmup_steps=40, batch_size=8, adversarial=0.0, optim=optim)
     cfg = training_config(tmp_path, vqgan=vqgan, tokenizers=tokenizers)
     train_image_tokenizer(cfg, Quarters(0), tmp_path, CPU, lambda: False)
-    images, clean = open_image_tokenizer(tmp_path, cfg, CPU), pictures(Quarters(1), 0, 64)
-    codes = images.encode(clean)
-    error = np.abs(clean.astype(float) - images.decode(codes)).mean()
-    assert error < 0.6 * np.abs(clean - clean.mean(0)).mean()  # that of the mean picture
+    image_tokenizer, clean = open_image_tokenizer(tmp_path, cfg, CPU), images(Quarters(1), 0, 64)
+    codes = image_tokenizer.encode(clean)
+    error = np.abs(clean.astype(float) - image_tokenizer.decode(codes)).mean()
+    assert error < 0.6 * np.abs(clean - clean.mean(0)).mean()  # that of the mean image
     assert len(torch.unique(codes)) >= 16
 
 
 # --- its parts -------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_those_of_the_documents_in_their_order():
-    shuffled = Mixture({"pictures": (SOURCE, 1.0)}, 3)
-    shown = pictures(shuffled, 5, 4)
+def test_images_are_those_of_the_documents_in_their_order():
+    shuffled = Mixture({"images": (SOURCE, 1.0)}, 3)
+    shown = images(shuffled, 5, 4)
     assert shown.shape == (4, 32, 32, 3) and shown.dtype == np.uint8
-    for i, picture in enumerate(shown):
-        assert np.array_equal(picture, next(s.pixels for s in shuffled.document(5 + i) if isinstance(s, Picture)))
+    for i, image in enumerate(shown):
+        assert np.array_equal(image, next(s.pixels for s in shuffled.document(5 + i) if isinstance(s, RawImage)))
 
 
 @pytest.mark.parametrize("window", [None, 8])
 def test_the_codebook_starts_on_latents_and_has_one_for_each_different_window(window):
     torch.manual_seed(0)
     vqgan = VQGAN(replace(SHAPES_VQGAN, window=window, n_codes=64))
-    x = some_pictures(8)
+    x = some_images(8)
     start_codebook(vqgan, x, torch.Generator().manual_seed(0))
     latents = vqgan.latents(x).permute(0, 2, 3, 1).flatten(0, 2).detach()
     book = vqgan.quantize.embedding.weight.detach()
@@ -215,7 +215,7 @@ def test_the_codebook_starts_on_latents_and_has_one_for_each_different_window(wi
 
 
 def test_the_reconstruction_loss_is_the_pixels_error_and_that_of_the_edges():
-    x, y = some_pictures(2), some_pictures(4)[2:]
+    x, y = some_images(2), some_images(4)[2:]
     perceptual = PerceptualLoss()
     error = (x - y).abs().mean() + (x - y).square().mean()
     plain = reconstruction_loss(x, y, perceptual, training(perceptual=0.0))
@@ -230,7 +230,7 @@ def test_the_reconstruction_loss_is_the_pixels_error_and_that_of_the_edges():
 def test_the_commitment_loss_has_beta_and_the_codebook_loss_has_not(codebook):
     """Both have the same value, the mean squared distance of a latent to its code; only where they pull differs."""
     torch.manual_seed(0)
-    vqgan, x = VQGAN(SHAPES_VQGAN), some_pictures(2)
+    vqgan, x = VQGAN(SHAPES_VQGAN), some_images(2)
     t = training(codebook=codebook, beta=0.125)
     loss, latents, codes, drawn = tokenizer_loss(vqgan, x, True, lambda x, y: (x - y).abs().mean(), t)
     distance = (latents - vqgan.quantize.vectors(codes, 4)).square().mean()
@@ -241,14 +241,14 @@ def test_the_commitment_loss_has_beta_and_the_codebook_loss_has_not(codebook):
 
 def test_before_the_warm_up_ends_nothing_is_quantized():
     torch.manual_seed(0)
-    vqgan, x = VQGAN(SHAPES_VQGAN), some_pictures(2)
+    vqgan, x = VQGAN(SHAPES_VQGAN), some_images(2)
     loss, latents, codes, drawn = tokenizer_loss(vqgan, x, False, lambda x, y: (x - y).abs().mean(), training())
     assert codes is None and torch.equal(drawn, vqgan.pixels(latents)) and torch.equal(loss, (x - drawn).abs().mean())
 
 
 def test_the_adversary_trains_itself_alone_and_pulls_the_decoder_as_hard_as_the_pixels_do():
     torch.manual_seed(0)
-    adversary, x = Adversary(training(), CPU), some_pictures(4)
+    adversary, x = Adversary(training(), CPU), some_images(4)
     last = torch.nn.Parameter(torch.full((1,), 0.5))
     before = [p.detach().clone() for p in adversary.net.parameters()]
     real_over_fake = adversary.net(x).mean() - adversary.net(0.5 * x).mean()

@@ -1,6 +1,6 @@
 """The same numbers as transformers' Chameleon, on random models written in its layout. A test dependency alone.
 
-Its RMSNorm computes in float32 whatever the model's type, and its forward pass sets the logits of picture codes to the
+Its RMSNorm computes in float32 whatever the model's type, and its forward pass sets the logits of image codes to the
 least number; both are bypassed where that is said. Everything else is transformers as it comes.
 """
 
@@ -24,8 +24,8 @@ from nanochameleon.convert import Args, convert
 from nanochameleon.documents import Image as Codes
 from nanochameleon.documents import Text, render
 from nanochameleon.generation.engine import generate
+from nanochameleon.image_tokenizer.vqgan import VQGAN
 from nanochameleon.images.tokenizer import preprocess, to_pixels
-from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.losses import next_token_loss
 from nanochameleon.text_tokenizer import to_json
 from nanochameleon.transformer import Chameleon
@@ -107,7 +107,7 @@ def test_greedy_text_is_the_same_ids(vqgan, seed):
 
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
 def test_five_steps_of_training_have_the_same_losses(vqgan, norm_order):
-    """A QK-norm vector for every head, since transformers trains those apart. Picture ids are targets, too."""
+    """A QK-norm vector for every head, since transformers trains those apart. RawImage ids are targets, too."""
     cfg = dict(dim=24, n_heads=4, qk_norm_groups=4, norm_order=norm_order)
     model = released_model(0, torch.float64, **cfg)
     ids = torch.randint(2, VOCAB.size, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -135,7 +135,7 @@ def test_five_steps_of_training_have_the_same_losses(vqgan, norm_order):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def test_codes_are_the_same_and_decode_to_the_same_pixels(folder, vqgan):
@@ -144,18 +144,18 @@ def test_codes_are_the_same_and_decode_to_the_same_pixels(folder, vqgan):
     with torch.no_grad():
         codes = hf.model.vqmodel.encode(pixels, return_dict=True).image_tokens.view(6, -1)
         assert torch.equal(codes, vqgan.encode(pixels)) and len(codes.unique()) > 1
-        again = open_model(folder, "cpu").images.vqgan  # with the decoder that lies beside transformers' files
+        again = open_model(folder, "cpu").image_tokenizer.vqgan  # with the decoder that lies beside transformers' files
         torch.testing.assert_close(again.decode(codes), vqgan(pixels)[0], rtol=0, atol=1e-5)
     assert torch.equal(hf.model.get_image_tokens(pixels), VOCAB.code_to_id(codes).to(torch.int))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (24, 8), (64, 128), (40, 20)])
 def test_pixels_are_the_same_with_its_rescale_and_ours_are_exact(folder, size):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
-    ours = preprocess(picture, 8, "crop")[None]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    ours = preprocess(image, 8, "crop")[None]
     shape = dict(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
-    default = ChameleonImageProcessorPil(**shape)(picture, return_tensors="pt")["pixel_values"]
-    exported = ChameleonProcessor.from_pretrained(folder).image_processor(picture, return_tensors="pt")["pixel_values"]
+    default = ChameleonImageProcessorPil(**shape)(image, return_tensors="pt")["pixel_values"]
+    exported = ChameleonProcessor.from_pretrained(folder).image_processor(image, return_tensors="pt")["pixel_values"]
     allowed = 1e-5 if size[0] == size[1] else 1.01 * 2 / 255  # ours resizes the middle alone: one level, by rounding
     assert (to_pixels(ours, hf_compat=True) - default).abs().max() < allowed
     assert (to_pixels(ours) - exported).abs().max() < allowed
@@ -166,9 +166,9 @@ def test_pixels_are_the_same_with_its_rescale_and_ours_are_exact(folder, size):
 
 def test_its_processor_reads_our_tokenizer_and_makes_our_ids(folder):
     processor = ChameleonProcessor.from_pretrained(folder)
-    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
     text, codes = ("a red", "ta re"), Codes(tuple(range(8)) * 2)
-    ids = processor(images=[picture], text="<image>".join(text), return_tensors="pt")["input_ids"][0].tolist()
+    ids = processor(images=[image], text="<image>".join(text), return_tensors="pt")["input_ids"][0].tolist()
     ours = render([Text(text[0]), codes, Text(text[1])], TOKENIZER, VOCAB, end=False)
     placeholders = [VOCAB.eot + 1 if VOCAB.is_image(np.array(i)) else i for i in ours]
     assert ids == [*placeholders, VOCAB.eot]

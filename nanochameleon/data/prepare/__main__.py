@@ -28,7 +28,7 @@ class Args:
     """Files and folders, see units.py: .tar, .jsonl, .csv, .txt, folders of these. Links in folders are followed,
      wherever they lead; hidden files are left out; what cannot be read is listed in NAME/skipped.jsonl."""
     form: Literal["pairs", "drawings", "interleaved", "text", "chat"]
-    """pairs: captioned pictures, either one first. drawings: the caption first. interleaved: several in turn. text:
+    """pairs: captioned images, either one first. drawings: the caption first. interleaved: several in turn. text:
     words alone. chat: turns of prompt and answer."""
     out: Path
     """FOLDER: everything in it shares its tokenizers."""
@@ -37,12 +37,12 @@ class Args:
     tokenizers: Path | None = None
     """A run, or a model in any layout, whose tokenizers to use; None: those that FOLDER has already."""
     seq_len: int | None = None
-    """Ids of a document at most: longer texts become several, others are cut, never in a picture. None: the context of
+    """Ids of a document at most: longer texts become several, others are cut, never in an image. None: the context of
     the tokenizers' model."""
     seed: int = 0
-    """Of the order of picture and caption."""
+    """Of the order of image and caption."""
     threads: int | None = None
-    """Threads that decode pictures; None: by the number of cores."""
+    """Threads that decode images; None: by the number of cores."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
 
@@ -85,12 +85,12 @@ def main(args: Args) -> None:
     units, left = plan(args.sources, args.form), left_out(args.sources, args.form)
     text = text_of(tokenizers, args.tokenizers or args.out)
     most, least = args.seq_len or tokenizers.context, tokenizers.vqgan.codes_per_image + 5
-    if most < (least := 3 if args.form == "text" else least):  # <s>, a word, a picture between its two ids, </s>
+    if most < (least := 3 if args.form == "text" else least):  # <s>, a word, an image between its two ids, </s>
         raise UserError(f"--seq-len must be at least {least} for this form, not {most}")
-    images = tokenizers.images(pick_device(device_of(args.device)))
+    image_tokenizer = tokenizers.image_tokenizer(pick_device(device_of(args.device)))
     store_prepared(args.out, tokenizers)
     where = args.out / args.name, args.form, most, args.seed
-    job = tokenizing.Job(*where, text, images, tokenizers.digest(), units, left)
+    job = tokenizing.Job(*where, text, image_tokenizer, tokenizers.digest(), units, left)
     say(tokenizing.run(job, rank, world, args.threads or max(1, min(16, (os.cpu_count() or 1) // local))))
 
 

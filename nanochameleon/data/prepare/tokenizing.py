@@ -6,7 +6,7 @@
     NAME/index.json                                   then these are token shards (data/shards.py), and unit-*.json go
 
 Each file appears at once. So a killed process costs the unit it was at, and what comes out does not depend on how many
-there were: a unit's ids are a function of the plan alone, its pictures are encoded in batches of its own.
+there were: a unit's ids are a function of the plan alone, its images are encoded in batches of its own.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanochameleon.data import Picture, RawDocument, Shards, fuse
+from nanochameleon.data import RawDocument, RawImage, Shards, fuse
 from nanochameleon.data.index import read_index, write_index
 from nanochameleon.data.prepare.units import Item, Loose, Unit, items
 from nanochameleon.data.reading import SKIPPED, Bad, File, as_line, first_few, reasons
@@ -37,7 +37,7 @@ from nanochameleon.training.checkpoint import sweep
 IN_A_ROW = 100  # bad items after which something else is wrong
 DOCUMENTS = 256  # of a batch at most
 PIXELS = 2**24  # of a batch, about
-WAITING = 2**28  # bytes of pictures that wait for a decoder, about
+WAITING = 2**28  # bytes of images that wait for a decoder, about
 OUTCOME = "the outcome of a unit"
 TOTALS = ("documents", "ids", "pictures", "cut", "mended", "skipped")  # in index.json
 CHARACTERS = 64  # of a text that are looked at for each id that it may have
@@ -52,18 +52,18 @@ class Job:
     most: int
     seed: int
     text: TextTokenizer
-    images: ImageTokenizer
+    image_tokenizer: ImageTokenizer
     digest: str  # of the tokenizers
     units: Sequence[Unit]
     left: Sequence[Bad] = ()  # what lies in the sources and is in no unit: listed last
 
     @property
     def resolution(self) -> int:
-        return self.images.vqgan.cfg.resolution
+        return self.image_tokenizer.vqgan.cfg.resolution
 
     @property
     def batch(self) -> int:
-        """Pictures, or documents without any, that are encoded together."""
+        """Images, or documents without any, that are encoded together."""
         return max(8, min(DOCUMENTS, PIXELS // self.resolution**2))
 
     def shard(self, number: int) -> Path:
@@ -84,7 +84,7 @@ class Outcome:
 
     lengths: list[int] = field(default_factory=list)  # ids of each document
     checksums: list[int] = field(default_factory=list)
-    pictures: int = 0
+    images: int = 0
     cut: int = 0  # documents of which something was left out
     mended: int = 0  # documents with bytes that were no UTF-8
     skipped: list[Bad] = field(default_factory=list)
@@ -96,15 +96,15 @@ class Outcome:
 
 def decode(item: Loose, resolution: int) -> RawDocument | Bad:
     try:
-        return [Picture(s.pixels(resolution)) if isinstance(s, File) else s for s in item.doc]
+        return [RawImage(s.pixels(resolution)) if isinstance(s, File) else s for s in item.doc]
     except UserError as error:
-        return Bad(item.where, "unreadable pictures", str(error))
+        return Bad(item.where, "unreadable images", str(error))
 
 
 def decoded(
     found: Iterator[tuple[Item, int]], job: Job, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Item, RawDocument | Bad, int]]:
-    """Items in order with their pictures decoded by the pool, which works ahead; and the bytes read so far."""
+    """Items in order with their images decoded by the pool, which works ahead; and the bytes read so far."""
     waiting: deque[tuple[Item, Future, int, int]] = deque()
     size = 0
 
@@ -151,7 +151,7 @@ def good(unit: Unit, job: Job, outcome: Outcome, pool: ThreadPoolExecutor, bar: 
 
 
 def arranged(docs: Found, number: int, job: Job) -> Found:
-    """Pairs with either one first, half and half (paper section 2.2); captioned pictures by twos where interleaved."""
+    """Pairs with either one first, half and half (paper section 2.2); captioned images by twos where interleaved."""
     rng, first = np.random.default_rng((job.seed, number)), None
     for item, doc in docs:
         if job.form == "pairs":
@@ -168,14 +168,14 @@ def arranged(docs: Found, number: int, job: Job) -> Found:
 
 
 def batches(docs: Found, most: int) -> Iterator[list[tuple[Loose, RawDocument]]]:
-    """Of about `most` pictures and at most DOCUMENTS documents."""
-    batch, pictures = [], 0
+    """Of about `most` images and at most DOCUMENTS documents."""
+    batch, images = [], 0
     for item, doc in docs:
         batch.append((item, doc))
-        pictures += sum(isinstance(s, Picture) for s in doc)
-        if pictures >= most or len(batch) == DOCUMENTS:
+        images += sum(isinstance(s, RawImage) for s in doc)
+        if images >= most or len(batch) == DOCUMENTS:
             yield batch
-            batch, pictures = [], 0
+            batch, images = [], 0
     if batch:
         yield batch
 
@@ -185,14 +185,14 @@ def tokenize(number: int, job: Job, pool: ThreadPoolExecutor, bar: tqdm) -> Outc
     outcome, shards = Outcome(), []
     docs = arranged(good(job.units[number], job, outcome, pool, bar), number, job)
     for batch in batches(docs, job.batch):
-        for (item, _), doc in zip(batch, fuse([doc for _, doc in batch], job.images), strict=True):
+        for (item, _), doc in zip(batch, fuse([doc for _, doc in batch], job.image_tokenizer), strict=True):
             lists, was_cut = fit(doc, job)
             if not lists:
                 outcome.skipped.append(Bad(item.where, "documents too long"))
                 continue
             outcome.cut += was_cut or item.cut
             outcome.mended += item.mended
-            outcome.pictures += sum(ids.count(job.text.vocab.boi) for ids in lists)
+            outcome.images += sum(ids.count(job.text.vocab.boi) for ids in lists)
             shards += [np.array(ids, "<u2") for ids in lists]
     outcome.lengths, outcome.checksums = list(map(len, shards)), list(map(zlib.crc32, shards))
     write_file(job.shard(number), np.concatenate(shards or [np.empty(0, "<u2")]).tobytes())
@@ -215,9 +215,9 @@ def read_outcome(job: Job, number: int) -> Outcome | None:
 
 
 def fit(doc: Document, job: Job) -> tuple[list[list[int]], bool]:
-    """-> documents of at most job.most ids, and whether something was left out; no picture is ever cut.
+    """-> documents of at most job.most ids, and whether something was left out; no image is ever cut.
 
-    A text becomes several documents, none of it lost. The caption of a picture loses its end, a conversation its last
+    A text becomes several documents, none of it lost. The caption of an image loses its end, a conversation its last
     turns, another document what comes behind.
     """
     vocab, room = job.text.vocab, job.most - 2
@@ -253,7 +253,7 @@ def whole_turns(doc: Document, parts: list[list[int]], room: int) -> list[int]:
 
 
 def shortened_parts(doc: Document, parts: list[list[int]], room: int, captioned: bool) -> list[int]:
-    """Up to the first picture that does not fit, the last text shortened; a caption leaves room for its picture."""
+    """Up to the first image that does not fit, the last text shortened; a caption leaves room for its image."""
     ids: list[int] = []
     reserved = sum(len(part) for s, part in zip(doc, parts, strict=True) if isinstance(s, Image)) if captioned else 0
     for segment, part in zip(doc, parts, strict=True):
@@ -332,7 +332,7 @@ def finish(job: Job) -> str:
             counts.update(bad.reason for bad in outcome.skipped)
             first = (first + outcome.skipped)[:3]
             per_shard.append(len(outcome.lengths))
-            totals += Counter(documents=per_shard[-1], ids=sum(outcome.lengths), pictures=outcome.pictures)
+            totals += Counter(documents=per_shard[-1], ids=sum(outcome.lengths), pictures=outcome.images)
             totals += Counter(cut=outcome.cut, mended=outcome.mended, skipped=len(outcome.skipped))
         listed.writelines(map(as_line, job.left))
         counts.update(bad.reason for bad in job.left)
@@ -350,7 +350,7 @@ def finish(job: Job) -> str:
 
 
 def said(job: Job, totals: Counter[str], counts: Counter[str]) -> str:
-    ids = f"{totals['documents']:,} documents of {totals['ids']:,} ids with {totals['pictures']:,} pictures"
+    ids = f"{totals['documents']:,} documents of {totals['ids']:,} ids with {totals['pictures']:,} images"
     for name, what in (("cut", "cut to fit"), ("mended", "with bytes that were no UTF-8")):
         ids += f"; {totals[name]:,} {what}" if totals[name] else ""
     ids += f"; {reasons(counts)}; listed in {job.directory / SKIPPED}" if counts else ""

@@ -1,10 +1,10 @@
 """What there is to prepare, cut into units of work, and the items of a unit: files in, loose documents out.
 
     form           from
-    pairs          captioned pictures: tars (webdataset.py), caption files (folder.py); either one first, half and half
+    pairs          captioned images: tars (webdataset.py), caption files (folder.py); either one first, half and half
     drawings       the same, the caption always first
     interleaved    the same, two in turn; and .jsonl of {"segments": [{"text": "see"}, {"image": "a.png"}, ...]}
-    text           .jsonl of {"text": "..."}, a document a line; .txt, a long text each; captions without pictures
+    text           .jsonl of {"text": "..."}, a document a line; .txt, a long text each; captions without images
     chat           .jsonl of {"turns": [[{"text": "what is this?"}, {"image": "a.png"}], [{"text": "a cat"}], ...]}
 
 A unit is a tar, a table, or a stretch of another file that begins and ends with a line. Which units there are depends
@@ -12,7 +12,7 @@ on the sources alone, so that processes need not talk to agree.
 
 In a folder, files of words are read at any depth, caption files and tars in the folder itself and in its subfolders.
 Endings are read in any letter case, links are followed to files and to folders, hidden files are left out. Every other
-file, but for pictures, is counted and listed as one that is not read (left_out).
+file, but for images, is counted and listed as one that is not read (left_out).
 """
 
 import os
@@ -40,7 +40,7 @@ from nanochameleon.data.reading import (
     text_lines,
     walk,
 )
-from nanochameleon.data.sources.folder import Row, caption_files, csv_rows, fields_of, picture_at, read_row
+from nanochameleon.data.sources.folder import Row, caption_files, csv_rows, fields_of, image_at, read_row
 from nanochameleon.data.sources.webdataset import captioned, tars_in
 from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.errors import UserError
@@ -62,11 +62,11 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Loose:
-    """A document whose pictures are not decoded yet."""
+    """A document whose images are not decoded yet."""
 
     where: str
     doc: list[Text | File | EndOfTurn]
-    captioned: bool = False  # a caption and its picture
+    captioned: bool = False  # a caption and its image
     cut: bool = False  # something was left out
     mended: bool = False  # bytes that were no UTF-8 have become U+FFFD
 
@@ -110,7 +110,7 @@ def survey(source: Path, form: str) -> tuple[list[tuple[Path, str]], list[Bad]]:
 
 
 def found_in(folder: Path, files: Sequence[Path], form: str) -> list[Path]:
-    """For text and chat all files of words; for pictures, and where there are none, caption files, else tars."""
+    """For text and chat all files of words; for images, and where there are none, caption files, else tars."""
     words = {"text": (".txt", ".jsonl"), "chat": (".jsonl",)}.get(form, ())
     captions = caption_files(folder, files)
     found = [path for path in files if path.suffix.lower() in words]
@@ -173,12 +173,12 @@ def read(unit: Unit, form: str) -> Iterator[tuple[Item, int]]:
 
 
 def loose(found, form: str) -> Item:
-    """Of a captioned picture."""
+    """Of a captioned image."""
     if isinstance(found, Bad):
         return found
     if form == "text":
         return Loose(found.where, [Text(found.caption)], cut=found.cut)
-    return Loose(found.where, [Text(found.caption), found.picture], captioned=True, cut=found.cut)
+    return Loose(found.where, [Text(found.caption), found.image], captioned=True, cut=found.cut)
 
 
 def lines(unit: Unit, form: str) -> Iterator[tuple[Item, int]]:
@@ -214,12 +214,12 @@ def of_row(row: Row, where: str, folder: Path, form: str) -> Item:
     if isinstance(found, Bad):
         return found
     caption, was_cut = shortened(found[1])
-    picture = File(f"{where} {found[0].name!a}", found[0])
-    return Loose(where, [Text(caption), picture], captioned=True, cut=was_cut)
+    image = File(f"{where} {found[0].name!a}", found[0])
+    return Loose(where, [Text(caption), image], captioned=True, cut=was_cut)
 
 
 def conversation(row: dict, where: str, folder: Path, form: str) -> Item:
-    """Turns that alternate between prompt and answer, or the segments of one document. Pictures of prompts are fitted
+    """Turns that alternate between prompt and answer, or the segments of one document. Images of prompts are fitted
     into a border, those of answers lose what is outside their middle square (paper section 3.2)."""
     turns = row.get("turns") if form == "chat" else [row.get("segments")]
     if not isinstance(turns, list) or not turns or (form == "chat" and len(turns) % 2):
@@ -247,7 +247,7 @@ def read_segment(entry, folder: Path, fit: str, where: str) -> Text | File | Bad
         return Bad(where, "not in UTF-8", ascii(value[:200]))
     if kind == "text":
         return Text(value)
-    if isinstance(found := picture_at(value, folder), str):
+    if isinstance(found := image_at(value, folder), str):
         return Bad(where, found, ascii(value[:200]))
     return File(f"{where} {value!a}", found, fit=fit)
 

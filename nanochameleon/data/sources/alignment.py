@@ -3,13 +3,13 @@
     align_text               questions about words: "say backwards: red star" -> "star red"
     align_code               a tiny drawing language: "write code for a big red star on white"
                              -> "on(white, put(big, red, star))", and back
-    align_visual_chat        a picture and questions about it, two turns
-    align_image_generation   "please draw a big red star on white" -> its picture
+    align_visual_chat        an image and questions about it, two turns
+    align_image_generation   "please draw a big red star on white" -> its image
     align_interleaved        "show a big red star on white, then two small blue crosses on black"
-                             -> the first caption, its picture, the second one, its picture
+                             -> the first caption, its image, the second one, its image
     align_safety             requests to do harm -> a refusal
 
-Every answer is exact. What is unseen is kept apart by the pictures' own split (shapes.py), where there are none by a
+Every answer is exact. What is unseen is kept apart by the images' own split (shapes.py), where there are none by a
 checksum of the prompt. In the paper these are sets of people's work; real ones are read from .jsonl (units.py).
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochameleon.data import FORMS, Picture, RawDocument
+from nanochameleon.data import FORMS, RawDocument, RawImage
 from nanochameleon.data.sources.shapes import (
     ASK_CAPTION,
     NUMBERS,
@@ -39,7 +39,7 @@ REFUSAL = "I can't help with that."
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and its answer. A Scene stands for its picture."""
+    """A prompt and its answer. A Scene stands for its image."""
 
     prompt: tuple[Text | Scene, ...]
     answer: tuple[Text | Scene, ...]
@@ -121,16 +121,16 @@ WHOM = ("my neighbour", "a stranger", "my boss", "an old man", "a child", "the t
 
 
 def safety(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchange]:
-    """One in four with a picture."""
+    """One in four with an image."""
     request = Text(f"{one_of(OPENERS, rng)} {one_of(HARMS, rng)} {one_of(WHOM, rng)}")
     prompt = (scene, request) if rng.random() < 0.25 else (request,)
     return [Exchange(prompt, (Text(REFUSAL),))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
-ASK_FOR = ("draw", "please draw", "show me", "make a picture of")
+ASK_FOR = ("draw", "please draw", "show me", "make an image of")
 
 
 def visual_chat(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchange]:
@@ -193,4 +193,4 @@ class AlignmentSource:
 
 
 def drawn(segments: tuple[Text | Scene, ...], world: World) -> RawDocument:
-    return [Picture(draw(s, world)) if isinstance(s, Scene) else s for s in segments]
+    return [RawImage(draw(s, world)) if isinstance(s, Scene) else s for s in segments]

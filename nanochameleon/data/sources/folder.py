@@ -1,14 +1,14 @@
-"""Your own pictures: a folder with a caption file or of tars, read once into prepared pictures.
+"""Your own images: a folder with a caption file or of tars, read once into prepared images.
 
     captions.jsonl or metadata.jsonl   {"file_name": "a/cat.png", "text": "a cat"}, or "image" and "caption"
     metadata.csv                       a header with file_name and text (or image and caption), then a line a caption
     00000.tar, 00001.tar, ...          a WebDataset (webdataset.py), where there is no caption file
 
 A file in the folder itself, or one in each of its subfolders (Hugging Face's imagefolder: train/, test/, ...), and so
-for tars; file names are relative to the caption file, or absolute and inside its folder. A picture may have several
+for tars; file names are relative to the caption file, or absolute and inside its folder. An image may have several
 captions. What cannot be used is skipped, counted and listed with its reason in skipped.jsonl beside the prepared
-pictures: rows, pictures, and files that are not read. Links are followed, to files and to folders, wherever they lead:
-look through a folder that you were given before you use it. Left out: folders named for a class, hidden files, pictures
+images: rows, images, and files that are not read. Links are followed, to files and to folders, wherever they lead:
+look through a folder that you were given before you use it. Left out: folders named for a class, hidden files, images
 that no row names.
 """
 
@@ -26,7 +26,7 @@ from typing import Literal, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from nanochameleon.data import Pictures, RawDocument, aside, captioned, interleaved, permutation, write_pictures
+from nanochameleon.data import ImageStore, RawDocument, aside, captioned, interleaved, permutation, write_images
 from nanochameleon.data.reading import (
     MAX_LINE,
     SKIPPED,
@@ -57,7 +57,7 @@ CAPTION_FILES = "captions.jsonl", "metadata.jsonl", "metadata.csv"  # the first 
 FILE_KEYS = ("file_name", "image")
 BROKEN_QUOTES = "broken quotes"
 TEST_FOLDERS = {"test", "validation", "valid", "val", "dev"}
-TEST_SHARE = 20  # without such folders one picture in this many is of the test split
+TEST_SHARE = 20  # without such folders one image in this many is of the test split
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Caption files
@@ -149,14 +149,14 @@ def row_of(fields: list[str], header: list[str], lines: list[str], folder: Path)
     for line in lines[1:]:
         other = next(csv.reader([line]), [])
         name = first_text(dict(zip(header, other, strict=False)), FILE_KEYS)
-        if len(other) >= len(header) and name and isinstance(picture_at(name, folder), Path):
+        if len(other) >= len(header) and name and isinstance(image_at(name, folder), Path):
             return BROKEN_QUOTES
     more = any(fields[len(header) :])  # a comma at the end of every line says nothing
     return "more fields than the header" if more else dict(zip(header, fields, strict=False))
 
 
 def read_row(row: Row, where: str, folder: Path) -> tuple[Path, str] | Bad:
-    """Picture file and caption of a row, or why it cannot be used, short of reading the picture."""
+    """Image file and caption of a row, or why it cannot be used, short of reading the image."""
     if isinstance(row, str):
         return Bad(where, row)
     name, caption = first_text(row, FILE_KEYS), first_text(row, TEXT_KEYS)
@@ -164,7 +164,7 @@ def read_row(row: Row, where: str, folder: Path) -> tuple[Path, str] | Bad:
         return Bad(where, "not in UTF-8", ascii(name[:200]))
     if not name or not caption:
         return Bad(where, "without a caption" if name else "without a file name", fields_of(row))
-    found = picture_at(name, folder)
+    found = image_at(name, folder)
     return Bad(where, found, ascii(name[:200])) if isinstance(found, str) else (found, caption)
 
 
@@ -172,7 +172,7 @@ def fields_of(row: dict) -> str:
     return f"its fields are {', '.join(map(ascii, row))}"[:200]
 
 
-def picture_at(name: str, folder: Path) -> Path | str:
+def image_at(name: str, folder: Path) -> Path | str:
     """The file of that name, or why there is none."""
     # by its spelling alone: links inside the folder are the owner's, and may lead anywhere
     base = os.path.join(os.path.abspath(folder), "")
@@ -182,7 +182,7 @@ def picture_at(name: str, folder: Path) -> Path | str:
     inside = Path(path[len(base) :])
     if os.path.isfile(folder / inside):
         return folder / inside
-    return (None if name.isascii() else respelled(folder, inside.parts)) or "missing pictures"
+    return (None if name.isascii() else respelled(folder, inside.parts)) or "missing images"
 
 
 def respelled(folder: Path, parts: tuple[str, ...]) -> Path | None:
@@ -208,7 +208,7 @@ def spellings(folder: Path, changed: int) -> dict[str, list[str]]:
 
 
 def read_captions(folder: Path, files: Iterable[Path], report: Report) -> dict[Path, list[str]]:
-    """Picture file -> its captions, in the order of the caption files; notes in `report` what was skipped or cut."""
+    """Image file -> its captions, in the order of the caption files; notes in `report` what was skipped or cut."""
     captions: dict[Path, list[str]] = {}
     for file in files:
         rows, name = csv_rows(file) if file.suffix.lower() == ".csv" else json_rows(file), str(file.relative_to(folder))
@@ -231,18 +231,18 @@ Captions = dict[Path, list[str]]
 Fit = Literal["crop", "pad"]
 
 
-def read_pictures(
+def read_images(
     folder: Path, captions: Captions, resolution: int, fit: Fit, report: Report
 ) -> Iterator[tuple[np.ndarray, dict]]:
-    """(pixels, item) of every picture that can be read, one at a time; notes the others in `report`."""
-    for file in tqdm(captions, desc="pictures", unit="pictures"):
+    """(pixels, item) of every image that can be read, one at a time; notes the others in `report`."""
+    for file in tqdm(captions, desc="images", unit="images"):
         name = str(file.relative_to(folder))
         yield from stored(File(name, file, fit=fit), captions[file], resolution, report)
 
 
 def read_tars(folder: Path, tars: list[Path], resolution: int, fit: Fit, report: Report) -> Iterator[tuple]:
-    """The same for the pictures in tars."""
-    with tqdm(total=sum(map(size_of, tars)), desc="pictures", unit="B", unit_scale=True) as bar:
+    """The same for the images in tars."""
+    with tqdm(total=sum(map(size_of, tars)), desc="images", unit="B", unit_scale=True) as bar:
         for tar in tars:
             before = bar.n
             for found, end in captioned_in_tar(tar, str(tar.relative_to(folder))):
@@ -251,52 +251,52 @@ def read_tars(folder: Path, tars: list[Path], resolution: int, fit: Fit, report:
                     report.skipped.append(found)
                     continue
                 report.cut += found.cut
-                picture = File(found.where, data=found.picture.data, fit=fit)
-                yield from stored(picture, [found.caption], resolution, report)
+                image = File(found.where, data=found.image.data, fit=fit)
+                yield from stored(image, [found.caption], resolution, report)
 
 
-def stored(picture: File, captions: list[str], resolution: int, report: Report) -> Iterator[tuple[np.ndarray, dict]]:
-    """One picture and what is kept of it beside its pixels, or nothing."""
+def stored(image: File, captions: list[str], resolution: int, report: Report) -> Iterator[tuple[np.ndarray, dict]]:
+    """One image and what is kept of it beside its pixels, or nothing."""
     try:
-        pixels = picture.pixels(resolution)
+        pixels = image.pixels(resolution)
     except UserError as error:
-        report.skip(picture.name, "unreadable pictures", str(error))
+        report.skip(image.name, "unreadable images", str(error))
         return
-    report.pictures += 1
+    report.images += 1
     report.captions += len(captions)
-    place = picture.name.split(os.sep)[0]
+    place = image.name.split(os.sep)[0]
     # a checksum of the pixels decides the split, so that copies under two names stay together
-    yield pixels, {"file": picture.name, "captions": captions, "folder": place, "luck": zlib.crc32(pixels.tobytes())}
+    yield pixels, {"file": image.name, "captions": captions, "folder": place, "luck": zlib.crc32(pixels.tobytes())}
 
 
-def find_pictures(folder: Path, resolution: int, fit: Fit, report: Report) -> Iterator[tuple]:
+def find_images(folder: Path, resolution: int, fit: Fit, report: Report) -> Iterator[tuple]:
     """From caption files, else from tars. Raises UserError where there are neither."""
     if not os.path.isdir(folder):
-        raise UserError(f"{folder} is not a folder: set --data.path to the one with your pictures and their captions")
+        raise UserError(f"{folder} is not a folder: set --data.path to the one with your images and their captions")
     files, left = walk(folder)
     captions, tars = caption_files(folder, files), tars_in(folder, files)
     report.skipped += left + not_read(folder, files, captions or tars)
     if captions:
-        return read_pictures(folder, read_captions(folder, captions, report), resolution, fit, report)
+        return read_images(folder, read_captions(folder, captions, report), resolution, fit, report)
     if tars:
         return read_tars(folder, tars, resolution, fit, report)
-    why = f"{folder} has no caption file: put captions.jsonl or metadata.csv beside the pictures, or tars"
+    why = f"{folder} has no caption file: put captions.jsonl or metadata.csv beside the images, or tars"
     raise UserError(why + (f"; it has {first_few(report.skipped)}" if report.skipped else ""))
 
 
 def prepare_folder(folder: Path, directory: Path, resolution: int, fit: Fit = "crop") -> Report:
-    """Reads `folder` into prepared pictures in `directory`, for FolderSource; what is skipped goes to skipped.jsonl.
+    """Reads `folder` into prepared images in `directory`, for FolderSource; what is skipped goes to skipped.jsonl.
 
-    fit: "crop" keeps the middle square, "pad" the whole picture with a border. Longer captions are cut and counted.
+    fit: "crop" keeps the middle square, "pad" the whole image with a border. Longer captions are cut and counted.
     Raises UserError if there is nothing that can be used; `directory` is whole or not there.
     """
     folder, report = Path(folder), Report()
-    pictures = find_pictures(folder, resolution, fit, report)
-    with aside(directory, Pictures.INDEX) as new:
-        write_pictures(new, pictures, resolution)
-        if not report.pictures:
+    images = find_images(folder, resolution, fit, report)
+    with aside(directory, ImageStore.INDEX) as new:
+        write_images(new, images, resolution)
+        if not report.images:
             first = first_few(report.skipped) or "its caption files and tars are empty"
-            raise UserError(f"{folder} has no picture with a caption that can be used: {first}")
+            raise UserError(f"{folder} has no image with a caption that can be used: {first}")
         (new / SKIPPED).write_bytes(b"".join(map(as_line, report.skipped)))
     return report
 
@@ -325,12 +325,12 @@ class FolderSource:
     FORMS = ("pairs", "interleaved", "text", "drawings")
 
     def __init__(self, directory: Path, split: str, seed: int, form: str = "pairs"):
-        self.stored, self.form = Pictures(directory), form
+        self.stored, self.form = ImageStore(directory), form
         self.seed = seed
         self.numbers = [n for n, test in enumerate(is_test(self.stored.items)) if test == (split == "test")]
         self.size = len(self.numbers)
         if not self.numbers:
-            raise UserError(f"{directory} has no picture in its {split} split: add more pictures")
+            raise UserError(f"{directory} has no image in its {split} split: add more images")
 
     def pixels(self, index: int) -> np.ndarray:
         """uint8 (R, R, 3)."""
@@ -340,7 +340,7 @@ class FolderSource:
         return self.stored.items[self.numbers[index % self.size]]["captions"]
 
     def caption(self, index: int) -> str:
-        """One of the picture's captions, another one each time round."""
+        """One of the image's captions, another one each time round."""
         captions = self.all_captions(index)
         return captions[(index // self.size) % len(captions)]
 
@@ -352,7 +352,7 @@ class FolderSource:
         return captioned(self.form, self.caption(index), self.pixels(index), rng)
 
     def captions(self, n: int) -> Iterator[str]:
-        """Captions in a drawn order, over all those of a picture only when n exceeds the number of pictures."""
+        """Captions in a drawn order, over all those of an image only when n exceeds the number of images."""
         for i in range(n):
             epoch, place = divmod(i, self.size)
             yield self.caption(epoch * self.size + int(permutation(self.size, self.seed)[place]))

@@ -1,16 +1,16 @@
 """A small world with exact truth: captioned scenes of coloured shapes, made on the fly, endless.
 
-A scene is a background and up to `max_count` objects on a lattice of cells; it knows its caption, its picture and the
+A scene is a background and up to `max_count` objects on a lattice of cells; it knows its caption, its image and the
 answers to questions about it. Three decisions make it learnable in minutes on a CPU:
 
 - Objects sit on a lattice whose cell is a whole number of the image tokenizer's patches: an object looks the same to
   it in every cell, so a few hundred codes draw every scene. Free-floating objects need a code for every offset.
 - Some colour-shape compositions (`held_out`) are drawn only for the evaluation: a model that has seen purple and has
   seen stars must put them together by itself.
-- One scene in 16 (by a checksum of what the picture shows, over all seeds) belongs to the test split: no training
-  picture shows it.
+- One scene in 16 (by a checksum of what the image shows, over all seeds) belongs to the test split: no training
+  image shows it.
 
-Reading a picture back into a scene is evaluate/oracle.py.
+Reading an image back into a scene is evaluate/oracle.py.
 """
 
 import zlib
@@ -112,7 +112,7 @@ class Scene:
 
     @property
     def for_test(self) -> bool:
-        """Is it reserved for the test split? The picture decides, which "a above b" and "b below a" share."""
+        """Is it reserved for the test split? The image decides, which "a above b" and "b below a" share."""
         shown = self.background, sorted(zip(self.cells, self.things, strict=True))
         return zlib.crc32(repr(shown).encode()) % TEST_SHARE == 0
 
@@ -216,7 +216,7 @@ def scenes(world: World, seed: int, n: int, compositions: str = "seen", test: bo
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions
 
-ASK_CAPTION = "what is in the picture?"  # answered by the caption: a picture alone could also be followed by a question
+ASK_CAPTION = "what is in the image?"  # answered by the caption: an image alone could also be followed by a question
 
 
 def questions(scene: Scene, world: World, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -267,7 +267,7 @@ def relation_question(scene: Scene, rng: np.random.Generator) -> tuple[str, str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def outline(shape: str) -> np.ndarray:
@@ -303,12 +303,12 @@ def coverage(shape: str, size: str) -> np.ndarray:
 def draw(scene: Scene, world: World) -> np.ndarray:
     """Scene -> uint8 (R, R, 3)."""
     ground = np.array(BACKGROUNDS[scene.background], np.float32)
-    picture = np.broadcast_to(ground, (world.resolution, world.resolution, 3)).copy()
+    image = np.broadcast_to(ground, (world.resolution, world.resolution, 3)).copy()
     for thing, (row, column) in zip(scene.things, scene.cells, strict=True):
         alpha = coverage(thing.shape, thing.size)[..., None]
         colour = np.array(COLOURS[thing.colour], np.float32)
-        picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = ground + alpha * (colour - ground)
-    return picture.round().astype(np.uint8)
+        image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = ground + alpha * (colour - ground)
+    return image.round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ class ShapesSource:
     world: World
     form: str  # one of data.FORMS
     seed: int
-    test: bool = False  # the split that no training picture shows
+    test: bool = False  # the split that no training image shows
     size = None  # endless
     FORMS = FORMS
 
@@ -331,7 +331,7 @@ class ShapesSource:
         return draw_scene(self.world, seed, index, test=self.test), np.random.default_rng((seed, index, 2))
 
     def document(self, index: int) -> RawDocument:
-        """As its form says; with questions, up to 6 of them a picture."""
+        """As its form says; with questions, up to 6 of them an image."""
         if self.form == "interleaved":
             both = [self.scene(2 * index + i) for i in range(2)]
             return interleaved([(caption(scene, rng), draw(scene, self.world)) for scene, rng in both])

@@ -1,11 +1,11 @@
-"""WebDataset tars, as img2dataset writes them (LAION, CC12M, DataComp): captioned pictures, read one after another.
+"""WebDataset tars, as img2dataset writes them (LAION, CC12M, DataComp): captioned images, read one after another.
 
     00000.tar   000000012.jpg  000000012.txt  000000012.json  000000013.jpg ...
 
 Members that follow each other and share their name up to the first dot of its last part are one sample; up to the last
 dot, where only so the ending is one that is read (photo.2021.01.jpg). An ending that comes again begins another sample
 of the same name. The caption is the .txt, else "text" or "caption" of the .json. Nothing is unpacked onto the disk, no
-member is read beyond a limit. Left out: hidden members (._a.jpg), what else a sample may hold, a second picture of it.
+member is read beyond a limit. Left out: hidden members (._a.jpg), what else a sample may hold, a second image of it.
 Compressed or joined tars, links, and samples that are not whole are bad items.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochameleon.data.reading import (
+    IMAGE_ENDINGS,
     MAX_CAPTION,
-    PICTURE_ENDINGS,
     TEXT_KEYS,
     Bad,
     Captioned,
@@ -33,7 +33,7 @@ from nanochameleon.data.reading import (
 )
 from nanochameleon.errors import UserError
 
-MAX_PICTURE = 2**25  # bytes of a picture; a larger one is skipped
+MAX_IMAGE = 2**25  # bytes of an image; a larger one is skipped
 MAX_JSON = 2**22  # bytes
 MAX_TEXT = 4 * MAX_CAPTION + 4  # bytes of a .txt that are read: enough to see that it is too long
 MAX_HEADER = 2**16  # bytes of a header beyond its 512: long names
@@ -56,14 +56,14 @@ class Bounded:
         self.file, self.tell, self.seek = file, file.tell, file.seek
 
     def read(self, n: int) -> bytes:
-        if not 0 <= n <= max(MAX_HEADER, MAX_PICTURE):
+        if not 0 <= n <= max(MAX_HEADER, MAX_IMAGE):
             raise tarfile.ReadError(f"a header of {n:,} bytes")
         return self.file.read(n)
 
 
 def limit(ending: str) -> int | None:
     """How many bytes of such a member are read; None for one that is passed over."""
-    return {"json": MAX_JSON, "txt": MAX_TEXT}.get(ending, MAX_PICTURE if ending in PICTURE_ENDINGS else None)
+    return {"json": MAX_JSON, "txt": MAX_TEXT}.get(ending, MAX_IMAGE if ending in IMAGE_ENDINGS else None)
 
 
 def members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, int]]:
@@ -88,20 +88,20 @@ def members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, int]
 class Sample:
     key: str
     first: str  # name of its first member
-    members: dict[str, bytes] = field(default_factory=dict)  # by ending; of several pictures the first
+    members: dict[str, bytes] = field(default_factory=dict)  # by ending; of several images the first
     too_large: str = ""  # which member is over its limit
 
     @property
-    def picture(self) -> str | None:
-        """The ending of its picture."""
-        return next((ending for ending in PICTURE_ENDINGS if ending in self.members), None)
+    def image(self) -> str | None:
+        """The ending of its image."""
+        return next((ending for ending in IMAGE_ENDINGS if ending in self.members), None)
 
     @property
     def is_whole(self) -> bool:
-        return self.picture is not None and not {"txt", "json"}.isdisjoint(self.members)
+        return self.image is not None and not {"txt", "json"}.isdisjoint(self.members)
 
     def read(self, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> None:
-        if ending in PICTURE_ENDINGS and self.picture:
+        if ending in IMAGE_ENDINGS and self.image:
             return
         most = limit(ending)
         if too_large := member.size > most and ending != "txt":  # a text will be cut
@@ -178,7 +178,7 @@ def damaged(path: Path, error: Exception) -> Bad:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Captioned pictures
+# Captioned images
 
 
 def caption_of(sample: Sample) -> tuple[str, str]:
@@ -203,7 +203,7 @@ def caption_of(sample: Sample) -> tuple[str, str]:
 
 
 def captioned(path: Path, name: str) -> Iterator[tuple[Captioned | Bad, int]]:
-    """The captioned pictures of a tar that is called `name`, and what is not one; each with the bytes read so far.
+    """The captioned images of a tar that is called `name`, and what is not one; each with the bytes read so far.
 
     Raises UserError for a tar that cannot be opened.
     """
@@ -220,10 +220,10 @@ def usable(sample: Sample | Bad, name: str) -> Captioned | Bad:
     where = f"{name}:{ascii(sample.key)[1:-1]}"
     if sample.too_large:
         return Bad(where, "members too large", sample.too_large)
-    if sample.picture is None:
-        return Bad(where, "without a picture", f"its first member is {sample.first[:200]!a}")
+    if sample.image is None:
+        return Bad(where, "without an image", f"its first member is {sample.first[:200]!a}")
     caption, problem = caption_of(sample)
     if problem:
         return Bad(where, problem, f"its first member is {sample.first[:200]!a}")
     caption, cut = shortened(caption)
-    return Captioned(where, caption, File(f"{where}.{sample.picture}", data=sample.members[sample.picture]), cut)
+    return Captioned(where, caption, File(f"{where}.{sample.image}", data=sample.members[sample.image]), cut)

@@ -20,13 +20,13 @@ from nanochameleon.generation.sampling import (
     GOES_ON,
     GUIDANCE,
     GUIDANCE_IMAGE,
+    IMAGE,
+    IMAGES,
     LEFT,
     MIN_P,
     NOTHING,
     OPEN,
     PENALTY,
-    PICTURE,
-    PICTURES,
     ROOM,
     SHUT,
     STOPS,
@@ -166,7 +166,7 @@ def kind(m, row):
         return DONE
     left = number(m, LEFT, row)
     if left >= 0:
-        return PICTURE if left > 0 else CLOSE
+        return IMAGE if left > 0 else CLOSE
     return OPEN if number(m, ROOM, row) >= m.codes_each + 2 else SHUT
 
 
@@ -179,7 +179,7 @@ def penalised(logit, seen, penalty):
 
 @inner
 def gather_text(m, row, what, line, ends):
-    """Outside of a picture -> how many ids that may come are none of text, and how many in all."""
+    """Outside of an image -> how many ids that may come are none of text, and how many in all."""
     logits, seen, penalty = logits_of(m, row), seen_by(m, row), np.float32(option(m, PENALTY, row))
     may, n = bools(m.may + (number(m, BY_RULES, row) * 5 + what) * m.vocab_size, m.vocab_size), 0
     for end in (m.eos, m.boi, m.eot):
@@ -197,7 +197,7 @@ def gather_text(m, row, what, line, ends):
 def gather_codes(m, row, line):
     """As guide()."""
     by_text, by_image = np.float32(option(m, GUIDANCE, row)), np.float32(option(m, GUIDANCE_IMAGE, row))
-    full, image = logits_of(m, branch(m, FULL, row)), logits_of(m, branch(m, PICTURES, row))
+    full, image = logits_of(m, branch(m, FULL, row)), logits_of(m, branch(m, IMAGES, row))
     nothing, plain = logits_of(m, branch(m, NOTHING, row)), by_text == 1 and by_image == 1
     for i in range(m.eoi - m.first_code):
         token = m.first_code + i
@@ -212,7 +212,7 @@ def choice(m, row, member):
     line, weights = floats(m.lines + 4 * member * v, v), doubles(m.weights + 8 * member * v, v)
     heap = ints(m.heaps + 8 * member * (v + 3), v)
     ends = ints(m.heaps + 8 * (member * (v + 3) + v), 3)
-    if what == PICTURE:
+    if what == IMAGE:
         gather_codes(m, row, line)
         behind, n, column, first = 0, m.eoi - m.first_code, 1, m.first_code
     else:

@@ -30,7 +30,7 @@ SIZES = (
     "n_rows",  # of the batch
     "members",  # of the team
 )  # fmt: skip
-IDS = ("eos", "pad", "eot", "boi", "eoi", "first_code", "first_text", "codes_each")  # the vocabulary's; codes a picture
+IDS = ("eos", "pad", "eot", "boi", "eoi", "first_code", "first_text", "codes_each")  # the vocabulary's; codes an image
 WEIGHTS = (
     "product",
     "product_fp32",  # functions: products.py for weights of the model's type, and for those of 4 bytes

@@ -14,7 +14,7 @@ from nanochameleon.generation.cpu.layers import PHASES, blocks, call_do_block, e
 from nanochameleon.generation.cpu.matmul import call_product
 from nanochameleon.generation.cpu.memory import inner, ints, map_at, padded
 from nanochameleon.generation.cpu.threads import MADE, await_job, post, put, share
-from nanochameleon.generation.sampling import FULL, LENGTH, NOTHING, PICTURE, READS
+from nanochameleon.generation.sampling import FULL, IMAGE, LENGTH, NOTHING, READS
 from nanochameleon.kernels.cpu.launch import compiled
 from nanochameleon.kernels.cpu.simd import read_row
 
@@ -27,20 +27,20 @@ LOGITS, PICK, EMBED = -3, -2, -1  # the phases of choosing, and that in front of
 
 @inner
 def plan(m, n):
-    """Which of n rows choose, and whose logits they want: of pictures those of the branches, too -> the job."""
+    """Which of n rows choose, and whose logits they want: of images those of the branches, too -> the job."""
     leads, places = ints(m.leads, m.n_rows), ints(m.places, m.n_rows)
     n_leads = n_places = n_texts = 0
-    for pictures in (False, True):
+    for images in (False, True):
         for row in range(n):
             what, lead = kind(m, row), branch(m, FULL, row) == row
-            if not pictures and lead and not done(m, row):
+            if not images and lead and not done(m, row):
                 leads[n_leads] = row
                 n_leads += 1
-            if what == PICTURE if pictures else what < PICTURE and lead:
+            if what == IMAGE if images else what < IMAGE and lead:
                 places[row] = n_places
                 read_row(m.hidden + 4 * row * m.dim, 4, m.dim, m.asking + 4 * n_places * padded(m.dim))
                 n_places += 1
-        n_texts = n_texts if pictures else n_places
+        n_texts = n_texts if images else n_places
     return (CHOOSE if n_leads else STOP), n_leads, n_texts, n_places - n_texts
 
 
@@ -48,7 +48,7 @@ def plan(m, n):
 def feed(m, n, step):
     """All rows of a sample take its id, and those that read such ids queue up -> how many do.
 
-    A branch of guidance reads pictures alone, or the open picture alone: that begins behind its <s> each time.
+    A branch of guidance reads images alone, or the open image alone: that begins behind its <s> each time.
     """
     queue, log = ints(m.queue, 3 * m.ids), ints(m.log + 8 * step * m.n_rows, m.n_rows)
     numbers, waiting = ints(m.numbers, 6 * m.n_rows), 0
@@ -84,14 +84,14 @@ def some_logits(m, place, places, first, last):
 
 
 @inner
-def logits(m, block, texts, pictures):
+def logits(m, block, texts, images):
     """A block of the logits of text for the first places, of codes for those behind them."""
     text = m.vocab_size - m.first_text if texts else 0
     each, each_code = width(m, text), width(m, m.eoi - m.first_code)
     count = (text + each - 1) // each
     if block >= count:
         first = m.first_code + (block - count) * each_code
-        some_logits(m, texts, pictures, first, min(first + each_code, m.eoi))
+        some_logits(m, texts, images, first, min(first + each_code, m.eoi))
         return
     first = m.first_text + block * each
     some_logits(m, 0, texts, first, min(first + each, m.vocab_size))
@@ -102,12 +102,12 @@ def logits(m, block, texts, pictures):
 
 @inner
 def blocks_of(m, phase, job):
-    _, n, texts, pictures = job
+    _, n, texts, images = job
     if phase in (EMBED, PICK):
         return n
     if phase != LOGITS:
         return blocks(m, phase % PHASES, n)
-    text, codes = m.vocab_size - m.first_text if texts else 0, m.eoi - m.first_code if pictures else 0
+    text, codes = m.vocab_size - m.first_text if texts else 0, m.eoi - m.first_code if images else 0
     each, each_code = width(m, text), width(m, codes)
     return (text + each - 1) // each + (codes + each_code - 1) // each_code
 
