@@ -5,8 +5,8 @@
     python sample.py runs/toy image.png                                         says what is in it
     python sample.py runs/toy "a red star" --mode free --n 3                      goes on in words and images
     python sample.py runs/align "please draw a red star"                          a chat with an aligned model
-    python sample.py runs/toy "a red star" --n 8 --guidance 2 --seed 1            eight drawings, nearer to the prompt
-    python sample.py chameleon-7b "a red star" --guidance 3 --dtype bf16          a released model, in any layout
+    python sample.py runs/toy "a red star" --n 8 --guidance-scale 2 --seed 1      eight drawings, nearer to the prompt
+    python sample.py chameleon-7b "a red star" --guidance-scale 3 --dtype bf16          a released model, in any layout
 
 An argument that is a file, or ends as images do (.png, .jpg, ...), is an image; one that is a folder or a pipe is
 refused. Drawn images are saved and, in terminals that can, shown; existing files are never overwritten, and nothing
@@ -65,13 +65,13 @@ class Args:
     """Draw from the smallest set of ids that holds this probability."""
     top_k: int | None = None
     """Draw from this many ids at most."""
-    guidance: float | None = None
+    guidance_scale: float | None = None
     """Of images: 1 is as the model says, more is nearer to the prompt."""
-    guidance_image: float | None = None
+    image_guidance_scale: float | None = None
     """The same by the prompt's images alone; None means as --guidance where that is given."""
     repetition_penalty: float | None = None
     """Of words: above 1 turns away from ids that were there before."""
-    max_new: int | None = None
+    max_new_tokens: int | None = None
     """Ids to write at most."""
     fit: Literal["crop", "pad"] = "crop"
     """How an image becomes a square: crop keeps the middle, as the images of training; pad keeps all of it, with a
@@ -98,14 +98,22 @@ class Args:
             ("temperature", self.temperature is None or 0 <= self.temperature < math.inf, "0 or more"),
             ("top-p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top-k", self.top_k is None or 1 <= self.top_k <= MAX_NUMBER, f"from 1 to {MAX_NUMBER}"),
-            ("guidance", self.guidance is None or 0 <= self.guidance < math.inf, "0 or more"),
-            ("guidance-image", self.guidance_image is None or 0 <= self.guidance_image < math.inf, "0 or more"),
+            ("guidance-scale", self.guidance_scale is None or 0 <= self.guidance_scale < math.inf, "0 or more"),
+            (
+                "image-guidance-scale",
+                self.image_guidance_scale is None or 0 <= self.image_guidance_scale < math.inf,
+                "0 or more",
+            ),
             (
                 "repetition-penalty",
                 self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
                 "above 0",
             ),
-            ("max-new", self.max_new is None or 1 <= self.max_new <= MAX_NUMBER, f"from 1 to {MAX_NUMBER}"),
+            (
+                "max-new-tokens",
+                self.max_new_tokens is None or 1 <= self.max_new_tokens <= MAX_NUMBER,
+                f"from 1 to {MAX_NUMBER}",
+            ),
             ("seed", self.seed >= 0, "0 or more"),
             ("scale", self.scale is None or 1 <= self.scale <= 64, "1 to 64"),
         ):
@@ -114,8 +122,10 @@ class Args:
 
     def options(self, cfg: SampleConfig) -> SampleConfig:
         """The run's own settings, with those given here in their place."""
-        by_image = self.guidance if self.guidance_image is None else self.guidance_image
-        given = dict(guidance=self.guidance, guidance_image=by_image, max_new=self.max_new)
+        by_image = self.guidance_scale if self.image_guidance_scale is None else self.image_guidance_scale
+        given = dict(
+            guidance_scale=self.guidance_scale, image_guidance_scale=by_image, max_new_tokens=self.max_new_tokens
+        )
         given["repetition_penalty"] = self.repetition_penalty
         for name in ("temperature", "top_p", "top_k"):
             given |= {name: getattr(self, name), f"image_{name}": getattr(self, name)}
@@ -171,7 +181,7 @@ def decide(mode: str, segments: list, cfg: RunConfig) -> tuple[str, list]:
     has_image = any(not isinstance(segment, Text) for segment in segments)
     if mode == "auto" and not segments:
         raise UserError("the prompt is empty: give words to draw, or an image and a question")
-    if mode == "auto" and cfg.train.answers_only:
+    if mode == "auto" and cfg.train.assistant_only_loss:
         mode = "chat"
     if mode == "auto":
         mode = "draw" if not has_image else "answer" if words_last or what_is_it(cfg) else "text"
@@ -206,10 +216,12 @@ def main(args: Args) -> list[list[str | Path]]:
     prompt = prompt_ids(segments, run, {"draw": "draw", "answer": "answer", "chat": "answer"}.get(mode, "go on"))
     options = args.options(run.cfg.sample)
     if mode == "draw":
-        if args.max_new is None:  # an image's length is no choice
-            options = dataclasses.replace(options, max_new=n_codes + 1)
-        elif args.max_new <= n_codes:
-            raise UserError(f"--max-new must be at least {n_codes + 1} to draw an image, not {args.max_new}")
+        if args.max_new_tokens is None:  # an image's length is no choice
+            options = dataclasses.replace(options, max_new_tokens=n_codes + 1)
+        elif args.max_new_tokens <= n_codes:
+            raise UserError(
+                f"--max-new-tokens must be at least {n_codes + 1} to draw an image, not {args.max_new_tokens}"
+            )
         if args.n == 1 and shelf.shows:
             told = stream(run.model, prompt, run.tokenizer, n_codes, options, "image", args.seed, preview=PREVIEW)
             return [show(told, shelf)]

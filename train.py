@@ -9,10 +9,11 @@
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
     torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
-    torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.mode fsdp --parallel.compile
+    torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.data-parallel fsdp --parallel.compile
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
         --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
-        train.py chameleon_34b --data.path=tokens --parallel.mode fsdp --parallel.tensor 8 --parallel.recompute
+        train.py chameleon_34b --data.path=tokens --parallel.data-parallel fsdp --parallel.tensor-parallel 8 \\
+        --parallel.activation-checkpointing
 
 The stages, each skipped where its result lies in the run's folder: text tokenizer, image tokenizer, tokens,
 transformer, report. Ctrl-C and SIGTERM save and end with code 130 and 143; the same command goes on, on as many
@@ -207,8 +208,8 @@ class Training:
         vocab = self.trainee.objective.vocab
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
         batch = to_learn(self.loader.batch(number, rows), cfg, vocab)
-        if t.code_noise:
-            batch = noisy(batch, cfg.vqgan.codes_per_image, vocab, t.code_noise, cfg.seed, places[rows])
+        if t.image_token_noise:
+            batch = noisy(batch, cfg.vqgan.codes_per_image, vocab, t.image_token_noise, cfg.seed, places[rows])
         batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
@@ -216,7 +217,7 @@ class Training:
         sums, count = gradients(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
-        norm = clip(self.trainee.model.parameters(), cfg.optim.clip)
+        norm = clip(self.trainee.model.parameters(), cfg.optim.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
         bad, stop = mesh.most(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
@@ -329,7 +330,7 @@ def train_transformer(
     if mesh.first:
         announce(model, loader, mesh, cfg)
         say(chosen)
-    keep = t.keep, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
+    keep = t.keep_checkpoints, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
         if progress.step < t.steps:
@@ -353,7 +354,11 @@ def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> No
     for name, rows in loader.rows.items():
         if rows.n_too_long:
             say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
-    ranks = f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.mode})" if mesh.world > 1 else ""
+    ranks = (
+        f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.data_parallel})"
+        if mesh.world > 1
+        else ""
+    )
     size = sum(p.numel() for p in model.parameters())
     say(f"transformer: {size:,} parameters, {cfg.train.precision} on {mesh.device}{ranks}")
 
@@ -417,8 +422,8 @@ def no_room(cfg: RunConfig, mesh: Mesh) -> str:
     own, p = cfg.train.batch_size // mesh.data_size, cfg.parallel
     rows = min(p.micro_batch or own, own)
     ways = [f"--parallel.micro-batch {rows // 2}"] if rows > 1 else []
-    ways += [] if p.recompute else ["--parallel.recompute"]
-    ways += [] if shards(mesh, p) else ["--parallel.mode fsdp on more GPUs"]
+    ways += [] if p.recompute else ["--parallel.activation-checkpointing"]
+    ways += [] if shards(mesh, p) else ["--parallel.data-parallel fsdp on more GPUs"]
     which = f"{mesh.device} (rank {mesh.rank})"
     why = f"the memory of {which} does not hold {rows} rows of {cfg.train.seq_len} ids at a time"
     return f"{why}: go on with {' or '.join(ways) or 'more GPUs'}"
@@ -447,7 +452,7 @@ def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device
         raise Interrupted
     image_tokenizer = open_image_tokenizer(folder, cfg, device)
     laps.add("image_tokenizer")
-    if not cfg.data.live:
+    if not cfg.data.tokenize_on_the_fly:
         write_tokens(cfg, image_tokenizer, tokenizer, folder, stopped)
         open_loader(cfg, image_tokenizer, tokenizer, folder)  # packs the rows once, for all
     laps.add("data")

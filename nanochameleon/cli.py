@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import sys
+import typing
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import TypeVar
 
 import tyro
 
-from nanochameleon.config import RunConfig
+from nanochameleon.config import RunConfig, SampleConfig, StageConfig
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.presets import PRESETS
+from nanochameleon.weights.old_names import RENAMED
 from nanochameleon.weights.ranges import out_of_range
 
 T = TypeVar("T")
@@ -21,7 +24,26 @@ MAX_SEED = 2**32 - 1
 
 def parse(kind: type[T], args: Sequence[str] | None = None, **more) -> T:
     """Arguments, by default the program's own -> a dataclass. A wrong one ends the program with its name and code 2."""
+    check_names(args)
     return expanded(tyro.cli(kind, args=args, **more))
+
+
+def check_names(args: Sequence[str] | None) -> None:
+    """Raises UserError with today's name for an option under its older one, such as --train.keep."""
+    for word in sys.argv[1:] if args is None else args:
+        option = word.partition("=")[0].replace("-", "_")
+        *sections, name = option.removeprefix("__").split(".")
+        if option.startswith("__") and (new := RENAMED.get(class_of(sections), {}).get(name)):
+            raise UserError(f"--{'.'.join([*sections, name])} is now --{'.'.join([*sections, new]).replace('_', '-')}")
+
+
+def class_of(sections: list[str]) -> str:
+    """The class that holds an option of these sections: train.keep is in TrainConfig. sample.py has no sections."""
+    kind = RunConfig if sections else SampleConfig
+    for section in sections:
+        fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        kind = StageConfig if section.isdecimal() else fields.get(section, object)
+    return getattr(kind, "__name__", "")
 
 
 def expanded(value: T) -> T:
@@ -61,7 +83,7 @@ def check(cfg: RunConfig) -> None:
         raise UserError(wrong)
     for name in ("optim", "tokenizers.optim"):
         optim = attrgetter(name)(cfg)
-        if optim.schedule == "exponential" and optim.final == 0:
+        if optim.schedule == "exponential" and optim.min_lr_ratio == 0:
             raise UserError(f"{name}.final must be above 0, since an exponential schedule never reaches 0")
 
 
@@ -72,8 +94,10 @@ def check_together(cfg: RunConfig) -> None:
     if cfg.tokenizers.warmup_steps >= cfg.tokenizers.steps:  # then the codebook would never be put to use
         raise UserError(f"tokenizers.warmup_steps must be less than tokenizers.steps, {cfg.tokenizers.steps}")
     check_stages(cfg)
-    if cfg.data.source == "prepared" and (cfg.data.live or cfg.data.n_documents):
-        raise UserError("data.live and data.n_documents are for documents made here: leave them out for prepared data")
+    if cfg.data.source == "prepared" and (cfg.data.tokenize_on_the_fly or cfg.data.n_documents):
+        raise UserError(
+            "data.tokenize_on_the_fly and data.n_documents are for documents made here: prepared data does without"
+        )
     if cfg.init_vqgan and not cfg.init_from:
         raise UserError("init_vqgan is the image decoder of the model in init_from: set that, too")
     if not sizes_come_later(cfg):
@@ -87,11 +111,13 @@ def sizes_come_later(cfg: RunConfig) -> bool:
 
 def check_stages(cfg: RunConfig) -> None:
     """Raises UserError for stages without steps or with weights that make no mixture."""
-    starts = [*cfg.stage_starts, cfg.train.steps] if all(0 < stage.share < math.inf for stage in cfg.stages) else [0, 0]
+    starts = (
+        [*cfg.stage_starts, cfg.train.steps] if all(0 < stage.fraction < math.inf for stage in cfg.stages) else [0, 0]
+    )
     for number, (stage, first, behind) in enumerate(zip(cfg.stages, starts, starts[1:], strict=False)):
         if first >= behind:
             steps = f"at least one of the {cfg.train.steps} steps"
-            raise UserError(f"stages.{number}.share must give {stage.name!r} {steps}")
+            raise UserError(f"stages.{number}.fraction must give {stage.name!r} {steps}")
         names = [name for name, _ in stage.weights]
         if not names or len(set(names)) < len(names) or not all(0 < w < math.inf for _, w in stage.weights):
             wish = "sources, each once, and weights above 0, such as: pairs 0.7 text 0.3"
@@ -130,6 +156,7 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 
 
 def overridden(args: Sequence[str] | None) -> RunConfig:
+    check_names(args)
     presets = {name: (first_line(preset.__doc__), preset()) for name, preset in PRESETS.items()}
     try:
         return expanded(tyro.extras.overridable_config_cli(presets, args=args))

@@ -104,10 +104,10 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-5  # AdamW; the paper's is large
     weight_decay: float = 0.1  # on matrices; not on norms and biases
-    warmup: int = 4_000  # steps of linear warm-up
+    warmup_steps: int = 4_000  # steps of linear warm-up
     schedule: Literal["exponential", "cosine", "constant"] = "exponential"  # after warm-up; cosine in alignment
-    final: float = 0.01  # learning rate at the last step, as a share of the peak (the paper's rate is not given)
-    clip: float = 1.0  # global gradient norm
+    min_lr_ratio: float = 0.01  # learning rate at the last step, as a share of the peak (the paper's rate is not given)
+    grad_clip: float = 1.0  # global gradient norm
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,18 @@ class TokenizerTraining:
     batch_size: int = 16  # images a step
     warmup_steps: int = 150  # first steps without quantization; then the codebook is put onto the latents by k-means
     optim: OptimConfig = OptimConfig(
-        "muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="cosine", clip=100.0
+        "muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup_steps=20, schedule="cosine", grad_clip=100.0
     )
-    beta: float = 0.25  # weight of the commitment loss
+    commitment_weight: float = 0.25  # weight of the commitment loss
     codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: moving averages, or the codebook loss
     ema_decay: float = 0.95  # of the moving averages, a step
-    dead_below: float = 0.03  # a code whose moving average of uses a step falls below this is moved onto a used vector
-    perceptual: float = 0.1  # weight of the perceptual term (image_losses.py)
-    adversarial: float = 0.0  # weight of the patch discriminator's term, times the adaptive weight; 0 is without
-    adversarial_from: int = 300  # first step with it
-    discriminator_ch: int = 32  # channels of the discriminator's first layer
+    dead_code_threshold: float = (
+        0.03  # a code whose moving average of uses a step falls below this is moved onto a used vector
+    )
+    perceptual_weight: float = 0.1  # weight of the perceptual term (image_losses.py)
+    disc_weight: float = 0.0  # weight of the patch discriminator's term, times the adaptive weight; 0 is without
+    disc_start: int = 300  # first step with it
+    disc_channels: int = 32  # channels of the discriminator's first layer
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ class DataConfig:
     source: Literal["shapes", "shapes_rich", "emoji", "folder", "prepared"] = "shapes"  # prepared: token shards
     path: Path | None = None  # of source folder: images and captions; of prepared: what `nanochameleon.data` wrote
     n_documents: int | None = None  # documents to prepare; None is as many as the run reads, so that none comes twice
-    live: bool = False  # tokenize documents when a batch asks for them, without shards; images are encoded each time
+    tokenize_on_the_fly: bool = (
+        False  # tokenize documents when a batch asks for them, without shards; images are encoded each time
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class StageConfig:
     """A part of the transformer's training with a mixture of its own (paper section 2.2: two parts, 80% and 20%)."""
 
     name: str = "all"  # in the log
-    share: float = 1.0  # of train.steps, relative to the sum over all stages
+    fraction: float = 1.0  # of train.steps, relative to the sum over all stages
     # each source of documents and its share of the rows, relative to their sum, such as: pairs 0.7 text 0.3
     weights: tuple[tuple[str, float], ...] = (("pairs", 0.5), ("questions", 0.2), ("interleaved", 0.3))
 
@@ -161,14 +165,14 @@ class TrainConfig:
     seq_len: int = 256  # ids a row; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
     # whose codes are learnt; drawn: not of images that open a document, which nothing foretells; none: figure 6b
-    images: Literal["all", "drawn", "none"] = "all"
-    answers_only: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
-    code_noise: float = 0.0  # largest share of a drawn image's codes that are read as another's: drawing.py
+    image_loss: Literal["all", "drawn", "none"] = "all"
+    assistant_only_loss: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
+    image_token_noise: float = 0.0  # largest share of a drawn image's codes that are read as another's: drawing.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster one, decided once a run
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints, of which a streak of failures has none
-    keep: int = 2  # checkpoints kept, beside the one of the least loss
+    keep_checkpoints: int = 2  # checkpoints kept, beside the one of the least loss
     tensorboard: bool = False  # also write the log as TensorBoard's files, into tensorboard/
 
 
@@ -177,10 +181,14 @@ class ParallelConfig:
     """How the work is spread: over the processes that torchrun starts, and over time. What is learnt stays the same, up
     to rounding."""
 
-    mode: Literal["ddp", "fsdp"] = "ddp"  # each rank has the whole model, or a shard of every tensor (FSDP2)
-    tensor: int = 1  # ranks that share every layer: its heads, its feed-forward width, the vocabulary; makes mode fsdp
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank has the whole model, or a shard of every tensor (FSDP2)
+    tensor_parallel: int = (
+        1  # ranks that share every layer: its heads, its feed-forward width, the vocabulary; makes mode fsdp
+    )
     micro_batch: int | None = None  # rows that a rank runs at a time; None is all it has of a batch
-    recompute: bool = False  # forget each block's activations and compute them again in the backward pass
+    activation_checkpointing: bool = (
+        False  # forget each block's activations and compute them again in the backward pass
+    )
     compile: bool = False  # torch.compile for every block; pays on GPUs
     timeout: int = 600  # seconds without an answer after which a rank takes the others for dead
     save_in_background: bool = True  # checkpoints are written while training goes on, from a copy in the host's memory
@@ -199,9 +207,11 @@ class SampleConfig:
     image_top_p: float = 0.9  # of image codes
     image_top_k: int | None = None  # of image codes
     image_min_p: float = 0.0  # of image codes
-    guidance: float = 3.0  # of images, by the words of the prompt; with guidance_image 1, 1 is as the model says
-    guidance_image: float = 1.2  # of images, by the images of the prompt
-    max_new: int = 4_096  # ids to write at most; the context ends a sample, too
+    guidance_scale: float = (
+        3.0  # of images, by the words of the prompt; with image_guidance_scale 1, 1 is as the model says
+    )
+    image_guidance_scale: float = 1.2  # of images, by the images of the prompt
+    max_new_tokens: int = 4_096  # ids to write at most; the context ends a sample, too
 
 
 @dataclass(frozen=True)
@@ -243,18 +253,18 @@ class RunConfig:
     @property
     def stage_starts(self) -> list[int]:
         """The first step of each stage."""
-        total, starts = sum(stage.share for stage in self.stages), [0.0]
+        total, starts = sum(stage.fraction for stage in self.stages), [0.0]
         for stage in self.stages[:-1]:
-            starts.append(starts[-1] + stage.share)
+            starts.append(starts[-1] + stage.fraction)
         return [round(start / total * self.train.steps) for start in starts]
 
     @property
     def mixture(self) -> dict[str, float]:
         """Each source's share of all rows of the training, over all stages."""
-        total, shares = sum(stage.share for stage in self.stages), {}
+        total, shares = sum(stage.fraction for stage in self.stages), {}
         for stage in self.stages:
             weights = dict(stage.weights)
             for name, weight in weights.items():
-                part = weight / sum(weights.values()) * stage.share / total
+                part = weight / sum(weights.values()) * stage.fraction / total
                 shares[name] = shares.get(name, 0.0) + part
         return {name: share for name, share in shares.items() if share}

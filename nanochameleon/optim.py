@@ -150,17 +150,19 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
 
     A run shorter than its warm-up never leaves it. Raises UserError where an exponential would have to reach zero.
     """
-    if cfg.schedule == "exponential" and cfg.final <= 0:
-        raise UserError(f"optim.final is {cfg.final}; an exponential never reaches zero, give a share such as 0.01")
+    if cfg.schedule == "exponential" and cfg.min_lr_ratio <= 0:
+        raise UserError(
+            f"optim.min_lr_ratio is {cfg.min_lr_ratio}; an exponential never reaches zero, give a share such as 0.01"
+        )
     # 1. linear warm-up; + 1 so that the first step already moves
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / (cfg.warmup + 1)
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
     # 2. decay from the peak, progress 0, to the last step, progress 1
-    progress = min(1.0, (step - cfg.warmup) / max(1, total_steps - 1 - cfg.warmup))
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, total_steps - 1 - cfg.warmup_steps))
     if cfg.schedule == "exponential":
-        return cfg.lr * cfg.final**progress
+        return cfg.lr * cfg.min_lr_ratio**progress
     if cfg.schedule == "cosine":
-        return cfg.lr * (cfg.final + (1 - cfg.final) * (1 + math.cos(math.pi * progress)) / 2)
+        return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
     # 3. constant: the peak until the end
     return cfg.lr
 

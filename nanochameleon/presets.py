@@ -25,9 +25,13 @@ TOY_VQGAN = VQGANConfig(
 )  # fmt: skip
 # a base of 100: with the paper's 10,000 half of the pairs hardly turn within 256 ids
 TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=6, multiple_of=64, rope_theta=100.0)
-PLAIN = SampleConfig(repetition_penalty=1.0, guidance=1.0, guidance_image=1.0, max_new=256)  # guidance hurts toys
+PLAIN = SampleConfig(
+    repetition_penalty=1.0, guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=256
+)  # guidance hurts toys
 TOY_SAMPLE = dataclasses.replace(PLAIN, image_temperature=0.5)
-TOY_OPTIM = OptimConfig("muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup=30, schedule="cosine", final=0.02)
+TOY_OPTIM = OptimConfig(
+    "muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup_steps=30, schedule="cosine", min_lr_ratio=0.02
+)
 
 
 def mixed(**weights: float) -> tuple[StageConfig, ...]:
@@ -42,7 +46,9 @@ def toy() -> RunConfig:
     """
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
     stages = mixed(pairs=0.2, questions=0.6, interleaved=0.2)
-    train = TrainConfig(steps=3_600, batch_size=4, seq_len=512, images="drawn", code_noise=0.75, sample_every=900)
+    train = TrainConfig(
+        steps=3_600, batch_size=4, seq_len=512, image_loss="drawn", image_token_noise=0.75, sample_every=900
+    )
     optim = dataclasses.replace(TOY_OPTIM, lr=1.4e-2)
     return RunConfig("toy", TOY_VQGAN, TOY_MODEL, optim, tokenizers, stages=stages, train=train, sample=TOY_SAMPLE)
 
@@ -56,7 +62,7 @@ def toy_long() -> RunConfig:
 def stability() -> RunConfig:
     """The paper's stability study at a small size: nine recipes, two learning rates, three seeds. An hour or so."""
     model = dataclasses.replace(TOY_MODEL, dim=128, n_layers=4, n_heads=4)
-    optim = OptimConfig(lr=3e-3, eps=1e-8, weight_decay=0.0, warmup=20, schedule="constant")
+    optim = OptimConfig(lr=3e-3, eps=1e-8, weight_decay=0.0, warmup_steps=20, schedule="constant")
     train = TrainConfig(steps=400, log_every=5, sample_every=10_000, save_every=400, precision="bf16")
     return dataclasses.replace(toy(), name="stability", model=model, optim=optim, train=train)
 
@@ -72,7 +78,7 @@ def align() -> RunConfig:
         align_safety=0.1,
     )  # fmt: skip
     optim, model = dataclasses.replace(TOY_OPTIM, lr=2e-3), dataclasses.replace(TOY_MODEL, dropout=0.05)
-    train = TrainConfig(steps=800, batch_size=4, seq_len=512, answers_only=True)
+    train = TrainConfig(steps=800, batch_size=4, seq_len=512, assistant_only_loss=True)
     return dataclasses.replace(
         toy(), name="align", model=model, optim=optim, stages=stages, train=train, init_from=Path("runs/toy")
     )
@@ -92,7 +98,7 @@ def emoji() -> RunConfig:
         resolution=64, ch=16, ch_mult=(1, 2, 4, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=1_024,
         n_groups=4, mid_attention=False,
     )  # fmt: skip
-    tokenizers = TokenizerTraining(n_merges=1_024, steps=800, warmup_steps=200, perceptual=0.3)
+    tokenizers = TokenizerTraining(n_merges=1_024, steps=800, warmup_steps=200, perceptual_weight=0.3)
     return RunConfig(
         "emoji", vqgan, TOY_MODEL, TOY_OPTIM, tokenizers, DataConfig("emoji"),
         mixed(pairs=0.6, questions=0.15, interleaved=0.25), TrainConfig(steps=1_000), PLAIN,
@@ -129,7 +135,7 @@ def at_scale(name: str, model: ModelConfig, lr: float, rows: int, steps: int) ->
     train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16", **every)
     return RunConfig(
         name, VQGANConfig(), model, OptimConfig(lr=lr), TokenizerTraining(n_merges=57_076), DataConfig("prepared"),
-        two_stages(), train, SampleConfig(guidance=3.0, max_new=4_096),
+        two_stages(), train, SampleConfig(guidance_scale=3.0, max_new_tokens=4_096),
     )  # fmt: skip
 
 
@@ -159,8 +165,8 @@ def chameleon_align() -> RunConfig:
     """Aligns a model (runs/chameleon_7b, else --init-from) on prepared conversations, with the paper's numbers."""
     # the sources are named as the toy's categories are; the paper balances modalities and gives no weights; the steps
     # are about one pass over its 1.1B ids
-    base, optim = chameleon_7b(), OptimConfig(lr=1e-5, warmup=0, schedule="cosine", final=0.0)
-    train = TrainConfig(steps=2_100, batch_size=128, seq_len=4_096, precision="bf16", answers_only=True)
+    base, optim = chameleon_7b(), OptimConfig(lr=1e-5, warmup_steps=0, schedule="cosine", min_lr_ratio=0.0)
+    train = TrainConfig(steps=2_100, batch_size=128, seq_len=4_096, precision="bf16", assistant_only_loss=True)
     return dataclasses.replace(
         base, name="chameleon_align", model=ModelConfig(dropout=0.05), optim=optim, stages=align().stages, train=train,
         init_from=Path("runs/chameleon_7b"),

@@ -39,10 +39,10 @@ SMALL_TOY = (
 
 
 def small(folder: Path, **parallel):
-    """That of test_distributed.py, in the precision that is the presets' and with sheets of samples."""
+    """That of small_runs.py, in the precision that is the presets' and with sheets of samples."""
     from dataclasses import replace
 
-    from test_distributed import config
+    from small_runs import config
 
     cfg = config(folder, precision="auto", **parallel)
     return replace(cfg, train=replace(cfg.train, sample_every=3))
@@ -55,9 +55,9 @@ def configuration(folder: Path, changes: dict):
     from nanochameleon.cli import parse_run
 
     if changes.get("whole"):
-        return parse_run([*SMALL_TOY, f"--out={folder}", f"--parallel.mode={changes['whole']}"])
+        return parse_run([*SMALL_TOY, f"--out={folder}", f"--parallel.data-parallel={changes['whole']}"])
     cfg = small(folder, **changes.get("parallel", {}))
-    return replace(cfg, train=replace(cfg.train, save_every=1, keep=3))
+    return replace(cfg, train=replace(cfg.train, save_every=1, keep_checkpoints=3))
 
 
 def program(folder: Path, changes: dict) -> None:

@@ -35,11 +35,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bad_pictures import encoded, noise, odd_images
+from bad_images import encoded, noise, odd_images
 from mutators import mutated
-from test_webdataset import write_tar
 from tiny import TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from tqdm import tqdm
+from written import write_tar
 
 from nanochameleon import convert
 from nanochameleon.data import Rows, Shards, write_shards
@@ -242,7 +242,7 @@ def read_shards(folder: Path, changed: Path) -> str:
 def make_prepared(folder: Path) -> None:
     tiny_run(folder / "run")
     make_tar(folder)
-    main(Args("prepare", (folder / "0.tar",), "pairs", folder / "prepared", "pairs", folder / "run", device="cpu"))
+    main(Args((folder / "0.tar",), "pairs", folder / "prepared", "pairs", folder / "run", device="cpu"))
     shutil.rmtree(folder / "run")
 
 

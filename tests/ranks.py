@@ -2,7 +2,7 @@
 
     run_on(4, function, argument, ...)  ->  the result of each rank
 
-`function` is of a module of this folder, so that the processes can find it; it calls distributed.start itself.
+`function` is of a module of this folder, so that the processes can find it; it calls mesh.start itself.
 """
 
 import atexit
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 def serve(rank: int, pipe) -> None:
     """Answers calls (function, arguments, environment) until the pipe closes."""
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    sys.path[:0] = [str(TESTS), str(TESTS.parent), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
     import torch
 
     torch.set_num_threads(1)

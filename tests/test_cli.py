@@ -27,6 +27,8 @@ WRONG = {
     "an unknown preset": (["toyy"], "toyy"),
     "an unknown option": (["toy", "--train.stepz", "3"], "--train.stepz"),
     "an option of another part": (["toy", "--steps", "3"], "--steps"),
+    "an option under its older name": (["toy", "--train.keep=3"], "--train.keep is now --train.keep-checkpoints"),
+    "a stage's option under its older name": (["toy", "--stages.0.share", "1"], "is now --stages.0.fraction"),
     "a word for a number": (["toy", "--train.steps", "many"], "--train.steps"),
     "half a step": (["toy", "--train.steps", "1.5"], "--train.steps"),
     "an unknown choice": (["toy", "--optim.name", "sgd"], "--optim.name"),
@@ -37,7 +39,7 @@ WRONG = {
     "groups that do not divide": (["toy", "--vqgan.n-groups", "3"], "vqgan.n_groups"),
     "no steps": (["toy", "--train.steps", "0"], "train.steps must be at least 1, not 0"),
     "a log that is never written": (["toy", "--train.log-every", "0"], "train.log_every"),
-    "no checkpoint kept": (["toy", "--train.keep", "0"], "train.keep"),
+    "no checkpoint kept": (["toy", "--train.keep-checkpoints", "0"], "train.keep_checkpoints"),
     "a negative seed": (["toy", "--seed", "-1"], "seed must be at least 0, not -1"),
     "negative merges": (["toy", "--tokenizers.n-merges", "-1"], "tokenizers.n_merges"),
     "a tokenizer that is never quantized": (["toy", "--tokenizers.steps", "100"], "tokenizers.warmup_steps"),
@@ -49,7 +51,7 @@ WRONG = {
     "a rate that is no number": (["toy", "--optim.lr", "nan"], "optim.lr must be above 0, not nan"),
     "an endless rate": (["toy", "--tokenizers.optim.lr", "inf"], "tokenizers.optim.lr must be above 0, not inf"),
     "an exponential way to nothing": (
-        ["toy", "--optim.schedule", "exponential", "--optim.final", "0"], "optim.final must be above 0"
+        ["toy", "--optim.schedule", "exponential", "--optim.min-lr-ratio", "0"], "optim.min_lr_ratio must be above 0"
     ),
     "a moving average of one value": (["toy", "--optim.betas", "0.9", "1"], "optim.betas must be at least 0 and less"),
     "more dropped than there is": (["toy", "--model.dropout", "2"], "model.dropout must be at least 0 and less than 1"),
@@ -57,9 +59,9 @@ WRONG = {
     "a negative weight": (["toy", "--stages.0.weights", "pairs", "-1"], "stages.0.weights must be sources"),
     "a source twice": (["toy", "--stages.0.weights", "text", "1", "text", "2"], "each once"),
     "no sources at all": (["toy", "--stages.0.weights"], "stages.0.weights must be sources"),
-    "a stage without steps": (["toy", "--stages.0.share", "0"], "stages.0.share must give 'all' at least one of the"),
-    "live documents of prepared data": (["125m", "--data.live"], "data.live and data.n_documents are for documents"),
-    "fewer documents of prepared data": (["1b", "--data.n-documents", "3"], "data.live and data.n_documents are for"),
+    "a stage without steps": (["toy", "--stages.0.fraction", "0"], "stages.0.fraction must give 'all' at least one"),
+    "live documents of prepared data": (["125m", "--data.tokenize-on-the-fly"], "data.tokenize_on_the_fly and"),
+    "fewer documents of prepared data": (["1b", "--data.n-documents", "3"], "and data.n_documents are for"),
     "no prompts to measure": (["align", "--evaluation.alignment", "0"], "evaluation.alignment must be at least 1"),
     "rows too short for an image": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
     "an image decoder of no model": (["toy", "--init-vqgan", "x"], "init_vqgan is the image decoder of the model in"),
@@ -130,7 +132,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     """A shell does so for `--out ~/x`, not for `--out=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    cfg = parse_run(["folder", "--out=~/x", "--data.path=~/y", "--init-from=~", "--data.live"])
+    cfg = parse_run(["folder", "--out=~/x", "--data.path=~/y", "--init-from=~", "--data.tokenize-on-the-fly"])
     assert (cfg.out, cfg.data.path, cfg.init_from) == (tmp_path / "x", tmp_path / "y", tmp_path)
     args = parse(DataArgs, ["prepare", "~/a", "b~", "--form", "text", "--out=~/x", "--name", "~", "--tokenizers=~/t"])
     assert args.sources == (tmp_path / "a", Path("b~")) and args.name == "~"

@@ -16,9 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prepared import prepare
-from test_units import lines
 from tiny import TOKENIZER, tiny_config, tiny_model, tiny_run
+from written import lines, prepare
 
 from nanochameleon.config import DataConfig
 from nanochameleon.data import write_shards

@@ -17,8 +17,8 @@ import pytest
 from faults import Launched, differences, end_of, kill_and_go_on, lines, said, wait_for
 from faults import small as config
 from ranks import run_on
-from test_distributed import learn, prepare
-from test_distributed import trained as trained_in
+from small_runs import learn, prepare
+from small_runs import trained as trained_in
 
 import train
 from nanochameleon.errors import UserError

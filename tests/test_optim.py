@@ -20,9 +20,9 @@ schedules = st.sampled_from(["exponential", "cosine", "constant"])
 configs = st.builds(
     OptimConfig,
     lr=st.floats(1e-5, 1e-2),
-    warmup=st.integers(0, 40),
+    warmup_steps=st.integers(0, 40),
     schedule=schedules,
-    final=st.floats(1e-3, 1.0),
+    min_lr_ratio=st.floats(1e-3, 1.0),
 )
 
 
@@ -51,45 +51,45 @@ def test_every_parameter_is_in_one_group_once_and_only_matrices_decay():
 
 @given(configs, st.integers(1, 200))
 def test_warm_up_rises_and_what_follows_never_does(cfg, extra):
-    total = cfg.warmup + extra
+    total = cfg.warmup_steps + extra
     rates = [learning_rate(step, total, cfg) for step in range(total)]
-    assert all(a < b for a, b in pairwise(rates[: cfg.warmup + 1]))
-    after = rates[cfg.warmup :]
+    assert all(a < b for a, b in pairwise(rates[: cfg.warmup_steps + 1]))
+    after = rates[cfg.warmup_steps :]
     assert all(a >= b * (1 - 1e-12) for a, b in pairwise(after))
 
 
 @given(configs, st.integers(2, 200))
 def test_the_rate_stays_between_floor_and_peak_and_ends_where_it_should(cfg, extra):
-    total = cfg.warmup + extra
+    total = cfg.warmup_steps + extra
     rates = [learning_rate(step, total, cfg) for step in range(total)]
-    assert rates[cfg.warmup] == cfg.lr == max(rates)
-    assert rates[0] > 0 and min(rates[cfg.warmup :]) >= cfg.lr * cfg.final * (1 - 1e-9)
-    end = cfg.lr if cfg.schedule == "constant" else cfg.lr * cfg.final
+    assert rates[cfg.warmup_steps] == cfg.lr == max(rates)
+    assert rates[0] > 0 and min(rates[cfg.warmup_steps :]) >= cfg.lr * cfg.min_lr_ratio * (1 - 1e-9)
+    end = cfg.lr if cfg.schedule == "constant" else cfg.lr * cfg.min_lr_ratio
     assert math.isclose(rates[-1], end, rel_tol=1e-9)
 
 
 @given(schedules)
 def test_the_rate_is_continuous_where_warm_up_meets_decay(schedule):
-    cfg = OptimConfig(lr=1.0, warmup=1_000, schedule=schedule, final=0.01)
+    cfg = OptimConfig(lr=1.0, warmup_steps=1_000, schedule=schedule, min_lr_ratio=0.01)
     before, at, after = (learning_rate(step, 5_000, cfg) for step in (999, 1_000, 1_001))
     assert abs(at - before) < 2e-3 and abs(after - at) < 2e-3
 
 
 def test_an_exponential_falls_by_the_same_factor_each_step():
-    cfg = OptimConfig(warmup=3, schedule="exponential", final=0.01)
+    cfg = OptimConfig(warmup_steps=3, schedule="exponential", min_lr_ratio=0.01)
     rates = [learning_rate(step, 104, cfg) for step in range(3, 104)]
     assert rates[50] / rates[49] == pytest.approx(rates[1] / rates[0]) == pytest.approx(0.01 ** (1 / 100))
 
 
 def test_cosine_is_half_way_at_half_time():
-    cfg = OptimConfig(lr=1.0, warmup=0, schedule="cosine", final=0.2)
+    cfg = OptimConfig(lr=1.0, warmup_steps=0, schedule="cosine", min_lr_ratio=0.2)
     assert learning_rate(50, 101, cfg) == pytest.approx(0.6)
 
 
 def test_an_exponential_to_zero_is_refused_by_name_and_a_cosine_to_zero_is_not():
-    with pytest.raises(UserError, match=r"optim\.final"):
-        learning_rate(0, 10, OptimConfig(schedule="exponential", final=0.0))
-    assert learning_rate(9, 10, OptimConfig(schedule="cosine", final=0.0, warmup=0)) == pytest.approx(0)
+    with pytest.raises(UserError, match=r"optim\.min_lr_ratio"):
+        learning_rate(0, 10, OptimConfig(schedule="exponential", min_lr_ratio=0.0))
+    assert learning_rate(9, 10, OptimConfig(schedule="cosine", min_lr_ratio=0.0, warmup_steps=0)) == pytest.approx(0)
 
 
 def adamw_by_hand(p, grads, lrs, betas, eps, decay):
@@ -107,7 +107,7 @@ def test_adamw_is_the_update_written_by_hand_with_the_papers_eps(seed, size):
     """Gradients down to 1e-7 are below eps 1e-5, where torch's default eps of 1e-8 would give another step."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.Linear(3, 2).double()
-    cfg = OptimConfig(lr=1e-2, warmup=2)
+    cfg = OptimConfig(lr=1e-2, warmup_steps=2)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     grads = {name: [size * torch.randn(p.shape, generator=generator).double() for _ in range(5)]
              for name, p in model.named_parameters()}  # fmt: skip

@@ -21,7 +21,7 @@ def shares(cfg: RunConfig, stage: int) -> dict[str, float]:
 def test_stages_are_the_papers(name):
     """Section 2.2: 80% with 2.9 : 1.5 : 0.4, then 20% with these weights halved and the same share of images."""
     cfg = PRESETS[name]()
-    assert [stage.share for stage in cfg.stages] == [0.8, 0.2] and cfg.data.source == "prepared"
+    assert [stage.fraction for stage in cfg.stages] == [0.8, 0.2] and cfg.data.source == "prepared"
     first, second = shares(cfg, 0), shares(cfg, 1)
     assert first == pytest.approx({"text": 2.9 / 4.8, "pairs": 1.5 / 4.8, "interleaved": 0.4 / 4.8})
     assert {each: second[each] for each in FIRST} == pytest.approx({each: first[each] / 2 for each in FIRST})
@@ -44,7 +44,7 @@ def test_as_many_ids_as_table_1_says(name, ids_a_step, ids):
     assert train.batch_size * train.seq_len == ids_a_step and train.seq_len == 4_096
     assert train.steps * ids_a_step == pytest.approx(ids, rel=0.03)
     assert (optim.name, optim.betas, optim.eps, optim.weight_decay) == ("adamw", (0.9, 0.95), 1e-5, 0.1)
-    assert (optim.clip, optim.warmup, optim.schedule, train.z_loss) == (1.0, 4_000, "exponential", 1e-5)
+    assert (optim.grad_clip, optim.warmup_steps, optim.schedule, train.z_loss) == (1.0, 4_000, "exponential", 1e-5)
     assert optim.lr == 1e-4 or name in ("125m", "1b")
 
 
@@ -61,7 +61,7 @@ def test_alignment_has_the_papers_numbers_and_balances_six_categories():
     assert (paper.train.batch_size, paper.train.seq_len, paper.model.dropout) == (128, 4_096, 0.05)
     assert paper.train.steps * 128 * 4_096 == pytest.approx(1.1e9, rel=0.03)
     for cfg in (paper, toy):
-        assert cfg.train.answers_only and cfg.init_from is not None and cfg.train.z_loss == 1e-5
+        assert cfg.train.assistant_only_loss and cfg.init_from is not None and cfg.train.z_loss == 1e-5
         assert cfg.model.dropout == 0.05 and cfg.optim.schedule == "cosine"
         assert set(cfg.mixture) == set(CATEGORIES) and max(cfg.mixture.values()) <= 2 * min(cfg.mixture.values())
     assert toy.optim.lr < PRESETS["toy"]().optim.lr

@@ -157,7 +157,7 @@ def draw(trained: Path, model: Path, folder: Path) -> None:
 
 
 def answer(trained: Path, model: Path, folder: Path) -> None:
-    sample.cli([str(trained), "ta", "--mode", "text", "--max-new", "5", "--temperature", "9"])
+    sample.cli([str(trained), "ta", "--mode", "text", "--max-new-tokens", "5", "--temperature", "9"])
 
 
 def convert_model(trained: Path, model: Path, folder: Path) -> None:

@@ -136,7 +136,7 @@ def test_an_image_alone_is_asked_what_it_shows(run, image):
 
 
 def test_free_mode_mixes_words_and_images(run, tmp_path):
-    samples = main(Args(run, ("a",), mode="free", n=12, temperature=20.0, top_p=1.0, max_new=40, out=tmp_path))
+    samples = main(Args(run, ("a",), mode="free", n=12, temperature=20.0, top_p=1.0, max_new_tokens=40, out=tmp_path))
     parts = [part for one in samples for part in one]
     files = [part for part in parts if isinstance(part, Path)]
     assert files and len(files) < len(parts) and all(path.is_file() for path in files)
@@ -145,7 +145,7 @@ def test_free_mode_mixes_words_and_images(run, tmp_path):
 def test_an_aligned_run_is_asked_and_may_answer_in_both(run, image, tmp_path, monkeypatch):
     aligned, seen = Path(shutil.copytree(run, tmp_path / "aligned")), []
     cfg = read_config(aligned)
-    aligned_cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, answers_only=True))
+    aligned_cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, assistant_only_loss=True))
     (aligned / CONFIG).write_text(config_to_json(aligned_cfg))
     monkeypatch.setattr("nanochameleon.generation.engine.stream", lambda *args: seen.append(args) or iter(()))
     main(Args(aligned, ("red", image)))
@@ -161,7 +161,7 @@ def test_several_samples_are_rows_of_one_engine_and_told_in_order(mode, run, tmp
 
     made, start = [], engine.Engine.__post_init__
     monkeypatch.setattr(engine.Engine, "__post_init__", lambda self: made.append(self) or start(self))
-    args = Args(run, ("a",), mode=mode, n=5, temperature=20.0, top_p=1.0, max_new=20, scale=1, out=tmp_path)
+    args = Args(run, ("a",), mode=mode, n=5, temperature=20.0, top_p=1.0, max_new_tokens=20, scale=1, out=tmp_path)
 
     def said(samples):
         return [[part.read_bytes() if isinstance(part, Path) else part for part in one] for one in samples]
@@ -176,7 +176,7 @@ def test_int8_answers_and_draws(run, image, tmp_path, monkeypatch):
 
     made, start = [], quantize.QuantizedLinear.__init__
     monkeypatch.setattr(quantize.QuantizedLinear, "__init__", lambda self, w: made.append(w) or start(self, w))
-    [[said]] = main(Args(run, (image, "ta?"), max_new=5, dtype="int8"))
+    [[said]] = main(Args(run, (image, "ta?"), max_new_tokens=5, dtype="int8"))
     [[path]] = main(Args(run, ("a",), out=tmp_path, dtype="int8"))
     assert isinstance(said, str) and path.is_file() and len(made) > 2
 
@@ -205,14 +205,14 @@ def test_a_model_in_any_layout_draws_and_answers(to, tmp_path, image):
     [[path]] = main(Args(folder, ("a red",), scale=1, out=tmp_path / "out"))
     [[expected]] = main(Args(nano, ("a red",), scale=1, out=tmp_path / "out"))
     assert Image.open(path).size == (8, 8) and path.read_bytes() == expected.read_bytes()
-    [[said]] = main(Args(folder, (image, "ta?"), max_new=5, dtype="bf16"))
+    [[said]] = main(Args(folder, (image, "ta?"), max_new_tokens=5, dtype="bf16"))
     assert isinstance(said, str)
 
 
 def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_path, image, capsys):
     hf = convert(convert_args(nano_folder(tmp_path / "nano"), tmp_path / "hf", "hf"))
     decoder = (hf / "vqgan_decoder.safetensors").rename(tmp_path / "decoder.safetensors")
-    assert len(main(Args(hf, (image, "ta?"), max_new=5))) == 1
+    assert len(main(Args(hf, (image, "ta?"), max_new_tokens=5))) == 1
     assert "no image decoder" in refused([str(hf), "ta"], capsys)
     [[drawn]] = main(Args(hf, ("ta",), vqgan=decoder))
     [[expected]] = main(Args(tmp_path / "nano", ("ta",)))
@@ -233,10 +233,14 @@ def test_a_terminal_that_can_shows_the_image_while_it_grows(run, monkeypatch, ca
 def test_guidance_is_of_words_and_images_unless_told_apart(run):
     from nanochameleon.config import SampleConfig
 
-    cfg = SampleConfig(guidance=3.0, guidance_image=1.2)
-    for given, scales in (({}, (3.0, 1.2)), ({"guidance": 1.0}, (1.0, 1.0)), ({"guidance_image": 2.0}, (3.0, 2.0))):
+    cfg = SampleConfig(guidance_scale=3.0, image_guidance_scale=1.2)
+    for given, scales in (
+        ({}, (3.0, 1.2)),
+        ({"guidance_scale": 1.0}, (1.0, 1.0)),
+        ({"image_guidance_scale": 2.0}, (3.0, 2.0)),
+    ):
         options = Args(run, **given).options(cfg)
-        assert (options.guidance, options.guidance_image) == scales
+        assert (options.guidance_scale, options.image_guidance_scale) == scales
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,14 +256,14 @@ def test_guidance_is_of_words_and_images_unless_told_apart(run):
         (["  "], ["prompt is empty"]),
         (["--mode", "answer"], ["--mode answer"]),
         (["ta " * 99], ["ids", "context of 64"]),
-        (["a", "--max-new", "4"], ["--max-new must be at least 5", "not 4"]),
+        (["a", "--max-new-tokens", "4"], ["--max-new-tokens must be at least 5", "not 4"]),
         (["a", "--top-p", "0"], ["--top-p", "not 0"]),
         (["a", "--temperature", "nan"], ["--temperature", "nan"]),
         (["a", "--n", "0"], ["--n"]),
         (["a", "--seed", "-1"], ["--seed"]),
         (["a", "--top-k", "1" + "0" * 400], ["--top-k must be from 1 to 9223372036854775807"]),
         (["a", "--n", "1" + "0" * 30], ["--n must be from 1 to 1,000,000"]),
-        (["a", "--max-new", "1" + "0" * 30], ["--max-new must be from 1 to"]),
+        (["a", "--max-new-tokens", "1" + "0" * 30], ["--max-new-tokens must be from 1 to"]),
         (["a", "--device", "toaster"], ["toaster"]),
         (["a\udcff"], ["UTF-8"]),
     ],

@@ -412,7 +412,9 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
     text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
-    learnt = noisy(to_learn(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.code_noise, cfg.seed, [2, 3])
+    learnt = noisy(
+        to_learn(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.image_token_noise, cfg.seed, [2, 3]
+    )
     assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == {
         k: x.tolist() for k, x in vars(learnt).items()
     }
@@ -455,7 +457,7 @@ def test_failures_long_after_a_checkpoint_end_a_run_as_well(before_transformer, 
 def test_a_save_that_falls_into_a_streak_of_failures_is_made_up_for_behind_it(before_transformer, monkeypatch):
     break_losses(monkeypatch, "nan", lambda call: call in (5, 6))
     cfg = training_config(before_transformer)
-    train.main(replace(cfg, train=replace(cfg.train, save_every=5, keep=9)))
+    train.main(replace(cfg, train=replace(cfg.train, save_every=5, keep_checkpoints=9)))
     steps = sorted(int(path.name[5:]) for path in checkpoint.checkpoints(before_transformer))
     assert steps == [7, 10, 12]
 
@@ -482,7 +484,10 @@ def test_a_gpu_whose_memory_is_full_is_a_sentence_that_says_what_to_lower(
     cfg = training_config(before_transformer)
     cfg = replace(cfg, parallel=replace(cfg.parallel, micro_batch=micro_batch))
     rows = rf"the memory of cpu \(rank 0\) does not hold {micro_batch or 2} rows of {cfg.train.seq_len} ids at a time"
-    with pytest.raises(OwnError, match=f"{rows}: go on with {fewer}--parallel.recompute or --parallel.mode fsdp"):
+    with pytest.raises(
+        OwnError,
+        match=f"{rows}: go on with {fewer}--parallel.activation-checkpointing or --parallel.data-parallel fsdp",
+    ):
         train.main(cfg)
 
 
@@ -517,7 +522,12 @@ def test_another_configuration_in_the_same_folder_is_refused_by_the_fields_name(
 def test_what_does_not_touch_the_training_may_change(copy):
     cfg = training_config(copy)
     start_folder(
-        replace(cfg, evaluation=EvalConfig(1, 1, 1), device="auto", train=replace(cfg.train, log_every=1, keep=1))
+        replace(
+            cfg,
+            evaluation=EvalConfig(1, 1, 1),
+            device="auto",
+            train=replace(cfg.train, log_every=1, keep_checkpoints=1),
+        )
     )
     assert read_config(copy).evaluation == EvalConfig(1, 1, 1)
 
@@ -703,7 +713,7 @@ def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_pat
 
 
 def test_a_run_of_the_shapes_is_aligned_and_each_category_measured(finished, tmp_path):
-    few = replace(training_config(tmp_path).train, steps=4, save_every=4, answers_only=True)
+    few = replace(training_config(tmp_path).train, steps=4, save_every=4, assistant_only_loss=True)
     stages = mixed(**dict.fromkeys(CATEGORIES, 1.0))
     cfg = training_config(tmp_path / "aligned", init_from=finished, train=few, stages=stages)
     train.main(replace(cfg, evaluation=replace(cfg.evaluation, alignment=2)))

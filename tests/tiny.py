@@ -62,7 +62,7 @@ def random_task(rng: random.Random) -> tuple[list[int], SampleConfig, str, tuple
 
 
 def tiny_config(**changes) -> RunConfig:
-    sample = SampleConfig(max_new=16)
+    sample = SampleConfig(max_new_tokens=16)
     return dataclasses.replace(RunConfig("tiny", TINY_VQGAN, TINY_MODEL, OptimConfig(), sample=sample), **changes)
 
 
@@ -125,17 +125,17 @@ SHAPES_VQGAN = VQGANConfig(
 def training_config(out: Path, **changes) -> RunConfig:
     """A run on the shapes world of a few steps, with everything on whose state a resumed run needs: dropout, momentum,
     moving averages, the adversary. `changes` are fields of RunConfig."""
-    optim = OptimConfig("muon", lr=3e-3, eps=1e-8, warmup=2, schedule="cosine")
+    optim = OptimConfig("muon", lr=3e-3, eps=1e-8, warmup_steps=2, schedule="cosine")
     cfg = RunConfig(
         "tiny", SHAPES_VQGAN, ModelConfig(dim=16, n_layers=1, n_heads=2, multiple_of=8, dropout=0.1), optim,
         tokenizers=TokenizerTraining(
-            n_merges=64, n_texts=200, steps=6, batch_size=2, warmup_steps=2, optim=optim, adversarial=0.1,
-            adversarial_from=3, discriminator_ch=4,
+            n_merges=64, n_texts=200, steps=6, batch_size=2, warmup_steps=2, optim=optim, disc_weight=0.1,
+            disc_start=3, disc_channels=4,
         ),
         train=TrainConfig(
             steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5,
-            images="drawn", code_noise=0.5,
+            image_loss="drawn", image_token_noise=0.5,
         ),
-        sample=SampleConfig(max_new=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
+        sample=SampleConfig(max_new_tokens=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
     )  # fmt: skip
     return complete(dataclasses.replace(cfg, **changes))

@@ -75,7 +75,7 @@ def loader_rows(
 
 def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> list[Row]:
     """Documents of the toy that are made, encoded and packed when a batch asks for them."""
-    cfg = replace(cfg, data=replace(cfg.data, live=True, n_documents=2_000))
+    cfg = replace(cfg, data=replace(cfg.data, tokenize_on_the_fly=True, n_documents=2_000))
     loader = open_loader(cfg, image_tokenizer, text, Path())
     ids, steps = float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])), iter(range(8, 10**9))
     job = lambda: loader.batch(next(steps))  # noqa: E731

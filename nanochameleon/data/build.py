@@ -184,13 +184,15 @@ def open_loader(cfg: RunConfig, image_tokenizer: ImageTokenizer, tokenizer: Text
     rows = {name: rows_of(name, cfg, image_tokenizer, tokenizer, folder) for name in cfg.mixture}
     stages = [(start, dict(stage.weights)) for start, stage in zip(cfg.stage_starts, cfg.stages, strict=True)]
     vocab = tokenizer.vocab
-    return Loader(rows, stages, t.batch_size, t.seq_len, cfg.seed, vocab.pad, vocab.eot if t.answers_only else None)
+    return Loader(
+        rows, stages, t.batch_size, t.seq_len, cfg.seed, vocab.pad, vocab.eot if t.assistant_only_loss else None
+    )
 
 
 def rows_of(name: str, cfg: RunConfig, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Rows:
     """One source's rows; how they are packed is kept in the run's folder."""
     seq_len, place, size = cfg.train.seq_len, folder / "data" / name, tokenizer.vocab.size
-    if cfg.data.live:
+    if cfg.data.tokenize_on_the_fly:
         docs = Epochs(open_sources(cfg, folder)(name), cfg.seed, name)
         return Rows(name, Live(docs, image_tokenizer, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
     if cfg.data.source != "prepared":

@@ -39,7 +39,7 @@ def answered(run: Run, world: World, category: str, n: int) -> list[Answered]:
     source = AlignmentSource(world, category, SCENE_SEED, test=True)
     asked = [source.exchanges(i)[0] for i in range(n)]
     prompts = [prompt_ids(drawn(each.prompt, world), run, "answer") for each in asked]
-    options = replace(run.cfg.sample, temperature=0.0, max_new=run.cfg.model.max_seq_len)
+    options = replace(run.cfg.sample, temperature=0.0, max_new_tokens=run.cfg.model.max_seq_len)
     stops, n_codes = (run.vocab.eos, run.vocab.eot), run.image_tokenizer.n_codes_per_image
     rows = generate(run.model, prompts, run.vocab, n_codes, options, "both", run.cfg.seed, stops, progress=category)
     said = [[s for s in parse(row, run.tokenizer, run.vocab) if not isinstance(s, EndOfTurn)] for row in rows]

@@ -72,7 +72,7 @@ def draw_from(run: Run, prompts: list[list[int]], seed: int, progress: str | Non
     n_codes, side = run.image_tokenizer.n_codes_per_image, run.cfg.vqgan.resolution
     if not prompts:
         return np.empty((0, side, side, 3), np.uint8)
-    options = replace(run.cfg.sample, max_new=n_codes + 2)
+    options = replace(run.cfg.sample, max_new_tokens=n_codes + 2)
     rows = generate(run.model, prompts, run.vocab, n_codes, options, "image", seed, progress=progress)
     return run.image_tokenizer.decode(torch.tensor([row[:n_codes] for row in rows]) - run.vocab.first_code)
 
@@ -109,7 +109,7 @@ def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = No
     for image, question in asked:
         segments = [RawImage(image), Text(question)] if question else [RawImage(image)]
         prompts.append(prompt_ids(segments, run, "answer" if question else "go on"))
-    options = replace(run.cfg.sample, temperature=0.0, max_new=40)
+    options = replace(run.cfg.sample, temperature=0.0, max_new_tokens=40)
     stops = (vocab.eos, vocab.eot)
     rows = generate(run.model, prompts, vocab, n_codes, options, "text", stops=stops, progress=progress)
     return ["".join(s.text for s in parse(row, run.tokenizer, vocab) if isinstance(s, Text)) for row in rows]

@@ -37,7 +37,7 @@ from nanochameleon.vocab import Vocab
 def prompt_ids(segments: RawDocument, run: Run, ask: Literal["draw", "answer", "go on"] = "go on") -> list[int]:
     """<s> and the segments, as in training; then <boi> to have an image drawn, or the end of turn to have an answer.
 
-    segments: Text, data.RawImage (uint8 (R, R, 3)) and EndOfTurn in any order, no closing EndOfTurn needed for "answer".
+    segments: Text, data.RawImage (uint8 (R, R, 3)) and EndOfTurn in any order; "answer" closes the turn by itself.
     """
     ids = render(fuse([segments], run.image_tokenizer)[0], run.tokenizer, run.vocab, end=False)
     return ids + {"draw": [run.vocab.boi], "answer": [run.vocab.eot], "go on": []}[ask]
@@ -62,16 +62,16 @@ def make_task(
     what = "one new id" if need == 1 else f"the {need} ids of an image"
     if len(prompt) + need > context:
         raise UserError(f"the prompt has {len(prompt)} ids, which leaves no room for {what} in a context of {context}")
-    if options.max_new < need:
-        raise UserError(f"max_new is {options.max_new}, which leaves no room for {what}")
-    room = min(options.max_new, context - len(prompt))
+    if options.max_new_tokens < need:
+        raise UserError(f"max_new_tokens is {options.max_new_tokens}, which leaves no room for {what}")
+    room = min(options.max_new_tokens, context - len(prompt))
     return Task(tuple(prompt), options, mode, tuple(seed), None if stops is None else tuple(stops), left, room)
 
 
 def branches(task: Task, vocab: Vocab) -> dict[int, tuple[int, ...]]:
     """What is read beside the whole prompt, for guidance: IMAGES and NOTHING -> its prompt. Only what makes a
     difference: without earlier images the image to come has seen nothing but words."""
-    by_text, by_image = task.options.guidance, task.options.guidance_image
+    by_text, by_image = task.options.guidance_scale, task.options.image_guidance_scale
     if task.mode == "text" and task.left < 0:
         return {}
     begun = tuple(open_image(task.prompt, vocab) or ())

@@ -75,7 +75,8 @@ class Options:
     def of(configs: Sequence[SampleConfig], device: torch.device) -> "Options":
         columns = [
             (c.temperature, c.image_temperature, *(torch.inf if k is None else k for k in (c.top_k, c.image_top_k)),
-             c.top_p, c.image_top_p, c.min_p, c.image_min_p, c.repetition_penalty, c.guidance, c.guidance_image)
+             c.top_p, c.image_top_p, c.min_p, c.image_min_p, c.repetition_penalty,
+             c.guidance_scale, c.image_guidance_scale)
             for c in configs
         ]  # fmt: skip
         kind = torch.float32 if device.type == "mps" else torch.float64

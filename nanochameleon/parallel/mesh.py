@@ -148,10 +148,12 @@ def start(parallel: ParallelConfig, batch_size: int, device: torch.device) -> It
     """The mesh of the processes that torchrun has started, or of this one alone. Raises UserError for sizes that do not
     divide one another."""
     rank, world = place()
-    if world % parallel.tensor:
-        raise UserError(f"parallel.tensor is {parallel.tensor}, which must divide the {world} processes of torchrun")
-    if batch_size % (world // parallel.tensor):
-        shares = world // parallel.tensor
+    if world % parallel.tensor_parallel:
+        raise UserError(
+            f"parallel.tensor_parallel is {parallel.tensor_parallel}, which must divide the {world} processes"
+        )
+    if batch_size % (world // parallel.tensor_parallel):
+        shares = world // parallel.tensor_parallel
         raise UserError(f"train.batch_size is {batch_size}, which {shares} ranks cannot share evenly: change one")
     if world == 1:
         yield Mesh(device)
@@ -163,11 +165,11 @@ def start(parallel: ParallelConfig, batch_size: int, device: torch.device) -> It
     timeout = timedelta(seconds=parallel.timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     host, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, PATIENCE))
-    sizes = (world // parallel.tensor, parallel.tensor)
+    sizes = (world // parallel.tensor_parallel, parallel.tensor_parallel)
     grid = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("data", "tensor"))
     torch.set_num_threads(max(1, n_cores() // environment("LOCAL_WORLD_SIZE", 1)))  # torchrun gives each only one
     try:
-        yield Mesh(device, rank, world, parallel.tensor, grid, host, patient)
+        yield Mesh(device, rank, world, parallel.tensor_parallel, grid, host, patient)
         gc.collect()  # DDP's threads abort the process at its end if tensors are still theirs
         dist.barrier(group=patient)
     except RuntimeError as error:
@@ -204,9 +206,9 @@ def check_tensor(cfg: ModelConfig, ranks: int) -> None:
     groups = cfg.qk_norm_groups
     for name, number in (("n_kv_heads", cfg.kv_heads), ("feed-forward width", cfg.ffn_dim)):
         if number % ranks:
-            raise UserError(f"parallel.tensor is {ranks}, which must divide the model's {name}, {number}")
+            raise UserError(f"parallel.tensor_parallel is {ranks}, which must divide the model's {name}, {number}")
     if groups % ranks and ranks % groups:
-        both = f"parallel.tensor is {ranks} and model.qk_norm_groups {groups}"
+        both = f"parallel.tensor_parallel is {ranks} and model.qk_norm_groups {groups}"
         raise UserError(f"{both}: one must divide the other")
 
 
@@ -247,7 +249,7 @@ def shard(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
 
 
 def shards(mesh: Mesh, parallel: ParallelConfig) -> bool:
-    return mesh.world > 1 and (parallel.mode == "fsdp" or mesh.tensor > 1)
+    return mesh.world > 1 and (parallel.data_parallel == "fsdp" or mesh.tensor > 1)
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def spread(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
 
 def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> Trainee:
     """With its weights set: ready to be run."""
-    objective.model.recompute = parallel.recompute
+    objective.model.recompute = parallel.activation_checkpointing
     if parallel.compile:
         for block in objective.model.layers:
             block.compile()

@@ -18,9 +18,9 @@ from nanochameleon.vocab import Vocab
 
 def to_learn(batch: Batch, cfg: RunConfig, vocab: Vocab) -> Batch:
     """A batch with targets for the images that the configuration wants learnt."""
-    if cfg.train.images == "none":
+    if cfg.train.image_loss == "none":
         return without(batch, range(vocab.first_code, vocab.eoi))
-    return batch if cfg.train.images == "all" else drawn_alone(batch, cfg.vqgan.codes_per_image, vocab)
+    return batch if cfg.train.image_loss == "all" else drawn_alone(batch, cfg.vqgan.codes_per_image, vocab)
 
 
 def images(batch: Batch, n_codes: int, vocab: Vocab) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

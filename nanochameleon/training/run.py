@@ -38,6 +38,7 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.objective import pick_precision
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
+from nanochameleon.weights.old_names import with_new_names
 from nanochameleon.weights.ranges import out_of_range
 
 try:
@@ -128,6 +129,7 @@ def build_fields(kind, content: object):
     """The dataclass with the fields in `content`; one that an older version did not write takes its default."""
     if not isinstance(content, dict):
         raise ValueError(f"{kind.__name__} is {shown(repr(content))}")
+    content = with_new_names(kind.__name__, content)
     known = typing.get_type_hints(kind)
     needed = {f.name for f in dataclasses.fields(kind) if kind in WHOLE or not has_default(f)}
     for names, what in ((content.keys() - known.keys(), "has no field"), (needed - content.keys(), "lacks")):
@@ -155,7 +157,7 @@ def read_config(folder: Path) -> RunConfig:
 
 # between the start of a run and its continuation
 MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation", "parallel")
-MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep", "precision", "tensorboard")
+MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep_checkpoints", "precision", "tensorboard")
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

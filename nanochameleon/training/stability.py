@@ -57,7 +57,7 @@ VARIANTS = (
     Variant("34B recipe", "6a 6c", POST),
     Variant("34B, dropout", "6c", POST | {"dropout": 0.1}),
     Variant("34B, without QK-norm", "-", POST | {"qk_norm": False}),
-    Variant("without both, no drawing", "6b", PRE | {"qk_norm": False}, {"images": "none"}),
+    Variant("without both, no drawing", "6b", PRE | {"qk_norm": False}, {"image_loss": "none"}),
 )
 
 

@@ -73,14 +73,14 @@ def start_codebook(vqgan: VQGAN, pixels: Tensor, generator: torch.Generator) -> 
 def reconstruction_loss(x: Tensor, y: Tensor, perceptual: PerceptualLoss, cfg: TokenizerTraining) -> Tensor:
     """Absolute and squared error of each pixel, and of the edges."""
     loss = F.l1_loss(y, x) + F.mse_loss(y, x)
-    return loss + cfg.perceptual * perceptual(x, y) if cfg.perceptual else loss
+    return loss + cfg.perceptual_weight * perceptual(x, y) if cfg.perceptual_weight else loss
 
 
 class Adversary:
-    """The patch discriminator and its optimizer: what the VQGAN has to fool, from step `adversarial_from` on."""
+    """The patch discriminator and its optimizer: what the VQGAN has to fool, from step `disc_start` on."""
 
     def __init__(self, cfg: TokenizerTraining, device: torch.device):
-        self.net = PatchDiscriminator(cfg.discriminator_ch, n_layers=2).to(device)
+        self.net = PatchDiscriminator(cfg.disc_channels, n_layers=2).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), cfg.optim.lr / 10, betas=(0.5, 0.9), weight_decay=0.0)
 
     def loss(self, x: Tensor, y: Tensor, so_far: Tensor, last_layer: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def tokenizer_loss(
         drawn = vqgan.pixels(latents)
         return losses(x, drawn), latents, None, drawn
     drawn, latents, vectors, codes = vqgan(x)
-    loss = losses(x, drawn) + cfg.beta * commitment_loss(latents, vectors)
+    loss = losses(x, drawn) + cfg.commitment_weight * commitment_loss(latents, vectors)
     if cfg.codebook == "loss":
         loss = loss + codebook_loss(latents, vectors)
     return loss, latents, codes, drawn
@@ -122,7 +122,7 @@ def train_image_tokenizer(
     torch.manual_seed(cfg.seed)
     vqgan = VQGAN(cfg.vqgan).to(device)
     vqgan.quantize.embedding.requires_grad_(t.codebook == "loss")
-    optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.adversarial else None
+    optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.disc_weight else None
     start = load_tokenizer(directory, vqgan, optimizer, adversary)
     generator, perceptual, failed = torch.Generator(), PerceptualLoss().to(device), 0
     shuffled = Mixture({"images": (source, 1.0)}, cfg.seed)
@@ -136,13 +136,13 @@ def train_image_tokenizer(
         loss, latents, codes, drawn = tokenizer_loss(
             vqgan, x, step >= t.warmup_steps, lambda x, y: reconstruction_loss(x, y, perceptual, t), t
         )
-        if adversary and step >= t.adversarial_from:
-            loss = loss + t.adversarial * adversary.loss(x, drawn, loss, vqgan.decoder.conv_out.weight)
+        if adversary and step >= t.disc_start:
+            loss = loss + t.disc_weight * adversary.loss(x, drawn, loss, vqgan.decoder.conv_out.weight)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, t.steps, t.optim)
         optimizer.zero_grad()
         loss.backward()
-        value, norm = float(loss.detach()), clip(vqgan.parameters(), t.optim.clip)
+        value, norm = float(loss.detach()), clip(vqgan.parameters(), t.optim.grad_clip)
         failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
         if failed == TOO_MANY:
             lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"
@@ -150,7 +150,7 @@ def train_image_tokenizer(
         if not failed:
             optimizer.step()
             if codes is not None and t.codebook == "ema" and step < 0.8 * t.steps:  # then it stands for the decoder
-                vqgan.quantize.follow(latents.detach(), codes, t.ema_decay, t.dead_below, generator)
+                vqgan.quantize.follow(latents.detach(), codes, t.ema_decay, t.dead_code_threshold, generator)
         bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
         done, stop = step + 1, stopped()
         if done % SAVE_EVERY == 0 or done == t.steps or stop:

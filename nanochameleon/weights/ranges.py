@@ -10,36 +10,35 @@ MAX_NUMBER = 2**63 - 1  # of a whole number, as torch and numpy hold it
 
 ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every entry has to pass
     ("at least 0", lambda x: 0 <= x < math.inf, (
-        "seed", "optim.warmup", "optim.eps", "optim.weight_decay", "optim.final", "tokenizers.n_merges",
-        "tokenizers.warmup_steps", "tokenizers.optim.warmup", "tokenizers.optim.eps", "tokenizers.optim.weight_decay",
-        "tokenizers.optim.final", "tokenizers.beta", "tokenizers.dead_below", "tokenizers.perceptual",
-        "tokenizers.adversarial", "tokenizers.adversarial_from",
-        "train.z_loss", "sample.temperature", "sample.image_temperature", "sample.guidance",
-        "sample.guidance_image",
+        "seed", "optim.warmup_steps", "optim.eps", "optim.weight_decay", "optim.min_lr_ratio", "tokenizers.n_merges",
+        "tokenizers.warmup_steps", "tokenizers.optim.warmup_steps", "tokenizers.optim.eps",
+        "tokenizers.optim.weight_decay", "tokenizers.optim.min_lr_ratio", "tokenizers.commitment_weight",
+        "tokenizers.dead_code_threshold", "tokenizers.perceptual_weight", "tokenizers.disc_weight",
+        "tokenizers.disc_start", "train.z_loss", "sample.temperature", "sample.image_temperature",
+        "sample.guidance_scale", "sample.image_guidance_scale",
     )),
     ("at least 1", lambda x: 1 <= x < math.inf, (
-        "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim",
-        "vqgan.n_codes", "vqgan.n_groups", "model.vocab_size", "model.n_layers", "model.n_kv_heads",
-        "model.multiple_of", "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size",
-        "tokenizers.discriminator_ch", "data.n_documents", "train.steps",
-        "train.batch_size", "train.log_every", "train.sample_every", "train.save_every", "train.keep", "sample.top_k",
-        "sample.image_top_k", "sample.max_new", "evaluation.images", "evaluation.answers",
-        "evaluation.reconstructions", "evaluation.alignment", "parallel.tensor", "parallel.micro_batch",
-        "parallel.timeout",
+        "vqgan.ch", "vqgan.ch_mult", "vqgan.n_res_blocks", "vqgan.z_channels", "vqgan.embed_dim", "vqgan.n_codes",
+        "vqgan.n_groups", "model.vocab_size", "model.n_layers", "model.n_kv_heads", "model.multiple_of",
+        "tokenizers.n_texts", "tokenizers.steps", "tokenizers.batch_size", "tokenizers.disc_channels",
+        "data.n_documents", "train.steps", "train.batch_size", "train.log_every", "train.sample_every",
+        "train.save_every", "train.keep_checkpoints", "sample.top_k", "sample.image_top_k", "sample.max_new_tokens",
+        "evaluation.images", "evaluation.answers", "evaluation.reconstructions", "evaluation.alignment",
+        "parallel.tensor_parallel", "parallel.micro_batch", "parallel.timeout",
     )),
     ("above 0", lambda x: 0 < x < math.inf, (
-        "model.ffn_dim_multiplier", "optim.lr", "optim.clip",
-        "tokenizers.optim.lr", "tokenizers.optim.clip", "sample.repetition_penalty",
+        "model.ffn_dim_multiplier", "optim.lr", "optim.grad_clip", "tokenizers.optim.lr",
+        "tokenizers.optim.grad_clip", "sample.repetition_penalty",
     )),
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, (
-        "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay",
-        "sample.min_p", "sample.image_min_p",
+        "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay", "sample.min_p",
+        "sample.image_min_p",
     )),
     ("from 1 to 8,192", lambda x: 1 <= x <= 2**13, ("vqgan.resolution",)),  # pixels: as large as images may be
     ("from 1 to 16,777,216", lambda x: 1 <= x <= 2**24, ("model.max_seq_len",)),  # positions that float32 tells apart
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("model.norm_eps", "sample.top_p", "sample.image_top_p")),
     ("above 0 and at most 1e12", lambda x: 0 < x <= 1e12, ("model.rope_theta",)),
-    ("from 0 to 1", lambda x: 0 <= x <= 1, ("train.code_noise",)),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, ("train.image_token_noise",)),
 )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_no_row_is_read_twice_whatever_the_stages(tmp_path, tokenizer):
 def test_live_rows_are_those_of_the_shards(tmp_path, tokenizer):
     write(tmp_path, tokenizer)
     loaders = [
-        open_loader(replace(CFG, data=replace(CFG.data, live=live)), Mosaic(), tokenizer, tmp_path)
+        open_loader(replace(CFG, data=replace(CFG.data, tokenize_on_the_fly=live)), Mosaic(), tokenizer, tmp_path)
         for live in (False, True)
     ]
     for step in range(12):

@@ -11,15 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_pictures import encoded
+from bad_images import encoded
 from PIL import Image
-from test_units import lines
-from test_webdataset import write_tar
 from tiny import TINY_VQGAN, TOKENIZER, VOCAB, tiny_config, tiny_run, training_config
+from written import lines, prepare, write_tar
 
 from nanochameleon.config import DataConfig, EvalConfig, ModelConfig, RunConfig
 from nanochameleon.data.build import open_loader
-from nanochameleon.data.prepare.__main__ import Args, main
 from nanochameleon.data.prepared import INDEX, open_prepared, sources, store_prepared
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import held_out, report
@@ -33,10 +31,6 @@ from nanochameleon.weights.model_folder import open_model, open_tokenizers
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
-
-
-def prepare(data: Path, name: str, source: Path, form: str, model: Path | None = None) -> None:
-    main(Args("prepare", (source,), form, data, name, model, device="cpu"))
 
 
 @pytest.fixture(scope="module")

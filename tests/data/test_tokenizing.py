@@ -14,15 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bad_pictures import encoded
+from bad_images import encoded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 from strategies import SNIPPETS, any_text
-from test_units import lines
-from test_webdataset import write_tar
 from tiny import TOKENIZER, VOCAB, tiny_run
 from tqdm import tqdm
+from written import lines, write_tar
 
 from nanochameleon.data import Shards
 from nanochameleon.data.prepare import tokenizing
@@ -257,7 +256,7 @@ def model(tmp_path_factory) -> Path:
 def command(*words, env=None, ranks: int = 1) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
     start = torchrun + ["-m"] if ranks > 1 else ["-m"]
-    return [sys.executable, *start, "nanochameleon.data", "prepare", *map(str, words), "--device", "cpu"]
+    return [sys.executable, *start, "nanochameleon.data.prepare", *map(str, words), "--device", "cpu"]
 
 
 def test_torchrun_and_one_process_write_the_same_folder(tars, model, tmp_path):
@@ -294,7 +293,7 @@ def test_a_process_killed_at_any_moment_goes_on_to_the_same_bytes(tars, model, t
 
 def args(sources: list[Path], model: Path | None, out: Path, **more) -> Args:
     options = dict(form="pairs", name="web", device="cpu") | more
-    return Args("prepare", tuple(sources), out=out, tokenizers=model, **options)
+    return Args(tuple(sources), out=out, tokenizers=model, **options)
 
 
 def test_a_hundred_bad_items_in_a_row_end_it_and_ninety_nine_do_not(tmp_path):

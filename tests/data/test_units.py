@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import any_text
-from test_webdataset import IMAGE, write_tar
+from written import IMAGE, lines, write_tar
 
 from nanochameleon.data.prepare import units
 from nanochameleon.data.prepare.units import Loose, items, left_out, plan
@@ -32,11 +32,6 @@ def found(source: Path, form: str) -> list:
 
 def texts(source: Path) -> list[str]:
     return [item.doc[0].text for item in found(source, "text")]
-
-
-def lines(path: Path, *rows) -> Path:
-    path.write_bytes(b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows))
-    return path
 
 
 @pytest.fixture

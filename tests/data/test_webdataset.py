@@ -13,27 +13,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from bad_pictures import bad_pictures, encoded, noise, odd_images
+from bad_images import bad_images, encoded, odd_images
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from written import IMAGE, write_tar
 
 from nanochameleon.data.reading import MAX_CAPTION, Bad, Captioned, walk
 from nanochameleon.data.sources.folder import FolderSource, prepare_folder
 from nanochameleon.data.sources.webdataset import MAX_IMAGE, MAX_JSON, captioned, tars_in
 from nanochameleon.errors import UserError
-
-IMAGE = encoded(noise())
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def read(path: Path) -> list[Captioned | Bad]:
@@ -263,7 +252,7 @@ def test_tars_without_anything_to_use_are_refused(content, tmp_path):
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
-from nanochameleon.folder import prepare_folder
+from nanochameleon.data.sources.folder import prepare_folder
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 folder, before = Path(sys.argv[1]), peak()
 report = prepare_folder(folder / "mine", folder / "prepared", 16)
@@ -275,7 +264,7 @@ print(json.dumps([report.images, [[bad.where, bad.reason] for bad in report.skip
 @pytest.mark.parametrize("place", ["tar", "folder"])
 def test_every_kind_of_bad_image_is_skipped_with_its_name_in_little_memory(place, tmp_path):
     """Rows 8 and 9 of the fault table: 11 kinds of bad images among odd ones that are good."""
-    bad, odd = bad_pictures(), odd_images()
+    bad, odd = bad_images(), odd_images()
     names = {name: f"{number:03d}" for number, name in enumerate([*bad, *odd])}
     if place == "tar":
         members = [(f"{names[n]}.{e}", d) for n, x in (bad | odd).items() for e, d in (("jpg", x), ("txt", n.encode()))]

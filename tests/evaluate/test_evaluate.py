@@ -58,7 +58,7 @@ def test_of_a_run_that_learns_answers_alone_their_bits_and_bytes_count(run):
     torch.nn.init.zeros_(untrained.output.weight)
     talk = [Text("red"), EndOfTurn(), Text("a réd"), EndOfTurn(), Text("?"), EndOfTurn(), Image((1,) * 4)]
     cfg = tiny_config(model=untrained.cfg)
-    cfg = replace(cfg, train=replace(cfg.train, answers_only=True))
+    cfg = replace(cfg, train=replace(cfg.train, assistant_only_loss=True))
     measured = bits(replace(run, model=untrained, cfg=cfg), [render(talk, TOKENIZER, VOCAB)])
     n_text = len(TOKENIZER.encode("a réd")) + 1 + 3  # the end of the turn, the image's begin and end, </s>
     assert measured["bits_per_byte"] == pytest.approx(math.log2(VOCAB.size) * n_text / len("a réd".encode()), rel=1e-5)

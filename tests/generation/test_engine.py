@@ -24,8 +24,9 @@ with torch.no_grad():  # so that all often begin an image where they may
     for model in (MODEL, GROUPED, SINGLE):
         model.output.weight[VOCAB.boi] *= 6
 OPTIONS = SampleConfig(
-    temperature=1.3, top_p=0.95, repetition_penalty=1.1, image_temperature=1.0, guidance=1.0, guidance_image=1.0,
-    max_new=16,
+    temperature=1.3, top_p=0.95, repetition_penalty=1.1, image_temperature=1.0,
+    guidance_scale=1.0, image_guidance_scale=1.0,
+    max_new_tokens=16,
 )  # fmt: skip
 
 images = st.lists(st.integers(0, 7), min_size=N_CODES, max_size=N_CODES).map(lambda codes: Image(tuple(codes)))
@@ -68,13 +69,13 @@ def plain_guided(model, ids, options) -> torch.Tensor:
     last = len(ids) - 1 - ids[::-1].index(VOCAB.boi)
     seen = ids, [t for t in ids if t == VOCAB.bos or 4 <= t <= VOCAB.boi], [VOCAB.bos, *ids[last:]]
     full, image, nothing = (model.logits(model(torch.tensor([some]))[0, -1]) for some in seen)
-    return nothing + options.guidance_image * (image - nothing) + options.guidance * (full - image)
+    return nothing + options.image_guidance_scale * (image - nothing) + options.guidance_scale * (full - image)
 
 
 @torch.no_grad()
 def plain(model, prompt, options, mode, seed, stops=None) -> list[int]:
     """One sample, no cache, no batch, no branches kept: every step runs the whole sequences."""
-    room = min(options.max_new, model.cfg.max_seq_len - len(prompt))
+    room = min(options.max_new_tokens, model.cfg.max_seq_len - len(prompt))
     start = max((i for i, token in enumerate(prompt) if token == VOCAB.boi), default=-1)
     begun = start >= 0 and VOCAB.eoi not in prompt[start:]
     left = N_CODES + 1 - (len(prompt) - start) if begun else -1
@@ -100,7 +101,7 @@ def plain(model, prompt, options, mode, seed, stops=None) -> list[int]:
 def room_for(task):
     """A task whose mode leaves room for an image."""
     prompt, options, mode, stops = task
-    return prompt, replace(options, max_new=max(options.max_new, N_CODES + 2)), mode, stops
+    return prompt, replace(options, max_new_tokens=max(options.max_new_tokens, N_CODES + 2)), mode, stops
 
 
 @settings(max_examples=15)
@@ -125,7 +126,9 @@ def test_any_mixture_that_comes_and_goes_equals_plain_loops(tasks, n_rows, chunk
 @pytest.mark.parametrize("model", [MODEL, SINGLE], ids=["double", "single"])
 def test_so_does_it_where_guided_images_begin_between_words(model):
     rows = [[VOCAB.bos, VOCAB.first_text + i] for i in range(6)]
-    options = replace(OPTIONS, guidance=2.5, guidance_image=-2.0, max_new=40)  # far from 1, where mistakes show
+    options = replace(
+        OPTIONS, guidance_scale=2.5, image_guidance_scale=-2.0, max_new_tokens=40
+    )  # far from 1, where mistakes show
     together = generate(model, rows, VOCAB, N_CODES, options, "both", 1)
     begun = {i for row in together for i, token in enumerate(row) if token == VOCAB.boi}
     assert len(begun) > 5 and max(begun) > 10
@@ -141,7 +144,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(rows, seed, batch_size):
 
 def test_a_row_is_the_same_alone_and_in_a_batch_in_the_numbers_that_models_have():
     rows = [[VOCAB.bos, *range(VOCAB.first_text, VOCAB.first_text + i)] for i in range(20)]
-    options = replace(OPTIONS, max_new=20, guidance=2.0)
+    options = replace(OPTIONS, max_new_tokens=20, guidance_scale=2.0)
     together = generate(SINGLE, rows, VOCAB, N_CODES, options, seed=5)
     for size in (3, 17):
         assert generate(SINGLE, rows, VOCAB, N_CODES, options, seed=5, batch_size=size) == together
@@ -164,7 +167,9 @@ def counted(monkeypatch, name):
 def test_one_prompt_is_read_once_for_its_samples_and_their_branches(monkeypatch):
     calls = counted(monkeypatch, "prefill")
     prompt = [VOCAB.bos, *TOKENIZER.encode("a red"), VOCAB.boi]
-    generate(MODEL, [prompt] * 5, VOCAB, N_CODES, replace(OPTIONS, guidance=3.0, guidance_image=1.2), "image")
+    generate(
+        MODEL, [prompt] * 5, VOCAB, N_CODES, replace(OPTIONS, guidance_scale=3.0, image_guidance_scale=1.2), "image"
+    )
     read = [list(ids) for (parts,) in calls for ids, *_ in parts]
     assert sorted(read) == sorted([prompt, [VOCAB.bos, VOCAB.boi]])
 
@@ -172,7 +177,7 @@ def test_one_prompt_is_read_once_for_its_samples_and_their_branches(monkeypatch)
 def test_a_long_prompt_is_read_in_chunks_between_steps_of_others(monkeypatch):
     read, looks = counted(monkeypatch, "prefill"), counted(monkeypatch, "look")
     engine = Engine(MODEL, VOCAB, N_CODES, 2, chunk=8)
-    engine.add([VOCAB.bos], replace(OPTIONS, temperature=0.0, max_new=40), "text")
+    engine.add([VOCAB.bos], replace(OPTIONS, temperature=0.0, max_new_tokens=40), "text")
     engine.step()
     engine.add([VOCAB.bos] * 30, OPTIONS, "text")
     before = len(looks)
@@ -212,7 +217,7 @@ def test_steps_stay_in_place_and_their_keys_are_few(monkeypatch):
         decoder.cache.values,
     ]
     for seed in range(12):
-        engine.add([VOCAB.bos], replace(OPTIONS, guidance=2.0, max_new=30), "both", (seed,))
+        engine.add([VOCAB.bos], replace(OPTIONS, guidance_scale=2.0, max_new_tokens=30), "both", (seed,))
     list(engine.run())
     engine.add([VOCAB.bos, VOCAB.boi], OPTIONS, "image")
     list(engine.run())
@@ -231,9 +236,9 @@ def test_steps_stay_in_place_and_their_keys_are_few(monkeypatch):
 @settings(max_examples=15)
 @given(batches, st.integers(0, 99))
 def test_scales_of_1_are_no_guidance(rows, seed):
-    """With branches beside it, too: guidance 1 after images, where guidance_image is another number, has them."""
-    new = generate(MODEL, rows, VOCAB, N_CODES, replace(OPTIONS, max_new=40), seed=seed)
-    nearly = replace(OPTIONS, guidance=1 + 1e-12, guidance_image=1 - 1e-12, max_new=40)
+    """With branches beside it, too: guidance 1 after images, where image_guidance_scale is another number, has them."""
+    new = generate(MODEL, rows, VOCAB, N_CODES, replace(OPTIONS, max_new_tokens=40), seed=seed)
+    nearly = replace(OPTIONS, guidance_scale=1 + 1e-12, image_guidance_scale=1 - 1e-12, max_new_tokens=40)
     assert generate(MODEL, rows, VOCAB, N_CODES, nearly, seed=seed) == new
 
 
@@ -241,7 +246,7 @@ def test_guidance_0_draws_what_no_prompt_draws_and_guidance_1_listens():
     texts = [render([Text(text)], TOKENIZER, VOCAB, end=False) + [VOCAB.boi] for text in ("red", "a ta red")]
     drawn = {}
     for guidance in (0.0, 1.0):
-        options = replace(OPTIONS, guidance=guidance, guidance_image=guidance)
+        options = replace(OPTIONS, guidance_scale=guidance, image_guidance_scale=guidance)
         rows = [[VOCAB.bos, VOCAB.boi], *texts] * 4
         new = [generate(MODEL, [row], VOCAB, N_CODES, options, "image", seed)[0] for seed, row in enumerate(rows)]
         same = [generate(MODEL, [rows[0]], VOCAB, N_CODES, options, "image", seed)[0] for seed in range(len(rows))]
@@ -271,12 +276,12 @@ def test_a_sample_parses_fits_and_repeats(model):
     new = once(64, list(enumerate(drawn)))
     assert once(5, list(enumerate(drawn))[::50]) == new[::50]
     for (prompt, options, mode, stops), ids in zip(drawn, new, strict=True):
-        assert 1 <= len(ids) <= options.max_new and len(prompt) + len(ids) <= context
+        assert 1 <= len(ids) <= options.max_new_tokens and len(prompt) + len(ids) <= context
         images = [segment for segment in parse(prompt + ids, TOKENIZER, VOCAB) if isinstance(segment, Image)]
         assert all(len(image.codes) == N_CODES for image in images)
         ends = [i for i, token in enumerate(ids) if token in (VOCAB.eos, VOCAB.eot)]
         assert ends in ([], [len(ids) - 1])
-        full = len(ids) == options.max_new or len(prompt) + len(ids) == context
+        full = len(ids) == options.max_new_tokens or len(prompt) + len(ids) == context
         assert ends or full or (mode == "image" and ids[-1] == VOCAB.eoi)
         assert stops or VOCAB.eot not in ids
         forbidden = {VOCAB.bos, VOCAB.pad, VOCAB.unk, *range(VOCAB.boi + 1, VOCAB.first_text)} - {VOCAB.eot}
@@ -295,7 +300,7 @@ def test_a_stop_where_the_model_wants_to_draw():
 
 
 def test_a_repetition_penalty_forbids_nothing_and_turns_a_model_away_from_what_it_said():
-    options = replace(OPTIONS, temperature=0.0, max_new=40)
+    options = replace(OPTIONS, temperature=0.0, max_new_tokens=40)
     [plainly] = generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, replace(options, repetition_penalty=1.0), "text")
     [varied] = generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, replace(options, repetition_penalty=50.0), "text")
     assert len(set(plainly)) < len(plainly) and len(set(varied)) == len(varied)
@@ -343,14 +348,14 @@ def test_an_open_image_needs_room_for_its_rest():
     assert len(generate(MODEL, [prompt[2:]], VOCAB, N_CODES, OPTIONS, "image")[0]) == N_CODES
     with pytest.raises(UserError, match="4 ids of an image"):
         generate(MODEL, [prompt], VOCAB, N_CODES, OPTIONS, "image")
-    with pytest.raises(UserError, match="max_new is 3"):
-        generate(MODEL, [prompt[2:]], VOCAB, N_CODES, replace(OPTIONS, max_new=3), "image")
+    with pytest.raises(UserError, match="max_new_tokens is 3"):
+        generate(MODEL, [prompt[2:]], VOCAB, N_CODES, replace(OPTIONS, max_new_tokens=3), "image")
 
 
 def test_an_engine_without_rows_for_guidance_says_so():
     engine = Engine(MODEL, VOCAB, N_CODES, 2)
     with pytest.raises(UserError, match="guidance needs 3 rows of the batch, and it has 2"):
-        engine.add([VOCAB.bos], replace(OPTIONS, guidance=3.0, guidance_image=1.2))
+        engine.add([VOCAB.bos], replace(OPTIONS, guidance_scale=3.0, image_guidance_scale=1.2))
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,13 @@ def test_each_row_has_numbers_of_its_own_and_images_have_others_than_text():
 def test_defaults_are_the_released_ones():
     cfg = SampleConfig()
     assert (cfg.temperature, cfg.top_p, cfg.repetition_penalty) == (0.7, 0.9, 1.2)
-    assert (cfg.image_temperature, cfg.image_top_p, cfg.guidance, cfg.guidance_image) == (0.7, 0.9, 3.0, 1.2)
-    assert cfg.max_new == 4_096 and cfg.top_k is cfg.image_top_k is None and cfg.min_p == cfg.image_min_p == 0
+    assert (cfg.image_temperature, cfg.image_top_p, cfg.guidance_scale, cfg.image_guidance_scale) == (
+        0.7,
+        0.9,
+        3.0,
+        1.2,
+    )
+    assert cfg.max_new_tokens == 4_096 and cfg.top_k is cfg.image_top_k is None and cfg.min_p == cfg.image_min_p == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

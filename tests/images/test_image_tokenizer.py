@@ -413,7 +413,7 @@ def test_a_progressive_jpeg_is_counted_with_its_coefficients(tmp_path, monkeypat
 MEASURED = """
 import sys, threading
 from nanochameleon.errors import UserError
-from nanochameleon.image_tokenizer import load_square
+from nanochameleon.images.tokenizer import load_square
 
 def status(key):
     with open("/proc/self/status") as file:

@@ -10,7 +10,7 @@ from nanochameleon.kernels.cpu import malloc as pages
 
 FAULTS = """
 import resource, torch
-from nanochameleon.kernels.pages import keep_pages
+from nanochameleon.kernels.cpu.malloc import keep_pages
 keep_pages()
 def touch():
     for size in (3, 11, 40, 7):  # MB

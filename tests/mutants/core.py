@@ -179,8 +179,8 @@ MUTANTS = [
     Mutant(
         "warm-up reaches the peak too soon",
         "optim.py",
-        "(step + 1) / (cfg.warmup + 1)",
-        "(step + 2) / (cfg.warmup + 1)",
+        "(step + 1) / (cfg.warmup_steps + 1)",
+        "(step + 2) / (cfg.warmup_steps + 1)",
         "test_optim.py",
     ),
     Mutant(

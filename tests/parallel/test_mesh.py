@@ -1,25 +1,22 @@
 """Ranks that train together: what they learn does not depend on how many share the work, or in which way."""
 
 import os
-import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_on
-from tiny import training_config
+from small_runs import prepare, trained
 from torch import nn
 
-from nanochameleon.config import ModelConfig, ParallelConfig, RunConfig
+from nanochameleon.config import ModelConfig, ParallelConfig
 from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import IGNORE
 from nanochameleon.parallel.mesh import check_tensor, start
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import read_metrics
-from nanochameleon.training.run import CONFIG, config_to_json
 from nanochameleon.transformer import Block
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.model_folder import open_parts
@@ -60,7 +57,7 @@ def test_one_process_is_a_mesh_of_its_own():
 @pytest.mark.parametrize(
     ("parallel", "batch", "why"),
     [
-        (ParallelConfig(tensor=2), 4, r"parallel\.tensor is 2, which must divide the 3 processes"),
+        (ParallelConfig(tensor_parallel=2), 4, r"parallel\.tensor_parallel is 2, which must divide the 3 processes"),
         (ParallelConfig(), 4, r"train\.batch_size is 4, which 3 ranks cannot share evenly"),
     ],
 )
@@ -85,7 +82,7 @@ def test_layers_that_cannot_be_cut_are_refused():
 
 
 def spread_loss(vocab: Vocab, logits: torch.Tensor, targets: torch.Tensor) -> tuple:
-    with start(ParallelConfig(tensor=2), 1, CPU) as mesh:
+    with start(ParallelConfig(tensor_parallel=2), 1, CPU) as mesh:
         width = -(-vocab.size // 2)
         mine = logits[:, mesh.rank * width : (mesh.rank + 1) * width].clone().requires_grad_()
         parts = next_token_loss(mine, targets, vocab, mesh.layer_ranks)
@@ -113,64 +110,10 @@ def test_the_loss_over_spread_columns_is_that_of_all_columns(n_merges, ignored):
 # Whole runs
 
 
-def config(out: Path, **parallel) -> RunConfig:
-    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step. parallel: also "optim" and "precision"."""
-    cfg = training_config(out)
-    model = replace(cfg.model, dim=32, n_heads=4, n_layers=2, qk_norm_groups=2, norm_order="post")
-    precision = parallel.pop("precision", "fp32")
-    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100, precision=precision)
-    optim = replace(cfg.optim, name=parallel.pop("optim", "adamw"))
-    return replace(cfg, model=model, train=train, optim=optim, parallel=ParallelConfig(**parallel))
-
-
-def prepare(folder: Path, **parallel) -> Path:
-    """A run before the transformer's first step."""
-    import train
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_transformer", interrupted)
-        with pytest.raises(Interrupted):
-            train.main(config(folder, **parallel))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """Read only."""
     return prepare(tmp_path_factory.mktemp("prepared") / "run")
-
-
-def interrupted(*_):
-    raise Interrupted
-
-
-def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
-    """Trains, without a report; stops as by Ctrl-C when so many steps are done."""
-    import train
-
-    real = train.Training.step
-
-    def step(self, monitor, stopped):
-        return real(self, monitor, lambda: self.progress.step + 1 == until)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "report", lambda *_: None)
-        patch.setattr(train.Training, "step", step)
-        with nullcontext() if until is None else pytest.raises(Interrupted):
-            train.main(replace(cfg, out=folder))
-
-
-def trained(prepared: Path, folder: Path, ranks: int, until: int | None = None, **parallel) -> Path:
-    """A run on so many ranks, from the prepared one."""
-    cfg = config(folder, **parallel)
-    if not folder.exists():
-        shutil.copytree(prepared, folder)
-        (folder / CONFIG).write_text(config_to_json(cfg))
-    if ranks == 1:
-        learn(folder, cfg, until)
-    else:
-        run_on(ranks, learn, folder, cfg, until)
-    return folder
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
@@ -190,11 +133,14 @@ WAYS = {
     "2 ranks": (2, {}),
     "4 ranks": (4, {}),
     "2 ranks, micro-batches of one row": (2, {"micro_batch": 1}),
-    "2 shards": (2, {"mode": "fsdp"}),
-    "4 shards, micro-batches, recomputed": (4, {"mode": "fsdp", "micro_batch": 1, "recompute": True}),
-    "layers over 2 ranks": (2, {"tensor": 2}),
-    "2 shards of layers over 2 ranks": (4, {"tensor": 2, "recompute": True}),
-    "layers over 4 ranks": (4, {"tensor": 4, "micro_batch": 2}),
+    "2 shards": (2, {"data_parallel": "fsdp"}),
+    "4 shards, micro-batches, recomputed": (
+        4,
+        {"data_parallel": "fsdp", "micro_batch": 1, "activation_checkpointing": True},
+    ),
+    "layers over 2 ranks": (2, {"tensor_parallel": 2}),
+    "2 shards of layers over 2 ranks": (4, {"tensor_parallel": 2, "activation_checkpointing": True}),
+    "layers over 4 ranks": (4, {"tensor_parallel": 4, "micro_batch": 2}),
 }
 
 
@@ -227,9 +173,9 @@ def test_what_is_learnt_does_not_depend_on_how_the_work_is_shared(way, alone, pr
 
 CHANGES = {
     "4 ranks, 2, 1": [(4, {}), (2, {}), (1, {})],
-    "1 rank, 4 shards, 2 shards": [(1, {}), (4, {"mode": "fsdp"}), (2, {"mode": "fsdp"})],
-    "4 shards of layers, 2 shards, 1 rank": [(4, {"tensor": 2}), (2, {"mode": "fsdp"}), (1, {})],
-    "2 ranks, layers over 4 ranks, 4 shards": [(2, {}), (4, {"tensor": 4}), (4, {"mode": "fsdp"})],
+    "1 rank, 4 shards, 2 shards": [(1, {}), (4, {"data_parallel": "fsdp"}), (2, {"data_parallel": "fsdp"})],
+    "4 shards of layers, 2 shards, 1 rank": [(4, {"tensor_parallel": 2}), (2, {"data_parallel": "fsdp"}), (1, {})],
+    "2 ranks, layers over 4 ranks, 4 shards": [(2, {}), (4, {"tensor_parallel": 4}), (4, {"data_parallel": "fsdp"})],
 }
 
 

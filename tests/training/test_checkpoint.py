@@ -55,7 +55,7 @@ def train(steps, run_dir, stop_after=None, resume=False):
     """A network with dropout, whose draws are a function of the step; returns its losses and its tensors."""
     torch.manual_seed(99 if resume else 1)
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Dropout(0.5), nn.Linear(5, 1))
-    cfg = OptimConfig(lr=1e-2, warmup=2)
+    cfg = OptimConfig(lr=1e-2, warmup_steps=2)
     optimizer, start = make_adamw(model, cfg), 0
     if resume:
         tensors, state = load(run_dir)

@@ -40,6 +40,7 @@ from nanochameleon.training.run import (
     start_folder,
 )
 from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.old_names import RENAMED
 
 paths = st.text(st.characters(exclude_characters="\x00", exclude_categories=("Cs",)), min_size=1).map(Path)
 whole, real = st.integers(1, 10**9), st.floats(allow_nan=False)
@@ -117,7 +118,7 @@ NOT_A_CONFIG = {
 
 
 def test_a_field_that_an_older_version_did_not_write_has_its_default():
-    older = changed(lambda c: (c.pop("init_vqgan"), c["train"].pop("keep")))
+    older = changed(lambda c: (c.pop("init_vqgan"), c["train"].pop("keep_checkpoints")))
     assert config_from_json(older) == tiny_config()
 
 
@@ -127,6 +128,22 @@ def test_a_broken_configuration_is_named(tmp_path, content, why):
     with pytest.raises(UserError, match=why) as error:
         read_config(tmp_path)
     assert str(tmp_path / CONFIG) in str(error.value)
+
+
+def test_a_configuration_under_older_names_is_read():
+    cfg, older = tiny_config(), json.loads(config_to_json(tiny_config()))
+    sections = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    places = [(older[name], value) for name, value in sections.items()] + [
+        (older["tokenizers"]["optim"], cfg.tokenizers.optim),
+        *zip(older["stages"], cfg.stages, strict=True),
+    ]
+    changed_names = []
+    for fields, value in places:
+        for old, new in RENAMED.get(type(value).__name__, {}).items():
+            fields[old] = fields.pop(new)
+            changed_names.append((type(value).__name__, old))
+    assert {(kind, old) for kind, names in RENAMED.items() for old in names} == set(changed_names)
+    assert config_from_json(json.dumps(older)) == cfg
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

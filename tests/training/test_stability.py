@@ -57,8 +57,8 @@ def test_variants_change_what_they_say_and_nothing_else(tmp_path):
         assert cfg.optim.lr == pytest.approx(10 * base.optim.lr) and cfg.seed == 2
     assert not by_name["without QK-norm"].model.qk_norm and by_name["without QK-norm"].model.dropout == 0.1
     assert by_name["34B recipe"].model.norm_order == "post" and by_name["without z-loss"].train.z_loss == 0
-    images = [by_name[name].train.images for name in ("without both, no drawing", "7B recipe")]
-    assert images == ["none", base.train.images]
+    images = [by_name[name].train.image_loss for name in ("without both, no drawing", "7B recipe")]
+    assert images == ["none", base.train.image_loss]
 
 
 def test_the_study_runs_each_variant_once_on_the_first_one_s_tokenizers_and_data(tmp_path, monkeypatch, capsys):

@@ -81,8 +81,8 @@ def few_images(monkeypatch):
 
 VARIANTS = {
     "moving averages, adversary": training(),
-    "codebook loss": training(codebook="loss", adversarial=0.0),
-    "window": training(adversarial=0.0),
+    "codebook loss": training(codebook="loss", disc_weight=0.0),
+    "window": training(disc_weight=0.0),
 }
 
 
@@ -174,9 +174,9 @@ class Quarters:
 
 
 def test_it_learns_to_draw_images_it_has_not_seen(tmp_path, few_images):
-    optim = replace(training().optim, warmup=5, lr=1e-2)
+    optim = replace(training().optim, warmup_steps=5, lr=1e-2)
     vqgan = replace(SHAPES_VQGAN, resolution=16, ch=8, ch_mult=(1, 1, 1), n_codes=32, z_channels=8, embed_dim=8)
-    tokenizers = training(steps=120, warmup_steps=40, batch_size=8, adversarial=0.0, optim=optim)
+    tokenizers = training(steps=120, warmup_steps=40, batch_size=8, disc_weight=0.0, optim=optim)
     cfg = training_config(tmp_path, vqgan=vqgan, tokenizers=tokenizers)
     train_image_tokenizer(cfg, Quarters(0), tmp_path, CPU, lambda: False)
     image_tokenizer, clean = open_image_tokenizer(tmp_path, cfg, CPU), images(Quarters(1), 0, 64)
@@ -218,12 +218,12 @@ def test_the_reconstruction_loss_is_the_pixels_error_and_that_of_the_edges():
     x, y = some_images(2), some_images(4)[2:]
     perceptual = PerceptualLoss()
     error = (x - y).abs().mean() + (x - y).square().mean()
-    plain = reconstruction_loss(x, y, perceptual, training(perceptual=0.0))
+    plain = reconstruction_loss(x, y, perceptual, training(perceptual_weight=0.0))
     torch.testing.assert_close(plain, error)
     torch.testing.assert_close(
-        reconstruction_loss(x, y, perceptual, training(perceptual=0.5)), error + 0.5 * perceptual(x, y)
+        reconstruction_loss(x, y, perceptual, training(perceptual_weight=0.5)), error + 0.5 * perceptual(x, y)
     )
-    assert reconstruction_loss(x, x, perceptual, training(perceptual=0.5)) == 0
+    assert reconstruction_loss(x, x, perceptual, training(perceptual_weight=0.5)) == 0
 
 
 @pytest.mark.parametrize("codebook", ["ema", "loss"])
@@ -231,7 +231,7 @@ def test_the_commitment_loss_has_beta_and_the_codebook_loss_has_not(codebook):
     """Both have the same value, the mean squared distance of a latent to its code; only where they pull differs."""
     torch.manual_seed(0)
     vqgan, x = VQGAN(SHAPES_VQGAN), some_images(2)
-    t = training(codebook=codebook, beta=0.125)
+    t = training(codebook=codebook, commitment_weight=0.125)
     loss, latents, codes, drawn = tokenizer_loss(vqgan, x, True, lambda x, y: (x - y).abs().mean(), t)
     distance = (latents - vqgan.quantize.vectors(codes, 4)).square().mean()
     torch.testing.assert_close(loss, (x - drawn).abs().mean() + (0.125 + (codebook == "loss")) * distance)

@@ -22,11 +22,9 @@ from nanochameleon.printing import say
 class Args:
     """Reads tars, folders with caption files, .jsonl and .txt; writes token shards into FOLDER/NAME."""
 
-    what: tyro.conf.Positional[Literal["prepare"]]
-    """What to do."""
     sources: tyro.conf.Positional[tuple[Path, ...]]
     """Files and folders, see units.py: .tar, .jsonl, .csv, .txt, folders of these. Links in folders are followed,
-     wherever they lead; hidden files are left out; what cannot be read is listed in NAME/skipped.jsonl."""
+    wherever they lead; hidden files are left out; what cannot be read is listed in NAME/skipped.jsonl."""
     form: Literal["pairs", "drawings", "interleaved", "text", "chat"]
     """pairs: captioned images, either one first. drawings: the caption first. interleaved: several in turn. text:
     words alone. chat: turns of prompt and answer."""

@@ -35,7 +35,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def bad_pictures() -> dict[str, bytes]:
+def bad_images() -> dict[str, bytes]:
     png, jpeg = encoded(noise()), encoded(noise(size=64), "JPEG")
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 0xFF

@@ -1,0 +1,34 @@
+"""The older names of a configuration's fields: read in config.json of older runs, and suggested on the command line."""
+
+RENAMED = {  # class -> older name -> today's
+    "OptimConfig": {"warmup": "warmup_steps", "final": "min_lr_ratio", "clip": "grad_clip"},
+    "TokenizerTraining": {
+        "beta": "commitment_weight",
+        "dead_below": "dead_code_threshold",
+        "perceptual": "perceptual_weight",
+        "adversarial": "disc_weight",
+        "adversarial_from": "disc_start",
+        "discriminator_ch": "disc_channels",
+    },
+    "DataConfig": {"live": "tokenize_on_the_fly"},
+    "StageConfig": {"share": "fraction"},
+    "TrainConfig": {
+        "pictures": "image_loss",
+        "answers_only": "assistant_only_loss",
+        "code_noise": "image_token_noise",
+        "keep": "keep_checkpoints",
+    },
+    "ParallelConfig": {"mode": "data_parallel", "tensor": "tensor_parallel", "recompute": "activation_checkpointing"},
+    "SampleConfig": {
+        "guidance": "guidance_scale",
+        "guidance_image": "image_guidance_scale",
+        "max_new": "max_new_tokens",
+    },
+    "EvalConfig": {"pictures": "images"},
+}
+
+
+def with_new_names(kind: str, content: dict) -> dict:
+    """The fields of one class, as config.json has them, under today's names."""
+    names = RENAMED.get(kind, {})
+    return {names.get(name, name): value for name, value in content.items()}

@@ -1,0 +1,68 @@
+"""Runs of a tiny model, on one rank or several, from the tokenizers' training to a step of choice."""
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ranks import run_on
+from tiny import training_config
+
+from nanochameleon.config import ParallelConfig, RunConfig
+from nanochameleon.errors import Interrupted
+from nanochameleon.training.run import CONFIG, config_to_json
+
+
+def config(out: Path, **parallel) -> RunConfig:
+    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step. parallel: also "optim" and "precision"."""
+    cfg = training_config(out)
+    model = replace(cfg.model, dim=32, n_heads=4, n_layers=2, qk_norm_groups=2, norm_order="post")
+    precision = parallel.pop("precision", "fp32")
+    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100, precision=precision)
+    optim = replace(cfg.optim, name=parallel.pop("optim", "adamw"))
+    return replace(cfg, model=model, train=train, optim=optim, parallel=ParallelConfig(**parallel))
+
+
+def prepare(folder: Path, **parallel) -> Path:
+    """A run before the transformer's first step."""
+    import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_transformer", interrupted)
+        with pytest.raises(Interrupted):
+            train.main(config(folder, **parallel))
+    return folder
+
+
+def interrupted(*_):
+    raise Interrupted
+
+
+def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
+    """Trains, without a report; stops as by Ctrl-C when so many steps are done."""
+    import train
+
+    real = train.Training.step
+
+    def step(self, monitor, stopped):
+        return real(self, monitor, lambda: self.progress.step + 1 == until)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "report", lambda *_: None)
+        patch.setattr(train.Training, "step", step)
+        with nullcontext() if until is None else pytest.raises(Interrupted):
+            train.main(replace(cfg, out=folder))
+
+
+def trained(prepared: Path, folder: Path, ranks: int, until: int | None = None, **parallel) -> Path:
+    """A run on so many ranks, from the prepared one."""
+    cfg = config(folder, **parallel)
+    if not folder.exists():
+        shutil.copytree(prepared, folder)
+        (folder / CONFIG).write_text(config_to_json(cfg))
+    if ranks == 1:
+        learn(folder, cfg, until)
+    else:
+        run_on(ranks, learn, folder, cfg, until)
+    return folder

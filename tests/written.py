@@ -1,0 +1,31 @@
+"""Files that tests read: tars, lines of JSON, and prepared data."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from bad_images import encoded, noise
+
+from nanochameleon.data.prepare.__main__ import Args, main
+
+IMAGE = encoded(noise())
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def lines(path: Path, *rows) -> Path:
+    path.write_bytes(b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows))
+    return path
+
+
+def prepare(data: Path, name: str, source: Path, form: str, model: Path | None = None) -> None:
+    main(Args((source,), form, data, name, model, device="cpu"))
