@@ -33,8 +33,7 @@ import tyro
 
 from nanochameleon.cli import check_kernels, parse
 from nanochameleon.config import RunConfig, SampleConfig
-from nanochameleon.errors import UserError, exit_on_user_error, shown
-from nanochameleon.printing import say
+from nanochameleon.errors import UserError, exit_on_user_error, say, shown
 from nanochameleon.weights.ranges import MAX_NUMBER
 
 PREVIEW = 32  # codes between two looks at an image that is being drawn

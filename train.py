@@ -49,7 +49,7 @@ from torch.utils._pytree import tree_map
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
-from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
+from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error, say, warn
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import derive
@@ -70,7 +70,6 @@ from nanochameleon.parallel.mesh import (
     wrap,
 )
 from nanochameleon.parallel.sharding import part_of
-from nanochameleon.printing import say, warn
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, stability
 from nanochameleon.training.diagnostics import attention_peaks, gradient_norms

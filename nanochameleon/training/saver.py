@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, warn
 from nanochameleon.parallel.mesh import Mesh
-from nanochameleon.printing import warn
 from nanochameleon.training import checkpoint
 from nanochameleon.transformer import Chameleon
 

@@ -14,8 +14,7 @@ from typing import Literal
 import tyro
 
 from nanochameleon.cli import parse
-from nanochameleon.errors import UserError, exit_on_user_error
-from nanochameleon.printing import say
+from nanochameleon.errors import UserError, exit_on_user_error, say
 
 
 @dataclass(frozen=True)
