@@ -1,4 +1,4 @@
 """Optional. Buys training on several GPUs or machines (`torchrun train.py ...`). Skip on a first reading.
 
-mesh.py holds the ranks and their collectives, sharding.py helpers for sharded tensors, apply.py what happens to a model.
+mesh.py holds the ranks and their collectives, sharding.py helpers for sharded tensors; apply.py spreads a model.
 """
