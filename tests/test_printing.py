@@ -166,7 +166,7 @@ def convert_model(trained: Path, model: Path, folder: Path) -> None:
 
 def prepare(trained: Path, model: Path, folder: Path) -> None:
     (folder / f"{NAME}.txt").write_text("words\n")
-    words = ["prepare", str(folder / f"{NAME}.txt"), "--form", "text", "--tokenizers", str(trained), "--name", "a"]
+    words = [str(folder / f"{NAME}.txt"), "--form", "text", "--tokenizers", str(trained), "--name", "a"]
     exit_on_user_error(lambda: guarded(parse(DataArgs, [*words, "--out", str(folder / NAME)])), each=True)
 
 
