@@ -111,7 +111,7 @@ class Mesh:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Beginning and end
+# InitFrom and end
 
 
 def environment(name: str, default: int) -> int:
@@ -253,7 +253,7 @@ def shards(mesh: Mesh, parallel: ParallelConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Trainee:
+class ParallelModel:
     """The objective as the ranks run it."""
 
     run: nn.Module  # to be called; the objective itself, or DDP around it
@@ -283,15 +283,15 @@ def spread(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
     shard(objective, mesh, parallel)
 
 
-def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> Trainee:
+def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> ParallelModel:
     """With its weights set: ready to be run."""
     objective.model.recompute = parallel.activation_checkpointing
     if parallel.compile:
         for block in objective.model.layers:
             block.compile()
     if mesh.world == 1 or shards(mesh, parallel):
-        return Trainee(objective, objective, mesh)
+        return ParallelModel(objective, objective, mesh)
     from torch.nn.parallel import DistributedDataParallel
 
     run = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Trainee(run, objective, mesh)
+    return ParallelModel(run, objective, mesh)
