@@ -218,7 +218,7 @@ class SampleConfig:
 class EvalConfig:
     """How much of the report is measured."""
 
-    images: int = 300  # prompts drawn for each of seen and held-out compositions; of emoji, test captions
+    images: int = 300  # prompts drawn for each of seen and held-out compositions
     answers: int = 400  # images to caption, and as many questions
     reconstructions: int = 400  # images for the image tokenizer's score
     alignment: int = 100  # prompts of each category of alignment that was trained on

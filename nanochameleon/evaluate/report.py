@@ -1,7 +1,6 @@
 """A run's report: figures, sheets of images, conversations. What is measured depends on the data.
 
-For the shapes worlds an oracle judges, for emoji the nearest concept; for other images there is likelihood alone, and
-images to look at.
+An oracle judges the shapes worlds. For all other images there is likelihood alone, and images to look at.
 """
 
 import sys
@@ -17,7 +16,7 @@ from nanochameleon.data.prepared import TEST
 from nanochameleon.data.sources.alignment import CATEGORIES
 from nanochameleon.data.sources.shapes import World, draw
 from nanochameleon.documents import Text
-from nanochameleon.evaluate import alignment, concepts, shapes
+from nanochameleon.evaluate import alignment, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.report_html import png, samples_sheet, write_report
@@ -126,18 +125,13 @@ def talk(answer: Answer, place: World) -> dict:
 
 
 def images_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
-    """Reconstruction error and codebook use, of emoji the nearest concept, None for what an oracle has to tell; the
-    sheet is of the test split."""
+    """Reconstruction error and codebook use, and a sheet of the test split. What needs an oracle is None."""
     captions, images = captioned(run, folder, run.cfg.evaluation.reconstructions)
     figures = {"tokenizer": NO_ORACLE | reconstruction(run, images)}
     figures |= {"text_to_image": None, "interleaved": None, "captions": None, "questions": None}
-    drawn = []
-    if run.cfg.data.source == "emoji":
-        figures["text_to_image"], drawn = concepts.text_to_image(run, folder, run.cfg.evaluation.images)
-    if not drawn:
-        captions = drawable(run, captions)[:SHEET]
-        drawn = list(zip(captions, draw_images(run, captions, run.cfg.seed, "drawing"), strict=True))
-    return figures, [(c, p, None) for c, p in drawn[:SHEET]], asked_about(run, folder, 12)
+    captions = drawable(run, captions)[:SHEET]
+    drawn = draw_images(run, captions, run.cfg.seed, "drawing")
+    return figures, [(c, p, None) for c, p in zip(captions, drawn, strict=True)], asked_about(run, folder, 12)
 
 
 def reconstruction(run: Run, images: list[np.ndarray]) -> dict[str, float | None]:

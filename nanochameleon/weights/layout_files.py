@@ -281,7 +281,7 @@ def processor_files(vocab: Vocab, vqgan: VQGANConfig) -> dict[str, dict]:
     side = vqgan.resolution
     special = dict(bos_token=vocab.bos, eos_token=vocab.eos, unk_token=vocab.unk, pad_token=vocab.pad)
     names = {role: vocab.name(token) for role, token in special.items()} | {"sep_token": vocab.name(vocab.eot)}
-    image = dict(
+    processor = dict(
         image_processor_type="ChameleonImageProcessor", processor_class="ChameleonProcessor", do_convert_rgb=True,
         do_resize=True, size={"shortest_edge": side}, resample=1, do_center_crop=True,
         crop_size={"height": side, "width": side}, do_rescale=True, rescale_factor=2 / 255, do_normalize=True,
@@ -290,7 +290,7 @@ def processor_files(vocab: Vocab, vqgan: VQGANConfig) -> dict[str, dict]:
     image = dict(image_seq_length=vqgan.codes_per_image, image_token=PLACEHOLDER)
     return {
         "generation_config.json": dict(bos_token_id=vocab.bos, eos_token_id=vocab.eos, pad_token_id=vocab.pad),
-        "preprocessor_config.json": image,
+        "preprocessor_config.json": processor,
         "processor_config.json": dict(processor_class="ChameleonProcessor", **image),
         "special_tokens_map.json": names,
         "tokenizer_config.json": dict(
