@@ -17,7 +17,8 @@ from nanochameleon.kernels.zloss import cross_entropy as zloss
 from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.losses import LossParts, next_token_loss
 from nanochameleon.packing import IGNORE, pack
-from nanochameleon.parallel.mesh import Mesh, ParallelModel
+from nanochameleon.parallel.apply import ParallelModel
+from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.training.objective import Objective
 from nanochameleon.vocab import Vocab
 

@@ -1,9 +1,8 @@
 """The tables of docs/scaling.md, from scaling.py's arithmetic: `python -m nanochameleon.bench.scaling` prints them."""
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.errors import exit_on_user_error
+from nanochameleon.errors import exit_on_user_error, say
 from nanochameleon.presets import chameleon_7b, chameleon_34b
-from nanochameleon.printing import say
 from nanochameleon.training.flops import (
     PEAKS,
     Layout,

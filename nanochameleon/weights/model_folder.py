@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig, VQGANConfig
-from nanochameleon.errors import UserError, shown
+from nanochameleon.errors import UserError, shown, warn
 from nanochameleon.files import read_json
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.printing import warn
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, command, pick_device, read_config
