@@ -20,7 +20,7 @@ from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.attention.qknorm_rope import normed_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
-from nanochameleon.kernels.cpu.malloc import keep_pages
+from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import NAMES, why_not_amx
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
@@ -244,7 +244,7 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
 def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
     """Times checked cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
     torch.set_num_threads(1)
-    keep_pages()
+    tune_malloc()
     rounds = 5 if quick else 9
     for case in found:
         if not quick:
