@@ -52,7 +52,7 @@ from nanochameleon.data.build import mixture, open_loader, open_sources, store_i
 from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error, say, warn
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.images.tokenizer import NO_DECODER
-from nanochameleon.kernels.block.dropout import derive
+from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.kernels.zloss.cross_entropy import Expected
@@ -207,7 +207,7 @@ class Training:
         batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
-        keys = derive(places[rows], cfg.seed)
+        keys = fold_in(places[rows], cfg.seed)
         sums, count = forward_backward(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
