@@ -70,7 +70,6 @@ from nanochameleon.parallel.mesh import (
     wrap,
 )
 from nanochameleon.parallel.sharding import part_of
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, stability
 from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
 from nanochameleon.training.flops import flop_per_id, peak_of
@@ -94,6 +93,7 @@ from nanochameleon.training.signals import Laps, Stopper
 from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.model_folder import Parts, open_model
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -460,7 +460,7 @@ def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device
 def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]) -> Run:
     """The stages before the report. Raises Interrupted once a stop is saved."""
     mesh.once(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
-    tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
+    tokenizer = begun.text(cfg) if begun.tokenizers else load_text_tokenizer(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     with torch.device("meta"):

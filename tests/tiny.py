@@ -21,12 +21,13 @@ from nanochameleon.config import (
 from nanochameleon.convert import Args, write_nano
 from nanochameleon.generation.sampling import MODES
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.text_tokenizer import TextTokenizer, to_json
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.model_folder import Parts, Tensors
+from nanochameleon.weights.tokenizer_json import save_text_tokenizer, to_json
 
 VOCAB = Vocab.toy(8, 4)
 N_CODES = 4  # an image
@@ -74,7 +75,7 @@ def tiny_run(folder: Path, model: Chameleon | None = None, source: str = "shapes
     vqgan = VQGAN(cfg.vqgan)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_to_json(cfg))
-    TOKENIZER.save(folder / TEXT_TOKENIZER)
+    save_text_tokenizer(TOKENIZER, folder / TEXT_TOKENIZER)
     checkpoint.save(folder / IMAGE_TOKENIZER, 1, {"model": vqgan.state_dict()}, {})
     checkpoint.save(folder, 1, {"weights": model.state_dict()}, {})
     return folder

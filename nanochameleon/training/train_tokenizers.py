@@ -32,6 +32,7 @@ from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from nanochameleon.vocab import Vocab
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer, save_text_tokenizer
 
 START_IMAGES = 512  # images whose latents k-means sees
 START_VECTORS = 8_192  # at most so many of their latents
@@ -43,8 +44,8 @@ def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTok
     path = folder / TEXT_TOKENIZER
     if not path.exists():
         vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)
-        TextTokenizer.train(docs.captions(cfg.tokenizers.n_texts), vocab).save(path)
-    return TextTokenizer.load(path)
+        save_text_tokenizer(TextTokenizer.train(docs.captions(cfg.tokenizers.n_texts), vocab), path)
+    return load_text_tokenizer(path)
 
 
 def images(source: Source, start: int, n: int) -> np.ndarray:

@@ -14,10 +14,10 @@ MUTANTS = [
     Mutant("uint8 codes wrap round", "vocab.py", "values = values.long()", "values = values", "test_vocab.py"),
     Mutant("one code too many is let in", "vocab.py", "largest < high:", "largest <= high:", "test_vocab.py"),
     Mutant(
-        "letters are decoded id by id",
+        "letters are decoded token by token",
         "text_tokenizer.py",
-        'return self.decode_bytes(ids).decode("utf-8", errors="replace")',
-        'return "".join(self.decode_bytes([i]).decode("utf-8", errors="replace") for i in ids)',
+        'return self.decode_bytes(tokens).decode("utf-8", errors="replace")',
+        'return "".join(self.decode_bytes([i]).decode("utf-8", errors="replace") for i in tokens)',
         "test_text_tokenizer.py",
     ),
     Mutant(

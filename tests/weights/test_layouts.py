@@ -12,7 +12,7 @@ from tiny import RELEASED_VQGAN, TOKENIZER, VOCAB
 from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import PRESETS
-from nanochameleon.text_tokenizer import TextTokenizer, from_json, to_json
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon, rotary_table, rotate
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights import layouts
@@ -30,6 +30,7 @@ from nanochameleon.weights.layout_files import (
     vqgan_from_tensors,
     vqgan_yaml,
 )
+from nanochameleon.weights.tokenizer_json import from_json, to_json
 
 
 def tensors(cfg: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -24,14 +24,14 @@ from nanochameleon.convert import Args, convert
 from nanochameleon.documents import Image as Codes
 from nanochameleon.documents import Text, render
 from nanochameleon.generation.engine import generate
-from nanochameleon.image_tokenizer.vqgan import VQGAN
 from nanochameleon.images.tokenizer import preprocess, to_pixels
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.losses import next_token_loss
-from nanochameleon.text_tokenizer import to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights import layouts
 from nanochameleon.weights.layout_files import hf_config, tokenizer_to_hf, vocabulary_map
 from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.tokenizer_json import to_json
 
 NAMES = vocabulary_map(tokenizer_to_hf(to_json(TOKENIZER), VOCAB))
 
