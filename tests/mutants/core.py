@@ -217,13 +217,6 @@ MUTANTS = [
     ),
     Mutant("a folder called ~", "cli.py", "os.path.expanduser(value)", "value", "test_cli.py"),
     Mutant(
-        "ranks with parts of a layer do not sum QK-norm's gradients",
-        "transformer.py",
-        "x.to_local(grad_placements=[Partial()])[mine]",
-        "x.to_local()[mine]",
-        "parallel/test_mesh.py",
-    ),
-    Mutant(
         "log Z is that of the rank's own columns",
         "losses.py",
         "log_z = largest + total.log()",

@@ -93,7 +93,7 @@ MUTANTS = [
         "weights/tokenizer_json.py",
         "if words != list(split_words(EXAMPLE)):",
         "if False:",
-        "test_text_tokenizer.py",
+        "weights/test_tokenizer_json.py",
     ),
     Mutant(
         "a map stays for good",
