@@ -56,7 +56,7 @@ from nanochameleon.kernels.block.dropout import derive
 from nanochameleon.kernels.cpu.malloc import keep_pages
 from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.kernels.zloss.cross_entropy import Expected
-from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
+from nanochameleon.optim import TOO_MANY, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
 from nanochameleon.parallel.mesh import Mesh, env_int, init_mesh, local_device
@@ -209,7 +209,7 @@ class Training:
         sums, count = gradients(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
-        norm = clip(self.trainee.model.parameters(), cfg.optim.grad_clip)
+        norm = clip_gradients(self.trainee.model.parameters(), cfg.optim.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
         bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)

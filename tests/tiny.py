@@ -52,7 +52,7 @@ def random_task(rng: random.Random) -> tuple[list[int], SamplingParams, str, tup
     """Any prompt, options, mode and stops, with room for an image."""
     prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
     if rng.random() < 0.3:
-        prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
+        prompt += [VOCAB.boi, *(VOCAB.code_to_token(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
     shares, scales, heat = [0.3, 0.9, 1.0], [0.0, 1.0, 1.2, 3.0], [0.0, 0.7, 1.3, 100.0]
     text, image = (
         (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)

@@ -27,7 +27,7 @@ from nanochameleon.images.losses import (
 from nanochameleon.images.quantizer import codebook_loss, commitment_loss
 from nanochameleon.images.tokenizer import to_pixels
 from nanochameleon.images.vqgan import VQGAN, cut
-from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
+from nanochameleon.optim import TOO_MANY, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
@@ -143,7 +143,7 @@ def train_image_tokenizer(
             group["lr"] = learning_rate(step, t.steps, t.optim)
         optimizer.zero_grad()
         loss.backward()
-        value, norm = float(loss.detach()), clip(vqgan.parameters(), t.optim.grad_clip)
+        value, norm = float(loss.detach()), clip_gradients(vqgan.parameters(), t.optim.grad_clip)
         failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
         if failed == TOO_MANY:
             lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"

@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant(
         "prompts are learnt as well",
         "packing.py",
-        "np.where(answers(ids, answers_from)[1:], following, IGNORE)",
+        "np.where(answer_mask(ids, assistant_eot)[1:], following, IGNORE)",
         "following",
         "test_packing.py",
     ),
@@ -197,7 +197,7 @@ MUTANTS = [
         "args.dst.name",
         "test_convert.py",
     ),
-    Mutant("a running conversion is swept away", "files.py", "or not alive(int(pid))", "or True", "test_convert.py"),
+    Mutant("a running conversion is swept away", "files.py", "or not process_exists(int(pid))", "or True", "test_convert.py"),
     Mutant(
         "a reader that has gone ends the run",
         "errors.py",

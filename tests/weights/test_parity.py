@@ -146,7 +146,7 @@ def test_codes_are_the_same_and_decode_to_the_same_pixels(folder, vqgan):
         assert torch.equal(codes, vqgan.encode(pixels)) and len(codes.unique()) > 1
         again = open_model(folder, "cpu").image_tokenizer.vqgan  # with the decoder that lies beside transformers' files
         torch.testing.assert_close(again.decode(codes), vqgan(pixels)[0], rtol=0, atol=1e-5)
-    assert torch.equal(hf.model.get_image_tokens(pixels), VOCAB.code_to_id(codes).to(torch.int))
+    assert torch.equal(hf.model.get_image_tokens(pixels), VOCAB.code_to_token(codes).to(torch.int))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (24, 8), (64, 128), (40, 20)])
