@@ -116,14 +116,14 @@ MUTANTS = [
     Mutant(
         "all layers drop alike",
         "transformer.py",
-        "None if keys is None else derive(keys, i)",
+        "None if keys is None else fold_in(keys, i)",
         "keys",
         "test_transformer.py",
     ),
     Mutant(
         "both branches drop alike",
         "transformer.py",
-        "derive(keys, number), self.dropout)",
+        "fold_in(keys, number), self.dropout)",
         "keys, self.dropout)",
         "test_transformer.py",
     ),
@@ -197,7 +197,13 @@ MUTANTS = [
         "args.dst.name",
         "test_convert.py",
     ),
-    Mutant("a running conversion is swept away", "files.py", "or not process_exists(int(pid))", "or True", "test_convert.py"),
+    Mutant(
+        "a running conversion is swept away",
+        "files.py",
+        "or not process_exists(int(pid))",
+        "or True",
+        "test_convert.py",
+    ),
     Mutant(
         "a reader that has gone ends the run",
         "errors.py",
