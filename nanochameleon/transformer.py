@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.attention.qknorm_rope import layer_norm, normed_attention, rotate
+from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb, layer_norm, qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import attention
-from nanochameleon.kernels.block.dropout import derive, dropout
+from nanochameleon.kernels.block.dropout import dropout, fold_in
 from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.block.swiglu import swiglu
@@ -166,11 +166,14 @@ class Attention(nn.Module):
         q, k, v = (y.view(b, t, -1, self.head_dim) for y in fused_linear(x, self.wq, self.wk, self.wv))
         if cache is None:  # (B, T, H or G, E); QK-norm, rotation and attention are one fused op
             norms = [norm.affine() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
-            out = normed_attention(q, k, v, freqs_cis, doc_ids, *norms, self.norm_eps)  # (B, T, H, E)
+            out = qknorm_rope_attention(q, k, v, freqs_cis, doc_ids, *norms, self.norm_eps)  # (B, T, H, E)
             return fused_linear(out.reshape(b, t, -1), self.wo)[0]
         # the same, step by step, since keys and values enter the cache before the attention
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, E)
-        q, k = rotate(q, freqs_cis), rotate(k, freqs_cis)  # after QK-norm: its weights would spoil the rotation
+        q, k = (
+            apply_rotary_emb(q, freqs_cis),
+            apply_rotary_emb(k, freqs_cis),
+        )  # after QK-norm: its weights would spoil the rotation
         k, v = cache.update(self.layer, k, v)  # (B, G, kv_len, E)
         out = attention(q, k, v, cache.mask)  # (B, H, T, E)
         return self.wo(out.transpose(1, 2).reshape(b, t, -1))
@@ -225,7 +228,7 @@ class Block(nn.Module):
         """Dropout. Each branch of each layer draws from a seed (B,) of its own for every sequence."""
         if not self.training or not self.dropout:
             return branch
-        return dropout(branch, derive(seeds, index), self.dropout)
+        return dropout(branch, fold_in(seeds, index), self.dropout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +321,7 @@ class Chameleon(nn.Module):
         # recomputing must run the kernels that the forward pass ran; a compiled graph has chosen them already
         options = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}
         for layer, block in enumerate(self.layers):
-            seeds = None if dropout_seeds is None else derive(dropout_seeds, layer)  # (B,)
+            seeds = None if dropout_seeds is None else fold_in(dropout_seeds, layer)  # (B,)
             inputs = x, branch, freqs_cis, doc_ids, cache, seeds
             if self.activation_checkpointing and self.training:
                 # dropout is a function of its seeds, so there is no generator state to restore

@@ -116,14 +116,14 @@ MUTANTS = [
     Mutant(
         "all layers drop alike",
         "transformer.py",
-        "None if dropout_seeds is None else derive(dropout_seeds, layer)",
+        "None if dropout_seeds is None else fold_in(dropout_seeds, layer)",
         "dropout_seeds",
         "test_transformer.py",
     ),
     Mutant(
         "both branches drop alike",
         "transformer.py",
-        "derive(seeds, index), self.dropout)",
+        "fold_in(seeds, index), self.dropout)",
         "seeds, self.dropout)",
         "test_transformer.py",
     ),
