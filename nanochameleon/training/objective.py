@@ -34,7 +34,7 @@ class Objective(nn.Module):
         self.model, self.vocab, self.precision, self.ranks = model, vocab, precision, ranks
 
     def forward(self, batch: Batch, keys: Tensor | None, expected: Expected | None = None) -> Sums:
-        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.residual. expected: see
+        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.forward_features. expected: see
         next_token_loss."""
         with autocast(self.precision, batch.tokens.device):
             residual = self.model.forward_features(batch.tokens, batch.positions, batch.doc_ids, dropout_seeds=keys)
