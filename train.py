@@ -346,7 +346,7 @@ def fill(model: Chameleon, parts: LoadedModel | None, seed: int) -> None:
     """Sets all weights: those of `parts`, or random ones; of each tensor the part that this rank holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():
-            whole = parts.weights.get(name) if parts else model.initial(name, target.shape, seed, target.device)
+            whole = parts.weights.get(name) if parts else model.init_tensor(name, target.shape, seed, target.device)
             target.copy_(shard_like(whole, target))
 
 
