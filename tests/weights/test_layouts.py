@@ -12,7 +12,7 @@ from tiny import RELEASED_VQGAN, TOKENIZER, VOCAB
 from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import PRESETS
-from nanochameleon.text_tokenizer import TextTokenizer, from_json, to_json
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon, apply_rotary_emb, compute_freqs_cis
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights import layouts
