@@ -27,7 +27,7 @@ from nanochameleon.errors import UserError, shown, warn
 from nanochameleon.files import read_json
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, command, pick_device, read_config
 from nanochameleon.transformer import Chameleon
@@ -35,6 +35,7 @@ from nanochameleon.weights import layout_files, layouts
 from nanochameleon.weights.checks import expected_weights, finite, match, match_images
 from nanochameleon.weights.layouts import DECODER, VQ_PREFIX, skeleton
 from nanochameleon.weights.tensor_files import Cut, Pth, Safetensors, Tensors, open_safetensors
+from nanochameleon.weights.tokenizer_json import ForeignTokenizer, from_json, spell
 
 NANO = "nanochameleon"  # what config.json of our own folders says under "layout"
 HF_DECODER, NANO_VQGAN = "vqgan_decoder", "vqgan"
@@ -70,10 +71,10 @@ class Tokenizers:
     def digest(self) -> str:
         """Equal where every document becomes the same ids: the image decoder has no say in that."""
         text = self.text()
-        pieces = {spell(piece): token for piece, token in text.ids.items()}
+        pieces = {spell(piece): token for piece, token in text.tokens.items()}
         merges = [[spell(left), spell(right)] for left, right in text.merges]
         sizes = [dataclasses.asdict(each) for each in (text.vocab, self.vqgan)]
-        rare = [text.added, text.ignore_merges] if any(text.added) or text.ignore_merges else []
+        rare = [text.added, text.ignore_merges] if isinstance(text, ForeignTokenizer) else []
         found = hashlib.sha256(json.dumps([*sizes, pieces, merges, *rare], sort_keys=True).encode())
         for name in sorted(self.vq.meta):
             if not name.startswith(DECODER):
@@ -83,7 +84,7 @@ class Tokenizers:
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoadedModel:
     """A model that is not loaded: sizes, the text tokenizer's JSON, and its tensors under our names."""
 
     layout: str
@@ -147,7 +148,7 @@ def naming(path: Path, layout: str) -> Iterator[None]:
         raise UserError(f"{reader}: no model has the sizes that it names ({shown(error, 80)})") from None
 
 
-def open_parts(path: Path, vqgan: Path | None = None) -> Parts:
+def open_parts(path: Path, vqgan: Path | None = None) -> LoadedModel:
     """Opens a folder and checks that all tensors are there. `vqgan`: a file with the image decoder (with_decoder).
 
     Raises UserError naming what is missing or broken.
@@ -172,7 +173,7 @@ def plain(files: Safetensors | Cut, cfg: ModelConfig, where: Path) -> Tensors:
     return Tensors({name: files.meta[name] for name in ours}, files.__getitem__)
 
 
-def open_run_parts(folder: Path) -> Parts:
+def open_run_parts(folder: Path) -> LoadedModel:
     cfg = read_config(folder)
     if not checkpoint.checkpoints(folder):
         line = command("train.py", cfg.name)
@@ -185,7 +186,7 @@ def open_run_parts(folder: Path) -> Parts:
     else:  # written by ranks that had a shard of each tensor
         files = Cut(listed, {name for name in checkpoint.stored_shapes(whole) if layouts.is_ours(name)})
     weights, kept = plain(files, model, whole), run_tokenizers(folder)
-    return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
+    return LoadedModel("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
 
 
 def run_tokenizers(folder: Path) -> Tokenizers:
@@ -203,16 +204,18 @@ def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANC
     return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), tensors)
 
 
-def open_nano(folder: Path) -> Parts:
+def open_nano(folder: Path) -> LoadedModel:
     content = read_json(folder / CONFIG)
     model = layout_files.checked(layout_files.field(content, "model", ModelConfig))
     vqgan = layout_files.field(content, "vqgan", VQGANConfig)
     vq = open_safetensors(folder, NANO_VQGAN)
     weights = plain(open_safetensors(folder), model, folder)
-    return Parts("nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, Tensors(vq.meta, vq.__getitem__))
+    return LoadedModel(
+        "nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, Tensors(vq.meta, vq.__getitem__)
+    )
 
 
-def open_hf(folder: Path) -> Parts:
+def open_hf(folder: Path) -> LoadedModel:
     config, files = read_json(folder / CONFIG), open_safetensors(folder)
     model = layout_files.model_from_hf(config)
     ours = expected_weights(model, files.meta)
@@ -238,7 +241,7 @@ def open_hf(folder: Path) -> Parts:
     vqgan = layout_files.vqgan_from_tensors(vq, resolution)
     meta = {name: x.to(files.meta[layouts.rule(name).hf].dtype) for name, x in skeleton(model).items()}
     tokenizer = layout_files.tokenizer_from_hf(read_json(folder / "tokenizer.json"))
-    return Parts("hf", model, vqgan, tokenizer, Tensors(meta, get), Tensors(vq, get_vq))
+    return LoadedModel("hf", model, vqgan, tokenizer, Tensors(meta, get), Tensors(vq, get_vq))
 
 
 def meta_shards(folder: Path) -> list[Path]:
@@ -253,7 +256,7 @@ def meta_shards(folder: Path) -> list[Path]:
     return paths
 
 
-def open_meta(folder: Path) -> Parts:
+def open_meta(folder: Path) -> LoadedModel:
     paths = meta_shards(folder)
     shards = [Pth(path, n_shards=len(paths)) for path in paths]
     params = read_json(folder / "params.json")
@@ -289,7 +292,7 @@ def open_meta(folder: Path) -> Parts:
     vq = open_vqgan(beside / "vqgan.ckpt")
     resolution = layout_files.resolution_of_yaml((beside / "vqgan.yaml").read_text(encoding="utf-8-sig"))
     vqgan = layout_files.vqgan_from_tensors(vq.meta, resolution)
-    return Parts("meta", model, vqgan, read_json(beside / TEXT_TOKENIZER), Tensors(meta, get), vq)
+    return LoadedModel("meta", model, vqgan, read_json(beside / TEXT_TOKENIZER), Tensors(meta, get), vq)
 
 
 def open_vqgan(path: Path) -> Tensors:
@@ -299,7 +302,7 @@ def open_vqgan(path: Path) -> Tensors:
     return Tensors(kept, vq.__getitem__)
 
 
-def with_decoder(parts: Parts, vqgan: Path, path: Path) -> Parts:
+def with_decoder(parts: LoadedModel, vqgan: Path, path: Path) -> LoadedModel:
     """The model with the image decoder of another file, whose other tensors, if it has any, are to be the model's.
 
     Those are taken from that file, too: it may have more digits. Raises UserError for another model's file.
@@ -334,14 +337,14 @@ def with_groups_of_shards(cfg: ModelConfig, shards: list[Pth]) -> ModelConfig:
 # Loading
 
 
-def copy_weights(parts: Parts, model: Chameleon) -> None:
+def copy_weights(parts: LoadedModel, model: Chameleon) -> None:
     """Reads each tensor straight into its place, in the model's own type and on its device."""
     with torch.no_grad():
         for name, target in model.state_dict().items():
             target.copy_(parts.weights.get(name))
 
 
-def load_model(parts: Parts, device: torch.device, dtype: torch.dtype | None = None) -> Chameleon:
+def load_model(parts: LoadedModel, device: torch.device, dtype: torch.dtype | None = None) -> Chameleon:
     """The transformer in its final type on its device: made there without content, then filled; no second copy."""
     with torch.device("meta"):
         model = Chameleon(parts.model).to(dtype or parts.dtype)

@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "a batch is learnt as it comes",
         "train.py",
-        "to_learn(self.loader.batch(number, rows), cfg, vocab)",
+        "mask_targets(self.loader.batch(number, rows), cfg, vocab)",
         "self.loader.batch(number, rows)",
         "test_train.py",
     ),
@@ -78,8 +78,8 @@ MUTANTS = [
     Mutant(
         "roll-backs long ago count",
         "train.py",
-        "self.rolled_back.count(path) == ROLL_BACKS",
-        "len(self.rolled_back) == ROLL_BACKS",
+        "self.rolled_back.count(path) == MAX_ROLLBACKS",
+        "len(self.rolled_back) == MAX_ROLLBACKS",
         "test_train.py",
     ),
     Mutant(
