@@ -74,7 +74,7 @@ from nanochameleon.printing import say, warn
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, stability
 from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
-from nanochameleon.training.flops import flop_per_id, peak_of
+from nanochameleon.training.flops import flops_per_token, peak_flops
 from nanochameleon.training.image_targets import noisy, to_learn
 from nanochameleon.training.init_from import Beginning, begin
 from nanochameleon.training.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
@@ -94,7 +94,8 @@ from nanochameleon.training.saver import Saver, find
 from nanochameleon.training.signals import Laps, Stopper
 from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
-from nanochameleon.weights.model_folder import Parts, open_model
+from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.read_layouts import ModelFiles
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -155,10 +156,10 @@ def mfu_per_id(cfg: RunConfig, mesh: Mesh) -> float | None:
     """The share of all devices' peak that one id a second takes; a CPU's peak is what a plain product reaches."""
     dtype = torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
     if mesh.device.type == "cuda":
-        peak = peak_of(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
+        peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
     else:
         peak = product_rate(cfg.model.dim, dtype, mesh.device)
-    return flop_per_id(cfg.model, cfg.train.seq_len) / (peak * mesh.world) if peak else None
+    return flops_per_token(cfg.model, cfg.train.seq_len) / (peak * mesh.world) if peak else None
 
 
 @dataclass
@@ -314,7 +315,13 @@ class Training:
 
 
 def train_transformer(
-    cfg: RunConfig, run: Run, parts: Parts | None, loader: Loader, folder: Path, mesh: Mesh, stopped: Callable[[], bool]
+    cfg: RunConfig,
+    run: Run,
+    parts: ModelFiles | None,
+    loader: Loader,
+    folder: Path,
+    mesh: Mesh,
+    stopped: Callable[[], bool],
 ) -> None:
     """Runs cfg.train.steps updates of run.model, which has no weights yet, from the newest checkpoint on, or from those
     of `parts`, or from random ones. Raises Interrupted once a stop is saved."""
@@ -342,7 +349,7 @@ def train_transformer(
             training.run(monitor, run, stopped)
 
 
-def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
+def fill(model: Chameleon, parts: ModelFiles | None, seed: int) -> None:
     """Sets all weights: those of `parts`, or random ones; of each tensor the part that this rank holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():

@@ -57,7 +57,7 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import Monitor, plot_curves, read_metrics
 from nanochameleon.training.signals import Laps
 from nanochameleon.weights.model_folder import open_model
-from nanochameleon.weights.tensor_files import load_pth
+from nanochameleon.weights.pth_files import load_pth
 
 SECONDS, MEMORY = 10, 300 * 2**20
 STUCK = 180  # seconds after which a process that only waits is ended

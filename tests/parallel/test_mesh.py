@@ -19,8 +19,8 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.transformer import Block
 from nanochameleon.vocab import Vocab
-from nanochameleon.weights.model_folder import open_parts
-from nanochameleon.weights.tensor_files import Cut
+from nanochameleon.weights.model_folder import open_model_files
+from nanochameleon.weights.tensor_files import ShardedSafetensors
 
 CPU = torch.device("cpu")
 
@@ -162,7 +162,7 @@ def test_what_is_learnt_does_not_depend_on_how_the_work_is_shared(way, alone, pr
     ranks, parallel = WAYS[way]
     folder = trained(prepared, tmp_path / "run", ranks, optim=alone.name, **parallel)
     assert curve(folder) == [pytest.approx(line, rel=2e-4, abs=1e-6) for line in curve(alone)]
-    weights, expected = (open_parts(path).weights for path in (folder, alone))
+    weights, expected = (open_model_files(path).weights for path in (folder, alone))
     moved = sum(line["lr"] for line in read_metrics(folder / "metrics.jsonl"))  # by an optimizer like Adam
     for name in expected.meta:  # on average: where a gradient is nearly 0, rounding decides which way a step goes
         assert (weights.get(name) - expected.get(name)).abs().mean() < 0.01 * moved, name
@@ -198,6 +198,6 @@ def test_ranks_that_stop_and_go_on_end_with_the_same_bits(way, prepared, tmp_pat
         stopped = trained(prepared, tmp_path / "stopped", ranks, until, **parallel)
     assert curve(stopped) == curve(whole)
     ends = [checkpoint.newest(folder) for folder in (stopped, whole)]
-    names = checkpoint.stored_shapes(ends[1]).keys()
-    tensors, expected = (Cut(sorted(end.glob("*.safetensors")), names) for end in ends)
-    assert [name for name in names if not torch.equal(tensors[name], expected[name])] == [] and len(names) > 60
+    shapes = checkpoint.stored_shapes(ends[1])
+    tensors, expected = (ShardedSafetensors(sorted(end.glob("*.safetensors")), shapes) for end in ends)
+    assert [name for name in shapes if not torch.equal(tensors[name], expected[name])] == [] and len(shapes) > 60

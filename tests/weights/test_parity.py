@@ -24,13 +24,14 @@ from nanochameleon.convert import Args, convert
 from nanochameleon.documents import Image as Codes
 from nanochameleon.documents import Text, render
 from nanochameleon.generation.engine import generate
-from nanochameleon.image_tokenizer.vqgan import VQGAN
 from nanochameleon.images.tokenizer import preprocess, to_pixels
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.losses import next_token_loss
 from nanochameleon.text_tokenizer import to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights import layouts
-from nanochameleon.weights.layout_files import hf_config, tokenizer_to_hf, vocabulary_map
+from nanochameleon.weights.layout_configs import hf_config
+from nanochameleon.weights.layout_tokenizer import tokenizer_to_hf, vocabulary_map
 from nanochameleon.weights.model_folder import open_model
 
 NAMES = vocabulary_map(tokenizer_to_hf(to_json(TOKENIZER), VOCAB))
@@ -40,7 +41,7 @@ def theirs(model: Chameleon, vqgan: VQGAN) -> ChameleonForConditionalGeneration:
     """The same model in transformers, through layouts.py alone."""
     dtype = str(model.output.weight.dtype).removeprefix("torch.")
     hf = ChameleonForConditionalGeneration(ChameleonConfig(**hf_config(model.cfg, vqgan.cfg, VOCAB, NAMES, dtype)))
-    state = {layouts.rule(k).hf: layouts.to_hf(k, x, model.cfg) for k, x in model.state_dict().items()}
+    state = {layouts.names_of(k).hf: layouts.to_hf(k, x, model.cfg) for k, x in model.state_dict().items()}
     vq = {f"{layouts.VQ_PREFIX}{k}": x for k, x in vqgan.state_dict().items() if not k.startswith(layouts.DECODER)}
     hf.load_state_dict(state | vq)
     return hf.to(model.output.weight.dtype).eval()
