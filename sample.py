@@ -32,9 +32,8 @@ if __name__ == "__main__" and (missing := [name for name in ("tyro", "torch", "r
 import tyro
 
 from nanochameleon.cli import check_kernels, parse
-from nanochameleon.config import RunConfig, SampleConfig
-from nanochameleon.errors import UserError, exit_on_user_error, shown
-from nanochameleon.printing import say
+from nanochameleon.config import RunConfig, SamplingParams
+from nanochameleon.errors import UserError, exit_on_user_error, say, shown
 from nanochameleon.weights.ranges import MAX_NUMBER
 
 PREVIEW = 32  # codes between two looks at an image that is being drawn
@@ -120,7 +119,7 @@ class Args:
             if not good:
                 raise UserError(f"--{name} must be {wish}, not {shown(getattr(self, name.replace('-', '_')))}")
 
-    def options(self, cfg: SampleConfig) -> SampleConfig:
+    def options(self, cfg: SamplingParams) -> SamplingParams:
         """The run's own settings, with those given here in their place."""
         by_image = self.guidance_scale if self.image_guidance_scale is None else self.image_guidance_scale
         given = dict(
@@ -275,7 +274,7 @@ class Shelf:
     @property
     def shows(self) -> str | None:
         """How the terminal shows images, None where it cannot."""
-        from nanochameleon.evaluate.report_html import terminal_mode
+        from nanochameleon.images.terminal import terminal_mode
 
         return terminal_mode(os.environ, sys.stdout.isatty())
 
@@ -283,7 +282,7 @@ class Shelf:
         """Shows an unfinished image, with the first code where codes lack; what is printed next goes over it."""
         import torch
 
-        from nanochameleon.evaluate.report_html import as_terminal
+        from nanochameleon.images.terminal import as_terminal
 
         filled = [*codes, *[codes[0]] * (self.image_tokenizer.n_codes_per_image - len(codes))]
         shown = as_terminal(self.image_tokenizer.decode(torch.tensor([filled]))[0])
@@ -314,8 +313,8 @@ class Shelf:
         """One image's codes -> the file it was saved in. Raises UserError where it cannot be written."""
         import torch
 
-        from nanochameleon.evaluate.report_html import as_terminal, png
         from nanochameleon.files import write_new
+        from nanochameleon.images.terminal import as_terminal, png
 
         image = self.image_tokenizer.decode(torch.tensor([list(codes)]))[0]
         scale = self.args.scale or math.ceil(256 / len(image))

@@ -49,7 +49,7 @@ from torch.utils._pytree import tree_map
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
-from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
+from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error, say, warn
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import derive
@@ -58,19 +58,9 @@ from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
-from nanochameleon.parallel.mesh import (
-    Mesh,
-    Trainee,
-    check_tensor,
-    environment,
-    local_device,
-    shards,
-    spread,
-    start,
-    wrap,
-)
-from nanochameleon.parallel.sharding import part_of
-from nanochameleon.printing import say, warn
+from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
+from nanochameleon.parallel.mesh import Mesh, env_int, init_mesh, local_device
+from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, stability
 from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
@@ -101,21 +91,21 @@ from nanochameleon.weights.read_layouts import ModelFiles
 # One step
 
 
-def gradients(trainee: Trainee, batch: Batch, keys: Tensor, cfg: RunConfig) -> tuple[Sums, float]:
+def gradients(trainee: ParallelModel, batch: Batch, keys: Tensor, cfg: RunConfig) -> tuple[Sums, float]:
     """Adds the gradients of this rank's rows of a batch, a micro-batch at a time; keys (B,) are for their dropout.
 
     -> the sums over these rows, and the supervised tokens of the whole batch, by which all ranks divide.
     """
     mesh, n_rows, total = trainee.mesh, len(batch.tokens), None
-    (count,) = mesh.total(float((batch.targets != IGNORE).sum()))
+    (count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
     size = cfg.parallel.micro_batch or n_rows
-    expected = Expected(cfg.train.z_loss, mesh.data_size / max(count, 1.0))
+    expected = Expected(cfg.train.z_loss, mesh.dp_size / max(count, 1.0))
     for first in range(0, n_rows, size):
         rows = slice(first, first + size)
-        with trainee.accumulate(last=first + size >= n_rows):
-            sums = trainee.run(batch[rows], keys[rows], expected)
+        with trainee.gradient_sync(first + size >= n_rows):
+            sums = trainee.wrapped(batch[rows], keys[rows], expected)
             loss = sums.parts.total(cfg.train.z_loss, max(count, 1.0))
-            (loss * mesh.data_size).backward()  # DDP and FSDP take the mean over ranks, and sums are wanted
+            (loss * mesh.dp_size).backward()  # DDP and FSDP take the mean over ranks, and sums are wanted
         sums = tree_map(torch.Tensor.detach, sums)
         total = sums if total is None else tree_map(torch.add, total, sums)
     return total, count
@@ -123,8 +113,8 @@ def gradients(trainee: Trainee, batch: Batch, keys: Tensor, cfg: RunConfig) -> t
 
 def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
     """What the monitor logs: means per token of each kind, over the whole batch."""
-    cross_entropy, z, log_z, n, of_images, n_images = mesh.total(*map(float, sums.parts))
-    output_norm, n_tokens = mesh.total(float(sums.output_norm), float(sums.n_tokens))
+    cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.parts))
+    output_norm, n_tokens = mesh.all_reduce_sum(float(sums.output_norm), float(sums.n_tokens))
     z_loss, n_text = cfg.train.z_loss * z / max(n, 1.0), n - n_images
     return {
         "loss": cross_entropy / max(n, 1.0) + z_loss,
@@ -140,10 +130,12 @@ def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
 # The transformer's training
 
 
-def peaks(trainee: Trainee, batch: Batch, keys: Tensor) -> list[float]:
+def peaks(trainee: ParallelModel, batch: Batch, keys: Tensor) -> list[float]:
     """Each layer's largest attention logit on the first row of the whole batch, whoever has it."""
     mesh, found = trainee.mesh, attention_peaks(trainee.objective, batch[:1], keys[:1])
-    return mesh.most(*(found if mesh.rows(len(batch.tokens) * mesh.data_size).start == 0 else [-math.inf] * len(found)))
+    return mesh.all_reduce_max(
+        *(found if mesh.batch_slice(len(batch.tokens) * mesh.dp_size).start == 0 else [-math.inf] * len(found))
+    )
 
 
 def memory_gib(device: torch.device) -> float | None:
@@ -159,7 +151,7 @@ def mfu_per_id(cfg: RunConfig, mesh: Mesh) -> float | None:
         peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
     else:
         peak = product_rate(cfg.model.dim, dtype, mesh.device)
-    return flops_per_token(cfg.model, cfg.train.seq_len) / (peak * mesh.world) if peak else None
+    return flops_per_token(cfg.model, cfg.train.seq_len) / (peak * mesh.world_size) if peak else None
 
 
 @dataclass
@@ -191,7 +183,7 @@ class Training:
     """A transformer under training; every rank has one, and all run the same steps."""
 
     cfg: RunConfig
-    trainee: Trainee
+    trainee: ParallelModel
     optimizer: torch.optim.Optimizer
     loader: Loader
     folder: Path
@@ -205,7 +197,7 @@ class Training:
         """One update, logged and saved when due; -> whether a stop was asked for on any rank. If loss or gradient are
         not finite anywhere, nothing moves."""
         cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
-        number, rows = p.step + p.passed, mesh.rows(t.batch_size)
+        number, rows = p.step + p.passed, mesh.batch_slice(t.batch_size)
         vocab = self.trainee.objective.vocab
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
         batch = to_learn(self.loader.batch(number, rows), cfg, vocab)
@@ -220,7 +212,7 @@ class Training:
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
         norm = clip(self.trainee.model.parameters(), cfg.optim.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
-        bad, stop = mesh.most(float(not finite), float(stopped()))
+        bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
         if bad:
             p.left_out += 1
@@ -255,7 +247,7 @@ class Training:
             save_file({name: x.cpu() for name, x in vars(batch).items()}, path)
         except (SafetensorError, OSError) as error:  # the first is how a full disk shows here
             where = f"its batch could not be kept: {error}"
-        if self.trainee.mesh.first:
+        if self.trainee.mesh.is_rank0:
             warn(f"loss or gradient of step {self.progress.step} is not finite: left out, {where}")
 
     def save(self, last: bool) -> None:
@@ -276,7 +268,7 @@ class Training:
         self.progress.passed = before.step + before.passed - self.progress.step
         self.progress.left_out, self.progress.failed = before.left_out, 0
         self.losses, self.owed, self.rolled_back = [], False, [*self.rolled_back, path]
-        if self.trainee.mesh.first:
+        if self.trainee.mesh.is_rank0:
             warn(f"{TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
         return self.progress.step
 
@@ -326,23 +318,23 @@ def train_transformer(
     """Runs cfg.train.steps updates of run.model, which has no weights yet, from the newest checkpoint on, or from those
     of `parts`, or from random ones. Raises Interrupted once a stop is saved."""
     t, model, path = cfg.train, run.model, find(folder, mesh)
-    objective = Objective(model, run.vocab, t.precision, mesh.layer_ranks)
-    spread(objective, mesh, cfg.parallel)
+    objective = Objective(model, run.vocab, t.precision, mesh.tp_group)
+    parallelize(objective, mesh, cfg.parallel)
     model.to_empty(device=mesh.device)
     if path is None:
         fill(model, parts, cfg.seed)
     optimizer = make_optimizer(model, cfg.optim)
     progress = Progress.read(checkpoint.restore(path, model, optimizer), path) if path else Progress()
     chosen = kernels_of(mesh.device, t.precision)
-    if mesh.first:
+    if mesh.is_rank0:
         announce(model, loader, mesh, cfg)
         say(chosen)
-    keep = t.keep_checkpoints, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
+    keep = t.keep_checkpoints, cfg.parallel.save_in_background, uses_fsdp(mesh, cfg.parallel)
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
         if progress.step < t.steps:
             monitor = None
-            if mesh.first:
+            if mesh.is_rank0:
                 board = open_board(folder / "tensorboard") if t.tensorboard else None
                 rate = mfu_per_id(cfg, mesh)
                 monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_id=rate, board=board))
@@ -354,7 +346,7 @@ def fill(model: Chameleon, parts: ModelFiles | None, seed: int) -> None:
     with torch.no_grad():
         for name, target in model.state_dict().items():
             whole = parts.weights.get(name) if parts else model.initial(name, target.shape, seed, target.device)
-            target.copy_(part_of(whole, target))
+            target.copy_(shard_like(whole, target))
 
 
 def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> None:
@@ -362,8 +354,8 @@ def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> No
         if rows.n_too_long:
             say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
     ranks = (
-        f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.data_parallel})"
-        if mesh.world > 1
+        f", {mesh.world_size} ranks ({mesh.dp_size} x {mesh.tp_size}, {cfg.parallel.data_parallel})"
+        if mesh.world_size > 1
         else ""
     )
     size = sum(p.numel() for p in model.parameters())
@@ -387,16 +379,16 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
     Interrupted after a stop, when it has said how to go on."""
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
-    if environment("TORCHELASTIC_RESTART_COUNT", 0):  # what torchrun's restart finds there is this run's own
+    if env_int("TORCHELASTIC_RESTART_COUNT", 0):  # what torchrun's restart finds there is this run's own
         cfg = replace(cfg, overwrite=False)
-    with start(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
-        mesh.once(lambda: held.enter_context(claim(cfg.folder)))
+    with init_mesh(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
+        mesh.run_on_rank0(lambda: held.enter_context(claim(cfg.folder)))
         cfg, begun = begin(cfg)
         check_room(cfg)
-        if mesh.tensor > 1:
-            check_tensor(cfg.model, mesh.tensor)
-        cfg = mesh.once(lambda: decide_precision(cfg, mesh.device))
-        folder = mesh.once(lambda: start_folder(cfg))
+        if mesh.tp_size > 1:
+            check_tensor_parallel(cfg.model, mesh.tp_size)
+        cfg = mesh.run_on_rank0(lambda: decide_precision(cfg, mesh.device))
+        folder = mesh.run_on_rank0(lambda: start_folder(cfg))
         stop = work(cfg, begun, folder, mesh, with_report)
     if stop:
         raise stop
@@ -411,10 +403,10 @@ def work(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, with_report
             run = stages(cfg, begun, folder, mesh, laps, stopped)
             stopped.at_once = True  # the report has nothing to save
             if with_report:
-                mesh.once(lambda: report(run, folder, mesh, laps))
+                mesh.run_on_rank0(lambda: report(run, folder, mesh, laps))
             return None
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
-            if mesh.first:
+            if mesh.is_rank0:
                 laps.add("interrupted")
                 say(f"stopped and saved in {folder}; this goes on: {same_command()}")
             stop.number = stopped.asked or stop.number
@@ -426,11 +418,11 @@ def work(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, with_report
 
 def no_room(cfg: RunConfig, mesh: Mesh) -> str:
     """The sentence for a GPU whose memory is full; what it names may change while a run goes on."""
-    own, p = cfg.train.batch_size // mesh.data_size, cfg.parallel
+    own, p = cfg.train.batch_size // mesh.dp_size, cfg.parallel
     rows = min(p.micro_batch or own, own)
     ways = [f"--parallel.micro-batch {rows // 2}"] if rows > 1 else []
-    ways += [] if p.recompute else ["--parallel.activation-checkpointing"]
-    ways += [] if shards(mesh, p) else ["--parallel.data-parallel fsdp on more GPUs"]
+    ways += [] if p.activation_checkpointing else ["--parallel.activation-checkpointing"]
+    ways += [] if uses_fsdp(mesh, p) else ["--parallel.data-parallel fsdp on more GPUs"]
     which = f"{mesh.device} (rank {mesh.rank})"
     why = f"the memory of {which} does not hold {rows} rows of {cfg.train.seq_len} ids at a time"
     return f"{why}: go on with {' or '.join(ways) or 'more GPUs'}"
@@ -442,7 +434,7 @@ def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
         say(f"done: {folder}, without samples and a report, since {NO_DECODER}")
         return
     try:
-        run = open_model(folder, str(mesh.device)) if shards(mesh, run.cfg.parallel) else run
+        run = open_model(folder, str(mesh.device)) if uses_fsdp(mesh, run.cfg.parallel) else run
         make_report(run, folder, laps.seconds)
         say(f"done: {folder}/samples.png, curves.png, report.json, report.html")
     except torch.OutOfMemoryError:
@@ -467,7 +459,7 @@ def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device
 
 def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]) -> Run:
     """The stages before the report. Raises Interrupted once a stop is saved."""
-    mesh.once(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
+    mesh.run_on_rank0(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
     tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
@@ -477,9 +469,9 @@ def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Lap
         train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
     except torch.OutOfMemoryError as error:
         raise OwnError(no_room(cfg, mesh)) from error
-    if mesh.first:
+    if mesh.is_rank0:
         laps.add("transformer")
-    if mesh.most(float(stopped()))[0]:  # in the last step, which has nothing left to save
+    if mesh.all_reduce_max(float(stopped()))[0]:  # in the last step, which has nothing left to save
         raise Interrupted
     run.model.eval()
     return run

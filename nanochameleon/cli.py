@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import tyro
 
-from nanochameleon.config import RunConfig, SampleConfig, StageConfig
+from nanochameleon.config import RunConfig, SamplingParams, StageConfig
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 from nanochameleon.presets import PRESETS
 from nanochameleon.weights.old_names import RENAMED
@@ -39,7 +39,7 @@ def check_names(args: Sequence[str] | None) -> None:
 
 def class_of(sections: list[str]) -> str:
     """The class that holds an option of these sections: train.keep is in TrainConfig. sample.py has no sections."""
-    kind = RunConfig if sections else SampleConfig
+    kind = RunConfig if sections else SamplingParams
     for section in sections:
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         kind = StageConfig if section.isdecimal() else fields.get(section, object)
@@ -84,7 +84,7 @@ def check(cfg: RunConfig) -> None:
     for name in ("optim", "tokenizers.optim"):
         optim = attrgetter(name)(cfg)
         if optim.schedule == "exponential" and optim.min_lr_ratio == 0:
-            raise UserError(f"{name}.final must be above 0, since an exponential schedule never reaches 0")
+            raise UserError(f"{name}.min_lr_ratio must be above 0, since an exponential schedule never reaches 0")
 
 
 def check_together(cfg: RunConfig) -> None:

@@ -195,7 +195,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SamplingParams:
     """How ids are drawn. Defaults as the released code has them; what it lacks (top_k, min_p) is off."""
 
     temperature: float = 0.7  # of text; 0 is greedy
@@ -236,7 +236,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     stages: tuple[StageConfig, ...] = (StageConfig(),)  # one after the other, under one schedule of the learning rate
     train: TrainConfig = field(default_factory=TrainConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SamplingParams = field(default_factory=SamplingParams)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with

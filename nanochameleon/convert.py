@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from nanochameleon.cli import parse
 from nanochameleon.config import ModelConfig
-from nanochameleon.errors import UserError, exit_on_user_error, shown
+from nanochameleon.errors import UserError, exit_on_user_error, say, shown, warn
 from nanochameleon.files import fsync, sweep_dead
 from nanochameleon.images.tokenizer import NO_DECODER
-from nanochameleon.printing import say, warn
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER
 from nanochameleon.weights import layout_configs, layout_tokenizer, layouts
 from nanochameleon.weights.layouts import DECODER, VQ_PREFIX

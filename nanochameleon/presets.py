@@ -12,7 +12,7 @@ from nanochameleon.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    SampleConfig,
+    SamplingParams,
     StageConfig,
     TokenizerTraining,
     TrainConfig,
@@ -25,7 +25,7 @@ TOY_VQGAN = VQGANConfig(
 )  # fmt: skip
 # a base of 100: with the paper's 10,000 half of the pairs hardly turn within 256 ids
 TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=6, multiple_of=64, rope_theta=100.0)
-PLAIN = SampleConfig(
+PLAIN = SamplingParams(
     repetition_penalty=1.0, guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=256
 )  # guidance hurts toys
 TOY_SAMPLE = dataclasses.replace(PLAIN, image_temperature=0.5)
@@ -135,7 +135,7 @@ def at_scale(name: str, model: ModelConfig, lr: float, rows: int, steps: int) ->
     train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16", **every)
     return RunConfig(
         name, VQGANConfig(), model, OptimConfig(lr=lr), TokenizerTraining(n_merges=57_076), DataConfig("prepared"),
-        two_stages(), train, SampleConfig(guidance_scale=3.0, max_new_tokens=4_096),
+        two_stages(), train, SamplingParams(guidance_scale=3.0, max_new_tokens=4_096),
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.block.swiglu import swiglu
 from nanochameleon.kernels.dispatch import same_kernels
-from nanochameleon.parallel.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -84,23 +83,26 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each of several linear layers makes of x; in training those that are just that are one product."""
-    plain = all(type(layer) is nn.Linear and type(layer.weight) is nn.Parameter for layer in layers)
+    plain = all(type(layer) is nn.Linear for layer in layers)
     if plain and torch.is_grad_enabled():
         return linear(x, [layer.weight for layer in layers])
     return tuple(layer(x) for layer in layers)
 
 
 class RMSNorm(nn.RMSNorm):
+    def affine(self) -> Tensor:
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, local(self.weight), self.eps)
+        return rms_norm(x, self.affine(), self.eps)
 
     def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + branch, and its norm; None is no branch yet."""
-        return (x, self(x)) if branch is None else add_norm(x, branch, local(self.weight), self.eps)
+        return (x, self(x)) if branch is None else add_norm(x, branch, self.affine(), self.eps)
 
     def added_to(self, x: Tensor, branch: Tensor) -> Tensor:
         """x + the norm of the branch."""
-        return norm_add(x, branch, local(self.weight), self.eps)
+        return norm_add(x, branch, self.affine(), self.eps)
 
 
 class QKNorm(nn.Module):
@@ -115,20 +117,12 @@ class QKNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_groups, head_dim))
         self.bias = nn.Parameter(torch.zeros(n_groups, head_dim))
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias (n_groups, E), plain tensors. Where the heads of a layer are spread over ranks, those of this
-        rank's heads; each rank's gradient is then a part of the whole, which `to_local` is told to sum."""
-        if not is_sharded(self.weight):
-            return self.weight, self.bias
-        from torch.distributed.tensor import Partial
-
-        ranks, rank, groups = self.weight.device_mesh.size(), self.weight.device_mesh.get_local_rank(), len(self.weight)
-        mine = slice(rank * groups // ranks, -(-(rank + 1) * groups // ranks))
-        return tuple(x.to_local(grad_placements=[Partial()])[mine] for x in (self.weight, self.bias))
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, E) -> the same, each head normalised."""
-        return layer_norm(x, self.vectors(), self.eps)
+        return layer_norm(x, self.affine(), self.eps)
 
 
 class Attention(nn.Module):
@@ -148,7 +142,7 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.wq, self.wk, self.wv))
         if cache is None:
-            norms = [norm.vectors() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
+            norms = [norm.affine() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
             out = normed_attention(q, k, v, table, mask, *norms, self.norm_eps)
             return project(out.reshape(b, t, -1), self.wo)[0]
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
@@ -209,7 +203,7 @@ class Output(nn.Linear):
     """To logits; `columns` are the ids that they are wanted for."""
 
     def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        if columns == slice(None) and torch.is_grad_enabled() and type(self.weight) is nn.Parameter:
+        if columns == slice(None) and torch.is_grad_enabled():
             return linear(x, [self.weight])[0]
         return F.linear(x, self.weight[columns])
 

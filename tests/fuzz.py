@@ -49,9 +49,8 @@ from nanochameleon.data.prepared import open_prepared, sources
 from nanochameleon.data.reading import Bad, Captioned, File
 from nanochameleon.data.sources.folder import FolderSource, prepare_folder
 from nanochameleon.data.sources.webdataset import captioned
-from nanochameleon.errors import UserError
+from nanochameleon.errors import LONGEST, OBEYED, UserError, printable, short
 from nanochameleon.images.tokenizer import load_square
-from nanochameleon.printing import LONGEST, OBEYED, printable, short
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import Monitor, plot_curves, read_metrics

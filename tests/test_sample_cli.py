@@ -222,7 +222,7 @@ def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_pat
 def test_a_terminal_that_can_shows_the_image_while_it_grows(run, monkeypatch, capsys):
     [[path]] = main(Args(run, ("a",)))
     capsys.readouterr()
-    monkeypatch.setattr("nanochameleon.evaluate.report_html.terminal_mode", lambda env, isatty: "blocks")
+    monkeypatch.setattr("nanochameleon.images.terminal.terminal_mode", lambda env, isatty: "blocks")
     monkeypatch.setattr(sample, "PREVIEW", 2)
     [[live]] = main(Args(run, ("a",)))
     said = capsys.readouterr().out
@@ -231,9 +231,9 @@ def test_a_terminal_that_can_shows_the_image_while_it_grows(run, monkeypatch, ca
 
 
 def test_guidance_is_of_words_and_images_unless_told_apart(run):
-    from nanochameleon.config import SampleConfig
+    from nanochameleon.config import SamplingParams
 
-    cfg = SampleConfig(guidance_scale=3.0, image_guidance_scale=1.2)
+    cfg = SamplingParams(guidance_scale=3.0, image_guidance_scale=1.2)
     for given, scales in (
         ({}, (3.0, 1.2)),
         ({"guidance_scale": 1.0}, (1.0, 1.0)),

@@ -13,7 +13,7 @@ from nanochameleon.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    SampleConfig,
+    SamplingParams,
     TokenizerTraining,
     TrainConfig,
     VQGANConfig,
@@ -48,7 +48,7 @@ def tiny_model(seed: int = 0, **changes) -> Chameleon:
     return model.eval()
 
 
-def random_task(rng: random.Random) -> tuple[list[int], SampleConfig, str, tuple[int, ...] | None]:
+def random_task(rng: random.Random) -> tuple[list[int], SamplingParams, str, tuple[int, ...] | None]:
     """Any prompt, options, mode and stops, with room for an image."""
     prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
     if rng.random() < 0.3:
@@ -58,12 +58,12 @@ def random_task(rng: random.Random) -> tuple[list[int], SampleConfig, str, tuple
         (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
     )
     penalty, most = rng.choice([1.0, 1.2, 0.8]), rng.randrange(N_CODES + 2, 30)
-    options = SampleConfig(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
+    options = SamplingParams(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
     return prompt, options, rng.choice(MODES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
 
 
 def tiny_config(**changes) -> RunConfig:
-    sample = SampleConfig(max_new_tokens=16)
+    sample = SamplingParams(max_new_tokens=16)
     return dataclasses.replace(RunConfig("tiny", TINY_VQGAN, TINY_MODEL, OptimConfig(), sample=sample), **changes)
 
 
@@ -137,6 +137,6 @@ def training_config(out: Path, **changes) -> RunConfig:
             steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5,
             image_loss="drawn", image_token_noise=0.5,
         ),
-        sample=SampleConfig(max_new_tokens=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
+        sample=SamplingParams(max_new_tokens=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
     )  # fmt: skip
     return complete(dataclasses.replace(cfg, **changes))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from nanochameleon.bench.rows import Row, clock, device_name, rows_of, take_turns
-from nanochameleon.config import ModelConfig, SampleConfig
+from nanochameleon.config import ModelConfig, SamplingParams
+from nanochameleon.errors import say
 from nanochameleon.generation.engine import Engine, generate
-from nanochameleon.printing import say
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
@@ -24,7 +24,7 @@ GPU_MODELS = {  # of one width for all heads, 128
     "7B": ModelConfig(),
     "1.3B": ModelConfig(dim=2_048, n_layers=22, n_heads=16),
 }
-GREEDY = SampleConfig(
+GREEDY = SamplingParams(
     temperature=0.0, repetition_penalty=1.0, image_temperature=0.0, guidance_scale=1.0, image_guidance_scale=1.0
 )
 IMAGE_CODES = {"cpu": 64, "cuda": 1_024}
@@ -144,7 +144,7 @@ def mixed_case(model: Chameleon, vocab: Vocab, n: int, rounds: int, seconds: flo
     def run(n_rows: int) -> int:
         engine = Engine(model, vocab, 16, n_rows, 256)
         for i in range(16):
-            options = SampleConfig(guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=n + i)
+            options = SamplingParams(guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=n + i)
             engine.add([vocab.bos, *range(vocab.first_text, vocab.first_text + i)], options, MIX[i % 3], (i,))
         return sum(len(news.ids) for news in engine.run())
 
@@ -171,7 +171,7 @@ def image_case(name: str, model: Chameleon, vocab: Vocab, n_codes: int, rounds: 
     prompt = [vocab.bos, *range(vocab.first_text, vocab.first_text + 8), *shown, vocab.boi]
 
     def run(by_text: float, by_image: float):
-        options = SampleConfig(guidance_scale=by_text, image_guidance_scale=by_image, max_new_tokens=n_codes + 1)
+        options = SamplingParams(guidance_scale=by_text, image_guidance_scale=by_image, max_new_tokens=n_codes + 1)
         return generate(model, [prompt], vocab, n_codes, options, "image")
 
     jobs = {"nano": lambda: run(3.0, 1.2), "nano without guidance": lambda: run(1.0, 1.0)}

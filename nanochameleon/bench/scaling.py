@@ -8,9 +8,8 @@ Everything is arithmetic: bytes of memory and of communication, seconds of a ste
 from dataclasses import dataclass
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.errors import exit_on_user_error
+from nanochameleon.errors import exit_on_user_error, say
 from nanochameleon.presets import chameleon_7b, chameleon_34b
-from nanochameleon.printing import say
 from nanochameleon.training.flops import PEAK_FLOPS, count_parameters, flops_per_token
 
 # ---------------------------------------------------------------------------------------------------------------------

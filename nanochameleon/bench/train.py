@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from nanochameleon.bench.engine import as_transformers, random_model
 from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, OptimConfig
+from nanochameleon.errors import say
 from nanochameleon.kernels.cpu.malloc import keep_pages
 from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import clip, make_adamw
 from nanochameleon.packing import Batch
-from nanochameleon.printing import say
 from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
 from nanochameleon.training.objective import Objective, matrix_products
 from nanochameleon.transformer import Chameleon

@@ -16,14 +16,15 @@ from nanochameleon.data.prepared import TEST
 from nanochameleon.data.sources.alignment import CATEGORIES
 from nanochameleon.data.sources.shapes import World, draw
 from nanochameleon.documents import Text
+from nanochameleon.errors import say
 from nanochameleon.evaluate import alignment, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
-from nanochameleon.evaluate.report_html import png, samples_sheet, write_report
+from nanochameleon.evaluate.report_html import samples_sheet, write_report
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_images
 from nanochameleon.files import write_file
 from nanochameleon.generation.engine import prompt_ids
-from nanochameleon.printing import say
+from nanochameleon.images.terminal import png
 from nanochameleon.training.monitor import METRICS, plot_curves, read_metrics
 from nanochameleon.training.run import Run, command
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: samples.png, report.json, report.html, and images inside a terminal.
+"""What a run leaves to look at: samples.png, report.json and report.html.
 
 report.html is one page that needs nothing else: images inside it, no scripts, no links, every text escaped, and a
 content policy that forbids the rest. It measures nothing (evaluate/) and draws no curves (monitor.py).
@@ -6,7 +6,6 @@ content policy that forbids the rest. It measures nothing (evaluate/) and draws 
 
 import base64
 import html
-import io
 import json
 import math
 import textwrap
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nanochameleon.files import write_file
+from nanochameleon.images.terminal import enlarge, png
 
 # ---------------------------------------------------------------------------------------------------------------------
 # samples.png
@@ -37,7 +37,7 @@ def samples_sheet(
     Chinese, are written as their code points, since a box for each would look like a fault of the model.
     """
     font, letters = _font()
-    images = [_enlarge(image, scale or max(1, math.ceil(NARROWEST / image.shape[1]))) for _, image, _ in items]
+    images = [enlarge(image, scale or max(1, math.ceil(NARROWEST / image.shape[1]))) for _, image, _ in items]
     cell = max([NARROWEST, *(image.width for image in images)])
     captions = [_wrap(_drawable(caption, letters), font, cell - 18 * (ok is not None)) for caption, _, ok in items]
     columns = max(1, min(len(items), (width - GAP) // (cell + GAP)))
@@ -103,17 +103,6 @@ def _wrap(text: str, font, width: int) -> list[str]:
                 lines.append("")
             lines[-1] += letter
     return lines
-
-
-def _enlarge(image: np.ndarray, scale: int) -> Image.Image:
-    return Image.fromarray(np.asarray(image).repeat(scale, 0).repeat(scale, 1))
-
-
-def png(image: Image.Image | np.ndarray) -> bytes:
-    """Image, or uint8 (H, W, 3) -> the bytes of a PNG."""
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +203,7 @@ def _figure(path: Path, alt: str) -> str:
 
 def _conversation(item: Mapping) -> str:
     image = item.get("image")
-    shown = "" if image is None else _image(png(_enlarge(image, math.ceil(96 / len(image)))), "the image asked about")
+    shown = "" if image is None else _image(png(enlarge(image, math.ceil(96 / len(image)))), "the image asked about")
     truth = item.get("truth")
     note = "" if truth is None else f'<p class="truth">truth: {html.escape(str(truth))}</p>'
     question, answer = (html.escape(str(item.get(key, ""))) for key in ("question", "answer"))
@@ -258,60 +247,3 @@ STYLE = textwrap.dedent("""
     pre { padding: .9rem 1.1rem; background: var(--tint); border-radius: 6px; overflow-x: auto;
       font: 14px/1.6 ui-monospace, "DejaVu Sans Mono", monospace }
 """).strip()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# images in a terminal
-
-MAX_COLUMNS = 64  # of a terminal, for half blocks
-COMFORTABLE = 256  # pixels a side, for terminals that show pixels
-
-
-def terminal_mode(env: Mapping[str, str], isatty: bool) -> str | None:
-    """How this terminal shows images: 'kitty', 'iterm', 'blocks' (24-bit colours), or None (a file, a dumb one).
-
-    Inside tmux and screen the image protocols do not get through, colours do.
-    """
-    term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
-    if not isatty or term == "dumb":
-        return None
-    if env.get("TMUX") or term.startswith(("screen", "tmux")):
-        return "blocks"
-    if env.get("KITTY_WINDOW_ID") or "kitty" in term or program == "ghostty":
-        return "kitty"
-    if program in ("iTerm.app", "WezTerm") or env.get("LC_TERMINAL") == "iTerm2":
-        return "iterm"
-    return "blocks"
-
-
-def as_terminal(image: np.ndarray, mode: str = "blocks") -> str:
-    """uint8 (H, W, 3) -> text that shows it when printed, in a mode of terminal_mode."""
-    if mode == "blocks":
-        return half_blocks(image)
-    data = png(_enlarge(image, max(1, COMFORTABLE // image.shape[1])))
-    text = base64.b64encode(data).decode()
-    if mode == "iterm":
-        return f"\x1b]1337;File=inline=1;size={len(data)}:{text}\a"
-    chunks = textwrap.wrap(text, 4096)  # the protocol's limit; m says whether more follow
-    controls = [f"m={int(number < len(chunks) - 1)}" for number in range(len(chunks))]
-    controls[0] = "a=T,f=100," + controls[0]
-    return "".join(f"\x1b_G{c};{chunk}\x1b\\" for c, chunk in zip(controls, chunks, strict=True))
-
-
-def half_blocks(image: np.ndarray) -> str:
-    """Two pixels a character: the upper half block's colour is the upper one, its background the lower one."""
-    height, width = image.shape[:2]
-    if width > MAX_COLUMNS:
-        size = (MAX_COLUMNS, max(1, round(height * MAX_COLUMNS / width)))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-    lines = []
-    for top in range(0, len(image), 2):
-        pairs = zip(image[top], image[top + 1], strict=True) if top + 1 < len(image) else ((p,) for p in image[top])
-        lines.append("".join(_half_block(*pair) for pair in pairs) + "\x1b[0m")
-    return "\n".join(lines)
-
-
-def _half_block(upper: np.ndarray, lower: np.ndarray | None = None) -> str:
-    red, green, blue = upper
-    below = "49" if lower is None else "48;2;{};{};{}".format(*lower)  # 49: the terminal's own background
-    return f"\x1b[38;2;{red};{green};{blue};{below}m\u2580"

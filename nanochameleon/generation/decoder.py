@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochameleon.config import SampleConfig
+from nanochameleon.config import SamplingParams
 from nanochameleon.generation.decode_torch import TorchStep
 from nanochameleon.generation.sampling import (
     BY_RULES,
@@ -59,7 +59,7 @@ class Task:
     """One sample to be made."""
 
     prompt: tuple[int, ...]  # begins with <s>
-    options: SampleConfig
+    options: SamplingParams
     mode: Mode
     seed: tuple[int, ...]
     stops: tuple[int, ...] | None
@@ -88,7 +88,7 @@ class Decoder:
         ended = torch.ones(rows, dtype=torch.bool, device=device)
         self.grammar = Grammar(vocab, n_codes, *tables, *state, ended)
         self.count, self.length = self.numbers[COUNT], self.numbers[LENGTH]  # ids drawn; ids in the cache
-        self.options = Options.of([SampleConfig()] * rows, device)
+        self.options = Options.of([SamplingParams()] * rows, device)
         self.seen = torch.zeros(rows, vocab.size, dtype=torch.bool, device=device)  # ids of the context
         self.uniforms = torch.zeros(
             rows, context, dtype=torch.float64, device="cpu" if device.type == "mps" else device

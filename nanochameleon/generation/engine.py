@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from nanochameleon.config import SampleConfig
+from nanochameleon.config import SamplingParams
 from nanochameleon.data import RawDocument, fuse
 from nanochameleon.documents import render
 from nanochameleon.errors import UserError
@@ -44,7 +44,7 @@ def prompt_ids(segments: RawDocument, run: Run, ask: Literal["draw", "answer", "
 
 
 def make_task(
-    prompt: Sequence[int], vocab: Vocab, n_codes: int, context: int, options: SampleConfig, mode: Mode = "both",
+    prompt: Sequence[int], vocab: Vocab, n_codes: int, context: int, options: SamplingParams, mode: Mode = "both",
     seed: Sequence[int] = (0,), stops: Sequence[int] | None = None,
 ) -> Task:  # fmt: skip
     """Raises UserError, naming the lengths, for a prompt that leaves no room, ValueError for a wrong mode or stop."""
@@ -148,7 +148,7 @@ class Engine:
             self.decoder = Decoder(self.model, self.vocab, self.n_codes, self.n_rows, self.context)
         self.graphs = Graphs(self.decoder.device)
 
-    def add(self, prompt: Sequence[int], options: SampleConfig, mode: Mode = "both", seed: Sequence[int] = (0,),
+    def add(self, prompt: Sequence[int], options: SamplingParams, mode: Mode = "both", seed: Sequence[int] = (0,),
             stops: Sequence[int] | None = None) -> int:  # fmt: skip
         """-> the handle by which its news are told. Raises UserError for a prompt without room."""
         return self.add_task(make_task(prompt, self.vocab, self.n_codes, self.context, options, mode, seed, stops))
@@ -295,7 +295,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     vocab: Vocab,
     n_codes: int,
-    options: SampleConfig,
+    options: SamplingParams,
     mode: Mode = "both",
     seed: int = 0,
     stops: Sequence[int] | None = None,
@@ -336,7 +336,7 @@ def stream(
     prompt: Sequence[int],
     tokenizer: TextTokenizer,
     n_codes: int,
-    options: SampleConfig,
+    options: SamplingParams,
     mode: Mode = "both",
     seed: int = 0,
     row: int = 0,

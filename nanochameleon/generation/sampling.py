@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nanochameleon.config import SampleConfig
+from nanochameleon.config import SamplingParams
 from nanochameleon.vocab import Vocab
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,12 +67,12 @@ PENALTY, GUIDANCE, GUIDANCE_IMAGE = range(8, 11)
 
 @dataclass(frozen=True)
 class Options:
-    """SampleConfig for N rows, (11, N): TEMPERATURE .. GUIDANCE_IMAGE; top_k inf is without."""
+    """SamplingParams for N rows, (11, N): TEMPERATURE .. GUIDANCE_IMAGE; top_k inf is without."""
 
     table: Tensor
 
     @staticmethod
-    def of(configs: Sequence[SampleConfig], device: torch.device) -> "Options":
+    def of(configs: Sequence[SamplingParams], device: torch.device) -> "Options":
         columns = [
             (c.temperature, c.image_temperature, *(torch.inf if k is None else k for k in (c.top_k, c.image_top_k)),
              c.top_p, c.image_top_p, c.min_p, c.image_min_p, c.repetition_penalty,
@@ -87,7 +87,7 @@ class Options:
         return torch.where(in_image, self.table[name + 1], self.table[name])
 
 
-def needed(configs: Sequence[SampleConfig]) -> tuple[bool, bool, bool]:
+def needed(configs: Sequence[SamplingParams]) -> tuple[bool, bool, bool]:
     """What rows of these options need at all: (a draw, a sort, the repetition penalty). The rest is left out."""
     draws = any(t > 0 for c in configs for t in (c.temperature, c.image_temperature))
     sorts = draws and any(

@@ -10,7 +10,7 @@ from torch import Tensor
 from nanochameleon.kernels.attention.qknorm_rope import rotate
 from nanochameleon.kernels.attention.reference import visible
 from nanochameleon.packing import Batch
-from nanochameleon.parallel.sharding import whole
+from nanochameleon.parallel.sharding import full_tensor
 from nanochameleon.training.objective import Objective
 from nanochameleon.transformer import Attention, Chameleon
 from nanochameleon.vocab import Vocab
@@ -49,6 +49,6 @@ def attention_peaks(objective: Objective, batch: Batch, keys: Tensor | None) -> 
 def gradient_norms(model: Chameleon, vocab: Vocab) -> dict[str, float]:
     """{"grad_norm_text", "grad_norm_image"}: the gradient's norm over the rows of embedding and output layer that
     belong to text, or to image codes. Of a sharded model it is that of all ranks, which have to take part."""
-    rows = sum(whole(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))
+    rows = sum(full_tensor(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))
     image, text = rows[vocab.first_code : vocab.eoi].sum(), rows[vocab.first_text :].sum()
     return {"grad_norm_text": float(text.sqrt()), "grad_norm_image": float(image.sqrt())}

@@ -18,9 +18,8 @@ from statistics import mode
 
 from tqdm import tqdm
 
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, warn
 from nanochameleon.files import is_number, write_file
-from nanochameleon.printing import warn
 
 METRICS = "metrics.jsonl"
 FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite in fp32

@@ -7,9 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from nanochameleon.errors import another_rank_speaks
+from nanochameleon.errors import is_nonzero_rank, warn
 from nanochameleon.files import is_number, write_file
-from nanochameleon.printing import warn
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
 
@@ -63,7 +62,7 @@ class Stopper:
 
 def say_at_once(sentence: str) -> None:
     """By rank 0, past Python's own buffers: a signal may come within a print."""
-    if not another_rank_speaks():
+    if not is_nonzero_rank():
         with suppress(OSError):  # stderr may be closed
             os.write(2, f"\n{sentence}\n".encode())
 
@@ -83,7 +82,7 @@ class Laps:
                 return seconds
         except (OSError, ValueError, AttributeError, RecursionError):
             pass
-        if not another_rank_speaks():
+        if not is_nonzero_rank():
             warn(f"{self.path} is damaged: the seconds of each stage are counted from zero")
         return {}
 

@@ -17,9 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from nanochameleon.config import EvalConfig, RunConfig
-from nanochameleon.errors import GaveUp, UserError
+from nanochameleon.errors import GaveUp, UserError, say
 from nanochameleon.files import write_file
-from nanochameleon.printing import say
 from nanochameleon.training.monitor import METRICS, read_metrics
 from nanochameleon.training.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, claim, config_to_json
 

@@ -19,7 +19,7 @@ RENAMED = {  # class -> older name -> today's
         "keep": "keep_checkpoints",
     },
     "ParallelConfig": {"mode": "data_parallel", "tensor": "tensor_parallel", "recompute": "activation_checkpointing"},
-    "SampleConfig": {
+    "SamplingParams": {
         "guidance": "guidance_scale",
         "guidance_image": "image_guidance_scale",
         "max_new": "max_new_tokens",

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from nanochameleon.config import ModelConfig, VQGANConfig
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, warn
 from nanochameleon.files import read_json
-from nanochameleon.printing import warn
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, command, read_config
 from nanochameleon.weights import layout_configs, layout_tokenizer, layouts

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import N_CODES, TOKENIZER, VOCAB, random_task, tiny_model
 
-from nanochameleon.config import SampleConfig
+from nanochameleon.config import SamplingParams
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
 from nanochameleon.errors import UserError
 from nanochameleon.generation.decoder import uniforms
@@ -23,7 +23,7 @@ SINGLE = tiny_model()  # MODEL in float32, the path that a CPU takes
 with torch.no_grad():  # so that all often begin an image where they may
     for model in (MODEL, GROUPED, SINGLE):
         model.output.weight[VOCAB.boi] *= 6
-OPTIONS = SampleConfig(
+OPTIONS = SamplingParams(
     temperature=1.3, top_p=0.95, repetition_penalty=1.1, image_temperature=1.0,
     guidance_scale=1.0, image_guidance_scale=1.0,
     max_new_tokens=16,
@@ -46,11 +46,11 @@ batches = st.lists(prompts(), min_size=1, max_size=4)
 
 
 @st.composite
-def all_options(draw) -> SampleConfig:
+def all_options(draw) -> SamplingParams:
     shares, scales = st.sampled_from([0.3, 0.9, 1.0]), st.sampled_from([0.0, 1.0, 1.2, 3.0])
     most, least = st.sampled_from([None, 1, 5]), st.sampled_from([0.0, 0.05])
     heat = st.sampled_from([0.0, 0.7, 1.3, 100.0])
-    return SampleConfig(
+    return SamplingParams(
         draw(heat), draw(shares), draw(most), draw(least), draw(st.sampled_from([1.0, 1.2, 0.8])),
         draw(heat), draw(shares), draw(most), draw(least), draw(scales), draw(scales), draw(st.integers(6, 40)),
     )  # fmt: skip

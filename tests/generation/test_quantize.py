@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import N_CODES, VOCAB, tiny_model
 
-from nanochameleon.config import SampleConfig
+from nanochameleon.config import SamplingParams
 from nanochameleon.generation.engine import generate
 from nanochameleon.generation.quantize import QuantizedLinear, quantize, quantize_
 
@@ -51,7 +51,7 @@ def test_every_matrix_is_int8_and_nothing_else():
 
 def test_a_quantised_model_generates_in_both_ways():
     """float64 takes torch's path and float32 Numba's; bf16 as well."""
-    options = SampleConfig(temperature=0.0, image_temperature=0.0, max_new_tokens=20)
+    options = SamplingParams(temperature=0.0, image_temperature=0.0, max_new_tokens=20)
     prompts = [[VOCAB.bos], [VOCAB.bos, VOCAB.boi]]
     rows = generate(quantize_(tiny_model()), prompts, VOCAB, N_CODES, options)
     assert rows == generate(quantize_(tiny_model().double()), prompts, VOCAB, N_CODES, options)

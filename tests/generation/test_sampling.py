@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.config import SampleConfig
+from nanochameleon.config import SamplingParams
 from nanochameleon.generation.sampling import (
     Grammar,
     Options,
@@ -39,7 +39,7 @@ def heated(logits: torch.Tensor, t: float) -> torch.Tensor:
     return temperature(logits, torch.tensor([t], dtype=torch.float64))
 
 
-def options(*some: SampleConfig) -> Options:
+def options(*some: SamplingParams) -> Options:
     return Options.of(some, torch.device("cpu"))
 
 
@@ -112,7 +112,7 @@ def test_repetition_lowers_what_was_seen_and_nothing_else(logits, penalty, bits)
 
 @given(some_logits, st.floats(0.0, 3.0), st.none() | st.integers(1, 12), shares, st.booleans())
 def test_no_filter_brings_back_what_was_forbidden(logits, t, k, p, in_image):
-    cfg = SampleConfig(t, p, k, 0.1, 1.0, t, p, k, 0.1)
+    cfg = SamplingParams(t, p, k, 0.1, 1.0, t, p, k, 0.1)
     left = kept(filtered(logits, options(cfg), torch.tensor([in_image])))
     assert left.any() and not (left & ~kept(logits)).any()
 
@@ -121,22 +121,22 @@ def test_filters_apply_in_the_order_of_the_released_code():
     """Temperature first: at 0.5 the first id alone reaches 0.75, at 1 it does not."""
     logits = torch.tensor([[1.0, 0.0, -torch.inf]])
     for t, left in ((0.5, [True, False, False]), (1.0, [True, True, False])):
-        assert kept(filtered(logits, options(SampleConfig(t, 0.75)), torch.tensor([False]))).tolist() == left
+        assert kept(filtered(logits, options(SamplingParams(t, 0.75)), torch.tensor([False]))).tolist() == left
 
 
 def test_each_row_has_numbers_of_its_own_and_images_have_others_than_text():
     rows = [
-        SampleConfig(1.0, 1.0, k, image_temperature=1.0, image_top_p=1.0, image_top_k=i) for k, i in ((1, 3), (2, 4))
+        SamplingParams(1.0, 1.0, k, image_temperature=1.0, image_top_p=1.0, image_top_k=i) for k, i in ((1, 3), (2, 4))
     ]
     logits, twice = torch.arange(6.0).expand(4, 6), options(*rows, *rows)
     left = filtered(logits, twice, torch.tensor([False, False, True, True])).isfinite().sum(1)
     assert left.tolist() == [1, 2, 3, 4]
-    without = filtered(logits, options(*[SampleConfig(1.0, 1.0)] * 4), torch.tensor([False] * 4), sorts=False)
+    without = filtered(logits, options(*[SamplingParams(1.0, 1.0)] * 4), torch.tensor([False] * 4), sorts=False)
     assert without.isfinite().all()
 
 
 def test_defaults_are_the_released_ones():
-    cfg = SampleConfig()
+    cfg = SamplingParams()
     assert (cfg.temperature, cfg.top_p, cfg.repetition_penalty) == (0.7, 0.9, 1.2)
     assert (cfg.image_temperature, cfg.image_top_p, cfg.guidance_scale, cfg.image_guidance_scale) == (
         0.7,

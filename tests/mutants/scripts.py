@@ -13,8 +13,8 @@ MUTANTS = [
     Mutant(
         "a training step foretells its loss wrongly",
         "train.py",
-        "Expected(cfg.train.z_loss, mesh.data_size /",
-        "Expected(cfg.train.z_loss, 2 * mesh.data_size /",
+        "Expected(cfg.train.z_loss, mesh.dp_size /",
+        "Expected(cfg.train.z_loss, 2 * mesh.dp_size /",
         "test_losses.py",
     ),
     Mutant(
@@ -43,14 +43,14 @@ MUTANTS = [
     Mutant(
         "ranks divide by what they have alone",
         "train.py",
-        "(count,) = mesh.total(float((batch.targets != IGNORE).sum()))",
+        "(count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))",
         "count = float((batch.targets != IGNORE).sum())",
         "parallel/test_mesh.py",
     ),
     Mutant(
         "the mean over ranks stands for their sum",
         "train.py",
-        "(loss * mesh.data_size).backward()",
+        "(loss * mesh.dp_size).backward()",
         "loss.backward()",
         "parallel/test_mesh.py",
     ),
@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant(
         "a restart by torchrun starts anew",
         "train.py",
-        'if environment("TORCHELASTIC_RESTART_COUNT", 0):',
+        'if env_int("TORCHELASTIC_RESTART_COUNT", 0):',
         "if False:",
         "test_train.py",
     ),

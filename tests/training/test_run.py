@@ -18,7 +18,7 @@ from nanochameleon.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
-    SampleConfig,
+    SamplingParams,
     StageConfig,
     TokenizerTraining,
     TrainConfig,
@@ -75,7 +75,7 @@ stages = st.lists(drawn(StageConfig, weights=st.lists(st.tuples(st.text(), real)
 configs = drawn(
     RunConfig, name=st.text(), stages=stages, vqgan=vqgans, model=models, optim=optims,
     tokenizers=drawn(TokenizerTraining, optim=optims), data=drawn(DataConfig, path=st.none() | paths),
-    train=drawn(TrainConfig), sample=drawn(SampleConfig), evaluation=drawn(EvalConfig), out=st.none() | paths,
+    train=drawn(TrainConfig), sample=drawn(SamplingParams), evaluation=drawn(EvalConfig), out=st.none() | paths,
 )  # fmt: skip
 
 

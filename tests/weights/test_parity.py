@@ -19,7 +19,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration, Cha
 from transformers.models.chameleon import modeling_chameleon
 from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
 
-from nanochameleon.config import ModelConfig, SampleConfig
+from nanochameleon.config import ModelConfig, SamplingParams
 from nanochameleon.convert import Args, convert
 from nanochameleon.documents import Image as Codes
 from nanochameleon.documents import Text, render
@@ -97,7 +97,7 @@ def test_without_bypassing_anything_they_agree_to_float32(folder):
 def test_greedy_text_is_the_same_ids(vqgan, seed):
     model = released_model(seed, torch.float64, dim=24, n_heads=4, n_kv_heads=2, qk_norm_groups=2)
     prompts = [[VOCAB.bos, *TOKENIZER.encode(text)] for text in ("a red", "ta", "re re re")]
-    greedy = SampleConfig(temperature=0, max_new_tokens=20, repetition_penalty=1.0)
+    greedy = SamplingParams(temperature=0, max_new_tokens=20, repetition_penalty=1.0)
     ours = generate(model, prompts, VOCAB, 16, greedy, "text", seed=0)
     hf, never = theirs(model, vqgan), [i for i in range(VOCAB.first_text) if i != VOCAB.eos]
     settings = dict(do_sample=False, max_new_tokens=20, suppress_tokens=never, bos_token_id=0, eos_token_id=2)
