@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bad_images import encoded, noise, odd_images
+from image_bytes import encoded, noise, odd_images
 from mutators import mutated
 from tiny import TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from tqdm import tqdm
