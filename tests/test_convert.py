@@ -396,7 +396,7 @@ UNFIT = {
     "layers of Meta": ("meta", set_params(n_layers=HUGE), "n_layers is 10000000"),
     "blocks without end": ("nano", set_part("vqgan", n_res_blocks=HUGE), "vqgan.n_res_blocks is 10000000"),
     "ids without end": ("nano", set_part("model", vocab_size=2**64), "model.vocab_size must be at most"),
-    "levels without end": ("nano", set_part("vqgan", ch_mult=[1] * 99), "ch_mult needs"),
+    "levels without end": ("nano", set_part("vqgan", ch_mult=[1] * 99), "ch_mult must have"),
     "no number": ("nano", set_part("model", norm_eps=float("nan")), "model.norm_eps must be above 0 and at most 1"),
     "a base below 0": ("hf", set_config(rope_parameters=None, rope_theta=-5.0), "model.rope_theta must be above 0"),
     "an endless base": ("meta", set_params(rope_theta=float("inf")), "model.rope_theta must be above 0"),
