@@ -39,7 +39,7 @@ from nanochameleon.weights.pth_files import write_pth
 from nanochameleon.weights.ranges import MAX_NUMBER
 from nanochameleon.weights.read_layouts import HF_DECODER, NANO_VQGAN, ModelFiles
 from nanochameleon.weights.tensor_files import Get, LazyTensors, write_safetensors, write_sharded
-from nanochameleon.weights.tokenizers import load_text_tokenizer
+from nanochameleon.weights.tokenizers import open_text_tokenizer
 
 NAMES = {(4_096, 32): "7b", (8_192, 48): "30b"}  # (dim, n_layers) -> the release's folder
 
@@ -161,7 +161,7 @@ def convert(args: Args) -> Path:
     files = open_model_files(args.src, args.vqgan)
     if not args.decoder:
         files = without_decoder(files)
-    load_text_tokenizer(files.tokenizers, args.src)
+    open_text_tokenizer(files.tokenizers, args.src)
     check(files, args)
     if not files.has_decoder:
         warn(NO_DECODER if args.decoder else "the image decoder is left out")

@@ -15,7 +15,7 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, read_config
 from nanochameleon.weights.model_folder import open_model_files
 from nanochameleon.weights.read_layouts import ModelFiles
-from nanochameleon.weights.tokenizers import Tokenizers, load_text_tokenizer
+from nanochameleon.weights.tokenizers import Tokenizers, open_text_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Beginning:
     tokenizers: Tokenizers | None = None
 
     def text(self, cfg: RunConfig) -> TextTokenizer:
-        return load_text_tokenizer(self.tokenizers, cfg.init_from if self.parts else cfg.data.path)
+        return open_text_tokenizer(self.tokenizers, cfg.init_from if self.parts else cfg.data.path)
 
     def store_tokenizers(self, cfg: RunConfig, folder: Path) -> TextTokenizer:
         """Puts both tokenizers where a run has its own, unless they are there."""
@@ -40,7 +40,7 @@ def begin(cfg: RunConfig) -> tuple[RunConfig, Beginning]:
     tokenizers, parts = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
         cfg, parts = adopt(cfg)
-        load_text_tokenizer(parts.tokenizers, cfg.init_from)  # a sentence, before anything else reads it
+        open_text_tokenizer(parts.tokenizers, cfg.init_from)  # a sentence, before anything else reads it
         if tokenizers and parts.tokenizers.digest() != tokenizers.digest():
             what = f"{cfg.data.path} was prepared with other tokenizers than those of {cfg.init_from}"
             raise UserError(f"{what}: prepare it with --tokenizers {cfg.init_from}")

@@ -24,7 +24,7 @@ from nanochameleon.weights.checks import check_finite, check_image_tokenizer
 from nanochameleon.weights.layouts import DECODER
 from nanochameleon.weights.read_layouts import ModelFiles, open_hf, open_meta, open_nano, open_run, open_vqgan
 from nanochameleon.weights.tensor_files import LazyTensors
-from nanochameleon.weights.tokenizers import Tokenizers, load_text_tokenizer, run_tokenizers
+from nanochameleon.weights.tokenizers import Tokenizers, open_text_tokenizer, run_tokenizers
 
 NANO = "nanochameleon"  # the value of "layout" in config.json of our own folders
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -133,7 +133,7 @@ def open_model(path: Path, device: str = "auto", dtype: str = "auto", vqgan: Pat
     dtype: 'auto' keeps the files' dtype. vqgan: as in open_model_files.
     """
     where, files = pick_device(device), open_model_files(path, vqgan)
-    tokenizer, image_tokenizer = load_text_tokenizer(files.tokenizers, path), files.tokenizers.image_tokenizer(where)
+    tokenizer, image_tokenizer = open_text_tokenizer(files.tokenizers, path), files.tokenizers.image_tokenizer(where)
     if files.layout == "run":
         cfg = read_config(path)
     else:

@@ -64,7 +64,7 @@ class Tokenizers:
         return found.hexdigest()
 
 
-def load_text_tokenizer(tokenizers: Tokenizers, path: Path) -> TextTokenizer:
+def open_text_tokenizer(tokenizers: Tokenizers, path: Path) -> TextTokenizer:
     """Load the text tokenizer. Raises UserError naming `path`, the folder it is from."""
     try:
         return tokenizers.text()
