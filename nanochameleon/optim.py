@@ -15,7 +15,7 @@ from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
 from nanochameleon.parallel.sharding import full_tensor, shard_like
 
-TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
+MAX_NONFINITE_STEPS = 10  # steps in a row without a finite loss after which a run gives up
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -19,7 +19,7 @@ from nanochameleon.weights.tokenizers import Tokenizers, open_text_tokenizer
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitFrom:
     """parts: the model whose weights to begin with. tokenizers: None where the run trains its own."""
 
     parts: ModelFiles | None = None
@@ -35,7 +35,7 @@ class Beginning:
         return tokenizer
 
 
-def begin(cfg: RunConfig) -> tuple[RunConfig, Beginning]:
+def begin(cfg: RunConfig) -> tuple[RunConfig, InitFrom]:
     """Raises UserError for what cannot be opened, and for a model and prepared data of different tokenizers."""
     tokenizers, parts = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
@@ -48,7 +48,7 @@ def begin(cfg: RunConfig) -> tuple[RunConfig, Beginning]:
     elif tokenizers:
         model = dataclasses.replace(cfg.model, vocab_size=tokenizers.vocab_size, max_seq_len=cfg.train.seq_len)
         cfg = dataclasses.replace(cfg, vqgan=tokenizers.vqgan, model=model)
-    return cfg, Beginning(parts, tokenizers)
+    return cfg, InitFrom(parts, tokenizers)
 
 
 def prepared_tokenizers(cfg: RunConfig) -> Tokenizers | None:
