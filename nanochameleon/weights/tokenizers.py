@@ -14,12 +14,13 @@ from nanochameleon.errors import UserError, shown
 from nanochameleon.files import read_json
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER, read_config
 from nanochameleon.weights.checks import check_finite, check_image_tokenizer
 from nanochameleon.weights.layouts import DECODER
 from nanochameleon.weights.tensor_files import LazyTensors, Safetensors
+from nanochameleon.weights.tokenizer_json import ForeignTokenizer, from_json, spell
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Tokenizers:
     def digest(self) -> str:
         """Return a hash that is equal if every document becomes the same tokens. The image decoder is left out."""
         text = self.text()
-        pieces = {spell(piece): token for piece, token in text.ids.items()}
+        pieces = {spell(piece): token for piece, token in text.tokens.items()}
         merges = [[spell(left), spell(right)] for left, right in text.merges]
         sizes = [dataclasses.asdict(each) for each in (text.vocab, self.vqgan)]
         # rare fields only where they are set, so that the digest of other tokenizers stays as it was
-        rare = [text.added, text.ignore_merges] if any(text.added) or text.ignore_merges else []
+        rare = [text.added, text.ignore_merges] if isinstance(text, ForeignTokenizer) else []
         found = hashlib.sha256(json.dumps([*sizes, pieces, merges, *rare], sort_keys=True).encode())
         for name in sorted(self.vq.meta):
             if not name.startswith(DECODER):
