@@ -29,7 +29,6 @@ from nanochameleon.data.sources.shapes import World, draw, draw_scene
 from nanochameleon.errors import OwnError, UserError, exit_on_user_error
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import mixed
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, run, train_tokenizers
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.monitor import read_metrics
@@ -45,6 +44,7 @@ from nanochameleon.training.run import (
 )
 from nanochameleon.training.signals import GracefulShutdown
 from nanochameleon.weights.model_folder import open_parts
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -410,7 +410,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     kept = sorted((before_transformer / "bad").iterdir())
     assert [path.name for path in kept] == [f"step-{call - 1:06d}-rank-0.safetensors" for call in broken]
     image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
-    text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
+    text = load_text_tokenizer(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = corrupt_image_tokens(
         mask_targets(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.image_token_noise, cfg.seed, [2, 3]

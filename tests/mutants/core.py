@@ -14,10 +14,10 @@ MUTANTS = [
     Mutant("uint8 codes wrap round", "vocab.py", "values = values.long()", "values = values", "test_vocab.py"),
     Mutant("one code too many is let in", "vocab.py", "largest < high:", "largest <= high:", "test_vocab.py"),
     Mutant(
-        "letters are decoded id by id",
+        "letters are decoded token by token",
         "text_tokenizer.py",
-        'return self.decode_bytes(ids).decode("utf-8", errors="replace")',
-        'return "".join(self.decode_bytes([i]).decode("utf-8", errors="replace") for i in ids)',
+        'return self.decode_bytes(tokens).decode("utf-8", errors="replace")',
+        'return "".join(self.decode_bytes([i]).decode("utf-8", errors="replace") for i in tokens)',
         "test_text_tokenizer.py",
     ),
     Mutant(
@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant(
         "prompts are learnt as well",
         "packing.py",
-        "np.where(answers(ids, answers_from)[1:], following, IGNORE)",
+        "np.where(answer_mask(ids, assistant_eot)[1:], following, IGNORE)",
         "following",
         "test_packing.py",
     ),
@@ -197,7 +197,13 @@ MUTANTS = [
         "args.dst.name",
         "test_convert.py",
     ),
-    Mutant("a running conversion is swept away", "files.py", "or not alive(int(pid))", "or True", "test_convert.py"),
+    Mutant(
+        "a running conversion is swept away",
+        "files.py",
+        "or not process_exists(int(pid))",
+        "or True",
+        "test_convert.py",
+    ),
     Mutant(
         "a reader that has gone ends the run",
         "errors.py",
