@@ -59,8 +59,10 @@ def pool(n: int) -> list:
 
 
 def run_on(n: int, function: Callable, *arguments) -> list:
-    """Run function(*arguments) on n ranks at once and return their results. Raises AssertionError with the tracebacks of
-    ranks that failed; later calls start new processes."""
+    """Run function(*arguments) on n ranks at once and return their results.
+
+    Raises AssertionError with the tracebacks of ranks that failed; the next call then starts new processes.
+    """
     port, pipes = free_port(), pool(n)
     for rank, pipe in enumerate(pipes):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
