@@ -30,15 +30,15 @@ from nanochameleon.errors import OwnError, UserError, exit_on_user_error
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import mixed
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.training import checkpoint, run, train_tokenizers
+from nanochameleon.training import checkpoint, recovery, run, train_tokenizers
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.objective import Objective
+from nanochameleon.training.recovery import Progress
 from nanochameleon.training.run import (
     CONFIG,
     TEXT_TOKENIZER,
     command,
-    config_to_json,
     open_image_tokenizer,
     read_config,
     start_folder,
@@ -193,7 +193,7 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
             train_until_stopped(cfg)
         assert steps_of(cfg.folder / where) == steps
         again = command("train.py", "toy", "--out", "a b")  # --overwrite would start anew
-        assert f"goes on: {again}\n" in capsys.readouterr().out
+        assert f"to resume: {again}\n" in capsys.readouterr().out
     train.main(cfg)
     assert_same_weights(cfg.folder, finished)
     assert_same_weights(cfg.folder / "image_tokenizer", finished / "image_tokenizer")
@@ -269,7 +269,7 @@ def test_a_stop_in_the_report_ends_it_at_once_and_says_how_to_go_on(number, copy
 
     monkeypatch.setattr(train, "make_report", interrupted)
     train_until_stopped(training_config(copy), 128 + number)
-    assert "this goes on: " in capsys.readouterr().out
+    assert "to resume: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", [".", "image_tokenizer"])
@@ -316,22 +316,15 @@ def test_the_precision_is_decided_once_before_any_stage_and_told(tmp_path, monke
         assert f"matrix products in {precision}: {why}\n" in capsys.readouterr().out
 
 
-def test_the_precision_is_that_of_the_checkpoints_of_an_older_version(finished, tmp_path, monkeypatch):
-    cfg = training_config(tmp_path / "older", train=replace(training_config(tmp_path).train, precision="auto"))
-    tensors, state = checkpoint.load(finished)
-    checkpoint.save(cfg.folder, 10, tensors, state | {"step": 10, "precision": "bf16"})
-    (cfg.folder / CONFIG).write_text(config_to_json(cfg))
-    assert run.decide_precision(cfg, torch.device("cpu")).train.precision == "bf16"
-    assert train.Progress.read(checkpoint.read_state(cfg.folder / "step-000010"), cfg.folder).step == 10
-    checkpoint.save(cfg.folder, 11, tensors, state | {"step": 11, "precision": "odd"})
-    monkeypatch.setattr(run, "pick_precision", lambda *_: ("fp32", "no GPU"))
-    assert run.decide_precision(cfg, torch.device("cpu")).train.precision == "fp32"
-
-
 def test_a_state_of_something_else_is_a_sentence(tmp_path):
     for state in ({}, {"lost": 1}, {"step": "ten"}, {"step": -1}, {"loss": []}):
         with pytest.raises(UserError, match=f"{tmp_path} is of another stage or version"):
-            train.Progress.read(state, tmp_path)
+            Progress.read(state, tmp_path)
+
+
+def test_a_state_under_older_names_is_read(tmp_path):
+    older = {"step": 4, "tokens": 9, "passed": 1, "left_out": 2, "loss": None, "failed": 3}
+    assert Progress.read(older, tmp_path) == Progress(4, 9, 1, 2, None, 3)
 
 
 class KilledHere(BaseException):
@@ -412,9 +405,8 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
     text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
-    learnt = corrupt_image_tokens(
-        mask_targets(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.image_token_noise, cfg.seed, [2, 3]
-    )
+    learnt = mask_targets(loader.batch(1), cfg.train.image_loss, 16, text.vocab)
+    learnt = corrupt_image_tokens(learnt, cfg.train.image_token_noise, 16, text.vocab, cfg.seed, [2, 3])
     assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == {
         k: x.tolist() for k, x in vars(learnt).items()
     }
@@ -423,34 +415,37 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
 def test_many_such_steps_in_a_row_roll_the_run_back_and_later_batches_follow(before_transformer, monkeypatch, capsys):
     """A checkpoint after 5 steps; of the calls that follow the second to the fourth fail, three in a row."""
     monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 3)
+    monkeypatch.setattr(recovery, "MAX_NONFINITE_STEPS", 3)
     weights = break_losses(monkeypatch, "nan", lambda call: 7 <= call <= 9)
     cfg = training_config(before_transformer)
     train.main(replace(cfg, train=replace(cfg.train, log_every=1)))
     assert f"back to {before_transformer / 'step-000005'}" in capsys.readouterr().err
     assert len(weights) == 9 + 7 and torch.equal(weights[9], weights[5]) and not torch.equal(weights[9], weights[8])
     state = checkpoint.load(before_transformer)[1]
-    assert state["step"] == 12 and state["passed"] == 9 - 5 and state["left_out"] == 3
+    assert state["step"] == 12 and state["skipped_batches"] == 9 - 5 and state["skipped_updates"] == 3
     assert [line["step"] for line in read_metrics(before_transformer / "metrics.jsonl")] == list(range(12))
 
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_run_that_rolling_back_does_not_help_gives_up_with_a_sentence(saved, before_transformer, monkeypatch):
     monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 3)
+    monkeypatch.setattr(recovery, "MAX_NONFINITE_STEPS", 3)
     cfg = training_config(before_transformer)
     weights = break_losses(monkeypatch, "nan", lambda call: call > 6)
     with pytest.raises(UserError, match=r"3 steps in a row had no finite loss.*--optim\.lr 0\.003"):
         train.main(replace(cfg, train=replace(cfg.train, save_every=5 if saved else 100)))
-    assert len(weights) == (6 + 3 * (1 + train.MAX_ROLLBACKS) if saved else 9)
+    assert len(weights) == (6 + 3 * (1 + recovery.MAX_ROLLBACKS) if saved else 9)
 
 
 def test_failures_long_after_a_checkpoint_end_a_run_as_well(before_transformer, monkeypatch):
     """Each time three good steps follow the checkpoint of step 5, and none that is saved."""
     monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 3)
+    monkeypatch.setattr(recovery, "MAX_NONFINITE_STEPS", 3)
     weights = break_losses(monkeypatch, "nan", lambda call: call > 5 and (call - 6) % 6 >= 3)
     cfg = training_config(before_transformer)
     with pytest.raises(UserError, match=r"3 steps in a row had no finite loss"):
         train.main(replace(cfg, train=replace(cfg.train, save_every=5)))
-    assert len(weights) == 5 + 6 * (1 + train.MAX_ROLLBACKS)
+    assert len(weights) == 5 + 6 * (1 + recovery.MAX_ROLLBACKS)
     assert checkpoint.load(before_transformer)[1]["step"] == 5
 
 
@@ -464,13 +459,13 @@ def test_a_save_that_falls_into_a_streak_of_failures_is_made_up_for_behind_it(be
 
 def test_roll_backs_long_ago_do_not_count(before_transformer, monkeypatch):
     """Of each six batches three in a row fail; a second roll-back to the same checkpoint would end the run."""
-    for name, value in {"MAX_NONFINITE_STEPS": 3, "MAX_ROLLBACKS": 1}.items():
-        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 3)
+    monkeypatch.setattr(recovery, "MAX_ROLLBACKS", 1)
     weights = break_losses(monkeypatch, "nan", lambda call: call > 4 and call % 6 < 3)
     cfg = training_config(before_transformer)
     train.main(replace(cfg, train=replace(cfg.train, save_every=1)))
     state = checkpoint.load(before_transformer)[1]
-    assert state["step"] == 12 and state["left_out"] == 3 + 3 + 1 and len(weights) == 12 + 6
+    assert state["step"] == 12 and state["skipped_updates"] == 3 + 3 + 1 and len(weights) == 12 + 6
 
 
 @pytest.mark.parametrize("micro_batch, fewer", [(None, "--parallel.micro-batch 1 or "), (1, "")])
@@ -483,10 +478,10 @@ def test_a_gpu_whose_memory_is_full_is_a_sentence_that_says_what_to_lower(
     monkeypatch.setattr(train, "forward_backward", full)
     cfg = training_config(before_transformer)
     cfg = replace(cfg, parallel=replace(cfg.parallel, micro_batch=micro_batch))
-    rows = rf"the memory of cpu \(rank 0\) does not hold {micro_batch or 2} rows of {cfg.train.seq_len} ids at a time"
+    rows = rf"the memory of cpu \(rank 0\) does not hold {micro_batch or 2} sequences of {cfg.train.seq_len} tokens"
     with pytest.raises(
         OwnError,
-        match=f"{rows}: go on with {fewer}--parallel.activation-checkpointing or --parallel.data-parallel fsdp",
+        match=f"{rows}: resume with {fewer}--parallel.activation-checkpointing or --parallel.data-parallel fsdp",
     ):
         train.main(cfg)
 
@@ -696,7 +691,7 @@ def test_a_run_does_not_overwrite_what_it_is_to_begin_with(finished, tmp_path):
     run = tmp_path / "run"
     inside = convert(Args(finished, run / "nano", "nano"))
     (run / CONFIG).write_text((finished / CONFIG).read_text())
-    with pytest.raises(UserError, match=r"lies in .* choose another --out"):
+    with pytest.raises(UserError, match=r"is inside .* choose another --out"):
         train.main(training_config(run, init_from=inside, overwrite=True))
     open_parts(inside)
 

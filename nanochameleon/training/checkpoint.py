@@ -110,7 +110,7 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state:
     Raises UserError when the disk is full or not writable; then nothing new is left and the older ones are untouched.
     """
     run_dir = Path(run_dir)
-    aside = run_dir / f".tmp-step-{step:06d}-{os.getpid()}"
+    aside = run_dir / temporary_name(step)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         sweep_folders(run_dir)
@@ -122,6 +122,10 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state:
         raise UserError(f"cannot save a checkpoint in {run_dir}: {error}; older checkpoints are untouched") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def temporary_name(step: int) -> str:
+    return f".tmp-step-{step:06d}-{os.getpid()}"
 
 
 def check_room(run_dir: Path, tensors: Iterable[Tensor]) -> None:

@@ -195,10 +195,7 @@ def begun_with(folder: Path) -> str:
     """The precision of the run in a folder; 'auto' where it has not been decided, or the run never came to anything."""
     if not (folder / CONFIG).is_file() or len(contents(folder)) == 1:
         return "auto"
-    precision = read_config(folder).train.precision
-    path = checkpoint.newest(folder) if precision == "auto" else None  # where an older version kept it
-    kept = checkpoint.read_state(path).get("precision") if path else None
-    return kept if kept in ("bf16", "fp32") else precision
+    return read_config(folder).train.precision
 
 
 @contextmanager

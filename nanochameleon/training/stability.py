@@ -64,7 +64,7 @@ VARIANTS = (
 # Running
 
 
-def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
+def run_ablations(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
     """Trains every variant that is not finished, then writes stability.json, stability.md and stability.png into the
     run's folder, and returns it. Raises UserError under torchrun."""
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -6,8 +6,8 @@ MUTANTS = [
     Mutant(
         "images that are read get noise",
         "training/image_targets.py",
-        "share = most * drawn[:, None] *",
-        "share = most *",
+        "fraction = max_fraction * drawn[:, None] *",
+        "fraction = max_fraction *",
         "training/test_image_targets.py",
     ),
     Mutant(
@@ -20,7 +20,7 @@ MUTANTS = [
     Mutant(
         "noise depends on the rows beside it",
         "training/image_targets.py",
-        "int(numbers[row])",
+        "int(sample_indices[row])",
         "row",
         "training/test_image_targets.py",
     ),
@@ -41,14 +41,14 @@ MUTANTS = [
     Mutant(
         "the second code on is left out",
         "training/image_targets.py",
-        "targets[row, places[~drawn] - 1]",
-        "targets[row, places[~drawn]]",
+        "targets[row, where[~drawn] - 1]",
+        "targets[row, where[~drawn]]",
         "training/test_image_targets.py",
     ),
     Mutant(
         "data and model may mean other things by their ids",
         "training/init_from.py",
-        "if tokenizers and parts.tokenizers.digest() != tokenizers.digest():",
+        "if tokenizers and model.tokenizers.digest() != tokenizers.digest():",
         "if False:",
         "data/test_prepared.py",
     ),
@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         "a stopped run asks for its source again",
         "training/init_from.py",
-        "if begun := begun_from(cfg):",
-        "if begun := None:",
+        "if origin := origin_of_run(cfg):",
+        "if origin := None:",
         "test_train.py",
     ),
     Mutant(
@@ -132,12 +132,16 @@ MUTANTS = [
     Mutant(
         "a last save that failed is let pass",
         "training/saver.py",
-        "if problem and must:",
+        "if problem and must_succeed:",
         "if False:",
         "test_faults.py",
     ),
     Mutant(
-        "a save that failed ends the run", "training/saver.py", "if problem and must:", "if problem:", "test_faults.py"
+        "a save that failed ends the run",
+        "training/saver.py",
+        "if problem and must_succeed:",
+        "if problem:",
+        "test_faults.py",
     ),
     Mutant(
         "attention logits without their scale",

@@ -142,7 +142,8 @@ def test_a_configuration_under_older_names_is_read():
         for old, new in RENAMED.get(type(value).__name__, {}).items():
             fields[old] = fields.pop(new)
             changed_names.append((type(value).__name__, old))
-    assert {(kind, old) for kind, names in RENAMED.items() for old in names} == set(changed_names)
+    of_config = {(kind, old) for kind, names in RENAMED.items() if kind not in ("Progress", "metrics") for old in names}
+    assert set(changed_names) == of_config
     assert config_from_json(json.dumps(older)) == cfg
 
 
