@@ -1,4 +1,4 @@
-"""What happens once before the first step of the transformer: set weights, print sizes and kernels, find the peak rate."""
+"""What happens once before the first step of the transformer: weights are set, sizes and kernels printed."""
 
 import torch
 

@@ -92,14 +92,14 @@ MUTANTS = [
         "training/init_from.py",
         "if cfg.init_from.resolve().is_relative_to(cfg.folder.resolve()):",
         "if False:",
-        "test_train.py",
+        "training/test_init_from.py",
     ),
     Mutant(
         "a stopped run asks for its source again",
         "training/init_from.py",
         "if origin := origin_of_run(cfg):",
         "if origin := None:",
-        "test_train.py",
+        "training/test_init_from.py",
     ),
     Mutant(
         "only the first rank's shards are in the manifest",
@@ -113,7 +113,7 @@ MUTANTS = [
         "training/run.py",
         '"auto" if cfg.overwrite else begun_with(cfg.folder)',
         '"auto"',
-        "test_train.py",
+        "training/test_train_resume.py",
     ),
     Mutant(
         "a lock that its owner has removed is taken",
