@@ -53,14 +53,13 @@ from nanochameleon.data.build import mixture, open_loader, open_sources, store_i
 from nanochameleon.errors import Interrupted, OwnError, UserError, exit_on_user_error, say, warn
 from nanochameleon.evaluate.report import make_report, sample_grid
 from nanochameleon.images.tokenizer import NO_DECODER
-from nanochameleon.kernels.block.dropout import derive
+from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.zloss.cross_entropy import Expected
-from nanochameleon.optim import MAX_NONFINITE_STEPS, clip, learning_rate, make_optimizer
+from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
 from nanochameleon.parallel.mesh import Mesh, env_int, init_mesh, local_device
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.curves import plot_curves
 from nanochameleon.training.diagnostics import compute_metrics, gradient_norms, max_attention_logits, memory_gib
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
@@ -85,6 +84,7 @@ from nanochameleon.training.startup import init_or_load_weights, log_setup, mfu_
 from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -147,7 +147,7 @@ def train_loop(
         sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,) in the whole training
         batch = mask_targets(loader.batch(number, rows), t.image_loss, n_codes, run.vocab)
         batch = corrupt_image_tokens(batch, t.image_token_noise, n_codes, run.vocab, cfg.seed, sample_indices)
-        batch, dropout_seeds = batch.to(mesh.device), derive(sample_indices, cfg.seed).to(mesh.device)
+        batch, dropout_seeds = batch.to(mesh.device), fold_in(sample_indices, cfg.seed).to(mesh.device)
 
         # 2. Forward and backward over micro-batches.
         model.model.train()  # drawing samples needs eval mode
@@ -157,7 +157,7 @@ def train_loop(
         # 3. Clip. The norms that are logged are those before it.
         log_due = step % t.log_every == 0 or step == t.steps - 1
         norms = gradient_norms(model.model, run.vocab) if log_due else {}
-        norms["grad_norm"] = clip(model.model.parameters(), cfg.optim.grad_clip)
+        norms["grad_norm"] = clip_gradients(model.model.parameters(), cfg.optim.grad_clip)
 
         # 4. Check. A non-finite number on one rank makes every rank skip the update, and a signal to one stops all.
         finite = math.isfinite(norms["grad_norm"]) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
@@ -286,7 +286,7 @@ def run_stages(
 ) -> Run:
     """Run the stages before the report. Raises Interrupted once a stop is saved."""
     mesh.run_on_rank0(lambda: prepare(cfg, init, folder, mesh.device, timer, stopped))
-    tokenizer = init.text(cfg) if init.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
+    tokenizer = init.text(cfg) if init.tokenizers else load_text_tokenizer(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     with torch.device("meta"):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from nanochameleon.cli import parse
 from nanochameleon.config import ModelConfig
 from nanochameleon.errors import UserError, exit_on_user_error, say, shown, warn
-from nanochameleon.files import fsync, sweep_dead
+from nanochameleon.files import fsync, remove_stale
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER
 from nanochameleon.weights import layout_files, layouts
@@ -163,7 +163,7 @@ def convert(args: Args) -> Path:
         warn(NO_DECODER if args.decoder else "the image decoder is left out")
     aside = args.dst.parent / f".tmp-{args.dst.name}-{os.getpid()}"
     try:
-        sweep_dead(args.dst.absolute().parent, f".tmp-{args.dst.name}")
+        remove_stale(args.dst.absolute().parent, f".tmp-{args.dst.name}")
         aside.mkdir(parents=True)
         needed = sum(x.nbytes for x in (*parts.weights.meta.values(), *parts.vq.meta.values()))
         if (free := shutil.disk_usage(aside).free) < needed:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.block.dropout import derive
+from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.packing import pack
-from nanochameleon.transformer import Chameleon, KVCache, QKNorm, rotary_table, rotate
+from nanochameleon.transformer import Chameleon, KVCache, QKNorm, apply_rotary_emb, compute_freqs_cis
 
 TINY = ModelConfig(vocab_size=40, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
 
@@ -57,7 +57,7 @@ def test_two_seeds_give_two_models_and_one_seed_always_the_same(one, other, name
     with torch.device("meta"):
         model = Chameleon(TINY)
     shape, cpu = model.get_parameter(name).shape, torch.device("cpu")
-    first, second, again = (model.initial(name, shape, seed, cpu) for seed in (one, other, one))
+    first, second, again = (model.init_tensor(name, shape, seed, cpu) for seed in (one, other, one))
     assert torch.equal(first, again) and torch.equal(first, second) == (one == other)
 
 
@@ -66,7 +66,7 @@ def test_no_two_matrices_start_alike():
         model = Chameleon(TINY)
     names = [name for name, p in model.named_parameters() if p.ndim == 2]
     drawn = [name for name in names if not name.startswith("output") and "norm" not in name]
-    signs = [model.initial(name, torch.Size([8, 8]), 1, torch.device("cpu")).sign().flatten() for name in drawn]
+    signs = [model.init_tensor(name, torch.Size([8, 8]), 1, torch.device("cpu")).sign().flatten() for name in drawn]
     assert len({tuple(x.tolist()) for x in signs}) == len(drawn)
 
 
@@ -155,12 +155,12 @@ def test_any_split_into_prefill_and_steps_is_one_forward_pass(seed, splits):
         ids, at, pieces = tokens(seed + row, 1, sum(parts)), 0, []
         for part in parts:
             positions = torch.arange(at, at + part)[None]
-            window = cache.window(slice(row, row + 1), positions, at + part + seed % 2)
+            window = cache.view(slice(row, row + 1), positions, at + part + seed % 2)
             pieces.append(model(ids[:, at : at + part], positions, cache=window))
             at += part
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-9, atol=1e-10)
     lengths = torch.tensor([[sum(parts)] for parts in splits])
-    step = model(tokens(seed + 9, 2, 1), lengths, cache=cache.window(slice(0, 2), lengths, n))
+    step = model(tokens(seed + 9, 2, 1), lengths, cache=cache.view(slice(0, 2), lengths, n))
     for row, parts in enumerate(splits):  # one step of both rows, each at its own place
         whole = torch.cat([tokens(seed + row, 1, sum(parts)), tokens(seed + 9, 2, 1)[row : row + 1]], 1)
         torch.testing.assert_close(step[row, 0], model(whole)[0, -1], rtol=1e-9, atol=1e-10)
@@ -169,24 +169,24 @@ def test_any_split_into_prefill_and_steps_is_one_forward_pass(seed, splits):
 def test_a_copied_row_goes_on_as_the_other_would():
     model, ids = random_model(), tokens(0, 1, 4)
     cache = KVCache.empty(TINY, 3, 6, torch.device("cpu"), torch.float64)
-    model(ids, torch.arange(4)[None], cache=cache.window(slice(0, 1), torch.arange(4)[None], 4))
-    cache.copy(0, 2, 4)
+    model(ids, torch.arange(4)[None], cache=cache.view(slice(0, 1), torch.arange(4)[None], 4))
+    cache.copy_prefix(0, 2, 4)
     place = torch.tensor([[4]])
-    again = model(tokens(1, 1, 1), place, cache=cache.window(slice(2, 3), place, 6))
+    again = model(tokens(1, 1, 1), place, cache=cache.view(slice(2, 3), place, 6))
     torch.testing.assert_close(again[0, 0], model(torch.cat([ids, tokens(1, 1, 1)], 1))[0, -1], rtol=1e-9, atol=1e-10)
 
 
 def test_a_cache_without_room_refuses():
     cache = KVCache.empty(TINY, 1, 5, torch.device("cpu"), torch.float64)
-    with pytest.raises(ValueError, match="6 ids do not fit a cache of 5"):
-        cache.window(slice(0, 1), torch.tensor([[5]]), 6)
+    with pytest.raises(ValueError, match="a cache of 5 tokens cannot hold 6"):
+        cache.view(slice(0, 1), torch.tensor([[5]]), 6)
 
 
 def test_logits_of_any_shape_are_the_output_layer():
     model = random_model()
     hidden = model(tokens(0, 2, 5))
     torch.testing.assert_close(model.logits(hidden[:, -1]), hidden[:, -1] @ model.output.weight.T)
-    torch.testing.assert_close(hidden, model.norm(model.residual(tokens(0, 2, 5))))
+    torch.testing.assert_close(hidden, model.norm(model.forward_features(tokens(0, 2, 5))))
     torch.testing.assert_close(model.logits(hidden, slice(3, 9)), model.logits(hidden)[..., 3:9])
 
 
@@ -199,7 +199,7 @@ def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shif
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(seed)).double()
 
     def at(x, position):
-        return rotate(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))
+        return apply_rotary_emb(x, compute_freqs_cis(torch.tensor([[position]]), 8, 10_000.0))
 
     assert torch.equal(at(q, 0), q)
     torch.testing.assert_close(at(q, i).norm(), q.norm())
@@ -211,7 +211,7 @@ def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shif
 def test_rotary_turns_neighbouring_pairs_by_powers_of_theta(position, pair):
     x = torch.zeros(1, 1, 1, 8).double()
     x[..., 2 * pair] = 1
-    turned = rotate(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))[0, 0, 0]
+    turned = apply_rotary_emb(x, compute_freqs_cis(torch.tensor([[position]]), 8, 10_000.0))[0, 0, 0]
     angle = position * 10_000 ** (-2 * pair / 8)
     expected = torch.zeros(8).double()
     expected[2 * pair], expected[2 * pair + 1] = math.cos(angle), math.sin(angle)
@@ -285,16 +285,16 @@ def test_norms_after_the_branches_bound_what_a_branch_adds(scale, seed):
         for layer in model.layers:
             for weight in (layer.attention.wo.weight, layer.feed_forward.w1.weight, layer.feed_forward.w2.weight):
                 weight.mul_(scale)
-        added = (model.residual(ids) - model.tok_embeddings(ids)).norm(dim=-1)
+        added = (model.forward_features(ids) - model.tok_embeddings(ids)).norm(dim=-1)
     weights = [layer.get_submodule(name).weight for layer in model.layers for name in ("attention_norm", "ffn_norm")]
     assert (added <= sum(w.abs().max() for w in weights) * TINY.dim**0.5 + 1e-9).all()
 
 
 def test_norms_before_the_branches_do_not():
     model, ids = random_model(norm_order="pre"), tokens(0, 1, 6)
-    before = model.residual(ids).norm(dim=-1)
+    before = model.forward_features(ids).norm(dim=-1)
     model.layers[0].feed_forward.w2.weight.data.mul_(1e6)
-    assert (model.residual(ids).norm(dim=-1) > 1e3 * before).all()
+    assert (model.forward_features(ids).norm(dim=-1) > 1e3 * before).all()
 
 
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
@@ -305,19 +305,21 @@ def test_dropout_acts_on_branches_and_in_training_only(norm_order):
     model.train()
     plain.train()
     keys, others = torch.tensor([7]), torch.tensor([8])
-    assert torch.equal(model(ids, keys=keys), model(ids, keys=keys))  # a function of the row's key
-    assert not torch.equal(model(ids, keys=keys), model(ids, keys=others)) and torch.equal(plain(ids), plain(ids))
-    with pytest.raises(ValueError, match="a key for each row"):
+    assert torch.equal(model(ids, dropout_seeds=keys), model(ids, dropout_seeds=keys))  # a function of the row's key
+    assert not torch.equal(model(ids, dropout_seeds=keys), model(ids, dropout_seeds=others)) and torch.equal(
+        plain(ids), plain(ids)
+    )
+    with pytest.raises(ValueError, match="one for each sequence"):
         model(ids)
     everything = random_model(norm_order=norm_order, dropout=1 - 1e-9).train()  # no branch gets through
-    torch.testing.assert_close(everything.residual(ids, keys=keys), everything.tok_embeddings(ids))
+    torch.testing.assert_close(everything.forward_features(ids, dropout_seeds=keys), everything.tok_embeddings(ids))
 
 
 def test_a_row_is_dropped_alike_whoever_shares_its_batch():
     model, ids, keys = random_model(dropout=0.5).train(), tokens(0, 5, 6), torch.arange(5)
-    together = model.residual(ids, keys=keys)
+    together = model.forward_features(ids, dropout_seeds=keys)
     for row in range(5):
-        alone = model.residual(ids[row : row + 1], keys=keys[row : row + 1])
+        alone = model.forward_features(ids[row : row + 1], dropout_seeds=keys[row : row + 1])
         torch.testing.assert_close(alone[0], together[row])
 
 
@@ -328,7 +330,7 @@ def test_each_branch_of_each_layer_drops_its_own():
     for layer in range(len(model.layers)):
         for branch in range(2):
             block = model.layers[layer]
-            dropped.append(block.drop(torch.ones(1, 40, 40), derive(keys, layer), branch) == 0)
+            dropped.append(block.drop(torch.ones(1, 40, 40), fold_in(keys, layer), branch) == 0)
     for i, one in enumerate(dropped):
         for other in dropped[:i]:
             assert 0.2 < (one & other).float().mean() < 0.3

@@ -22,7 +22,7 @@ from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.zloss.cross_entropy import Expected
-from nanochameleon.optim import clip, make_adamw
+from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch
 from nanochameleon.training.flops import PEAKS, flops_per_token
 from nanochameleon.training.objective import Objective, autocast
@@ -84,7 +84,7 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
         parts = objective(batch, None, Expected(Z_LOSS, 1 / count)).parts
         loss = parts.total(Z_LOSS, count)
         loss.backward()
-        clip(model.parameters(), CLIP)
+        clip_gradients(model.parameters(), CLIP)
         optimizer.step()
         return float(loss.detach())
 

@@ -13,14 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from nanochameleon.packing import IGNORE, Batch, without
+from nanochameleon.packing import IGNORE, Batch, ignore_targets
 from nanochameleon.vocab import Vocab
 
 
 def mask_targets(batch: Batch, image_loss: str, n_codes: int, vocab: Vocab) -> Batch:
     """Keep the targets of all images, of drawn ones, or of none, as train.image_loss says."""
     if image_loss == "none":
-        return without(batch, range(vocab.first_code, vocab.eoi))
+        return ignore_targets(batch, range(vocab.first_code, vocab.eoi))
     return batch if image_loss == "all" else without_read_images(batch, n_codes, vocab)
 
 

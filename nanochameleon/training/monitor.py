@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nanochameleon.config import TrainConfig
 from nanochameleon.errors import UserError, warn
-from nanochameleon.files import is_number, write_file
+from nanochameleon.files import is_finite_number, write_file
 from nanochameleon.weights.old_names import with_new_names
 
 METRICS = "metrics.jsonl"
@@ -169,7 +169,7 @@ def _to_json(value):
     if isinstance(value, list):
         return [_to_json(x) for x in value]
     number = value if isinstance(value, int) else float(value) if value is not None else math.nan
-    return number if is_number(number) else None
+    return number if is_finite_number(number) else None
 
 
 def summary(line: dict) -> str:
@@ -211,4 +211,4 @@ def _parse(text: str) -> dict | None:
 def _is_valid(name: str, value: object) -> bool:
     """Whether a field holds a number or null; a list of them is fine in BY_LAYER and in fields that are not ours."""
     several = isinstance(value, list) and (name == BY_LAYER or name not in FIELDS)
-    return all(x is None or is_number(x) for x in (value if several else [value]))
+    return all(x is None or is_finite_number(x) for x in (value if several else [value]))

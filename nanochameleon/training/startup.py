@@ -18,7 +18,7 @@ def init_or_load_weights(model: Chameleon, loaded: LoadedModel | None, seed: int
     """Set all weights to those of another model, or to random ones. Each rank sets the part it holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():
-            full = loaded.weights.get(name) if loaded else model.initial(name, target.shape, seed, target.device)
+            full = loaded.weights.get(name) if loaded else model.init_tensor(name, target.shape, seed, target.device)
             target.copy_(shard_like(full, target))
 
 

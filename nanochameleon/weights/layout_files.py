@@ -13,11 +13,11 @@ import re
 
 from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.errors import shown
-from nanochameleon.text_tokenizer import NOTE
 from nanochameleon.training.run import build
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.ranges import out_of_range
 from nanochameleon.weights.tensor_files import Meta
+from nanochameleon.weights.tokenizer_json import NOTE
 
 NOTED = {"meta": ("qk_norm_groups", "max_seq_len"), "hf": ("multiple_of", "ffn_dim_multiplier")}
 QK_NORM_EPS = 1e-5  # fixed in Meta's and Hugging Face's code

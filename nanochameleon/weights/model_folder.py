@@ -27,7 +27,7 @@ from nanochameleon.errors import UserError, shown, warn
 from nanochameleon.files import read_json
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, command, pick_device, read_config
 from nanochameleon.transformer import Chameleon
@@ -35,6 +35,7 @@ from nanochameleon.weights import layout_files, layouts
 from nanochameleon.weights.checks import expected_weights, finite, match, match_images
 from nanochameleon.weights.layouts import DECODER, VQ_PREFIX, skeleton
 from nanochameleon.weights.tensor_files import Cut, Pth, Safetensors, Tensors, open_safetensors
+from nanochameleon.weights.tokenizer_json import ForeignTokenizer, from_json, spell
 
 NANO = "nanochameleon"  # what config.json of our own folders says under "layout"
 HF_DECODER, NANO_VQGAN = "vqgan_decoder", "vqgan"
@@ -70,10 +71,10 @@ class Tokenizers:
     def digest(self) -> str:
         """Equal where every document becomes the same ids: the image decoder has no say in that."""
         text = self.text()
-        pieces = {spell(piece): token for piece, token in text.ids.items()}
+        pieces = {spell(piece): token for piece, token in text.tokens.items()}
         merges = [[spell(left), spell(right)] for left, right in text.merges]
         sizes = [dataclasses.asdict(each) for each in (text.vocab, self.vqgan)]
-        rare = [text.added, text.ignore_merges] if any(text.added) or text.ignore_merges else []
+        rare = [text.added, text.ignore_merges] if isinstance(text, ForeignTokenizer) else []
         found = hashlib.sha256(json.dumps([*sizes, pieces, merges, *rare], sort_keys=True).encode())
         for name in sorted(self.vq.meta):
             if not name.startswith(DECODER):

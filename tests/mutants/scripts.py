@@ -20,8 +20,8 @@ MUTANTS = [
     Mutant(
         "dropout draws on from anywhere",
         "train.py",
-        "derive(sample_indices, cfg.seed)",
-        "derive(sample_indices, int(torch.randint(99, ())))",
+        "fold_in(sample_indices, cfg.seed)",
+        "fold_in(sample_indices, int(torch.randint(99, ())))",
         "training/test_train_resume.py",
     ),
     Mutant(
@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "each rank drops what the first one drops",
         "train.py",
-        "derive(sample_indices, cfg.seed)",
-        "derive(sample_indices - rows.start, cfg.seed)",
+        "fold_in(sample_indices, cfg.seed)",
+        "fold_in(sample_indices - rows.start, cfg.seed)",
         "parallel/test_mesh.py",
     ),
     Mutant(

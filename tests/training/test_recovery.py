@@ -13,12 +13,12 @@ from tiny import training_config
 import train
 from nanochameleon.data.build import open_loader
 from nanochameleon.errors import OwnError, UserError
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, recovery
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.objective import Objective
 from nanochameleon.training.run import TEXT_TOKENIZER, open_image_tokenizer
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 BROKEN = {
     "nan": lambda parts: parts._replace(cross_entropy=parts.cross_entropy * math.nan),
@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     kept = sorted((before_transformer / "bad").iterdir())
     assert [path.name for path in kept] == [f"step-{call - 1:06d}-rank-0.safetensors" for call in broken]
     image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
-    text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
+    text = load_text_tokenizer(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = mask_targets(loader.batch(1), cfg.train.image_loss, 16, text.vocab)
     learnt = corrupt_image_tokens(learnt, cfg.train.image_token_noise, 16, text.vocab, cfg.seed, [2, 3])

@@ -12,8 +12,8 @@ from tiny import RELEASED_VQGAN, TOKENIZER, VOCAB
 from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import PRESETS
-from nanochameleon.text_tokenizer import TextTokenizer, from_json, to_json
-from nanochameleon.transformer import Chameleon, rotary_table, rotate
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.transformer import Chameleon, apply_rotary_emb, compute_freqs_cis
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights import layouts
 from nanochameleon.weights.layout_files import (
@@ -30,6 +30,7 @@ from nanochameleon.weights.layout_files import (
     vqgan_from_tensors,
     vqgan_yaml,
 )
+from nanochameleon.weights.tokenizer_json import from_json, to_json
 
 
 def tensors(cfg: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -70,8 +71,8 @@ def test_turning_halves_of_the_permuted_is_turning_neighbours(heads, half, posit
     """What the permutation is for: rotating x's halves as transformers does gives the permuted result."""
     e = 2 * half
     x = torch.randn(1, heads, 1, e, generator=torch.Generator().manual_seed(seed)).double()
-    table = rotary_table(torch.tensor([[position]]), e, 10_000.0)
-    ours = rotate(x, table)
+    table = compute_freqs_cis(torch.tensor([[position]]), e, 10_000.0)
+    ours = apply_rotary_emb(x, table)
     theirs = layouts.half_split(x.flatten(), e).view(x.shape)
     cos, sin = (torch.cat([part, part], -1).double() for part in (table.real, table.imag))
     turned = torch.cat([-theirs[..., half:], theirs[..., :half]], -1)
@@ -207,8 +208,8 @@ def test_the_released_tokenizers_file_loads(layout):
     assert vocab == Vocab() and (vocab.boi, vocab.eoi, vocab.eot) == (8_197, 8_196, 8_710)
     names = content["model"]["vocab"]
     for code in (0, 9, 53, 8_191):
-        assert names[Vocab.name_of_code(code)] == vocab.code_to_id(code) == code + 4
-        assert vocab.id_to_code(names[Vocab.name_of_code(code)]) == code
+        assert names[Vocab.name_of_code(code)] == vocab.code_to_token(code) == code + 4
+        assert vocab.token_to_code(names[Vocab.name_of_code(code)]) == code
     assert tokenizer.decode(tokenizer.encode("taa <s> IMGIMGFDZ")) == "taa <s> IMGIMGFDZ"
     assert all(vocab.is_text(token) for token in tokenizer.encode("<s> IMGIMGFDZ <sentinel:0>"))
     assert tokenizer.encode("ta ") == [names["ta"], names["Ġ"]]
