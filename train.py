@@ -67,16 +67,8 @@ from nanochameleon.training.init_from import InitFrom, resolve_init
 from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_metrics
 from nanochameleon.training.objective import Objective, Sums, autocast
 from nanochameleon.training.recovery import Progress, Recovery, oom_message
-from nanochameleon.training.run import (
-    TEXT_TOKENIZER,
-    Run,
-    claim,
-    decide_precision,
-    open_image_tokenizer,
-    pick_device,
-    same_command,
-    start_folder,
-)
+from nanochameleon.training.run import TEXT_TOKENIZER, Run, open_image_tokenizer, pick_device
+from nanochameleon.training.run_folder import claim, decide_precision, same_command, start_folder
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.stability import run_ablations

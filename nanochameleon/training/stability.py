@@ -20,7 +20,8 @@ from nanochameleon.config import EvalConfig, RunConfig
 from nanochameleon.errors import GaveUp, UserError, say
 from nanochameleon.files import write_file
 from nanochameleon.training.monitor import METRICS, read_metrics
-from nanochameleon.training.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, claim, config_to_json
+from nanochameleon.training.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
+from nanochameleon.training.run_folder import claim
 
 SEEDS = 3
 RATES = {"plain": 1.0, "hot": 10.0}  # times optim.lr

@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant(
         "a field that is missing is the 7B's",
         "training/run.py",
-        "if kind in WHOLE or not has_default(f)",
+        "if kind in NO_DEFAULTS or not has_default(f)",
         "if not has_default(f)",
         "training/test_run.py",
     ),
@@ -110,17 +110,17 @@ MUTANTS = [
     ),
     Mutant(
         "a run that is killed early decides its precision anew",
-        "training/run.py",
-        '"auto" if cfg.overwrite else begun_with(cfg.folder)',
+        "training/run_folder.py",
+        '"auto" if cfg.overwrite else precision_so_far(cfg.folder)',
         '"auto"',
         "training/test_train_resume.py",
     ),
     Mutant(
         "a lock that its owner has removed is taken",
-        "training/run.py",
+        "training/run_folder.py",
         "if not os.fstat(file.fileno()).st_nlink:",
         "if False:",
-        "training/test_run.py",
+        "training/test_run_folder.py",
     ),
     Mutant(
         "ranks outlive their torchrun",

@@ -24,7 +24,7 @@ from train_helpers import (
 import train
 from nanochameleon.data import build as prepare
 from nanochameleon.errors import UserError, exit_on_user_error
-from nanochameleon.training import checkpoint, run, train_tokenizers
+from nanochameleon.training import checkpoint, run_folder, train_tokenizers
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.recovery import Progress
 from nanochameleon.training.run import command, read_config
@@ -144,7 +144,7 @@ def test_the_precision_is_decided_once_before_any_stage_and_told(tmp_path, monke
     cfg = training_config(tmp_path / "run")
     cfg = replace(cfg, train=replace(cfg.train, precision="auto"))
     choices = iter([("fp32", "no GPU"), ("bf16", "a GPU"), ("fp32", "no GPU")])
-    monkeypatch.setattr(run, "pick_precision", lambda *_: next(choices))
+    monkeypatch.setattr(run_folder, "pick_precision", lambda *_: next(choices))
     starts = [("store_images", cfg, "fp32", "no GPU"), ("train_image_tokenizer", cfg, "bf16", "a GPU"),
               ("store_images", cfg, "bf16", "as in this run so far"),
               ("store_images", replace(cfg, overwrite=True), "fp32", "no GPU")]  # fmt: skip
@@ -153,7 +153,7 @@ def test_the_precision_is_decided_once_before_any_stage_and_told(tmp_path, monke
             patch.setattr(train, killed_in, killed)
             train.main(start)
         assert read_config(cfg.folder).train.precision == precision
-        assert f"matrix products in {precision}: {why}\n" in capsys.readouterr().out
+        assert f"matmuls in {precision}: {why}\n" in capsys.readouterr().out
 
 
 def test_a_state_of_something_else_is_a_sentence(tmp_path):
