@@ -32,14 +32,14 @@ FALLING = [5 - 0.1 * i for i in range(40)]
     ],
 )
 def test_a_run_that_ends_above_what_it_had_reached_has_diverged_and_a_spike_that_heals_has_not(losses, diverged, spike):
-    found = stability.look(curve(losses))
+    found = stability.summarize(curve(losses))
     assert found["diverged"] == diverged and found["worst_spike"] == pytest.approx(spike)
     assert found["output_norm"] == pytest.approx(sum(2.0 + i for i in range(len(losses) - 4, len(losses))) / 4)
     assert found["attention_logit"] == 1.0 and found["log_z"] == 3.0
 
 
 def test_a_logit_that_is_not_finite_is_the_largest():
-    assert stability.look(curve(FALLING, logits=None))["attention_logit"] == math.inf
+    assert stability.summarize(curve(FALLING, logits=None))["attention_logit"] == math.inf
 
 
 def test_the_table_has_a_row_for_each_recipe_and_rate_with_the_median_seed():
@@ -51,7 +51,7 @@ def test_the_table_has_a_row_for_each_recipe_and_rate_with_the_median_seed():
 
 def test_variants_change_what_they_say_and_nothing_else(tmp_path):
     base = training_config(tmp_path)
-    by_name = {variant.name: variant.of(base, "hot", 2) for variant in stability.VARIANTS}
+    by_name = {variant.name: variant.config(base, "hot", 2) for variant in stability.VARIANTS}
     assert len({cfg.folder for cfg in by_name.values()}) == len(by_name)
     for cfg in by_name.values():
         assert cfg.optim.lr == pytest.approx(10 * base.optim.lr) and cfg.seed == 2
@@ -108,5 +108,5 @@ def test_a_study_that_is_stopped_ends_without_results_and_one_that_gave_up_goes_
 
 def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="leave torchrun out"):
+    with pytest.raises(UserError, match="start them without torchrun"):
         stability.run_ablations(training_config(tmp_path), lambda cfg: cfg.folder)
