@@ -13,18 +13,20 @@ from nanochameleon.errors import UserError
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, read_config
-from nanochameleon.weights.model_folder import LoadedModel, Tokenizers, open_parts, text_of
+from nanochameleon.weights.model_folder import open_model_files
+from nanochameleon.weights.read_layouts import ModelFiles
+from nanochameleon.weights.tokenizers import Tokenizers, open_text_tokenizer
 
 
 @dataclass(frozen=True)
 class InitFrom:
     """What a run takes from elsewhere."""
 
-    model: LoadedModel | None = None  # whose weights to start with; None is random weights
+    model: ModelFiles | None = None  # whose weights to start with; None is random weights
     tokenizers: Tokenizers | None = None  # None where the run trains its own
 
     def text(self, cfg: RunConfig) -> TextTokenizer:
-        return text_of(self.tokenizers, cfg.init_from if self.model else cfg.data.path)
+        return open_text_tokenizer(self.tokenizers, cfg.init_from if self.model else cfg.data.path)
 
     def store_tokenizers(self, cfg: RunConfig, folder: Path) -> TextTokenizer:
         """Write both tokenizers into the run's folder, unless they are there."""
@@ -41,7 +43,9 @@ def resolve_init(cfg: RunConfig) -> tuple[RunConfig, InitFrom]:
     tokenizers, model = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
         cfg, model = adopt_model(cfg)
-        text_of(model.tokenizers, cfg.init_from)  # reports a damaged tokenizer before anything else reads it
+        open_text_tokenizer(
+            model.tokenizers, cfg.init_from
+        )  # reports a damaged tokenizer before anything else reads it
         if tokenizers and model.tokenizers.digest() != tokenizers.digest():
             what = f"{cfg.data.path} was prepared with other tokenizers than those of {cfg.init_from}"
             raise UserError(f"{what}: prepare it with --tokenizers {cfg.init_from}")
@@ -60,7 +64,7 @@ def prepared_tokenizers(cfg: RunConfig) -> Tokenizers | None:
     return open_prepared(cfg.data.path)
 
 
-def adopt_model(cfg: RunConfig) -> tuple[RunConfig, LoadedModel]:
+def adopt_model(cfg: RunConfig) -> tuple[RunConfig, ModelFiles]:
     """Open the model in cfg.init_from; returns the configuration with its sizes, and the model. Dropout is the run's.
 
     A run that has a checkpoint resumes from itself, since the model it started from may be gone. Raises UserError for a
@@ -72,7 +76,7 @@ def adopt_model(cfg: RunConfig) -> tuple[RunConfig, LoadedModel]:
         )
     if origin := origin_of_run(cfg):
         cfg = dataclasses.replace(cfg, init_from=origin)
-    loaded = open_parts(cfg.folder) if origin else open_parts(cfg.init_from, cfg.init_vqgan)
+    loaded = open_model_files(cfg.folder) if origin else open_model_files(cfg.init_from, cfg.init_vqgan)
     if cfg.train.seq_len > loaded.model.max_seq_len:
         context = f"{cfg.init_from} has a context of {loaded.model.max_seq_len}"
         raise UserError(f"train.seq_len is {cfg.train.seq_len}, but {context}: choose at most that")

@@ -11,10 +11,10 @@ from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.training.flops import flops_per_token, peak_flops
 from nanochameleon.training.objective import matmul_flops
 from nanochameleon.transformer import Chameleon
-from nanochameleon.weights.model_folder import LoadedModel
+from nanochameleon.weights.read_layouts import ModelFiles
 
 
-def init_or_load_weights(model: Chameleon, loaded: LoadedModel | None, seed: int) -> None:
+def init_or_load_weights(model: Chameleon, loaded: ModelFiles | None, seed: int) -> None:
     """Set all weights to those of another model, or to random ones. Each rank sets the part it holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():

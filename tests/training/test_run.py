@@ -164,7 +164,7 @@ def test_a_run_without_one_of_its_parts_says_which(tmp_path):
 
 def test_a_run_that_has_no_model_yet_says_so(tmp_path):
     (tmp_path / CONFIG).write_text(config_to_json(tiny_config()))
-    with pytest.raises(UserError, match=f"{tmp_path} is not trained yet: go on with .*train.py tiny"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not trained yet: resume it with .*train.py tiny"):
         open_model(tmp_path, "cpu")
 
 
