@@ -43,9 +43,8 @@ def resolve_init(cfg: RunConfig) -> tuple[RunConfig, InitFrom]:
     tokenizers, model = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
         cfg, model = adopt_model(cfg)
-        open_text_tokenizer(
-            model.tokenizers, cfg.init_from
-        )  # reports a damaged tokenizer before anything else reads it
+        # raises for a damaged text tokenizer before anything else reads it
+        open_text_tokenizer(model.tokenizers, cfg.init_from)
         if tokenizers and model.tokenizers.digest() != tokenizers.digest():
             what = f"{cfg.data.path} was prepared with other tokenizers than those of {cfg.init_from}"
             raise UserError(f"{what}: prepare it with --tokenizers {cfg.init_from}")
