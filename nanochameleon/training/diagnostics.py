@@ -10,8 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb
-from nanochameleon.kernels.attention.reference import visible
+from nanochameleon.kernels.attention.reference import apply_rotary_emb, visible
 from nanochameleon.packing import Batch
 from nanochameleon.parallel.apply import ParallelModel
 from nanochameleon.parallel.mesh import Mesh
