@@ -1,4 +1,4 @@
-"""Runs of a tiny model, on one rank or several, from the tokenizers' training to a step of choice."""
+"""Runs of a tiny model on one rank or several, stopped after any step."""
 
 import shutil
 from contextlib import nullcontext
@@ -15,7 +15,8 @@ from nanochameleon.training.run import CONFIG, config_to_json
 
 
 def config(out: Path, **parallel) -> RunConfig:
-    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step. parallel: also "optim" and "precision"."""
+    """Dropout, two QK-norm groups, two layers and four sequences a step. parallel: fields of ParallelConfig,
+    "optim" and "precision"."""
     cfg = training_config(out)
     model = replace(cfg.model, dim=32, n_heads=4, n_layers=2, qk_norm_groups=2, norm_order="post")
     precision = parallel.pop("precision", "fp32")
@@ -25,7 +26,7 @@ def config(out: Path, **parallel) -> RunConfig:
 
 
 def prepare(folder: Path, **parallel) -> Path:
-    """A run before the transformer's first step."""
+    """Train the tokenizers and prepare the data of a run, then stop before the transformer's first step."""
     import train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -40,23 +41,24 @@ def interrupted(*_):
 
 
 def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
-    """Trains, without a report; stops as by Ctrl-C when so many steps are done."""
+    """Train without a report, and stop after `until` steps as by Ctrl-C."""
     import train
 
-    real = train.Training.step
+    real = train.train_loop
 
-    def step(self, monitor, stopped):
-        return real(self, monitor, lambda: self.progress.step + 1 == until)
+    def train_loop(*arguments):
+        *others, progress, monitor, _ = arguments
+        real(*others, progress, monitor, lambda: progress.step + 1 == until)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "report", lambda *_: None)
-        patch.setattr(train.Training, "step", step)
+        patch.setattr(train, "train_loop", train_loop)
         with nullcontext() if until is None else pytest.raises(Interrupted):
             train.main(replace(cfg, out=folder))
 
 
 def trained(prepared: Path, folder: Path, ranks: int, until: int | None = None, **parallel) -> Path:
-    """A run on so many ranks, from the prepared one."""
+    """Train a copy of the prepared run on so many ranks. A folder that exists is resumed."""
     cfg = config(folder, **parallel)
     if not folder.exists():
         shutil.copytree(prepared, folder)
