@@ -42,7 +42,7 @@ def test_a_request_beats_the_environment_which_beats_the_table(monkeypatch):
     assert choose("qknorm_rope_attention", x) == "reference"
 
 
-def test_an_empty_variable_asks_for_nothing(monkeypatch):
+def test_an_empty_variable_requests_nothing(monkeypatch):
     monkeypatch.setenv(VARIABLE, "")
     assert choose("qknorm_rope_attention", x) == AUTO["qknorm_rope_attention"][0]
 
@@ -80,7 +80,7 @@ def test_the_backward_pass_runs_what_the_forward_pass_ran(monkeypatch):
     assert q.grad.isfinite().all()
 
 
-def test_what_is_computed_again_runs_what_ran_first():
+def test_recomputation_runs_what_the_forward_pass_ran():
     model = Chameleon(ModelConfig(vocab_size=280, dim=32, n_layers=2, n_heads=2, multiple_of=8, max_seq_len=64)).train()
     gradients = []
     for model.activation_checkpointing, name in (
@@ -157,7 +157,7 @@ def test_cupy_is_for_the_cuda_of_torch(monkeypatch, cuda, there, missing):
     assert dispatch.cuda_extra() == ("cuda" if cuda == "13.0" else "cuda12")
 
 
-def test_unknown_names_are_refused(monkeypatch):
+def test_unknown_names_raise(monkeypatch):
     with pytest.raises(ValueError, match="'nmba': choose one of auto"), use_kernels("nmba"):
         pass
     monkeypatch.setenv(VARIABLE, "fast")
@@ -179,7 +179,7 @@ def test_explain_has_a_line_for_each_op_of_a_step():
 
 
 @pytest.mark.parametrize("missing", [None, "this processor has no AMX-TILE"])
-def test_tiles_are_taken_where_there_are_some_and_never_without_a_word(monkeypatch, missing):
+def test_amx_is_chosen_where_there_is_some_and_its_absence_is_explained(monkeypatch, missing):
     monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_unavailable", lambda: missing)
     table = AUTO["qknorm_rope_attention"]
     with use_kernels("auto"):
@@ -187,7 +187,7 @@ def test_tiles_are_taken_where_there_are_some_and_never_without_a_word(monkeypat
         assert decided == (table if missing else ("amx", AMX_OPS["qknorm_rope_attention"]))
         assert decide("qknorm_rope_attention", CPU, torch.float32) == AUTO["qknorm_rope_attention"]
     with use_kernels("amx"):
-        assert decide("swiglu", CPU, torch.bfloat16)[0] == "numba"  # nothing of it is a product
+        assert decide("swiglu", CPU, torch.bfloat16)[0] == "numba"  # it has no matmul
         with pytest.raises(ValueError, match="they take bfloat16, not float32"):
             decide("qknorm_rope_attention", CPU, torch.float32)
         if missing:
