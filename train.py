@@ -50,7 +50,8 @@ from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
 from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error, say, warn
-from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
+from nanochameleon.evaluate.report import make_report, peak_memory_gib
+from nanochameleon.evaluate.samples import write_sample_sheet
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
@@ -303,7 +304,7 @@ class Training:
             plot_curves(read_metrics(self.folder / METRICS), self.folder / "curves.png")
             if run.image_tokenizer.can_draw and not self.saver.sharded:  # one rank has no whole model
                 self.trainee.model.eval()
-                sample_grid(run, self.folder / "samples" / f"step-{self.progress.step:06d}.png")
+                write_sample_sheet(run, self.folder / "samples" / f"step-{self.progress.step:06d}.png")
         except OSError as error:
             warn(f"curves and samples of step {self.progress.step} cannot be written: {error}; the run goes on")
 
