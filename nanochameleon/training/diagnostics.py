@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb
-from nanochameleon.kernels.attention.reference import visible
+from nanochameleon.kernels.attention.reference import apply_rotary_emb, visible
 from nanochameleon.packing import Batch
 from nanochameleon.parallel.sharding import full_tensor
 from nanochameleon.training.objective import Objective
