@@ -4,7 +4,6 @@ What is measured depends on the data. An oracle judges the shapes worlds. For al
 and images to look at.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -27,21 +26,13 @@ from nanochameleon.evaluate.samples import SHEET, drawable, write_sheet
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_images
 from nanochameleon.files import write_file
 from nanochameleon.images.terminal import png
-from nanochameleon.training.monitor import METRICS, plot_curves, read_metrics
+from nanochameleon.training.curves import plot_curves
+from nanochameleon.training.diagnostics import peak_memory_gib
+from nanochameleon.training.monitor import METRICS, read_metrics
 from nanochameleon.training.run import Run, command
 
 INTERLEAVED = 100  # documents whose second image is drawn, at most
 NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # for images without exact truth
-
-
-def peak_memory_gib() -> float | None:
-    """Return the largest resident memory this process has had. None where the system cannot tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1_024  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
