@@ -151,11 +151,11 @@ class Bomb:
         ("meta", "models/nano/consolidated.01.pth", lambda p: p.write_bytes(p.read_bytes()[:999]), ["consolidated.01"]),
         (
             "meta", "models/nano/consolidated.01.pth", lambda p: edit_pth(p, lambda c: c.pop("norm.weight")),
-            ["consolidated.01.pth misses norm.weight"],
+            ["consolidated.01.pth lacks norm.weight"],
         ),
         (
             "meta", "models/nano/consolidated.01.pth", lambda p: edit_pth(p, lambda c: c.update(x=torch.ones(2))),
-            ["has left over x"],
+            ["unexpected tensor, x"],
         ),
         (
             "meta", "models/nano/consolidated.00.pth",
@@ -166,11 +166,11 @@ class Bomb:
         ("meta", "models/nano/params.json", lambda p: p.write_text('{"model": {"dim": 24}}'), ["lacks"]),
         (
             "hf", "model.safetensors", lambda p: edit_safetensors(p, lambda c: c.update({"model.x": torch.ones(2)})),
-            ["has left over model.x"],
+            ["unexpected tensor, model.x"],
         ),
         (
             "hf", "model.safetensors",
-            lambda p: edit_safetensors(p, lambda c: c.pop("model.vqmodel.quant_conv.bias")), ["misses quant_conv.bias"],
+            lambda p: edit_safetensors(p, lambda c: c.pop("model.vqmodel.quant_conv.bias")), ["lacks quant_conv.bias"],
         ),
         ("hf", "vqgan_decoder.safetensors", lambda p: p.write_bytes(b"x"), ["vqgan_decoder.safetensors"]),
         ("hf", "model.safetensors", lambda p: p.unlink(), ["neither model.safetensors nor"]),

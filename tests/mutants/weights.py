@@ -112,7 +112,7 @@ MUTANTS = [
         "a leftover tensor passes",
         "weights/checks.py",
         "if names:",
-        'if names and what == "misses":',
+        'if names and what == "lacks":',
         "test_convert.py",
     ),
     Mutant(
