@@ -67,15 +67,15 @@ def program(folder: Path, changes: dict) -> None:
     import train
     from nanochameleon.errors import exit_on_user_error
 
-    real = train.Training.step
+    real, calls = train.forward_backward, itertools.count()
 
-    def step(self, monitor, stopped):
-        if self.trainee.mesh.rank == changes.get("hangs") and self.progress.step == 5:
+    def forward_backward(model, *arguments):
+        if next(calls) == 5 and model.mesh.rank == changes.get("hangs"):
             signal.pause()
         time.sleep(changes.get("pause", 0.0))
-        return real(self, monitor, stopped)
+        return real(model, *arguments)
 
-    train.Training.step, train.report = step, lambda *_: None
+    train.forward_backward, train.report = forward_backward, lambda *_: None
     exit_on_user_error(lambda: train.main(configuration(folder, changes)))
 
 
@@ -205,17 +205,17 @@ def end_of(folder: Path) -> dict:
     and sheets of samples as bytes; the log without its clocks."""
     from nanochameleon.training import checkpoint
     from nanochameleon.training.monitor import read_metrics
-    from nanochameleon.weights.tensor_files import Cut
+    from nanochameleon.weights.tensor_files import ShardedSafetensors
 
     path = checkpoint.newest(folder)
-    names = checkpoint.stored_shapes(path).keys()
-    tensors = Cut(sorted(path.glob("*.safetensors")), names)
+    shapes = checkpoint.stored_shapes(path)
+    tensors = ShardedSafetensors(sorted(path.glob("*.safetensors")), shapes)
     images = checkpoint.newest(folder / "image_tokenizer").glob("*.safetensors")
     files = [folder / "text_tokenizer.json", *images, *folder.glob("data/*/*"), *folder.glob("samples/*")]
     log = [{k: v for k, v in line.items() if k not in CLOCKS} for line in read_metrics(folder / "metrics.jsonl")]
     end = {"step": checkpoint.read_state(path)["step"], "log": json.dumps(log)}
     end |= {str(file.relative_to(folder)): file.read_bytes() for file in files}
-    return end | {name: tensors[name] for name in names}
+    return end | {name: tensors[name] for name in shapes}
 
 
 def differences(one: dict, other: dict) -> list[str]:

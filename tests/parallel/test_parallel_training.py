@@ -10,8 +10,8 @@ from torch import nn
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.transformer import Block
-from nanochameleon.weights.model_folder import open_parts
-from nanochameleon.weights.tensor_files import Cut
+from nanochameleon.weights.model_folder import open_model_files
+from nanochameleon.weights.tensor_files import ShardedSafetensors
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def test_losses_and_weights_do_not_depend_on_the_parallelism(way, alone, prepare
     ranks, parallel = WAYS[way]
     folder = trained(prepared, tmp_path / "run", ranks, optim=alone.name, **parallel)
     assert curve(folder) == [pytest.approx(line, rel=2e-4, abs=1e-6) for line in curve(alone)]
-    weights, expected = (open_parts(path).weights for path in (folder, alone))
+    weights, expected = (open_model_files(path).weights for path in (folder, alone))
     moved = sum(line["lr"] for line in read_metrics(folder / "metrics.jsonl"))  # by Adam in one direction
     for name in expected.meta:  # the mean, since rounding decides the sign of a step where the gradient is nearly 0
         assert (weights.get(name) - expected.get(name)).abs().mean() < 0.01 * moved, name
@@ -106,5 +106,5 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(way, prepared, tmp_pa
     assert curve(stopped) == curve(whole)
     ends = [checkpoint.newest(folder) for folder in (stopped, whole)]
     names = checkpoint.stored_shapes(ends[1]).keys()
-    tensors, expected = (Cut(sorted(end.glob("*.safetensors")), names) for end in ends)
+    tensors, expected = (ShardedSafetensors(sorted(end.glob("*.safetensors")), names) for end in ends)
     assert [name for name in names if not torch.equal(tensors[name], expected[name])] == [] and len(names) > 60
