@@ -25,7 +25,7 @@ NARROW = torch.bfloat16
 
 @st.composite
 def steps(draw):
-    """qkv of new tokens, freqs_cis, norm, a cache with something in it, positions: in float64 that bfloat16 can hold."""
+    """qkv of new tokens, freqs_cis, norm, a filled cache, positions: in float64, with values that bfloat16 can hold."""
     n, t, groups, each = (
         draw(st.integers(1, 2)),
         draw(st.integers(1, 3)),
