@@ -20,15 +20,14 @@ Backward, with D_i = sum_d do_id out_id (FlashAttention-2, arXiv 2307.08691):
     ds = weights * (do v' - D),  dq += ds k,   dk += ds^T q
 
 Everything is an int64 address of contiguous memory. T positions, E numbers a head, `width` the same rounded up to whole
-registers and filled with zeros. Not here: norm and rotation of rows (qknorm_rope_cpu.py), matmuls (../cpu/matmul.py).
+registers and filled with zeros. Not here: norm and rotation of rows (qknorm_rope_cpu.py), tile matmuls (tile_cpu.py).
 """
 
 import math
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
+from numba import njit
 
 from nanochameleon.kernels.attention.qknorm_rope_cpu import (
     ONE,
@@ -39,42 +38,36 @@ from nanochameleon.kernels.attention.qknorm_rope_cpu import (
     qknorm_rope_backward,
     row_dots,
 )
-from nanochameleon.kernels.cpu.exp2 import exp2_of
+from nanochameleon.kernels.attention.tile_cpu import (
+    KEYS,
+    QUERIES,
+    matmul_over_keys,
+    matmul_over_queries,
+    pack_keys,
+    tile_ds,
+    tile_weights,
+)
 from nanochameleon.kernels.cpu.launch import kernel
-from nanochameleon.kernels.cpu.matmul import ROWS, STRIP, block_matmul_add, emit_matmul, for_each_size, matmul_add
+from nanochameleon.kernels.cpu.matmul import matmul_add
 from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import (
-    FUSE,
     ZERO,
     W,
-    address,
     blend_first,
     clear,
-    constant,
-    count,
-    f32,
     hmax,
     hsum,
-    i64,
-    instruction,
-    lanes_below,
     load,
     load1,
     load1_int,
-    load_at,
-    pointer,
     read_row,
     splat,
-    splat_of,
     store1,
-    store_at,
-    transpose,
     vmax,
     write_row,
 )
 
 LANES = W  # a head's numbers are rounded up to this many
-QUERIES, KEYS = 64, 64  # a tile of scores is 16 KB: it and a tile of keys fit the L1 cache
 MAX_SCORE = np.float32(60.0)  # bound of |score| as a power of 2: sums of 2^60 are far from float32's 2^127
 LOG2E, LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
 NEG_INF = np.float32(-math.inf)
@@ -123,130 +116,6 @@ def scratch_floats(args: KernelArgs, backward: bool) -> int:
     queries, keys = args.t * (args.heads // args.key_heads), args.t
     rows = (3 * queries + 4 * keys if backward else 2 * queries + 2 * keys) * args.width
     return rows + queries * (W + 2) + 2 * KEYS * (args.width + QUERIES) + W + block_floats(args.width)
-
-
-@njit
-def pack_keys(rows, n, width, out):
-    """Transpose (n, width) -> (width, KEYS). Columns from n to the end of its register hold garbage."""
-    for j in range(0, n, W):
-        for i in range(0, width, W):
-            transpose(rows + 4 * (j * width + i), width, out + 4 * (i * KEYS + j), KEYS)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Matmuls of a tile. Row r sees the keys below min(first + r, n): on the diagonal `first` is 1
-
-
-def _weights(b, rows, n, q, width, kt, w, shift, first, nk, sums):
-    # The matmul starts at -shift, so its sums leave the registers as exponents.
-    def emit(r: int, v: int) -> None:
-        start = []
-        for i in range(r):
-            s = b.load(pointer(b, shift, f32, i), align=4)
-            start += [splat_of(b, b.fneg(s))] * v
-        one, keys = ir.Constant(i64, 1), ir.Constant(i64, KEYS)
-        scores = emit_matmul(b, r, v, q, width, one, kt, keys, width, start)
-        for i in range(r):
-            seen = b.add(first, ir.Constant(i64, i))
-            seen = b.select(b.icmp_signed("<", seen, nk), seen, nk)
-            row = None
-            for j in range(v):
-                mask = lanes_below(b, b.sub(seen, ir.Constant(i64, W * j)))
-                x = b.select(mask, exp2_of(b, scores[i * v + j]), constant(0.0))
-                store_at(b, x, w, KEYS * i + W * j)
-                row = x if row is None else b.fadd(row, x)
-            if sums is not None:
-                store_at(b, b.fadd(load_at(b, sums, W * i), row), sums, W * i)
-
-    for_each_size(b, rows, n, emit)
-
-
-@instruction(types.void, count, count, address, count, address, address, address, count, count, address)
-def block_weights_sum(b, rows, n, q, width, kt, w, shift, first, nk, sums):
-    """w = 2^(q kt - shift) where seen, else 0; sums (rows, W) += w, lane by lane."""
-    _weights(b, rows, n, q, width, kt, w, shift, first, nk, sums)
-
-
-@instruction(types.void, count, count, address, count, address, address, address, count, count)
-def block_weights(b, rows, n, q, width, kt, w, shift, first, nk):
-    _weights(b, rows, n, q, width, kt, w, shift, first, nk, None)
-
-
-@instruction(types.void, count, count, address, count, address, address, address, address)
-def block_ds(b, rows, n, d_out, width, vt, w, delta, ds):
-    """ds = w * (d_out vt - delta)."""
-
-    def emit(r: int, v: int) -> None:
-        start = []
-        for i in range(r):
-            s = b.load(pointer(b, delta, f32, i), align=4)
-            start += [splat_of(b, b.fneg(s))] * v
-        one, keys = ir.Constant(i64, 1), ir.Constant(i64, KEYS)
-        for i, x in enumerate(emit_matmul(b, r, v, d_out, width, one, vt, keys, width, start)):
-            at = KEYS * (i // v) + W * (i % v)
-            store_at(b, b.fmul(load_at(b, w, at), x, flags=FUSE), ds, at)
-
-    for_each_size(b, rows, n, emit)
-
-
-@njit
-def tile_weights(q, nq, kt, nk, width, first, shift, sums, w):
-    """Weights of a tile and, unless sums is 0, their sums. Blocks of ROWS rows compute only registers they see."""
-    i = 0
-    while i < nq:
-        rows = ROWS if i + ROWS <= nq else 1
-        seen = min(first + i + rows - 1, nk)
-        for j in range(0, seen, STRIP):
-            vectors = (min(STRIP, seen - j) + W - 1) // W
-            a, k, c = q + 4 * i * width, kt + 4 * j, w + 4 * (i * KEYS + j)
-            if sums != 0:
-                block_weights_sum(rows, vectors, a, width, k, c, shift + 4 * i, first + i - j, nk - j, sums + 4 * W * i)
-            else:
-                block_weights(rows, vectors, a, width, k, c, shift + 4 * i, first + i - j, nk - j)
-        i += rows
-
-
-@njit
-def tile_ds(d_out, nq, vt, nk, width, first, delta, w, ds):
-    """ds = w * (d_out vt - delta) of a tile."""
-    i = 0
-    while i < nq:
-        rows = ROWS if i + ROWS <= nq else 1
-        seen = min(first + i + rows - 1, nk)
-        for j in range(0, seen, STRIP):
-            vectors = (min(STRIP, seen - j) + W - 1) // W
-            at = 4 * (i * KEYS + j)
-            block_ds(rows, vectors, d_out + 4 * i * width, width, vt + 4 * j, w + at, delta + 4 * i, ds + at)
-        i += rows
-
-
-@njit
-def matmul_over_keys(w, nq, nk, first, x, width, y):
-    """y (nq, width) += w x, over the keys that each query sees."""
-    for j in range(0, width, STRIP):
-        vectors = min(STRIP, width - j) // W
-        i = 0
-        while i < nq:
-            rows = ROWS if i + ROWS <= nq else 1
-            seen = min(first + i + rows - 1, nk)
-            a, c = w + 4 * i * KEYS, y + 4 * (i * width + j)
-            block_matmul_add(rows, vectors, a, KEYS, 1, x + 4 * j, width, c, width, seen)
-            i += rows
-
-
-@njit
-def matmul_over_queries(w, nq, nk, first, x, width, y):
-    """y (nk, width) += w^T x, over the queries that see each key."""
-    for j in range(0, width, STRIP):
-        vectors = min(STRIP, width - j) // W
-        c = 0
-        while c < nk:
-            rows = ROWS if c + ROWS <= nk else 1
-            i = max(0, c - first + 1)  # the first query that sees key c
-            if i < nq:
-                a, b = w + 4 * (i * KEYS + c), x + 4 * (i * width + j)
-                block_matmul_add(rows, vectors, a, 1, KEYS, b, width, y + 4 * (c * width + j), width, nq - i)
-            c += rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,16 +169,16 @@ def head_rows(args, p, row, b, head):
 def query_norm(args, b, h):
     if args.q_weight == 0:
         return Norm(0, 0, 0, 0, args.eps)
-    at, chunk = 4 * h * args.width, 4 * (b * args.heads + h) * args.width
-    return Norm(args.q_weight + at, args.q_bias + at, args.d_q_weight + chunk, args.d_q_bias + chunk, args.eps)
+    at, grad = 4 * h * args.width, 4 * (b * args.heads + h) * args.width
+    return Norm(args.q_weight + at, args.q_bias + at, args.d_q_weight + grad, args.d_q_bias + grad, args.eps)
 
 
 @njit
 def key_norm(args, b, g):
     if args.k_weight == 0:
         return Norm(0, 0, 0, 0, args.eps)
-    at, chunk = 4 * g * args.width, 4 * (b * args.key_heads + g) * args.width
-    return Norm(args.k_weight + at, args.k_bias + at, args.d_k_weight + chunk, args.d_k_bias + chunk, args.eps)
+    at, grad = 4 * g * args.width, 4 * (b * args.key_heads + g) * args.width
+    return Norm(args.k_weight + at, args.k_bias + at, args.d_k_weight + grad, args.d_k_bias + grad, args.eps)
 
 
 @njit
@@ -324,9 +193,8 @@ def prepare_queries(args, b, h, q, scratch):
     cos_sin = args.cos_sin + 4 * b * args.t * args.width
     for i in range(0, args.t, W):
         n = min(W, args.t - i)
-        most = max(
-            most, qknorm_rope(rows, i, n, args.width, cos_sin, norm, score_scale(args), q + 4 * i * args.width, scratch)
-        )
+        out = q + 4 * i * args.width
+        most = max(most, qknorm_rope(rows, i, n, args.width, cos_sin, norm, score_scale(args), out, scratch))
     return most
 
 

@@ -5,14 +5,14 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "on tiles, the diagonal sees one ahead",
-        "kernels/cpu/amx/attention.py",
+        "kernels/cpu/amx/scores.py",
         "return ahead + c if c < nk",
         "return ahead + c - 1 if c < nk",
         "kernels/test_qknorm_rope_attention.py",
     ),
     Mutant(
         "on tiles, keys behind a run's end are seen",
-        "kernels/cpu/amx/attention.py",
+        "kernels/cpu/amx/scores.py",
         "if c < nk else BLOCK",
         "if c < BLOCK else BLOCK",
         "kernels/test_qknorm_rope_attention.py",

@@ -61,20 +61,17 @@ from nanochameleon.kernels.cpu.amx.qknorm_rope import (
     transpose_all,
     transpose_cos_sin,
 )
+from nanochameleon.kernels.cpu.amx.scores import raise_shift, weights_backward, weights_forward
 from nanochameleon.kernels.cpu.amx.tiles import (
     BLOCK,
     SQUARE,
-    between,
     configure_tiles,
     copy_block,
     release_tiles,
-    rounded,
     store_pairs,
-    store_row,
     tile_matmul,
     tile_matmul_add,
 )
-from nanochameleon.kernels.cpu.exp2 import exp2_bf16
 from nanochameleon.kernels.cpu.launch import kernel
 from nanochameleon.kernels.cpu.simd import (
     ZERO,
@@ -89,7 +86,6 @@ from nanochameleon.kernels.cpu.simd import (
     store1,
     store1_int,
     vdiv,
-    vmax,
     write_row,
 )
 
@@ -245,85 +241,6 @@ def key_blocks(doc_ids, ends, start, end):
             for j in range(run, stop, BLOCK):
                 yield j, min(BLOCK, stop - j)
         run = stop
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Passes over a block of scores. `ahead` is j - i: queries from lane ahead + c on see key c, if c < nk
-
-
-@njit
-def all_visible(ahead, nk, nq):
-    """Whether all 32 queries see all 32 keys."""
-    return ahead + BLOCK <= 1 and nk == BLOCK and nq == BLOCK
-
-
-@njit
-def first_lane(ahead, c, nk):
-    return ahead + c if c < nk else BLOCK
-
-
-@njit
-def raise_shift(s, ahead, nk, nq, shift):
-    """shift = max(shift, the largest score that each query sees)."""
-    for lane in range(0, BLOCK, W):
-        m = load(shift + 4 * lane)
-        for c in range(nk):
-            m = vmax(between(load(s + ROW * c + 4 * lane), ahead + c - lane, nq - lane, m), m)
-        store(shift + 4 * lane, m)
-
-
-@njit
-def weights_forward(buf, ahead, nk, nq):
-    """buf.pairs = 2^(scores - shift) where seen, else 0, and their sums over keys.
-
-    buf.total sums the weights, for log Z. buf.delta sums the rounded weights, which divide the output: where a query
-    sees one key, the output is exactly that key's value.
-    """
-    everything = all_visible(ahead, nk, nq)
-    for lane in range(0, BLOCK, W):
-        shift, total, seen = load(buf.shift + 4 * lane), load(buf.total + 4 * lane), load(buf.delta + 4 * lane)
-        for c in range(0, BLOCK, 2):
-            s = buf.scores + ROW * c + 4 * lane
-            x, y = exp2_bf16(load(s) - shift), exp2_bf16(load(s + ROW) - shift)
-            if not everything:
-                x = between(x, first_lane(ahead, c, nk) - lane, nq - lane, splat(ZERO))
-                y = between(y, first_lane(ahead, c + 1, nk) - lane, nq - lane, splat(ZERO))
-            total += x + y
-            seen += rounded(x) + rounded(y)
-            store_pairs(buf.pairs + ROW * (c // 2) + 4 * lane, x, y)
-        store(buf.total + 4 * lane, total)
-        store(buf.delta + 4 * lane, seen)
-
-
-@njit
-def weight_and_gradient(buf, c, lane, everything, first, nq):
-    """2^(score - shift) and that times (dp - delta), of key c and the queries from `lane` on."""
-    here = ROW * c + 4 * lane
-    w = exp2_bf16(load(buf.scores + here) - load(buf.shift + 4 * lane))
-    ds = w * (load(buf.dp + here) - load(buf.delta + 4 * lane))
-    if not everything:
-        w = between(w, first - lane, nq - lane, splat(ZERO))
-        ds = between(ds, first - lane, nq - lane, splat(ZERO))
-    return w, ds
-
-
-@njit
-def weights_backward(buf, ahead, nk, nq):
-    """buf.weights, buf.ds, and the pairs of ds."""
-    everything = all_visible(ahead, nk, nq)
-    for c in range(0, BLOCK, 2):
-        low, high = first_lane(ahead, c, nk), first_lane(ahead, c + 1, nk)
-        w0, ds0 = weight_and_gradient(buf, c, 0, everything, low, nq)
-        w1, ds1 = weight_and_gradient(buf, c, W, everything, low, nq)
-        w2, ds2 = weight_and_gradient(buf, c + 1, 0, everything, high, nq)
-        w3, ds3 = weight_and_gradient(buf, c + 1, W, everything, high, nq)
-        row = ROW // 2 * c
-        store_row(buf.weights + row, w0, w1)
-        store_row(buf.weights + row + ROW // 2, w2, w3)
-        store_row(buf.ds + row, ds0, ds1)
-        store_row(buf.ds + row + ROW // 2, ds2, ds3)
-        store_pairs(buf.pairs + row, ds0, ds2)
-        store_pairs(buf.pairs + row + 4 * W, ds1, ds3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
