@@ -167,7 +167,7 @@ def read_segments(arguments: tuple[str, ...], resolution: int, fit: Literal["cro
 def what_is_it(cfg: RunConfig) -> str | None:
     """The question that a run learnt to answer with the caption; None for a folder's, where captions just follow."""
     from nanochameleon.data.sources.emoji import WHAT
-    from nanochameleon.data.sources.shapes import ASK_CAPTION
+    from nanochameleon.data.sources.questions import ASK_CAPTION
 
     return {"shapes": ASK_CAPTION, "shapes_rich": ASK_CAPTION, "emoji": WHAT}.get(cfg.data.source)
 

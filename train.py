@@ -343,9 +343,9 @@ def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
 
 
 def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> None:
-    for name, rows in loader.rows.items():
-        if rows.n_too_long:
-            say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
+    for name, source in loader.sources.items():
+        if source.n_too_long:
+            say(f"{source.n_too_long:,} documents of {name} are longer than {loader.seq_len} tokens and left out")
     ranks = (
         f", {mesh.world_size} ranks ({mesh.dp_size} x {mesh.tp_size}, {cfg.parallel.data_parallel})"
         if mesh.world_size > 1

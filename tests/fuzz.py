@@ -42,13 +42,13 @@ from tqdm import tqdm
 from written import write_tar
 
 from nanochameleon import convert
-from nanochameleon.data import Rows, Shards, write_shards
-from nanochameleon.data.prepare import units
+from nanochameleon.data import PackedDocuments, Shards, write_shards
 from nanochameleon.data.prepare.__main__ import Args, main
 from nanochameleon.data.prepared import open_prepared, sources
-from nanochameleon.data.reading import Bad, Captioned, File
+from nanochameleon.data.reading import Bad, ImageFile
+from nanochameleon.data.sources import units
 from nanochameleon.data.sources.folder import FolderSource, prepare_folder
-from nanochameleon.data.sources.webdataset import captioned
+from nanochameleon.data.sources.webdataset import captioned_images
 from nanochameleon.errors import LONGEST, OBEYED, UserError, printable, short
 from nanochameleon.images.tokenizer import load_square
 from nanochameleon.text_tokenizer import TextTokenizer
@@ -122,9 +122,9 @@ def make_tar(folder: Path) -> None:
 
 
 def read_tar(folder: Path, changed: Path) -> None:
-    for found, _ in captioned(changed, changed.name):
-        if isinstance(found, Captioned):
-            pixels_of(found.image)
+    for found, _ in captioned_images(changed, changed.name):
+        if not isinstance(found, Bad):
+            pixels_of(found.doc[1])
 
 
 def pixels_of(image) -> None:
@@ -147,10 +147,10 @@ def make_texts(folder: Path) -> None:
 def read_texts(folder: Path, changed: Path) -> None:
     forms = {".jsonl": ("pairs", "interleaved", "text", "chat"), ".csv": ("pairs",), ".txt": ("text",)}
     for form in forms[changed.suffix]:
-        for unit in units.plan([changed], form):
+        for unit in units.plan([changed], form)[0]:
             for item, _ in units.items(unit, form):
                 for part in () if isinstance(item, Bad) else item.doc:
-                    if isinstance(part, File):
+                    if isinstance(part, ImageFile):
                         pixels_of(part)
 
 
@@ -228,14 +228,14 @@ def documents() -> list[list[int]]:
 
 def make_shards(folder: Path) -> None:
     write_shards(folder / "data", documents(), 200)
-    Rows("data", Shards(folder / "data"), 32, 0, folder / "data")
+    PackedDocuments("data", Shards(folder / "data"), 32, 0, folder / "data")
 
 
 def read_shards(folder: Path, changed: Path) -> str:
     """All documents and all rows of one source."""
     found = Shards(folder / "data", VOCAB.size)
-    rows = Rows("data", found, 32, 0, folder / "data")
-    return fingerprint(*(ids for n in range(len(rows)) for ids in found.fetch(rows.documents(n))))
+    packed = PackedDocuments("data", found, 32, 0, folder / "data")
+    return fingerprint(*(tokens for n in range(len(packed)) for tokens in found.fetch(packed.sequence(n))))
 
 
 def make_prepared(folder: Path) -> None:
