@@ -162,5 +162,5 @@ def test_a_training_step_foretells_its_loss(monkeypatch, tmp_path):
     objective = Objective(model, VOCAB, "fp32")
     mesh = Mesh(torch.device("cpu"))
     with use_kernels("numba"):
-        train.gradients(ParallelModel(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
+        train.forward_backward(ParallelModel(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
     assert seen == [True] * len(batch.tokens) and len(seen) > 1

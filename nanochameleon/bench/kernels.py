@@ -17,15 +17,15 @@ from nanochameleon.bench.memory import memory_rows
 from nanochameleon.bench.rows import Row
 from nanochameleon.bench.timing import seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.attention.qknorm_rope import normed_attention_reference
+from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
-from nanochameleon.kernels.cpu.malloc import keep_pages
-from nanochameleon.kernels.dispatch import NAMES, why_not_amx
+from nanochameleon.kernels.cpu.malloc import tune_malloc
+from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
 from nanochameleon.optim import make_optimizer
-from nanochameleon.transformer import Chameleon, rotary_table
+from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
 Z_LOSS = 1e-5
 
@@ -70,7 +70,7 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(b, t, h, e, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
     norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
-    table = rotary_table(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
+    table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
     docs = documents(b, t).to(device) if packed else None
     upstream = torch.randn(b, t, h, e, generator=generator).to(device, dtype)
 
@@ -79,10 +79,10 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
     names = ("cuda", "vendor") if device.type == "cuda" else (own(device),)
-    if why_not_amx(device, dtype) is None:
+    if why_amx_unavailable(device, dtype) is None:
         names += ("amx",)
-    ours = {name: of(with_kernels(name, normed_attention)) for name in names}
-    variants, plain = {"reference": of(normed_attention_reference), **ours}, {}
+    ours = {name: of(with_kernels(name, qknorm_rope_attention)) for name in names}
+    variants, plain = {"reference": of(qknorm_rope_attention_reference), **ours}, {}
     if device.type == "cpu" and dtype == torch.float32 and packed:
         arrays = [x.detach().numpy() for x in (q, k, v, docs, torch.empty_like(q))]
         plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and turn
@@ -244,7 +244,7 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
 def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
     """Times checked cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
     torch.set_num_threads(1)
-    keep_pages()
+    tune_malloc()
     rounds = 5 if quick else 9
     for case in found:
         if not quick:

@@ -18,8 +18,8 @@ from nanochameleon.data.index import read_index, write_index
 from nanochameleon.data.mixture import Fractions, name_seed
 from nanochameleon.data.shards import Shards
 from nanochameleon.errors import UserError, warn
-from nanochameleon.files import replacing
-from nanochameleon.packing import Batch, assign_rows, fill
+from nanochameleon.files import atomic_open
+from nanochameleon.packing import Batch, best_fit, collate
 
 PACKED = "documents packed into sequences"
 
@@ -66,7 +66,7 @@ def pack_group(documents: Documents, first: int, last: int, seq_len: int, seed: 
     lengths = documents.sizes(first, last)
     short = np.flatnonzero(lengths <= seq_len)
     short = short[np.random.default_rng((seed, first)).permutation(len(short))]
-    sequences = assign_rows(lengths[short], seq_len)
+    sequences = best_fit(lengths[short], seq_len)
     return (first + short[np.argsort(sequences, kind="stable")]).astype(np.uint32), np.bincount(sequences)
 
 
@@ -86,7 +86,7 @@ def pack_once(folder: Path, documents: Documents, seq_len: int, seed: int) -> li
     names = [f"{stem}-{what}.npy" for what in ("documents", "starts")]
     if not is_packed(folder, f"{stem}.json", {*names, Shards.INDEX}):
         for name, array in zip(names, pack_all(documents, seq_len, seed), strict=True):
-            with replacing(folder / name) as file:
+            with atomic_open(folder / name) as file:
                 np.save(file, array)
         # the index has the shards' own index's checksum, too: other shards are packed again
         write_index(folder, f"{stem}.json", PACKED, {}, (*names, Shards.INDEX))
@@ -136,15 +136,15 @@ class Loader:
     """Batches of packed sequences, each a pure function of (seed, step).
 
     sources: packed documents by name. stages: (first step, weights of the sources), in order, the first at step 0.
-    answers_from: the end-of-turn token, where only answers are learnt (packing.fill).
+    assistant_eot: the end-of-turn token, where only answers are learnt (packing.collate).
     """
 
     def __init__(
         self, sources: dict[str, PackedDocuments], stages: Sequence[tuple[int, dict[str, float]]], batch_size: int,
-        seq_len: int, seed: int, pad: int, answers_from: int | None = None,
+        seq_len: int, seed: int, pad: int, assistant_eot: int | None = None,
     ):  # fmt: skip
         self.sources, self.batch_size, self.seq_len, self.pad = sources, batch_size, seq_len, pad
-        self.answers_from = answers_from
+        self.assistant_eot = assistant_eot
         self.firsts = [first * batch_size for first, _ in stages]  # first sequence of each stage
         self.fractions = [Fractions(weights, seed, stage) for stage, (_, weights) in enumerate(stages)]
         self.before = [dict.fromkeys(sources, 0)]  # sequences that each source has given before each stage
@@ -176,4 +176,4 @@ class Loader:
         docs = {name: iter(self.sources[name].documents.fetch(numbers)) for name, numbers in wanted.items()}
         # 2. Back into sequences.
         filled = [list(islice(docs[name], len(numbers))) for name, numbers in sequences]
-        return fill(filled, self.seq_len, self.pad, self.answers_from)
+        return collate(filled, self.seq_len, self.pad, self.assistant_eot)

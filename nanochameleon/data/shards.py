@@ -16,7 +16,7 @@ import numpy as np
 
 from nanochameleon.data.index import damaged, map_file, read_index, replacing_folder, write_index
 from nanochameleon.errors import OwnError
-from nanochameleon.files import replacing
+from nanochameleon.files import atomic_open
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -59,7 +59,7 @@ def grouped(docs: Iterable[Sequence[int]], shard_tokens: int) -> Iterator[list[n
 
 def write_shard(path: Path, docs: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     """Write one shard of uint16 documents. Returns their lengths and their checksums."""
-    with replacing(path) as file:
+    with atomic_open(path) as file:
         file.writelines(doc.data for doc in docs)
     return [len(doc) for doc in docs], [zlib.crc32(doc) for doc in docs]
 
@@ -67,7 +67,7 @@ def write_shard(path: Path, docs: Sequence[np.ndarray]) -> tuple[list[int], list
 def write_offsets(directory: Path, shards: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
     """Write offsets.bin and checksums.bin from each shard's lengths and checksums. Returns its document counts."""
     counts, total = [], 0
-    with replacing(directory / Shards.OFFSETS) as offsets, replacing(directory / Shards.CHECKSUMS) as checksums:
+    with atomic_open(directory / Shards.OFFSETS) as offsets, atomic_open(directory / Shards.CHECKSUMS) as checksums:
         offsets.write(bytes(8))
         for lengths, sums in shards:
             offsets.write((total + np.cumsum(lengths, dtype=np.int64)).astype("<u8").tobytes())

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
-from nanochameleon.transformer import rotary_table
+from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.transformer import compute_freqs_cis
 
 B, T, H, G, E, V = 2, 19, 4, 2, 6, 37
 
@@ -16,7 +16,7 @@ def attention_inputs(dtype=torch.float32):
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, T, heads, E, dtype=dtype, requires_grad=True) for heads in (H, G, G))
     norms = [torch.randn(n, E, requires_grad=True) for n in (H, H, G, G)]
-    return q, k, v, rotary_table(torch.arange(T).expand(B, T), E, 1e4), torch.randint(0, 2, (B, T)), norms
+    return q, k, v, compute_freqs_cis(torch.arange(T).expand(B, T), E, 1e4), torch.randint(0, 2, (B, T)), norms
 
 
 def op_inputs():
@@ -24,7 +24,7 @@ def op_inputs():
     hidden, weight = torch.randn(T, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
     targets = torch.arange(T) - 1
     return {
-        "normed_attention": (q, k, v, torch.view_as_real(table[:, 0]).flatten(-2), docs, *norms, 1e-5, False),
+        "qknorm_rope_attention": (q, k, v, torch.view_as_real(table[:, 0]).flatten(-2), docs, *norms, 1e-5, False),
         "zloss_cross_entropy": (torch.randn(T, V, requires_grad=True), targets),
         "linear_zloss_cross_entropy": (hidden, weight, targets),
     }
@@ -42,7 +42,7 @@ def losses():
     hidden, weight, targets = inputs["linear_zloss_cross_entropy"]
 
     def attend(q, k, v, *norms):
-        out = normed_attention(q, k, v, table, docs, norms[:2], norms[2:], 1e-5)
+        out = qknorm_rope_attention(q, k, v, table, docs, norms[:2], norms[2:], 1e-5)
         return (out * torch.arange(E)).sum()
 
     def score(logits):

@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "a batch is learnt as it comes",
         "train.py",
-        "to_learn(self.loader.batch(number, rows), cfg, vocab)",
+        "mask_targets(self.loader.batch(number, rows), cfg, vocab)",
         "self.loader.batch(number, rows)",
         "test_train.py",
     ),
@@ -20,8 +20,8 @@ MUTANTS = [
     Mutant(
         "dropout draws on from anywhere",
         "train.py",
-        "keys = derive(places[rows], cfg.seed)",
-        "keys = derive(places[rows], int(torch.randint(99, ())))",
+        "keys = fold_in(places[rows], cfg.seed)",
+        "keys = fold_in(places[rows], int(torch.randint(99, ())))",
         "test_train.py",
     ),
     Mutant(
@@ -45,21 +45,21 @@ MUTANTS = [
         "train.py",
         "(count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))",
         "count = float((batch.targets != IGNORE).sum())",
-        "parallel/test_mesh.py",
+        "parallel/test_parallel_training.py",
     ),
     Mutant(
         "the mean over ranks stands for their sum",
         "train.py",
         "(loss * mesh.dp_size).backward()",
         "loss.backward()",
-        "parallel/test_mesh.py",
+        "parallel/test_parallel_training.py",
     ),
     Mutant(
         "each rank drops what the first one drops",
         "train.py",
-        "keys = derive(places[rows], cfg.seed)",
-        "keys = derive(places[: rows.stop - rows.start], cfg.seed)",
-        "parallel/test_mesh.py",
+        "keys = fold_in(places[rows], cfg.seed)",
+        "keys = fold_in(places[: rows.stop - rows.start], cfg.seed)",
+        "parallel/test_parallel_training.py",
     ),
     Mutant(
         "what led to a streak of failures is saved",
@@ -78,8 +78,8 @@ MUTANTS = [
     Mutant(
         "roll-backs long ago count",
         "train.py",
-        "self.rolled_back.count(path) == ROLL_BACKS",
-        "len(self.rolled_back) == ROLL_BACKS",
+        "self.rolled_back.count(path) == MAX_ROLLBACKS",
+        "len(self.rolled_back) == MAX_ROLLBACKS",
         "test_train.py",
     ),
     Mutant(

@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_pa
         return (value * math.nan if next(calls) in broken else value, *rest)
 
     monkeypatch.setattr(train_tokenizers, "tokenizer_loss", loss)
-    monkeypatch.setattr(train_tokenizers, "TOO_MANY", 3)
+    monkeypatch.setattr(train_tokenizers, "MAX_NONFINITE_STEPS", 3)
     cfg = variant("window", tmp_path / "a")
     assert train_image_tokenizer(cfg, SOURCE, cfg.folder, CPU, lambda: False)
     weights = checkpoint.load(cfg.folder / IMAGE_TOKENIZER)[0]["model"]

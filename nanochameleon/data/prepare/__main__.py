@@ -75,12 +75,13 @@ def main(args: Args) -> None:
     from nanochameleon.data.sources.units import plan
     from nanochameleon.parallel.mesh import env_int, rank_and_world_size
     from nanochameleon.training.run import pick_device
-    from nanochameleon.weights.model_folder import open_tokenizers, text_of
+    from nanochameleon.weights.model_folder import open_tokenizers
+    from nanochameleon.weights.tokenizers import open_text_tokenizer
 
     (rank, world), local = rank_and_world_size(), env_int("LOCAL_WORLD_SIZE", 1)
     tokenizers = open_tokenizers(args.tokenizers) if args.tokenizers else open_prepared(args.out)
     units, unread = plan(args.sources, args.form)
-    text = text_of(tokenizers, args.tokenizers or args.out)
+    text = open_text_tokenizer(tokenizers, args.tokenizers or args.out)
     max_tokens = args.seq_len or tokenizers.context
     # <s>, one token of text, </s>; an image has two more tokens, <boi> and <eoi>
     least = 3 if args.form == "text" else tokenizers.vqgan.codes_per_image + 5

@@ -28,7 +28,7 @@ from nanochameleon.data.reading import SKIPPED, Bad, ImageFile, Item, RawItem, a
 from nanochameleon.data.shards import shard_name, write_offsets, write_shard, write_shards_index
 from nanochameleon.data.sources.units import Unit, items
 from nanochameleon.errors import UserError
-from nanochameleon.files import replacing, write_file
+from nanochameleon.files import atomic_open, write_file
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.checkpoint import sweep
@@ -255,7 +255,7 @@ def finish(job: PrepareJob) -> str:
     """Join the units' results in order into token shards. Raises UserError if nothing can be used."""
     totals = Counter(dict.fromkeys(("documents", "tokens", "images", "cut", "mended", "skipped"), 0))
     counts, first = Counter(), []
-    with replacing(job.directory / SKIPPED) as listed:
+    with atomic_open(job.directory / SKIPPED) as listed:
 
         def note(skipped: Sequence[Bad]) -> None:
             listed.writelines(map(as_line, skipped))
