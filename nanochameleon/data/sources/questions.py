@@ -4,7 +4,7 @@ import numpy as np
 
 from nanochameleon.data.sources.scenes import NUMBERS, OPPOSITE, Scene, Thing, World, plural, random_thing
 
-ASK_CAPTION = "what is in the image?"  # answered by the caption: an image alone could also be followed by a question
+ASK_CAPTION = "what is in the picture?"  # part of the data, so the word stays; the caption answers it
 
 
 def questions(scene: Scene, world: World, rng: np.random.Generator) -> list[tuple[str, str]]:
