@@ -20,14 +20,13 @@ from nanochameleon.data.sources.scenes import (
     Scene,
     Thing,
     World,
-    caption,
     draw,
     draw_scene,
     random_scene,
     scenes,
     source_seed,
 )
-from nanochameleon.data.sources.shapes import ShapesSource
+from nanochameleon.data.sources.shapes import ShapesSource, caption
 from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.evaluate.oracle import read
 
