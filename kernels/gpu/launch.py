@@ -163,19 +163,6 @@ def document_bounds(docs: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(order.gather(1, x).gather(1, back).int() for x in (first, last))
 
 
-def attention_sm90(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """As `attention`, by Hopper's own instructions: for the bench, until it was measured to be the faster one."""
-    b, t, heads, e = q.shape
-    out, lse = torch.empty_like(q), torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
-    if q.numel():
-        shared = 2 * e * 6 * TILE + 2 * 4 * TILE  # tiles without room between rows, and documents of two tiles of keys
-        arguments = q, k, v, first, out, lse, t, heads, k.shape[2]
-        start(
-            "attention/attention_sm90", f"attention_sm90_{e}", (-(-t // 128), heads, b), 256, *arguments, shared=shared
-        )
-    return out, lse
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, simple: bool = False) -> tuple[Tensor, Tensor]:
     """Of prepared q, k and v, bfloat16, E of HEAD_DIMS -> out like q, and lse (B, H, T) float32 for the gradient."""
     b, t, heads, e = q.shape

@@ -43,7 +43,7 @@ INLINE float power(float x) {  // 2^x, to 2 units in the last place
 // Shared memory
 
 INLINE void* dynamic_shared() {  // what the launch asked for, behind the arrays that are declared
-  extern __shared__ __align__(1024) char memory[];
+  extern __shared__ __align__(16) char memory[];
   return memory;
 }
 
@@ -117,56 +117,6 @@ INLINE void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier)
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Hopper alone: products of a warpgroup, 4 warps of 16 rows each, that run while the threads go on
-//
-// D (64 x 64) += A (64 x 16) B (16 x 64): warp w of the group has rows 16 w of D and A as fragments C and A above,
-// eight of C side by side. Operands in shared memory are named by descriptors of tiles in rows of 128 bytes, 8 rows
-// 1,024 bytes that start at a multiple of that, with the 16 bytes at place p of row r stored at place p ^ (r % 8).
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-INLINE u64 descriptor(const void* tile) {  // where it starts; 1,024 bytes from 8 rows to the next; mode 1: 128 bytes
-  return (shared_address(tile) & 0x3ffff) >> 4 | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-
-INLINE void shared_is_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }  // by this thread
-
-#define LIST_OF_D \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
-#define TILE_OF_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define EACH_OF_D \
-  TILE_OF_D(0), TILE_OF_D(1), TILE_OF_D(2), TILE_OF_D(3), TILE_OF_D(4), TILE_OF_D(5), TILE_OF_D(6), TILE_OF_D(7)
-
-// No instruction: whatever was done with D stays on its side of this line, for the compiler does not know who writes
-// it.
-INLINE void pin(float (&d)[8][4]) { asm volatile("" : EACH_OF_D::"memory"); }
-
-INLINE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // registers are set from here on
-
-// A and B in shared memory, both in rows of K: D = A B^T, or D += with add
-INLINE void wgmma_rows(float (&d)[8][4], u64 a, u64 b, int add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LIST_OF_D
-      ", %32, %33, p, 1, 1, 0, 0;}"
-      : EACH_OF_D
-      : "l"(a), "l"(b), "r"(add));
-}
-
-// A in registers, B in shared memory in rows of N: D += A B
-INLINE void wgmma_columns(float (&d)[8][4], const u32 (&a)[4], u64 b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LIST_OF_D ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-      : EACH_OF_D
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-INLINE void wgmma_end() {  // all of this warpgroup's products are done
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 #endif
 

@@ -70,10 +70,6 @@ def random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=NARROW)
 
 
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def with_parts(case: Case) -> Case:
     """Attention alone, ours in both versions and torch's, on prepared inputs: without norm and turn."""
     q, k, v = (x.detach() for x in case.inputs[:3])
@@ -83,8 +79,6 @@ def with_parts(case: Case) -> Case:
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, first)
     case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, first, simple=True)
-    if is_hopper(q.device):
-        case.extra_forward["attention alone, wgmma"] = lambda: gpu.attention_sm90(q, k, v, first)
     case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
     case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, first, last)
     return case
@@ -142,8 +136,6 @@ def check_own_attention(device: torch.device) -> None:
             result = out, *gpu.attention_backward(d_out, out, lse, q, k, v, first, last, simple)
             for name, *each in zip(("out", "dq", "dk", "dv"), result, plain, truth, strict=True):
                 compare(f"{name} of attention{'_simple' if simple else ''}_{e} at T {t}", *each)
-        if is_hopper(device):
-            compare(f"attention_sm90_{e} at T {t}", gpu.attention_sm90(q, k, v, first)[0], plain[0], truth[0])
 
 
 def of_torch(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, docs: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:

@@ -108,30 +108,6 @@ def test_matrices_are_loaded_row_by_row_or_transposed(transposed):
     assert torch.equal(out, x.view(4, 8, 8).mT if transposed else x.view(4, 8, 8))
 
 
-@pytest.mark.parametrize("rows_of_k", [True, False])
-def test_a_warpgroup_multiplies_tiles_by_the_manual_s_layout(rows_of_k):
-    """B as 64 rows of 64 K, of which the third 16 are taken, or as 16 rows of 64 N; A in shared memory or registers."""
-    a, b, d = numbers(64, 64), numbers(64, 64), torch.zeros(64, 64)
-    store = "[((r * 128 + c * 2) ^ (r % 8) << 4) / 2]"  # piece c / 8 of row r lies at c / 8 ^ r % 8
-    body = f"""
-    u16 *p = (u16*)dynamic_shared(), *q = p + 4096; float d[8][4] = {{}};
-    for (int c = 0, r = i / 2; c < 64; c++)
-      if (c % 2 == i % 2) {{ p{store} = narrow(x[64 * r + c]); q{store} = narrow(y[64 * r + c]); }}
-    shared_is_written();
-    __syncthreads();
-    int w = i / 32, g = i % 32 / 4, m = i % 4, row = 16 * w + g; const float* t = x + 64 * row + 32 + 2 * m;
-    u32 a[4] = {{pack(t[0], t[1]), pack(t[512], t[513]), pack(t[8], t[9]), pack(t[520], t[521])}};
-    wgmma_begin();
-    if ({int(rows_of_k)}) wgmma_rows(d, descriptor(p + 32), descriptor(q + 32), 0);
-    else wgmma_columns(d, a, descriptor(q + 32 * 64));
-    wgmma_end();
-    for (int n = 0; n < 8; n++)
-      for (int r = 0; r < 4; r++) z[64 * (row + r / 2 * 8) + 8 * n + 2 * m + r % 2] = d[n][r];"""
-    launch(body, a, b, d, block=128, shared=16_384)
-    exact = a[:, 32:48] @ (b[:, 32:48].T if rows_of_k else b[32:48])
-    assert torch.equal(d, exact)
-
-
 def test_bfloat16_is_rounded_as_torch_does():
     x = torch.cat(
         [torch.randn(1_000, generator=torch.Generator().manual_seed(0)), torch.tensor([torch.inf, -0.0, 3e38])]
