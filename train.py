@@ -83,7 +83,8 @@ from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
-from nanochameleon.weights.model_folder import LoadedModel, open_model
+from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.read_layouts import ModelFiles
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ class Training:
 def train_transformer(
     cfg: RunConfig,
     run: Run,
-    parts: LoadedModel | None,
+    parts: ModelFiles | None,
     loader: Loader,
     folder: Path,
     mesh: Mesh,
@@ -342,7 +343,7 @@ def train_transformer(
             training.run(monitor, run, stopped)
 
 
-def fill(model: Chameleon, parts: LoadedModel | None, seed: int) -> None:
+def fill(model: Chameleon, parts: ModelFiles | None, seed: int) -> None:
     """Sets all weights: those of `parts`, or random ones; of each tensor the part that this rank holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():

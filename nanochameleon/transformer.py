@@ -2,16 +2,17 @@
 
 Llama's block (RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, untied embeddings) with what keeps
 Chameleon stable while it learns two modalities (paper, section 2.3): QK-norm, and either dropout on each branch (7B) or
-the norms moved behind the branches (34B).
+the norms moved to the end of each branch (34B). Text and image tokens go through the same weights.
 
-    forward_features   x = embed(tokens);  for each block:  x = x + attention(norm(x));  x = x + feed_forward(norm(x))
-    forward            norm(x)                          hidden states
-    logits             hidden @ output.weight.T         one column for each token, text or image
+    forward_features    x = tok_embeddings(tokens)
+                        x = x + attention(norm(x)), x = x + feed_forward(norm(x))    in each block
+    forward             hidden = norm(x)
+    logits              hidden @ output.weight.T
 
 Shapes:
-    B  sequences of a batch           D  model width (dim)               L  layers
-    T  tokens of each sequence        H  query heads                     V  vocabulary
-    S  tokens that a cache can hold   G  key and value heads             E  width of a head (head_dim)
+    B  sequences of a batch             D  width of the model (dim)      L  layers
+    T  tokens of each sequence          E  width of a head (head_dim)    H  query heads
+    S  tokens that the cache can hold   V  tokens of the vocabulary      G  key and value heads
 """
 
 import math
@@ -45,10 +46,10 @@ def fused_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, alone or fused with the residual sum next to it."""
+    """x / sqrt(mean(x^2) + eps) * weight, alone or fused with the residual sum before or after it."""
 
     def affine(self) -> Tensor:
-        """The weight (D,) as the kernels read it."""
+        """The weight (D,) for the kernels. Tensor parallelism overrides this, here and in QKNorm."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class QKNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_groups, head_dim))
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias (groups, E) as the kernels read them."""
+        """Weight and bias (groups, E) for the kernels."""
         return self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,11 +113,11 @@ class KVCache:
         return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
     def view(self, slots: slice, positions: Tensor, kv_len: int) -> "CacheView":
-        """Prepare a forward pass of new tokens at `positions` (B, T) in these B slots; kv_len must exceed them all."""
+        """View for a forward pass of new tokens at `positions` (B, T), all below kv_len, in these B slots."""
         max_len = self.keys.shape[3]
         if kv_len > max_len:
             raise ValueError(f"a cache of {max_len} tokens cannot hold {kv_len}: create it with a larger max_len")
-        # causal: what a slot holds behind its newest token is left over from other sequences, and masked, too
+        # causal, and beyond its newest token a slot still holds what earlier sequences left there
         mask = torch.arange(kv_len, device=positions.device) <= positions[:, :, None]  # (B, T, kv_len)
         return CacheView(self.keys[:, slots], self.values[:, slots], positions, mask)
 
@@ -136,10 +137,10 @@ class CacheView:
     mask: Tensor  # (B, T, kv_len)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, G, T, E) at the new tokens' positions; return all keys and values (B, G, kv_len, E)."""
-        slots, kv_len = torch.arange(len(k), device=k.device)[:, None], self.mask.shape[-1]  # (B, 1)
+        """Write k and v (B, G, T, E) of the new tokens; return the first kv_len keys and values (B, G, kv_len, E)."""
+        slots, kv_len = torch.arange(len(k), device=k.device)[:, None], self.mask.shape[-1]
         for cached, new in ((self.keys, k), (self.values, v)):
-            # slots and positions are broadcast to (B, T): each slot writes at places of its own
+            # slots (B, 1) and positions (B, T) are broadcast, so each slot writes at its own positions
             cached[layer].transpose(1, 2)[slots, self.positions] = new.transpose(1, 2).to(cached.dtype)
         return self.keys[layer, :, :, :kv_len], self.values[layer, :, :, :kv_len]
 
@@ -161,22 +162,24 @@ class Attention(nn.Module):
         self.k_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, freqs_cis: Tensor, doc_ids: Tensor | None, cache: CacheView | None) -> Tensor:
-        """Causal attention of x (B, T, D) within documents, or, with a cache, to what the cache holds."""
+        """Causal attention of x (B, T, D) within documents or, with a cache, to all that the cache holds."""
         b, t, _ = x.shape
-        q, k, v = (y.view(b, t, -1, self.head_dim) for y in fused_linear(x, self.wq, self.wk, self.wv))
-        if cache is None:  # (B, T, H or G, E); QK-norm, rotation and attention are one fused op
+        # 1. project; H query heads share G key and value heads
+        q, k, v = (y.view(b, t, -1, self.head_dim) for y in fused_linear(x, self.wq, self.wk, self.wv))  # (B, T, ., E)
+        if cache is None:
+            # 2. QK-norm, rotation and causal attention in one op
             norms = [norm.affine() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
             out = qknorm_rope_attention(q, k, v, freqs_cis, doc_ids, *norms, self.norm_eps)  # (B, T, H, E)
-            return fused_linear(out.reshape(b, t, -1), self.wo)[0]
-        # the same, step by step, since keys and values enter the cache before the attention
+            # 3. back to the width of the model
+            return fused_linear(out.reshape(b, t, -1), self.wo)[0]  # (B, T, D)
+        # 2. the same op by op, since keys and values enter the cache between rotation and attention
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, E)
-        q, k = (
-            apply_rotary_emb(q, freqs_cis),
-            apply_rotary_emb(k, freqs_cis),
-        )  # after QK-norm: its weights would spoil the rotation
+        # after QK-norm, whose weights scale the two values of a pair differently, which would undo a rotation
+        q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
         k, v = cache.update(self.layer, k, v)  # (B, G, kv_len, E)
         out = attention(q, k, v, cache.mask)  # (B, H, T, E)
-        return self.wo(out.transpose(1, 2).reshape(b, t, -1))
+        # 3. back to the width of the model
+        return self.wo(out.transpose(1, 2).reshape(b, t, -1))  # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -189,7 +192,8 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_linear(swiglu(*fused_linear(x, self.w1, self.w3)), self.w2)[0]  # (B, T, D)
+        gate, up = fused_linear(x, self.w1, self.w3)  # (B, T, ffn_dim)
+        return fused_linear(swiglu(gate, up), self.w2)[0]  # (B, T, D)
 
 
 class Block(nn.Module):
@@ -205,9 +209,9 @@ class Block(nn.Module):
         self, x: Tensor, branch: Tensor | None, freqs_cis: Tensor, doc_ids: Tensor | None, cache: CacheView | None,
         seeds: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Two branches, attention and feed-forward, each added to the residual stream.
+        """Add an attention and a feed-forward branch to the residual stream.
 
-        The residual stream is kept as a pair (x, branch) of (B, T, D) whose sum is formed inside the next fused
+        The residual stream is kept as a pair (x, branch), (B, T, D) each, whose sum is formed inside the next fused
         add-norm, saving a pass over memory.
         """
         if self.norm_order == "pre":  # 7B: x + f(norm(x))
@@ -215,7 +219,7 @@ class Block(nn.Module):
             branch = self.drop(self.attention(h, freqs_cis, doc_ids, cache), seeds, 0)
             x, h = self.ffn_norm.add_norm(x, branch)
             return x, self.drop(self.feed_forward(h), seeds, 1)
-        # 34B: x + norm(f(x)), Swin Transformer's order; the norm bounds what a branch adds, so no dropout is needed
+        # 34B: x + norm(f(x)), the order of Swin Transformer, where the norm bounds what a branch adds
         x = self.add_normed(x, self.attention_norm, self.attention(x, freqs_cis, doc_ids, cache), seeds, 0)
         return self.add_normed(x, self.ffn_norm, self.feed_forward(x), seeds, 1), None
 
@@ -225,7 +229,7 @@ class Block(nn.Module):
         return norm.norm_add(x, branch)
 
     def drop(self, branch: Tensor, seeds: Tensor | None, index: int) -> Tensor:
-        """Dropout. Each branch of each layer draws from a seed (B,) of its own for every sequence."""
+        """Dropout. Every branch of every layer draws from its own seeds (B,)."""
         if not self.training or not self.dropout:
             return branch
         return dropout(branch, fold_in(seeds, index), self.dropout)
@@ -279,32 +283,23 @@ class Chameleon(nn.Module):
         if len(shape) < 2 or "q_norm" in name or "k_norm" in name:
             return torch.full(shape, float(name.endswith("weight")), device=device)
         n_branches = 2 * self.cfg.n_layers if name.endswith(("wo.weight", "w2.weight")) else 1
-        std = 1 / math.sqrt(shape[1] * n_branches)
-        if name.startswith(("tok_embeddings", "output")):
-            std = 0.02 if name.startswith("tok") else 0.0
+        special = {"tok_embeddings.weight": 0.02, "output.weight": 0.0}
+        std = special.get(name, 1 / math.sqrt(shape[1] * n_branches))
         # torch's CPU generator uses only the low 32 bits of its seed, so seed and name are hashed into 32 bits
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
         return torch.randn(shape, generator=generator, device=device) * std
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        cache: CacheView | None = None,
-        dropout_seeds: Tensor | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+        cache: CacheView | None = None, dropout_seeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """tokens (B, T) -> hidden states (B, T, D) after the final norm; see forward_features for the arguments."""
         return self.norm(self.forward_features(tokens, positions, doc_ids, cache, dropout_seeds))
 
     def forward_features(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        cache: CacheView | None = None,
-        dropout_seeds: Tensor | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+        cache: CacheView | None = None, dropout_seeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """tokens (B, T) -> the last block's output (B, T, D), whose norm warns of divergence (paper, figure 5a).
 
         positions (B, T): of each token in its document; None counts from 0.

@@ -55,7 +55,7 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import Monitor, plot_curves, read_metrics
 from nanochameleon.training.signals import StageTimer
 from nanochameleon.weights.model_folder import open_model
-from nanochameleon.weights.tensor_files import load_pth
+from nanochameleon.weights.pth_files import load_pth
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer, save_text_tokenizer
 
 SECONDS, MEMORY = 10, 300 * 2**20

@@ -43,7 +43,7 @@ from nanochameleon.training.run import (
     start_folder,
 )
 from nanochameleon.training.signals import GracefulShutdown
-from nanochameleon.weights.model_folder import open_parts
+from nanochameleon.weights.model_folder import open_model_files
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -668,7 +668,7 @@ def other_model(place: Path, layout: str) -> Path:
 @pytest.mark.parametrize("layout", ["hf", "hf-encoder", "meta"])
 def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layout, tmp_path, capsys):
     source, run = other_model(tmp_path, layout), tmp_path / "run"
-    parts, few = open_parts(source), training_config(tmp_path).train
+    parts, few = open_model_files(source), training_config(tmp_path).train
     train_cfg = replace(few, steps=2, save_every=1, seq_len=256)
     cfg = training_config(run, init_from=source, train=train_cfg, stages=mixed(pairs=1.0))
     cfg = replace(cfg, evaluation=EvalConfig(1, 1, 1), model=ModelConfig(dropout=0.0))
@@ -698,7 +698,7 @@ def test_a_run_does_not_overwrite_what_it_is_to_begin_with(finished, tmp_path):
     (run / CONFIG).write_text((finished / CONFIG).read_text())
     with pytest.raises(UserError, match=r"lies in .* choose another --out"):
         train.main(training_config(run, init_from=inside, overwrite=True))
-    open_parts(inside)
+    open_model_files(inside)
 
 
 def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_path):

@@ -24,7 +24,7 @@ from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch
-from nanochameleon.training.flops import PEAKS, flops_per_token
+from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
 from nanochameleon.training.objective import Objective, autocast
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -188,5 +188,5 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         for name, gib in peak.items():
             yield from rows_of("train", f"{case.name}, peak", name, {name: 1 / gib}, 1.0, "GiB", where)
         if device.type == "cuda":
-            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAKS["H100"]  # of a second at the peak
+            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAK_FLOPS["H100"]  # of a second at the peak
             yield from rows_of("train", f"{case.name}, MFU", "nano", best, share, "of 989 TFLOP/s", where)

@@ -21,7 +21,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.files import remove_stale, write_file
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER, build
-from nanochameleon.weights.model_folder import Tokenizers, stored_tokenizers
+from nanochameleon.weights.tokenizers import Tokenizers, stored_tokenizers
 
 INDEX, FORMAT, TEST = "prepared.json", "a folder of prepared data", "test"
 

@@ -186,7 +186,7 @@ MUTANTS = [
     Mutant(
         "the decoder is left behind",
         "convert.py",
-        "if parts.has_decoder:\n        decoder",
+        "if files.has_decoder:\n        decoder",
         "if False:\n        decoder",
         "test_convert.py weights/test_parity.py",
     ),

@@ -26,7 +26,7 @@ from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon, compute_freqs_cis
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights import layouts
-from nanochameleon.weights.layout_files import hf_config
+from nanochameleon.weights.layout_configs import hf_config
 from nanochameleon.weights.model_folder import open_model
 
 LENGTH = 64
@@ -51,7 +51,7 @@ def layer(cfg) -> float:
     with torch.device("meta"):
         theirs = kind(config, 0)
     named = {f"layers.0.{name}": weight for name, weight in block.state_dict().items()}
-    state = {layouts.rule(n).hf.removeprefix("model.layers.0."): layouts.to_hf(n, x, cfg) for n, x in named.items()}
+    state = {layouts.names_of(n).hf.removeprefix("model.layers.0."): layouts.to_hf(n, x, cfg) for n, x in named.items()}
     theirs.load_state_dict(state, assign=True)
     x, positions = torch.randn(1, LENGTH, cfg.dim), torch.arange(LENGTH)[None]
     freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)

@@ -29,7 +29,8 @@ from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.losses import next_token_loss
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights import layouts
-from nanochameleon.weights.layout_files import hf_config, tokenizer_to_hf, vocabulary_map
+from nanochameleon.weights.layout_configs import hf_config
+from nanochameleon.weights.layout_tokenizer import tokenizer_to_hf, vocabulary_map
 from nanochameleon.weights.model_folder import open_model
 from nanochameleon.weights.tokenizer_json import to_json
 
@@ -40,7 +41,7 @@ def theirs(model: Chameleon, vqgan: VQGAN) -> ChameleonForConditionalGeneration:
     """The same model in transformers, through layouts.py alone."""
     dtype = str(model.output.weight.dtype).removeprefix("torch.")
     hf = ChameleonForConditionalGeneration(ChameleonConfig(**hf_config(model.cfg, vqgan.cfg, VOCAB, NAMES, dtype)))
-    state = {layouts.rule(k).hf: layouts.to_hf(k, x, model.cfg) for k, x in model.state_dict().items()}
+    state = {layouts.names_of(k).hf: layouts.to_hf(k, x, model.cfg) for k, x in model.state_dict().items()}
     vq = {f"{layouts.VQ_PREFIX}{k}": x for k, x in vqgan.state_dict().items() if not k.startswith(layouts.DECODER)}
     hf.load_state_dict(state | vq)
     return hf.to(model.output.weight.dtype).eval()
