@@ -1,4 +1,4 @@
-"""Norm, turn and attention on a GPU as ops that torch knows: norm_rotary.cu, attention.cu and attention_backward.cu.
+"""Norm, turn and attention on a GPU as ops that torch knows: qknorm_rope_cuda.cu, attention.cu and attention_backward.cu.
 
 The order is always: one pass for norm and turn of q, one of k, then attention, which is ours or torch's. Formulas and
 shapes are those of qknorm_rope_attention.py. All take bfloat16; what they need of float32 is made here.
@@ -17,10 +17,10 @@ def qknorm_rope_attention_cuda(
     q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, own: bool,
 ) -> Tensor:  # fmt: skip
     """(B, T, H, E). own: with our attention where it is written for E, else with torch's, a vendor's. Raises ValueError
-    for heads of more than 128 numbers, which norm_rotary.cu does not hold."""
+    for heads of more than 128 numbers, which qknorm_rope_cuda.cu does not hold."""
     if q.shape[-1] > 128:
         raise ValueError(f"the CUDA kernels take heads of at most 128 numbers, not {q.shape[-1]}: use the reference")
-    rotary, v = torch.ops.nanochameleon.norm_rotary, v.to(q.dtype)
+    rotary, v = torch.ops.nanochameleon.qknorm_rope_cuda, v.to(q.dtype)
     q, k = rotary(q, turns, q_weight, q_bias, eps), rotary(k.to(q.dtype), turns, k_weight, k_bias, eps)
     if own and q.shape[-1] in gpu.HEAD_DIMS:
         return torch.ops.nanochameleon.attention_cuda(q, k, v, *bounds(doc_ids, q))[0]
@@ -42,35 +42,35 @@ def bounds(doc_ids: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _expect_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, **others: Tensor) -> None:
     """Raises ValueError unless x and others are (B, T, H, E) bfloat16, turns (B, T, E), weight and bias (H, E)."""
-    expect("norm_rotary", x, x.shape, (torch.bfloat16,), x=x, **others)
-    expect("norm_rotary", x, (*x.shape[:2], x.shape[3]), FLOAT_DTYPES, turns=turns)
-    expect("norm_rotary", x, x.shape[2:], FLOAT_DTYPES, weight=weight, bias=bias)
+    expect("qknorm_rope_cuda", x, x.shape, (torch.bfloat16,), x=x, **others)
+    expect("qknorm_rope_cuda", x, (*x.shape[:2], x.shape[3]), FLOAT_DTYPES, turns=turns)
+    expect("qknorm_rope_cuda", x, x.shape[2:], FLOAT_DTYPES, weight=weight, bias=bias)
 
 
-@torch.library.custom_op("nanochameleon::norm_rotary", mutates_args=())
-def _norm_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+@torch.library.custom_op("nanochameleon::qknorm_rope_cuda", mutates_args=())
+def _qknorm_rope_cuda(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     turns = turns if len(turns) > 1 else turns.expand(len(x), -1, -1)
     _expect_rotary(x, turns, weight, bias)
     weight, bias = (None if p is None else p.float().contiguous() for p in (weight, bias))
-    return gpu.norm_rotary(x.contiguous(), turns.float().contiguous(), weight, bias, eps)
+    return gpu.qknorm_rope(x.contiguous(), turns.float().contiguous(), weight, bias, eps)
 
 
-@_norm_rotary.register_fake
+@_qknorm_rope_cuda.register_fake
 def _(x, turns, weight, bias, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("nanochameleon::norm_rotary_backward", mutates_args=())
-def _norm_rotary_backward(
+@torch.library.custom_op("nanochameleon::qknorm_rope_cuda_backward", mutates_args=())
+def _qknorm_rope_cuda_backward(
     d_out: Tensor, x: Tensor, turns: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     turns = turns if len(turns) > 1 else turns.expand(len(x), -1, -1)
     _expect_rotary(x, turns, weight, None, d_out=d_out)
     weight = None if weight is None else weight.float().contiguous()
-    return gpu.norm_rotary_backward(d_out.contiguous(), x.contiguous(), turns.float().contiguous(), weight, eps)
+    return gpu.qknorm_rope_backward(d_out.contiguous(), x.contiguous(), turns.float().contiguous(), weight, eps)
 
 
-@_norm_rotary_backward.register_fake
+@_qknorm_rope_cuda_backward.register_fake
 def _(d_out, x, turns, weight, eps):
     row = x.new_empty(x.shape[2:], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), row, torch.empty_like(row)
@@ -84,12 +84,12 @@ def _save_norm(ctx, inputs, output) -> None:
 
 def _norm_gradients(ctx, d_out):
     x, turns, weight = ctx.saved_tensors
-    d_x, d_weight, d_bias = torch.ops.nanochameleon.norm_rotary_backward(d_out, x, turns, weight, ctx.eps)
+    d_x, d_weight, d_bias = torch.ops.nanochameleon.qknorm_rope_cuda_backward(d_out, x, turns, weight, ctx.eps)
     none = weight is None
     return d_x, None, None if none else d_weight.to(weight.dtype), None if none else d_bias.to(ctx.bias), None
 
 
-_norm_rotary.register_autograd(_norm_gradients, setup_context=_save_norm)
+_qknorm_rope_cuda.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

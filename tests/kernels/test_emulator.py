@@ -39,16 +39,16 @@ MISTAKES = {
     "an index beyond an array": ("__shared__ float s[64]; s[i + 1] = 0;", "array's index"),
     "an odd address of 16 bytes": ("*(uint4*)(x + 4 * (i % 2) + 1) = make_uint4(0, 0, 0, 0);", "alignment"),
     "a copy that nobody waits for": (
-        "float* s = (float*)dynamic_shared(); if (i < 16) copy_async(s + 4 * i, x + 4 * i, 16); copies_commit();"
-        "copies_wait<1>(); __syncthreads(); float y = s[63 - i]; __syncthreads(); x[i] = y;", "order of its threads"),
-    "a copy to an odd address": ("copy_async((char*)dynamic_shared() + 8, x, 16);", "cp.async to at an address"),
+        "float* s = (float*)dynamic_shared(); if (i < 16) cp_async(s + 4 * i, x + 4 * i, 16); cp_async_commit();"
+        "cp_async_wait<1>(); __syncthreads(); float y = s[63 - i]; __syncthreads(); x[i] = y;", "order of its threads"),
+    "a copy to an odd address": ("cp_async((char*)dynamic_shared() + 8, x, 16);", "cp.async to at an address"),
     "bytes that never come": (
-        "__shared__ u64 b; if (i == 0) barrier_init(&b, 1); __syncthreads();"
-        "if (i == 0) { barrier_expect(&b, 64); bulk_copy(dynamic_shared(), x, 32, &b); } barrier_wait(&b, 0);",
+        "__shared__ u64 b; if (i == 0) mbarrier_init(&b, 1); __syncthreads();"
+        "if (i == 0) { mbarrier_expect_tx(&b, 64); cp_async_bulk(dynamic_shared(), x, 32, &b); } mbarrier_wait(&b, 0);",
         "for ever"),
     "more arrivals than expected": (
-        "__shared__ u64 b; if (i == 0) barrier_init(&b, 1); __syncthreads();"
-        "if (i == 0) { barrier_expect(&b, 32); barrier_expect(&b, 32); } barrier_wait(&b, 0);", "more arrive"),
+        "__shared__ u64 b; if (i == 0) mbarrier_init(&b, 1); __syncthreads();"
+        "if (i == 0) { mbarrier_expect_tx(&b, 32); mbarrier_expect_tx(&b, 32); } mbarrier_wait(&b, 0);", "more arrive"),
 }  # fmt: skip
 
 
@@ -85,9 +85,9 @@ def test_a_tensor_core_multiplies_by_the_manual_s_fragments():
     int g = i / 4, m = i % 4; float d[4] = {0, 0, 0, 0}; u32 a[4];
     for (int r = 0; r < 4; r++) {
       int row = r % 2 == 0 ? g : g + 8, column = m * 2 + (r < 2 ? 0 : 8);
-      a[r] = pack(x[row * 16 + column], x[row * 16 + column + 1]);
+      a[r] = pack_bf16(x[row * 16 + column], x[row * 16 + column + 1]);
     }
-    mma(d, a, pack(y[g * 16 + m * 2], y[g * 16 + m * 2 + 1]), pack(y[g * 16 + m * 2 + 8], y[g * 16 + m * 2 + 9]));
+    mma(d, a, pack_bf16(y[g * 16 + m * 2], y[g * 16 + m * 2 + 1]), pack_bf16(y[g * 16 + m * 2 + 8], y[g * 16 + m * 2 + 9]));
     for (int r = 0; r < 4; r++) z[(r < 2 ? g : g + 8) * 8 + m * 2 + r % 2] = d[r];"""
     launch(body, a, b, c, block=32)
     assert torch.equal(c, a @ b.T)
@@ -96,14 +96,14 @@ def test_a_tensor_core_multiplies_by_the_manual_s_fragments():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_are_loaded_row_by_row_or_transposed(transposed):
     x, out = numbers(32, 8), torch.zeros(4, 8, 8)
-    load = "load_matrices_transposed" if transposed else "load_matrices"
+    load = "ldmatrix_trans" if transposed else "ldmatrix"
     body = f"""
     u16* s = (u16*)dynamic_shared();
-    for (int c = 0; c < 8; c++) s[8 * i + c] = narrow(x[8 * i + c]);
+    for (int c = 0; c < 8; c++) s[8 * i + c] = to_bf16(x[8 * i + c]);
     __syncwarp();
     u32 r[4];
     {load}(r, s + 8 * i);
-    for (int n = 0; n < 4; n++) {{ float* p = y + 64 * n + 2 * i; p[0] = low(r[n]); p[1] = high(r[n]); }}"""
+    for (int n = 0; n < 4; n++) {{ float* p = y + 64 * n + 2 * i; p[0] = bf16_low(r[n]); p[1] = bf16_high(r[n]); }}"""
     launch(body, x, out, block=32, shared=512)
     assert torch.equal(out, x.view(4, 8, 8).mT if transposed else x.view(4, 8, 8))
 
@@ -113,5 +113,5 @@ def test_bfloat16_is_rounded_as_torch_does():
         [torch.randn(1_000, generator=torch.Generator().manual_seed(0)), torch.tensor([torch.inf, -0.0, 3e38])]
     )
     x, y = torch.cat([x, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])])[:992].clone(), torch.zeros(992)
-    launch("y[i] = low(narrow(x[i]));", x, y, block=992)
+    launch("y[i] = bf16_low(to_bf16(x[i]));", x, y, block=992)
     assert torch.equal(y, x.bfloat16().float())

@@ -7,13 +7,13 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-inline u16 narrow(float x) {
+inline u16 to_bf16(float x) {
   u32 bits = __float_as_uint(x);
   if (x != x) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-inline u32 pack(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
-inline float power(float x) { return exp2f(x); }
+inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+inline float exp2_approx(float x) { return exp2f(x); }
 inline float number(u32 word, int half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); }
 
 inline void* dynamic_shared() { return dynamic_memory; }
@@ -30,7 +30,7 @@ inline void arrive(const Copy& c) {
   memset((char*)c.to + c.bytes, 0, c.of - c.bytes);
 }
 
-inline void copy_async(void* shared, const void* global, u32 bytes) {
+inline void cp_async(void* shared, const void* global, u32 bytes) {
   want_aligned(shared, 16, "cp.async to");
   want_aligned(global, 16, "cp.async from");
   Copy copy = {shared, global, bytes, 16, nullptr};
@@ -39,19 +39,19 @@ inline void copy_async(void* shared, const void* global, u32 bytes) {
   me->groups.back().push_back(copy);
 }
 
-inline void copies_commit() {
+inline void cp_async_commit() {
   if (me->groups.empty()) me->groups.emplace_back();
   me->groups.emplace_back();
 }
 
-template <int N> void copies_wait() {
+template <int N> void cp_async_wait() {
   while (me->groups.size() > N + 1) {  // the last group is not committed
     for (const Copy& copy : me->groups.front()) arrive(copy);
     me->groups.erase(me->groups.begin());
   }
 }
 
-inline void load_matrices(u32 (&r)[4], const void* row, bool transposed) {
+inline void ldmatrix(u32 (&r)[4], const void* row, bool transposed) {
   want_aligned(row, 16, "ldmatrix");
   const void* const* rows = exchange(row, "ldmatrix");
   int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
@@ -61,8 +61,8 @@ inline void load_matrices(u32 (&r)[4], const void* row, bool transposed) {
                       : at(group, 2 * member) | at(group, 2 * member + 1) << 16;
   }
 }
-inline void load_matrices(u32 (&r)[4], const void* row) { load_matrices(r, row, false); }
-inline void load_matrices_transposed(u32 (&r)[4], const void* row) { load_matrices(r, row, true); }
+inline void ldmatrix(u32 (&r)[4], const void* row) { ldmatrix(r, row, false); }
+inline void ldmatrix_trans(u32 (&r)[4], const void* row) { ldmatrix(r, row, true); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // mma.m16n8k16, bfloat16: "Matrix fragments for mma.m16n8k16 with floating point type"
@@ -96,9 +96,9 @@ inline void pass(u64* barrier, u32 arrivals, long long bytes) {
   *barrier = left | all << 20 | due << 40 | phase << 63;
 }
 
-inline void barrier_init(u64* barrier, u32 arrivals) { *barrier = arrivals | (u64)arrivals << 20; }
+inline void mbarrier_init(u64* barrier, u32 arrivals) { *barrier = arrivals | (u64)arrivals << 20; }
 
-inline void barrier_expect(u64* barrier, u32 bytes) {
+inline void mbarrier_expect_tx(u64* barrier, u32 bytes) {
   *barrier += (u64)bytes << 40;
   pass(barrier, 1, 0);
 }
@@ -108,7 +108,7 @@ inline void arrive_bulk(const Copy& copy) {
   pass(copy.barrier, 0, -(long long)copy.bytes);
 }
 
-inline void barrier_wait(u64* barrier, u32 parity) {
+inline void mbarrier_wait(u64* barrier, u32 parity) {
   while (*barrier >> 63 == parity) {
     if (bulk.empty()) {
       meet(POLL, "a barrier's phase");
@@ -119,7 +119,7 @@ inline void barrier_wait(u64* barrier, u32 parity) {
   }
 }
 
-inline void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier) {
+inline void cp_async_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
   want_aligned(shared, 16, "a bulk copy to");
   want_aligned(global, 16, "a bulk copy from");
   if (bytes % 16) fail("a bulk copy of %u bytes, no multiple of 16", bytes);
