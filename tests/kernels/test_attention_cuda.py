@@ -71,7 +71,9 @@ def test_torch_knows_the_ops():
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(ops.attention_cuda.default, (x, x, x, first, last), test_utils=checks)
     weight = torch.ones(2, 64, requires_grad=True)
-    torch.library.opcheck(ops.norm_rotary.default, (x, torch.ones(1, 5, 64), weight, weight, EPS), test_utils=checks)
+    torch.library.opcheck(
+        ops.qknorm_rope_cuda.default, (x, torch.ones(1, 5, 64), weight, weight, EPS), test_utils=checks
+    )
     heads, cache, positions = (
         torch.randn(2, 1, 4, 64).to(NARROW),
         torch.zeros(2, 1, 9, 64, dtype=NARROW),

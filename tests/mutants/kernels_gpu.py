@@ -6,8 +6,8 @@ MUTANTS = [
     Mutant(
         "a target beyond the vocabulary reads on",
         "kernels/zloss/zloss.cu",
-        "y < v ? z - wide(x[y]) : NOT_A_NUMBER",
-        "z - wide(x[y])",
+        "y < v ? z - to_float(x[y]) : NOT_A_NUMBER",
+        "z - to_float(x[y])",
         "kernels/test_zloss_cuda.py",
     ),
     Mutant(
@@ -27,8 +27,8 @@ MUTANTS = [
     Mutant(
         "a tile is used before it has arrived",
         "kernels/attention/attention.cu",
-        "copies_wait<1>();",
-        "copies_wait<2>();",
+        "cp_async_wait<1>();",
+        "cp_async_wait<2>();",
         "kernels/test_attention_cuda.py",
     ),
     Mutant(
@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant(
         "sums keep the scale of an older maximum",
         "kernels/gpu/tiles.cuh",
-        "sum[r] *= grown[r];",
+        "row_sum[r] *= rescale[r];",
         "",
         "kernels/test_attention_cuda.py",
     ),
@@ -53,7 +53,7 @@ MUTANTS = [
         "kernels/test_attention_cuda.py",
     ),
     Mutant(
-        "positions behind the last are not zeros",
+        "positions after the last are not zeros",
         "kernels/gpu/tiles.cuh",
         "bool in = from + row < t;",
         "bool in = true;",
@@ -62,35 +62,35 @@ MUTANTS = [
     Mutant(
         "queries of later tiles are forgotten",
         "kernels/attention/attention_backward.cu",
-        "end = max(end, last[(long long)b * t + j] + 1)",
-        "end = max(end, j + 1)",
+        "q_end = max(q_end, doc_end[(long long)b * t + j] + 1)",
+        "q_end = max(q_end, j + 1)",
         "kernels/test_attention_cuda.py",
     ),
     Mutant(
         "a score's gradient without its sum",
         "kernels/attention/attention_backward.cu",
-        "(dp[n][x] - deltas[stage][column])",
+        "(dp[n][x] - row_delta[stage][column])",
         "dp[n][x]",
         "kernels/test_attention_cuda.py",
     ),
     Mutant(
         "the first query head of a key head gets all",
         "kernels/attention/attention_backward.cu",
-        "int h = g * shared_by + tile / tiles,",
-        "int h = g * shared_by,",
+        "int h = g * group_size + tile / tiles,",
+        "int h = g * group_size,",
         "kernels/test_attention_cuda.py",
     ),
     Mutant(
-        "an id sees the place behind its own",
+        "a token attends to the position after its own",
         "kernels/attention/decode.cu",
         "positions[n * t + token] + 1 - from",
         "positions[n * t + token] + 2 - from",
         "kernels/test_decode_attention.py",
     ),
     Mutant(
-        "pieces are joined without their scales",
+        "splits are combined without their weights",
         "kernels/attention/decode.cu",
-        "float weight = power(scales[i * rows + row].x - most) / sum;",
+        "float weight = exp2_approx(stats[i * rows + row].x - row_max) / sum;",
         "float weight = 1.f / sum;",
         "kernels/test_decode_attention.py",
     ),
@@ -104,15 +104,15 @@ MUTANTS = [
     Mutant(
         "nobody waits for the row's bulk copies",
         "kernels/zloss/zloss.cu",
-        "  barrier_wait(&barrier, 0);",
+        "  mbarrier_wait(&barrier, 0);",
         "",
         "kernels/test_zloss_cuda.py",
     ),
     Mutant(
         "the loss reads the gradient",
         "kernels/zloss/zloss.cu",
-        "wide(((const T*)stage)[y])",
-        "wide(x[y])",
+        "to_float(((const T*)stage)[y])",
+        "to_float(x[y])",
         "kernels/test_zloss_cuda.py",
     ),
     Mutant(
