@@ -219,7 +219,7 @@ def decode_append(
 
 
 def decode_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, kv_len: int) -> Tensor:
-    """Queries (N, T, H, E), E in HEAD_DIMS, attend to the first `kv_len` positions of the cache. Returns like queries."""
+    """Let queries (N, T, H, E), E in HEAD_DIMS, attend to the first `kv_len` positions of the cache.."""
     (n, t, heads, e), (kv_heads, cache_len) = queries.shape, keys.shape[1:3]
     out, splits = torch.empty_like(queries), -(-kv_len // SPLIT)
     if queries.numel():

@@ -87,7 +87,8 @@ def test_a_tensor_core_multiplies_by_the_manual_s_fragments():
       int row = r % 2 == 0 ? g : g + 8, column = m * 2 + (r < 2 ? 0 : 8);
       a[r] = pack_bf16(x[row * 16 + column], x[row * 16 + column + 1]);
     }
-    mma(d, a, pack_bf16(y[g * 16 + m * 2], y[g * 16 + m * 2 + 1]), pack_bf16(y[g * 16 + m * 2 + 8], y[g * 16 + m * 2 + 9]));
+    const float* b = y + g * 16 + m * 2;
+    mma(d, a, pack_bf16(b[0], b[1]), pack_bf16(b[8], b[9]));
     for (int r = 0; r < 4; r++) z[(r < 2 ? g : g + 8) * 8 + m * 2 + r % 2] = d[r];"""
     launch(body, a, b, c, block=32)
     assert torch.equal(c, a @ b.T)

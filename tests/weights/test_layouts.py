@@ -206,8 +206,8 @@ def test_the_released_tokenizers_file_loads(layout):
     assert vocab == Vocab() and (vocab.boi, vocab.eoi, vocab.eot) == (8_197, 8_196, 8_710)
     names = content["model"]["vocab"]
     for code in (0, 9, 53, 8_191):
-        assert names[Vocab.name_of_code(code)] == vocab.code_to_token(code) == code + 4
-        assert vocab.token_to_code(names[Vocab.name_of_code(code)]) == code
+        assert names[Vocab.code_to_name(code)] == vocab.code_to_token(code) == code + 4
+        assert vocab.token_to_code(names[Vocab.code_to_name(code)]) == code
     assert tokenizer.decode(tokenizer.encode("taa <s> IMGIMGFDZ")) == "taa <s> IMGIMGFDZ"
     assert all(vocab.is_text(token) for token in tokenizer.encode("<s> IMGIMGFDZ <sentinel:0>"))
     assert tokenizer.encode("ta ") == [names["ta"], names["Ġ"]]
