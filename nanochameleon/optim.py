@@ -127,9 +127,9 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([state[key] for state in states] for key in ("mean", "square", "step"))
         adamw(
-            parameters, [p.grad for p in parameters], means, squares, [], steps, fused=can_fuse(parameters), amsgrad=False,
+            parameters, [p.grad for p in parameters], means, squares, [], steps, fused=can_fuse(parameters),
             beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"],
-            maximize=False,
+            amsgrad=False, maximize=False,
         )  # fmt: skip
 
 
