@@ -122,7 +122,7 @@ class Vocab:
 
     @staticmethod
     def _checked(values, low: int, high: int, what: str):
-        """Check the range. Arrays and tensors become int64, because adding to uint8 codes would wrap into special tokens."""
+        """Check the range. Arrays and tensors become int64: adding to uint8 codes would wrap into special tokens."""
         if isinstance(values, int):
             smallest = largest = values
         elif hasattr(values, "numel"):  # a torch tensor; torch need not be imported to know it
