@@ -55,7 +55,6 @@ from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import derive
 from nanochameleon.kernels.cpu.malloc import keep_pages
 from nanochameleon.kernels.dispatch import VARIABLE, explain
-from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
@@ -98,13 +97,12 @@ def gradients(trainee: ParallelModel, batch: Batch, keys: Tensor, cfg: RunConfig
     mesh, n_rows, total = trainee.mesh, len(batch.tokens), None
     (count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
     size = cfg.parallel.micro_batch or n_rows
-    expected = Expected(cfg.train.z_loss, mesh.dp_size / max(count, 1.0))
+    normalizer = max(count, 1.0) / mesh.dp_size  # DDP and FSDP take the mean over ranks, and sums are wanted
     for first in range(0, n_rows, size):
         rows = slice(first, first + size)
         with trainee.gradient_sync(first + size >= n_rows):
-            sums = trainee.wrapped(batch[rows], keys[rows], expected)
-            loss = sums.parts.total(cfg.train.z_loss, max(count, 1.0))
-            (loss * mesh.dp_size).backward()  # DDP and FSDP take the mean over ranks, and sums are wanted
+            sums = trainee.wrapped(batch[rows], keys[rows], cfg.train.z_loss, normalizer)
+            sums.next_token.loss.backward()
         sums = tree_map(torch.Tensor.detach, sums)
         total = sums if total is None else tree_map(torch.add, total, sums)
     return total, count
@@ -112,7 +110,7 @@ def gradients(trainee: ParallelModel, batch: Batch, keys: Tensor, cfg: RunConfig
 
 def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
     """What the monitor logs: means per token of each kind, over the whole batch."""
-    cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.parts))
+    _, cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.next_token))
     output_norm, n_tokens = mesh.all_reduce_sum(float(sums.output_norm), float(sums.n_tokens))
     z_loss, n_text = cfg.train.z_loss * z / max(n, 1.0), n - n_images
     return {
@@ -210,7 +208,7 @@ class Training:
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
         norm = clip(self.trainee.model.parameters(), cfg.optim.grad_clip)
-        finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
+        finite = math.isfinite(norm) and math.isfinite(float(sums.next_token.loss))
         bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
         if bad:
@@ -311,7 +309,7 @@ def train_transformer(
     """Runs cfg.train.steps updates of run.model, which has no weights yet, from the newest checkpoint on, or from those
     of `parts`, or from random ones. Raises Interrupted once a stop is saved."""
     t, model, path = cfg.train, run.model, find(folder, mesh)
-    objective = Objective(model, run.vocab, t.precision, mesh.tp_group)
+    objective = Objective(model, run.vocab, t.precision, mesh.tp_group, t.fused_output)
     parallelize(objective, mesh, cfg.parallel)
     model.to_empty(device=mesh.device)
     if path is None:
