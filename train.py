@@ -52,8 +52,8 @@ from nanochameleon.data.build import mixture, open_loader, open_sources, store_i
 from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error, say, warn
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.images.tokenizer import NO_DECODER
-from nanochameleon.kernels.block.dropout import derive
-from nanochameleon.kernels.cpu.malloc import keep_pages
+from nanochameleon.kernels.block.dropout import fold_in
+from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
@@ -203,7 +203,7 @@ class Training:
         batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
-        keys = derive(places[rows], cfg.seed)
+        keys = fold_in(places[rows], cfg.seed)
         sums, count = gradients(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
@@ -474,5 +474,5 @@ def study(cfg: RunConfig) -> Path:
 
 
 if __name__ == "__main__":
-    keep_pages()  # of the program's own process, hence not in main
+    tune_malloc()  # of the program's own process, hence not in main
     exit_on_user_error(lambda: (study if CONFIG.name == "stability" else main)(CONFIG))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.attention.qknorm_rope import layer_norm, normed_attention, rotate
+from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb, layer_norm, qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import attention
-from nanochameleon.kernels.block.dropout import derive, dropout
+from nanochameleon.kernels.block.dropout import dropout, fold_in
 from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.block.swiglu import swiglu
@@ -143,10 +143,11 @@ class Attention(nn.Module):
         q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.wq, self.wk, self.wv))
         if cache is None:
             norms = [norm.affine() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
-            out = normed_attention(q, k, v, table, mask, *norms, self.norm_eps)
+            out = qknorm_rope_attention(q, k, v, table, mask, *norms, self.norm_eps)
             return project(out.reshape(b, t, -1), self.wo)[0]
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, table), rotate(k, table)  # after the norm: turning must not change what the norm fixed
+        # After the norm: a rotation keeps the lengths that the norm fixed.
+        q, k = apply_rotary_emb(q, table), apply_rotary_emb(k, table)
         k, v = cache.extend(layer, k, v)
         return self.wo(attention(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))
 
@@ -196,7 +197,7 @@ class Block(nn.Module):
         """Dropout of the branch of this number; keys (B,), see kernels/block/dropout.py."""
         if not self.training or not self.dropout:
             return branch
-        return dropout(branch, derive(keys, number), self.dropout)
+        return dropout(branch, fold_in(keys, number), self.dropout)
 
 
 class Output(nn.Linear):
@@ -286,7 +287,7 @@ class Chameleon(nn.Module):
         x, branch = self.tok_embeddings(tokens), None
         kernels = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}  # a graph has chosen already
         for i, layer in enumerate(self.layers):
-            inputs = x, branch, table, mask, cache, i, None if keys is None else derive(keys, i)
+            inputs = x, branch, table, mask, cache, i, None if keys is None else fold_in(keys, i)
             if self.recompute and self.training:  # what is random is a function of the keys, so no generator's state
                 x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **kernels)
             else:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import COMPILED, FLOATS, INDICES, expect, ordinary
+from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, KERNEL_DTYPES, expect, is_plain_tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reference: any device and type
@@ -63,7 +63,7 @@ def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     loss of such a row is NaN.
     """
     name = implementation(logits)
-    expect_rows(logits, targets, FLOATS if name == "reference" else COMPILED)
+    expect_rows(logits, targets, FLOAT_DTYPES if name == "reference" else KERNEL_DTYPES)
     if name == "reference":
         return zloss_cross_entropy_reference(logits, targets)
     logits, targets = logits.contiguous(), targets.long().contiguous()
@@ -96,7 +96,7 @@ def zloss_gradient_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: floa
     is; a target from V on is in another column."""
     name = implementation(logits)
     expect_overwritable(logits, targets, name)
-    expect("zloss_gradient_", logits, targets.shape, FLOATS, log_z=log_z)
+    expect("zloss_gradient_", logits, targets.shape, FLOAT_DTYPES, log_z=log_z)
     if name == "reference":
         logits.copy_(zloss_gradient_reference(logits, targets, log_z, z_loss, scale))
         return
@@ -117,7 +117,7 @@ def zloss_gradient_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: floa
 
 def implementation(logits: Tensor) -> str:
     """The name that `dispatch.choose` gives. What torch.compile traces has no memory, so the reference serves it."""
-    traced = torch.compiler.is_compiling() or not ordinary(logits)
+    traced = torch.compiler.is_compiling() or not is_plain_tensor(logits)
     return "reference" if traced else choose("zloss_cross_entropy", logits)
 
 
@@ -126,11 +126,11 @@ def expect_rows(logits: Tensor, targets: Tensor, types: Sequence[torch.dtype]) -
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"zloss_cross_entropy: logits must be (N, V) with V > 0; they are {tuple(logits.shape)}")
     expect("zloss_cross_entropy", logits, logits.shape, types, logits=logits)
-    expect("zloss_cross_entropy", logits, logits.shape[:1], INDICES, targets=targets)
+    expect("zloss_cross_entropy", logits, logits.shape[:1], INDEX_DTYPES, targets=targets)
 
 
 def expect_overwritable(logits: Tensor, targets: Tensor, name: str) -> None:
-    expect_rows(logits, targets, FLOATS if name == "reference" else COMPILED)
+    expect_rows(logits, targets, FLOAT_DTYPES if name == "reference" else KERNEL_DTYPES)
     if not can_overwrite(logits):
         raise ValueError("logits that are overwritten must be contiguous, and not a view that negates them: copy them")
 

@@ -19,7 +19,7 @@ Shapes: hidden (N, D), weight (V, D), targets (N,) integers below V, negative wh
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.ops import FLOATS, INDICES, expect
+from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, expect
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 
 CHUNKS = 8  # at most
@@ -67,6 +67,6 @@ def expect_layer(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or not len(weight):
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"{name}: hidden must be (N, D) and weight (V, D) with V > 0; they are {shapes}")
-    expect(name, hidden, hidden.shape, FLOATS, hidden=hidden)
-    expect(name, hidden, (len(weight), hidden.shape[1]), FLOATS, weight=weight)
-    expect(name, hidden, hidden.shape[:1], INDICES, targets=targets)
+    expect(name, hidden, hidden.shape, FLOAT_DTYPES, hidden=hidden)
+    expect(name, hidden, (len(weight), hidden.shape[1]), FLOAT_DTYPES, weight=weight)
+    expect(name, hidden, hidden.shape[:1], INDEX_DTYPES, targets=targets)

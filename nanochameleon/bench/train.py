@@ -20,7 +20,7 @@ from nanochameleon.bench.engine import as_transformers, random_model
 from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
-from nanochameleon.kernels.cpu.malloc import keep_pages
+from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.optim import clip, make_adamw
 from nanochameleon.packing import Batch
 from nanochameleon.training.flops import PEAKS, flop_per_id
@@ -170,7 +170,7 @@ def one_by_one(jobs: dict[str, Callable[[], Step]], rounds: int, seconds: float)
 def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) -> Iterator[Row]:
     if not find_spec("transformers"):
         say("transformers is not installed: skipped")
-    keep_pages()  # for theirs, too
+    tune_malloc()  # for theirs, too
     rounds, seconds, where = (3, 20.0, device_name(device)) if quick else (9, 120.0, device_name(device))
     for case in cases or CASES[device.type]:
         check(case, device)

@@ -46,7 +46,7 @@ from nanochameleon.generation.sampling import (
     repetition,
     rules_of,
 )
-from nanochameleon.kernels.dispatch import why_not_numba
+from nanochameleon.kernels.dispatch import why_numba_unavailable
 from nanochameleon.parallel.sharding import is_sharded
 from nanochameleon.transformer import Chameleon, KVCache
 from nanochameleon.vocab import Vocab
@@ -99,7 +99,7 @@ class Decoder:
         self.cpu = self.joined = None
         if auto or any(is_sharded(x) for x in model.parameters()):  # sums in place have rules of their own there
             return
-        compiles = why_not_numba(device, torch.float32) is None
+        compiles = why_numba_unavailable(device, torch.float32) is None
         if compiles and all(x.dtype == torch.float32 for x in model.parameters()):
             from nanochameleon.generation.cpu.decode import CPUDecoder
 

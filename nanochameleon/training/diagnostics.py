@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.attention.qknorm_rope import rotate
+from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb
 from nanochameleon.kernels.attention.reference import visible
 from nanochameleon.packing import Batch
 from nanochameleon.parallel.sharding import full_tensor
@@ -20,7 +20,9 @@ def largest_logit(attention: Attention, x: Tensor, table: Tensor, doc_ids: Tenso
     """Of all heads that this rank has: the attention's input x (B, T, D) -> the largest score that a query sees."""
     b, t, _ = x.shape
     q, k = (w(x).view(b, t, -1, attention.head_dim) for w in (attention.wq, attention.wk))
-    q, k = (rotate(norm(y).transpose(1, 2), table) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
+    q, k = (
+        apply_rotary_emb(norm(y).transpose(1, 2), table) for norm, y in ((attention.q_norm, q), (attention.k_norm, k))
+    )
     scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(attention.head_dim)
     return scores.masked_fill(~visible(doc_ids, doc_ids)[:, None], -math.inf).amax()
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanochameleon.kernels.ops import product_type
+from nanochameleon.kernels.ops import matmul_dtype
 from nanochameleon.losses import LossSums, fused_next_token_loss, next_token_loss
 from nanochameleon.packing import Batch
 from nanochameleon.transformer import Chameleon
@@ -47,7 +47,7 @@ class Objective(nn.Module):
             residual = self.model.residual(batch.tokens, batch.positions, batch.doc_ids, keys=keys)  # (B, T, D)
             hidden = self.model.norm(residual).flatten(0, 1)  # (N, D), N = B T
             # the fused op gets what autocast would give the output layer
-            x = hidden.to(product_type(hidden)) if fused else self.model.logits(hidden)  # (N, D) or (N, V)
+            x = hidden.to(matmul_dtype(hidden)) if fused else self.model.logits(hidden)  # (N, D) or (N, V)
         loss = self.fused_loss if fused else self.loss_of_logits
         norms = residual.detach().float().norm(dim=-1)  # (B, T)
         n_tokens = torch.tensor(float(norms.numel()), device=norms.device)

@@ -116,14 +116,14 @@ MUTANTS = [
     Mutant(
         "all layers drop alike",
         "transformer.py",
-        "None if keys is None else derive(keys, i)",
+        "None if keys is None else fold_in(keys, i)",
         "keys",
         "test_transformer.py",
     ),
     Mutant(
         "both branches drop alike",
         "transformer.py",
-        "derive(keys, number), self.dropout)",
+        "fold_in(keys, number), self.dropout)",
         "keys, self.dropout)",
         "test_transformer.py",
     ),

@@ -20,8 +20,8 @@ MUTANTS = [
     Mutant(
         "dropout draws on from anywhere",
         "train.py",
-        "keys = derive(places[rows], cfg.seed)",
-        "keys = derive(places[rows], int(torch.randint(99, ())))",
+        "keys = fold_in(places[rows], cfg.seed)",
+        "keys = fold_in(places[rows], int(torch.randint(99, ())))",
         "test_train.py",
     ),
     Mutant(
@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "each rank drops what the first one drops",
         "train.py",
-        "keys = derive(places[rows], cfg.seed)",
-        "keys = derive(places[: rows.stop - rows.start], cfg.seed)",
+        "keys = fold_in(places[rows], cfg.seed)",
+        "keys = fold_in(places[: rows.stop - rows.start], cfg.seed)",
         "parallel/test_mesh.py",
     ),
     Mutant(
