@@ -2,8 +2,7 @@
 
     with use_kernels("reference"): ...          for a block of code
     NANOCHAMELEON_KERNELS=reference python ...  for a process
-    otherwise "auto": the fastest one measured for this device and type (the table AUTO); of the output layer with its
-    loss, which is there to save memory, the one that holds the least
+    otherwise "auto": the fastest one measured for this device and type (the table AUTO)
 
 An explicit wish that cannot be met raises with the reason. Inputs that only torch's rules bring together (broadcast
 shapes, several types, no numbers at all) run on the reference whatever the wish. Not here: the implementations.
@@ -25,7 +24,6 @@ NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 MAIN_PID = os.getpid()  # whose threads torch's OpenMP has, if any: launch.py may first be imported after a fork
 
-CHUNKS = "a sixteenth of the logits in memory, for 4 products of their size in place of 3"
 ENGINE = "on a CPU the engine's steps are compiled whole (cpu/)"
 
 # (op, type on a CPU) -> what runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
@@ -44,8 +42,6 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("linear", torch.bfloat16): ("joined", "the same, and weights brought into the products' type in one pass"),
     ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
     ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
-    ("linear_zloss_cross_entropy", torch.float32): ("numba", CHUNKS),
-    ("linear_zloss_cross_entropy", torch.bfloat16): ("numba", CHUNKS),
     ("decode_attention", torch.float32): ("reference", ENGINE),
     ("decode_attention", torch.bfloat16): ("reference", ENGINE),
 }
@@ -55,7 +51,6 @@ CUDA_DTYPES = {
     "qknorm_rope_attention": (torch.bfloat16,),
     "decode_attention": (torch.bfloat16,),
     "zloss_cross_entropy": (torch.bfloat16, torch.float32),
-    "linear_zloss_cross_entropy": (torch.bfloat16, torch.float32),
 }
 # What is written for the matrix unit of newer Xeons (amx.py), all of it in bfloat16: chosen where there is one.
 AMX_OPS = {
@@ -63,8 +58,7 @@ AMX_OPS = {
     "linear": "layers that read one input as one product, weights' gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
-# What a training step runs: losses.py has logits, and decoding is not training.
-TRAINING_OPS = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
+TRAINING_OPS = tuple(op for op in OPS if op != "decode_attention")
 
 
 class _Override(threading.local):

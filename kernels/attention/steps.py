@@ -1,12 +1,15 @@
-"""The first versions: attention's forward pass and the loss as plain loops in Numba, to read before the fast ones.
+"""Attention's forward pass as plain loops in Numba, to read before cpu.py, and what each step from here to there buys.
 
-step                                                     what it buys (docs/results/kernels.md has figures of 1 and 5)
-1. these loops                                           no intermediate arrays: each number is read when needed
-2. exp as a polynomial, four sums at once (zloss_numba)  LLVM calls a scalar exp; a sum of one waits for itself
-3. registers as values (simd.py)                         16 numbers an instruction, whatever the loop looks like
-4. products on tiles that stay in registers (simd.py)    each number that is loaded is used 4 to 64 times
-5. tiles of scores in cache, no row maximum, tiles that
-   nobody sees left out (attention_numba.py)             one pass, and half of the work of a full square
+1. these loops                          no intermediate arrays: each number is read when it is needed
+2. registers as values (cpu/simd.py)    16 numbers an instruction, whatever the loop looks like
+3. exp as a polynomial (cpu/exp2.py)    LLVM would call a scalar exp
+4. matmuls on tiles that stay in
+   registers (cpu/matmul.py)            each number that is loaded is used 4 to 64 times
+5. tiles of scores in cache, no row
+   maximum, hidden tiles skipped        one pass, and half of the work of a full square
+   (attention/cpu.py)
+
+docs/results/kernels.md times the first and the last.
 """
 
 import math
@@ -41,23 +44,3 @@ def attention_loops(q, k, v, docs, out):
                         out[b, i, h, e] += w * v[b, j, h, e]
                 for e in range(e_):
                     out[b, i, h, e] /= total
-
-
-@njit
-def zloss_loops(logits, targets, z_loss, share, loss, log_z, gradient):
-    """As zloss_cross_entropy_, into another array: (N, V) logits -> (N,) loss and log Z, (N, V) gradient."""
-    n_, v_ = logits.shape
-    for n in range(n_):
-        largest, total = -np.inf, 0.0
-        for v in range(v_):
-            largest = max(largest, logits[n, v])
-        for v in range(v_):
-            total += math.exp(logits[n, v] - largest)
-        z, y = largest + math.log(total), targets[n]
-        counted = 1.0 if y >= 0 else 0.0
-        loss[n], log_z[n] = (z - logits[n, y] if y >= 0 else 0.0), z * counted
-        for v in range(v_):
-            p = math.exp(logits[n, v] - z)
-            gradient[n, v] = counted * share * p * (1 + 2 * z_loss * z)
-        if y >= 0:
-            gradient[n, y] -= share

@@ -75,14 +75,6 @@ def zloss_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, log_z
 
 
-def zloss_backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> Tensor:
-    gradient, v = torch.empty_like(logits), logits.shape[1]
-    name = f"backward_{NAMES[logits.dtype]}"
-    if len(logits):
-        start("zloss/zloss", name, (len(logits),), threads(v), logits, targets, log_z, g, h, gradient, v)
-    return gradient
-
-
 def zloss_backward_(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> None:
     """The gradient takes the logits' place: a thread reads what it overwrites."""
     n, v = logits.shape
@@ -97,16 +89,16 @@ def fits_one_pass(logits: Tensor, kilobytes: int) -> bool:
     return size % 16 == 0 and logits.data_ptr() % 16 == 0 and size <= (kilobytes - 2) * 1024
 
 
-def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, share: float, kilobytes: int):
-    """(loss, log Z), the gradient of share * (loss + z_loss log Z^2) written over the logits."""
+def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, scale: float, kilobytes: int):
+    """(loss, log Z), the gradient of scale * (loss + z_loss log Z^2) written over the logits."""
     (n, v), name = logits.shape, NAMES[logits.dtype]
     if not fits_one_pass(logits, kilobytes):
         loss, log_z = zloss_forward(logits, targets)
-        zloss_backward_(torch.full_like(loss, share), 2 * share * z_loss * log_z, logits, targets, log_z)
+        zloss_backward_(torch.full_like(loss, scale), 2 * scale * z_loss * log_z, logits, targets, log_z)
         return loss, log_z
     loss, log_z = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     if n:
-        arguments = logits, targets, loss, log_z, v, float(z_loss), float(share)
+        arguments = logits, targets, loss, log_z, v, float(z_loss), float(scale)
         start("zloss/zloss", f"overwrite_{name}", (n,), threads(v), *arguments, shared=v * logits.element_size())
     return loss, log_z
 

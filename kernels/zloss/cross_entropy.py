@@ -136,8 +136,8 @@ def expect_overwritable(logits: Tensor, targets: Tensor, name: str) -> None:
 
 
 def can_overwrite(logits: Tensor) -> bool:
-    """Whether memory holds the logits row after row."""
-    return logits.is_contiguous() and not logits.is_neg()
+    """Whether memory holds the logits row after row, and not their negatives (torch._neg_view)."""
+    return logits.is_contiguous() and (torch.compiler.is_compiling() or not logits.is_neg())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
