@@ -8,7 +8,7 @@ do. So the normalizer is the number of supervised tokens of the whole global bat
 Shapes: N tokens, V the vocabulary, D the model's width. A negative target (packing.IGNORE) has no loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,68 +46,78 @@ def next_token_loss(
 
     overwrite_logits: the caller reads its logits no more, and their memory becomes their gradient. That spares a copy.
     """
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        cross_entropy, log_z = zloss_cross_entropy(logits, targets)  # (N,) each
-        return sum_up(cross_entropy, log_z, targets, vocab, z_loss, normalizer)
-    # Why the gradient is made here, and not in the backward pass: z_loss and normalizer are known already, and for
-    #     loss = sum_i (log Z_i - x_i[y_i] + z_loss (log Z_i)^2) / normalizer
-    # the chain rule gives, with p = softmax(x) = d log Z / dx,
-    #     d loss / dx_i[v] = (p_i[v] (1 + 2 z_loss log Z_i) - [v = y_i]) / normalizer
-    # Each logit is read once, for log Z, and is overwritten with its gradient while the row is still in cache.
-    gradient = logits.detach()  # (N, V), the same memory
-    if not (overwrite_logits and can_overwrite(gradient)):
-        gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format).copy_(gradient)
-    cross_entropy, log_z = zloss_cross_entropy_(gradient, targets, z_loss, 1 / normalizer)
-    sums = sum_up(cross_entropy, log_z, targets, vocab, z_loss, normalizer)
-    return sums._replace(loss=KnownGradients.apply(sums.loss, [gradient], logits))
+
+    def loss_and_gradient(logits: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        # Why the gradient is made here and not in the backward pass: z_loss and normalizer are known already. For
+        #     loss = sum_i (log Z_i - x_i[y_i] + z_loss (log Z_i)^2) / normalizer
+        # the chain rule gives, with the softmax p_i = d log Z_i / dx_i,
+        #     d loss / dx_i[v] = (p_i[v] (1 + 2 z_loss log Z_i) - [v = y_i]) / normalizer
+        # Each row is read once, for log Z_i, and overwritten with its gradient while it is still in cache.
+        gradient = logits  # (N, V)
+        if not (overwrite_logits and can_overwrite(logits)):
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(logits)
+        cross_entropy, log_z = zloss_cross_entropy_(gradient, targets, z_loss, 1 / normalizer)  # (N,) each
+        return cross_entropy, log_z, [gradient]
+
+    if torch.is_grad_enabled() and logits.requires_grad:
+        rows = GradientInForward.apply(loss_and_gradient, z_loss, normalizer, logits)
+    else:
+        rows = with_total(*zloss_cross_entropy(logits, targets), z_loss, normalizer)
+    return sum_by_modality(*rows, targets, vocab)
 
 
 def fused_next_token_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: Vocab, z_loss: float, normalizer: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: Vocab, z_loss: float = 0.0, normalizer: float = 1.0
 ) -> LossSums:
     """next_token_loss of the logits hidden @ weight.T, made and used up a chunk of rows at a time.
 
     hidden (N, D), weight (V, D). With a large vocabulary all logits would be most of the memory of a training step.
     """
-    inputs = hidden.detach(), weight.detach(), targets
-    cross_entropy, log_z, *gradients = linear_zloss_cross_entropy(*inputs, z_loss, 1 / normalizer)
-    sums = sum_up(cross_entropy, log_z, targets, vocab, z_loss, normalizer)
-    return sums._replace(loss=KnownGradients.apply(sums.loss, gradients, hidden, weight))
+
+    def loss_and_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        cross_entropy, log_z, *gradients = linear_zloss_cross_entropy(hidden, weight, targets, z_loss, 1 / normalizer)
+        return cross_entropy, log_z, gradients
+
+    rows = GradientInForward.apply(loss_and_gradients, z_loss, normalizer, hidden, weight)
+    return sum_by_modality(*rows, targets, vocab)
 
 
-def sum_up(
-    cross_entropy: Tensor, log_z: Tensor, targets: Tensor, vocab: Vocab, z_loss: float, normalizer: float
-) -> LossSums:
+class GradientInForward(torch.autograd.Function):
+    """compute(*inputs) -> cross-entropy and log Z (N,), and the gradient of the loss for each input."""
+
+    @staticmethod
+    def forward(ctx, compute: Callable, z_loss: float, normalizer: float, *inputs: Tensor) -> tuple[Tensor, ...]:
+        cross_entropy, log_z, ctx.gradients = compute(*inputs)
+        ctx.mark_non_differentiable(cross_entropy, log_z)
+        return with_total(cross_entropy, log_z, z_loss, normalizer)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor, *_) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("backward was called twice on a loss that holds one gradient: compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None  # from here on their memory belongs to autograd
+        # Training calls loss.backward(), where upstream is 1. Reading it makes a GPU wait for the forward pass, which
+        # costs less than one more pass over all logits.
+        if torch.compiler.is_compiling() or float(upstream) != 1:
+            gradients = [gradient.mul_(upstream) for gradient in gradients]
+        return None, None, None, *gradients
+
+
+def with_total(cross_entropy: Tensor, log_z: Tensor, z_loss: float, normalizer: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (0-dim) before the terms (N,) that it is made of."""
+    return (cross_entropy.sum() + z_loss * log_z.square().sum()) / normalizer, cross_entropy, log_z
+
+
+def sum_by_modality(loss: Tensor, cross_entropy: Tensor, log_z: Tensor, targets: Tensor, vocab: Vocab) -> LossSums:
     """cross_entropy and log_z (N,) are zero where a target is ignored, so plain sums leave those tokens out."""
     image = vocab.is_image(targets)  # (N,)
-    total, log_z_squared = cross_entropy.sum(), log_z.square().sum()
     return LossSums(
-        loss=(total + z_loss * log_z_squared) / normalizer,
-        cross_entropy=total,
-        log_z_squared=log_z_squared,
+        loss=loss,
+        cross_entropy=cross_entropy.sum(),
+        log_z_squared=log_z.square().sum(),
         log_z=log_z.sum(),
         count=(targets >= 0).sum().float(),
         image_cross_entropy=cross_entropy[image].sum(),
         image_count=image.sum().float(),
     )
-
-
-class KnownGradients(torch.autograd.Function):
-    """A loss (0-dim) whose gradients for `inputs` were made together with its value."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("backward was called twice on a loss that holds one gradient: compute the loss again")
-        gradients, ctx.gradients = ctx.gradients, None  # their memory now belongs to autograd
-        # Training calls loss.backward(), where upstream is 1. Reading it makes a GPU wait for the forward pass, which
-        # costs less than one more pass over all logits.
-        if torch.compiler.is_compiling() or float(upstream) != 1:
-            gradients = [gradient.mul_(upstream) for gradient in gradients]
-        return None, None, *gradients

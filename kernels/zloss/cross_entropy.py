@@ -4,9 +4,9 @@
 
 The softmax cannot see a shift of all logits. The second term (paper section 2.3) keeps them from drifting.
 
-    zloss_cross_entropy(logits, targets)                      cross-entropy and log Z of each row
-    zloss_cross_entropy_(logits, targets, z_loss, scale)      the same; the gradient overwrites the logits
-    zloss_gradient_(logits, targets, log_z, z_loss, scale)    the gradient where log Z is known, for a vocabulary in parts
+    zloss_cross_entropy(logits, targets)                    cross-entropy and log Z of each row
+    zloss_cross_entropy_(logits, targets, z_loss, scale)    the same; the gradient overwrites the logits
+    zloss_gradient_(logits, targets, log_z, z_loss, scale)  the gradient from log Z, for a vocabulary in parts
 
 The caller knows z_loss and scale before it has the loss, so one pass over memory makes both. Nothing here is recorded
 by autograd: nanochameleon/losses.py connects loss and gradient.
@@ -35,9 +35,7 @@ def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tens
     return torch.where(valid, log_z - target_logit, 0), torch.where(valid, log_z, 0)
 
 
-def zloss_gradient_reference(
-    logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float
-) -> Tensor:
+def zloss_gradient_reference(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float) -> Tensor:
     """The gradient (N, V), float32 or wider; follow it term by term, for one row:"""
     # d log Z / dx_v = exp(x_v) / Z = p_v, the softmax
     gradient = (logits - log_z[:, None]).exp_()  # (N, V)
@@ -66,7 +64,7 @@ def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     expect_rows(logits, targets, FLOAT_DTYPES if name == "reference" else KERNEL_DTYPES)
     if name == "reference":
         return zloss_cross_entropy_reference(logits, targets)
-    logits, targets = logits.contiguous(), targets.long().contiguous()
+    logits, targets = logits.contiguous(), targets.long().resolve_neg().contiguous()
     if name == "cuda":
         from nanochameleon.kernels.gpu import launch as gpu
 
@@ -83,7 +81,7 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, scale: 
         logits.copy_(zloss_gradient_reference(logits, targets, log_z, z_loss, scale))
         return cross_entropy, log_z
     torch.autograd.graph.increment_version(logits)  # so that autograd notices where another op has saved them
-    targets = targets.long().contiguous()
+    targets = targets.long().resolve_neg().contiguous()
     if name == "cuda":
         from nanochameleon.kernels.gpu import launch as gpu
 
@@ -101,7 +99,7 @@ def zloss_gradient_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: floa
         logits.copy_(zloss_gradient_reference(logits, targets, log_z, z_loss, scale))
         return
     torch.autograd.graph.increment_version(logits)
-    targets, log_z = targets.long().contiguous(), log_z.float().contiguous()
+    targets, log_z = targets.long().resolve_neg().contiguous(), log_z.float().resolve_neg().contiguous()
     if name == "cuda":
         from nanochameleon.kernels.gpu import launch as gpu
 

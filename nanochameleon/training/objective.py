@@ -38,10 +38,12 @@ class Objective(nn.Module):
     def __init__(self, model: Chameleon, vocab: Vocab, precision: str, tp_group=None, fused_output: str = "auto"):
         super().__init__()
         self.model, self.vocab, self.precision, self.tp_group = model, vocab, precision, tp_group
-        self.fused = tp_group is None and (fused_output == "on" or fused_output == "auto" and vocab.size >= FUSED_FROM)
+        self.fused = tp_group is None and (
+            fused_output == "on" or (fused_output == "auto" and vocab.size >= FUSED_FROM)
+        )
 
     def forward(self, batch: Batch, keys: Tensor | None, z_loss: float = 0.0, normalizer: float = 1.0) -> Sums:
-        """batch: B rows of T tokens. keys (B,): what their dropout is drawn from, see Chameleon.residual."""
+        """batch: B sequences of T tokens. keys (B,): what their dropout is drawn from, see Chameleon.residual."""
         fused = self.fused and torch.is_grad_enabled()
         with matrix_products(self.precision, batch.tokens.device):
             residual = self.model.residual(batch.tokens, batch.positions, batch.doc_ids, keys=keys)  # (B, T, D)

@@ -24,8 +24,8 @@ from nanochameleon.convert import Args, convert
 from nanochameleon.documents import Image as Codes
 from nanochameleon.documents import Text, render
 from nanochameleon.generation.engine import generate
-from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.images.tokenizer import preprocess, to_pixels
+from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.losses import next_token_loss
 from nanochameleon.text_tokenizer import to_json
 from nanochameleon.transformer import Chameleon
