@@ -225,7 +225,7 @@ def main(args: Args) -> list[list[str | Path]]:
             told = stream(run.model, prompt, run.tokenizer, n_codes, options, "image", args.seed, preview=PREVIEW)
             return [show(told, shelf)]
         rows = generate(run.model, [prompt] * args.n, vocab, n_codes, options, "image", args.seed, progress=progress)
-        return [[shelf.put([vocab.id_to_code(token) for token in row[:-1]])] for row in rows]
+        return [[shelf.put([vocab.token_to_code(token) for token in row[:-1]])] for row in rows]
     grammar_mode = "both" if mode in ("free", "chat") else "text"
     stops = (vocab.eos, vocab.eot) if mode in ("answer", "chat") else (vocab.eos,)
     what = options, grammar_mode, args.seed

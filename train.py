@@ -55,19 +55,18 @@ from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import VARIABLE, explain
-from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
+from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
 from nanochameleon.parallel.mesh import Mesh, env_int, init_mesh, local_device
 from nanochameleon.parallel.sharding import shard_like
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, stability
-from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
-from nanochameleon.training.flops import flop_per_id, peak_of
-from nanochameleon.training.image_targets import noisy, to_learn
-from nanochameleon.training.init_from import Beginning, begin
-from nanochameleon.training.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
-from nanochameleon.training.objective import Objective, Sums, matrix_products, product_rate
+from nanochameleon.training.diagnostics import gradient_norms, max_attention_logits
+from nanochameleon.training.flops import flops_per_token, peak_flops
+from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
+from nanochameleon.training.init_from import InitFrom, begin
+from nanochameleon.training.monitor import METRICS, Monitor, open_tensorboard, plot_curves, read_metrics
+from nanochameleon.training.objective import Objective, Sums, autocast, matmul_flops
 from nanochameleon.training.run import (
     TEXT_TOKENIZER,
     Run,
@@ -79,17 +78,19 @@ from nanochameleon.training.run import (
     same_command,
     start_folder,
 )
-from nanochameleon.training.saver import Saver, find
-from nanochameleon.training.signals import Laps, Stopper
+from nanochameleon.training.saver import Saver, latest_checkpoint
+from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
-from nanochameleon.weights.model_folder import Parts, open_model
+from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.read_layouts import ModelFiles
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 
 
-def gradients(trainee: ParallelModel, batch: Batch, keys: Tensor, cfg: RunConfig) -> tuple[Sums, float]:
+def forward_backward(trainee: ParallelModel, batch: Batch, keys: Tensor, cfg: RunConfig) -> tuple[Sums, float]:
     """Adds the gradients of this rank's rows of a batch, a micro-batch at a time; keys (B,) are for their dropout.
 
     -> the sums over these rows, and the supervised tokens of the whole batch, by which all ranks divide.
@@ -129,7 +130,7 @@ def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
 
 def peaks(trainee: ParallelModel, batch: Batch, keys: Tensor) -> list[float]:
     """Each layer's largest attention logit on the first row of the whole batch, whoever has it."""
-    mesh, found = trainee.mesh, attention_peaks(trainee.objective, batch[:1], keys[:1])
+    mesh, found = trainee.mesh, max_attention_logits(trainee.objective, batch[:1], keys[:1])
     return mesh.all_reduce_max(
         *(found if mesh.batch_slice(len(batch.tokens) * mesh.dp_size).start == 0 else [-math.inf] * len(found))
     )
@@ -141,14 +142,14 @@ def memory_gib(device: torch.device) -> float | None:
     return peak_memory_gib()
 
 
-def mfu_per_id(cfg: RunConfig, mesh: Mesh) -> float | None:
+def mfu_per_token(cfg: RunConfig, mesh: Mesh) -> float | None:
     """The share of all devices' peak that one id a second takes; a CPU's peak is what a plain product reaches."""
     dtype = torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
     if mesh.device.type == "cuda":
-        peak = peak_of(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
+        peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
     else:
-        peak = product_rate(cfg.model.dim, dtype, mesh.device)
-    return flop_per_id(cfg.model, cfg.train.seq_len) / (peak * mesh.world_size) if peak else None
+        peak = matmul_flops(cfg.model.dim, dtype, mesh.device)
+    return flops_per_token(cfg.model, cfg.train.seq_len) / (peak * mesh.world_size) if peak else None
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Progress:
             raise UserError(f"{path} is of another stage or version of training: {error}") from None
 
 
-ROLL_BACKS = 3  # to one checkpoint before a run gives up
+MAX_ROLLBACKS = 3  # to one checkpoint before a run gives up
 
 
 @dataclass
@@ -197,17 +198,19 @@ class Training:
         number, rows = p.step + p.passed, mesh.batch_slice(t.batch_size)
         vocab = self.trainee.objective.vocab
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
-        batch = to_learn(self.loader.batch(number, rows), cfg, vocab)
+        batch = mask_targets(self.loader.batch(number, rows), cfg, vocab)
         if t.image_token_noise:
-            batch = noisy(batch, cfg.vqgan.codes_per_image, vocab, t.image_token_noise, cfg.seed, places[rows])
+            batch = corrupt_image_tokens(
+                batch, cfg.vqgan.codes_per_image, vocab, t.image_token_noise, cfg.seed, places[rows]
+            )
         batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
         keys = fold_in(places[rows], cfg.seed)
-        sums, count = gradients(self.trainee, batch, keys, cfg)
+        sums, count = forward_backward(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
-        norm = clip(self.trainee.model.parameters(), cfg.optim.grad_clip)
+        norm = clip_gradients(self.trainee.model.parameters(), cfg.optim.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.next_token.loss))
         bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
@@ -232,7 +235,7 @@ class Training:
     def move(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with matrix_products(self.cfg.train.precision, self.trainee.mesh.device):  # Muon has some
+        with autocast(self.cfg.train.precision, self.trainee.mesh.device):  # Muon has some
             self.optimizer.step()
 
     def set_aside(self, batch: Batch, number: int) -> None:
@@ -258,15 +261,15 @@ class Training:
         where there is none, or it did not help often enough."""
         lower = f"start anew with --overwrite and less than --optim.lr {self.cfg.optim.lr}"
         self.saver.finish()
-        path, before = find(self.folder, self.trainee.mesh), self.progress
-        if path is None or self.rolled_back.count(path) == ROLL_BACKS:
+        path, before = latest_checkpoint(self.folder, self.trainee.mesh), self.progress
+        if path is None or self.rolled_back.count(path) == MAX_ROLLBACKS:
             raise GaveUp(f"{before.failed} steps in a row had no finite loss: {lower}")
         self.progress = Progress.read(checkpoint.restore(path, self.trainee.model, self.optimizer), path)
         self.progress.passed = before.step + before.passed - self.progress.step
         self.progress.left_out, self.progress.failed = before.left_out, 0
         self.losses, self.owed, self.rolled_back = [], False, [*self.rolled_back, path]
         if self.trainee.mesh.is_rank0:
-            warn(f"{TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
+            warn(f"{MAX_NONFINITE_STEPS} steps in a row had no finite loss: back to {path}, with later batches")
         return self.progress.step
 
     def run(self, monitor: Monitor | None, run: Run, stopped: Callable[[], bool]) -> None:
@@ -276,7 +279,7 @@ class Training:
             if monitor and p.step and p.step % t.sample_every == 0:  # here, so that a run stopped at this step has it
                 self.look(run)
             stop = self.step(monitor, stopped)
-            if p.failed == TOO_MANY:
+            if p.failed == MAX_NONFINITE_STEPS:
                 start_again = self.roll_back()
                 p = self.progress
                 if monitor:
@@ -304,11 +307,17 @@ class Training:
 
 
 def train_transformer(
-    cfg: RunConfig, run: Run, parts: Parts | None, loader: Loader, folder: Path, mesh: Mesh, stopped: Callable[[], bool]
+    cfg: RunConfig,
+    run: Run,
+    parts: ModelFiles | None,
+    loader: Loader,
+    folder: Path,
+    mesh: Mesh,
+    stopped: Callable[[], bool],
 ) -> None:
     """Runs cfg.train.steps updates of run.model, which has no weights yet, from the newest checkpoint on, or from those
     of `parts`, or from random ones. Raises Interrupted once a stop is saved."""
-    t, model, path = cfg.train, run.model, find(folder, mesh)
+    t, model, path = cfg.train, run.model, latest_checkpoint(folder, mesh)
     objective = Objective(model, run.vocab, t.precision, mesh.tp_group, t.fused_output)
     parallelize(objective, mesh, cfg.parallel)
     model.to_empty(device=mesh.device)
@@ -326,17 +335,17 @@ def train_transformer(
         if progress.step < t.steps:
             monitor = None
             if mesh.is_rank0:
-                board = open_board(folder / "tensorboard") if t.tensorboard else None
-                rate = mfu_per_id(cfg, mesh)
-                monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_id=rate, board=board))
+                board = open_tensorboard(folder / "tensorboard") if t.tensorboard else None
+                rate = mfu_per_token(cfg, mesh)
+                monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_token=rate, board=board))
             training.run(monitor, run, stopped)
 
 
-def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
+def fill(model: Chameleon, parts: ModelFiles | None, seed: int) -> None:
     """Sets all weights: those of `parts`, or random ones; of each tensor the part that this rank holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():
-            whole = parts.weights.get(name) if parts else model.initial(name, target.shape, seed, target.device)
+            whole = parts.weights.get(name) if parts else model.init_tensor(name, target.shape, seed, target.device)
             target.copy_(shard_like(whole, target))
 
 
@@ -386,10 +395,10 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
     return folder
 
 
-def work(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, with_report: bool) -> Interrupted | None:
+def work(cfg: RunConfig, begun: InitFrom, folder: Path, mesh: Mesh, with_report: bool) -> Interrupted | None:
     """All stages and the report. Returns what stopped them, so that all ranks end together."""
-    laps, stop = Laps(folder), Interrupted()
-    with Stopper() as stopped:
+    laps, stop = StageTimer(folder), Interrupted()
+    with GracefulShutdown() as stopped:
         try:
             run = stages(cfg, begun, folder, mesh, laps, stopped)
             stopped.at_once = True  # the report has nothing to save
@@ -419,7 +428,7 @@ def no_room(cfg: RunConfig, mesh: Mesh) -> str:
     return f"{why}: go on with {' or '.join(ways) or 'more GPUs'}"
 
 
-def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
+def report(run: Run, folder: Path, mesh: Mesh, laps: StageTimer) -> None:
     """By one rank, with the whole model: of a sharded one as it was saved."""
     if not run.image_tokenizer.can_draw:
         say(f"done: {folder}, without samples and a report, since {NO_DECODER}")
@@ -432,7 +441,7 @@ def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
         say(f"done: {folder}, without samples and a report, since {mesh.device} does not hold the whole model")
 
 
-def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
+def prepare(cfg: RunConfig, begun: InitFrom, folder: Path, device: torch.device, laps: StageTimer, stopped) -> None:
     """The stages before the transformer, which one rank does for all. Raises Interrupted once a stop is saved."""
     store_images(cfg, folder)
     own = begun.tokenizers is None
@@ -448,10 +457,12 @@ def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device
     laps.add("data")
 
 
-def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]) -> Run:
+def stages(
+    cfg: RunConfig, begun: InitFrom, folder: Path, mesh: Mesh, laps: StageTimer, stopped: Callable[[], bool]
+) -> Run:
     """The stages before the report. Raises Interrupted once a stop is saved."""
     mesh.run_on_rank0(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
-    tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
+    tokenizer = begun.text(cfg) if begun.tokenizers else load_text_tokenizer(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
 from nanochameleon.parallel.sharding import full_tensor, shard_like
 
-TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
+MAX_NONFINITE_STEPS = 10  # steps in a row without a finite loss after which a run gives up
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -167,7 +167,7 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     return cfg.lr
 
 
-def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales all gradients together so that their global norm is at most max_norm; returns the norm before that.
 
     A norm that is not finite leaves gradients that are not: look at it before stepping.

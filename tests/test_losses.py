@@ -218,5 +218,5 @@ def test_a_training_step_leaves_its_gradient_as_it_was_made(monkeypatch, tmp_pat
     cfg = replace(cfg, parallel=replace(cfg.parallel, micro_batch=1))
     objective = Objective(model, VOCAB, "fp32")
     mesh = Mesh(torch.device("cpu"))
-    train.gradients(ParallelModel(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
+    train.forward_backward(ParallelModel(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
     assert seen == [1.0] * len(batch.tokens) and len(seen) > 1

@@ -21,10 +21,10 @@ from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.optim import clip, make_adamw
+from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch
-from nanochameleon.training.flops import PEAKS, flop_per_id
-from nanochameleon.training.objective import Objective, matrix_products
+from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
+from nanochameleon.training.objective import Objective, autocast
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
@@ -82,7 +82,7 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
         optimizer.zero_grad()
         loss = objective(batch, None, Z_LOSS, count).next_token.loss
         loss.backward()
-        clip(model.parameters(), CLIP)
+        clip_gradients(model.parameters(), CLIP)
         optimizer.step()
         return float(loss.detach())
 
@@ -98,7 +98,7 @@ def their_step(case: Case, peer: nn.Module, precision: str, compiled: bool) -> S
 
     def step() -> float:
         optimizer.zero_grad()
-        with matrix_products("bf16" if precision == "bf16" else "fp32", ids.device):
+        with autocast("bf16" if precision == "bf16" else "fp32", ids.device):
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
@@ -186,5 +186,5 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         for name, gib in peak.items():
             yield from rows_of("train", f"{case.name}, peak", name, {name: 1 / gib}, 1.0, "GiB", where)
         if device.type == "cuda":
-            share = flop_per_id(case.cfg, case.t) * case.n_tokens / PEAKS["H100"]  # of a second at the peak
+            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAK_FLOPS["H100"]  # of a second at the peak
             yield from rows_of("train", f"{case.name}, MFU", "nano", best, share, "of 989 TFLOP/s", where)

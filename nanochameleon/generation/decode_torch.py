@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention.decode import decode_attention_
 from nanochameleon.kernels.attention.qknorm_rope import per_head
-from nanochameleon.transformer import Block, Chameleon, Window, rotary_table
+from nanochameleon.transformer import Block, CacheView, Chameleon, compute_freqs_cis
 
 
 def join_(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -84,14 +84,13 @@ class TorchStep:
         self.model, cfg = model, model.cfg
         self.blocks = [JoinedBlock(block, cfg) for block in model.layers]
         positions = torch.arange(context, device=model.output.weight.device)[None]
-        self.turns = rotary_table(positions, cfg.head_dim, cfg.rope_theta)[0, 0]
+        self.turns = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]
 
-    def __call__(self, tokens: Tensor, positions: Tensor, window: Window) -> Tensor:
-        """Each row of the window reads one id (n,) at its position (n,)."""
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
+        """Each slot of the cache reads one token (n,) at its position (n,)."""
         x, positions = self.model.tok_embeddings(tokens), positions[:, None]
-        unseen = torch.arange(window.span, device=x.device) > positions
-        bias = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+        bias = torch.full_like(cache.mask, -torch.inf, dtype=x.dtype).masked_fill_(cache.mask, 0.0)  # (n, 1, kv_len)
         turns = self.turns[positions]
-        for block, keys, values in zip(self.blocks, window.keys, window.values, strict=True):
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block(x, turns, positions, bias, keys, values)
         return self.model.norm(x)

@@ -122,12 +122,12 @@ class Decoder:
             return self.cpu.read(parts)
         for ids, row, start in parts:
             tokens, places = (torch.tensor([x], device=self.device) for x in (ids, range(start, start + len(ids))))
-            window = self.cache.window(slice(row, row + 1), places, start + len(ids))
-            self.hidden[row] = self.model(tokens, places, cache=window)[0, -1]
+            cache = self.cache.view(slice(row, row + 1), places, start + len(ids))
+            self.hidden[row] = self.model(tokens, places, cache=cache)[0, -1]
 
     def share(self, source: int, target: int, length: int) -> None:
         """`target` has the prompt that has just been read into `source`."""
-        self.cache.copy(source, target, length)
+        self.cache.copy_prefix(source, target, length)
         self.length[target], self.hidden[target] = length, self.hidden[source]
 
     def begin(self, row: int, task: Task, reads: int) -> None:
@@ -141,7 +141,7 @@ class Decoder:
         self.uniforms[row, : task.room] = uniforms(task.seed, task.room)
 
     def move(self, source: int, target: int, length: int) -> None:
-        self.cache.copy(source, target, length)
+        self.cache.copy_prefix(source, target, length)
         for x in self.row_tensors():
             x[target] = x[source]
 
@@ -227,8 +227,8 @@ class Decoder:
         positions = torch.where(begins, 1, length).clamp(max=self.context - 1)
         goes_on = ((reads == FULL) | of_image) & (ids != vocab.pad)
         length.copy_(torch.where(goes_on, positions + 1, length))
-        window = self.cache.window(slice(0, n), positions[:, None], span)
+        cache = self.cache.view(slice(0, n), positions[:, None], span)
         if self.joined is not None:
-            self.hidden[:n] = self.joined(ids, positions, window)
+            self.hidden[:n] = self.joined(ids, positions, cache)
         else:
-            self.hidden[:n] = self.model(ids[:, None], positions[:, None], cache=window)[:, 0]
+            self.hidden[:n] = self.model(ids[:, None], positions[:, None], cache=cache)[:, 0]

@@ -28,7 +28,7 @@ def largest_logit(attention: Attention, x: Tensor, table: Tensor, doc_ids: Tenso
 
 
 @torch.no_grad()
-def attention_peaks(objective: Objective, batch: Batch, keys: Tensor | None) -> list[float]:
+def max_attention_logits(objective: Objective, batch: Batch, keys: Tensor | None) -> list[float]:
     """The largest attention logit of each layer on these rows, by one more forward pass; of a layer that is spread over
     ranks, of this rank's heads. Every rank of a sharded model has to take part."""
     found: list[Tensor] = []

@@ -42,16 +42,17 @@ class Objective(nn.Module):
             fused_output == "on" or (fused_output == "auto" and vocab.size >= FUSED_FROM)
         )
 
-    def forward(self, batch: Batch, keys: Tensor | None, z_loss: float = 0.0, normalizer: float = 1.0) -> Sums:
-        """batch: B sequences of T tokens. keys (B,): what their dropout is drawn from, see Chameleon.residual."""
+    def forward(self, batch: Batch, dropout_seeds: Tensor | None, z_loss: float = 0.0, normalizer: float = 1.0) -> Sums:
+        """batch: B sequences of T tokens. dropout_seeds (B,): one for each sequence."""
         fused = self.fused and torch.is_grad_enabled()
-        with matrix_products(self.precision, batch.tokens.device):
-            residual = self.model.residual(batch.tokens, batch.positions, batch.doc_ids, keys=keys)  # (B, T, D)
-            hidden = self.model.norm(residual).flatten(0, 1)  # (N, D), N = B T
+        with autocast(self.precision, batch.tokens.device):
+            inputs = batch.tokens, batch.positions, batch.doc_ids
+            features = self.model.forward_features(*inputs, dropout_seeds=dropout_seeds)  # (B, T, D)
+            hidden = self.model.norm(features).flatten(0, 1)  # (N, D), N = B T
             # the fused op gets what autocast would give the output layer
             x = hidden.to(matmul_dtype(hidden)) if fused else self.model.logits(hidden)  # (N, D) or (N, V)
         loss = self.fused_loss if fused else self.loss_of_logits
-        norms = residual.detach().float().norm(dim=-1)  # (B, T)
+        norms = features.detach().float().norm(dim=-1)  # (B, T)
         n_tokens = torch.tensor(float(norms.numel()), device=norms.device)
         return Sums(loss(x, batch.targets.flatten(), z_loss, normalizer), norms.sum(), n_tokens)
 
@@ -67,12 +68,12 @@ class Objective(nn.Module):
         return vocab_parallel_cross_entropy(logits, targets, self.vocab, z_loss, normalizer, self.tp_group)
 
 
-def matrix_products(precision: str, device: torch.device) -> AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Where matrix products run in `precision`; weights, sums and norms stay in fp32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
 
-def product_rate(dim: int, dtype: torch.dtype, device: torch.device) -> float:
+def matmul_flops(dim: int, dtype: torch.dtype, device: torch.device) -> float:
     """Floating point operations a second of a matrix product of the model's width, the best of four."""
     a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2_048, dim), (dim, 4 * dim)))
     times = []
@@ -94,7 +95,7 @@ def pick_precision(dim: int, device: torch.device) -> tuple[str, str]:
     """
     faster, why = by_processor(device)
     if faster is None:
-        rates = [[product_rate(dim, dtype, device) for dtype in (torch.bfloat16, torch.float32)] for _ in range(5)]
+        rates = [[matmul_flops(dim, dtype, device) for dtype in (torch.bfloat16, torch.float32)] for _ in range(5)]
         narrow, wide = map(max, zip(*rates, strict=True))
         faster, why = narrow > CLEARLY * wide, f"bf16 was measured at {narrow / wide:.1f} times the speed of fp32"
     return "bf16" if faster else "fp32", why

@@ -133,7 +133,7 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
 
 
-def find(folder: Path, mesh: Mesh) -> Path | None:
+def latest_checkpoint(folder: Path, mesh: Mesh) -> Path | None:
     """The newest whole checkpoint, the same one for every rank; None where there is none at all. Raises UserError
     where there are some and none is whole."""
     return mesh.run_on_rank0(lambda: checkpoint.locate(folder) if checkpoint.checkpoints(folder) else None)

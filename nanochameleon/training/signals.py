@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanochameleon.errors import is_nonzero_rank, warn
-from nanochameleon.files import is_number, write_file
+from nanochameleon.files import is_finite_number, write_file
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
 
 
-class Stopper:
+class GracefulShutdown:
     """The first Ctrl-C or SIGTERM is noted in `asked`, which loops look at between steps; a second one stops at once.
     Where `at_once` is set, the first one raises KeyboardInterrupt. The end of torchrun counts as SIGTERM."""
 
@@ -48,7 +48,7 @@ class Stopper:
             signal.signal(number, handler)
         self.before = {}
 
-    def __enter__(self) -> "Stopper":
+    def __enter__(self) -> "GracefulShutdown":
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.before[number] = signal.signal(number, self._note)
@@ -67,7 +67,7 @@ def say_at_once(sentence: str) -> None:
             os.write(2, f"\n{sentence}\n".encode())
 
 
-class Laps:
+class StageTimer:
     """Seconds of each stage, kept in the run's folder so that they add up over interruptions."""
 
     def __init__(self, folder: Path):
@@ -78,7 +78,7 @@ class Laps:
         """From zero, with a warning, where the file is damaged: a stopwatch stops no run."""
         try:
             seconds = json.loads(self.path.read_text())
-            if all(is_number(value) for value in seconds.values()):
+            if all(is_finite_number(value) for value in seconds.values()):
                 return seconds
         except (OSError, ValueError, AttributeError, RecursionError):
             pass

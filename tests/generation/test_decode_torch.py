@@ -21,7 +21,7 @@ def both(model: Chameleon, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]
         cache, hidden = KVCache.empty(model.cfg, 4, 20, CPU, dtype), []
         for t, ids in enumerate(tokens.T):
             positions = first + t
-            hidden.append(step(ids, positions, cache.window(slice(0, 3), positions[:, None], 16)).clone())
+            hidden.append(step(ids, positions, cache.view(slice(0, 3), positions[:, None], 16)).clone())
         results.append((torch.stack(hidden, 1), cache.keys, cache.values))
     return results
 

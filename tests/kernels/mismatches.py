@@ -35,7 +35,7 @@ from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_re
 from nanochameleon.kernels.block.swiglu import swiglu_reference
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
 from nanochameleon.losses import fused_next_token_loss, next_token_loss
-from nanochameleon.transformer import rotary_table
+from nanochameleon.transformer import compute_freqs_cis
 from nanochameleon.vocab import Vocab
 
 EPS, Z_LOSS, VOCAB = 1e-5, 1e-2, Vocab()
@@ -90,7 +90,7 @@ def dropout_reference(x, keys):
 
 
 HEADS = {"q": numbers(2, 9, 4, 8), "k": numbers(2, 9, 2, 8), "v": numbers(2, 9, 2, 8)}
-TABLE = {"table": rotary_table(torch.arange(9).expand(2, 9), 8, 100.0)}
+TABLE = {"table": compute_freqs_cis(torch.arange(9).expand(2, 9), 8, 100.0)}
 DOCS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3, 3]])
 NORMS = {"q_weight": numbers(2, 8), "q_bias": numbers(2, 8), "k_weight": numbers(1, 8), "k_bias": numbers(1, 8)}
 KEYS = {"q": numbers(2, 4, 5, 8), "k": numbers(2, 2, 7, 8), "v": numbers(2, 2, 7, 8)}

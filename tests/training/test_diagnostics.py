@@ -11,16 +11,16 @@ from tiny import VOCAB, tiny_model
 
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
-from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
+from nanochameleon.training.diagnostics import gradient_norms, max_attention_logits
 from nanochameleon.training.objective import Objective
-from nanochameleon.transformer import Chameleon, rotary_table
+from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
 
 def by_hand(model: Chameleon, batch) -> list[float]:
     """Layer by layer, head by head, pair by pair, from the definition."""
     cfg, x = model.cfg, model.tok_embeddings(batch.tokens)
-    table, peaks, branch = rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta), [], None
-    for i, block in enumerate(model.layers):
+    table, peaks, branch = compute_freqs_cis(batch.positions, cfg.head_dim, cfg.rope_theta), [], None
+    for block in model.layers:
         a, stream = block.attention, x if branch is None else x + branch
         read = block.attention_norm(stream) if cfg.norm_order == "pre" else stream
         q, k = a.wq(read).unflatten(-1, (-1, cfg.head_dim)), a.wk(read).unflatten(-1, (-1, cfg.head_dim))
@@ -34,7 +34,7 @@ def by_hand(model: Chameleon, batch) -> list[float]:
                     pair = q[row, t, head] * k[row, s, head * cfg.kv_heads // cfg.n_heads].conj()
                     peak = max(peak, pair.real.sum().item() / math.sqrt(cfg.head_dim))
         peaks.append(peak)
-        x, branch = block(x, branch, table, batch.doc_ids, None, i, None)
+        x, branch = block(x, branch, table, batch.doc_ids, None, None)
     return peaks
 
 
@@ -50,7 +50,7 @@ def test_attention_peaks_are_the_largest_scores_that_a_query_sees(cfg, lengths, 
     batch = pack(docs, max(lengths) + 2, VOCAB.pad)
     with torch.no_grad(), use_kernels("reference"):
         expected = by_hand(model, batch)
-        found = attention_peaks(Objective(model, VOCAB, "fp32"), batch, None)
+        found = max_attention_logits(Objective(model, VOCAB, "fp32"), batch, None)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -58,10 +58,10 @@ def test_without_qk_norm_the_peaks_grow_with_the_weights_and_with_it_they_do_not
     batch = pack([[0, 20, 30, 40, 25]], 5, VOCAB.pad)
     for normed, factor in ((False, 9.0), (True, 1.0)):
         model = tiny_model(qk_norm=normed, n_layers=1)
-        before = attention_peaks(Objective(model, VOCAB, "fp32"), batch, None)
+        before = max_attention_logits(Objective(model, VOCAB, "fp32"), batch, None)
         for weight in (model.layers[0].attention.wq.weight, model.layers[0].attention.wk.weight):
             weight.data.mul_(3.0)
-        after = attention_peaks(Objective(model, VOCAB, "fp32"), batch, None)
+        after = max_attention_logits(Objective(model, VOCAB, "fp32"), batch, None)
         assert after[0] == pytest.approx(factor * before[0], rel=1e-3)
         assert not model.layers[0].attention._forward_pre_hooks
 

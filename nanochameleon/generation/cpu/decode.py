@@ -23,7 +23,7 @@ from nanochameleon.generation.cpu.steps import runner
 from nanochameleon.generation.cpu.threads import BOARD, MADE
 from nanochameleon.generation.quantize import QuantizedLinear
 from nanochameleon.kernels.cpu.simd import W
-from nanochameleon.transformer import Chameleon, KVCache, rotary_table
+from nanochameleon.transformer import Chameleon, KVCache, compute_freqs_cis
 from nanochameleon.vocab import Vocab
 
 READ = 128  # ids of prompts that are read at once
@@ -119,7 +119,7 @@ class CPUDecoder:
             norms = [padded(norm.weight) for norm in (block.attention_norm, block.ffn_norm)]
             norms += [padded(torch.stack([x.weight, x.bias], 1)) if qk_norm else 0 for x in (a.q_norm, a.k_norm)]
             slots[:] = *linears, *norms, self.at(keys), self.at(values)
-        turns = rotary_table(torch.arange(cache.keys.shape[3])[None], model.cfg.head_dim, model.cfg.rope_theta)
+        turns = compute_freqs_cis(torch.arange(cache.keys.shape[3])[None], model.cfg.head_dim, model.cfg.rope_theta)
         output, output_scale = linear(model.output)
         return dict(
             product=product_address(1 if isinstance(model.output, QuantizedLinear) else 4),
