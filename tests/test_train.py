@@ -378,7 +378,9 @@ def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back(heard_ctrl_c)
 
 BROKEN = {
     "nan": lambda sums: sums._replace(loss=sums.loss * math.nan, cross_entropy=sums.cross_entropy * math.nan),
-    "infinite, with a finite gradient": lambda sums: sums._replace(loss=sums.loss + math.inf),
+    "infinite, with a finite gradient": lambda sums: sums._replace(
+        loss=sums.loss + math.inf, cross_entropy=sums.cross_entropy + math.inf
+    ),
 }
 
 
