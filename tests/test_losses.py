@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_transformer import TINY, random_model
 from tiny import training_config
 
-from nanochameleon.bench.memory import peak_bytes
+from nanochameleon.bench.measure import peak_bytes
 from nanochameleon.kernels import use_kernels
 from nanochameleon.losses import GradientInForward, LossSums, fused_next_token_loss, next_token_loss
 from nanochameleon.packing import IGNORE, pack
@@ -218,5 +218,6 @@ def test_a_training_step_leaves_its_gradient_as_it_was_made(monkeypatch, tmp_pat
     cfg = replace(cfg, parallel=replace(cfg.parallel, micro_batch=1))
     objective = Objective(model, VOCAB, "fp32")
     mesh = Mesh(torch.device("cpu"))
-    train.forward_backward(ParallelModel(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
+    model, seeds = ParallelModel(objective, objective, mesh), torch.arange(len(batch.tokens))
+    train.forward_backward(model, batch, seeds, cfg.train.z_loss, cfg.parallel.micro_batch)
     assert seen == [1.0] * len(batch.tokens) and len(seen) > 1
