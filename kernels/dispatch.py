@@ -4,8 +4,6 @@
     NANOCHAMELEON_KERNELS=reference python ...  for a process
     otherwise "auto"                            the fastest one measured for this device and dtype (AUTO)
 
-For the output layer with its loss, which exists to save memory, "auto" is the one that needs the least memory.
-
 A request that cannot be met raises ValueError with the reason. Inputs that only PyTorch's rules combine (broadcast
 shapes, mixed dtypes, empty tensors) run on the reference, whatever was requested. Not here: the implementations.
 """
@@ -26,7 +24,6 @@ NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 MAIN_PID = os.getpid()  # the process that owns torch's OpenMP threads; launch.py may be imported only after a fork
 
-CHUNKS = "a sixteenth of the logits in memory, for 4 matmuls of their size in place of 3"
 ENGINE = "on a CPU the engine compiles whole decode steps (generation/cpu/)"
 
 # (op, dtype on a CPU) -> what runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
@@ -45,8 +42,6 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("linear", torch.bfloat16): ("joined", "the same, and weights cast in one pass"),
     ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
     ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
-    ("linear_zloss_cross_entropy", torch.float32): ("numba", CHUNKS),
-    ("linear_zloss_cross_entropy", torch.bfloat16): ("numba", CHUNKS),
     ("decode_attention", torch.float32): ("reference", ENGINE),
     ("decode_attention", torch.bfloat16): ("reference", ENGINE),
 }
@@ -56,7 +51,6 @@ CUDA_DTYPES = {
     "qknorm_rope_attention": (torch.bfloat16,),
     "decode_attention": (torch.bfloat16,),
     "zloss_cross_entropy": (torch.bfloat16, torch.float32),
-    "linear_zloss_cross_entropy": (torch.bfloat16, torch.float32),
 }
 # Kernels for the matrix unit of newer Xeons (cpu/amx/), in bfloat16 alone: chosen where the processor has one.
 AMX_OPS = {
@@ -64,8 +58,8 @@ AMX_OPS = {
     "linear": "layers that read one input as one matmul, weight gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
-# The ops of a training step: losses.py takes logits, and decoding is not training.
-TRAINING_OPS = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
+# The ops of a training step: decoding is not training.
+TRAINING_OPS = tuple(op for op in OPS if op != "decode_attention")
 
 
 class _Override(threading.local):

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = (  # folders that say so, and kernels of a GPU: each is a faster version of something that is counted
     "parallel", "weights", "bench", "data.prepare", "generation.cpu", "kernels.cpu.amx", "kernels.gpu",
-    "kernels.attention.cuda", "kernels.zloss.linear_cuda",
+    "kernels.attention.cuda",
 )  # fmt: skip
 ENTRIES = {  # question -> the files in which its answer starts
     "tokens to update": ["packing", "transformer", "losses", "optim", "training.objective"],

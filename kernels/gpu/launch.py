@@ -75,19 +75,11 @@ def zloss_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, log_z
 
 
-def zloss_backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> Tensor:
-    gradient, v = torch.empty_like(logits), logits.shape[1]
-    name = f"backward_{NAMES[logits.dtype]}"
-    if len(logits):
-        start("zloss/zloss", name, (len(logits),), block_size(v), logits, targets, log_z, g, h, gradient, v)
-    return gradient
-
-
 def zloss_backward_(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> None:
     """Overwrite the logits with their gradient: each thread reads what it overwrites."""
     n, v = logits.shape
     if n:
-        arguments = logits, targets, log_z, g, h, logits, v
+        arguments = logits, targets, log_z, g, h, v
         start("zloss/zloss", f"backward_{NAMES[logits.dtype]}", (n,), block_size(v), *arguments)
 
 

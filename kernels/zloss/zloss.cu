@@ -2,8 +2,8 @@
 //
 //   loss = log Z - x[y],  log Z = log sum exp x;   gradient dx = (g + h) exp(x - log Z) - g [v = y]
 //
-//   forward, backward   read the row twice and write it once. (maximum, sum) travel together, so that one pass over the
-//                       row gives log Z. Any size, any alignment.
+//   forward, backward   read the row twice and write its gradient over it. (maximum, sum) travel together, so that one
+//                       pass over the row gives log Z. Any size, any alignment.
 //   overwrite           loads the whole row into shared memory once and writes its gradient over it: one read and one
 //                       write of memory, which is what a copy costs. For rows that fit (227 KB on an H100). On sm_90
 //                       and later one thread asks for the row by bulk copies and all wait at a barrier; on sm_80 each
@@ -88,12 +88,11 @@ __device__ void forward(const T* logits, const long long* targets, float* loss, 
 }
 
 template <typename T>
-__device__ void backward(const T* logits, const long long* targets, const float* log_z, const float* g, const float* h,
-                         T* gradient, int v) {
+__device__ void backward(T* logits, const long long* targets, const float* log_z, const float* g, const float* h,
+                         int v) {
   const long long row = blockIdx.x, y = targets[row];
-  const T* x = logits + row * v;
-  T* d = gradient + row * v;
-  const int n = Vec16<T>::n, n_vec = v % n || ((u64)x | (u64)d) % 16 ? 0 : v / n;
+  T* x = logits + row * v;
+  const int n = Vec16<T>::n, n_vec = v % n || (u64)x % 16 ? 0 : v / n;
   const float shift = log_z[row] * LOG2E, target_grad = y < 0 ? 0.f : g[row], factor = y < 0 ? 0.f : g[row] + h[row];
   for (int i = threadIdx.x; i < n_vec; i += blockDim.x) {
     Vec16<T> p;
@@ -103,11 +102,11 @@ __device__ void backward(const T* logits, const long long* targets, const float*
       float e = y < 0 ? 0.f : factor * exp2_approx(to_float(p.each[j]) * LOG2E - shift);  // not 0 * infinity
       to_bf16(i * n + j == y ? e - target_grad : e, p.each[j]);
     }
-    __stcs((uint4*)d + i, p.all);  // streaming store: nobody reads it soon
+    __stcs((uint4*)x + i, p.all);  // streaming store: nobody reads it soon
   }
   for (int i = n_vec * n + threadIdx.x; i < v; i += blockDim.x) {
     float e = y < 0 ? 0.f : factor * exp2_approx(to_float(x[i]) * LOG2E - shift);
-    to_bf16(i == y ? e - target_grad : e, d[i]);
+    to_bf16(i == y ? e - target_grad : e, x[i]);
   }
 }
 
@@ -166,19 +165,18 @@ __device__ void overwrite(T* logits, const long long* targets, float* loss, floa
   }
 }
 
-#define EXPORT(name, T)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(1024) forward_##name(const T* x, const long long* y, float* loss,      \
-                                                                    float* log_z, int v) {                           \
-    forward<T>(x, y, loss, log_z, v);                                                                                 \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(1024)                                                                  \
-      backward_##name(const T* x, const long long* y, const float* log_z, const float* g, const float* h, T* d,       \
-                      int v) {                                                                                        \
-    backward<T>(x, y, log_z, g, h, d, v);                                                                             \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(1024)                                                                  \
-      overwrite_##name(T* x, const long long* y, float* loss, float* log_z, int v, float z_loss, float scale) {       \
-    overwrite<T>(x, y, loss, log_z, v, z_loss, scale);                                                                \
+#define EXPORT(name, T)                                                                                                \
+  extern "C" __global__ void __launch_bounds__(1024)                                                                   \
+      forward_##name(const T* x, const long long* y, float* loss, float* log_z, int v) {                               \
+    forward<T>(x, y, loss, log_z, v);                                                                                  \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(1024)                                                                   \
+      backward_##name(T* x, const long long* y, const float* log_z, const float* g, const float* h, int v) {           \
+    backward<T>(x, y, log_z, g, h, v);                                                                                 \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(1024)                                                                   \
+      overwrite_##name(T* x, const long long* y, float* loss, float* log_z, int v, float z_loss, float scale) {        \
+    overwrite<T>(x, y, loss, log_z, v, z_loss, scale);                                                                 \
   }
 
 EXPORT(bf16, u16)

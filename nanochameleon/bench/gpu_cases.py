@@ -15,7 +15,6 @@ from nanochameleon.bench.kernels import Z_LOSS, Case, attention_case, check, lin
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
 from nanochameleon.kernels.attention.reference import attention, attention_reference, visible
 from nanochameleon.kernels.gpu import launch as gpu
-from nanochameleon.kernels.zloss import linear_cuda as linear_zloss_cuda
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.transformer import compute_freqs_cis
 
@@ -54,7 +53,7 @@ def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
     if op in ("all", "linear_zloss"):
         check(linear_case(100, 1_000, 64, NARROW, device))
     for n, v, d in wanted("linear_zloss", LINEAR):
-        yield with_gradients_at_once(linear_case(n, v, d, NARROW, device))
+        yield linear_case(n, v, d, NARROW, device)
     if op in ("all", "decode"):
         for sizes in ((2, 6, 2, 70, 64), (1, 4, 4, 600, 128)):
             check_decoding(sizes, device)
@@ -81,14 +80,6 @@ def with_parts(case: Case) -> Case:
     case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, first, simple=True)
     case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
     case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, first, last)
-    return case
-
-
-def with_gradients_at_once(case: Case) -> Case:
-    hidden, weight = (x.detach() for x in case.inputs)
-    targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    arguments = hidden, weight, targets, Z_LOSS, 1 / len(hidden)
-    case.extra["in place"] = lambda: linear_zloss_cuda.gradients(*arguments)
     return case
 
 

@@ -23,7 +23,6 @@ from nanochameleon.bench.rows import Row, make_row, rows_against_peers
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch
 from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
@@ -83,8 +82,7 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
 
     def step() -> float:
         optimizer.zero_grad()
-        parts = objective(batch, None, Expected(Z_LOSS, 1 / count)).parts
-        loss = parts.total(Z_LOSS, count)
+        loss = objective(batch, None, Z_LOSS, count).next_token.loss
         loss.backward()
         clip_gradients(model.parameters(), CLIP)
         optimizer.step()

@@ -29,10 +29,10 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
         batch = packed[start : start + batch_size].to(run.device)
         with use_kernels("auto"):  # in the weights' dtype, for which the kernels requested for training may not exist
             logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.doc_ids).flatten(0, 1))
-            parts = next_token_loss(logits, batch.targets.flatten(), run.vocab)
-        image_sum += float(parts.image_cross_entropy)
-        image_count += float(parts.image_count)
-        total += float(parts.cross_entropy)
+            sums = next_token_loss(logits, batch.targets.flatten(), run.vocab)
+        image_sum += float(sums.image_cross_entropy)
+        image_count += float(sums.image_count)
+        total += float(sums.cross_entropy)
     return {
         "bits_per_code": image_sum / image_count / math.log(2) if image_count else None,
         "bits_per_byte": (total - image_sum) / n_bytes / math.log(2) if n_bytes else None,

@@ -153,15 +153,15 @@ MUTANTS = [
     Mutant(
         "a mean of means",
         "losses.py",
-        "(self.cross_entropy + z_loss * self.z) / count",
-        "(self.cross_entropy + z_loss * self.z) / self.count",
+        "z_loss * log_z.square().sum()) / normalizer",
+        "z_loss * log_z.square().sum()) / len(log_z)",
         "test_losses.py",
     ),
     Mutant(
         "padding enters the z-loss",
         "losses.py",
-        "z=log_z.square().sum()",
-        "z=logits.logsumexp(-1).square().sum()",
+        "log_z_squared=log_z.square().sum()",
+        "log_z_squared=log_z.square().sum() + (targets < 0).sum()",
         "test_losses.py",
     ),
     Mutant(
@@ -226,16 +226,16 @@ MUTANTS = [
     Mutant("a folder called ~", "cli.py", "os.path.expanduser(value)", "value", "test_cli.py"),
     Mutant(
         "log Z is that of the rank's own columns",
-        "losses.py",
+        "parallel/vocab_parallel.py",
         "log_z = largest + total.log()",
-        "log_z = part + 0 * total",
+        "log_z = local_lse + 0 * total",
         "parallel/test_mesh.py",
     ),
     Mutant(
-        "each rank's part of log Z has the whole gradient",
-        "losses.py",
-        "return g * (part - log_z).exp(), h, None",
-        "return g, h, None",
+        "each rank takes a target for its own",
+        "parallel/vocab_parallel.py",
+        "torch.where(in_shard, local_target, logits.shape[1])",
+        "torch.where(in_shard, local_target, 0)",
         "parallel/test_mesh.py",
     ),
 ]
