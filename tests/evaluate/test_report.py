@@ -1,4 +1,4 @@
-"""What people look at: no caption is ever markup, figures carry their units, images come back as they were."""
+"""The report: no caption is ever markup, figures have their units, and images are shown pixel for pixel."""
 
 import base64
 import io
@@ -137,7 +137,7 @@ def test_a_long_prompt_wraps_inside_its_cell_and_all_of_it_is_drawn(tmp_path):
 
 
 def ink(tmp_path, caption: str) -> bytes:
-    """How a caption looks."""
+    """Return the pixels of a caption."""
     write_sheet([(caption, RED, None)], tmp_path / "sheet.png")
     return np.asarray(Image.open(tmp_path / "sheet.png"))[160:].tobytes()
 
