@@ -171,7 +171,7 @@ def test_where_two_images_have_no_room_nothing_is_claimed(run, monkeypatch):
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_answers_each_question_or_goes_on_after_an_image(run):
+def test_the_model_answers_each_question_or_continues_after_an_image(run):
     images = [np.full((4, 4, 3), shade, np.uint8) for shade in (0, 100, 255)]
     asked = [(image, question) for image in images for question in ("red?", "")]
     said = shapes.ask(run, asked)

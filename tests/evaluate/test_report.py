@@ -98,7 +98,7 @@ def test_flatten_names_every_leaf_once():
 
 @settings(max_examples=20)
 @given(st.integers(0, 9), st.sampled_from([1, 8, 32, 200]), st.sampled_from([None, 1, 2]), st.text(max_size=60))
-def test_every_image_stands_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, scale, caption):
+def test_every_image_is_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, scale, caption):
     """Each image has a colour of its own; it covers exactly its enlarged area and none is lost or covered."""
     path = tmp_path_factory.mktemp("sheet") / "samples.png"
     colours = [(200, 10 * i + 5, 77) for i in range(n)]
