@@ -67,13 +67,13 @@ from nanochameleon.training.init_from import InitFrom, resolve_init
 from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_metrics
 from nanochameleon.training.objective import Objective, Sums, autocast
 from nanochameleon.training.recovery import Progress, Recovery, oom_message
-from nanochameleon.training.run import TEXT_TOKENIZER, Run, open_image_tokenizer, pick_device
+from nanochameleon.training.run import TEXT_TOKENIZER, Run, pick_device
 from nanochameleon.training.run_folder import claim, decide_precision, same_command, start_folder
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.stability import run_ablations
 from nanochameleon.training.startup import init_or_load_weights, log_setup, mfu_per_token
-from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
+from nanochameleon.training.train_tokenizers import open_image_tokenizer, train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.model_folder import open_model
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
@@ -279,7 +279,7 @@ def run_stages(
     """Run the stages before the report. Raises Interrupted once a stop is saved."""
     mesh.run_on_rank0(lambda: prepare(cfg, init, folder, mesh.device, timer, stopped))
     tokenizer = init.text(cfg) if init.tokenizers else load_text_tokenizer(folder / TEXT_TOKENIZER)
-    image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
+    image_tokenizer = open_image_tokenizer(folder, cfg.vqgan, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     with torch.device("meta"):
         run = Run(cfg, tokenizer.vocab, tokenizer, image_tokenizer, Chameleon(cfg.model))
@@ -304,14 +304,14 @@ def prepare(
     if init.tokenizers:
         tokenizer = init.store_tokenizers(cfg, folder)
     else:
-        tokenizer = train_text_tokenizer(cfg, mixture(cfg, folder), folder)
+        tokenizer = train_text_tokenizer(cfg.tokenizers, cfg.vqgan.n_codes, mixture(cfg, folder), folder)
     timer.add("text_tokenizer")
     # 2. The image tokenizer.
     if not init.tokenizers and not train_image_tokenizer(
         cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped
     ):
         raise Interrupted
-    image_tokenizer = open_image_tokenizer(folder, cfg, device)
+    image_tokenizer = open_image_tokenizer(folder, cfg.vqgan, device)
     timer.add("image_tokenizer")
     # 3. Documents as tokens, packed into sequences.
     if not cfg.data.tokenize_on_the_fly:

@@ -17,7 +17,8 @@ from nanochameleon.training import checkpoint, recovery
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.objective import Objective
-from nanochameleon.training.run import TEXT_TOKENIZER, open_image_tokenizer
+from nanochameleon.training.run import TEXT_TOKENIZER
+from nanochameleon.training.train_tokenizers import open_image_tokenizer
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 BROKEN = {
@@ -53,7 +54,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     assert read_metrics(before_transformer / "metrics.jsonl")[1]["loss"] is None
     kept = sorted((before_transformer / "bad").iterdir())
     assert [path.name for path in kept] == [f"step-{call - 1:06d}-rank-0.safetensors" for call in broken]
-    image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
+    image_tokenizer = open_image_tokenizer(before_transformer, cfg.vqgan, torch.device("cpu"))
     text = load_text_tokenizer(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = mask_targets(loader.batch(1), cfg.train.image_loss, 16, text.vocab)

@@ -21,10 +21,11 @@ from nanochameleon.images.tokenizer import to_pixels
 from nanochameleon.images.vqgan import VQGAN, split_windows
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, train_tokenizers
-from nanochameleon.training.run import IMAGE_TOKENIZER, open_image_tokenizer
+from nanochameleon.training.run import IMAGE_TOKENIZER
 from nanochameleon.training.train_tokenizers import (
     Adversary,
     images,
+    open_image_tokenizer,
     reconstruction_loss,
     start_codebook,
     step_seed,
@@ -52,11 +53,11 @@ def training(**changes):
 def test_the_text_tokenizer_is_trained_once_and_read_afterwards(tmp_path, monkeypatch):
     cfg = training_config(tmp_path)
     docs = mixture(cfg, tmp_path)
-    trained = train_text_tokenizer(cfg, docs, tmp_path)
+    trained = train_text_tokenizer(cfg.tokenizers, cfg.vqgan.n_codes, docs, tmp_path)
     assert len(trained.merges) == 64 and trained.vocab.size == cfg.model.vocab_size
     assert len(trained.encode("a big red circle above a small blue star")) < 20  # it has seen such words
     monkeypatch.setattr(TextTokenizer, "train", None)
-    assert train_text_tokenizer(cfg, docs, tmp_path).merges == trained.merges
+    assert train_text_tokenizer(cfg.tokenizers, cfg.vqgan.n_codes, docs, tmp_path).merges == trained.merges
 
 
 @given(*[st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 10**6))] * 2)
@@ -179,7 +180,7 @@ def test_it_learns_to_draw_images_it_has_not_seen(tmp_path, few_images):
     tokenizers = training(steps=120, warmup_steps=40, batch_size=8, disc_weight=0.0, optim=optim)
     cfg = training_config(tmp_path, vqgan=vqgan, tokenizers=tokenizers)
     train_image_tokenizer(cfg, Quarters(0), tmp_path, CPU, lambda: False)
-    image_tokenizer, clean = open_image_tokenizer(tmp_path, cfg, CPU), images(Quarters(1), 0, 64)
+    image_tokenizer, clean = open_image_tokenizer(tmp_path, cfg.vqgan, CPU), images(Quarters(1), 0, 64)
     codes = image_tokenizer.encode(clean)
     error = np.abs(clean.astype(float) - image_tokenizer.decode(codes)).mean()
     assert error < 0.6 * np.abs(clean - clean.mean(0)).mean()  # that of the mean image
