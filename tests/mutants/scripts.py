@@ -48,7 +48,7 @@ MUTANTS = [
         "parallel/test_parallel_training.py",
     ),
     Mutant(
-        "the mean over ranks stands for their sum",
+        "the mean over ranks in place of their sum",
         "train.py",
         "(loss * mesh.dp_size).backward()",
         "loss.backward()",
@@ -83,7 +83,7 @@ MUTANTS = [
         "training/test_recovery.py",
     ),
     Mutant(
-        "a restart by torchrun starts anew",
+        "a restart by torchrun starts again",
         "train.py",
         'if env_int("TORCHELASTIC_RESTART_COUNT", 0):',
         "if False:",

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or does not count, and a run that goes on from one is the run that never stopped."""
+"""A checkpoint is whole or does not count, and a run that resumes from one is the run that never stopped."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def names(run_dir):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# going on (invariant 21)
+# Resuming
 
 
 @torch.random.fork_rng()
@@ -237,7 +237,7 @@ def test_old_checkpoints_go_only_once_k_newer_ones_are_whole(tmp_path_factory, b
 
 @given(st.lists(st.none() | st.floats(0.1, 9) | st.just(math.nan), min_size=3, max_size=6), st.integers(1, 3))
 @settings(max_examples=20)
-def test_the_checkpoint_of_the_least_loss_stays_beside_the_last_ones(losses, k):
+def test_the_checkpoint_of_the_least_loss_stays_with_the_last_ones(losses, k):
     with tempfile.TemporaryDirectory() as place:
         run_dir = Path(place)
         for step, loss in enumerate(losses):
@@ -274,7 +274,7 @@ def test_what_is_no_run_folder_is_refused_in_words(tmp_path):
 
 
 def mend(path: Path, **content: bytes) -> Path:
-    """Writes files and a manifest that agrees with them, as whoever wishes harm would. "__" stands for a dot."""
+    """Writes files and a manifest that agrees with them, as an attacker would. "__" means a dot."""
     for name, data in content.items():
         (path / name.replace("__", ".")).write_bytes(data)
     files = (file for file in path.iterdir() if file.name != "manifest.json")

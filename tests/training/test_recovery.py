@@ -44,7 +44,7 @@ def break_losses(monkeypatch, kind: str, broken: Callable[[int], bool]) -> list[
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind, before_transformer, monkeypatch):
+def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_dumped(kind, before_transformer, monkeypatch):
     broken = range(2, 11)  # nine in a row
     weights = break_losses(monkeypatch, kind, lambda call: call in broken)
     cfg = training_config(before_transformer)
@@ -101,7 +101,7 @@ def test_failures_long_after_a_checkpoint_end_a_run_as_well(before_transformer, 
     assert checkpoint.load(before_transformer)[1]["step"] == 5
 
 
-def test_a_save_that_falls_into_a_streak_of_failures_is_made_up_for_behind_it(before_transformer, monkeypatch):
+def test_a_save_that_was_due_in_a_streak_of_failures_happens_after_it(before_transformer, monkeypatch):
     break_losses(monkeypatch, "nan", lambda call: call in (5, 6))
     cfg = training_config(before_transformer)
     train.main(replace(cfg, train=replace(cfg.train, save_every=5, keep_checkpoints=9)))

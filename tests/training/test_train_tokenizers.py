@@ -121,7 +121,7 @@ def test_a_kill_costs_the_steps_since_the_last_save_alone(tmp_path, few_images, 
     assert [path.name for path in checkpoint.checkpoints(tmp_path / IMAGE_TOKENIZER)] == ["step-000004"]
 
 
-def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_path, few_images, monkeypatch):
+def test_a_loss_that_is_not_finite_changes_nothing_and_many_in_a_row_end_it(tmp_path, few_images, monkeypatch):
     real, calls, broken = train_tokenizers.tokenizer_loss, itertools.count(1), {1, 4, 5}
 
     def loss(*args):
@@ -148,10 +148,10 @@ def test_a_finished_one_is_left_alone(tmp_path, few_images, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_moving_averages_stand_still_at_the_end_so_that_the_decoder_can_follow(tmp_path, few_images):
+def test_moving_averages_are_frozen_at_the_end_so_that_the_decoder_can_adapt(tmp_path, few_images):
     cfg, stops = variant("window", tmp_path), itertools.chain([False] * 4, [True], itertools.repeat(False))
     books = []
-    for _ in range(2):  # stopped after step 5 of 6; the codebook stands from 0.8 of the steps on
+    for _ in range(2):  # stopped after step 5 of 6; the codebook is frozen from 0.8 of the steps on
         train_image_tokenizer(cfg, SOURCE, tmp_path, CPU, lambda: next(stops))
         books.append(checkpoint.load(tmp_path / IMAGE_TOKENIZER)[0]["model"])
     assert torch.equal(*(book["quantize.embedding.weight"] for book in books))
