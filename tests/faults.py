@@ -205,10 +205,11 @@ def end_of(folder: Path) -> dict:
     and sheets of samples as bytes; the log without its clocks."""
     from nanochameleon.training import checkpoint
     from nanochameleon.training.monitor import read_metrics
+    from nanochameleon.training.restore import stored_shapes
     from nanochameleon.weights.tensor_files import ShardedSafetensors
 
     path = checkpoint.newest(folder)
-    shapes = checkpoint.stored_shapes(path)
+    shapes = stored_shapes(path)
     tensors = ShardedSafetensors(sorted(path.glob("*.safetensors")), shapes)
     images = checkpoint.newest(folder / "image_tokenizer").glob("*.safetensors")
     files = [folder / "text_tokenizer.json", *images, *folder.glob("data/*/*"), *folder.glob("samples/*")]

@@ -27,8 +27,8 @@ from nanochameleon.errors import UserError
 from nanochameleon.optim import make_optimizer
 from nanochameleon.presets import mixed
 from nanochameleon.training import checkpoint
-from nanochameleon.training.checkpoint import optimizer_tensors
 from nanochameleon.training.monitor import Monitor
+from nanochameleon.training.restore import optimizer_tensors, restore
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json
 from nanochameleon.training.run_folder import start_folder
 from nanochameleon.training.signals import StageTimer
@@ -102,7 +102,7 @@ def come_to(folder: Path) -> str:
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     batches = [loader.batch(step).tokens.tolist() for step in range(8)]
     model, optimizer = trained(folder)
-    state = checkpoint.restore(checkpoint.locate(folder), model, optimizer)
+    state = restore(checkpoint.locate(folder), model, optimizer)
     with Monitor(folder, 20, start=state["step"]):
         pass
     tensors = model.state_dict() | optimizer_tensors(optimizer, model)

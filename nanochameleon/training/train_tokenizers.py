@@ -30,6 +30,7 @@ from nanochameleon.images.vqgan import VQGAN, split_windows
 from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
+from nanochameleon.training.restore import load_optimizer, optimizer_tensors
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer, save_text_tokenizer
@@ -174,10 +175,10 @@ def train_image_tokenizer(
 
 def save_tokenizer(directory: Path, step: int, vqgan: VQGAN, optimizer, adversary: Adversary | None) -> None:
     moving = {"counts": vqgan.quantize.counts, "sums": vqgan.quantize.sums}
-    tensors = {"model": vqgan.state_dict(), "optim": checkpoint.optimizer_tensors(optimizer, vqgan), "moving": moving}
+    tensors = {"model": vqgan.state_dict(), "optim": optimizer_tensors(optimizer, vqgan), "moving": moving}
     if adversary:
         tensors["adversary"] = adversary.net.state_dict()
-        tensors["adversary_optim"] = checkpoint.optimizer_tensors(adversary.optimizer, adversary.net)
+        tensors["adversary_optim"] = optimizer_tensors(adversary.optimizer, adversary.net)
     checkpoint.save(directory, step, tensors, {"step": step})
     checkpoint.keep_last(directory, 1)
 
@@ -192,12 +193,12 @@ def load_tokenizer(directory: Path, vqgan: VQGAN, optimizer, adversary: Adversar
     tensors, state = checkpoint.load(directory)
     with checkpoint.readable(directory):
         vqgan.load_state_dict(tensors["model"])
-        checkpoint.load_optimizer(optimizer, vqgan, tensors["optim"])
+        load_optimizer(optimizer, vqgan, tensors["optim"])
         vqgan.quantize.counts.copy_(tensors["moving"]["counts"])
         vqgan.quantize.sums.copy_(tensors["moving"]["sums"])
         if adversary:
             adversary.net.load_state_dict(tensors["adversary"])
-            checkpoint.load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
+            load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
         return checkpoint.steps_done(state)
 
 

@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     Mutant(
         "any tensors in a checkpoint's folder are read",
-        "training/checkpoint.py",
+        "training/restore.py",
         "reader.fs.ls = lambda folder: files",
         "pass",
         "training/test_checkpoint.py",
@@ -68,7 +68,7 @@ MUTANTS = [
     ),
     Mutant(
         "the optimizer forgets",
-        "training/checkpoint.py",
+        "training/restore.py",
         "[field] = tensor.clone()",
         "[field] = torch.zeros_like(tensor)",
         "training/test_checkpoint.py",

@@ -1,4 +1,4 @@
-"""Drawing from words: what noise may change, how much there is, and that a sequence has it whatever else is in the batch."""
+"""Drawing from words: what noise may change, how much there is, and that the rest of the batch has no say in it."""
 
 import numpy as np
 import torch
