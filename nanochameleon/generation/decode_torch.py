@@ -86,11 +86,12 @@ class TorchStep:
         positions = torch.arange(context, device=model.output.weight.device)[None]
         self.turns = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: list[CacheView]) -> Tensor:
         """Each slot of the cache reads one token (n,) at its position (n,)."""
         x, positions = self.model.tok_embeddings(tokens), positions[:, None]
-        bias = torch.full_like(cache.mask, -torch.inf, dtype=x.dtype).masked_fill_(cache.mask, 0.0)  # (n, 1, kv_len)
+        mask = cache[0].mask
+        bias = torch.full_like(mask, -torch.inf, dtype=x.dtype).masked_fill_(mask, 0.0)  # (n, 1, kv_len)
         turns = self.turns[positions]
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block(x, turns, positions, bias, keys, values)
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x = block(x, turns, positions, bias, layer.keys, layer.values)
         return self.model.norm(x)
