@@ -13,8 +13,8 @@ MUTANTS = [
     Mutant(
         "a training step foretells its loss wrongly",
         "train.py",
-        "Expected(z_loss, mesh.dp_size /",
-        "Expected(z_loss, 2 * mesh.dp_size /",
+        "Expected(z_loss, mesh.dp_size / divisor)",
+        "Expected(z_loss, 2 * mesh.dp_size / divisor)",
         "test_losses.py",
     ),
     Mutant(
@@ -43,8 +43,8 @@ MUTANTS = [
     Mutant(
         "ranks divide by what they have alone",
         "train.py",
-        "(count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))",
-        "count = float((batch.targets != IGNORE).sum())",
+        "(n_supervised,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))",
+        "n_supervised = float((batch.targets != IGNORE).sum())",
         "parallel/test_parallel_training.py",
     ),
     Mutant(
