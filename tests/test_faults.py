@@ -84,7 +84,7 @@ def test_torchrun_s_ranks_stop_together_and_start_again_when_one_is_lost(prepare
 def test_ranks_whose_torchrun_was_killed_save_and_end(prepared, tmp_path):
     """Sharded, since a save has more to say to other ranks then."""
     folder = Path(shutil.copytree(prepared, tmp_path / "run"))
-    run = Launched(folder, 2, torchrun=0, pause=0.05, parallel={"mode": "fsdp"})
+    run = Launched(folder, 2, torchrun=0, pause=0.05, parallel={"data_parallel": "fsdp"})
     wait_for(lambda: lines(folder) >= 2)
     os.kill(run.torchrun.pid, signal.SIGKILL)
     wait_for(lambda: not (folder / LOCK).exists())
