@@ -18,7 +18,8 @@ from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
 from nanochameleon.documents import Text
-from nanochameleon.training.run import CONFIG, config_to_json, open_image_tokenizer, read_config
+from nanochameleon.training.run import CONFIG, config_to_json, read_config
+from nanochameleon.training.train_tokenizers import open_image_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -67,7 +68,7 @@ def test_samplers_at_work_in_one_folder_never_overwrite_each_other(run, tmp_path
     """Each has chosen its name before any of them has written."""
     all_have_chosen = threading.Barrier(4, timeout=60)
     monkeypatch.setattr("nanochameleon.files.fsync", lambda path: all_have_chosen.wait())
-    image_tokenizer = open_image_tokenizer(run, read_config(run), torch.device("cpu"))
+    image_tokenizer = open_image_tokenizer(run, read_config(run).vqgan, torch.device("cpu"))
     shelf = sample.Shelf(Args(run, ("ta",), out=tmp_path), image_tokenizer)
     with ThreadPoolExecutor(4) as pool:
         files = list(pool.map(lambda code: shelf.put([code] * N_CODES), range(4)))

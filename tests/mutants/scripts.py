@@ -43,15 +43,15 @@ MUTANTS = [
     Mutant(
         "ranks divide by what they have alone",
         "train.py",
-        "(count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))",
-        "count = float((batch.targets != IGNORE).sum())",
+        "(n_supervised,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))",
+        "n_supervised = float((batch.targets != IGNORE).sum())",
         "parallel/test_parallel_training.py",
     ),
     Mutant(
-        "the mean over ranks stands for their sum",
+        "the mean over ranks in place of their sum",
         "train.py",
-        "normalizer = max(count, 1.0) / mesh.dp_size",
-        "normalizer = max(count, 1.0)",
+        "normalizer = max(n_supervised, 1.0) / mesh.dp_size",
+        "normalizer = max(n_supervised, 1.0)",
         "parallel/test_parallel_training.py",
     ),
     Mutant(
@@ -83,7 +83,7 @@ MUTANTS = [
         "training/test_recovery.py",
     ),
     Mutant(
-        "a restart by torchrun starts anew",
+        "a restart by torchrun starts again",
         "train.py",
         'if env_int("TORCHELASTIC_RESTART_COUNT", 0):',
         "if False:",
