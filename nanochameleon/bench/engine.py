@@ -102,8 +102,8 @@ def our_ids(engine: Engine, prompts: Tensor, n: int) -> list[list[int]]:
     first = engine.n_added
     for prompt in prompts.tolist():
         engine.add(prompt, replace(GREEDY, max_new_tokens=n), "text")
-    for news in engine.run():
-        new[news.handle - first] += news.ids
+    for output in engine.run():
+        new[output.request_id - first] += output.tokens
     return new
 
 
@@ -141,12 +141,12 @@ def text_case(
 def mixed_case(model: Chameleon, vocab: Vocab, n: int, rounds: int, seconds: float) -> Iterator[Row]:
     """16 rows of three modes and all lengths in one batch, and the same rows one by one."""
 
-    def run(n_rows: int) -> int:
-        engine = Engine(model, vocab, 16, n_rows, 256)
+    def run(n_slots: int) -> int:
+        engine = Engine(model, vocab, 16, n_slots, 256)
         for i in range(16):
             options = SamplingParams(guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=n + i)
             engine.add([vocab.bos, *range(vocab.first_text, vocab.first_text + i)], options, MIX[i % 3], (i,))
-        return sum(len(news.ids) for news in engine.run())
+        return sum(len(output.tokens) for output in engine.run())
 
     device = model.output.weight.device
     jobs = {"nano": lambda: run(16), "nano one by one": lambda: run(1)}

@@ -22,7 +22,7 @@ from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.evaluate.report_html import samples_sheet, write_report
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_images
 from nanochameleon.files import write_file
-from nanochameleon.generation.engine import prompt_ids
+from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import png
 from nanochameleon.printing import say
 from nanochameleon.training.monitor import METRICS, plot_curves, read_metrics
@@ -46,7 +46,7 @@ def peak_memory_gib() -> float | None:
 
 def drawable(run: Run, captions: list[str]) -> list[str]:
     """Those that leave room for their image in the context; training leaves the others out as well."""
-    return [caption for caption in captions if shapes.has_room(run, prompt_ids([Text(caption)], run, "draw"))]
+    return [caption for caption in captions if shapes.has_room(run, prompt_tokens([Text(caption)], run, "draw"))]
 
 
 def sample_grid(run: Run, path: Path) -> None:

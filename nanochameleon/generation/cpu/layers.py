@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from nanochameleon.generation.cpu.matmul import call_product
+from nanochameleon.generation.cpu.matmul import call_matmul
 from nanochameleon.generation.cpu.memory import call_at, inner, map_at, padded
 from nanochameleon.kernels.attention.cpu import LEAST, LOG2E
 from nanochameleon.kernels.block.swiglu_cpu import sigmoid
@@ -44,7 +44,7 @@ from nanochameleon.kernels.cpu.simd import (
 )
 
 ONE = np.float32(1)
-SLOTS = 20  # numbers of a layer, at m.layers
+FIELDS = 20  # numbers of a layer, at m.layers
 WQ, WK, WV, WO, W1, W3, W2 = range(0, 14, 2)  # a matrix and, behind it, its scales
 ATTENTION_NORM, FFN_NORM, Q_NORM, K_NORM, KEYS, VALUES = range(14, 20)  # (D'), (groups, 2, E'), (N, G, context, E)
 PHASES = 8  # of a layer
@@ -52,25 +52,25 @@ PROJECT, REMEMBER, ATTEND, OUT, JOIN, GATE, DOWN, JOIN_AGAIN = range(PHASES)
 
 
 @inner
-def slot(m, layer, which):
-    return peek_int(m.layers + 8 * (SLOTS * layer + which))
+def field(m, layer, which):
+    return peek_int(m.layers + 8 * (FIELDS * layer + which))
 
 
 @inner
 def row_of(m, i):
     """Of the i-th id in the queue."""
-    return peek_int(m.queue + 8 * (m.ids + i))
+    return peek_int(m.queue + 8 * (m.queue_size + i))
 
 
 @inner
 def position_of(m, i):
-    return peek_int(m.queue + 8 * (2 * m.ids + i))
+    return peek_int(m.queue + 8 * (2 * m.queue_size + i))
 
 
 @inner
 def width(m, n):
     """How many outputs of n a block has: some blocks for each member, whole registers."""
-    return max(padded((n + 4 * m.members - 1) // (4 * m.members)), W)
+    return max(padded((n + 4 * m.n_threads - 1) // (4 * m.n_threads)), W)
 
 
 @inner
@@ -91,7 +91,7 @@ def pieces(m, phase, n):
 def each_block(m, phase, n):
     """Outputs of a product, or pieces: some blocks for each member, since taking one costs a part of a microsecond."""
     if phase in (REMEMBER, ATTEND, JOIN, JOIN_AGAIN):
-        return (pieces(m, phase, n) + 4 * m.members - 1) // (4 * m.members)
+        return (pieces(m, phase, n) + 4 * m.n_threads - 1) // (4 * m.n_threads)
     return width(m, outputs(m, phase))
 
 
@@ -120,8 +120,8 @@ def embed(m, i):
     """Id i's row of x, and what the first product reads."""
     at = 4 * i * padded(m.dim)
     read_row(m.embeddings + 4 * peek_int(m.queue + 8 * i) * m.dim, 4, m.dim, m.x + at)
-    if m.pre:
-        norm(m.x + at, m.dim, slot(m, 0, ATTENTION_NORM), m.eps, m.normed + at)
+    if m.pre_norm:
+        norm(m.x + at, m.dim, field(m, 0, ATTENTION_NORM), m.eps, m.normed + at)
 
 
 @inner
@@ -130,16 +130,16 @@ def join(m, layer, phase, i, n, scratch):
     of id i's row, unless the next of the n ids is of the same row."""
     at = 4 * i * padded(m.dim)
     x, branch, own = m.x + at, m.branch + at, ATTENTION_NORM if phase == JOIN else FFN_NORM
-    if not m.pre:
-        norm(branch, m.dim, slot(m, layer, own), m.eps, branch)
+    if not m.pre_norm:
+        norm(branch, m.dim, field(m, layer, own), m.eps, branch)
     for d in range(0, m.dim, W):
         store(x + 4 * d, load(x + 4 * d) + load(branch + 4 * d))
     if phase == JOIN_AGAIN and layer + 1 == m.n_layers:
         if i + 1 == n or row_of(m, i + 1) != row_of(m, i):
             norm(x, m.dim, m.norm, m.eps, scratch)
             write_row(m.hidden + 4 * row_of(m, i) * m.dim, 4, m.dim, scratch, ONE)
-    elif m.pre:
-        follows = slot(m, layer, FFN_NORM) if phase == JOIN else slot(m, layer + 1, ATTENTION_NORM)
+    elif m.pre_norm:
+        follows = field(m, layer, FFN_NORM) if phase == JOIN else field(m, layer + 1, ATTENTION_NORM)
         norm(x, m.dim, follows, m.eps, m.normed + at)
 
 
@@ -150,7 +150,7 @@ def join(m, layer, phase, i, n, scratch):
 @inner
 def cached(m, layer, which, row, g):
     """Where the keys or values of a row and key head begin."""
-    return slot(m, layer, which) + 4 * (row * m.kv_heads + g) * m.context * m.head_dim
+    return field(m, layer, which) + 4 * (row * m.kv_heads + g) * m.context * m.head_dim
 
 
 @inner
@@ -177,7 +177,7 @@ def centre(x, e):
 def turned(m, norms, group, source, position, factor, out):
     """Norm and turn of one head -> out (E'), times factor."""
     e, wide = m.head_dim, padded(m.head_dim)
-    weight, table = norms + 8 * group * wide, m.rotations + 4 * position * wide
+    weight, table = norms + 8 * group * wide, m.freqs_cis + 4 * position * wide
     read_row(source, 4, e, out)
     scale = splat(np.float32(ONE / math.sqrt(centre(out, e) + m.eps)) if m.groups > 0 else ONE)
     for d in range(0, 4 * e, 4 * W):
@@ -192,7 +192,7 @@ def remember(m, layer, i, g, scratch):
     """Keys and values of id i and key head g go into the cache."""
     row, position, at = row_of(m, i), position_of(m, i), 4 * position_of(m, i) * m.head_dim
     group = g * m.groups // m.kv_heads
-    turned(m, slot(m, layer, K_NORM), group, projected(m, i, m.n_heads + g), position, ONE, scratch)
+    turned(m, field(m, layer, K_NORM), group, projected(m, i, m.n_heads + g), position, ONE, scratch)
     write_row(cached(m, layer, KEYS, row, g) + at, 4, m.head_dim, scratch, ONE)
     read_row(projected(m, i, m.n_heads + m.kv_heads + g), 4, m.head_dim, scratch)
     write_row(cached(m, layer, VALUES, row, g) + at, 4, m.head_dim, scratch, ONE)
@@ -237,8 +237,8 @@ def attend(m, layer, i, g, scratch):
     for h in range(each):
         group = (g * each + h) * m.groups // m.n_heads
         source = projected(m, i, g * each + h)
-        turned(m, slot(m, layer, Q_NORM), group, source, n - 1, factor, scratch + 4 * h * wide)
-    call_product(m.product_fp32, scratch, each, wide, cached(m, layer, KEYS, row, g), e, 0, 0, n, scores, across)
+        turned(m, field(m, layer, Q_NORM), group, source, n - 1, factor, scratch + 4 * h * wide)
+    call_matmul(m.matmul_fp32, scratch, each, wide, cached(m, layer, KEYS, row, g), e, 0, 0, n, scores, across)
     for h in range(each):
         poke(scratch + 4 * h, ONE / soften(scores + 4 * h * across, n))  # over queries that are no longer needed
     times_values(scores, across, each, n, cached(m, layer, VALUES, row, g), e, out)
@@ -256,14 +256,14 @@ def part(m, layer, which, x, across, k, n, start, count, first, last, out, acros
     """Of a matrix whose outputs are start .. start + count - 1 among several, those among first .. last - 1."""
     low, high = max(first - start, 0), min(last - start, count)
     if low < high:
-        w, scale = slot(m, layer, which), slot(m, layer, which + 1)
-        call_product(m.product, x, n, across, w, k, scale, low, high, out + 4 * start, across_out)
+        w, scale = field(m, layer, which), field(m, layer, which + 1)
+        call_matmul(m.matmul, x, n, across, w, k, scale, low, high, out + 4 * start, across_out)
 
 
 @inner
 def multiply(m, layer, phase, n, first, last):
     """Outputs first .. last - 1 of a phase, for n ids."""
-    x, dim, ffn, heads = m.normed if m.pre else m.x, padded(m.dim), padded(m.ffn_dim), m.n_heads * m.head_dim
+    x, dim, ffn, heads = m.normed if m.pre_norm else m.x, padded(m.dim), padded(m.ffn_dim), m.n_heads * m.head_dim
     if phase == PROJECT:  # one after the other
         keys, all_heads = m.kv_heads * m.head_dim, outputs(m, PROJECT)
         part(m, layer, WQ, x, dim, m.dim, n, 0, heads, first, last, m.qkv, all_heads)

@@ -109,7 +109,7 @@ def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
     b.cbranch(b.icmp_signed("<", whole, k), tail, end)
     b.position_at_end(tail)
     new = step(whole, sums, lanes_below(b, b.sub(k, whole)))
-    b.branch(end)
+    b.branch_slot(end)
     b.position_at_end(end)
     return phis((sums, rest), (new, tail))
 
@@ -151,7 +151,7 @@ tile_fp32, tile_int8 = make_tile(4), make_tile(1)
 
 
 @cache
-def product_address(size: int) -> int:
+def matmul_address(size: int) -> int:
     """Of the compiled product for weights of `size` bytes a number."""
 
     def product(x, rows, across_x, w, k, scale, first, last, out, across_out):
@@ -175,5 +175,5 @@ def product_address(size: int) -> int:
 
 
 @instruction(types.void, *[address] * (1 + ARGUMENTS))
-def call_product(b, function, x, rows, across_x, w, k, scale, first, last, out, across_out):
+def call_matmul(b, function, x, rows, across_x, w, k, scale, first, last, out, across_out):
     call_at(b, function, x, rows, across_x, w, k, scale, first, last, out, across_out)
