@@ -49,36 +49,26 @@ from torch.utils._pytree import tree_map
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
-from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error
+from nanochameleon.errors import GaveUp, Interrupted, OwnError, UserError, exit_on_user_error, say, warn
 from nanochameleon.evaluate.report import make_report, peak_memory_gib, sample_grid
 from nanochameleon.images.tokenizer import NO_DECODER
-from nanochameleon.kernels.block.dropout import derive
-from nanochameleon.kernels.cpu.malloc import keep_pages
+from nanochameleon.kernels.block.dropout import fold_in
+from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.kernels.zloss.cross_entropy import Expected
-from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
+from nanochameleon.optim import MAX_NONFINITE_STEPS, clip, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
-from nanochameleon.parallel.mesh import (
-    Mesh,
-    Trainee,
-    check_tensor,
-    environment,
-    local_device,
-    shards,
-    spread,
-    start,
-    wrap,
-)
-from nanochameleon.parallel.sharding import part_of
-from nanochameleon.printing import say, warn
+from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
+from nanochameleon.parallel.mesh import Mesh, env_int, init_mesh, local_device
+from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, stability
-from nanochameleon.training.diagnostics import attention_peaks, gradient_norms
-from nanochameleon.training.flops import flop_per_id, peak_of
-from nanochameleon.training.image_targets import noisy, to_learn
-from nanochameleon.training.init_from import Beginning, begin
-from nanochameleon.training.monitor import METRICS, Monitor, open_board, plot_curves, read_metrics
-from nanochameleon.training.objective import Objective, Sums, matrix_products, product_rate
+from nanochameleon.training.diagnostics import gradient_norms, max_attention_logits
+from nanochameleon.training.flops import flops_per_token, peak_flops
+from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
+from nanochameleon.training.init_from import InitFrom, begin
+from nanochameleon.training.monitor import METRICS, Monitor, open_tensorboard, plot_curves, read_metrics
+from nanochameleon.training.objective import Objective, Sums, autocast, matmul_flops
 from nanochameleon.training.run import (
     TEXT_TOKENIZER,
     Run,
@@ -90,31 +80,31 @@ from nanochameleon.training.run import (
     same_command,
     start_folder,
 )
-from nanochameleon.training.saver import Saver, find
-from nanochameleon.training.signals import Laps, Stopper
+from nanochameleon.training.saver import Saver, latest_checkpoint
+from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
-from nanochameleon.weights.model_folder import Parts, open_model
+from nanochameleon.weights.model_folder import LoadedModel, open_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
 
 
-def gradients(trainee: Trainee, batch: Batch, keys: Tensor, cfg: RunConfig) -> tuple[Sums, float]:
+def forward_backward(trainee: ParallelModel, batch: Batch, keys: Tensor, cfg: RunConfig) -> tuple[Sums, float]:
     """Adds the gradients of this rank's rows of a batch, a micro-batch at a time; keys (B,) are for their dropout.
 
     -> the sums over these rows, and the supervised tokens of the whole batch, by which all ranks divide.
     """
     mesh, n_rows, total = trainee.mesh, len(batch.tokens), None
-    (count,) = mesh.total(float((batch.targets != IGNORE).sum()))
+    (count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
     size = cfg.parallel.micro_batch or n_rows
-    expected = Expected(cfg.train.z_loss, mesh.data_size / max(count, 1.0))
+    expected = Expected(cfg.train.z_loss, mesh.dp_size / max(count, 1.0))
     for first in range(0, n_rows, size):
         rows = slice(first, first + size)
-        with trainee.accumulate(last=first + size >= n_rows):
-            sums = trainee.run(batch[rows], keys[rows], expected)
+        with trainee.gradient_sync(first + size >= n_rows):
+            sums = trainee.wrapped(batch[rows], keys[rows], expected)
             loss = sums.parts.total(cfg.train.z_loss, max(count, 1.0))
-            (loss * mesh.data_size).backward()  # DDP and FSDP take the mean over ranks, and sums are wanted
+            (loss * mesh.dp_size).backward()  # DDP and FSDP take the mean over ranks, and sums are wanted
         sums = tree_map(torch.Tensor.detach, sums)
         total = sums if total is None else tree_map(torch.add, total, sums)
     return total, count
@@ -122,8 +112,8 @@ def gradients(trainee: Trainee, batch: Batch, keys: Tensor, cfg: RunConfig) -> t
 
 def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
     """What the monitor logs: means per token of each kind, over the whole batch."""
-    cross_entropy, z, log_z, n, of_images, n_images = mesh.total(*map(float, sums.parts))
-    output_norm, n_tokens = mesh.total(float(sums.output_norm), float(sums.n_tokens))
+    cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.parts))
+    output_norm, n_tokens = mesh.all_reduce_sum(float(sums.output_norm), float(sums.n_tokens))
     z_loss, n_text = cfg.train.z_loss * z / max(n, 1.0), n - n_images
     return {
         "loss": cross_entropy / max(n, 1.0) + z_loss,
@@ -139,10 +129,12 @@ def figures(sums: Sums, mesh: Mesh, cfg: RunConfig) -> dict[str, float]:
 # The transformer's training
 
 
-def peaks(trainee: Trainee, batch: Batch, keys: Tensor) -> list[float]:
+def peaks(trainee: ParallelModel, batch: Batch, keys: Tensor) -> list[float]:
     """Each layer's largest attention logit on the first row of the whole batch, whoever has it."""
-    mesh, found = trainee.mesh, attention_peaks(trainee.objective, batch[:1], keys[:1])
-    return mesh.most(*(found if mesh.rows(len(batch.tokens) * mesh.data_size).start == 0 else [-math.inf] * len(found)))
+    mesh, found = trainee.mesh, max_attention_logits(trainee.objective, batch[:1], keys[:1])
+    return mesh.all_reduce_max(
+        *(found if mesh.batch_slice(len(batch.tokens) * mesh.dp_size).start == 0 else [-math.inf] * len(found))
+    )
 
 
 def memory_gib(device: torch.device) -> float | None:
@@ -151,14 +143,14 @@ def memory_gib(device: torch.device) -> float | None:
     return peak_memory_gib()
 
 
-def mfu_per_id(cfg: RunConfig, mesh: Mesh) -> float | None:
+def mfu_per_token(cfg: RunConfig, mesh: Mesh) -> float | None:
     """The share of all devices' peak that one id a second takes; a CPU's peak is what a plain product reaches."""
     dtype = torch.float32 if cfg.train.precision == "fp32" else torch.bfloat16
     if mesh.device.type == "cuda":
-        peak = peak_of(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
+        peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
     else:
-        peak = product_rate(cfg.model.dim, dtype, mesh.device)
-    return flop_per_id(cfg.model, cfg.train.seq_len) / (peak * mesh.world) if peak else None
+        peak = matmul_flops(cfg.model.dim, dtype, mesh.device)
+    return flops_per_token(cfg.model, cfg.train.seq_len) / (peak * mesh.world_size) if peak else None
 
 
 @dataclass
@@ -182,7 +174,7 @@ class Progress:
             raise UserError(f"{path} is of another stage or version of training: {error}") from None
 
 
-ROLL_BACKS = 3  # to one checkpoint before a run gives up
+MAX_ROLLBACKS = 3  # to one checkpoint before a run gives up
 
 
 @dataclass
@@ -190,7 +182,7 @@ class Training:
     """A transformer under training; every rank has one, and all run the same steps."""
 
     cfg: RunConfig
-    trainee: Trainee
+    trainee: ParallelModel
     optimizer: torch.optim.Optimizer
     loader: Loader
     folder: Path
@@ -204,22 +196,24 @@ class Training:
         """One update, logged and saved when due; -> whether a stop was asked for on any rank. If loss or gradient are
         not finite anywhere, nothing moves."""
         cfg, t, p, mesh = self.cfg, self.cfg.train, self.progress, self.trainee.mesh
-        number, rows = p.step + p.passed, mesh.rows(t.batch_size)
+        number, rows = p.step + p.passed, mesh.batch_slice(t.batch_size)
         vocab = self.trainee.objective.vocab
         places = torch.arange(number * t.batch_size, (number + 1) * t.batch_size, device=mesh.device)
-        batch = to_learn(self.loader.batch(number, rows), cfg, vocab)
+        batch = mask_targets(self.loader.batch(number, rows), cfg, vocab)
         if t.image_token_noise:
-            batch = noisy(batch, cfg.vqgan.codes_per_image, vocab, t.image_token_noise, cfg.seed, places[rows])
+            batch = corrupt_image_tokens(
+                batch, cfg.vqgan.codes_per_image, vocab, t.image_token_noise, cfg.seed, places[rows]
+            )
         batch = batch.to(mesh.device)
         self.trainee.model.train()
         self.optimizer.zero_grad()
-        keys = derive(places[rows], cfg.seed)
-        sums, count = gradients(self.trainee, batch, keys, cfg)
+        keys = fold_in(places[rows], cfg.seed)
+        sums, count = forward_backward(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
         norm = clip(self.trainee.model.parameters(), cfg.optim.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
-        bad, stop = mesh.most(float(not finite), float(stopped()))
+        bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
         if bad:
             p.left_out += 1
@@ -242,7 +236,7 @@ class Training:
     def move(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with matrix_products(self.cfg.train.precision, self.trainee.mesh.device):  # Muon has some
+        with autocast(self.cfg.train.precision, self.trainee.mesh.device):  # Muon has some
             self.optimizer.step()
 
     def set_aside(self, batch: Batch, number: int) -> None:
@@ -254,7 +248,7 @@ class Training:
             save_file({name: x.cpu() for name, x in vars(batch).items()}, path)
         except (SafetensorError, OSError) as error:  # the first is how a full disk shows here
             where = f"its batch could not be kept: {error}"
-        if self.trainee.mesh.first:
+        if self.trainee.mesh.is_rank0:
             warn(f"loss or gradient of step {self.progress.step} is not finite: left out, {where}")
 
     def save(self, last: bool) -> None:
@@ -268,15 +262,15 @@ class Training:
         where there is none, or it did not help often enough."""
         lower = f"start anew with --overwrite and less than --optim.lr {self.cfg.optim.lr}"
         self.saver.finish()
-        path, before = find(self.folder, self.trainee.mesh), self.progress
-        if path is None or self.rolled_back.count(path) == ROLL_BACKS:
+        path, before = latest_checkpoint(self.folder, self.trainee.mesh), self.progress
+        if path is None or self.rolled_back.count(path) == MAX_ROLLBACKS:
             raise GaveUp(f"{before.failed} steps in a row had no finite loss: {lower}")
         self.progress = Progress.read(checkpoint.restore(path, self.trainee.model, self.optimizer), path)
         self.progress.passed = before.step + before.passed - self.progress.step
         self.progress.left_out, self.progress.failed = before.left_out, 0
         self.losses, self.owed, self.rolled_back = [], False, [*self.rolled_back, path]
-        if self.trainee.mesh.first:
-            warn(f"{TOO_MANY} steps in a row had no finite loss: back to {path}, with later batches")
+        if self.trainee.mesh.is_rank0:
+            warn(f"{MAX_NONFINITE_STEPS} steps in a row had no finite loss: back to {path}, with later batches")
         return self.progress.step
 
     def run(self, monitor: Monitor | None, run: Run, stopped: Callable[[], bool]) -> None:
@@ -286,7 +280,7 @@ class Training:
             if monitor and p.step and p.step % t.sample_every == 0:  # here, so that a run stopped at this step has it
                 self.look(run)
             stop = self.step(monitor, stopped)
-            if p.failed == TOO_MANY:
+            if p.failed == MAX_NONFINITE_STEPS:
                 start_again = self.roll_back()
                 p = self.progress
                 if monitor:
@@ -314,40 +308,46 @@ class Training:
 
 
 def train_transformer(
-    cfg: RunConfig, run: Run, parts: Parts | None, loader: Loader, folder: Path, mesh: Mesh, stopped: Callable[[], bool]
+    cfg: RunConfig,
+    run: Run,
+    parts: LoadedModel | None,
+    loader: Loader,
+    folder: Path,
+    mesh: Mesh,
+    stopped: Callable[[], bool],
 ) -> None:
     """Runs cfg.train.steps updates of run.model, which has no weights yet, from the newest checkpoint on, or from those
     of `parts`, or from random ones. Raises Interrupted once a stop is saved."""
-    t, model, path = cfg.train, run.model, find(folder, mesh)
-    objective = Objective(model, run.vocab, t.precision, mesh.layer_ranks)
-    spread(objective, mesh, cfg.parallel)
+    t, model, path = cfg.train, run.model, latest_checkpoint(folder, mesh)
+    objective = Objective(model, run.vocab, t.precision, mesh.tp_group)
+    parallelize(objective, mesh, cfg.parallel)
     model.to_empty(device=mesh.device)
     if path is None:
         fill(model, parts, cfg.seed)
     optimizer = make_optimizer(model, cfg.optim)
     progress = Progress.read(checkpoint.restore(path, model, optimizer), path) if path else Progress()
     chosen = kernels_of(mesh.device, t.precision)
-    if mesh.first:
+    if mesh.is_rank0:
         announce(model, loader, mesh, cfg)
         say(chosen)
-    keep = t.keep_checkpoints, cfg.parallel.save_in_background, shards(mesh, cfg.parallel)
+    keep = t.keep_checkpoints, cfg.parallel.save_in_background, uses_fsdp(mesh, cfg.parallel)
     with Saver(folder, model, optimizer, mesh, *keep) as saver, ExitStack() as stack:
         training = Training(cfg, wrap(objective, mesh, cfg.parallel), optimizer, loader, folder, saver, progress)
         if progress.step < t.steps:
             monitor = None
-            if mesh.first:
-                board = open_board(folder / "tensorboard") if t.tensorboard else None
-                rate = mfu_per_id(cfg, mesh)
-                monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_id=rate, board=board))
+            if mesh.is_rank0:
+                board = open_tensorboard(folder / "tensorboard") if t.tensorboard else None
+                rate = mfu_per_token(cfg, mesh)
+                monitor = stack.enter_context(Monitor(folder, t.steps, progress.step, mfu_per_token=rate, board=board))
             training.run(monitor, run, stopped)
 
 
-def fill(model: Chameleon, parts: Parts | None, seed: int) -> None:
+def fill(model: Chameleon, parts: LoadedModel | None, seed: int) -> None:
     """Sets all weights: those of `parts`, or random ones; of each tensor the part that this rank holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():
             whole = parts.weights.get(name) if parts else model.initial(name, target.shape, seed, target.device)
-            target.copy_(part_of(whole, target))
+            target.copy_(shard_like(whole, target))
 
 
 def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> None:
@@ -355,8 +355,8 @@ def announce(model: Chameleon, loader: Loader, mesh: Mesh, cfg: RunConfig) -> No
         if rows.n_too_long:
             say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} ids and left out")
     ranks = (
-        f", {mesh.world} ranks ({mesh.data_size} x {mesh.tensor}, {cfg.parallel.data_parallel})"
-        if mesh.world > 1
+        f", {mesh.world_size} ranks ({mesh.dp_size} x {mesh.tp_size}, {cfg.parallel.data_parallel})"
+        if mesh.world_size > 1
         else ""
     )
     size = sum(p.numel() for p in model.parameters())
@@ -380,34 +380,34 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
     Interrupted after a stop, when it has said how to go on."""
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
-    if environment("TORCHELASTIC_RESTART_COUNT", 0):  # what torchrun's restart finds there is this run's own
+    if env_int("TORCHELASTIC_RESTART_COUNT", 0):  # what torchrun's restart finds there is this run's own
         cfg = replace(cfg, overwrite=False)
-    with start(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
-        mesh.once(lambda: held.enter_context(claim(cfg.folder)))
+    with init_mesh(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
+        mesh.run_on_rank0(lambda: held.enter_context(claim(cfg.folder)))
         cfg, begun = begin(cfg)
         check_room(cfg)
-        if mesh.tensor > 1:
-            check_tensor(cfg.model, mesh.tensor)
-        cfg = mesh.once(lambda: decide_precision(cfg, mesh.device))
-        folder = mesh.once(lambda: start_folder(cfg))
+        if mesh.tp_size > 1:
+            check_tensor_parallel(cfg.model, mesh.tp_size)
+        cfg = mesh.run_on_rank0(lambda: decide_precision(cfg, mesh.device))
+        folder = mesh.run_on_rank0(lambda: start_folder(cfg))
         stop = work(cfg, begun, folder, mesh, with_report)
     if stop:
         raise stop
     return folder
 
 
-def work(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, with_report: bool) -> Interrupted | None:
+def work(cfg: RunConfig, begun: InitFrom, folder: Path, mesh: Mesh, with_report: bool) -> Interrupted | None:
     """All stages and the report. Returns what stopped them, so that all ranks end together."""
-    laps, stop = Laps(folder), Interrupted()
-    with Stopper() as stopped:
+    laps, stop = StageTimer(folder), Interrupted()
+    with GracefulShutdown() as stopped:
         try:
             run = stages(cfg, begun, folder, mesh, laps, stopped)
             stopped.at_once = True  # the report has nothing to save
             if with_report:
-                mesh.once(lambda: report(run, folder, mesh, laps))
+                mesh.run_on_rank0(lambda: report(run, folder, mesh, laps))
             return None
         except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
-            if mesh.first:
+            if mesh.is_rank0:
                 laps.add("interrupted")
                 say(f"stopped and saved in {folder}; this goes on: {same_command()}")
             stop.number = stopped.asked or stop.number
@@ -419,30 +419,30 @@ def work(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, with_report
 
 def no_room(cfg: RunConfig, mesh: Mesh) -> str:
     """The sentence for a GPU whose memory is full; what it names may change while a run goes on."""
-    own, p = cfg.train.batch_size // mesh.data_size, cfg.parallel
+    own, p = cfg.train.batch_size // mesh.dp_size, cfg.parallel
     rows = min(p.micro_batch or own, own)
     ways = [f"--parallel.micro-batch {rows // 2}"] if rows > 1 else []
-    ways += [] if p.recompute else ["--parallel.activation-checkpointing"]
-    ways += [] if shards(mesh, p) else ["--parallel.data-parallel fsdp on more GPUs"]
+    ways += [] if p.activation_checkpointing else ["--parallel.activation-checkpointing"]
+    ways += [] if uses_fsdp(mesh, p) else ["--parallel.data-parallel fsdp on more GPUs"]
     which = f"{mesh.device} (rank {mesh.rank})"
     why = f"the memory of {which} does not hold {rows} rows of {cfg.train.seq_len} ids at a time"
     return f"{why}: go on with {' or '.join(ways) or 'more GPUs'}"
 
 
-def report(run: Run, folder: Path, mesh: Mesh, laps: Laps) -> None:
+def report(run: Run, folder: Path, mesh: Mesh, laps: StageTimer) -> None:
     """By one rank, with the whole model: of a sharded one as it was saved."""
     if not run.image_tokenizer.can_draw:
         say(f"done: {folder}, without samples and a report, since {NO_DECODER}")
         return
     try:
-        run = open_model(folder, str(mesh.device)) if shards(mesh, run.cfg.parallel) else run
+        run = open_model(folder, str(mesh.device)) if uses_fsdp(mesh, run.cfg.parallel) else run
         make_report(run, folder, laps.seconds)
         say(f"done: {folder}/samples.png, curves.png, report.json, report.html")
     except torch.OutOfMemoryError:
         say(f"done: {folder}, without samples and a report, since {mesh.device} does not hold the whole model")
 
 
-def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device, laps: Laps, stopped) -> None:
+def prepare(cfg: RunConfig, begun: InitFrom, folder: Path, device: torch.device, laps: StageTimer, stopped) -> None:
     """The stages before the transformer, which one rank does for all. Raises Interrupted once a stop is saved."""
     store_images(cfg, folder)
     own = begun.tokenizers is None
@@ -458,9 +458,11 @@ def prepare(cfg: RunConfig, begun: Beginning, folder: Path, device: torch.device
     laps.add("data")
 
 
-def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Laps, stopped: Callable[[], bool]) -> Run:
+def stages(
+    cfg: RunConfig, begun: InitFrom, folder: Path, mesh: Mesh, laps: StageTimer, stopped: Callable[[], bool]
+) -> Run:
     """The stages before the report. Raises Interrupted once a stop is saved."""
-    mesh.once(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
+    mesh.run_on_rank0(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
     tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
@@ -470,9 +472,9 @@ def stages(cfg: RunConfig, begun: Beginning, folder: Path, mesh: Mesh, laps: Lap
         train_transformer(cfg, run, begun.parts, loader, folder, mesh, stopped)
     except torch.OutOfMemoryError as error:
         raise OwnError(no_room(cfg, mesh)) from error
-    if mesh.first:
+    if mesh.is_rank0:
         laps.add("transformer")
-    if mesh.most(float(stopped()))[0]:  # in the last step, which has nothing left to save
+    if mesh.all_reduce_max(float(stopped()))[0]:  # in the last step, which has nothing left to save
         raise Interrupted
     run.model.eval()
     return run
@@ -484,5 +486,5 @@ def study(cfg: RunConfig) -> Path:
 
 
 if __name__ == "__main__":
-    keep_pages()  # of the program's own process, hence not in main
+    tune_malloc()  # of the program's own process, hence not in main
     exit_on_user_error(lambda: (study if CONFIG.name == "stability" else main)(CONFIG))

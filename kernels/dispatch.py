@@ -23,7 +23,7 @@ from torch import Tensor
 
 NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
-PROCESS = os.getpid()  # whose threads torch's OpenMP has, if any: launch.py may first be imported after a fork
+MAIN_PID = os.getpid()  # whose threads torch's OpenMP has, if any: launch.py may first be imported after a fork
 
 CHUNKS = "a sixteenth of the logits in memory, for 4 products of their size in place of 3"
 ENGINE = "on a CPU the engine's steps are compiled whole (cpu/)"
@@ -31,8 +31,8 @@ ENGINE = "on a CPU the engine's steps are compiled whole (cpu/)"
 # (op, type on a CPU) -> what runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
 # What is not in it runs on torch's own operations: other devices and types, and GPUs until a table was measured on one.
 AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
-    ("normed_attention", torch.float32): ("numba", "twice torch's norm, rotation and fused attention"),
-    ("normed_attention", torch.bfloat16): ("numba", "3 times torch's norm, rotation and fused attention"),
+    ("qknorm_rope_attention", torch.float32): ("numba", "twice torch's norm, rotation and fused attention"),
+    ("qknorm_rope_attention", torch.bfloat16): ("numba", "3 times torch's norm, rotation and fused attention"),
     ("zloss_cross_entropy", torch.float32): (
         "numba",
         "1.3 to 2 times torch.compile, 3 to 5 times torch; in place 2 to 4 times torch.compile",
@@ -51,23 +51,23 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
 }
 # "cuda" is our attention for heads of 64 and 128, and torch's for others; "vendor" is torch's (cuDNN's where torch
 # prefers that) behind our norm and turn. For every op but the attentions the two are one.
-CUDA = {
-    "normed_attention": (torch.bfloat16,),
+CUDA_DTYPES = {
+    "qknorm_rope_attention": (torch.bfloat16,),
     "decode_attention": (torch.bfloat16,),
     "zloss_cross_entropy": (torch.bfloat16, torch.float32),
     "linear_zloss_cross_entropy": (torch.bfloat16, torch.float32),
 }
 # What is written for the matrix unit of newer Xeons (amx.py), all of it in bfloat16: chosen where there is one.
-AMX = {
-    "normed_attention": "products on AMX tiles, rows prepared a row in each lane: 1.3 to 2.7 times those in vectors",
+AMX_OPS = {
+    "qknorm_rope_attention": "matmuls on AMX tiles, norms a row in each lane: 1.3 to 2.7 times the vector kernel",
     "linear": "layers that read one input as one product, weights' gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
 # What a training step runs: losses.py has logits, and decoding is not training.
-STEP = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
+TRAINING_OPS = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
 
 
-class _Asked(threading.local):
+class _Override(threading.local):
     """What use_kernels asks for in this thread. torch.compile compiles again when it changes, as a ContextVar's value
     would not be seen."""
 
@@ -75,7 +75,7 @@ class _Asked(threading.local):
         self.name: str | None = None
 
 
-_asked = _Asked()
+_override = _Override()
 
 
 @contextmanager
@@ -84,17 +84,17 @@ def use_kernels(name: str | None) -> Iterator[None]:
     or "auto"; None is whatever the environment says. Raises ValueError for another name."""
     if name is not None:
         _check(name)
-    before, _asked.name = _asked.name, name
+    before, _override.name = _override.name, name
     try:
         yield
     finally:
-        _asked.name = before
+        _override.name = before
 
 
 def same_kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
     """For torch.utils.checkpoint's `context_fn`: what is computed again runs what ran first, in whatever thread the
     backward pass is."""
-    return nullcontext(), use_kernels(_asked.name)
+    return nullcontext(), use_kernels(_override.name)
 
 
 def _check(name: str) -> None:
@@ -102,9 +102,9 @@ def _check(name: str) -> None:
         raise ValueError(f"there are no kernels called {name!r}: choose one of {', '.join(NAMES)}")
 
 
-def wish() -> str:
+def requested() -> str:
     """What was asked for: by use_kernels, else by the environment, else "auto". An empty variable asks for nothing."""
-    name = _asked.name or os.environ.get(VARIABLE) or "auto"
+    name = _override.name or os.environ.get(VARIABLE) or "auto"
     _check(name)
     return name
 
@@ -114,7 +114,7 @@ def installed(package: str) -> bool:
     return package in sys.modules or find_spec(package) is not None
 
 
-def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_numba_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why Numba's kernels cannot run on such tensors, or None."""
     if device.type != "cpu":
         return f"they are for the CPU, and the tensors are on {device.type}"
@@ -126,24 +126,24 @@ def why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def why_not_amx(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_amx_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why kernels on AMX tiles cannot run on such tensors, or None."""
-    if reason := why_not_numba(device, dtype):
+    if reason := why_numba_unavailable(device, dtype):
         return reason
     if dtype != torch.bfloat16:
         return f"they take bfloat16, not {str(dtype).removeprefix('torch.')}"
     from nanochameleon.kernels.cpu.amx import tiles as amx
 
-    return amx.why_not()
+    return amx.why_unavailable()
 
 
-def why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_cuda_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the CUDA kernels cannot run on such tensors, or None."""
     if device.type != "cuda":
         return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
-    if dtype not in CUDA[op]:
+    if dtype not in CUDA_DTYPES[op]:
         return f"they do not take {str(dtype).removeprefix('torch.')}"
-    if missing := missing_for_cuda():
+    if missing := missing_cuda_package():
         return f"{missing} is not installed: pip install -e '.[{cuda_extra()}]'"
     major, minor = torch.cuda.get_device_capability(device)
     known = architecture(major, minor)
@@ -156,7 +156,7 @@ def cuda_extra() -> str:
 
 
 @torch.compiler.assume_constant_result
-def missing_for_cuda() -> str | None:
+def missing_cuda_package() -> str | None:
     """What is lacking of cuda_extra(); CuPy for another CUDA would fail at its first launch."""
     right, other = ("cupy-cuda12x", "cupy-cuda13x")[:: 1 if cuda_extra() == "cuda12" else -1]
     if not installed("cupy") or (distribution(other) and not distribution(right)):
@@ -178,32 +178,32 @@ def architecture(major: int, minor: int) -> str | None:
     return "sm_80" if major == 8 else {(9, 0): "sm_90a", (10, 0): "sm_100a"}.get((major, minor))
 
 
-def refused(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why this wish cannot be met, or None."""
     if name == "numba":
-        return why_not_numba(device, dtype)
+        return why_numba_unavailable(device, dtype)
     if name == "amx":
-        return why_not_amx(device, dtype)
-    return why_not_cuda(op, device, dtype) if name in ("cuda", "vendor") else None
+        return why_amx_unavailable(device, dtype)
+    return why_cuda_unavailable(op, device, dtype) if name in ("cuda", "vendor") else None
 
 
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(implementation, reason). Raises ValueError for a wish that cannot be met."""
-    name, reason = wish(), why_not_numba(device, dtype)
-    if name in ("cuda", "vendor") and op not in CUDA:
+    name, reason = requested(), why_numba_unavailable(device, dtype)
+    if name in ("cuda", "vendor") and op not in CUDA_DTYPES:
         return "reference", "there is no CUDA kernel of it"
     if name in ("numba", "amx") and op == "decode_attention" and device.type == "cpu":
         return "reference", ENGINE
-    if name == "amx" and op not in AMX:
+    if name == "amx" and op not in AMX_OPS:
         name = "numba"
-    if refusal := refused(name, op, device, dtype):
+    if refusal := unsupported(name, op, device, dtype):
         raise ValueError(f"{name}'s kernels were asked for {op}, but {refusal}")
     if name != "auto":
         return name, "asked for"
     if reason:
         return "reference", f"numba's kernels do not do: {reason}"
-    if op in AMX and why_not_amx(device, dtype) is None:
-        return "amx", AMX[op]
+    if op in AMX_OPS and why_amx_unavailable(device, dtype) is None:
+        return "amx", AMX_OPS[op]
     return AUTO[op, dtype]
 
 
@@ -214,5 +214,5 @@ def choose(op: str, x: Tensor) -> str:
 
 def explain(device: torch.device, dtype: torch.dtype) -> str:
     """One line for each op of a training step: what would run here, and why."""
-    lines = [f"{op:27} {name:10} {why}" for op, (name, why) in ((op, decide(op, device, dtype)) for op in STEP)]
+    lines = [f"{op:27} {name:10} {why}" for op, (name, why) in ((op, decide(op, device, dtype)) for op in TRAINING_OPS)]
     return "\n".join(lines)

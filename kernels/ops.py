@@ -10,15 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
-COMPILED = torch.float32, torch.bfloat16  # what the compiled kernels read
-INDICES = torch.int64, torch.int32
+FLOAT_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+KERNEL_DTYPES = torch.float32, torch.bfloat16  # what the compiled kernels read
+INDEX_DTYPES = torch.int64, torch.int32
 
 
-def product_type(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     """The type of the matrix products that read x: autocast's where that casts x, else that of x."""
     kind = x.device.type
-    casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype in FLOATS[:3]  # never float64
+    casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype in FLOAT_DTYPES[:3]  # never float64
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
@@ -34,13 +34,13 @@ def expect(op: str, like: Tensor, shape: Sequence[int], types: Sequence[torch.dt
             raise ValueError(f"{op}: {name} must be {tuple(shape)}, {wanted}, on {like.device}; it is {given}")
 
 
-def ordinary(x: object) -> bool:
+def is_plain_tensor(x: object) -> bool:
     """Whether memory holds what x reads as, where x is a tensor: no tensor of tracing or of another library, and none
     that torch negates whenever it is read (`torch._neg_view`, the imaginary part of a conjugate)."""
     return not isinstance(x, Tensor) or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg())
 
 
-def differentiable(name: str, forward: Callable, backward: Callable, save: Callable, gradients: Callable) -> Callable:
+def register_op(name: str, forward: Callable, backward: Callable, save: Callable, gradients: Callable) -> Callable:
     """Registers nanochameleon::name and ::name_backward for the CPU, and returns the function that callers use.
 
     forward, backward: pure functions of annotated tensors and numbers. save(ctx, inputs, output): what the gradient
@@ -63,10 +63,10 @@ def differentiable(name: str, forward: Callable, backward: Callable, save: Calla
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *g):
-            return gradients(backward if all(map(ordinary, g)) else op_backward, ctx, *g)
+            return gradients(backward if all(map(is_plain_tensor, g)) else op_backward, ctx, *g)
 
     def call(*args):
-        if torch.compiler.is_compiling() or not all(map(ordinary, args)):  # torch knows what those are
+        if torch.compiler.is_compiling() or not all(map(is_plain_tensor, args)):  # torch knows what those are
             return op(*args)
         return Direct.apply(*args)
 

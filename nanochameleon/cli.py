@@ -84,7 +84,7 @@ def check(cfg: RunConfig) -> None:
     for name in ("optim", "tokenizers.optim"):
         optim = attrgetter(name)(cfg)
         if optim.schedule == "exponential" and optim.min_lr_ratio == 0:
-            raise UserError(f"{name}.final must be above 0, since an exponential schedule never reaches 0")
+            raise UserError(f"{name}.min_lr_ratio must be above 0, since an exponential schedule never reaches 0")
 
 
 def check_together(cfg: RunConfig) -> None:

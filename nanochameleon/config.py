@@ -1,7 +1,7 @@
-"""Every number of a run, as frozen dataclasses: what it is, its unit, the paper's value.
+"""Every number of a run as frozen dataclasses: its meaning, its unit, the paper's value.
 
-Derived values are properties and are never stored. Presets (presets.py) are functions that return a `RunConfig`;
-the command line (train.py) overrides any field of one by its dotted name. No torch here, so that --help is quick.
+A preset (presets.py) is a function that returns a `RunConfig`. The command line (cli.py) overrides any field by its
+dotted name. Derived values are properties and are never stored. This file does not import torch, so --help is quick.
 """
 
 from dataclasses import dataclass, field
@@ -11,27 +11,33 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """The image tokenizer's network, in the layout of the release (its values are these defaults)."""
+    """The image tokenizer's network. The defaults are the released model's."""
 
     resolution: int = 512  # pixels a side; 512 in the release
     ch: int = 128  # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level over ch; all but the last halve the side
-    n_res_blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    ch_mult: tuple[int, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # channels of each level, in units of ch; every level but the last halves the side
+    n_res_blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
     z_channels: int = 256  # channels between encoder and quantizer
     embed_dim: int = 256  # length of a codebook vector
     n_codes: int = 8_192  # entries of the codebook
     n_groups: int = 32  # groups of every GroupNorm (eps 1e-6)
     mid_attention: bool = True  # self-attention in the middle block, single head; True in the release
-    window: int | None = None  # pixels a side that the encoder sees at once; None: the whole image, as in the release
+    window: int | None = None  # side in pixels of what the encoder sees at once; None is the whole image, as released
 
     @property
     def factor(self) -> int:
-        """Pixels a code spans along a side."""
+        """Side in pixels of the square that one code stands for."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def grid(self) -> int:
-        """Codes a side."""
+        """Codes along one side."""
         return self.resolution // self.factor
 
     @property
@@ -40,29 +46,31 @@ class VQGANConfig:
 
     def __post_init__(self):
         if not 1 <= len(self.ch_mult) <= 16:
-            raise ValueError("ch_mult needs a number for each level, at least one and at most 16")
+            raise ValueError("ch_mult must have 1 to 16 numbers, one for each level")
         window = self.window or self.resolution
         if window < 1 or self.resolution % self.factor or self.resolution % window or window % self.factor:
-            sizes = f"resolution {self.resolution}, window {window} and factor {self.factor} (2 to the levels less one)"
+            sizes = f"resolution {self.resolution}, window {window} and factor {self.factor} (2 ** (levels - 1))"
             raise ValueError(f"{sizes} must divide one another")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer (paper Table 1; fact names as in Llama). Defaults are the 7B's."""
+    """The transformer (paper Table 1), with Llama's field names. The defaults are the 7B's."""
 
-    vocab_size: int = 65_536  # ids, words and image codes together
+    vocab_size: int = 65_536  # all tokens: text, image codes and specials
     dim: int = 4_096  # width of the residual stream
     n_layers: int = 32  # blocks
     n_heads: int = 32  # query heads
-    n_kv_heads: int | None = None  # key and value heads; None means n_heads (no GQA), 8 in the 34B
+    n_kv_heads: int | None = None  # key-value heads; None means n_heads (no GQA); 8 in the 34B
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = None  # of the feed-forward width before rounding; None in both released sizes
-    max_seq_len: int = 4_096  # ids of context
+    ffn_dim_multiplier: float | None = (
+        None  # scales the feed-forward width before rounding; None in both released sizes
+    )
+    max_seq_len: int = 4_096  # tokens of context
     norm_eps: float = 1e-5  # RMSNorm and QK-norm
     rope_theta: float = 10_000.0  # base of the rotary embedding
     qk_norm: bool = True  # LayerNorm with bias on queries and keys, before the rotary embedding (paper 2.3)
-    qk_norm_groups: int = 1  # groups of heads with their own QK-norm vectors; 1 in the 7B, 4 shards in the 34B
+    qk_norm_groups: int = 1  # groups of heads that share QK-norm weights; 1 in the 7B, 4 in the 34B
     norm_order: Literal["pre", "post"] = "pre"  # pre: x + f(norm(x)), 7B; post: x + norm(f(x)), 34B
     dropout: float = 0.0  # on each branch's output; paper: 0.1 for the 7B, 0 for the 34B, 0.05 in alignment
 
@@ -76,7 +84,7 @@ class ModelConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Width of the SwiGLU: two thirds of 4 dim, rounded up to a multiple of `multiple_of` (11,008 for the 7B)."""
+        """Width of the SwiGLU: two thirds of 4 * dim, rounded up to a multiple of `multiple_of` (11,008 for the 7B)."""
         hidden = int(2 * 4 * self.dim / 3)
         if self.ffn_dim_multiplier is not None:
             hidden = int(self.ffn_dim_multiplier * hidden)
@@ -97,62 +105,60 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer, its schedule and clipping (paper section 2.3 and Table 1)."""
+    """Optimizer, learning rate schedule and clipping (paper section 2.3 and Table 1)."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon, not the paper's: orthogonal updates for matrices, AdamW elsewhere
+    name: Literal["adamw", "muon"] = (
+        "adamw"  # muon is not the paper's: orthogonal updates for matrices, AdamW for the rest
+    )
     lr: float = 1e-4  # peak learning rate; 1e-4 for both sizes
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
-    eps: float = 1e-5  # AdamW; the paper's is large
-    weight_decay: float = 0.1  # on matrices; not on norms and biases
+    eps: float = 1e-5  # AdamW; larger than usual, as in the paper
+    weight_decay: float = 0.1  # on matrices, not on norms and biases
     warmup_steps: int = 4_000  # steps of linear warm-up
-    schedule: Literal["exponential", "cosine", "constant"] = "exponential"  # after warm-up; cosine in alignment
-    min_lr_ratio: float = 0.01  # learning rate at the last step, as a share of the peak (the paper's rate is not given)
-    grad_clip: float = 1.0  # global gradient norm
+    schedule: Literal["exponential", "cosine", "constant"] = "exponential"  # after the warm-up; cosine in alignment
+    min_lr_ratio: float = 0.01  # last learning rate over the peak; the paper gives no value
+    grad_clip: float = 1.0  # largest global gradient norm
 
 
 @dataclass(frozen=True)
 class TokenizerTraining:
-    """How both tokenizers are trained. The paper gives no numbers."""
+    """Training of both tokenizers. The paper gives no numbers."""
 
     n_merges: int = 512  # BPE merges beyond the 256 bytes
     n_texts: int = 4_000  # texts that the BPE is trained on
     steps: int = 600  # of the image tokenizer
     batch_size: int = 16  # images a step
-    warmup_steps: int = 150  # first steps without quantization; then the codebook is put onto the latents by k-means
+    warmup_steps: int = 150  # first steps, without quantization; k-means on the latents then sets the codebook
     optim: OptimConfig = OptimConfig(
         "muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup_steps=20, schedule="cosine", grad_clip=100.0
     )
     commitment_weight: float = 0.25  # weight of the commitment loss
-    codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: moving averages, or the codebook loss
+    codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: by moving averages or by the codebook loss
     ema_decay: float = 0.95  # of the moving averages, a step
-    dead_code_threshold: float = (
-        0.03  # a code whose moving average of uses a step falls below this is moved onto a used vector
-    )
-    perceptual_weight: float = 0.1  # weight of the perceptual term (image_losses.py)
-    disc_weight: float = 0.0  # weight of the patch discriminator's term, times the adaptive weight; 0 is without
-    disc_start: int = 300  # first step with it
+    dead_code_threshold: float = 0.03  # a code with a lower moving average of uses per step is reset
+    perceptual_weight: float = 0.1  # weight of the perceptual loss (images/losses.py)
+    disc_weight: float = 0.0  # weight of the discriminator's loss, times an adaptive weight; 0 turns it off
+    disc_start: int = 300  # first step of the discriminator
     disc_channels: int = 32  # channels of the discriminator's first layer
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where documents come from."""
+    """The source of documents."""
 
     source: Literal["shapes", "shapes_rich", "emoji", "folder", "prepared"] = "shapes"  # prepared: token shards
-    path: Path | None = None  # of source folder: images and captions; of prepared: what `nanochameleon.data` wrote
-    n_documents: int | None = None  # documents to prepare; None is as many as the run reads, so that none comes twice
-    tokenize_on_the_fly: bool = (
-        False  # tokenize documents when a batch asks for them, without shards; images are encoded each time
-    )
+    path: Path | None = None  # folder: images and captions; prepared: what `nanochameleon.data.prepare` wrote
+    n_documents: int | None = None  # documents to prepare; None: as many as the run reads, so none repeats
+    tokenize_on_the_fly: bool = False  # tokenize when a batch asks, without shards; images are encoded each time
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A part of the transformer's training with a mixture of its own (paper section 2.2: two parts, 80% and 20%)."""
+    """A stage of the transformer's training with its own mixture (paper section 2.2: two stages, 80% and 20%)."""
 
     name: str = "all"  # in the log
-    fraction: float = 1.0  # of train.steps, relative to the sum over all stages
-    # each source of documents and its share of the rows, relative to their sum, such as: pairs 0.7 text 0.3
+    fraction: float = 1.0  # part of train.steps, relative to the sum over all stages
+    # each source of documents and its fraction of the sequences, relative to their sum, such as: pairs 0.7 text 0.3
     weights: tuple[tuple[str, float], ...] = (("pairs", 0.5), ("questions", 0.2), ("interleaved", 0.3))
 
 
@@ -161,67 +167,63 @@ class TrainConfig:
     """The transformer's training."""
 
     steps: int = 1_000  # updates
-    batch_size: int = 8  # rows a step
-    seq_len: int = 256  # ids a row; documents are packed whole
+    batch_size: int = 8  # sequences a step
+    seq_len: int = 256  # tokens a sequence; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
-    # whose codes are learnt; drawn: not of images that open a document, which nothing foretells; none: figure 6b
+    # which image tokens are learnt. drawn: none of an image that opens a document, since nothing predicts it.
+    # none: no image token at all (figure 6b)
     image_loss: Literal["all", "drawn", "none"] = "all"
     assistant_only_loss: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
-    image_token_noise: float = 0.0  # largest share of a drawn image's codes that are read as another's: drawing.py
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: the faster one, decided once a run
+    image_token_noise: float = 0.0  # largest part of a drawn image's tokens to corrupt: training/image_targets.py
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; auto is the faster one, decided once a run
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
-    save_every: int = 400  # steps between checkpoints, of which a streak of failures has none
-    keep_checkpoints: int = 2  # checkpoints kept, beside the one of the least loss
-    tensorboard: bool = False  # also write the log as TensorBoard's files, into tensorboard/
+    save_every: int = 400  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints to keep, and the one of the least loss
+    tensorboard: bool = False  # also write the log for TensorBoard, into tensorboard/
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is spread: over the processes that torchrun starts, and over time. What is learnt stays the same, up
-    to rounding."""
+    """How the ranks of torchrun share the work. None of it changes what is learnt, up to rounding."""
 
-    data_parallel: Literal["ddp", "fsdp"] = "ddp"  # each rank has the whole model, or a shard of every tensor (FSDP2)
-    tensor_parallel: int = (
-        1  # ranks that share every layer: its heads, its feed-forward width, the vocabulary; makes mode fsdp
+    data_parallel: Literal["ddp", "fsdp"] = (
+        "ddp"  # each rank holds the whole model (ddp) or a shard of every tensor (fsdp)
     )
-    micro_batch: int | None = None  # rows that a rank runs at a time; None is all it has of a batch
-    activation_checkpointing: bool = (
-        False  # forget each block's activations and compute them again in the backward pass
-    )
-    compile: bool = False  # torch.compile for every block; pays on GPUs
-    timeout: int = 600  # seconds without an answer after which a rank takes the others for dead
-    save_in_background: bool = True  # checkpoints are written while training goes on, from a copy in the host's memory
+    tensor_parallel: int = 1  # ranks that share each layer; more than 1 implies fsdp
+    micro_batch: int | None = None  # sequences that a rank runs at a time; None is all of its batch
+    activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
+    compile: bool = False  # torch.compile each block; faster on GPUs
+    timeout: int = 600  # seconds after which a rank that gets no answer gives up
+    save_in_background: bool = True  # write checkpoints during training, from a copy in host memory
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How ids are drawn. Defaults as the released code has them; what it lacks (top_k, min_p) is off."""
+    """How the next token is sampled. The defaults are the released code's; what it lacks (top_k, min_p) is off."""
 
     temperature: float = 0.7  # of text; 0 is greedy
-    top_p: float = 0.9  # of text: the smallest set of ids that holds this probability
-    top_k: int | None = None  # of text: at most this many ids
-    min_p: float = 0.0  # of text: ids with at least this share of the likeliest one's probability
-    repetition_penalty: float = 1.2  # of text: on every id of the context; 1 is without
+    top_p: float = 0.9  # of text: keep the smallest set of tokens with this probability
+    top_k: int | None = None  # of text: keep at most this many tokens
+    min_p: float = 0.0  # of text: keep tokens with at least this fraction of the likeliest one's probability
+    repetition_penalty: float = 1.2  # of text: on every token of the context; 1 turns it off
     image_temperature: float = 0.7  # of image codes
     image_top_p: float = 0.9  # of image codes
     image_top_k: int | None = None  # of image codes
     image_min_p: float = 0.0  # of image codes
-    guidance_scale: float = (
-        3.0  # of images, by the words of the prompt; with image_guidance_scale 1, 1 is as the model says
-    )
+    guidance_scale: float = 3.0  # of images, by the text of the prompt; guidance is off where both scales are 1
     image_guidance_scale: float = 1.2  # of images, by the images of the prompt
-    max_new_tokens: int = 4_096  # ids to write at most; the context ends a sample, too
+    max_new_tokens: int = 4_096  # tokens to write at most; the context also ends a sample
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How much of the report is measured."""
+    """How much the report measures."""
 
-    images: int = 300  # prompts drawn for each of seen and held-out compositions
+    images: int = 300  # prompts to draw, for seen and for held-out compositions each
     answers: int = 400  # images to caption, and as many questions
-    reconstructions: int = 400  # images for the image tokenizer's score
-    alignment: int = 100  # prompts of each category of alignment that was trained on
+    reconstructions: int = 400  # images that score the image tokenizer
+    alignment: int = 100  # prompts of each alignment category that was trained
 
 
 @dataclass(frozen=True)
@@ -234,17 +236,19 @@ class RunConfig:
     optim: OptimConfig
     tokenizers: TokenizerTraining = field(default_factory=TokenizerTraining)
     data: DataConfig = field(default_factory=DataConfig)
-    stages: tuple[StageConfig, ...] = (StageConfig(),)  # one after the other, under one schedule of the learning rate
+    stages: tuple[StageConfig, ...] = (StageConfig(),)  # one after another, under one learning rate schedule
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SamplingParams = field(default_factory=SamplingParams)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    init_from: Path | None = None  # a run, or a model in any layout, whose sizes, tokenizers and weights to begin with
-    init_vqgan: Path | None = None  # image decoder of an init_from without one: vqgan.ckpt, vqgan_decoder.safetensors
+    init_from: Path | None = None  # a run or a model in any layout: its sizes, tokenizers and weights
+    init_vqgan: Path | None = (
+        None  # image decoder for an init_from without one: vqgan.ckpt or vqgan_decoder.safetensors
+    )
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one
-    overwrite: bool = False  # start anew in a folder that holds another run
+    overwrite: bool = False  # replace the run in the folder
 
     @property
     def folder(self) -> Path:
@@ -260,7 +264,7 @@ class RunConfig:
 
     @property
     def mixture(self) -> dict[str, float]:
-        """Each source's share of all rows of the training, over all stages."""
+        """Each source's fraction of all sequences, over all stages."""
         total, shares = sum(stage.fraction for stage in self.stages), {}
         for stage in self.stages:
             weights = dict(stage.weights)

@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from nanochameleon.cli import parse
 from nanochameleon.config import ModelConfig
-from nanochameleon.errors import UserError, exit_on_user_error, shown
+from nanochameleon.errors import UserError, exit_on_user_error, say, shown, warn
 from nanochameleon.files import fsync, sweep_dead
 from nanochameleon.images.tokenizer import NO_DECODER
-from nanochameleon.printing import say, warn
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER
 from nanochameleon.weights import layout_files, layouts
 from nanochameleon.weights.layouts import DECODER, VQ_PREFIX
-from nanochameleon.weights.model_folder import HF_DECODER, NANO, NANO_VQGAN, Parts, open_parts, text_of
+from nanochameleon.weights.model_folder import HF_DECODER, NANO, NANO_VQGAN, LoadedModel, open_parts, text_of
 from nanochameleon.weights.ranges import MAX_NUMBER
 from nanochameleon.weights.tensor_files import Get, Tensors, write_pth, write_safetensors, write_sharded
 
@@ -67,10 +66,10 @@ def write_json(path: Path, content: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The three writers: Parts -> files in a folder. `get` is parts.weights.get behind a progress bar.
+# The three writers: LoadedModel -> files in a folder. `get` is parts.weights.get behind a progress bar.
 
 
-def write_nano(parts: Parts, folder: Path, get: Get, args: Args) -> None:
+def write_nano(parts: LoadedModel, folder: Path, get: Get, args: Args) -> None:
     write_sharded(folder, parts.weights.meta, get, args.file_gb * 1e9)
     write_safetensors(folder / f"{NANO_VQGAN}.safetensors", parts.vq.meta, parts.vq.get)
     sizes = {"model": dataclasses.asdict(parts.model), "vqgan": dataclasses.asdict(parts.vqgan)}
@@ -78,7 +77,7 @@ def write_nano(parts: Parts, folder: Path, get: Get, args: Args) -> None:
     write_json(folder / TEXT_TOKENIZER, parts.tokenizer_json)
 
 
-def write_hf(parts: Parts, folder: Path, get: Get, args: Args) -> None:
+def write_hf(parts: LoadedModel, folder: Path, get: Get, args: Args) -> None:
     ours = {layouts.rule(name).hf: name for name in parts.weights.meta}
     meta = {hf: layouts.to_hf(name, parts.weights.meta[name], parts.model) for hf, name in ours.items()}
     meta |= {VQ_PREFIX + name: x for name, x in parts.vq.meta.items() if not name.startswith(DECODER)}
@@ -96,7 +95,7 @@ def write_hf(parts: Parts, folder: Path, get: Get, args: Args) -> None:
         write_safetensors(folder / f"{HF_DECODER}.safetensors", decoder, parts.vq.get)
 
 
-def hf_files(parts: Parts) -> dict[str, dict]:
+def hf_files(parts: LoadedModel) -> dict[str, dict]:
     """File name -> its JSON. Raises ValueError for a tokenizer without a place for <image>."""
     vocab = parts.tokenizers.text().vocab
     tokenizer = layout_files.tokenizer_to_hf(parts.tokenizer_json, vocab)
@@ -105,7 +104,7 @@ def hf_files(parts: Parts) -> dict[str, dict]:
     return {CONFIG: config, "tokenizer.json": tokenizer} | layout_files.processor_files(vocab, parts.vqgan)
 
 
-def write_meta(parts: Parts, folder: Path, get: Get, args: Args) -> None:
+def write_meta(parts: LoadedModel, folder: Path, get: Get, args: Args) -> None:
     n = n_shards(parts.model, args)
     inside, beside = folder / "models" / meta_name(parts.model), folder / "tokenizer"
     inside.mkdir(parents=True)
@@ -134,7 +133,7 @@ def meta_name(cfg: ModelConfig) -> str:
 # The command
 
 
-def check(parts: Parts, args: Args) -> None:
+def check(parts: LoadedModel, args: Args) -> None:
     """Raises UserError for a model that the wished layout cannot hold."""
     if args.to == "nano":
         return
@@ -179,12 +178,12 @@ def convert(args: Args) -> Path:
     return args.dst
 
 
-def without_decoder(parts: Parts) -> Parts:
+def without_decoder(parts: LoadedModel) -> LoadedModel:
     kept = {name: x for name, x in parts.vq.meta.items() if not name.startswith(DECODER)}
     return dataclasses.replace(parts, vq=Tensors(kept, parts.vq.get))
 
 
-def write(parts: Parts, folder: Path, args: Args) -> None:
+def write(parts: LoadedModel, folder: Path, args: Args) -> None:
     passes = n_shards(parts.model, args) if args.to == "meta" else 1  # each shard needs a slice of every tensor
     total = passes * sum(x.nbytes for x in parts.weights.meta.values())
     with tqdm(total=total, desc=f"to {args.to}", unit="B", unit_scale=True) as bar:

@@ -13,9 +13,9 @@ from torch.optim.adamw import adamw
 
 from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
-from nanochameleon.parallel.sharding import part_of, whole
+from nanochameleon.parallel.sharding import full_tensor, shard_like
 
-TOO_MANY = 10  # steps in a row without a finite loss after which a run gives up
+MAX_NONFINITE_STEPS = 10  # steps in a row without a finite loss after which a run gives up
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -101,12 +101,12 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             by_shape.setdefault((len(parameter), parameter.shape[1:].numel()), []).append(parameter)
         for shape, same in by_shape.items():
-            updates = torch.stack([whole(self.momentum(p, group["momentum"])).reshape(shape) for p in same])
+            updates = torch.stack([full_tensor(self.momentum(p, group["momentum"])).reshape(shape) for p in same])
             rate = group["lr"] * 0.2 * max(shape) ** 0.5
             for parameter, update in zip(same, orthogonalize(updates), strict=True):
                 if group["weight_decay"]:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(part_of(update.view(parameter.shape), parameter), alpha=-rate)
+                parameter.add_(shard_like(update.view(parameter.shape), parameter), alpha=-rate)
 
     def momentum(self, parameter: nn.Parameter, beta: float) -> Tensor:
         """The gradient looking one step ahead along its running mean (Nesterov)."""
@@ -174,7 +174,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    length = float(whole(norm))  # of sharded gradients: of all shards
+    length = float(full_tensor(norm))  # of sharded gradients: of all shards
     if not length <= max_norm:  # else torch would multiply all of them by 1
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return length

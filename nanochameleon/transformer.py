@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.attention.qknorm_rope import layer_norm, normed_attention, rotate
+from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb, layer_norm, qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import attention
-from nanochameleon.kernels.block.dropout import derive, dropout
+from nanochameleon.kernels.block.dropout import dropout, fold_in
 from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.block.swiglu import swiglu
 from nanochameleon.kernels.dispatch import same_kernels
-from nanochameleon.parallel.sharding import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -84,23 +83,26 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each of several linear layers makes of x; in training those that are just that are one product."""
-    plain = all(type(layer) is nn.Linear and type(layer.weight) is nn.Parameter for layer in layers)
+    plain = all(type(layer) is nn.Linear for layer in layers)
     if plain and torch.is_grad_enabled():
         return linear(x, [layer.weight for layer in layers])
     return tuple(layer(x) for layer in layers)
 
 
 class RMSNorm(nn.RMSNorm):
+    def affine(self) -> Tensor:
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, local(self.weight), self.eps)
+        return rms_norm(x, self.affine(), self.eps)
 
     def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + branch, and its norm; None is no branch yet."""
-        return (x, self(x)) if branch is None else add_norm(x, branch, local(self.weight), self.eps)
+        return (x, self(x)) if branch is None else add_norm(x, branch, self.affine(), self.eps)
 
     def added_to(self, x: Tensor, branch: Tensor) -> Tensor:
         """x + the norm of the branch."""
-        return norm_add(x, branch, local(self.weight), self.eps)
+        return norm_add(x, branch, self.affine(), self.eps)
 
 
 class QKNorm(nn.Module):
@@ -115,20 +117,12 @@ class QKNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_groups, head_dim))
         self.bias = nn.Parameter(torch.zeros(n_groups, head_dim))
 
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias (n_groups, E), plain tensors. Where the heads of a layer are spread over ranks, those of this
-        rank's heads; each rank's gradient is then a part of the whole, which `to_local` is told to sum."""
-        if not is_sharded(self.weight):
-            return self.weight, self.bias
-        from torch.distributed.tensor import Partial
-
-        ranks, rank, groups = self.weight.device_mesh.size(), self.weight.device_mesh.get_local_rank(), len(self.weight)
-        mine = slice(rank * groups // ranks, -(-(rank + 1) * groups // ranks))
-        return tuple(x.to_local(grad_placements=[Partial()])[mine] for x in (self.weight, self.bias))
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, heads, E) -> the same, each head normalised."""
-        return layer_norm(x, self.vectors(), self.eps)
+        return layer_norm(x, self.affine(), self.eps)
 
 
 class Attention(nn.Module):
@@ -148,11 +142,12 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.wq, self.wk, self.wv))
         if cache is None:
-            norms = [norm.vectors() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
-            out = normed_attention(q, k, v, table, mask, *norms, self.norm_eps)
+            norms = [norm.affine() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
+            out = qknorm_rope_attention(q, k, v, table, mask, *norms, self.norm_eps)
             return project(out.reshape(b, t, -1), self.wo)[0]
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, table), rotate(k, table)  # after the norm: turning must not change what the norm fixed
+        # After the norm: a rotation keeps the lengths that the norm fixed.
+        q, k = apply_rotary_emb(q, table), apply_rotary_emb(k, table)
         k, v = cache.extend(layer, k, v)
         return self.wo(attention(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))
 
@@ -202,14 +197,14 @@ class Block(nn.Module):
         """Dropout of the branch of this number; keys (B,), see kernels/block/dropout.py."""
         if not self.training or not self.dropout:
             return branch
-        return dropout(branch, derive(keys, number), self.dropout)
+        return dropout(branch, fold_in(keys, number), self.dropout)
 
 
 class Output(nn.Linear):
     """To logits; `columns` are the ids that they are wanted for."""
 
     def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        if columns == slice(None) and torch.is_grad_enabled() and type(self.weight) is nn.Parameter:
+        if columns == slice(None) and torch.is_grad_enabled():
             return linear(x, [self.weight])[0]
         return F.linear(x, self.weight[columns])
 
@@ -292,7 +287,7 @@ class Chameleon(nn.Module):
         x, branch = self.tok_embeddings(tokens), None
         kernels = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}  # a graph has chosen already
         for i, layer in enumerate(self.layers):
-            inputs = x, branch, table, mask, cache, i, None if keys is None else derive(keys, i)
+            inputs = x, branch, table, mask, cache, i, None if keys is None else fold_in(keys, i)
             if self.recompute and self.training:  # what is random is a function of the keys, so no generator's state
                 x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **kernels)
             else:

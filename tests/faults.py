@@ -5,7 +5,7 @@
 
 The ways are 1 and 2 ranks, plain and FSDP, of a small toy whose settings are else the preset's. A kill may fall into
 any stage: the tokenizers, the data, the transformer before and after its first checkpoint. test_faults.py has a few of
-each; docs/results.md the figures of this script.
+each; docs/results/parallel.md the figures of this script.
 """
 
 import argparse

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bad_images import encoded, noise, odd_images
+from image_bytes import encoded, noise, odd_images
 from mutators import mutated
 from tiny import TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from tqdm import tqdm
@@ -49,13 +49,12 @@ from nanochameleon.data.prepared import open_prepared, sources
 from nanochameleon.data.reading import Bad, Captioned, File
 from nanochameleon.data.sources.folder import FolderSource, prepare_folder
 from nanochameleon.data.sources.webdataset import captioned
-from nanochameleon.errors import UserError
+from nanochameleon.errors import LONGEST, OBEYED, UserError, printable, short
 from nanochameleon.images.tokenizer import load_square
-from nanochameleon.printing import LONGEST, OBEYED, printable, short
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import Monitor, plot_curves, read_metrics
-from nanochameleon.training.signals import Laps
+from nanochameleon.training.signals import StageTimer
 from nanochameleon.weights.model_folder import open_model
 from nanochameleon.weights.tensor_files import load_pth
 
@@ -258,7 +257,7 @@ def make_notes(folder: Path) -> None:
     with Monitor(folder, 9) as monitor:
         for step in range(9):
             monitor.log(step, loss=3.0 / (step + 1), lr=1e-3, tokens=9 * step, attention_logits=[1.0, 2.0])
-    Laps(folder).add("transformer")
+    StageTimer(folder).add("transformer")
 
 
 def read_notes(folder: Path, changed: Path) -> None:
@@ -268,7 +267,7 @@ def read_notes(folder: Path, changed: Path) -> None:
         plot_curves(metrics, folder / "curves.png")
     with Monitor(folder, 9, start=5) as monitor:
         monitor.log(5, loss=1.0, tokens=99)
-    Laps(folder).add("transformer")
+    StageTimer(folder).add("transformer")
 
 
 READERS = (

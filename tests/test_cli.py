@@ -134,7 +134,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     cfg = parse_run(["folder", "--out=~/x", "--data.path=~/y", "--init-from=~", "--data.tokenize-on-the-fly"])
     assert (cfg.out, cfg.data.path, cfg.init_from) == (tmp_path / "x", tmp_path / "y", tmp_path)
-    args = parse(DataArgs, ["prepare", "~/a", "b~", "--form", "text", "--out=~/x", "--name", "~", "--tokenizers=~/t"])
+    args = parse(DataArgs, ["~/a", "b~", "--form", "text", "--out=~/x", "--name", "~", "--tokenizers=~/t"])
     assert args.sources == (tmp_path / "a", Path("b~")) and args.name == "~"
     assert (args.out, args.tokenizers) == (tmp_path / "x", tmp_path / "t")
     args = parse(ConvertArgs, ["~/a", "~nobody-here/b", "--to", "hf"])

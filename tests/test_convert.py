@@ -542,8 +542,8 @@ def test_two_tensors_of_one_name_and_an_index_that_lies_are_refused(folders, tmp
 LARGE = """
     import sys
     from pathlib import Path
-from nanochameleon import convert
-from nanochameleon.weights import tensor_files
+    from nanochameleon import convert
+    from nanochameleon.weights import tensor_files
 
     source, target, small, to, shards, hog = sys.argv[1:]
     convert.convert(convert.Args(Path(small), Path(target + "-small"), to, 2 if to == "meta" else None))

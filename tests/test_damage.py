@@ -31,7 +31,7 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.checkpoint import optimizer_tensors
 from nanochameleon.training.monitor import Monitor
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json, open_image_tokenizer, start_folder
-from nanochameleon.training.signals import Laps
+from nanochameleon.training.signals import StageTimer
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def run(tmp_path_factory) -> tuple[Path, str, str]:
     with Monitor(folder, 20) as monitor:
         for step in (0, 1):
             monitor.log(step, loss=1.5, tokens=9 * step, attention_logits=[1.0, 2.0])
-    Laps(folder).add("data")
+    StageTimer(folder).add("data")
     newest = come_to(folder)  # which packs rows
     assert newest == come_to(folder)
     step = (folder / "step-000002").rename(folder.with_name("aside"))
@@ -94,7 +94,7 @@ def come_to(folder: Path) -> str:
     """What the same command goes on from."""
     cfg = config(folder)
     start_folder(cfg)
-    Laps(folder)
+    StageTimer(folder)
     tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, CPU)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)

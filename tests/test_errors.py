@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanochameleon.errors import OwnError, UserError, exit_on_user_error
-from nanochameleon.parallel.mesh import place
+from nanochameleon.parallel.mesh import rank_and_world_size
 
 NUMBERS = ("0", "1", "2", "7", "first", "", "-1", "\u00b2")
 ENVIRONMENTS = st.dictionaries(st.sampled_from(["RANK", "WORLD_SIZE", "MASTER_ADDR"]), st.sampled_from(NUMBERS))
@@ -49,7 +49,7 @@ def test_a_rank_is_among_its_world_or_refused(rank, world):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "environ", {"RANK": str(rank)} | ({"WORLD_SIZE": str(world)} if world else {}))
         if rank < (world or 1):
-            assert place() == (rank, world or 1)
+            assert rank_and_world_size() == (rank, world or 1)
         else:
             with pytest.raises(UserError, match=f"RANK is {rank} in the environment, but WORLD_SIZE is"):
-                place()
+                rank_and_world_size()

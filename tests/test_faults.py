@@ -201,12 +201,12 @@ def learn_without_a_place_for_one(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "commit", commit)
-        learn(folder, config(folder, mode="fsdp"))
+        learn(folder, config(folder, data_parallel="fsdp"))
 
 
 def test_shards_that_find_no_place_are_told_and_all_ranks_go_on(prepared, tmp_path):
     folder = Path(shutil.copytree(prepared, tmp_path / "run"))
-    (folder / CONFIG).write_text(config_to_json(config(folder, mode="fsdp")))
+    (folder / CONFIG).write_text(config_to_json(config(folder, data_parallel="fsdp")))
     run_on(2, learn_without_a_place_for_one, folder)
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-000012", "step-000008"]
     assert checkpoint.newest(folder).name == "step-000012" and list(folder.glob(".tmp-*")) == []
@@ -219,7 +219,7 @@ def test_shards_that_find_no_place_are_told_and_all_ranks_go_on(prepared, tmp_pa
 @pytest.fixture(scope="module")
 def sharded(prepared, tmp_path_factory) -> Path:
     """With checkpoints at 4 and 8 steps. Read only."""
-    return trained(prepared, tmp_path_factory.mktemp("sharded") / "run", 2, until=8, mode="fsdp")
+    return trained(prepared, tmp_path_factory.mktemp("sharded") / "run", 2, until=8, data_parallel="fsdp")
 
 
 @pytest.mark.parametrize("where", ["shard-00001", "shard-00002", "state.json", "manifest.json"])

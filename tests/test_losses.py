@@ -17,7 +17,8 @@ from nanochameleon.kernels.zloss import cross_entropy as zloss
 from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.losses import LossParts, next_token_loss
 from nanochameleon.packing import IGNORE, pack
-from nanochameleon.parallel.mesh import Mesh, Trainee
+from nanochameleon.parallel.apply import ParallelModel
+from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.training.objective import Objective
 from nanochameleon.vocab import Vocab
 
@@ -161,5 +162,5 @@ def test_a_training_step_foretells_its_loss(monkeypatch, tmp_path):
     objective = Objective(model, VOCAB, "fp32")
     mesh = Mesh(torch.device("cpu"))
     with use_kernels("numba"):
-        train.gradients(Trainee(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
+        train.forward_backward(ParallelModel(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
     assert seen == [True] * len(batch.tokens) and len(seen) > 1

@@ -21,8 +21,7 @@ from nanochameleon.bench.rows import Row
 from nanochameleon.cli import parse
 from nanochameleon.data.prepare.__main__ import Args as DataArgs
 from nanochameleon.data.prepare.__main__ import guarded
-from nanochameleon.errors import UserError, exit_on_user_error
-from nanochameleon.printing import LONGEST, Stream, printable, say, short, warn
+from nanochameleon.errors import LONGEST, Stream, UserError, exit_on_user_error, printable, say, short, warn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -93,7 +92,7 @@ def test_there_is_one_place_for_printing():
     """Besides it, sample.py writes images, and the two programs that miss packages cannot import it yet."""
     files = [*(ROOT / "nanochameleon").rglob("*.py"), *(ROOT / "kernels").glob("*.py"), *ROOT.glob("*.py")]
     found = {str(path.relative_to(ROOT)): names for path in files if (names := prints(path))}
-    allowed = {"nanochameleon/printing.py": {"print", "tqdm.write"}, "train.py": {"print"}}
+    allowed = {"nanochameleon/errors.py": {"print", "tqdm.write"}, "train.py": {"print"}}
     assert found == allowed | {"sample.py": {"print", "sys.stdout.write"}}
 
 
@@ -166,7 +165,7 @@ def convert_model(trained: Path, model: Path, folder: Path) -> None:
 
 def prepare(trained: Path, model: Path, folder: Path) -> None:
     (folder / f"{NAME}.txt").write_text("words\n")
-    words = ["prepare", str(folder / f"{NAME}.txt"), "--form", "text", "--tokenizers", str(trained), "--name", "a"]
+    words = [str(folder / f"{NAME}.txt"), "--form", "text", "--tokenizers", str(trained), "--name", "a"]
     exit_on_user_error(lambda: guarded(parse(DataArgs, [*words, "--out", str(folder / NAME)])), each=True)
 
 
@@ -234,7 +233,7 @@ def test_an_unexpected_error_is_no_less_seen_for_a_broken_stdout(monkeypatch):
 # The same with the system's own streams, in processes that import no torch
 
 HELP = "from nanochameleon.cli import parse_run\nparse_run(['toy', '--help'])\n"
-MANY = "from nanochameleon.errors import exit_on_user_error\nfrom nanochameleon.printing import say, warn\n"
+MANY = "from nanochameleon.errors import exit_on_user_error\nfrom nanochameleon.errors import say, warn\n"
 MANY += "exit_on_user_error(lambda: [say('line'), *(say('x' * 99) for _ in range(3_000)), warn('end')])\n"
 
 
@@ -273,7 +272,7 @@ def test_help_that_is_read_in_part_is_no_failure(line):
 @pytest.mark.skipif(os.name != "posix", reason="a closed stream is a missing descriptor there")
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
     """A handler of signals, or a library in C, writes to descriptor 2 whatever that is."""
-    code = "import os\nfrom nanochameleon.printing import safe_streams\n"
+    code = "import os\nfrom nanochameleon.errors import safe_streams\n"
     code += "with safe_streams(), open(os.environ['FILE'], 'w') as file:\n    os.write(1, b'x'), os.write(2, b'x')"
     subprocess.run(["bash", "-c", '"$PYTHON" -c "$CODE" <&- >&- 2>&-'], cwd=ROOT, check=True, env=os.environ | {
         "PYTHON": sys.executable, "CODE": code, "FILE": str(tmp_path / "file"),

@@ -31,7 +31,7 @@ from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import mixed
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, run, train_tokenizers
-from nanochameleon.training.image_targets import noisy, to_learn
+from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.objective import Objective
 from nanochameleon.training.run import (
@@ -43,7 +43,7 @@ from nanochameleon.training.run import (
     read_config,
     start_folder,
 )
-from nanochameleon.training.signals import Stopper
+from nanochameleon.training.signals import GracefulShutdown
 from nanochameleon.weights.model_folder import open_parts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -184,8 +184,8 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
     places = [
         (train_tokenizers, "tokenizer_loss", 1, "image_tokenizer", [1]),
         (train_tokenizers, "tokenizer_loss", 4, "image_tokenizer", [5]),
-        (train, "gradients", 2, ".", [2]),
-        (train, "gradients", 6, ".", [8, 5]),  # where a sheet of samples is due, too
+        (train, "forward_backward", 2, ".", [2]),
+        (train, "forward_backward", 6, ".", [8, 5]),  # where a sheet of samples is due, too
     ]
     for owner, name, number, where, steps in places:
         with monkeypatch.context() as patch:
@@ -210,7 +210,7 @@ def test_a_finished_run_started_again_trains_nothing_and_reports_the_same(copy, 
         raise AssertionError("trained again")
 
     for owner, name in (
-        (train, "gradients"),
+        (train, "forward_backward"),
         (train_tokenizers, "tokenizer_loss"),
         (train_tokenizers.TextTokenizer, "train"),
     ):
@@ -256,7 +256,7 @@ def test_a_stop_while_documents_are_tokenized_is_heard_and_leaves_no_half_of_the
 
 def test_a_stop_in_the_last_step_is_heard_before_the_report(before_transformer, monkeypatch):
     monkeypatch.setattr(train, "make_report", None)
-    interrupt_in_call(monkeypatch, train, "gradients", 12)
+    interrupt_in_call(monkeypatch, train, "forward_backward", 12)
     train_until_stopped(training_config(before_transformer))
     assert steps_of(before_transformer) == [12, 10]
 
@@ -355,21 +355,21 @@ def test_a_stop_is_heard_where_nothing_can_be_said_of_it(heard_ctrl_c, monkeypat
         raise BrokenPipeError
 
     monkeypatch.setattr(os, "write", fail)
-    with Stopper() as stopped:
+    with GracefulShutdown() as stopped:
         signal.raise_signal(signal.SIGTERM)
         assert stopped()
 
 
 def test_the_second_ctrl_c_stops_at_once_and_handlers_are_put_back(heard_ctrl_c):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with Stopper() as stopped:
+    with GracefulShutdown() as stopped:
         assert not stopped()
         signal.raise_signal(signal.SIGTERM)
         assert stopped()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    with Stopper():
+    with GracefulShutdown():
         pass
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
@@ -412,8 +412,8 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
     text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
-    learnt = noisy(
-        to_learn(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.image_token_noise, cfg.seed, [2, 3]
+    learnt = corrupt_image_tokens(
+        mask_targets(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.image_token_noise, cfg.seed, [2, 3]
     )
     assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == {
         k: x.tolist() for k, x in vars(learnt).items()
@@ -422,7 +422,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
 
 def test_many_such_steps_in_a_row_roll_the_run_back_and_later_batches_follow(before_transformer, monkeypatch, capsys):
     """A checkpoint after 5 steps; of the calls that follow the second to the fourth fail, three in a row."""
-    monkeypatch.setattr(train, "TOO_MANY", 3)
+    monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 3)
     weights = break_losses(monkeypatch, "nan", lambda call: 7 <= call <= 9)
     cfg = training_config(before_transformer)
     train.main(replace(cfg, train=replace(cfg.train, log_every=1)))
@@ -435,22 +435,22 @@ def test_many_such_steps_in_a_row_roll_the_run_back_and_later_batches_follow(bef
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_run_that_rolling_back_does_not_help_gives_up_with_a_sentence(saved, before_transformer, monkeypatch):
-    monkeypatch.setattr(train, "TOO_MANY", 3)
+    monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 3)
     cfg = training_config(before_transformer)
     weights = break_losses(monkeypatch, "nan", lambda call: call > 6)
     with pytest.raises(UserError, match=r"3 steps in a row had no finite loss.*--optim\.lr 0\.003"):
         train.main(replace(cfg, train=replace(cfg.train, save_every=5 if saved else 100)))
-    assert len(weights) == (6 + 3 * (1 + train.ROLL_BACKS) if saved else 9)
+    assert len(weights) == (6 + 3 * (1 + train.MAX_ROLLBACKS) if saved else 9)
 
 
 def test_failures_long_after_a_checkpoint_end_a_run_as_well(before_transformer, monkeypatch):
     """Each time three good steps follow the checkpoint of step 5, and none that is saved."""
-    monkeypatch.setattr(train, "TOO_MANY", 3)
+    monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 3)
     weights = break_losses(monkeypatch, "nan", lambda call: call > 5 and (call - 6) % 6 >= 3)
     cfg = training_config(before_transformer)
     with pytest.raises(UserError, match=r"3 steps in a row had no finite loss"):
         train.main(replace(cfg, train=replace(cfg.train, save_every=5)))
-    assert len(weights) == 5 + 6 * (1 + train.ROLL_BACKS)
+    assert len(weights) == 5 + 6 * (1 + train.MAX_ROLLBACKS)
     assert checkpoint.load(before_transformer)[1]["step"] == 5
 
 
@@ -464,7 +464,7 @@ def test_a_save_that_falls_into_a_streak_of_failures_is_made_up_for_behind_it(be
 
 def test_roll_backs_long_ago_do_not_count(before_transformer, monkeypatch):
     """Of each six batches three in a row fail; a second roll-back to the same checkpoint would end the run."""
-    for name, value in {"TOO_MANY": 3, "ROLL_BACKS": 1}.items():
+    for name, value in {"MAX_NONFINITE_STEPS": 3, "MAX_ROLLBACKS": 1}.items():
         monkeypatch.setattr(train, name, value)
     weights = break_losses(monkeypatch, "nan", lambda call: call > 4 and call % 6 < 3)
     cfg = training_config(before_transformer)
@@ -480,7 +480,7 @@ def test_a_gpu_whose_memory_is_full_is_a_sentence_that_says_what_to_lower(
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "gradients", full)
+    monkeypatch.setattr(train, "forward_backward", full)
     cfg = training_config(before_transformer)
     cfg = replace(cfg, parallel=replace(cfg.parallel, micro_batch=micro_batch))
     rows = rf"the memory of cpu \(rank 0\) does not hold {micro_batch or 2} rows of {cfg.train.seq_len} ids at a time"

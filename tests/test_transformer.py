@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.block.dropout import derive
+from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.packing import pack
-from nanochameleon.transformer import Chameleon, KVCache, QKNorm, rotary_table, rotate
+from nanochameleon.transformer import Chameleon, KVCache, QKNorm, apply_rotary_emb, rotary_table
 
 TINY = ModelConfig(vocab_size=40, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
 
@@ -199,7 +199,7 @@ def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shif
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(seed)).double()
 
     def at(x, position):
-        return rotate(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))
+        return apply_rotary_emb(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))
 
     assert torch.equal(at(q, 0), q)
     torch.testing.assert_close(at(q, i).norm(), q.norm())
@@ -211,7 +211,7 @@ def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shif
 def test_rotary_turns_neighbouring_pairs_by_powers_of_theta(position, pair):
     x = torch.zeros(1, 1, 1, 8).double()
     x[..., 2 * pair] = 1
-    turned = rotate(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))[0, 0, 0]
+    turned = apply_rotary_emb(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))[0, 0, 0]
     angle = position * 10_000 ** (-2 * pair / 8)
     expected = torch.zeros(8).double()
     expected[2 * pair], expected[2 * pair + 1] = math.cos(angle), math.sin(angle)
@@ -328,7 +328,7 @@ def test_each_branch_of_each_layer_drops_its_own():
     for layer in range(len(model.layers)):
         for branch in range(2):
             block = model.layers[layer]
-            dropped.append(block.drop(torch.ones(1, 40, 40), derive(keys, layer), branch) == 0)
+            dropped.append(block.drop(torch.ones(1, 40, 40), fold_in(keys, layer), branch) == 0)
     for i, one in enumerate(dropped):
         for other in dropped[:i]:
             assert 0.2 < (one & other).float().mean() < 0.3

@@ -26,7 +26,7 @@ from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
-from nanochameleon.weights.model_folder import Parts, Tensors
+from nanochameleon.weights.model_folder import LoadedModel, Tensors
 
 VOCAB = Vocab.toy(8, 4)
 N_CODES = 4  # an image
@@ -97,11 +97,11 @@ def released_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes)
     return model.to(dtype)
 
 
-def in_memory(model: Chameleon, vqgan: VQGAN, tokenizer: TextTokenizer = TOKENIZER) -> Parts:
+def in_memory(model: Chameleon, vqgan: VQGAN, tokenizer: TextTokenizer = TOKENIZER) -> LoadedModel:
     """As open_parts would give it."""
     weights, vq = ({k: x.detach() for k, x in net.state_dict().items()} for net in (model, vqgan))
     described = [Tensors({k: x.to("meta") for k, x in each.items()}, each.__getitem__) for each in (weights, vq)]
-    return Parts("nano", model.cfg, vqgan.cfg, to_json(tokenizer), *described)
+    return LoadedModel("nano", model.cfg, vqgan.cfg, to_json(tokenizer), *described)
 
 
 def nano_folder(folder: Path, model: Chameleon | None = None, vqgan: VQGAN | None = None, **more) -> Path:

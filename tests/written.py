@@ -5,7 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from bad_images import encoded, noise
+from image_bytes import encoded, noise
 
 from nanochameleon.data.prepare.__main__ import Args, main
 

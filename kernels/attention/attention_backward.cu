@@ -1,6 +1,6 @@
 // Attention's gradient on a GPU, bfloat16 in and out, float32 inside; shapes and documents as in attention.cu.
 //
-// With weights P = 2^(s - lse), s the scores in units of log 2, and dO the gradient of out (normed_attention.py):
+// With weights P = 2^(s - lse), s the scores in units of log 2, and dO the gradient of out (qknorm_rope_attention.py):
 //     dv = P^T dO,   dP = dO v^T,   dS = P * (dP - delta),   delta_i = dO_i . out_i,   dq = dS k / sqrt(E),
 //     dk = dS^T q / sqrt(E)
 //

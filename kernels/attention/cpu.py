@@ -35,52 +35,52 @@ from nanochameleon.kernels.attention.qknorm_rope_cpu import (
     Norm,
     Rows,
     block_floats,
-    prepare,
-    prepare_backward,
+    qknorm_rope,
+    qknorm_rope_backward,
     row_products,
 )
 from nanochameleon.kernels.cpu.exp2 import exp2_of
 from nanochameleon.kernels.cpu.launch import kernel
-from nanochameleon.kernels.cpu.matmul import ROWS, STRIP, add_product, block_add, for_each_size, products
-from nanochameleon.kernels.cpu.parallel_for import reader
+from nanochameleon.kernels.cpu.matmul import ROWS, STRIP, block_matmul_add, emit_matmul, for_each_size, matmul_add
+from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import (
     FUSE,
     ZERO,
     W,
     address,
+    blend_first,
     clear,
     constant,
     count,
     f32,
-    head,
+    hmax,
+    hsum,
     i64,
     instruction,
     lanes_below,
-    larger,
-    largest,
     load,
+    load1,
+    load1_int,
     load_at,
-    peek,
-    peek_int,
     pointer,
-    poke,
     read_row,
     splat,
     splat_of,
+    store1,
     store_at,
-    total,
     transpose,
+    vmax,
     write_row,
 )
 
 LANES = W  # a head's numbers are rounded up to this many
 QUERIES, KEYS = 64, 64  # a tile of scores is 16 KB: it and a tile of keys fit the first-level cache
-BOUND = np.float32(60.0)  # of |score| in powers of two; sums of 2^60 are far from float32's 2^127
+MAX_SCORE = np.float32(60.0)  # of |score| in powers of two; sums of 2^60 are far from float32's 2^127
 LOG2E, LN2 = np.float32(1 / math.log(2)), np.float32(math.log(2))
-LEAST = np.float32(-math.inf)
+NEG_INF = np.float32(-math.inf)
 
 
-class Job(NamedTuple):
+class KernelArgs(NamedTuple):
     """Where everything lies; gradients are 0 in the forward pass."""
 
     q: int  # (B, T, H, E), of `size` bytes a number: 4 float32, 2 bfloat16; rows of a position `q_row` numbers apart
@@ -115,10 +115,10 @@ class Job(NamedTuple):
     eps: float
 
 
-read_job = reader(Job)
+unpack_args = args_unpacker(KernelArgs)
 
 
-def scratch_floats(job: Job, backward: bool) -> int:
+def scratch_floats(job: KernelArgs, backward: bool) -> int:
     """Scratch of one task: rows of queries for each head that shares the keys, rows of keys, two tiles of each kind."""
     queries, keys = job.t * (job.heads // job.key_heads), job.t
     rows = (3 * queries + 4 * keys if backward else 2 * queries + 2 * keys) * job.width
@@ -144,7 +144,7 @@ def _weights(b, rows, n, q, width, kt, w, shift, first, most, sums):
             s = b.load(pointer(b, shift, f32, i), align=4)
             start += [splat_of(b, b.fneg(s))] * v
         one, keys = ir.Constant(i64, 1), ir.Constant(i64, KEYS)
-        scores = products(b, r, v, q, width, one, kt, keys, width, start)
+        scores = emit_matmul(b, r, v, q, width, one, kt, keys, width, start)
         for i in range(r):
             seen = b.add(first, ir.Constant(i64, i))
             seen = b.select(b.icmp_signed("<", seen, most), seen, most)
@@ -181,7 +181,7 @@ def block_ds(b, rows, n, d_out, width, vt, w, delta, ds):
             s = b.load(pointer(b, delta, f32, i), align=4)
             start += [splat_of(b, b.fneg(s))] * v
         one, keys = ir.Constant(i64, 1), ir.Constant(i64, KEYS)
-        for i, x in enumerate(products(b, r, v, d_out, width, one, vt, keys, width, start)):
+        for i, x in enumerate(emit_matmul(b, r, v, d_out, width, one, vt, keys, width, start)):
             at = KEYS * (i // v) + W * (i % v)
             store_at(b, b.fmul(load_at(b, w, at), x, flags=FUSE), ds, at)
 
@@ -227,7 +227,9 @@ def times_keys(w, nq, nk, first, x, width, y):
         while i < nq:
             rows = ROWS if i + ROWS <= nq else 1
             seen = min(first + i + rows - 1, nk)
-            block_add(rows, vectors, w + 4 * i * KEYS, KEYS, 1, x + 4 * j, width, y + 4 * (i * width + j), width, seen)
+            block_matmul_add(
+                rows, vectors, w + 4 * i * KEYS, KEYS, 1, x + 4 * j, width, y + 4 * (i * width + j), width, seen
+            )
             i += rows
 
 
@@ -241,7 +243,7 @@ def times_queries(w, nq, nk, first, x, width, y):
             rows = ROWS if c + ROWS <= nk else 1
             i = max(0, c - first + 1)  # the first query that sees key c
             if i < nq:
-                block_add(
+                block_matmul_add(
                     rows, vectors, w + 4 * (i * KEYS + c), 1, KEYS, x + 4 * (i * width + j), width,
                     y + 4 * (c * width + j), width, nq - i,
                 )  # fmt: skip
@@ -254,7 +256,7 @@ def times_queries(w, nq, nk, first, x, width, y):
 
 @njit
 def same_document(docs, i, j):
-    return docs == 0 or peek_int(docs + 8 * i) == peek_int(docs + 8 * j)
+    return docs == 0 or load1_int(docs + 8 * i) == load1_int(docs + 8 * j)
 
 
 @njit
@@ -323,7 +325,9 @@ def prepare_queries(job, b, h, q, scratch):
     table = job.table + 4 * b * job.t * job.width
     for i in range(0, job.t, W):
         n = min(W, job.t - i)
-        most = max(most, prepare(rows, i, n, job.width, table, norm, score_scale(job), q + 4 * i * job.width, scratch))
+        most = max(
+            most, qknorm_rope(rows, i, n, job.width, table, norm, score_scale(job), q + 4 * i * job.width, scratch)
+        )
     return most
 
 
@@ -333,7 +337,7 @@ def prepare_keys(job, b, g, k, v, scratch):
     values, table = rows_of(job, job.v, job.v_row, b, g), job.table + 4 * b * job.t * job.width
     for i in range(0, job.t, W):
         n = min(W, job.t - i)
-        most = max(most, prepare(rows, i, n, job.width, table, norm, ONE, k + 4 * i * job.width, scratch))
+        most = max(most, qknorm_rope(rows, i, n, job.width, table, norm, ONE, k + 4 * i * job.width, scratch))
     for i in range(job.t):
         read_row(values.p + i * values.step, job.size, job.e, v + 4 * i * job.width)
     return most
@@ -344,10 +348,10 @@ def peak_rows(scores, nq, nk, first, shift):
     """shift[i] = max(shift[i], the largest score that row i sees)."""
     for i in range(nq):
         seen = min(first + i, nk)
-        x = splat(peek(shift + 4 * i))
+        x = splat(load1(shift + 4 * i))
         for j in range(0, seen, W):
-            x = larger(head(load(scores + 4 * (i * KEYS + j)), seen - j, x), x)
-        poke(shift + 4 * i, largest(x))
+            x = vmax(blend_first(load(scores + 4 * (i * KEYS + j)), seen - j, x), x)
+        store1(shift + 4 * i, hmax(x))
 
 
 @njit
@@ -355,20 +359,20 @@ def find_shifts(job, docs, q, k, kt, scores, shift):
     """For each query of each head the largest score that it sees, by a product of its own."""
     t, width = job.t, job.width
     for i in range(t * (job.heads // job.key_heads)):
-        poke(shift + 4 * i, LEAST)
+        store1(shift + 4 * i, NEG_INF)
     for i, nq, j, nk, first in tiles(docs, t):
         pack_keys(k + 4 * j * width, nk, width, kt)
         for s in range(job.heads // job.key_heads):
             clear(scores, QUERIES * KEYS)
             rows = s * t + i
-            add_product(nq, (nk + W - 1) // W * W, q + 4 * rows * width, width, 1, kt, KEYS, scores, KEYS, width)
+            matmul_add(nq, (nk + W - 1) // W * W, q + 4 * rows * width, width, 1, kt, KEYS, scores, KEYS, width)
             peak_rows(scores, nq, nk, first, shift + 4 * rows)
 
 
 @kernel
 def forward(job, part, first_task, last_task, scratch):
     """out and lse of tasks [first_task, last_task), each a batch row and a key head."""
-    job = read_job(job)
+    job = unpack_args(job)
     t, width, shared = job.t, job.width, job.heads // job.key_heads
     q = scratch
     out = q + 4 * shared * t * width
@@ -387,9 +391,9 @@ def forward(job, part, first_task, last_task, scratch):
             longest_q = max(longest_q, prepare_queries(job, b, g * shared + s, q + 4 * s * t * width, block))
         clear(out, shared * t * width)
         clear(sums, shared * t * W)
-        if longest_k * longest_q < BOUND * BOUND:
+        if longest_k * longest_q < MAX_SCORE * MAX_SCORE:
             for i in range(shared * t):
-                poke(shift + 4 * i, ZERO)
+                store1(shift + 4 * i, ZERO)
         else:
             find_shifts(job, docs, q, k, kt, w, shift)
         packed = -1
@@ -405,8 +409,10 @@ def forward(job, part, first_task, last_task, scratch):
             h = g * shared + s
             for i in range(t):
                 row = s * t + i
-                weight = total(load(sums + 4 * row * W))
-                poke(job.lse + 4 * ((b * job.heads + h) * t + i), peek(shift + 4 * row) + np.float32(math.log2(weight)))
+                weight = hsum(load(sums + 4 * row * W))
+                store1(
+                    job.lse + 4 * ((b * job.heads + h) * t + i), load1(shift + 4 * row) + np.float32(math.log2(weight))
+                )
                 target = job.out + job.size * (((b * t + i) * job.heads + h) * job.e)
                 write_row(target, job.size, job.e, out + 4 * row * width, ONE / weight)
 
@@ -414,7 +420,7 @@ def forward(job, part, first_task, last_task, scratch):
 @kernel
 def backward(job, part, first_task, last_task, scratch):
     """dq, dk, dv and each head's share of the norms' gradients (which start as zeros)."""
-    job = read_job(job)
+    job = unpack_args(job)
     t, width, shared = job.t, job.width, job.heads // job.key_heads
     q = scratch
     d_out = q + 4 * shared * t * width
@@ -474,14 +480,14 @@ def finish_backward(job, b, g, dq, dk, dv, scratch):
     table, keys = job.table + 4 * b * t * width, rows_of(job, job.k, job.k_row, b, g)
     norm, target = key_norm(job, b, g), rows_of(job, job.dk, job.d_row, b, g)
     for i in range(0, t, W):
-        prepare_backward(dk + 4 * i * width, keys, i, min(W, t - i), width, table, norm, LN2, target, scratch)
+        qknorm_rope_backward(dk + 4 * i * width, keys, i, min(W, t - i), width, table, norm, LN2, target, scratch)
     for s in range(shared):
         h = g * shared + s
         rows, target = rows_of(job, job.q, job.q_row, b, h), rows_of(job, job.dq, job.d_row, b, h)
         norm = query_norm(job, b, h)
         for i in range(0, t, W):
             dy, n = dq + 4 * (s * t + i) * width, min(W, t - i)
-            prepare_backward(dy, rows, i, n, width, table, norm, score_scale(job) * LN2, target, scratch)
+            qknorm_rope_backward(dy, rows, i, n, width, table, norm, score_scale(job) * LN2, target, scratch)
     target = rows_of(job, job.dv, job.d_row, b, g)
     for i in range(t):
         write_row(target.p + i * target.step, job.size, job.e, dv + 4 * i * width, ONE)

@@ -1,7 +1,7 @@
 """Norm, turn and attention on a GPU as ops that torch knows: norm_rotary.cu, attention.cu and attention_backward.cu.
 
 The order is always: one pass for norm and turn of q, one of k, then attention, which is ours or torch's. Formulas and
-shapes are those of normed_attention.py. All take bfloat16; what they need of float32 is made here.
+shapes are those of qknorm_rope_attention.py. All take bfloat16; what they need of float32 is made here.
 """
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from nanochameleon.kernels.attention.reference import attention, expect_heads, visible
 from nanochameleon.kernels.gpu import launch as gpu
-from nanochameleon.kernels.ops import FLOATS, expect
+from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 
-def normed_attention_cuda(
+def qknorm_rope_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, turns: Tensor, doc_ids: Tensor | None, q_weight: Tensor | None,
     q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, own: bool,
 ) -> Tensor:  # fmt: skip
@@ -43,8 +43,8 @@ def bounds(doc_ids: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
 def _expect_rotary(x: Tensor, turns: Tensor, weight: Tensor | None, bias: Tensor | None, **others: Tensor) -> None:
     """Raises ValueError unless x and others are (B, T, H, E) bfloat16, turns (B, T, E), weight and bias (H, E)."""
     expect("norm_rotary", x, x.shape, (torch.bfloat16,), x=x, **others)
-    expect("norm_rotary", x, (*x.shape[:2], x.shape[3]), FLOATS, turns=turns)
-    expect("norm_rotary", x, x.shape[2:], FLOATS, weight=weight, bias=bias)
+    expect("norm_rotary", x, (*x.shape[:2], x.shape[3]), FLOAT_DTYPES, turns=turns)
+    expect("norm_rotary", x, x.shape[2:], FLOAT_DTYPES, weight=weight, bias=bias)
 
 
 @torch.library.custom_op("nanochameleon::norm_rotary", mutates_args=())

@@ -1,7 +1,7 @@
 """Attention of new ids to a cache, as in a decode step: norm and turn of queries and keys, keys and values into the
 cache, attention to all places up to each id's own.
 
-It writes into the cache, hence its name's last letter; no gradient. The formulas are normed_attention.py's.
+It writes into the cache, hence its name's last letter; no gradient. The formulas are qknorm_rope_attention.py's.
 
 Shapes: N rows of a batch, T new ids each (one, or few), H heads, G key heads, S places of the cache, `span` of them
 in sight. heads (N, T, H + 2 G, E): queries, keys, values, as the projections leave them; turns (N, T, E/2) complex;
@@ -16,7 +16,7 @@ from torch import Tensor
 from nanochameleon.kernels.attention.reference import expect_heads
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.gpu import launch as gpu
-from nanochameleon.kernels.ops import FLOATS, expect
+from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 
 def decode_attention_(
@@ -32,7 +32,7 @@ def decode_attention_(
     return op(heads, pairs, *(norm or (None, None)), eps, keys, values, positions, span)
 
 
-def turned(x: Tensor, turns: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
+def qknorm_rope(x: Tensor, turns: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
     """QK-norm and rotary positions of queries and keys (N, T, H + G, E) at once, in float32 or wider."""
     wide = x if x.dtype == torch.float64 else x.float()
     if norm is not None:
@@ -50,7 +50,7 @@ def decode_attention_reference_(
     (n, t, every, e), groups, span = heads.shape, keys.shape[1], bias.shape[-1]
     each = (every - 2 * groups) // groups
     qk, v = heads.split([every - groups, groups], 2)
-    q, k = turned(qk, turns, norm, eps).split([every - 2 * groups, groups], 2)
+    q, k = qknorm_rope(qk, turns, norm, eps).split([every - 2 * groups, groups], 2)
     rows = torch.arange(n, device=heads.device)[:, None]
     keys[rows, :, positions], values[rows, :, positions] = k.to(keys.dtype), v.to(values.dtype)
     q = q.reshape(n, t, groups, each, e).transpose(1, 2).reshape(n, groups, t * each, e)
@@ -69,8 +69,8 @@ def _decode_attention(
     (n, t, every, e), (groups, places), name = heads.shape, keys.shape[1:3], "decode_attention"
     expect(name, heads, heads.shape, (torch.bfloat16,), heads=heads)
     expect(name, heads, (n, groups, places, e), (torch.bfloat16,), keys=keys, values=values)
-    expect(name, heads, (n, t, e), FLOATS, turns=turns)
-    expect(name, heads, (every - groups, e), FLOATS, weight=weight, bias=bias)
+    expect(name, heads, (n, t, e), FLOAT_DTYPES, turns=turns)
+    expect(name, heads, (every - groups, e), FLOAT_DTYPES, weight=weight, bias=bias)
     expect(name, heads, (n, t), (torch.int64,), positions=positions)
     if span > places or not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError(f"a cache that is written into must be contiguous, and hold the {span} places in sight")

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.attention.cuda import normed_attention_cuda
+from nanochameleon.kernels.attention.cuda import qknorm_rope_attention_cuda
 from nanochameleon.kernels.attention.reference import attention, expect_heads, visible
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import COMPILED, FLOATS, INDICES, differentiable, expect
+from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, KERNEL_DTYPES, expect, register_op
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
 
@@ -43,7 +43,7 @@ def per_head(norm: Norm | None, heads: int) -> tuple[Tensor | None, Tensor | Non
     return weight, bias
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, table: Tensor) -> Tensor:
     """Turns neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E), Llama's and Meta's order of pairs.
 
     A pair is a complex number, so turning it is one product.
@@ -63,34 +63,34 @@ def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias).type_as(x)
 
 
-def normed_attention_reference(
+def qknorm_rope_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, doc_ids: Tensor | None, q_norm: Norm | None, k_norm: Norm | None,
     eps: float,
 ) -> Tensor:  # fmt: skip
     """One step after the other, in torch's own operations."""
     q, k = (layer_norm(x, norm, eps).transpose(1, 2) for x, norm in ((q, q_norm), (k, k_norm)))
     mask = None if doc_ids is None else visible(doc_ids, doc_ids)
-    return attention(rotate(q, table), rotate(k, table), v.transpose(1, 2), mask).transpose(1, 2)
+    return attention(apply_rotary_emb(q, table), apply_rotary_emb(k, table), v.transpose(1, 2), mask).transpose(1, 2)
 
 
-def normed_attention(
+def qknorm_rope_attention(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, doc_ids: Tensor | None, q_norm: Norm | None, k_norm: Norm | None,
     eps: float,
 ) -> Tensor:  # fmt: skip
     """(B, T, H, E), the type of q; by the implementation that `dispatch.choose` names. Raises ValueError for shapes
     that do not fit."""
-    name = choose("normed_attention", q)
+    name = choose("qknorm_rope_attention", q)
     if name == "reference" or not q.numel():
-        return normed_attention_reference(q, k, v, table, doc_ids, q_norm, k_norm, eps)
-    expect_heads("normed_attention", q, k, heads=2)
+        return qknorm_rope_attention_reference(q, k, v, table, doc_ids, q_norm, k_norm, eps)
+    expect_heads("qknorm_rope_attention", q, k, heads=2)
     if table.dim() != 4 or table.shape[1] != 1 or not table.is_complex():
         shape = f"{tuple(table.shape)}, {table.dtype}"
-        raise ValueError(f"normed_attention: the table must be (B, 1, T, E/2), complex; it is {shape}")
+        raise ValueError(f"qknorm_rope_attention: the table must be (B, 1, T, E/2), complex; it is {shape}")
     turns = torch.view_as_real(table[:, 0].resolve_conj()).flatten(-2)
     norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
     if name in ("cuda", "vendor"):
-        return normed_attention_cuda(q, k, v, turns, doc_ids, *norms, eps, own=name == "cuda")
-    return normed_attention_op(q, k, v, turns, doc_ids, *norms, eps, name == "amx")[0]
+        return qknorm_rope_attention_cuda(q, k, v, turns, doc_ids, *norms, eps, own=name == "cuda")
+    return qknorm_rope_attention_op(q, k, v, turns, doc_ids, *norms, eps, name == "amx")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,13 +112,13 @@ def _row(x: Tensor) -> int:
 
 def _job(tensors: dict[str, Tensor | None], q: Tensor, k: Tensor, v: Tensor, eps: float, lanes: int):
     """The tensors' addresses and the sizes, as the compiled kernels take them."""
-    from nanochameleon.kernels.attention.cpu import Job
+    from nanochameleon.kernels.attention.cpu import KernelArgs
 
     t, heads, e = q.shape[1:]
     sizes = dict(t=t, heads=heads, key_heads=k.shape[2], e=e, width=-(-e // lanes) * lanes, size=q.element_size())
     rows = dict(q_row=_row(q), k_row=_row(k), v_row=_row(v), d_row=(heads + 2 * k.shape[2]) * e)
     where = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
-    return Job(**(dict.fromkeys(Job._fields, 0) | where | sizes | rows | {"eps": eps}))
+    return KernelArgs(**(dict.fromkeys(KernelArgs._fields, 0) | where | sizes | rows | {"eps": eps}))
 
 
 def _run(name: str, tensors: dict[str, Tensor | None], eps: float, tiles: bool) -> None:
@@ -140,14 +140,14 @@ def _in_rows(x: Tensor) -> Tensor:
 
 def _expect(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles: bool) -> None:
     """Raises ValueError where the inputs do not fit one another."""
-    expect_heads("normed_attention", q, k, heads=2)
-    name, (b, t, h, e), g = "normed_attention", q.shape, k.shape[2]
-    expect(name, q, q.shape, (torch.bfloat16,) if tiles else COMPILED, q=q)
-    expect(name, q, (b, t, g, e), FLOATS, k=k, v=v)
-    expect(name, q, (b, t, e), FLOATS, table=turns)
-    expect(name, q, (b, t), INDICES, doc_ids=doc_ids)
-    expect(name, q, (h, e), FLOATS, q_weight=q_weight, q_bias=q_bias)
-    expect(name, q, (g, e), FLOATS, k_weight=k_weight, k_bias=k_bias)
+    expect_heads("qknorm_rope_attention", q, k, heads=2)
+    name, (b, t, h, e), g = "qknorm_rope_attention", q.shape, k.shape[2]
+    expect(name, q, q.shape, (torch.bfloat16,) if tiles else KERNEL_DTYPES, q=q)
+    expect(name, q, (b, t, g, e), FLOAT_DTYPES, k=k, v=v)
+    expect(name, q, (b, t, e), FLOAT_DTYPES, table=turns)
+    expect(name, q, (b, t), INDEX_DTYPES, doc_ids=doc_ids)
+    expect(name, q, (h, e), FLOAT_DTYPES, q_weight=q_weight, q_bias=q_bias)
+    expect(name, q, (g, e), FLOAT_DTYPES, k_weight=k_weight, k_bias=k_bias)
 
 
 def _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles: bool) -> dict[str, Tensor | None]:
@@ -187,14 +187,14 @@ def _backward(
     """The gradients of q, k, v side by side, (B, T, H + 2 G, E), and of the norms, (H, E) and (G, E); without norms
     those are of length 0."""
     inputs = _inputs(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, tiles)
-    expect("normed_attention", q, q.shape, FLOATS, d_out=d_out, out=out)
+    expect("qknorm_rope_attention", q, q.shape, FLOAT_DTYPES, d_out=d_out, out=out)
     (b, t, h, e), g, width = q.shape, k.shape[2], inputs["table"].shape[-1]
     both = q.new_empty(b, t, h + 2 * g, e)
     big = dict(zip(("dq", "dk", "dv"), both.split([h, g, g], 2), strict=True))
     heads = {"d_q_weight": h, "d_q_bias": h, "d_k_weight": g, "d_k_bias": g}
     parts = {name: torch.zeros(b, n, width, dtype=torch.float32, device=q.device) for name, n in heads.items()}
     saved = {"d_out": d_out.to(q.dtype).contiguous(), "out": out.to(q.dtype).contiguous(), "lse": lse}
-    expect("normed_attention", q, (b, h, t), (torch.float32,), lse=lse)
+    expect("qknorm_rope_attention", q, (b, h, t), (torch.float32,), lse=lse)
     _run("backward", inputs | big | parts | saved, eps, tiles)
     given = zip((q_weight, q_bias, k_weight, k_bias), parts.values(), strict=True)
     norms = [x.new_empty(0) if weight is None else x.sum(0)[:, :e].contiguous() for weight, x in given]
@@ -216,15 +216,15 @@ def _gradients(backward, ctx, d_out, _):
     return dq, dk.to(ctx.types[1]), dv.to(ctx.types[2]), None, None, *norms, None, None
 
 
-normed_attention_op = differentiable("normed_attention", _forward, _backward, _save, _gradients)
+qknorm_rope_attention_op = register_op("qknorm_rope_attention", _forward, _backward, _save, _gradients)
 
 
-@torch.library.register_fake("nanochameleon::normed_attention")
+@torch.library.register_fake("nanochameleon::qknorm_rope_attention")
 def _(q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, tiles):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("nanochameleon::normed_attention_backward")
+@torch.library.register_fake("nanochameleon::qknorm_rope_attention_backward")
 def _(d_out, out, lse, q, k, v, turns, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, tiles):
     given = q_weight, q_bias, k_weight, k_bias
     norms = [q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in given]

@@ -16,19 +16,19 @@ from numba.extending import register_jitable
 from nanochameleon.kernels.cpu.simd import (
     ZERO,
     W,
-    divide,
-    head,
-    largest,
+    blend_first,
+    hmax,
     load,
+    load1,
     njit,
-    peek,
     read_row,
-    root,
+    rope,
+    rope_backward,
     row_sums,
     splat,
     store,
-    turn,
-    turn_back,
+    vdiv,
+    vsqrt,
     write_row,
 )
 
@@ -88,13 +88,13 @@ def centre(x, n, e, width, square):
         store(square + 4 * W * r, s)
     store(numbers, mean_of_rows(square, e))
     for r in range(n):
-        mean, s = splat(peek(numbers + 4 * r)), splat(ZERO)
+        mean, s = splat(load1(numbers + 4 * r)), splat(ZERO)
         for i in range(0, whole, W):
             y = load(x + 4 * (r * width + i)) - mean
             store(x + 4 * (r * width + i), y)
             s += y * y
         if whole < e:
-            y = head(load(x + 4 * (r * width + whole)) - mean, e - whole, splat(ZERO))
+            y = blend_first(load(x + 4 * (r * width + whole)) - mean, e - whole, splat(ZERO))
             store(x + 4 * (r * width + whole), y)
             s += y * y
         store(square + 4 * W * r, s)
@@ -103,11 +103,11 @@ def centre(x, n, e, width, square):
 
 @njit
 def inverse_deviation(variance, eps):
-    return divide(splat(ONE), root(variance + splat(eps)))
+    return vdiv(splat(ONE), vsqrt(variance + splat(eps)))
 
 
 @njit
-def prepare(rows, first, n, width, table, norm, factor, x, scratch):
+def qknorm_rope(rows, first, n, width, table, norm, factor, x, scratch):
     """n rows of queries or keys from position `first` on -> x (n, width), normed, turned, times factor. Returns the
     largest square of a length."""
     square, factors = scratch, scratch + 4 * (W * W + W)
@@ -121,12 +121,12 @@ def prepare(rows, first, n, width, table, norm, factor, x, scratch):
             at = 4 * (r * width + i)
             y = load(x + at)
             if norm.weight != 0:
-                y = y * splat(peek(factors + 4 * r)) * load(norm.weight + 4 * i) + load(norm.bias + 4 * i)
-            y = turn(y, load(table + 4 * first * width + at)) * splat(factor)
+                y = y * splat(load1(factors + 4 * r)) * load(norm.weight + 4 * i) + load(norm.bias + 4 * i)
+            y = rope(y, load(table + 4 * first * width + at)) * splat(factor)
             store(x + at, y)
             s += y * y
         store(square + 4 * W * r, s)
-    return largest(head(row_sums(square), n, splat(ZERO)))
+    return hmax(blend_first(row_sums(square), n, splat(ZERO)))
 
 
 @njit
@@ -143,7 +143,7 @@ def norm_backward(rows, first, n, width, norm, dy, scratch):
         read(rows, first + r, width, z + 4 * r * width)
     store(factors, inverse_deviation(centre(z, n, rows.e, width, square), norm.eps))
     for r in range(n):
-        s, s_z, factor = splat(ZERO), splat(ZERO), splat(peek(factors + 4 * r))
+        s, s_z, factor = splat(ZERO), splat(ZERO), splat(load1(factors + 4 * r))
         for i in range(0, width, W):
             at = 4 * (r * width + i)
             y = load(z + at) * factor
@@ -162,17 +162,17 @@ def norm_backward(rows, first, n, width, norm, dy, scratch):
             g, y = load(dy + at), load(z + at)
             d_weight += g * y
             d_bias += g
-            u = g * weight - splat(peek(means + 4 * r)) - y * splat(peek(products + 4 * r))
-            store(dy + at, u * splat(peek(factors + 4 * r)))
+            u = g * weight - splat(load1(means + 4 * r)) - y * splat(load1(products + 4 * r))
+            store(dy + at, u * splat(load1(factors + 4 * r)))
         store(norm.d_weight + 4 * i, d_weight)
         store(norm.d_bias + 4 * i, d_bias)
 
 
 @njit
-def prepare_backward(dy, rows, first, n, width, table, norm, factor, target, scratch):
+def qknorm_rope_backward(dy, rows, first, n, width, table, norm, factor, target, scratch):
     """The gradient dy (n, width) of prepared rows -> of the rows themselves, written to the rows of `target`."""
     for at in range(0, 4 * n * width, 4 * W):
-        store(dy + at, turn_back(load(dy + at), load(table + 4 * first * width + at)) * splat(factor))
+        store(dy + at, rope_backward(load(dy + at), load(table + 4 * first * width + at)) * splat(factor))
     if norm.weight != 0:
         norm_backward(rows, first, n, width, norm, dy, scratch)
     for r in range(n):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.ops import FLOATS, expect
+from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 
 def visible(query_docs: Tensor, key_docs: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """(B, H, T, D). `mask` is bool (B, T, S), True where a key is seen; None is causal, or for T = 1 everything. Raises
     ValueError for shapes that do not fit: torch's own attention reads what lies behind a v that is shorter than k."""
     expect_heads("attention", q, k, heads=1)
-    expect("attention", q, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), FLOATS, k=k, v=v)
+    expect("attention", q, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), FLOAT_DTYPES, k=k, v=v)
     expect("attention", q, (q.shape[0], q.shape[2], k.shape[2]), (torch.bool,), mask=mask)
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]

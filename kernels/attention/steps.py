@@ -1,6 +1,6 @@
 """The first versions: attention's forward pass and the loss as plain loops in Numba, to read before the fast ones.
 
-step                                                     what it buys (docs/results.md has figures of 1 and 5)
+step                                                     what it buys (docs/results/kernels.md has figures of 1 and 5)
 1. these loops                                           no intermediate arrays: each number is read when needed
 2. exp as a polynomial, four sums at once (zloss_numba)  LLVM calls a scalar exp; a sum of one waits for itself
 3. registers as values (simd.py)                         16 numbers an instruction, whatever the loop looks like

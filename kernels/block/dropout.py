@@ -25,7 +25,7 @@ def _mix(x: Tensor) -> Tensor:
     return x
 
 
-def keep(shape: torch.Size, keys: Tensor, p: float) -> Tensor:
+def keep_mask(shape: torch.Size, keys: Tensor, p: float) -> Tensor:
     """(B, ...) bool, True with probability 1 - p. keys (B,) int64: two of them are as good as independent draws."""
     places = torch.arange(shape[1:].numel(), dtype=torch.int32, device=keys.device)
     low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)  # the lower and the upper 32 bits
@@ -36,7 +36,7 @@ def keep(shape: torch.Size, keys: Tensor, p: float) -> Tensor:
 def dropout(x: Tensor, keys: Tensor, p: float) -> Tensor:
     """x (B, ...), keys (B,) int64, one for each row: ValueError for others."""
     expect("dropout", x, x.shape[:1], (torch.int64,), keys=keys)
-    return torch.where(keep(x.shape, keys, p), x / (1 - p), 0.0)
+    return torch.where(keep_mask(x.shape, keys, p), x / (1 - p), 0.0)
 
 
 def _signed(x: int) -> int:
@@ -44,7 +44,7 @@ def _signed(x: int) -> int:
     return (x & (2**64 - 1)) - (x >> 63 & 1) * 2**64
 
 
-def derive(keys: Tensor, number: int) -> Tensor:
+def fold_in(keys: Tensor, number: int) -> Tensor:
     """Other keys (B,) for the same rows: those of the layer, or of the branch, of this number (splitmix64)."""
     x = keys + _signed((number + 1) * 0x9E3779B97F4A7C15)
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import decide
-from nanochameleon.kernels.ops import expect, ordinary, product_type
+from nanochameleon.kernels.ops import expect, is_plain_tensor, matmul_dtype
 
-LEAST = 64  # rows, inputs and outputs; below, tiles' margins and the launches cost more than they save
+MIN_SIZE = 64  # rows, inputs and outputs; below, tiles' margins and the launches cost more than they save
 
 
 def linear_reference(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -30,7 +30,7 @@ def linear_reference(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]
 def linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """By the implementation that `dispatch.decide` names for products of their type; torch.compile sees the plain
     ones, which also refuse what does not fit."""
-    kind = product_type(x)
+    kind = matmul_dtype(x)
     name = decide("linear", x.device, kind)[0]
     if name == "reference" or torch.compiler.is_compiling() or not _join(x, weights, kind):
         return linear_reference(x, weights)
@@ -40,11 +40,11 @@ def linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _join(x: Tensor, weights: Sequence[Tensor], kind: torch.dtype) -> bool:
     """Whether torch would multiply x by each of the weights, as matrices: copied side by side, any would pass."""
     width = x.shape[-1:]
-    alike = (w.dim() == 2 and w.shape[1:] == width and product_type(w) == kind and w.is_cpu for w in weights)
+    alike = (w.dim() == 2 and w.shape[1:] == width and matmul_dtype(w) == kind and w.is_cpu for w in weights)
     return len(weights) > 0 and all(alike)
 
 
-def beside(parts: Sequence[Tensor]) -> Tensor:
+def concat_view(parts: Sequence[Tensor]) -> Tensor:
     """(N, F_i) each -> (N, sum F_i): a view where they already lie so in one tensor, else a copy."""
     first, width = parts[0], sum(part.shape[1] for part in parts)
     place, storage = first.storage_offset(), first.untyped_storage().data_ptr()
@@ -71,12 +71,12 @@ class _Joined(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, joined = ctx.saved_tensors
-        g = beside([part.reshape(-1, part.shape[-1]) for part in gradients])
+        g = concat_view([part.reshape(-1, part.shape[-1]) for part in gradients])
         dx = (g @ joined).view(x.shape).to(ctx.kind) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[3:]):
             return dx, None, None, *(None for _ in ctx.widths)
         x = x.reshape(-1, x.shape[-1])
-        weight = weight_gradient(g, x) if ctx.tiles and pays(g, x) else (g.T @ x).float()
+        weight = weight_gradient(g, x) if ctx.tiles and worth_amx(g, x) else (g.T @ x).float()
         return dx, None, None, *weight.split(ctx.widths)
 
 
@@ -84,14 +84,14 @@ class _Joined(torch.autograd.Function):
 # The weights' gradient on tiles
 
 
-def pays(g: Tensor, x: Tensor) -> bool:
+def worth_amx(g: Tensor, x: Tensor) -> bool:
     """Whether it is worth two launches and bringing both operands into blocks."""
-    return min(*g.shape, x.shape[1]) >= LEAST
+    return min(*g.shape, x.shape[1]) >= MIN_SIZE
 
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g (T, out), x (T, in) bfloat16, numbers of a row side by side -> g^T x (out, in) float32, not rounded between.
-    Machines that have no tiles must not call it (dispatch.why_not_amx)."""
+    Machines that have no tiles must not call it (dispatch.why_amx_unavailable)."""
     from nanochameleon.kernels.cpu import launch
     from nanochameleon.kernels.cpu.amx import weight_gradient as compiled
 
@@ -101,12 +101,12 @@ def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     rows, outputs, columns = (-(-n // compiled.BLOCK) for n in (t, n_out, n_in))
     if not rows * outputs * columns:
         return torch.zeros(n_out, n_in, dtype=torch.float32, device="cpu")
-    g, x = (y if y.stride(1) == 1 and ordinary(y) else y.resolve_neg().contiguous() for y in (g, x))
+    g, x = (y if y.stride(1) == 1 and is_plain_tensor(y) else y.resolve_neg().contiguous() for y in (g, x))
     pairs = torch.empty(columns, rows, compiled.BLOCK**2, dtype=torch.bfloat16, device="cpu")
     c = torch.empty(outputs * compiled.BLOCK, columns * compiled.BLOCK, dtype=torch.float32, device="cpu")
     where = {"g": g.data_ptr(), "x": x.data_ptr(), "pairs": pairs.data_ptr(), "c": c.data_ptr()}
     sizes = {"t": t, "n_out": n_out, "n_in": n_in, "g_row": 2 * g.stride(0), "x_row": 2 * x.stride(0)}
-    job, threads = compiled.Job(**where, **sizes), torch.get_num_threads()
+    job, threads = compiled.KernelArgs(**where, **sizes), torch.get_num_threads()
     launch.run(compiled.pack, job, rows, compiled.SCRATCH)
     launch.run(compiled.multiply, job, outputs, compiled.SCRATCH, -(-outputs // (compiled.PANELS * threads)) * threads)
     return c[:n_out, :n_in]

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import COMPILED, FLOATS, differentiable, expect, product_type
+from nanochameleon.kernels.ops import FLOAT_DTYPES, KERNEL_DTYPES, expect, matmul_dtype, register_op
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps).to(product_type(x))
+    return F.rms_norm(x, weight.shape, weight, eps).to(matmul_dtype(x))
 
 
 def add_norm_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -37,21 +37,21 @@ def _plain(x: Tensor, branch: Tensor, weight: Tensor) -> bool:
     """Whether the inputs are as the compiled ops take them."""
     if x.dtype != branch.dtype and (x.dtype, branch.dtype) != (torch.float32, torch.bfloat16):
         return False
-    vector = weight.dim() == 1 and weight.shape == x.shape[-1:] and weight.dtype in FLOATS and x.numel() > 0
+    vector = weight.dim() == 1 and weight.shape == x.shape[-1:] and weight.dtype in FLOAT_DTYPES and x.numel() > 0
     return vector and x.shape == branch.shape and x.device == branch.device == weight.device
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """By the implementation that `dispatch.choose` names, as the two below."""
-    kind = product_type(x)
-    if choose("rms_norm", x) == "reference" or kind not in COMPILED or not _plain(x, x, weight):
+    kind = matmul_dtype(x)
+    if choose("rms_norm", x) == "reference" or kind not in KERNEL_DTYPES or not _plain(x, x, weight):
         return rms_norm_reference(x, weight, eps)
     return rms_norm_op(x, weight, eps, kind == torch.bfloat16)
 
 
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    kind = product_type(x)
-    if choose("rms_norm", x) == "reference" or kind not in COMPILED or not _plain(x, branch, weight):
+    kind = matmul_dtype(x)
+    if choose("rms_norm", x) == "reference" or kind not in KERNEL_DTYPES or not _plain(x, branch, weight):
         return add_norm_reference(x, branch, weight, eps)
     return add_norm_op(x, branch, weight, eps, kind == torch.bfloat16)
 
@@ -72,15 +72,17 @@ def _run(name: str, weight: Tensor, eps: float, parts: int | None = None, **tens
     from nanochameleon.kernels.cpu import launch
 
     x, d = tensors["x"], len(weight)
-    expect("rms_norm", x, x.shape, COMPILED, **tensors)
-    expect("rms_norm", x, x.shape[-1:], FLOATS, weight=weight)
+    expect("rms_norm", x, x.shape, KERNEL_DTYPES, **tensors)
+    expect("rms_norm", x, x.shape[-1:], FLOAT_DTYPES, weight=weight)
     width = -(-d // compiled.W) * compiled.W
     tensors["weight"] = weight.float().contiguous() if d == width else F.pad(weight.float(), (0, width - d))
     tensors["d_weight"] = torch.zeros(parts, width, dtype=torch.float32, device="cpu") if parts else None
     where = {key: 0 if x is None else x.data_ptr() for key, x in tensors.items()}
     kinds = {"size": ("x", "dx"), "branch_size": ("branch", "d_branch"), "y_size": ("y", "dy")}
     sizes = {key: next((tensors[n].element_size() for n in names if n in tensors), 0) for key, names in kinds.items()}
-    job = compiled.Job(**(dict.fromkeys(compiled.Job._fields, 0) | where | sizes | dict(d=d, width=width, eps=eps)))
+    job = compiled.KernelArgs(
+        **(dict.fromkeys(compiled.KernelArgs._fields, 0) | where | sizes | dict(d=d, width=width, eps=eps))
+    )
     launch.run(getattr(compiled, name), job, x.shape[:-1].numel(), 3 * width, parts)
     return tensors["d_weight"].sum(0)[:d].to(weight.dtype) if parts else None
 
@@ -155,9 +157,9 @@ def _norm_add_gradients(backward, ctx, ds):
     return ds, *backward(ds, *ctx.saved_tensors, ctx.eps), None
 
 
-rms_norm_op = differentiable("rms_norm", _norm, _norm_backward, _save_norm, _norm_gradients)
-add_norm_op = differentiable("add_norm", _add_norm, _add_norm_backward, _save_add_norm, _add_norm_gradients)
-norm_add_op = differentiable("norm_add", _norm_add, _norm_add_backward, _save_norm_add, _norm_add_gradients)
+rms_norm_op = register_op("rms_norm", _norm, _norm_backward, _save_norm, _norm_gradients)
+add_norm_op = register_op("add_norm", _add_norm, _add_norm_backward, _save_add_norm, _add_norm_gradients)
+norm_add_op = register_op("norm_add", _norm_add, _norm_add_backward, _save_norm_add, _norm_add_gradients)
 
 
 @torch.library.register_fake("nanochameleon::rms_norm")

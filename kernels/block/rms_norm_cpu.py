@@ -13,24 +13,24 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochameleon.kernels.cpu.launch import kernel
-from nanochameleon.kernels.cpu.parallel_for import reader
+from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import (
     AHEAD,
     ZERO,
     W,
     clear,
-    fetch,
+    hsum,
     load,
     njit,
+    prefetch,
     read_row,
     splat,
     store,
-    total,
     write_row,
 )
 
 
-class Job(NamedTuple):
+class KernelArgs(NamedTuple):
     x: int  # (N, D), of `size` bytes a number: 4 float32, 2 bfloat16
     branch: int  # (N, D), of `branch_size`, or 0
     weight: int  # (width,) float32
@@ -49,7 +49,7 @@ class Job(NamedTuple):
     eps: float
 
 
-read_job = reader(Job)
+unpack_args = args_unpacker(KernelArgs)
 ONE = np.float32(1)
 
 
@@ -64,7 +64,7 @@ def inverse_rms(row, job):
     if pair < job.width:
         x = load(row + 4 * pair)
         a += x * x
-    return ONE / math.sqrt(total(a + b) / np.float32(job.d) + job.eps)
+    return ONE / math.sqrt(hsum(a + b) / np.float32(job.d) + job.eps)
 
 
 @njit
@@ -86,7 +86,7 @@ def norm_backward(row, g, job, d_weight):
         u = y * load(job.weight + 4 * i)
         store(g + 4 * i, u)
         s += u * x
-    mean = splat(total(s) / np.float32(job.d) * inverse * inverse)
+    mean = splat(hsum(s) / np.float32(job.d) * inverse * inverse)
     for i in range(0, job.width, W):
         store(g + 4 * i, (load(g + 4 * i) - load(row + 4 * i) * mean) * r)
 
@@ -95,7 +95,7 @@ def norm_backward(row, g, job, d_weight):
 def ahead(p, size, job):
     """Asks for what follows a row at p."""
     for i in range(AHEAD, AHEAD + size * job.d, 64):
-        fetch(p + i)
+        prefetch(p + i)
 
 
 @njit
@@ -121,7 +121,7 @@ def add_row(p, size, n, job, row, extra):
 @kernel
 def add_norm(job, part, first, last, row):
     """s = x + branch, y = norm(s); without a branch y = norm(x)."""
-    job = read_job(job)
+    job = unpack_args(job)
     extra = row + 4 * job.width
     for n in range(first * job.d, last * job.d, job.d):
         read(job.x, job.size, n, job, row)
@@ -135,7 +135,7 @@ def add_norm(job, part, first, last, row):
 @kernel
 def add_norm_backward(job, part, first, last, row):
     """x is what was normed. dx = ds + the norm's gradient, or that alone where ds is 0; d_branch the same, unless 0."""
-    job = read_job(job)
+    job = unpack_args(job)
     d_weight, g, extra = job.d_weight + 4 * part * job.width, row + 4 * job.width, row + 8 * job.width
     clear(d_weight, job.width)
     for n in range(first * job.d, last * job.d, job.d):
@@ -152,7 +152,7 @@ def add_norm_backward(job, part, first, last, row):
 @kernel
 def norm_add(job, part, first, last, row):
     """s = x + norm(branch). Its gradient is the norm's alone: `add_norm_backward` without ds."""
-    job = read_job(job)
+    job = unpack_args(job)
     extra = row + 4 * job.width
     for n in range(first * job.d, last * job.d, job.d):
         read(job.branch, job.branch_size, n, job, row)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import COMPILED, differentiable, expect
+from nanochameleon.kernels.ops import KERNEL_DTYPES, expect, register_op
 
 
 def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:
@@ -41,12 +41,12 @@ def _run(name: str, **tensors: Tensor) -> None:
     a, b = tensors["a"], tensors["b"]
     sizes = {"f": a.shape[1], "a_row": a.stride(0), "b_row": b.stride(0), "size": a.element_size()}
     where = {key: x.data_ptr() for key, x in tensors.items()}
-    job = compiled.Job(**(dict.fromkeys(compiled.Job._fields, 0) | where | sizes))
+    job = compiled.KernelArgs(**(dict.fromkeys(compiled.KernelArgs._fields, 0) | where | sizes))
     launch.run(getattr(compiled, name), job, len(a), 3 * compiled.W)
 
 
 def _check(a: Tensor, **others: Tensor) -> None:
-    expect("swiglu", a, a.shape, COMPILED, a=a)
+    expect("swiglu", a, a.shape, KERNEL_DTYPES, a=a)
     expect("swiglu", a, a.shape, (a.dtype,), **others)
 
 
@@ -74,7 +74,7 @@ def _gradients(backward, ctx, g):
     return backward(g, *ctx.saved_tensors).chunk(2, -1)
 
 
-swiglu_op = differentiable("swiglu", _forward, _backward, _save, _gradients)
+swiglu_op = register_op("swiglu", _forward, _backward, _save, _gradients)
 
 
 @torch.library.register_fake("nanochameleon::swiglu")

@@ -9,28 +9,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochameleon.kernels.cpu.exp2 import SCALES, exp2, inverse_bf16, power
+from nanochameleon.kernels.cpu.exp2 import HAS_SCALEF, exp2, exp2_bf16, inverse_bf16
 from nanochameleon.kernels.cpu.launch import kernel
-from nanochameleon.kernels.cpu.parallel_for import reader
+from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import (
     AHEAD,
     W,
-    divide,
-    fetch,
     load,
     load_bf16,
     njit,
+    prefetch,
     read_row,
     splat,
     store,
     store_bf16,
+    vdiv,
     write_row,
 )
 
 MINUS_LOG2E, ONE = np.float32(-1 / math.log(2)), np.float32(1)
 
 
-class Job(NamedTuple):
+class KernelArgs(NamedTuple):
     a: int  # (N, F), rows `a_row` numbers apart
     b: int
     y: int  # (N, F), the result; in the backward pass its gradient
@@ -42,20 +42,20 @@ class Job(NamedTuple):
     size: int  # 4 float32, 2 bfloat16
 
 
-read_job = reader(Job)
+unpack_args = args_unpacker(KernelArgs)
 
 
 @njit
 def inverse(x):
-    return divide(splat(ONE), x)
+    return vdiv(splat(ONE), x)
 
 
-def _sigmoid(power, inverse):
+def _sigmoid(exp2, inverse):
     """As exact as these two are."""
 
     @njit
     def sigmoid(x):
-        return inverse(splat(ONE) + power(x * splat(MINUS_LOG2E)))
+        return inverse(splat(ONE) + exp2(x * splat(MINUS_LOG2E)))
 
     return sigmoid
 
@@ -68,7 +68,7 @@ def _rows(load, store, size, sigmoid):
         for i in range(0, size * n, size * W):
             x = load(a + i)
             for stream in (a, b, y):
-                fetch(stream + i + AHEAD)
+                prefetch(stream + i + AHEAD)
             store(y + i, x * sigmoid(x) * load(b + i))
 
     @njit
@@ -76,7 +76,7 @@ def _rows(load, store, size, sigmoid):
         for i in range(0, size * n, size * W):
             x, y = load(a + i), load(g + i)
             for stream in (a, b, g, da, db):
-                fetch(stream + i + AHEAD)
+                prefetch(stream + i + AHEAD)
             s = sigmoid(x)
             store(da + i, y * load(b + i) * s * (splat(ONE) + x * (splat(ONE) - s)))
             store(db + i, y * x * s)
@@ -85,14 +85,14 @@ def _rows(load, store, size, sigmoid):
 
 
 sigmoid = _sigmoid(exp2, inverse)
-sigmoid_bf16 = _sigmoid(power if SCALES else exp2, inverse_bf16)
+sigmoid_bf16 = _sigmoid(exp2_bf16 if HAS_SCALEF else exp2, inverse_bf16)
 gate, gate_backward = _rows(load, store, 4, sigmoid)
 gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, sigmoid_bf16)
 
 
 @kernel
 def forward(job, part, first, last, scratch):
-    job = read_job(job)
+    job = unpack_args(job)
     size, whole = job.size, job.f // W * W
     tail, rest = size * whole, job.f - whole
     for n in range(first, last):
@@ -110,7 +110,7 @@ def forward(job, part, first, last, scratch):
 
 @kernel
 def backward(job, part, first, last, scratch):
-    job = read_job(job)
+    job = unpack_args(job)
     size, whole = job.size, job.f // W * W
     tail, rest = size * whole, job.f - whole
     for n in range(first, last):

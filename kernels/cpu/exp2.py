@@ -1,8 +1,8 @@
 """Powers of two and inverses, a register at a time (simd.py): 2^x = 2^n 2^f with n an integer and 2^f a polynomial.
 
 exp2         any x, to 1e-7: overflows to infinity, NaN stays NaN
-exp2_down    x below 127, such as logits less one near the largest: the same digits in half of the time
-power        for what becomes bfloat16, 4e-6: a degree less, AVX-512 alone
+exp2_bounded x below 127, such as logits less one near the largest: the same digits in half of the time
+exp2_bf16    for what becomes bfloat16, 4e-6: a degree less, AVX-512 alone
 """
 
 import math
@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from nanochameleon.kernels.cpu.simd import FEATURES, FUSE, VI, V, W, call_of, constant, i16, i32, instruction, vec
 
-SCALES = "+avx512f" in FEATURES and "+avx512dq" in FEATURES  # instructions for x - floor x and for y 2^floor x
+HAS_SCALEF = "+avx512f" in FEATURES and "+avx512dq" in FEATURES  # instructions for x - floor x and for y 2^floor x
 TO_INTEGER = 1.5 * 2**23 + 127  # a float of this size has no bits behind the point: n is in its lowest ones
 
 
@@ -60,13 +60,13 @@ def exp2_of(b, x):
     return b.select(b.fcmp_ordered("<", x, constant(128.0)), y, b.fadd(x, constant(math.inf)))
 
 
-def exp2_down_of(b, x):
+def exp2_bounded_of(b, x):
     """2^x in 8 instructions of AVX-512, in 12 of others.
 
     These round by adding a number so large that only the integer n is left, n + 127 in the lowest bits, which make the
     float 2^n where exponents lie.
     """
-    if SCALES:
+    if HAS_SCALEF:
         return scaled(b, ABOVE_FLOOR, x)
     x = at_least(b, x, -126.0)
     n = b.fadd(x, constant(TO_INTEGER))
@@ -84,13 +84,13 @@ def exp2(b, x):
 
 
 @instruction(vec, vec)
-def exp2_down(b, x):
+def exp2_bounded(b, x):
     """2^x for x below 127. NaN stays NaN; what is beyond is a number or not, and below 2^-126 it is at most that."""
-    return exp2_down_of(b, x)
+    return exp2_bounded_of(b, x)
 
 
 @instruction(vec, vec)
-def power(b, x):
+def exp2_bf16(b, x):
     return scaled(b, COARSE, x)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from nanochameleon.kernels.caches import cache_folder, say
-from nanochameleon.kernels.dispatch import PROCESS
+from nanochameleon.kernels.dispatch import MAIN_PID
 
 KERNELS = Path(__file__).parents[1]
 _compiling = threading.RLock()  # the folder is a setting of the whole process
@@ -78,10 +78,10 @@ class kernel:
 
 @cache
 def region() -> Callable[[int], None]:
-    """region_numba.region, which leaves the interpreter's lock alone while it runs."""
-    from nanochameleon.kernels.cpu import parallel_for as region_numba
+    """parallel_for.parallel_for, which leaves the interpreter's lock alone while it runs."""
+    from nanochameleon.kernels.cpu import parallel_for
 
-    native = compiled(region_numba.region, 1)
+    native = compiled(parallel_for.parallel_for, 1)
     function = ctypes.CFUNCTYPE(None, ctypes.c_int64)(native.address)
     function.keep = native
     return function
@@ -105,11 +105,11 @@ def pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernel")
 
 
-def on_threads(threads: int, p: int) -> None:
+def run_on_threads(threads: int, p: int) -> None:
     """Runs the region at p on this many threads, the caller's among them, and returns when all are done."""
     if threads == 1:
         region()(p)
-    elif (parallel := openmp()) and os.getpid() == PROCESS:
+    elif (parallel := openmp()) and os.getpid() == MAIN_PID:
         parallel(ctypes.cast(region(), ctypes.c_void_p), p, threads, 0)
     else:
         others = [pool(threads - 1, os.getpid()).submit(region(), p) for _ in range(1, threads)]
@@ -133,7 +133,7 @@ def _form(job: type) -> struct.Struct:
     return struct.Struct("".join("f4x" if kind is float else "q" for kind in job.__annotations__.values()))
 
 
-def packed(job: tuple) -> ctypes.Array:
+def pack_args(job: tuple) -> ctypes.Array:
     """A NamedTuple of ints and floats in memory, eight bytes each."""
     return ctypes.create_string_buffer(_form(type(job)).pack(*job))
 
@@ -147,7 +147,7 @@ def run(function: kernel, job: tuple, n: int, floats: int = 0, parts: int | None
         return
     threads = torch.get_num_threads() if n > 1 else 1
     parts, floats = min(n, parts or (4 * threads if threads > 1 else 1)), -(-floats // 64) * 64  # whole cache lines
-    words, memory = packed(job), scratch(floats * threads)
+    words, memory = pack_args(job), scratch(floats * threads)
     header = struct.pack("8q", function.compiled.address, ctypes.addressof(words), n, parts, memory, 4 * floats, 0, 0)
     whole = ctypes.create_string_buffer(header)
-    on_threads(threads, ctypes.addressof(whole))
+    run_on_threads(threads, ctypes.addressof(whole))

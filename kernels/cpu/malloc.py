@@ -12,7 +12,7 @@ MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -4, -1, -2  # mallopt's
 HUGE_PAGE, MADV_HUGEPAGE, ROOM = 2**21, 14, 2**30
 
 
-def keep_pages() -> None:
+def tune_malloc() -> None:
     """From here on this process's memory grows by a GB of addresses at a time, which cost nothing until they are used,
     and never shrinks; the first two are in large pages. For a process that trains or measures."""
     libc = ctypes.CDLL(None) if platform.system() == "Linux" else None

@@ -22,7 +22,7 @@ ROWS, COLUMNS = 4, (4 if W == 16 else 2)  # the product keeps ROWS x (COLUMNS * 
 STRIP = COLUMNS * W
 
 
-def products(b, rows: int, n: int, a, across, along, p, ldb, k, start: list) -> list:
+def emit_matmul(b, rows: int, n: int, a, across, along, p, ldb, k, start: list) -> list:
     """start[r, v] + sum_k a[r * across + k * along] * p[k * ldb + v], element strides; one loop over k."""
     across, along, ldb = (b.mul(stride, ir.Constant(i64, 4)) for stride in (across, along, ldb))
     shifts = [b.mul(across, ir.Constant(i64, r)) for r in range(rows)]
@@ -57,25 +57,27 @@ def for_each_size(b, rows, n, emit) -> None:
 
 
 @instruction(types.void, count, count, address, count, count, address, count, address, count, count)
-def block_add(b, rows, n, a, across, along, p, ldb, c, ldc, k):
+def block_matmul_add(b, rows, n, a, across, along, p, ldb, c, ldc, k):
     """c[r, :] += sum_k a[r * across + k * along] p[k, :] for `rows` (ROWS or 1) rows of n vectors."""
 
     def emit(r: int, v: int) -> None:
         at = [b.add(c, b.mul(ldc, ir.Constant(i64, 4 * i))) for i in range(r)]
         start = [load_at(b, at[i], W * j) for i in range(r) for j in range(v)]
-        for i, x in enumerate(products(b, r, v, a, across, along, p, ldb, k, start)):
+        for i, x in enumerate(emit_matmul(b, r, v, a, across, along, p, ldb, k, start)):
             store_at(b, x, at[i // v], W * (i % v))
 
     for_each_size(b, rows, n, emit)
 
 
 @njit
-def add_product(m, n, a, across, along, p, ldb, c, ldc, k):
+def matmul_add(m, n, a, across, along, p, ldb, c, ldc, k):
     """c (m, n) += a p, n a multiple of W."""
     for j in range(0, n, STRIP):
         vectors = min(STRIP, n - j) // W
         i = 0
         while i < m:
             rows = ROWS if i + ROWS <= m else 1
-            block_add(rows, vectors, a + 4 * i * across, across, along, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k)
+            block_matmul_add(
+                rows, vectors, a + 4 * i * across, across, along, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k
+            )
             i += rows

@@ -10,13 +10,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from nanochameleon.kernels.cpu.simd import address, count, f32, i64, instruction, peek_int, pointer
+from nanochameleon.kernels.cpu.simd import address, count, f32, i64, instruction, load1_int, pointer
 
 WORDS = ("kernel", "job", "n", "parts", "scratch", "bytes", "threads", "taken")  # the last two are counters
 
 
 @instruction(count, address)
-def next_of(b, p):
+def fetch_add(b, p):
     """The counter at p before it is one more; no two threads get the same."""
     return b.atomic_rmw("add", b.inttoptr(p, i64.as_pointer()), ir.Constant(i64, 1), "monotonic")
 
@@ -27,17 +27,17 @@ def call(b, function, job, part, first, last, scratch):
     b.call(b.inttoptr(function, kind.as_pointer()), (job, part, first, last, scratch))
 
 
-def region(p):
-    n, parts = peek_int(p + 16), peek_int(p + 24)
-    scratch = peek_int(p + 32) + peek_int(p + 40) * next_of(p + 48)
-    part = next_of(p + 56)
+def parallel_for(p):
+    n, parts = load1_int(p + 16), load1_int(p + 24)
+    scratch = load1_int(p + 32) + load1_int(p + 40) * fetch_add(p + 48)
+    part = fetch_add(p + 56)
     while part < parts:
-        call(peek_int(p), peek_int(p + 8), part, n * part // parts, n * (part + 1) // parts, scratch)
-        part = next_of(p + 56)
+        call(load1_int(p), load1_int(p + 8), part, n * part // parts, n * (part + 1) // parts, scratch)
+        part = fetch_add(p + 56)
 
 
-def reader(job: type):
-    """An instruction that makes an address into this NamedTuple of int and float fields, as launch.packed wrote it."""
+def args_unpacker(job: type):
+    """An instruction that reads this NamedTuple of int and float fields from the address where pack_args wrote it."""
     kinds = [types.float32 if kind is float else types.int64 for kind in job.__annotations__.values()]
     tuple_type = types.NamedTuple(kinds, job)
 

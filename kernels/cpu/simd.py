@@ -90,7 +90,7 @@ def call_of(b, name: str, result, *args, **flags):
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), args, **flags)
 
 
-def fetch_of(b, p) -> None:
+def prefetch_of(b, p) -> None:
     """Asks for a cache line early."""
     byte = ir.IntType(8).as_pointer()
     call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(3), i32(1))
@@ -142,8 +142,8 @@ def store(b, p, x):
 
 
 @instruction(types.void, address)
-def fetch(b, p):
-    fetch_of(b, p)
+def prefetch(b, p):
+    prefetch_of(b, p)
 
 
 @instruction(vec, address)
@@ -204,36 +204,36 @@ def store_first_bf16(b, p, n, x):
 
 
 @instruction(number, address)
-def peek(b, p):
+def load1(b, p):
     """One float."""
     return b.load(b.inttoptr(p, f32.as_pointer()), align=4)
 
 
 @instruction(types.void, address, number)
-def poke(b, p, x):
+def store1(b, p, x):
     b.store(x, b.inttoptr(p, f32.as_pointer()), align=4)
 
 
 @instruction(number, address)
-def peek_bf16(b, p):
+def load1_bf16(b, p):
     half = b.load(b.inttoptr(p, i16.as_pointer()), align=2)
     return b.bitcast(b.shl(b.zext(half, i32), ir.Constant(i32, 16)), f32)
 
 
 @instruction(types.void, address, number)
-def poke_bf16(b, p, x):
+def store1_bf16(b, p, x):
     half = b.trunc(_round_bf16(b, b.bitcast(x, i32), i32, lambda c: c), i16)
     b.store(half, b.inttoptr(p, i16.as_pointer()), align=2)
 
 
 @instruction(count, address)
-def peek_int(b, p):
+def load1_int(b, p):
     """One int64."""
     return b.load(b.inttoptr(p, i64.as_pointer()), align=8)
 
 
 @instruction(types.void, address, count)
-def poke_int(b, p, n):
+def store1_int(b, p, n):
     b.store(n, b.inttoptr(p, i64.as_pointer()), align=8)
 
 
@@ -244,40 +244,40 @@ def splat(b, x):
 
 
 @instruction(vec, vec, count, vec)
-def head(b, x, n, y):
+def blend_first(b, x, n, y):
     """The first n lanes of x, the others of y."""
     return b.select(lanes_below(b, n), x, y)
 
 
 @instruction(vec, vec, vec)
-def larger(b, x, y):
+def vmax(b, x, y):
     """Where x is NaN it is y: a running maximum y passes over NaN, which the sum of powers then holds."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
 @instruction(vec, vec, vec)
-def divide(b, x, y):
+def vdiv(b, x, y):
     return b.fdiv(x, y)
 
 
 @instruction(vec, vec)
-def root(b, x):
+def vsqrt(b, x):
     """Square roots."""
     return call_of(b, f"llvm.sqrt.v{W}f32", V, x)
 
 
 @instruction(number, vec)
-def total(b, x):
+def hsum(b, x):
     """The sum of all lanes."""
     return _reduce(b, "fadd", x, ir.Constant(f32, 0.0))
 
 
 @instruction(number, vec)
-def largest(b, x):
+def hmax(b, x):
     return _reduce(b, "fmax", x)
 
 
-def _turn(b, x, table, signs):
+def _rope(b, x, table, signs):
     swap, even, odd = ([f(i) for i in range(W)] for f in (lambda i: i ^ 1, lambda i: i & ~1, lambda i: i | 1))
     other, cos, sin = (b.shuffle_vector(v, v, ir.Constant(VI, m)) for v, m in ((x, swap), (table, even), (table, odd)))
     sin = b.fmul(sin, ir.Constant(V, signs * (W // 2)))
@@ -285,15 +285,15 @@ def _turn(b, x, table, signs):
 
 
 @instruction(vec, vec, vec)
-def turn(b, x, table):
+def rope(b, x, table):
     """Pairs (x[2i], x[2i+1]) as complex numbers times (table[2i], table[2i+1]): Meta's order of rotary pairs."""
-    return _turn(b, x, table, [-1.0, 1.0])
+    return _rope(b, x, table, [-1.0, 1.0])
 
 
 @instruction(vec, vec, vec)
-def turn_back(b, x, table):
+def rope_backward(b, x, table):
     """The same with the conjugate of the table: the inverse, and the gradient."""
-    return _turn(b, x, table, [1.0, -1.0])
+    return _rope(b, x, table, [1.0, -1.0])
 
 
 def halves(d: int) -> tuple[ir.Constant, ir.Constant]:
@@ -351,7 +351,7 @@ def read_row(p, size, e, out):
     if whole < e:
         store(out + 4 * whole, splat(ZERO))
         for i in range(whole, e):
-            poke(out + 4 * i, peek(p + 4 * i) if size == 4 else peek_bf16(p + 2 * i))
+            store1(out + 4 * i, load1(p + 4 * i) if size == 4 else load1_bf16(p + 2 * i))
 
 
 @njit
@@ -364,11 +364,11 @@ def write_row(p, size, e, x, factor):
         else:
             store_bf16(p + 2 * i, y)
     for i in range(whole, e):
-        y = peek(x + 4 * i) * factor
+        y = load1(x + 4 * i) * factor
         if size == 4:
-            poke(p + 4 * i, y)
+            store1(p + 4 * i, y)
         else:
-            poke_bf16(p + 2 * i, y)
+            store1_bf16(p + 2 * i, y)
 
 
 @njit
@@ -376,7 +376,7 @@ def dot_rows(x, y, width):
     s = splat(ZERO)
     for i in range(0, width, W):
         s += load(x + 4 * i) * load(y + 4 * i)
-    return total(s)
+    return hsum(s)
 
 
 @njit

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import COMPILED, FLOATS, INDICES, differentiable, expect, ordinary
+from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, KERNEL_DTYPES, expect, is_plain_tensor, register_op
 
 
 def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,16 +61,16 @@ class _ZLossCrossEntropy(torch.autograd.Function):
 
 def zloss_cross_entropy_by_hand(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Equal to the reference, in torch's operations but with fewer of them: any device and type."""
-    expect_rows(logits, targets, FLOATS)
+    expect_rows(logits, targets, FLOAT_DTYPES)
     return _ZLossCrossEntropy.apply(logits, targets)
 
 
-def expect_rows(logits: Tensor, targets: Tensor, types: Sequence[torch.dtype] = COMPILED) -> None:
+def expect_rows(logits: Tensor, targets: Tensor, types: Sequence[torch.dtype] = KERNEL_DTYPES) -> None:
     """Raises ValueError where these are not logits (N, V) of these types, V > 0, and one whole number for each row."""
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"zloss_cross_entropy: logits must be (N, V) with V > 0; they are {tuple(logits.shape)}")
     expect("zloss_cross_entropy", logits, logits.shape, types, logits=logits)
-    expect("zloss_cross_entropy", logits, logits.shape[:1], INDICES, targets=targets)
+    expect("zloss_cross_entropy", logits, logits.shape[:1], INDEX_DTYPES, targets=targets)
 
 
 def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def _run(
 
     where = {key: x.data_ptr() for key, x in (("logits", logits), ("targets", targets), *tensors.items())}
     sizes = {"v": logits.shape[1], "size": logits.element_size(), "z_loss": z_loss, "share": share}
-    job = zloss_numba.Job(**(dict.fromkeys(zloss_numba.Job._fields, 0) | where | sizes))
+    job = zloss_numba.KernelArgs(**(dict.fromkeys(zloss_numba.KernelArgs._fields, 0) | where | sizes))
     launch.run(getattr(zloss_numba, name), job, len(logits), zloss_numba.scratch(logits.shape[1]))
 
 
@@ -125,7 +125,7 @@ def _forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def _expect_gradients(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> None:
     expect_rows(logits, targets)
-    expect("zloss_cross_entropy", logits, targets.shape, FLOATS, g=g, h=h, log_z=log_z)
+    expect("zloss_cross_entropy", logits, targets.shape, FLOAT_DTYPES, g=g, h=h, log_z=log_z)
 
 
 def _backward(g: Tensor, h: Tensor, logits: Tensor, targets: Tensor, log_z: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _gradients(backward, ctx, g, h):
     return backward(g, h, *ctx.saved_tensors), None
 
 
-zloss_op = differentiable("zloss_cross_entropy", _forward, _backward, _save, _gradients)
+zloss_op = register_op("zloss_cross_entropy", _forward, _backward, _save, _gradients)
 
 
 @torch.library.register_fake("nanochameleon::zloss_cross_entropy")
@@ -193,14 +193,14 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, share: 
     To be differentiated once: the gradient that autograd gets is the logits' own memory. Should the loss turn out to be
     another one, it is corrected there. float32 and bfloat16.
     """
-    if not logits.is_contiguous() or not ordinary(logits):
+    if not logits.is_contiguous() or not is_plain_tensor(logits):
         raise ValueError("logits that are overwritten must be contiguous, and not negated whenever they are read")
     return _InPlace.apply(logits, targets, z_loss, share)
 
 
 def fits_in_place(logits: Tensor) -> bool:
     """Whether that is the way for logits that nobody reads again. On a GPU it would have to wait for the correction."""
-    if torch.compiler.is_compiling() or not ordinary(logits) or not logits.is_contiguous():
+    if torch.compiler.is_compiling() or not is_plain_tensor(logits) or not logits.is_contiguous():
         return False
     return torch.is_grad_enabled() and logits.requires_grad and choose("zloss_cross_entropy", logits) == "numba"
 

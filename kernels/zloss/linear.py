@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.dispatch import choose
-from nanochameleon.kernels.ops import COMPILED, FLOATS, INDICES, differentiable, expect
+from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, KERNEL_DTYPES, expect, register_op
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy, zloss_cross_entropy_reference
 
 
@@ -38,10 +38,10 @@ def _expect(hidden: Tensor, weight: Tensor, targets: Tensor, **rows: Tensor) -> 
     if hidden.dim() != 2 or weight.dim() != 2 or not len(weight):
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"{name}: hidden must be (N, D) and weight (V, D) with V > 0; they are {shapes}")
-    expect(name, hidden, hidden.shape, COMPILED, hidden=hidden)
-    expect(name, hidden, (len(weight), hidden.shape[1]), FLOATS, weight=weight)
-    expect(name, hidden, hidden.shape[:1], INDICES, targets=targets)
-    expect(name, hidden, hidden.shape[:1], FLOATS, **rows)
+    expect(name, hidden, hidden.shape, KERNEL_DTYPES, hidden=hidden)
+    expect(name, hidden, (len(weight), hidden.shape[1]), FLOAT_DTYPES, weight=weight)
+    expect(name, hidden, hidden.shape[:1], INDEX_DTYPES, targets=targets)
+    expect(name, hidden, hidden.shape[:1], FLOAT_DTYPES, **rows)
 
 
 def _forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _gradients(backward, ctx, g, h):
     return *backward(g, h, *ctx.saved_tensors), None
 
 
-linear_zloss_op = differentiable("linear_zloss_cross_entropy", _forward, _backward, _save, _gradients)
+linear_zloss_op = register_op("linear_zloss_cross_entropy", _forward, _backward, _save, _gradients)
 
 
 @torch.library.register_fake("nanochameleon::linear_zloss_cross_entropy")

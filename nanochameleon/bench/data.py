@@ -31,8 +31,7 @@ from nanochameleon.presets import toy
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vocab import Vocab
 
-# Ids a second that training takes from the loader: the toy's step on two cores (docs/results.md), and what one H100 is
-# to reach with 1.4B and with 288M parameters
+# tokens/s that training needs: the toy on two cores (docs/results/training.md), and the aims for one H100
 EATS = {"toy step": 20_000, "H100 1.4B": 65_000, "H100 288M": 330_000}
 ROUNDS = 5
 

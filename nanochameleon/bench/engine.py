@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nanochameleon.bench.rows import Row, clock, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, SamplingParams
+from nanochameleon.errors import say
 from nanochameleon.generation.engine import Engine, generate
-from nanochameleon.printing import say
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 

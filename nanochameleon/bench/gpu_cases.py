@@ -21,7 +21,7 @@ from nanochameleon.transformer import rotary_table
 
 NARROW = torch.bfloat16
 
-# The rows of docs/results.md; of each list the first is the quick one.
+# The rows of docs/results/gpu.md; of each list the first is the quick one.
 ATTENTION = [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]  # rows, positions, heads, numbers a head
 ZLOSS = [(8_192, 4_096), (65_536, 4_096), (32_768, 65_536)]  # rows, vocabulary
 LINEAR = [(8_192, 65_536, 1_024), (8_192, 65_536, 4_096), (32_768, 65_536, 4_096)]  # rows, vocabulary, width

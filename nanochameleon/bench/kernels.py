@@ -17,11 +17,11 @@ from nanochameleon.bench.memory import memory_rows
 from nanochameleon.bench.rows import Row
 from nanochameleon.bench.timing import seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.attention.qknorm_rope import normed_attention_reference
+from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
-from nanochameleon.kernels.cpu.malloc import keep_pages
-from nanochameleon.kernels.dispatch import NAMES, why_not_amx
+from nanochameleon.kernels.cpu.malloc import tune_malloc
+from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
 from nanochameleon.optim import make_optimizer
@@ -79,10 +79,10 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
     names = ("cuda", "vendor") if device.type == "cuda" else (own(device),)
-    if why_not_amx(device, dtype) is None:
+    if why_amx_unavailable(device, dtype) is None:
         names += ("amx",)
-    ours = {name: of(with_kernels(name, normed_attention)) for name in names}
-    variants, plain = {"reference": of(normed_attention_reference), **ours}, {}
+    ours = {name: of(with_kernels(name, qknorm_rope_attention)) for name in names}
+    variants, plain = {"reference": of(qknorm_rope_attention_reference), **ours}, {}
     if device.type == "cpu" and dtype == torch.float32 and packed:
         arrays = [x.detach().numpy() for x in (q, k, v, docs, torch.empty_like(q))]
         plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and turn
@@ -244,7 +244,7 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
 def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
     """Times checked cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
     torch.set_num_threads(1)
-    keep_pages()
+    tune_malloc()
     rounds = 5 if quick else 9
     for case in found:
         if not quick:

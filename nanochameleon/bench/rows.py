@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from nanochameleon.errors import say
 from nanochameleon.files import write_file
-from nanochameleon.printing import say
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """The tables of docs/scaling.md, from scaling.py's arithmetic: `python -m nanochameleon.bench.scaling` prints them."""
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.errors import exit_on_user_error
+from nanochameleon.errors import exit_on_user_error, say
 from nanochameleon.presets import chameleon_7b, chameleon_34b
-from nanochameleon.printing import say
 from nanochameleon.training.flops import (
     PEAKS,
     Layout,
-    flop_per_id,
+    flops_per_token,
     gpu_hours,
     memory,
     messages,
@@ -75,7 +74,7 @@ def speed_table() -> str:
 def size_table() -> str:
     def cells(name: str, cfg: ModelConfig) -> tuple:
         size = parameters(cfg)
-        return name, f"{size['total']:,}", f"{size['embedding']:,}", f"{flop_per_id(cfg, 4_096) / 1e9:.1f}"
+        return name, f"{size['total']:,}", f"{size['embedding']:,}", f"{flops_per_token(cfg, 4_096) / 1e9:.1f}"
 
     return table(("model", "parameters", "of them embedding", "GFLOP an id, rows of 4,096"), [
         cells("7B", SEVEN), cells("34B", BIG),

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from nanochameleon.bench.engine import as_transformers, random_model
 from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.kernels.cpu.malloc import keep_pages
+from nanochameleon.errors import say
+from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import clip, make_adamw
 from nanochameleon.packing import Batch
-from nanochameleon.printing import say
-from nanochameleon.training.flops import PEAKS, flop_per_id
-from nanochameleon.training.objective import Objective, matrix_products
+from nanochameleon.training.flops import PEAKS, flops_per_token
+from nanochameleon.training.objective import Objective, autocast
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
@@ -100,7 +100,7 @@ def their_step(case: Case, peer: nn.Module, precision: str, compiled: bool) -> S
 
     def step() -> float:
         optimizer.zero_grad()
-        with matrix_products("bf16" if precision == "bf16" else "fp32", ids.device):
+        with autocast("bf16" if precision == "bf16" else "fp32", ids.device):
             loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
@@ -172,7 +172,7 @@ def one_by_one(jobs: dict[str, Callable[[], Step]], rounds: int, seconds: float)
 def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) -> Iterator[Row]:
     if not find_spec("transformers"):
         say("transformers is not installed: skipped")
-    keep_pages()  # for theirs, too
+    tune_malloc()  # for theirs, too
     rounds, seconds, where = (3, 20.0, device_name(device)) if quick else (9, 120.0, device_name(device))
     for case in cases or CASES[device.type]:
         check(case, device)
@@ -188,5 +188,5 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         for name, gib in peak.items():
             yield from rows_of("train", f"{case.name}, peak", name, {name: 1 / gib}, 1.0, "GiB", where)
         if device.type == "cuda":
-            share = flop_per_id(case.cfg, case.t) * case.n_tokens / PEAKS["H100"]  # of a second at the peak
+            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAKS["H100"]  # of a second at the peak
             yield from rows_of("train", f"{case.name}, MFU", "nano", best, share, "of 989 TFLOP/s", where)

@@ -21,10 +21,9 @@ from nanochameleon.data.sources.emoji import EmojiSource, prepare_emoji
 from nanochameleon.data.sources.folder import FolderSource, prepare_folder
 from nanochameleon.data.sources.shapes import ShapesSource, World
 from nanochameleon.documents import render
-from nanochameleon.errors import Interrupted, UserError
+from nanochameleon.errors import Interrupted, UserError, say
 from nanochameleon.files import write_file
 from nanochameleon.images.tokenizer import ImageTokenizer
-from nanochameleon.printing import say
 from nanochameleon.text_tokenizer import TextTokenizer, to_json
 from nanochameleon.training.run import TEXT_TOKENIZER
 

@@ -17,10 +17,9 @@ import numpy as np
 from nanochameleon.data.index import read_index, write_index
 from nanochameleon.data.mixture import Shares, seed_of
 from nanochameleon.data.shards import Shards
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, warn
 from nanochameleon.files import replacing
 from nanochameleon.packing import Batch, assign_rows, fill
-from nanochameleon.printing import warn
 
 ROWS = "rows of documents"
 

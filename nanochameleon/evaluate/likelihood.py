@@ -8,7 +8,7 @@ import torch
 from nanochameleon.kernels import use_kernels
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import pack
-from nanochameleon.training.image_targets import to_learn
+from nanochameleon.training.image_targets import mask_targets
 from nanochameleon.training.run import Run
 
 
@@ -21,7 +21,7 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
     """
     seq_len, answers_from = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.assistant_only_loss else None
     kept = [list(map(int, ids)) for ids in documents if len(ids) <= seq_len]
-    packed = to_learn(pack(kept, seq_len, run.vocab.pad, answers_from), run.cfg, run.vocab)
+    packed = mask_targets(pack(kept, seq_len, run.vocab.pad, answers_from), run.cfg, run.vocab)
     n_bytes = len(run.tokenizer.decode_bytes(packed.targets[run.vocab.is_text(packed.targets)].tolist()))
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):

@@ -16,6 +16,7 @@ from nanochameleon.data.prepared import TEST
 from nanochameleon.data.sources.alignment import CATEGORIES
 from nanochameleon.data.sources.shapes import World, draw
 from nanochameleon.documents import Text
+from nanochameleon.errors import say
 from nanochameleon.evaluate import alignment, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
@@ -24,7 +25,6 @@ from nanochameleon.evaluate.shapes import Answer, Drawn, draw_images
 from nanochameleon.files import write_file
 from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import png
-from nanochameleon.printing import say
 from nanochameleon.training.monitor import METRICS, plot_curves, read_metrics
 from nanochameleon.training.run import Run, command
 

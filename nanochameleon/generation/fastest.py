@@ -3,7 +3,7 @@
 import torch
 
 from nanochameleon.generation.decoder import Decoder
-from nanochameleon.kernels.dispatch import why_not_numba
+from nanochameleon.kernels.dispatch import why_numba_unavailable
 from nanochameleon.parallel.sharding import is_sharded
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -15,7 +15,7 @@ def fastest_decoder(model: Chameleon, vocab: Vocab, image_len: int, n_slots: int
     # Autocast and sharded tensors forbid the in-place sums of the faster decoders.
     if torch.is_autocast_enabled(device.type) or any(is_sharded(x) for x in model.parameters()):
         return Decoder(model, *sizes)
-    if why_not_numba(device, torch.float32) is None and all(x.dtype == torch.float32 for x in model.parameters()):
+    if why_numba_unavailable(device, torch.float32) is None and all(x.dtype == torch.float32 for x in model.parameters()):
         from nanochameleon.generation.cpu.decode import CPUDecoder  # Numba takes a second to import
 
         return CPUDecoder(model, *sizes)

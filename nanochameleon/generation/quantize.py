@@ -3,7 +3,7 @@
     w[n, k] ~ scale[n] * q[n, k],   scale[n] = max_k |w[n, k]| / 127,   q int8
 
 Symmetric, a scale for each output, nothing calibrated; norms and the embedding table keep their type. What it costs in
-bits per token stands in docs/results.md. A quantised model cannot be trained.
+bits per token is in docs/results/generation.md. A quantised model cannot be trained.
 """
 
 import torch

@@ -46,9 +46,9 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / n_codes, 1 / n_codes)
         self.register_buffer("counts", None, persistent=False)
         self.register_buffer("sums", None, persistent=False)
-        self.start_averages()
+        self.reset_averages()
 
-    def start_averages(self) -> None:
+    def reset_averages(self) -> None:
         """As if each code had been hit once, by its own vector."""
         self.sums = self.embedding.weight.detach().clone()
         self.counts = torch.ones_like(self.sums[:, 0])
@@ -58,18 +58,20 @@ class Quantizer(nn.Module):
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         return nearest_code(flat.float(), self.embedding.weight.float()).view(len(z), -1)
 
-    def vectors(self, codes: Tensor, grid: int) -> Tensor:
+    def lookup(self, codes: Tensor, grid: int) -> Tensor:
         """Codes (B, grid*grid) -> their vectors (B, E, grid, grid)."""
         return self.embedding(codes).view(len(codes), grid, grid, -1).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, E, h, w) -> straight-through quantized (B, E, h, w), codes (B, h*w), q (with codebook gradient)."""
         codes = self.codes(z.detach())
-        quantized = self.vectors(codes, z.shape[-1])
+        quantized = self.lookup(codes, z.shape[-1])
         return straight_through(z, quantized), codes, quantized
 
     @torch.no_grad()
-    def follow(self, z: Tensor, codes: Tensor, decay: float, min_count: float, generator: torch.Generator) -> None:
+    def update_averages(
+        self, z: Tensor, codes: Tensor, decay: float, min_count: float, generator: torch.Generator
+    ) -> None:
         """One moving-average step towards this batch's vectors.
 
         A code is dead when its running count falls below `min_count`; it is put onto a random vector of the batch.
@@ -86,7 +88,7 @@ class Quantizer(nn.Module):
         self.embedding.weight.copy_(self.sums / self.counts[:, None].clamp_min(1e-6))
 
     @torch.no_grad()
-    def start_from(self, vectors: Tensor, rounds: int, generator: torch.Generator) -> None:
+    def init_kmeans(self, vectors: Tensor, rounds: int, generator: torch.Generator) -> None:
         """Puts the codebook onto vectors (N, E) before training: k-means++ picks, then `rounds` of k-means."""
         flat = vectors.float().cpu()
         picks = [int(torch.randint(len(flat), (1,), generator=generator))]

@@ -147,13 +147,13 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def cut(x: Tensor, side: int) -> Tensor:
+def split_windows(x: Tensor, side: int) -> Tensor:
     """(B, C, H, W) -> its windows of `side` x `side` in raster order: (B * H/side * W/side, C, side, side)."""
     b, c, h, w = x.shape
     return x.view(b, c, h // side, side, w // side, side).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, side, side)
 
 
-def join(windows: Tensor, across: int) -> Tensor:
+def join_windows(windows: Tensor, across: int) -> Tensor:
     """Inverse of cut for square images of `across` x `across` windows."""
     _, c, side, _ = windows.shape
     x = windows.view(-1, across, across, c, side, side).permute(0, 3, 1, 4, 2, 5)
@@ -186,18 +186,18 @@ class VQGAN(nn.Module):
         if not any(name.startswith("decoder.") for name in state):
             vqgan.decoder = None
         vqgan.load_state_dict(state, assign=True)
-        vqgan.quantize.start_averages()
+        vqgan.quantize.reset_averages()
         return vqgan
 
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, 3, R, R) -> the vectors to be quantized (B, embed_dim, grid, grid)."""
         if self.cfg.window is None:
             return self.quant_conv(self.encoder(pixels))
-        windows = cut(pixels, self.cfg.window)
+        windows = split_windows(pixels, self.cfg.window)
         # Drawn images repeat themselves: each different window goes through the encoder once.
         different, which = torch.unique(windows.flatten(1), dim=0, return_inverse=True)
         latents = self.quant_conv(self.encoder(different.view(-1, *windows.shape[1:])))
-        return join(latents[which], pixels.shape[-1] // self.cfg.window)
+        return join_windows(latents[which], pixels.shape[-1] // self.cfg.window)
 
     def pixels(self, quantized: Tensor) -> Tensor:
         """Quantized vectors (B, embed_dim, grid, grid) -> (B, 3, R, R), not clamped."""
@@ -209,7 +209,7 @@ class VQGAN(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, grid*grid) -> (B, 3, R, R), not clamped."""
-        return self.pixels(self.quantize.vectors(codes, math.isqrt(codes.shape[1])))
+        return self.pixels(self.quantize.lookup(codes, math.isqrt(codes.shape[1])))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> reconstruction (B, 3, R, R), latents (B, E, g, g), their quantized vectors, codes (B, g*g)."""

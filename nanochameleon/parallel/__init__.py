@@ -1,3 +1,4 @@
-"""Optional. Buys several GPUs or machines (`torchrun train.py ...`): the mesh of ranks, sharded tensors, and how a
-model is spread over them. Skip on a first reading.
+"""Optional. Buys training on several GPUs or machines (`torchrun train.py ...`). Skip on a first reading.
+
+mesh.py holds the ranks and their collectives, sharding.py helpers for sharded tensors; apply.py spreads a model.
 """

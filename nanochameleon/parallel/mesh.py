@@ -1,297 +1,187 @@
-"""The processes that train together: who has which rows, how the model is spread over them, what they agree on.
+"""The processes that train together: their ranks, their mesh and what they agree on.
 
     torchrun --nproc-per-node 8 train.py chameleon_7b ...
 
-All of it is torch.distributed's own: DDP, FSDP2 (fully_shard), tensor parallelism by DTensor. One process alone is a
-mesh of one, on which everything here is free. Results do not depend on the mesh, up to rounding: losses are sums over
-the count of the whole batch, and every draw is a function of (seed, step, row).
-
-A rank has a place in a grid of data_size x tensor: those of a row of the grid share every layer (heads, feed-forward
-width, vocabulary), those of a column share the batch.
+The ranks form a grid of dp_size x tp_size. Ranks of one row of the grid share every layer (tensor parallelism), ranks
+of one column share the batch (data parallelism). A process alone is a mesh of one, on which every collective is free.
 """
 
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
-from nanochameleon.config import ModelConfig, ParallelConfig
+from nanochameleon.config import ParallelConfig
 from nanochameleon.errors import PeerLost, UserError
-from nanochameleon.parallel.sharding import is_sharded
-from nanochameleon.training.objective import Objective
-from nanochameleon.transformer import Chameleon
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of ranks that wait for what the first one does alone
+WAIT_TIMEOUT = timedelta(days=7)  # of ranks that wait while rank 0 works alone
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. `first` does what must be done once: files, printing."""
+    """This process among the others. Rank 0 does what must be done once: it writes files and prints."""
 
     device: torch.device
     rank: int = 0
-    world: int = 1
-    tensor: int = 1  # ranks that share every layer
-    grid: Any = None  # DeviceMesh ("data", "tensor"), None for one process
-    host: Any = None  # process groups of the CPU's: for each step, and for waiting as long as it takes
-    patient: Any = None
+    world_size: int = 1
+    tp_size: int = 1  # ranks that share every layer
+    device_mesh: Any = None  # torch's DeviceMesh ("dp", "tp"); None for one process
+    step_group: Any = None  # gloo group for numbers that every step exchanges, with the timeout of a step
+    wait_group: Any = None  # gloo group for waiting on rank 0, with WAIT_TIMEOUT
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
-    def data_size(self) -> int:
-        """How many shares a batch is cut into."""
-        return self.world // self.tensor
+    def dp_size(self) -> int:
+        """The number of equal parts that a batch is split into."""
+        return self.world_size // self.tp_size
 
     @property
-    def layer_ranks(self):
-        """The process group that shares every layer, None where one rank has all of them."""
-        return self.grid["tensor"].get_group() if self.tensor > 1 else None
+    def tp_group(self):
+        """The process group of the ranks that share every layer; None without tensor parallelism."""
+        return self.device_mesh["tp"].get_group() if self.tp_size > 1 else None
 
-    def rows(self, batch_size: int) -> slice:
-        """This rank's rows of a batch."""
-        each, which = batch_size // self.data_size, self.rank // self.tensor
-        return slice(which * each, (which + 1) * each)
+    def batch_slice(self, batch_size: int) -> slice:
+        """This rank's sequences of a batch. Ranks that share layers read the same ones."""
+        size, dp_rank = batch_size // self.dp_size, self.rank // self.tp_size
+        return slice(dp_rank * size, (dp_rank + 1) * size)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Agreement
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
+        """Sum each number over the parts of the batch."""
+        # all tp_size ranks of one part hold the same number, so the sum over all ranks counts it tp_size times
+        return self._all_reduce(numbers, "SUM", 1 / self.tp_size)
 
-    def total(self, *numbers: float) -> list[float]:
-        """Each number, summed over the shares of the batch."""
-        return self._reduce(numbers, "SUM", 1 / self.tensor)
-
-    def most(self, *numbers: float) -> list[float]:
+    def all_reduce_max(self, *numbers: float) -> list[float]:
         """The largest of each number over all ranks."""
-        return self._reduce(numbers, "MAX", 1.0)
+        return self._all_reduce(numbers, "MAX", 1.0)
 
-    def _reduce(self, numbers: tuple[float, ...], how: str, factor: float) -> list[float]:
-        if self.world == 1:
+    def _all_reduce(self, numbers: tuple[float, ...], op: str, factor: float) -> list[float]:
+        if self.world_size == 1:
             return list(numbers)
         import torch.distributed as dist
 
         x = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(x, getattr(dist.ReduceOp, how), group=self.host)
+        dist.all_reduce(x, getattr(dist.ReduceOp, op), group=self.step_group)
         return (x * factor).tolist()
 
-    def tell(self, value: T) -> T:
-        """What the first rank has, for all."""
-        if self.world == 1:
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
+        if self.world_size == 1:
             return value
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.patient)
+        dist.broadcast_object_list(box, src=0, group=self.wait_group)
         return box[0]
 
-    def once(self, work: Callable[[], T]) -> T:
-        """The first rank does it, the others wait for the result. What it raises, UserError and Interrupted among
-        them, is raised on every rank."""
-        if self.world == 1:
+    def run_on_rank0(self, work: Callable[[], T]) -> T:
+        """Run work() on rank 0 and return its result on every rank. What it raises is raised on every rank, including
+        UserError and Interrupted."""
+        if self.world_size == 1:
             return work()
         result, error = None, None
-        if self.first:
+        if self.is_rank0:
             try:
-                with all_cores():
+                with all_cores():  # the others wait
                     result = work()
-            except (Exception, KeyboardInterrupt) as problem:  # the latter by Ctrl-C, of which the others must hear
+            except (Exception, KeyboardInterrupt) as problem:  # Ctrl-C must reach the other ranks, too
                 error = problem
-        told = self.tell((result, error) if self.first else None)
-        if told[1] is not None:
-            raise error or told[1]
-        return told[0]
+        result, remote_error = self.broadcast((result, error))
+        if remote_error is not None:
+            raise error or remote_error  # rank 0 raises its own, which has a traceback
+        return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Beginning and end
+# Start and end
 
 
-def environment(name: str, default: int) -> int:
-    """A number that torchrun gives its processes, sizes from 1 on. Raises UserError for what it would not set."""
-    word = os.environ.get(name, str(default))
-    if not (word.isdecimal() and word.isascii()) or ("SIZE" in name and int(word) < 1):
-        raise UserError(f"{name} is {word!r} in the environment, not a number: start with torchrun, or unset it")
-    return int(word)
+def env_int(name: str, default: int) -> int:
+    """Read a number that torchrun sets for its processes. Raises UserError for what torchrun would not set."""
+    text = os.environ.get(name, str(default))
+    if not (text.isdecimal() and text.isascii()) or ("SIZE" in name and int(text) < 1):
+        raise UserError(f"{name} is {text!r} in the environment, not a number: start with torchrun, or unset it")
+    return int(text)
 
 
-def place() -> tuple[int, int]:
-    """(rank, world) by the environment. Raises UserError for a rank that is not among so many."""
-    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
-    if rank >= world:
-        of = f"WORLD_SIZE is {world}" if "WORLD_SIZE" in os.environ else "WORLD_SIZE is not set"
-        raise UserError(f"RANK is {rank} in the environment, but {of}: start with torchrun, or unset RANK")
-    return rank, world
+def rank_and_world_size() -> tuple[int, int]:
+    """Read both from the environment. Raises UserError for a rank outside the world."""
+    rank, world_size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
+    if rank >= world_size:
+        size = f"WORLD_SIZE is {world_size}" if "WORLD_SIZE" in os.environ else "WORLD_SIZE is not set"
+        raise UserError(f"RANK is {rank} in the environment, but {size}: start with torchrun, or unset RANK")
+    return rank, world_size
 
 
-def local_device(wish: str, pick: Callable[[str], torch.device]) -> torch.device:
-    """pick(wish); of several GPUs the one with this process's number on its machine."""
-    device = pick(wish)
-    if device.type == "cuda" and device.index is None and environment("WORLD_SIZE", 1) > 1:
-        number = environment("LOCAL_RANK", 0)
-        if environment("LOCAL_WORLD_SIZE", 1) > torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: give torchrun --nproc-per-node that")
-        device = torch.device("cuda", number)
+def local_device(requested: str, pick_device: Callable[[str], torch.device]) -> torch.device:
+    """pick_device(requested); of several GPUs the one with this process's local rank."""
+    device = pick_device(requested)
+    if device.type == "cuda" and device.index is None and env_int("WORLD_SIZE", 1) > 1:
+        local_rank, n_gpus = env_int("LOCAL_RANK", 0), torch.cuda.device_count()
+        if env_int("LOCAL_WORLD_SIZE", 1) > n_gpus:
+            raise UserError(f"this machine has {n_gpus} GPUs: give torchrun --nproc-per-node {n_gpus}")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return device
 
 
 @contextmanager
-def start(parallel: ParallelConfig, batch_size: int, device: torch.device) -> Iterator[Mesh]:
-    """The mesh of the processes that torchrun has started, or of this one alone. Raises UserError for sizes that do not
-    divide one another."""
-    rank, world = place()
-    if world % parallel.tensor_parallel:
-        raise UserError(
-            f"parallel.tensor_parallel is {parallel.tensor_parallel}, which must divide the {world} processes"
-        )
-    if batch_size % (world // parallel.tensor_parallel):
-        shares = world // parallel.tensor_parallel
-        raise UserError(f"train.batch_size is {batch_size}, which {shares} ranks cannot share evenly: change one")
-    if world == 1:
+def init_mesh(parallel: ParallelConfig, batch_size: int, device: torch.device) -> Iterator[Mesh]:
+    """The mesh of the processes that torchrun started, or of this one alone. Raises UserError for sizes that do not
+    divide, and PeerLost when another rank dies."""
+    rank, world_size = rank_and_world_size()
+    tp_size = parallel.tensor_parallel
+    if world_size % tp_size:
+        raise UserError(f"parallel.tensor_parallel is {tp_size}, which must divide the {world_size} processes")
+    dp_size = world_size // tp_size
+    if batch_size % dp_size:
+        raise UserError(f"train.batch_size is {batch_size}, which {dp_size} ranks cannot share evenly: change one")
+    if world_size == 1:
         yield Mesh(device)
         return
     import torch.distributed as dist
 
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE")
+        problem = f"WORLD_SIZE is {world_size}, but {missing[0]} is not set"
+        raise UserError(f"{problem}: start with torchrun, or unset WORLD_SIZE")
     timeout = timedelta(seconds=parallel.timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    host, patient = (dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, PATIENCE))
-    sizes = (world // parallel.tensor_parallel, parallel.tensor_parallel)
-    grid = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("data", "tensor"))
-    torch.set_num_threads(max(1, n_cores() // environment("LOCAL_WORLD_SIZE", 1)))  # torchrun gives each only one
+    step_group, wait_group = (dist.new_group(backend="gloo", timeout=limit) for limit in (timeout, WAIT_TIMEOUT))
+    device_mesh = dist.init_device_mesh(device.type, (dp_size, tp_size), mesh_dim_names=("dp", "tp"))
+    torch.set_num_threads(max(1, n_cores() // env_int("LOCAL_WORLD_SIZE", 1)))  # torchrun gives each process only one
     try:
-        yield Mesh(device, rank, world, parallel.tensor_parallel, grid, host, patient)
-        gc.collect()  # DDP's threads abort the process at its end if tensors are still theirs
-        dist.barrier(group=patient)
+        yield Mesh(device, rank, world_size, tp_size, device_mesh, step_group, wait_group)
+        gc.collect()  # DDP's threads abort the process at its end if they still own tensors
+        dist.barrier(group=wait_group)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             why = f"another rank has died, or has not answered for {parallel.timeout} s"
-            raise PeerLost(f"rank {rank} of {world}: {why} ({str(error).splitlines()[0][:200]})") from error
+            detail = str(error).splitlines()[0][:200]
+            raise PeerLost(f"rank {rank} of {world_size}: {why} ({detail})") from error
         raise
     finally:
         dist.destroy_process_group()
 
 
 def n_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For work that one rank does while the others wait."""
+    """Let torch use all cores, for work that one rank does while the others wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, n_cores()))
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Spreading the model
-
-
-def check_tensor(cfg: ModelConfig, ranks: int) -> None:
-    """Raises UserError where a layer cannot be cut into so many equal parts."""
-    groups = cfg.qk_norm_groups
-    for name, number in (("n_kv_heads", cfg.kv_heads), ("feed-forward width", cfg.ffn_dim)):
-        if number % ranks:
-            raise UserError(f"parallel.tensor_parallel is {ranks}, which must divide the model's {name}, {number}")
-    if groups % ranks and ranks % groups:
-        both = f"parallel.tensor_parallel is {ranks} and model.qk_norm_groups {groups}"
-        raise UserError(f"{both}: one must divide the other")
-
-
-def spread_layers(model: Chameleon, mesh: Mesh) -> None:
-    """Tensor parallelism: every layer's heads, feed-forward width and vocabulary over mesh.tensor ranks, in place.
-
-    Norms are held by all of them alike. The gradient of a block's norms is the same on each rank, since the branch that
-    it comes from begins with an all-reduce; that of QK-norm is a part on each, see QKNorm.vectors.
-    """
-    from torch.distributed.tensor import Replicate, distribute_tensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    check_tensor(model.cfg, mesh.tensor)
-    ranks, columns = mesh.grid["tensor"], ("wq", "wk", "wv", "w1", "w3")
-    plan: dict[str, Any] = {"tok_embeddings": RowwiseParallel(input_layouts=Replicate()), "output": ColwiseParallel()}
-    for i in range(model.cfg.n_layers):
-        for branch, names in (("attention", ("wq", "wk", "wv", "wo")), ("feed_forward", ("w1", "w3", "w2"))):
-            for name in names:
-                plan[f"layers.{i}.{branch}.{name}"] = ColwiseParallel() if name in columns else RowwiseParallel()
-    parallelize_module(model, ranks, plan, src_data_rank=None)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not is_sharded(parameter):
-                whole = distribute_tensor(parameter.detach(), ranks, [Replicate()], src_data_rank=None)
-                module.register_parameter(name, nn.Parameter(whole))
-
-
-def shard(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
-    """FSDP2, in place: a shard of every tensor on each rank, a block's weights gathered while it runs, in the type of
-    the matrix products; sums of gradients in fp32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    narrow = torch.bfloat16 if objective.precision == "bf16" else None
-    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)  # the residual stream stays fp32
-    for block in objective.model.layers:
-        fully_shard(block, mesh=mesh.grid["data"], mp_policy=policy)
-    fully_shard(objective, mesh=mesh.grid["data"], mp_policy=policy)
-
-
-def shards(mesh: Mesh, parallel: ParallelConfig) -> bool:
-    return mesh.world > 1 and (parallel.data_parallel == "fsdp" or mesh.tensor > 1)
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """The objective as the ranks run it."""
-
-    run: nn.Module  # to be called; the objective itself, or DDP around it
-    objective: Objective
-    mesh: Mesh
-
-    @property
-    def model(self) -> Chameleon:
-        return self.objective.model
-
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        """Gradients are summed over the ranks after the last micro-batch of a step alone."""
-        if hasattr(self.run, "set_requires_gradient_sync"):
-            self.run.set_requires_gradient_sync(last)
-        with self.run.no_sync() if not last and hasattr(self.run, "no_sync") else nullcontext():
-            yield
-
-
-def spread(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
-    """Where the model is to be sharded: in place, while its weights have no content yet, so that no rank ever holds
-    them all."""
-    if not shards(mesh, parallel):
-        return
-    if mesh.tensor > 1:
-        spread_layers(objective.model, mesh)
-    shard(objective, mesh, parallel)
-
-
-def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> Trainee:
-    """With its weights set: ready to be run."""
-    objective.model.recompute = parallel.activation_checkpointing
-    if parallel.compile:
-        for block in objective.model.layers:
-            block.compile()
-    if mesh.world == 1 or shards(mesh, parallel):
-        return Trainee(objective, objective, mesh)
-    from torch.nn.parallel import DistributedDataParallel
-
-    run = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Trainee(run, objective, mesh)

@@ -27,9 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, warn
 from nanochameleon.files import fsync, is_plain
-from nanochameleon.printing import warn
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
 ODD = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # how odd content shows itself

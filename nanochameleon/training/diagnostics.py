@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.attention.qknorm_rope import rotate
+from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb
 from nanochameleon.kernels.attention.reference import visible
 from nanochameleon.packing import Batch
-from nanochameleon.parallel.sharding import whole
+from nanochameleon.parallel.sharding import full_tensor
 from nanochameleon.training.objective import Objective
 from nanochameleon.transformer import Attention, Chameleon
 from nanochameleon.vocab import Vocab
@@ -20,13 +20,15 @@ def largest_logit(attention: Attention, x: Tensor, table: Tensor, doc_ids: Tenso
     """Of all heads that this rank has: the attention's input x (B, T, D) -> the largest score that a query sees."""
     b, t, _ = x.shape
     q, k = (w(x).view(b, t, -1, attention.head_dim) for w in (attention.wq, attention.wk))
-    q, k = (rotate(norm(y).transpose(1, 2), table) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
+    q, k = (
+        apply_rotary_emb(norm(y).transpose(1, 2), table) for norm, y in ((attention.q_norm, q), (attention.k_norm, k))
+    )
     scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(attention.head_dim)
     return scores.masked_fill(~visible(doc_ids, doc_ids)[:, None], -math.inf).amax()
 
 
 @torch.no_grad()
-def attention_peaks(objective: Objective, batch: Batch, keys: Tensor | None) -> list[float]:
+def max_attention_logits(objective: Objective, batch: Batch, keys: Tensor | None) -> list[float]:
     """The largest attention logit of each layer on these rows, by one more forward pass; of a layer that is spread over
     ranks, of this rank's heads. Every rank of a sharded model has to take part."""
     found: list[Tensor] = []
@@ -49,6 +51,6 @@ def attention_peaks(objective: Objective, batch: Batch, keys: Tensor | None) -> 
 def gradient_norms(model: Chameleon, vocab: Vocab) -> dict[str, float]:
     """{"grad_norm_text", "grad_norm_image"}: the gradient's norm over the rows of embedding and output layer that
     belong to text, or to image codes. Of a sharded model it is that of all ranks, which have to take part."""
-    rows = sum(whole(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))
+    rows = sum(full_tensor(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))
     image, text = rows[vocab.first_code : vocab.eoi].sum(), rows[vocab.first_text :].sum()
     return {"grad_norm_text": float(text.sqrt()), "grad_norm_image": float(image.sqrt())}

@@ -20,7 +20,7 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
-def flop_per_id(cfg: ModelConfig, seq_len: int) -> float:
+def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Forward and backward: 6 for each weight that is multiplied, and causal attention over rows of seq_len ids (PaLM's
     way to count, arXiv 2204.02311 appendix B, but for its mask). Recomputed activations do not count."""
     size = parameters(cfg)
@@ -28,7 +28,7 @@ def flop_per_id(cfg: ModelConfig, seq_len: int) -> float:
     return 6.0 * (size["total"] - size["embedding"]) + attention
 
 
-def peak_of(name: str) -> float | None:
+def peak_flops(name: str) -> float | None:
     """FLOP/s of a GPU by the name that its driver gives; None for one that is not known."""
     return next((peak for known, peak in PEAKS.items() if known in name), None)
 
@@ -92,7 +92,7 @@ def step_seconds(cfg: ModelConfig, layout: Layout, flop_rate: float, between: fl
     Tensor parallelism's sums stand in the way of the products; sharding's messages go beside them, and only what takes
     longer than the arithmetic counts. A forward pass again, for recomputed activations, is a third on top.
     """
-    work = flop_per_id(cfg, layout.seq_len) * layout.batch_ids / layout.gpus / flop_rate
+    work = flops_per_token(cfg, layout.seq_len) * layout.batch_ids / layout.gpus / flop_rate
     work *= 4 / 3 if layout.recompute else 1
     sent = messages(cfg, layout)
     tensor = sent["tensor"] / within

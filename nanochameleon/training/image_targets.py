@@ -16,7 +16,7 @@ from nanochameleon.packing import IGNORE, Batch, without
 from nanochameleon.vocab import Vocab
 
 
-def to_learn(batch: Batch, cfg: RunConfig, vocab: Vocab) -> Batch:
+def mask_targets(batch: Batch, cfg: RunConfig, vocab: Vocab) -> Batch:
     """A batch with targets for the images that the configuration wants learnt."""
     if cfg.train.image_loss == "none":
         return without(batch, range(vocab.first_code, vocab.eoi))
@@ -38,7 +38,9 @@ def drawn_alone(batch: Batch, n_codes: int, vocab: Vocab) -> Batch:
     return replace(batch, targets=targets)
 
 
-def noisy(batch: Batch, n_codes: int, vocab: Vocab, most: float, seed: int, numbers: Sequence[int]) -> Batch:
+def corrupt_image_tokens(
+    batch: Batch, n_codes: int, vocab: Vocab, most: float, seed: int, numbers: Sequence[int]
+) -> Batch:
     """In each drawn image a share of the codes, between 0 and `most`, is read as those of another document's image
     of the same row, at the same places. Targets stay.
 

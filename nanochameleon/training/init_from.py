@@ -13,14 +13,14 @@ from nanochameleon.errors import UserError
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, read_config
-from nanochameleon.weights.model_folder import Parts, Tokenizers, open_parts, text_of
+from nanochameleon.weights.model_folder import LoadedModel, Tokenizers, open_parts, text_of
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitFrom:
     """parts: the model whose weights to begin with. tokenizers: None where the run trains its own."""
 
-    parts: Parts | None = None
+    parts: LoadedModel | None = None
     tokenizers: Tokenizers | None = None
 
     def text(self, cfg: RunConfig) -> TextTokenizer:
@@ -33,7 +33,7 @@ class Beginning:
         return tokenizer
 
 
-def begin(cfg: RunConfig) -> tuple[RunConfig, Beginning]:
+def begin(cfg: RunConfig) -> tuple[RunConfig, InitFrom]:
     """Raises UserError for what cannot be opened, and for a model and prepared data of different tokenizers."""
     tokenizers, parts = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
@@ -46,7 +46,7 @@ def begin(cfg: RunConfig) -> tuple[RunConfig, Beginning]:
     elif tokenizers:
         model = dataclasses.replace(cfg.model, vocab_size=tokenizers.vocab_size, max_seq_len=cfg.train.seq_len)
         cfg = dataclasses.replace(cfg, vqgan=tokenizers.vqgan, model=model)
-    return cfg, Beginning(parts, tokenizers)
+    return cfg, InitFrom(parts, tokenizers)
 
 
 def prepared_tokenizers(cfg: RunConfig) -> Tokenizers | None:
@@ -57,7 +57,7 @@ def prepared_tokenizers(cfg: RunConfig) -> Tokenizers | None:
     return open_prepared(cfg.data.path)
 
 
-def adopt(cfg: RunConfig) -> tuple[RunConfig, Parts]:
+def adopt(cfg: RunConfig) -> tuple[RunConfig, LoadedModel]:
     """The run's configuration with the sizes of the model in cfg.init_from, and that model. Dropout stays the run's.
 
     A run with a checkpoint goes on from itself: what it began with may be gone. Raises UserError for a model that

@@ -18,9 +18,8 @@ from statistics import mode
 
 from tqdm import tqdm
 
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, warn
 from nanochameleon.files import is_number, write_file
-from nanochameleon.printing import warn
 
 METRICS = "metrics.jsonl"
 FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite in fp32
@@ -58,17 +57,17 @@ class Monitor:
                 monitor.progress(step)
 
     Lines of steps from `start` on, left by a run that died after its last checkpoint, are dropped: each step is there
-    once. `clock` returns seconds. mfu_per_id: by which ids a second are multiplied to give "mfu"; None is without.
-    board: what open_board gives, None without.
+    once. `clock` returns seconds. mfu_per_token: by which ids a second are multiplied to give "mfu"; None is without.
+    board: what open_tensorboard gives, None without.
     """
 
     def __init__(
         self, run_dir: Path, total_steps: int, start: int = 0, clock: Callable[[], float] = time.monotonic,
-        mfu_per_id: float | None = None, board=None,
+        mfu_per_token: float | None = None, board=None,
     ):  # fmt: skip
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self.path, self.file, self.full = Path(run_dir) / METRICS, None, False
-        self.total_steps, self.clock, self.mfu_per_id, self.board = total_steps, clock, mfu_per_id, board
+        self.total_steps, self.clock, self.mfu_per_token, self.board = total_steps, clock, mfu_per_token, board
         self.open_at(start)
         # Without a terminal each update is a line of its own in some log, so there are few.
         pause = 0.5 if sys.stderr.isatty() else 15.0
@@ -107,11 +106,11 @@ class Monitor:
         if "tokens" in values:
             line["tokens_per_second"] = round((values["tokens"] - self.tokens) / max(elapsed, 1e-9), 1)
             self.tokens = values["tokens"]
-        if self.mfu_per_id and "ids" in values:
-            line["mfu"] = round(self.mfu_per_id * (values["ids"] - self.ids) / max(elapsed, 1e-9), 4)
+        if self.mfu_per_token and "ids" in values:
+            line["mfu"] = round(self.mfu_per_token * (values["ids"] - self.ids) / max(elapsed, 1e-9), 4)
             self.ids = values["ids"]
         if self.board:
-            self.write_board(line)
+            self.write_tensorboard(line)
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -122,7 +121,7 @@ class Monitor:
         self.bar.set_postfix_str(summary(line), refresh=False)
         return line
 
-    def write_board(self, line: dict) -> None:
+    def write_tensorboard(self, line: dict) -> None:
         """The same numbers for TensorBoard, where each layer has a curve of its own."""
         for name, value in line.items():
             several = value if isinstance(value, list) else [value]
@@ -151,7 +150,7 @@ class Monitor:
             self.board.close()
 
 
-def open_board(folder: Path):
+def open_tensorboard(folder: Path):
     """Writes TensorBoard's files into `folder`. Raises UserError where the package is missing."""
     if not find_spec("tensorboard"):
         install = "pip install -c constraints.txt -e '.[tensorboard]'"

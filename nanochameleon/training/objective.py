@@ -36,7 +36,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, keys: Tensor | None, expected: Expected | None = None) -> Sums:
         """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.residual. expected: see
         next_token_loss."""
-        with matrix_products(self.precision, batch.tokens.device):
+        with autocast(self.precision, batch.tokens.device):
             residual = self.model.residual(batch.tokens, batch.positions, batch.doc_ids, keys=keys)
             logits = self.model.logits(self.model.norm(residual).flatten(0, 1))
         parts = next_token_loss(logits, batch.targets.flatten(), self.vocab, self.ranks, expected)
@@ -44,12 +44,12 @@ class Objective(nn.Module):
         return Sums(parts, norms.sum(), torch.tensor(float(norms.numel()), device=norms.device))
 
 
-def matrix_products(precision: str, device: torch.device) -> AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """Where matrix products run in `precision`; weights, sums and norms stay in fp32."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
 
-def product_rate(dim: int, dtype: torch.dtype, device: torch.device) -> float:
+def matmul_flops(dim: int, dtype: torch.dtype, device: torch.device) -> float:
     """Floating point operations a second of a matrix product of the model's width, the best of four."""
     a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2_048, dim), (dim, 4 * dim)))
     times = []
@@ -71,7 +71,7 @@ def pick_precision(dim: int, device: torch.device) -> tuple[str, str]:
     """
     faster, why = by_processor(device)
     if faster is None:
-        rates = [[product_rate(dim, dtype, device) for dtype in (torch.bfloat16, torch.float32)] for _ in range(5)]
+        rates = [[matmul_flops(dim, dtype, device) for dtype in (torch.bfloat16, torch.float32)] for _ in range(5)]
         narrow, wide = map(max, zip(*rates, strict=True))
         faster, why = narrow > CLEARLY * wide, f"bf16 was measured at {narrow / wide:.1f} times the speed of fp32"
     return "bf16" if faster else "fp32", why

@@ -28,11 +28,10 @@ from typing import TextIO
 import torch
 
 from nanochameleon.config import ModelConfig, RunConfig, VQGANConfig
-from nanochameleon.errors import UserError, shown
+from nanochameleon.errors import UserError, say, shown, warn
 from nanochameleon.files import write_file
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.printing import say, warn
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.objective import pick_precision

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochameleon.errors import UserError
+from nanochameleon.errors import UserError, warn
 from nanochameleon.parallel.mesh import Mesh
-from nanochameleon.printing import warn
 from nanochameleon.training import checkpoint
 from nanochameleon.transformer import Chameleon
 
@@ -48,7 +47,7 @@ class Saver:
         tensors = {"weights": weights, "optim": checkpoint.optimizer_tensors(self.optimizer, self.model)}
         if self.sharded:
             self.pending = self.start_sharded(tensors["weights"] | tensors["optim"], state)
-        elif self.mesh.first:
+        elif self.mesh.is_rank0:
             copied = {group: copies(content) for group, content in tensors.items()}
             self.pending = self.thread.submit(self.write, copied, state)
         if last or not self.background:
@@ -62,10 +61,10 @@ class Saver:
             self.pending = None
         if isinstance(problem, Exception) and not isinstance(problem, UserError | OSError):
             raise problem
-        problem = self.mesh.tell(problem and str(problem))
+        problem = self.mesh.broadcast(problem and str(problem))
         if problem and must:
             raise UserError(problem)
-        if problem and self.mesh.first:
+        if problem and self.mesh.is_rank0:
             warn(f"{problem}; the run goes on without it")
 
     def write(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
@@ -79,8 +78,8 @@ class Saver:
         """Copies are made before this returns."""
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
 
-        aside = self.folder / self.mesh.tell(f".tmp-step-{state['step']:06d}-{os.getpid()}")
-        self.mesh.once(lambda: self.make(aside))
+        aside = self.folder / self.mesh.broadcast(f".tmp-step-{state['step']:06d}-{os.getpid()}")
+        self.mesh.run_on_rank0(lambda: self.make(aside))
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
         written = async_save(tensors, storage_writer=writer, process_group=self.group)
         return self.thread.submit(self.commit, written, aside, state)
@@ -95,9 +94,9 @@ class Saver:
             self.agree(written.result)
             entries = self.agree(lambda: checkpoint.describe(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*")))
             everything = {name: entry for part in entries for name, entry in part.items()}
-            self.agree(lambda: self.finish_sharded(aside, state, everything) if self.mesh.first else None)
+            self.agree(lambda: self.finish_sharded(aside, state, everything) if self.mesh.is_rank0 else None)
         finally:
-            if self.mesh.first:
+            if self.mesh.is_rank0:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def finish_sharded(self, aside: Path, state: dict, entries: dict[str, dict]) -> None:
@@ -112,7 +111,7 @@ class Saver:
             mine = work(), None
         except Exception as error:
             mine = None, f"{error}"
-        everybody: list = [None] * self.mesh.world
+        everybody: list = [None] * self.mesh.world_size
         dist.all_gather_object(everybody, mine, group=self.group)
         for _, problem in everybody:
             if problem is not None:
@@ -121,7 +120,7 @@ class Saver:
         return [result for result, _ in everybody]
 
     def __enter__(self) -> "Saver":
-        if self.mesh.first:
+        if self.mesh.is_rank0:
             checkpoint.sweep(self.folder)
         return self
 
@@ -134,7 +133,7 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
 
 
-def find(folder: Path, mesh: Mesh) -> Path | None:
+def latest_checkpoint(folder: Path, mesh: Mesh) -> Path | None:
     """The newest whole checkpoint, the same one for every rank; None where there is none at all. Raises UserError
     where there are some and none is whole."""
-    return mesh.once(lambda: checkpoint.locate(folder) if checkpoint.checkpoints(folder) else None)
+    return mesh.run_on_rank0(lambda: checkpoint.locate(folder) if checkpoint.checkpoints(folder) else None)

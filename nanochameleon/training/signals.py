@@ -7,14 +7,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from nanochameleon.errors import another_rank_speaks
+from nanochameleon.errors import is_nonzero_rank, warn
 from nanochameleon.files import is_number, write_file
-from nanochameleon.printing import warn
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
 
 
-class Stopper:
+class GracefulShutdown:
     """The first Ctrl-C or SIGTERM is noted in `asked`, which loops look at between steps; a second one stops at once.
     Where `at_once` is set, the first one raises KeyboardInterrupt. The end of torchrun counts as SIGTERM."""
 
@@ -49,7 +48,7 @@ class Stopper:
             signal.signal(number, handler)
         self.before = {}
 
-    def __enter__(self) -> "Stopper":
+    def __enter__(self) -> "GracefulShutdown":
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.before[number] = signal.signal(number, self._note)
@@ -63,12 +62,12 @@ class Stopper:
 
 def say_at_once(sentence: str) -> None:
     """By rank 0, past Python's own buffers: a signal may come within a print."""
-    if not another_rank_speaks():
+    if not is_nonzero_rank():
         with suppress(OSError):  # stderr may be closed
             os.write(2, f"\n{sentence}\n".encode())
 
 
-class Laps:
+class StageTimer:
     """Seconds of each stage, kept in the run's folder so that they add up over interruptions."""
 
     def __init__(self, folder: Path):
@@ -83,7 +82,7 @@ class Laps:
                 return seconds
         except (OSError, ValueError, AttributeError, RecursionError):
             pass
-        if not another_rank_speaks():
+        if not is_nonzero_rank():
             warn(f"{self.path} is damaged: the seconds of each stage are counted from zero")
         return {}
 

@@ -17,9 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from nanochameleon.config import EvalConfig, RunConfig
-from nanochameleon.errors import GaveUp, UserError
+from nanochameleon.errors import GaveUp, UserError, say
 from nanochameleon.files import write_file
-from nanochameleon.printing import say
 from nanochameleon.training.monitor import METRICS, read_metrics
 from nanochameleon.training.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, claim, config_to_json
 
@@ -80,19 +79,19 @@ def run_all(base: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
     for number, (variant, rate, seed) in enumerate(todo, 1):
         say(f"stability {number}/{len(todo)}: {variant.name}, {rate} rate, seed {seed}")
         one = variant.of(base, rate, seed)
-        share_beginning(base.folder, one)
+        copy_prepared(base.folder, one)
         try:
             train(one)
         except GaveUp as error:  # that, too, is a result
             say(error)
         else:
-            keep_beginning(base.folder, one)
+            keep_prepared(base.folder, one)
         curves.setdefault((variant.name, rate), []).append(read_metrics(one.folder / METRICS))
     write(base.folder, curves)
     return base.folder
 
 
-def share_beginning(folder: Path, cfg: RunConfig) -> None:
+def copy_prepared(folder: Path, cfg: RunConfig) -> None:
     """Gives a run that has not begun the tokenizers and the data of the first one."""
     if (cfg.folder / CONFIG).exists() or not (folder / "beginning").exists():
         return
@@ -103,7 +102,7 @@ def share_beginning(folder: Path, cfg: RunConfig) -> None:
     aside.rename(cfg.folder)
 
 
-def keep_beginning(folder: Path, cfg: RunConfig) -> None:
+def keep_prepared(folder: Path, cfg: RunConfig) -> None:
     if not (folder / "beginning").exists():
         aside = folder / ".beginning"
         shutil.rmtree(aside, ignore_errors=True)

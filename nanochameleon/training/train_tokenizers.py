@@ -26,8 +26,8 @@ from nanochameleon.images.losses import (
 )
 from nanochameleon.images.quantizer import codebook_loss, commitment_loss
 from nanochameleon.images.tokenizer import to_pixels
-from nanochameleon.images.vqgan import VQGAN, cut
-from nanochameleon.optim import TOO_MANY, clip, learning_rate, make_optimizer
+from nanochameleon.images.vqgan import VQGAN, split_windows
+from nanochameleon.optim import MAX_NONFINITE_STEPS, clip, learning_rate, make_optimizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
@@ -61,13 +61,13 @@ def step_seed(seed: int, step: int) -> int:
 def start_codebook(vqgan: VQGAN, pixels: Tensor, generator: torch.Generator) -> None:
     """Puts the codebook onto latents of these images; with a window, onto those of their different windows."""
     if vqgan.cfg.window:
-        windows = cut(pixels, vqgan.cfg.window)
+        windows = split_windows(pixels, vqgan.cfg.window)
         pixels = torch.unique(windows.flatten(1), dim=0).view(-1, *windows.shape[1:])
     with torch.no_grad():
         latents = torch.cat([vqgan.quant_conv(vqgan.encoder(part)) for part in pixels.split(64)])
     vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
     chosen = torch.randperm(len(vectors), generator=generator)[:START_VECTORS].to(vectors.device)
-    vqgan.quantize.start_from(vectors[chosen], rounds=10, generator=generator)
+    vqgan.quantize.init_kmeans(vectors[chosen], rounds=10, generator=generator)
 
 
 def reconstruction_loss(x: Tensor, y: Tensor, perceptual: PerceptualLoss, cfg: TokenizerTraining) -> Tensor:
@@ -115,7 +115,7 @@ def train_image_tokenizer(
     """Trains the VQGAN into folder/image_tokenizer, going on from its newest checkpoint; True when it is finished.
 
     `stopped` is asked after every step; when it says so, the state is saved and False returned. A step whose loss or
-    gradient is not finite moves nothing. Raises UserError after TOO_MANY of them in a row.
+    gradient is not finite moves nothing. Raises UserError after MAX_NONFINITE_STEPS of them in a row.
     """
     t = cfg.tokenizers
     directory = folder / IMAGE_TOKENIZER
@@ -144,13 +144,13 @@ def train_image_tokenizer(
         loss.backward()
         value, norm = float(loss.detach()), clip(vqgan.parameters(), t.optim.grad_clip)
         failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
-        if failed == TOO_MANY:
+        if failed == MAX_NONFINITE_STEPS:
             lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"
             raise UserError(f"{failed} steps in a row had no finite loss: {lower}")
         if not failed:
             optimizer.step()
             if codes is not None and t.codebook == "ema" and step < 0.8 * t.steps:  # then it stands for the decoder
-                vqgan.quantize.follow(latents.detach(), codes, t.ema_decay, t.dead_code_threshold, generator)
+                vqgan.quantize.update_averages(latents.detach(), codes, t.ema_decay, t.dead_code_threshold, generator)
         bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
         done, stop = step + 1, stopped()
         if done % SAVE_EVERY == 0 or done == t.steps or stop:

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from nanochameleon.config import DataConfig, ModelConfig, OptimConfig, RunConfig, VQGANConfig
-from nanochameleon.errors import UserError, shown
+from nanochameleon.errors import UserError, shown, warn
 from nanochameleon.files import read_json
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.printing import warn
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, spell
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, Run, command, pick_device, read_config
@@ -84,7 +83,7 @@ class Tokenizers:
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoadedModel:
     """A model that is not loaded: sizes, the text tokenizer's JSON, and its tensors under our names."""
 
     layout: str
@@ -148,7 +147,7 @@ def naming(path: Path, layout: str) -> Iterator[None]:
         raise UserError(f"{reader}: no model has the sizes that it names ({shown(error, 80)})") from None
 
 
-def open_parts(path: Path, vqgan: Path | None = None) -> Parts:
+def open_parts(path: Path, vqgan: Path | None = None) -> LoadedModel:
     """Opens a folder and checks that all tensors are there. `vqgan`: a file with the image decoder (with_decoder).
 
     Raises UserError naming what is missing or broken.
@@ -173,7 +172,7 @@ def plain(files: Safetensors | Cut, cfg: ModelConfig, where: Path) -> Tensors:
     return Tensors({name: files.meta[name] for name in ours}, files.__getitem__)
 
 
-def open_run_parts(folder: Path) -> Parts:
+def open_run_parts(folder: Path) -> LoadedModel:
     cfg = read_config(folder)
     if not checkpoint.checkpoints(folder):
         line = command("train.py", cfg.name)
@@ -186,7 +185,7 @@ def open_run_parts(folder: Path) -> Parts:
     else:  # written by ranks that had a shard of each tensor
         files = Cut(listed, {name for name in checkpoint.stored_shapes(whole) if layouts.is_ours(name)})
     weights, kept = plain(files, model, whole), run_tokenizers(folder)
-    return Parts("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
+    return LoadedModel("run", model, cfg.vqgan, kept.tokenizer_json, weights, kept.vq)
 
 
 def run_tokenizers(folder: Path) -> Tokenizers:
@@ -204,16 +203,18 @@ def stored_tokenizers(folder: Path, vocab_size: int, context: int, vqgan: VQGANC
     return Tokenizers(vocab_size, context, vqgan, read_json(folder / TEXT_TOKENIZER), tensors)
 
 
-def open_nano(folder: Path) -> Parts:
+def open_nano(folder: Path) -> LoadedModel:
     content = read_json(folder / CONFIG)
     model = layout_files.checked(layout_files.field(content, "model", ModelConfig))
     vqgan = layout_files.field(content, "vqgan", VQGANConfig)
     vq = open_safetensors(folder, NANO_VQGAN)
     weights = plain(open_safetensors(folder), model, folder)
-    return Parts("nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, Tensors(vq.meta, vq.__getitem__))
+    return LoadedModel(
+        "nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, Tensors(vq.meta, vq.__getitem__)
+    )
 
 
-def open_hf(folder: Path) -> Parts:
+def open_hf(folder: Path) -> LoadedModel:
     config, files = read_json(folder / CONFIG), open_safetensors(folder)
     model = layout_files.model_from_hf(config)
     ours = expected_weights(model, files.meta)
@@ -239,7 +240,7 @@ def open_hf(folder: Path) -> Parts:
     vqgan = layout_files.vqgan_from_tensors(vq, resolution)
     meta = {name: x.to(files.meta[layouts.rule(name).hf].dtype) for name, x in skeleton(model).items()}
     tokenizer = layout_files.tokenizer_from_hf(read_json(folder / "tokenizer.json"))
-    return Parts("hf", model, vqgan, tokenizer, Tensors(meta, get), Tensors(vq, get_vq))
+    return LoadedModel("hf", model, vqgan, tokenizer, Tensors(meta, get), Tensors(vq, get_vq))
 
 
 def meta_shards(folder: Path) -> list[Path]:
@@ -254,7 +255,7 @@ def meta_shards(folder: Path) -> list[Path]:
     return paths
 
 
-def open_meta(folder: Path) -> Parts:
+def open_meta(folder: Path) -> LoadedModel:
     paths = meta_shards(folder)
     shards = [Pth(path, n_shards=len(paths)) for path in paths]
     params = read_json(folder / "params.json")
@@ -290,7 +291,7 @@ def open_meta(folder: Path) -> Parts:
     vq = open_vqgan(beside / "vqgan.ckpt")
     resolution = layout_files.resolution_of_yaml((beside / "vqgan.yaml").read_text(encoding="utf-8-sig"))
     vqgan = layout_files.vqgan_from_tensors(vq.meta, resolution)
-    return Parts("meta", model, vqgan, read_json(beside / TEXT_TOKENIZER), Tensors(meta, get), vq)
+    return LoadedModel("meta", model, vqgan, read_json(beside / TEXT_TOKENIZER), Tensors(meta, get), vq)
 
 
 def open_vqgan(path: Path) -> Tensors:
@@ -300,7 +301,7 @@ def open_vqgan(path: Path) -> Tensors:
     return Tensors(kept, vq.__getitem__)
 
 
-def with_decoder(parts: Parts, vqgan: Path, path: Path) -> Parts:
+def with_decoder(parts: LoadedModel, vqgan: Path, path: Path) -> LoadedModel:
     """The model with the image decoder of another file, whose other tensors, if it has any, are to be the model's.
 
     Those are taken from that file, too: it may have more digits. Raises UserError for another model's file.
@@ -335,14 +336,14 @@ def with_groups_of_shards(cfg: ModelConfig, shards: list[Pth]) -> ModelConfig:
 # Loading
 
 
-def copy_weights(parts: Parts, model: Chameleon) -> None:
+def copy_weights(parts: LoadedModel, model: Chameleon) -> None:
     """Reads each tensor straight into its place, in the model's own type and on its device."""
     with torch.no_grad():
         for name, target in model.state_dict().items():
             target.copy_(parts.weights.get(name))
 
 
-def load_model(parts: Parts, device: torch.device, dtype: torch.dtype | None = None) -> Chameleon:
+def load_model(parts: LoadedModel, device: torch.device, dtype: torch.dtype | None = None) -> Chameleon:
     """The transformer in its final type on its device: made there without content, then filled; no second copy."""
     with torch.device("meta"):
         model = Chameleon(parts.model).to(dtype or parts.dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_images import encoded
+from image_bytes import encoded
 from PIL import Image
 from tiny import TINY_VQGAN, TOKENIZER, VOCAB, tiny_config, tiny_run, training_config
 from written import lines, prepare, write_tar

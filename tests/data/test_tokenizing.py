@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bad_images import encoded
 from hypothesis import given
 from hypothesis import strategies as st
+from image_bytes import encoded
 from PIL import Image as PILImage
 from strategies import SNIPPETS, any_text
 from tiny import TOKENIZER, VOCAB, tiny_run

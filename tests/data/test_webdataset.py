@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from bad_images import bad_images, encoded, odd_images
 from hypothesis import given
 from hypothesis import strategies as st
+from image_bytes import bad_images, encoded, odd_images
 from PIL import Image
 from written import IMAGE, write_tar
 

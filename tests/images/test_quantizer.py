@@ -50,7 +50,7 @@ def test_codes_stand_in_raster_order_and_carry_their_vectors(seed, b, side, e):
     quantizer = Quantizer(7, e)
     z = quantizer.embedding.weight.detach()[torch.randint(7, (b, side, side))]  # (B, h, w, E), every place a code
     codes = quantizer.codes(z.permute(0, 3, 1, 2))
-    vectors = quantizer.vectors(codes, side)
+    vectors = quantizer.lookup(codes, side)
     for i in range(b):
         for row in range(side):
             for column in range(side):
@@ -64,8 +64,8 @@ def test_straight_through_has_the_code_s_value_and_the_vector_s_gradient(seed):
     quantizer = Quantizer(5, 3).double()
     z = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     passed, codes, quantized = quantizer(z)
-    torch.testing.assert_close(passed, quantizer.vectors(codes, 2), rtol=0, atol=1e-14)
-    assert torch.equal(quantized, quantizer.vectors(codes, 2))
+    torch.testing.assert_close(passed, quantizer.lookup(codes, 2), rtol=0, atol=1e-14)
+    assert torch.equal(quantized, quantizer.lookup(codes, 2))
     upstream = torch.randn_like(passed)
     to_z, to_codebook = torch.autograd.grad(
         (passed * upstream).sum(), (z, quantizer.embedding.weight), allow_unused=True
@@ -105,7 +105,7 @@ def test_moving_averages_take_each_code_towards_the_mean_of_its_vectors(seed, de
     quantizer, flat = Quantizer(4, 3), torch.randn(12, 3)
     before = quantizer.embedding.weight.detach().clone()
     codes = quantizer.codes(as_latents(flat))
-    quantizer.follow(as_latents(flat), codes, decay, 0.0, rng(0))
+    quantizer.update_averages(as_latents(flat), codes, decay, 0.0, rng(0))
     for code in range(4):
         mine = flat[codes[:, 0] == code]
         if len(mine):  # starts as one use of its old value
@@ -120,7 +120,7 @@ def test_moving_averages_settle_on_the_means():
     quantizer.embedding.weight.data.copy_(centres * 0.5)
     quantizer.sums.copy_(quantizer.embedding.weight)
     for _ in range(200):
-        quantizer.follow(as_latents(flat), quantizer.codes(as_latents(flat)), 0.9, 0.0, rng(0))
+        quantizer.update_averages(as_latents(flat), quantizer.codes(as_latents(flat)), 0.9, 0.0, rng(0))
     torch.testing.assert_close(quantizer.embedding.weight.detach(), flat.view(3, 50, 2).mean(1), rtol=0, atol=1e-4)
 
 
@@ -132,7 +132,7 @@ def test_revival_puts_every_dead_code_onto_a_vector_of_the_batch(seed, min_count
     for _ in range(30):
         codes = quantizer.codes(as_latents(flat))
         dead = quantizer.counts.lerp(F.one_hot(codes[:, 0], 16).sum(0).float(), 1 - 0.9) < min_count
-        quantizer.follow(as_latents(flat), codes, 0.9, min_count, rng(seed))
+        quantizer.update_averages(as_latents(flat), codes, 0.9, min_count, rng(seed))
         assert (quantizer.counts[dead] == 1).all() and (quantizer.counts >= min_count).all()
         for vector in quantizer.embedding.weight.detach()[dead]:
             assert (vector == flat).all(1).any()
@@ -148,9 +148,9 @@ def test_revival_ends_with_a_code_for_every_vector(seed):
     assert len(quantizer.codes(as_latents(flat)).unique()) < 4
     generator = rng(seed)
     for _ in range(150):
-        quantizer.follow(as_latents(flat), quantizer.codes(as_latents(flat)), 0.8, 0.5, generator)
+        quantizer.update_averages(as_latents(flat), quantizer.codes(as_latents(flat)), 0.8, 0.5, generator)
     torch.testing.assert_close(
-        quantizer.vectors(quantizer.codes(as_latents(flat)), 1)[..., 0, 0], flat, atol=1e-3, rtol=0
+        quantizer.lookup(quantizer.codes(as_latents(flat)), 1)[..., 0, 0], flat, atol=1e-3, rtol=0
     )
 
 
@@ -160,7 +160,7 @@ def test_revival_is_repeatable():
     for _ in range(2):
         torch.manual_seed(0)
         quantizer = Quantizer(16, 3)
-        quantizer.follow(as_latents(flat), quantizer.codes(as_latents(flat)), 0.5, 0.6, rng(5))
+        quantizer.update_averages(as_latents(flat), quantizer.codes(as_latents(flat)), 0.5, 0.6, rng(5))
         books.append(quantizer.embedding.weight.detach().clone())
     assert torch.equal(*books)
 
@@ -176,7 +176,7 @@ def test_with_as_many_different_vectors_as_codes_each_becomes_one(k, e, repeats,
     """However often each vector stands there, and however small they are."""
     different = size * torch.randn(k, e, generator=rng(seed))
     quantizer = Quantizer(k, e)
-    quantizer.start_from(different.repeat(repeats, 1), 3, rng(seed))
+    quantizer.init_kmeans(different.repeat(repeats, 1), 3, rng(seed))
     codes = nearest_code(different, quantizer.embedding.weight.detach())
     assert len(codes.unique()) == len(different.unique(dim=0))
     torch.testing.assert_close(quantizer.embedding.weight[codes].detach(), different, rtol=1e-5, atol=1e-6 * size)
@@ -189,12 +189,12 @@ def test_a_start_on_clusters_finds_their_means(seed):
     centres = 100 * torch.eye(6)
     flat = (centres[:, None] + torch.randn(6, 20, 6, generator=generator)).flatten(0, 1)
     quantizer = Quantizer(6, 6)
-    quantizer.start_from(flat[torch.randperm(120, generator=generator)], 4, generator)
+    quantizer.init_kmeans(flat[torch.randperm(120, generator=generator)], 4, generator)
     found = quantizer.embedding.weight.detach()[nearest_code(centres, quantizer.embedding.weight.detach())]
     torch.testing.assert_close(found, flat.view(6, 20, 6).mean(1), rtol=0, atol=1e-3)
 
 
 def test_a_start_on_fewer_vectors_than_codes():
     quantizer = Quantizer(8, 2)
-    quantizer.start_from(torch.ones(3, 2), 3, rng(0))
+    quantizer.init_kmeans(torch.ones(3, 2), 3, rng(0))
     assert torch.equal(quantizer.embedding.weight.detach(), torch.ones(8, 2))

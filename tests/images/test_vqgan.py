@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochameleon.config import VQGANConfig
-from nanochameleon.images.vqgan import VQGAN, cut, join
+from nanochameleon.images.vqgan import VQGAN, join_windows, split_windows
 
 TINY = VQGANConfig(
     resolution=16, ch=8, ch_mult=(1, 2, 2), n_res_blocks=1, z_channels=6, embed_dim=5, n_codes=12, n_groups=4,
@@ -48,8 +48,8 @@ def test_the_release_has_its_number_of_parameters_and_its_names():
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
 def test_join_inverts_cut_and_windows_are_in_raster_order(b, c, across, side):
     x = torch.arange(b * c * (across * side) ** 2).view(b, c, across * side, across * side)
-    windows = cut(x, side)
-    assert torch.equal(join(windows, across), x)
+    windows = split_windows(x, side)
+    assert torch.equal(join_windows(windows, across), x)
     for n, window in enumerate(windows):
         image, place = divmod(n, across**2)
         row, column = (side * i for i in divmod(place, across))

@@ -23,14 +23,14 @@ from nanochameleon.kernels import (
     linear,
     linear_zloss_cross_entropy,
     norm_add,
-    normed_attention,
+    qknorm_rope_attention,
     rms_norm,
     swiglu,
     zloss_cross_entropy,
 )
-from nanochameleon.kernels.attention.qknorm_rope import normed_attention_reference
+from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.reference import attention_reference, visible
-from nanochameleon.kernels.block.dropout import dropout, keep
+from nanochameleon.kernels.block.dropout import dropout, keep_mask
 from nanochameleon.kernels.block.linear import linear_reference
 from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference
 from nanochameleon.kernels.block.swiglu import swiglu_reference
@@ -73,7 +73,7 @@ def in_place(logits, targets):
 
 
 def dropout_reference(x, keys):
-    return x * keep(x.shape, keys, 0.5) * 2
+    return x * keep_mask(x.shape, keys, 0.5) * 2
 
 
 HEADS = {"q": numbers(2, 9, 4, 8), "k": numbers(2, 9, 2, 8), "v": numbers(2, 9, 2, 8)}
@@ -90,12 +90,12 @@ OPS = {
     "rms_norm": Op(partial(rms_norm, eps=EPS), partial(rms_norm_reference, eps=EPS), {"x": ROWS["x"]} | WEIGHT),
     "add_norm": Op(partial(add_norm, eps=EPS), partial(add_norm_reference, eps=EPS), ROWS | WEIGHT),
     "norm_add": Op(partial(norm_add, eps=EPS), partial(norm_add_reference, eps=EPS), ROWS | WEIGHT),
-    "normed_attention": Op(
-        partial(normed, normed_attention), partial(normed, normed_attention_reference),
+    "qknorm_rope_attention": Op(
+        partial(normed, qknorm_rope_attention), partial(normed, qknorm_rope_attention_reference),
         HEADS | TABLE | {"docs": DOCS} | NORMS,
     ),
-    "normed_attention without norms": Op(
-        partial(plainly_attended, normed_attention), partial(plainly_attended, normed_attention_reference),
+    "qknorm_rope_attention without norms": Op(
+        partial(plainly_attended, qknorm_rope_attention), partial(plainly_attended, qknorm_rope_attention_reference),
         HEADS | TABLE,
     ),
     "attention": Op(attention, attention_reference, KEYS | SEEN),
@@ -267,17 +267,17 @@ EXAMPLES = {
     "a wider branch, normed": ("norm_add", {"branch": of_type(torch.float64)}),
     "too few targets": ("linear_zloss", {"targets": of_size(0, 2)}),
     "one target": ("zloss", {"targets": of_size(0, 1)}),
-    "short keys and values": ("normed_attention", {"k": of_size(1, 3), "v": of_size(1, 3)}),
+    "short keys and values": ("qknorm_rope_attention", {"k": of_size(1, 3), "v": of_size(1, 3)}),
     "short values": ("attention", {"v": of_size(2, 3)}),
-    "keys and values of one row": ("normed_attention", {"k": of_size(0, 1), "v": of_size(0, 1)}),
-    "key heads that do not divide": ("normed_attention", {"k": of_size(2, 3), "v": of_size(2, 3)}),
-    "keys of another head size": ("normed_attention", {"k": of_size(3, 4)}),
-    "norms of another size": ("normed_attention", {"q_weight": of_size(1, 4), "q_bias": of_size(1, 4)}),
-    "norms of three groups": ("normed_attention", {"q_weight": of_size(0, 3), "q_bias": of_size(0, 3)}),
-    "documents of three positions": ("normed_attention", {"docs": of_size(1, 3)}),
+    "keys and values of one row": ("qknorm_rope_attention", {"k": of_size(0, 1), "v": of_size(0, 1)}),
+    "key heads that do not divide": ("qknorm_rope_attention", {"k": of_size(2, 3), "v": of_size(2, 3)}),
+    "keys of another head size": ("qknorm_rope_attention", {"k": of_size(3, 4)}),
+    "norms of another size": ("qknorm_rope_attention", {"q_weight": of_size(1, 4), "q_bias": of_size(1, 4)}),
+    "norms of three groups": ("qknorm_rope_attention", {"q_weight": of_size(0, 3), "q_bias": of_size(0, 3)}),
+    "documents of three positions": ("qknorm_rope_attention", {"docs": of_size(1, 3)}),
     "a norm of half a row": ("rms_norm", {"weight": of_size(0, 16)}),
     "a norm of nothing": ("rms_norm", {"x": of_size(1, 0), "weight": of_size(0, 0)}),
-    "heads of nothing": ("normed_attention without norms", {key: of_size(3, 0) for key in HEADS | TABLE}),
+    "heads of nothing": ("qknorm_rope_attention without norms", {key: of_size(3, 0) for key in HEADS | TABLE}),
     "short targets": ("zloss", {"targets": of_type(torch.uint8)}),
     "no vocabulary": ("zloss", {"logits": of_size(1, 0), "targets": ignored}),
     "a negated gate": ("swiglu", {"a": negated}),
@@ -285,8 +285,8 @@ EXAMPLES = {
     "negated logits, in place": ("zloss in place", {"logits": negated}),
     "wide logits, in place": ("zloss in place", {"logits": of_type(torch.float64)}),
     "a negated row": ("rms_norm", {"x": negated}),
-    "negated values": ("normed_attention", {"v": negated}),
-    "turns backwards": ("normed_attention", {"table": conjugate}),
+    "negated values": ("qknorm_rope_attention", {"v": negated}),
+    "turns backwards": ("qknorm_rope_attention", {"table": conjugate}),
     "a matrix of one column": ("linear", {"w1": of_size(1, 1)}),
     "a matrix of another type": ("linear", {"w1": of_type(torch.float64)}),
 }

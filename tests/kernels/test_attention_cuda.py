@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.attention.qknorm_rope import normed_attention, normed_attention_reference
+from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention, qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.reference import attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.kernels.gpu import launch as gpu
@@ -25,10 +25,10 @@ NARROW = torch.bfloat16
 @given(problem=problems(lengths=[1, 2, 17, 64, 65, 130], head_dims=[6, 64, 128]))
 def test_attention_is_as_good_as_the_reference(name, problem):
     """Norm, turn and ours or torch's attention, in value and in gradient."""
-    truth = outcome(normed_attention_reference, problem, torch.float64)
-    naive = outcome(normed_attention_reference, problem, NARROW)
+    truth = outcome(qknorm_rope_attention_reference, problem, torch.float64)
+    naive = outcome(qknorm_rope_attention_reference, problem, NARROW)
     with use_kernels(name):
-        result = outcome(normed_attention, problem, NARROW)
+        result = outcome(qknorm_rope_attention, problem, NARROW)
     size = sizes(problem)
     for x, plain, exact in zip(result, naive, truth, strict=True):
         assert_as_good_as(x, plain, exact, scale=size * (1 + exact.abs().max().item()))
@@ -99,7 +99,7 @@ def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 64, dtype=NARROW, requires_grad=True)
     table = torch.ones(shape[0], 1, shape[1], 32, dtype=torch.complex64)
     with use_kernels("cuda"):
-        out = normed_attention(x, x, x, table, None, None, None, EPS)
+        out = qknorm_rope_attention(x, x, x, table, None, None, None, EPS)
     out.sum().backward()
     assert out.shape == x.shape == x.grad.shape
 
@@ -120,4 +120,4 @@ def test_what_does_not_fit_is_refused(monkeypatch, name, wrong, shape):
     table, docs = torch.polar(torch.ones(shapes["table"]), torch.zeros(1)), torch.zeros(shapes["docs"]).long()
     q = torch.randn(2, 5, 4, 64).to(NARROW)
     with use_kernels(name), pytest.raises((ValueError, RuntimeError)):
-        normed_attention(q, k, v, table, docs, (weight, weight), None, EPS)
+        qknorm_rope_attention(q, k, v, table, docs, (weight, weight), None, EPS)

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels import dispatch, normed_attention
+from nanochameleon.kernels import dispatch, qknorm_rope_attention
 from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import rms_norm
 from nanochameleon.kernels.dispatch import (
-    AMX,
+    AMX_OPS,
     AUTO,
     NAMES,
     OPS,
-    STEP,
+    TRAINING_OPS,
     VARIABLE,
     architecture,
     choose,
@@ -31,20 +31,20 @@ x = torch.zeros(1)
 
 def test_a_wish_beats_the_environment_which_beats_the_table(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert choose("normed_attention", x) == AUTO["normed_attention", torch.float32][0]
+    assert choose("qknorm_rope_attention", x) == AUTO["qknorm_rope_attention", torch.float32][0]
     monkeypatch.setenv(VARIABLE, "reference")
-    assert choose("normed_attention", x) == "reference"
+    assert choose("qknorm_rope_attention", x) == "reference"
     with use_kernels("numba"):
-        assert choose("normed_attention", x) == "numba"
+        assert choose("qknorm_rope_attention", x) == "numba"
         with use_kernels("reference"):
-            assert choose("normed_attention", x) == "reference"
-        assert choose("normed_attention", x) == "numba"
-    assert choose("normed_attention", x) == "reference"
+            assert choose("qknorm_rope_attention", x) == "reference"
+        assert choose("qknorm_rope_attention", x) == "numba"
+    assert choose("qknorm_rope_attention", x) == "reference"
 
 
 def test_an_empty_variable_asks_for_nothing(monkeypatch):
     monkeypatch.setenv(VARIABLE, "")
-    assert choose("normed_attention", x) == AUTO["normed_attention", torch.float32][0]
+    assert choose("qknorm_rope_attention", x) == AUTO["qknorm_rope_attention", torch.float32][0]
 
 
 def test_threads_do_not_see_one_another_s_wish():
@@ -74,7 +74,7 @@ def test_the_backward_pass_runs_what_the_forward_pass_ran(monkeypatch):
     """On a GPU it is in a thread of autograd's, which has no wish."""
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
     with use_kernels("numba"):
-        out = normed_attention(q, q, q, rotary_table(torch.arange(5)[None], 8, 1e4), None, None, None, 1e-5)
+        out = qknorm_rope_attention(q, q, q, rotary_table(torch.arange(5)[None], 8, 1e4), None, None, None, 1e-5)
     monkeypatch.setenv(VARIABLE, "cuda")  # which cannot be had
     in_another_thread(lambda: out.sum().backward())
     assert q.grad.isfinite().all()
@@ -97,21 +97,21 @@ def test_what_is_computed_again_runs_what_ran_first():
 )
 def test_a_wish_that_cannot_be_met_says_why(tensor, reason):
     with use_kernels("numba"), pytest.raises(ValueError, match=reason):
-        choose("normed_attention", tensor)
+        choose("qknorm_rope_attention", tensor)
     with use_kernels("auto"):
-        assert choose("normed_attention", tensor) == "reference"
+        assert choose("qknorm_rope_attention", tensor) == "reference"
 
 
 def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
     with use_kernels("cuda"), pytest.raises(ValueError, match="tensors are on cpu"):
-        choose("normed_attention", x)
+        choose("qknorm_rope_attention", x)
     gpu = torch.device("cuda")
     monkeypatch.setattr("nanochameleon.kernels.dispatch.installed", lambda name: False)
     with use_kernels("cuda"):
         with pytest.raises(ValueError, match=r"cupy-cuda13x is not installed: pip install -e '\.\[cuda\]'"):
             decide("zloss_cross_entropy", gpu, torch.bfloat16)
         with pytest.raises(ValueError, match="do not take float32"):
-            decide("normed_attention", gpu, torch.float32)
+            decide("qknorm_rope_attention", gpu, torch.float32)
         assert decide("swiglu", gpu, torch.bfloat16)[0] == "reference"  # never written
     with use_kernels("auto"):
         assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
@@ -148,7 +148,7 @@ def test_cupy_is_for_the_cuda_of_torch(monkeypatch, cuda, there, missing):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(dispatch, "installed", lambda name: True)
     monkeypatch.setattr(dispatch, "distribution", there.__contains__)
-    assert dispatch.missing_for_cuda() == missing
+    assert dispatch.missing_cuda_package() == missing
     assert dispatch.cuda_extra() == ("cuda" if cuda == "13.0" else "cuda12")
 
 
@@ -157,7 +157,7 @@ def test_unknown_names_are_refused(monkeypatch):
         pass
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(ValueError, match="'fast'"):
-        choose("normed_attention", x)
+        choose("qknorm_rope_attention", x)
 
 
 def test_the_table_names_each_op_for_each_type_once():
@@ -168,27 +168,27 @@ def test_the_table_names_each_op_for_each_type_once():
 def test_explain_has_a_line_for_each_op_of_a_step():
     with use_kernels("auto"):
         lines = explain(CPU, torch.bfloat16).splitlines()
-        expected = {op: decide(op, CPU, torch.bfloat16) for op in STEP}
-    for line, op in zip(lines, STEP, strict=True):
+        expected = {op: decide(op, CPU, torch.bfloat16) for op in TRAINING_OPS}
+    for line, op in zip(lines, TRAINING_OPS, strict=True):
         assert line.split()[:2] == [op, expected[op][0]] and expected[op][1] in line
-    assert not {"linear_zloss_cross_entropy", "decode_attention"} & set(STEP)  # losses.py takes logits
+    assert not {"linear_zloss_cross_entropy", "decode_attention"} & set(TRAINING_OPS)  # losses.py takes logits
 
 
 @pytest.mark.parametrize("missing", [None, "this processor has no AMX-TILE"])
 def test_tiles_are_taken_where_there_are_some_and_never_without_a_word(monkeypatch, missing):
-    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_not", lambda: missing)
-    table = AUTO["normed_attention", torch.bfloat16]
+    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_unavailable", lambda: missing)
+    table = AUTO["qknorm_rope_attention", torch.bfloat16]
     with use_kernels("auto"):
-        decided = decide("normed_attention", CPU, torch.bfloat16)
-        assert decided == (table if missing else ("amx", AMX["normed_attention"]))
-        assert decide("normed_attention", CPU, torch.float32) == AUTO["normed_attention", torch.float32]
+        decided = decide("qknorm_rope_attention", CPU, torch.bfloat16)
+        assert decided == (table if missing else ("amx", AMX_OPS["qknorm_rope_attention"]))
+        assert decide("qknorm_rope_attention", CPU, torch.float32) == AUTO["qknorm_rope_attention", torch.float32]
     with use_kernels("amx"):
         assert decide("swiglu", CPU, torch.bfloat16)[0] == "numba"  # nothing of it is a product
         with pytest.raises(ValueError, match="they take bfloat16, not float32"):
-            decide("normed_attention", CPU, torch.float32)
+            decide("qknorm_rope_attention", CPU, torch.float32)
         if missing:
-            with pytest.raises(ValueError, match="amx's kernels were asked for normed_attention, but this processor"):
-                decide("normed_attention", CPU, torch.bfloat16)
+            with pytest.raises(ValueError, match="asked for qknorm_rope_attention, but this processor"):
+                decide("qknorm_rope_attention", CPU, torch.bfloat16)
 
 
 def test_a_gpu_that_no_kernel_was_written_for_is_named(monkeypatch):

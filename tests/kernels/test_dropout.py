@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.kernels.block.dropout import derive, dropout, keep
+from nanochameleon.kernels.block.dropout import dropout, fold_in, keep_mask
 
 SIGMAS = 5  # of a count of independent draws
 
@@ -17,7 +17,7 @@ def close_to(share: torch.Tensor, expected: float, n: int) -> bool:
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
 @pytest.mark.parametrize("keys", [torch.arange(1_000), torch.arange(1_000) << 32, torch.arange(1_000) * 2**40 + 7])
 def test_every_row_and_every_place_is_dropped_as_often_as_asked(p, keys):
-    dropped = ~keep(torch.Size((1_000, 30, 40)), derive(keys, 3), p).flatten(1)
+    dropped = ~keep_mask(torch.Size((1_000, 30, 40)), fold_in(keys, 3), p).flatten(1)
     share = dropped.float()
     assert close_to(share.mean(1), p, 1_200) and close_to(share.mean(0), p, 1_000)
     for other in (dropped.roll(1, 0), dropped.roll(1, 1), dropped.roll(40, 1), dropped.roll(37, 0)):
@@ -27,26 +27,26 @@ def test_every_row_and_every_place_is_dropped_as_often_as_asked(p, keys):
 @pytest.mark.parametrize("bit", [0, 1, 13, 31, 32, 45, 62])
 def test_keys_that_differ_in_one_bit_draw_independently(bit):
     keys = torch.randint(2**62, (500,), generator=torch.Generator().manual_seed(bit))
-    one, other = (keep(torch.Size((500, 2_000)), derive(k, 0), 0.5) for k in (keys, keys ^ (1 << bit)))
+    one, other = (keep_mask(torch.Size((500, 2_000)), fold_in(k, 0), 0.5) for k in (keys, keys ^ (1 << bit)))
     assert close_to((one == other).float().mean()[None], 0.5, one.numel())
     assert close_to((one == other).float().mean(1), 0.5, 2_000)
 
 
 @given(st.integers(0, 2**62), st.integers(0, 50), st.integers(0, 50))
 def test_derived_keys_differ(key, a, b):
-    assert (derive(torch.tensor([key]), a) == derive(torch.tensor([key]), b)).item() == (a == b)
+    assert (fold_in(torch.tensor([key]), a) == fold_in(torch.tensor([key]), b)).item() == (a == b)
 
 
 def test_derive_is_splitmix64():
     """The published generator's first numbers from the seed 1234567 (Vigna's reference)."""
-    numbers = [int(derive(torch.tensor([1234567]), i)) % 2**64 for i in range(3)]
+    numbers = [int(fold_in(torch.tensor([1234567]), i)) % 2**64 for i in range(3)]
     assert numbers == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_grows_so_that_the_mean_stays_and_gradients_go_the_same_way(dtype):
     x = torch.ones(4, 50, 60, dtype=dtype, requires_grad=True)
-    y = dropout(x, derive(torch.arange(4), 0), 0.25)
+    y = dropout(x, fold_in(torch.arange(4), 0), 0.25)
     assert y.dtype == dtype and set(y.unique().tolist()) == {0.0, torch.tensor(4 / 3, dtype=dtype).item()}
     assert abs(y.float().mean().item() - 1) < 0.02
     y.sum().backward()

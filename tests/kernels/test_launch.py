@@ -11,36 +11,36 @@ from numba import config
 
 from nanochameleon.kernels import caches
 from nanochameleon.kernels.cpu import launch
-from nanochameleon.kernels.cpu.parallel_for import next_of, reader
-from nanochameleon.kernels.cpu.simd import load, peek, poke, splat, store
+from nanochameleon.kernels.cpu.parallel_for import args_unpacker, fetch_add
+from nanochameleon.kernels.cpu.simd import load, load1, splat, store, store1
 
 
-class Job(NamedTuple):
+class KernelArgs(NamedTuple):
     done: int  # (N,) float32: how often each was done
     by: int  # (N,) float32: a mark of the stretch that did it
     clashes: int  # int64: how often another thread wrote into the same scratch meanwhile
     step: float
 
 
-read_job = reader(Job)
+unpack_args = args_unpacker(KernelArgs)
 
 
 @launch.kernel
 def count(job, part, first, last, scratch):
-    job = read_job(job)
+    job = unpack_args(job)
     for i in range(first, last):
-        store(scratch, splat(peek(job.done + 4 * i) + job.step))
+        store(scratch, splat(load1(job.done + 4 * i) + job.step))
         for _ in range(100):
             store(scratch + 64, load(scratch))
-        if peek(scratch + 64) != peek(job.done + 4 * i) + job.step:
-            next_of(job.clashes)
-        poke(job.done + 4 * i, peek(scratch + 64))
-        poke(job.by + 4 * i, part)
+        if load1(scratch + 64) != load1(job.done + 4 * i) + job.step:
+            fetch_add(job.clashes)
+        store1(job.done + 4 * i, load1(scratch + 64))
+        store1(job.by + 4 * i, part)
 
 
 def counted(n: int, parts: int | None = None) -> tuple[list[float], list[float]]:
     done, by, clashes = torch.zeros(n), torch.full((n,), -1.0), torch.zeros(1, dtype=torch.long)
-    launch.run(count, Job(done.data_ptr(), by.data_ptr(), clashes.data_ptr(), 0.5), n, 32, parts)
+    launch.run(count, KernelArgs(done.data_ptr(), by.data_ptr(), clashes.data_ptr(), 0.5), n, 32, parts)
     assert not clashes
     return done.tolist(), by.tolist()
 

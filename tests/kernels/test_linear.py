@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear, use_kernels
-from nanochameleon.kernels.block.linear import beside, linear_reference
+from nanochameleon.kernels.block.linear import concat_view, linear_reference
 
 
 def outcome(function, x, weights, upstream, dtype) -> list[torch.Tensor]:
@@ -56,11 +56,11 @@ def test_what_needs_no_gradient_gets_none():
 
 def test_gradients_that_lie_side_by_side_are_taken_as_they_are():
     whole = torch.randn(6, 9)
-    assert beside(whole.split([2, 3, 4], 1)).data_ptr() == whole.data_ptr()
+    assert concat_view(whole.split([2, 3, 4], 1)).data_ptr() == whole.data_ptr()
     parts = {
         "swapped": [whole[:, 2:], whole[:, :2]], "apart": [whole[:, :2], whole[:, 3:]],
         "two tensors": [whole[:, :2], whole[:, 2:].clone()], "one twice": [whole[:, :4], whole[:, :4]],
         "one row": [whole[:1, :2], whole[:1, 2:]],
     }  # fmt: skip
     for name, each in {"whole": whole.split([2, 3, 4], 1), **parts}.items():
-        assert torch.equal(beside(each), torch.cat(tuple(each), 1)), name
+        assert torch.equal(concat_view(each), torch.cat(tuple(each), 1)), name

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nanochameleon.kernels import normed_attention, use_kernels
+from nanochameleon.kernels import qknorm_rope_attention, use_kernels
 from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 
@@ -16,7 +16,9 @@ def test_attention():
     out = torch.empty_like(q)
     attention_loops(q.numpy(), k.numpy(), v.numpy(), docs.numpy(), out.numpy())
     with use_kernels("numba"):
-        torch.testing.assert_close(normed_attention(q, k, v, still, docs, None, None, 1e-5), out, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            qknorm_rope_attention(q, k, v, still, docs, None, None, 1e-5), out, rtol=0, atol=1e-5
+        )
 
 
 def test_the_loss():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from nanochameleon.kernels import linear_zloss_cross_entropy, normed_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.transformer import rotary_table
 
 B, T, H, G, E, V = 2, 19, 4, 2, 6, 37
@@ -24,7 +24,7 @@ def op_inputs():
     hidden, weight = torch.randn(T, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
     targets = torch.arange(T) - 1
     return {
-        "normed_attention": (q, k, v, torch.view_as_real(table[:, 0]).flatten(-2), docs, *norms, 1e-5, False),
+        "qknorm_rope_attention": (q, k, v, torch.view_as_real(table[:, 0]).flatten(-2), docs, *norms, 1e-5, False),
         "zloss_cross_entropy": (torch.randn(T, V, requires_grad=True), targets),
         "linear_zloss_cross_entropy": (hidden, weight, targets),
     }
@@ -42,7 +42,7 @@ def losses():
     hidden, weight, targets = inputs["linear_zloss_cross_entropy"]
 
     def attend(q, k, v, *norms):
-        out = normed_attention(q, k, v, table, docs, norms[:2], norms[2:], 1e-5)
+        out = qknorm_rope_attention(q, k, v, table, docs, norms[:2], norms[2:], 1e-5)
         return (out * torch.arange(E)).sum()
 
     def score(logits):

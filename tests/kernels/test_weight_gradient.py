@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear, use_kernels
-from nanochameleon.kernels.block.linear import LEAST, pays, weight_gradient
-from nanochameleon.kernels.dispatch import why_not_amx
+from nanochameleon.kernels.block.linear import MIN_SIZE, weight_gradient, worth_amx
+from nanochameleon.kernels.dispatch import why_amx_unavailable
 
-REFUSED = why_not_amx(torch.device("cpu"), torch.bfloat16)
+REFUSED = why_amx_unavailable(torch.device("cpu"), torch.bfloat16)
 needs_amx = pytest.mark.skipif(REFUSED is not None, reason=f"kernels on AMX tiles cannot run: {REFUSED}")
 module = sys.modules["nanochameleon.kernels.block.linear"]  # the package's `linear` is the function
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([128, 300]))
@@ -83,8 +83,8 @@ def step(name: str, x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch
 @needs_amx
 @pytest.mark.parametrize("name", ["auto", "amx"])
 def test_linear_layers_take_it_where_it_pays_and_is_wished_for(monkeypatch, name):
-    x = torch.randn(2, LEAST, LEAST)
-    weights = [torch.randn(n, LEAST, requires_grad=True) for n in (LEAST, 50)]
+    x = torch.randn(2, MIN_SIZE, MIN_SIZE)
+    weights = [torch.randn(n, MIN_SIZE, requires_grad=True) for n in (MIN_SIZE, 50)]
     g, gradient = step(name, x, weights)
     assert torch.equal(gradient, weight_gradient(g, x.flatten(0, 1).bfloat16()))
 
@@ -97,5 +97,5 @@ def test_linear_layers_take_it_where_it_pays_and_is_wished_for(monkeypatch, name
 
 
 def test_it_pays_where_every_side_fills_two_blocks():
-    g, x = (torch.empty(LEAST, LEAST, dtype=torch.bfloat16) for _ in "gx")
-    assert pays(g, x) and not pays(g[1:], x[1:]) and not pays(g[:, 1:], x) and not pays(g, x[:, 1:])
+    g, x = (torch.empty(MIN_SIZE, MIN_SIZE, dtype=torch.bfloat16) for _ in "gx")
+    assert worth_amx(g, x) and not worth_amx(g[1:], x[1:]) and not worth_amx(g[:, 1:], x) and not worth_amx(g, x[:, 1:])

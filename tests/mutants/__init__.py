@@ -15,7 +15,7 @@ from mutants import (
     training,
     weights,
 )
-from nanochameleon.kernels.cpu.amx.tiles import why_not
+from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
 
 ROOMS = [
     bench,
@@ -31,6 +31,6 @@ ROOMS = [
     training,
     weights,
 ]
-if why_not() is None:  # without AMX the tests of what runs on its tiles are skipped
+if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped
     ROOMS.append(kernels_amx)
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

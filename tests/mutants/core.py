@@ -116,14 +116,14 @@ MUTANTS = [
     Mutant(
         "all layers drop alike",
         "transformer.py",
-        "None if keys is None else derive(keys, i)",
+        "None if keys is None else fold_in(keys, i)",
         "keys",
         "test_transformer.py",
     ),
     Mutant(
         "both branches drop alike",
         "transformer.py",
-        "derive(keys, number), self.dropout)",
+        "fold_in(keys, number), self.dropout)",
         "keys, self.dropout)",
         "test_transformer.py",
     ),
@@ -200,29 +200,22 @@ MUTANTS = [
     Mutant("a running conversion is swept away", "files.py", "or not alive(int(pid))", "or True", "test_convert.py"),
     Mutant(
         "a reader that has gone ends the run",
-        "printing.py",
+        "errors.py",
         "                self.stream.flush()\n            except (OSError, ValueError) as error:",
         "                self.stream.flush()\n            except ValueError as error:",
         "test_printing.py",
     ),
     Mutant(
-        "a file takes the place of stderr", "printing.py", "os.open(os.devnull, os.O_RDWR)", "pass", "test_printing.py"
+        "a file takes the place of stderr", "errors.py", "os.open(os.devnull, os.O_RDWR)", "pass", "test_printing.py"
     ),
-    Mutant("a joiner is taken for a command", "printing.py", "\\x9f\\u202a", "\\x9f\\u200c\\u202a", "test_printing.py"),
-    Mutant("a clear screen passes", "printing.py", "\\x0e-\\x1f", "\\x0e-\\x1a\\x1c-\\x1f", "test_printing.py"),
-    Mutant("what to do is cut off", "printing.py", "{line[-160:]}", "{line[135:295]}", "test_printing.py"),
+    Mutant("a joiner is taken for a command", "errors.py", "\\x9f\\u202a", "\\x9f\\u200c\\u202a", "test_printing.py"),
+    Mutant("a clear screen passes", "errors.py", "\\x0e-\\x1f", "\\x0e-\\x1a\\x1c-\\x1f", "test_printing.py"),
+    Mutant("what to do is cut off", "errors.py", "{line[-160:]}", "{line[135:295]}", "test_printing.py"),
     Mutant("a rank alone fails without a word", "errors.py", "int(world) > 1", "int(world) > 0", "test_errors.py"),
     Mutant(
         "two samplers write one image", "files.py", "path.touch(exist_ok=False)", "path.touch()", "test_sample_cli.py"
     ),
     Mutant("a folder called ~", "cli.py", "os.path.expanduser(value)", "value", "test_cli.py"),
-    Mutant(
-        "ranks with parts of a layer do not sum QK-norm's gradients",
-        "transformer.py",
-        "x.to_local(grad_placements=[Partial()])[mine]",
-        "x.to_local()[mine]",
-        "parallel/test_mesh.py",
-    ),
     Mutant(
         "log Z is that of the rank's own columns",
         "losses.py",

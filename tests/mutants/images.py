@@ -63,19 +63,16 @@ MUTANTS = [
     Mutant("white is not 1", "images/tokenizer.py", "/ 127.5 - 1", "/ 128 - 1", "images/test_image_tokenizer.py"),
     Mutant(
         "images without a budget",
-        "images/tokenizer.py",
+        "images/files.py",
         "self.changed.wait_for(lambda: self.free >= n)",
         "pass",
-        "images/test_image_tokenizer.py",
+        "images/test_image_files.py",
     ),
     Mutant(
         "transparent is black",
-        "images/tokenizer.py",
+        "images/files.py",
         'Image.new("RGBA", image.size, "white")',
         'Image.new("RGBA", image.size, "black")',
-        "images/test_image_tokenizer.py",
-    ),
-    Mutant(
-        "transformers' scale of pixels", "images/tokenizer.py", "* 0.0078 - 1", "/ 127.5 - 1", "weights/test_parity.py"
+        "images/test_image_files.py",
     ),
 ]

@@ -6,8 +6,8 @@ MUTANTS = [
     Mutant(
         "all ranks read the same rows",
         "parallel/mesh.py",
-        "return slice(which * each, (which + 1) * each)",
-        "return slice(0, each)",
+        "return slice(dp_rank * size, (dp_rank + 1) * size)",
+        "return slice(0, size)",
         "parallel/test_mesh.py",
     ),
     Mutant(
@@ -15,6 +15,13 @@ MUTANTS = [
         "parallel/mesh.py",
         "except (Exception, KeyboardInterrupt) as problem",
         "except Exception as problem",
+        "parallel/test_mesh.py",
+    ),
+    Mutant(
+        "ranks with parts of a layer do not sum QK-norm's gradients",
+        "parallel/apply.py",
+        "x.to_local(grad_placements=[Partial()])",
+        "x.to_local()",
         "parallel/test_mesh.py",
     ),
 ]

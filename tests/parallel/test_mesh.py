@@ -14,7 +14,8 @@ from nanochameleon.config import ModelConfig, ParallelConfig
 from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import IGNORE
-from nanochameleon.parallel.mesh import check_tensor, start
+from nanochameleon.parallel.apply import check_tensor_parallel
+from nanochameleon.parallel.mesh import init_mesh
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.transformer import Block
@@ -29,15 +30,15 @@ CPU = torch.device("cpu")
 
 
 def agree(world: int) -> None:
-    with start(ParallelConfig(), 4, CPU) as mesh:
-        assert mesh.total(mesh.rank, 1.0) == [sum(range(world)), world]
-        assert mesh.most(mesh.rank, -mesh.rank) == [world - 1, 0]
-        assert mesh.tell(f"from {mesh.rank}") == "from 0"
-        assert mesh.once(lambda: os.environ["RANK"]) == "0"
+    with init_mesh(ParallelConfig(), 4, CPU) as mesh:
+        assert mesh.all_reduce_sum(mesh.rank, 1.0) == [sum(range(world)), world]
+        assert mesh.all_reduce_max(mesh.rank, -mesh.rank) == [world - 1, 0]
+        assert mesh.broadcast(f"from {mesh.rank}") == "from 0"
+        assert mesh.run_on_rank0(lambda: os.environ["RANK"]) == "0"
         for error in (UserError("no such file"), Interrupted(), KeyboardInterrupt()):
             with pytest.raises(type(error), match=str(error) or None):
-                mesh.once(lambda error=error: raise_(error))
-        assert mesh.rows(8 * world) == slice(8 * mesh.rank, 8 * (mesh.rank + 1))
+                mesh.run_on_rank0(lambda error=error: raise_(error))
+        assert mesh.batch_slice(8 * world) == slice(8 * mesh.rank, 8 * (mesh.rank + 1))
 
 
 def raise_(error: BaseException):
@@ -49,9 +50,14 @@ def test_ranks_agree_on_sums_on_the_largest_and_on_what_the_first_one_found():
 
 
 def test_one_process_is_a_mesh_of_its_own():
-    with start(ParallelConfig(), 3, CPU) as mesh:
-        assert mesh.first and mesh.total(2.0) == [2.0] and mesh.most(1.0, 3.0) == [1.0, 3.0] and mesh.tell("x") == "x"
-        assert mesh.rows(5) == slice(0, 5) and mesh.layer_ranks is None
+    with init_mesh(ParallelConfig(), 3, CPU) as mesh:
+        assert (
+            mesh.is_rank0
+            and mesh.all_reduce_sum(2.0) == [2.0]
+            and mesh.all_reduce_max(1.0, 3.0) == [1.0, 3.0]
+            and mesh.broadcast("x") == "x"
+        )
+        assert mesh.batch_slice(5) == slice(0, 5) and mesh.tp_group is None
 
 
 @pytest.mark.parametrize(
@@ -63,18 +69,18 @@ def test_one_process_is_a_mesh_of_its_own():
 )
 def test_sizes_that_do_not_divide_are_refused(parallel, batch, why, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=why), start(parallel, batch, CPU):
+    with pytest.raises(UserError, match=why), init_mesh(parallel, batch, CPU):
         pass
 
 
 def test_layers_that_cannot_be_cut_are_refused():
     model = ModelConfig(dim=64, n_heads=8, n_kv_heads=4, qk_norm_groups=4, multiple_of=8)
     for ranks in (1, 2, 4):
-        check_tensor(model, ranks)
+        check_tensor_parallel(model, ranks)
     with pytest.raises(UserError, match="n_kv_heads, 4"):
-        check_tensor(model, 3)
+        check_tensor_parallel(model, 3)
     with pytest.raises(UserError, match="one must divide the other"):
-        check_tensor(replace(model, dim=96, n_heads=12, n_kv_heads=12, multiple_of=24), 6)
+        check_tensor_parallel(replace(model, dim=96, n_heads=12, n_kv_heads=12, multiple_of=24), 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,10 +88,10 @@ def test_layers_that_cannot_be_cut_are_refused():
 
 
 def spread_loss(vocab: Vocab, logits: torch.Tensor, targets: torch.Tensor) -> tuple:
-    with start(ParallelConfig(tensor_parallel=2), 1, CPU) as mesh:
+    with init_mesh(ParallelConfig(tensor_parallel=2), 1, CPU) as mesh:
         width = -(-vocab.size // 2)
         mine = logits[:, mesh.rank * width : (mesh.rank + 1) * width].clone().requires_grad_()
-        parts = next_token_loss(mine, targets, vocab, mesh.layer_ranks)
+        parts = next_token_loss(mine, targets, vocab, mesh.tp_group)
         parts.total(1e-2, 3.0).backward()
         return [x.item() for x in parts], mine.grad
 

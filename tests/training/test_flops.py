@@ -13,13 +13,13 @@ from strategies import model_configs
 from nanochameleon.presets import chameleon_7b, chameleon_34b
 from nanochameleon.training.flops import (
     Layout,
-    flop_per_id,
+    flops_per_token,
     gpu_hours,
     memory,
     messages,
     micro_batches_of,
     parameters,
-    peak_of,
+    peak_flops,
     step_seconds,
 )
 from nanochameleon.transformer import Chameleon
@@ -47,14 +47,16 @@ def test_the_released_sizes():
 def test_the_way_to_count_operations_is_that_of_the_published_comparison(rate, peak_share):
     """transformers' Chameleon of 1.4B on an H100, eager and compiled: ids a second, and what was given as MFU."""
     cfg = dataclasses.replace(BIG["7B"], dim=2_048, n_layers=22, n_heads=16)
-    assert rate * flop_per_id(cfg, 4_096) / peak_of("NVIDIA H100 80GB HBM3") == pytest.approx(peak_share, abs=0.002)
+    assert rate * flops_per_token(cfg, 4_096) / peak_flops("NVIDIA H100 80GB HBM3") == pytest.approx(
+        peak_share, abs=0.002
+    )
 
 
 def test_attention_s_share_is_of_the_pairs_that_are_seen():
     cfg = BIG["7B"]
     pairs = 4_096 * 4_097 / 2
     per_row = 3 * 2 * 2 * cfg.n_layers * cfg.dim * pairs  # scores and values, forward once and backward twice
-    attention = flop_per_id(cfg, 4_096) - flop_per_id(cfg, 0)
+    attention = flops_per_token(cfg, 4_096) - flops_per_token(cfg, 0)
     assert attention * 4_096 == pytest.approx(per_row, rel=1e-3)
 
 

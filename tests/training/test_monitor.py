@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanochameleon.errors import UserError
-from nanochameleon.training.monitor import Monitor, open_board, plot_curves, read_metrics, smooth, summary
+from nanochameleon.training.monitor import Monitor, open_tensorboard, plot_curves, read_metrics, smooth, summary
 
 
 def run(run_dir, total, every, start, stop, clock=lambda: 0.0):
@@ -141,7 +141,7 @@ def test_a_run_that_rolls_back_logs_each_step_once(tmp_path):
 def test_mfu_is_the_share_of_the_peak_that_ids_take(tmp_path):
     """100 ids in 2 s of which each takes 1/1000 of what the devices do in a second."""
     times = iter(range(0, 100, 2))
-    with Monitor(tmp_path, 3, clock=lambda: next(times), mfu_per_id=1e-3) as monitor:
+    with Monitor(tmp_path, 3, clock=lambda: next(times), mfu_per_token=1e-3) as monitor:
         for step in range(3):
             monitor.log(step, ids=100 * (step + 1))
     assert [line["mfu"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.05] * 3
@@ -156,7 +156,7 @@ def test_several_numbers_a_line_are_strict_json_too(tmp_path):
 def test_tensorboard_gets_the_same_numbers_and_a_curve_for_each_layer(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = open_board(tmp_path / "board")
+    board = open_tensorboard(tmp_path / "board")
     with Monitor(tmp_path, 2, board=board) as monitor:
         for step in range(2):
             monitor.log(step, loss=2.5 - step, attention_logits=[1.0, 3.0 + step], grad_norm=math.nan)
@@ -169,7 +169,7 @@ def test_tensorboard_gets_the_same_numbers_and_a_curve_for_each_layer(tmp_path):
 def test_without_the_package_tensorboard_is_refused_with_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("nanochameleon.training.monitor.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"train\.tensorboard needs the package tensorboard: pip install"):
-        open_board(tmp_path)
+        open_tensorboard(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,13 +29,13 @@ def test_a_processor_tells_whether_bf16_is_faster_or_leaves_it_open(has, faster)
 @pytest.mark.parametrize("version, expected", [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_a_gpu_is_known_by_its_compute_capability(version, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
-    monkeypatch.setattr(objective, "product_rate", None)
+    monkeypatch.setattr(objective, "matmul_flops", None)
     precision, why = pick_precision(64, torch.device("cuda"))
     assert precision == expected and ".".join(map(str, version)) in why
 
 
 def test_no_clock_decides_where_the_processor_is_known(monkeypatch):
-    monkeypatch.setattr(objective, "product_rate", None)
+    monkeypatch.setattr(objective, "matmul_flops", None)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN_4, raising=False)
     for dim in (16, 192, 4_096):
         assert pick_precision(dim, torch.device("cpu")) == ("bf16", "this processor has AVX512-BF16")
@@ -50,7 +50,7 @@ def test_elsewhere_the_best_of_several_measurements_in_turns_decides(faster, exp
         types.append(dtype)
         return (faster if dtype == torch.bfloat16 else 1.0) * next(busy)
 
-    monkeypatch.setattr(objective, "product_rate", rate)
+    monkeypatch.setattr(objective, "matmul_flops", rate)
     precision, why = pick_precision(64, torch.device("mps"))
     assert precision == expected and f"{faster:.1f} times" in why
     assert types[:4] == [torch.bfloat16, torch.float32] * 2

@@ -18,7 +18,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.images.losses import PerceptualLoss
 from nanochameleon.images.quantizer import nearest_code
 from nanochameleon.images.tokenizer import to_pixels
-from nanochameleon.images.vqgan import VQGAN, cut
+from nanochameleon.images.vqgan import VQGAN, split_windows
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, train_tokenizers
 from nanochameleon.training.run import IMAGE_TOKENIZER, open_image_tokenizer
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_pa
         return (value * math.nan if next(calls) in broken else value, *rest)
 
     monkeypatch.setattr(train_tokenizers, "tokenizer_loss", loss)
-    monkeypatch.setattr(train_tokenizers, "TOO_MANY", 3)
+    monkeypatch.setattr(train_tokenizers, "MAX_NONFINITE_STEPS", 3)
     cfg = variant("window", tmp_path / "a")
     assert train_image_tokenizer(cfg, SOURCE, cfg.folder, CPU, lambda: False)
     weights = checkpoint.load(cfg.folder / IMAGE_TOKENIZER)[0]["model"]
@@ -208,7 +208,7 @@ def test_the_codebook_starts_on_latents_and_has_one_for_each_different_window(wi
     nearest = (latents - book[nearest_code(latents, book)]).square().sum(1)
     spread = (latents - latents.mean(0)).square().sum(1).mean()
     assert nearest.mean() < 0.1 * spread
-    different = len(torch.unique(cut(x, 8).flatten(1), dim=0))
+    different = len(torch.unique(split_windows(x, 8).flatten(1), dim=0))
     if window:  # fewer different windows than codes: each has its own
         assert different <= 64 and nearest.max() < 1e-4 * spread
     assert torch.equal(vqgan.quantize.sums, book) and (vqgan.quantize.counts == 1).all()
@@ -233,7 +233,7 @@ def test_the_commitment_loss_has_beta_and_the_codebook_loss_has_not(codebook):
     vqgan, x = VQGAN(SHAPES_VQGAN), some_images(2)
     t = training(codebook=codebook, commitment_weight=0.125)
     loss, latents, codes, drawn = tokenizer_loss(vqgan, x, True, lambda x, y: (x - y).abs().mean(), t)
-    distance = (latents - vqgan.quantize.vectors(codes, 4)).square().mean()
+    distance = (latents - vqgan.quantize.lookup(codes, 4)).square().mean()
     torch.testing.assert_close(loss, (x - drawn).abs().mean() + (0.125 + (codebook == "loss")) * distance)
     pulled = torch.autograd.grad(loss, vqgan.quantize.embedding.weight, allow_unused=True)[0]
     assert (pulled is None or not pulled.any()) == (codebook == "ema")

@@ -13,7 +13,7 @@ from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import PRESETS
 from nanochameleon.text_tokenizer import TextTokenizer, from_json, to_json
-from nanochameleon.transformer import Chameleon, rotary_table, rotate
+from nanochameleon.transformer import Chameleon, apply_rotary_emb, rotary_table
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights import layouts
 from nanochameleon.weights.layout_files import (
@@ -71,7 +71,7 @@ def test_turning_halves_of_the_permuted_is_turning_neighbours(heads, half, posit
     e = 2 * half
     x = torch.randn(1, heads, 1, e, generator=torch.Generator().manual_seed(seed)).double()
     table = rotary_table(torch.tensor([[position]]), e, 10_000.0)
-    ours = rotate(x, table)
+    ours = apply_rotary_emb(x, table)
     theirs = layouts.half_split(x.flatten(), e).view(x.shape)
     cos, sin = (torch.cat([part, part], -1).double() for part in (table.real, table.imag))
     turned = torch.cat([-theirs[..., half:], theirs[..., :half]], -1)

@@ -31,17 +31,17 @@ import numpy as np
 from numba.extending import register_jitable
 
 from nanochameleon.kernels.attention.cpu import (
-    BOUND,
-    LEAST,
     LN2,
-    Job,
+    MAX_SCORE,
+    NEG_INF,
+    KernelArgs,
     end_of_run,
     key_norm,
     query_norm,
-    read_job,
     rows_of,
     same_document,
     score_scale,
+    unpack_args,
 )
 from nanochameleon.kernels.attention.qknorm_rope_cpu import ONE
 from nanochameleon.kernels.cpu.amx.attention_lanes import (
@@ -51,45 +51,45 @@ from nanochameleon.kernels.cpu.amx.attention_lanes import (
     fetch_rows,
     find_moments,
     give_rows,
-    prepare,
-    prepare_backward,
     products_of_rows,
+    qknorm_rope,
+    qknorm_rope_backward,
     take_words,
     to_halves,
     to_pairs,
     to_rows,
     transpose_all,
-    turns,
+    transpose_cos_sin,
 )
 from nanochameleon.kernels.cpu.amx.tiles import (
     BLOCK,
     SQUARE,
     between,
-    block_product,
-    block_product_add,
     copy_block,
     release_tiles,
     rounded,
     store_pairs,
     store_row,
     take_tiles,
+    tile_matmul,
+    tile_matmul_add,
 )
-from nanochameleon.kernels.cpu.exp2 import power
+from nanochameleon.kernels.cpu.exp2 import exp2_bf16
 from nanochameleon.kernels.cpu.launch import kernel
 from nanochameleon.kernels.cpu.simd import (
     ZERO,
     W,
     clear,
-    divide,
-    larger,
     load,
+    load1,
+    load1_int,
     njit,
-    peek,
-    peek_int,
-    poke,
-    poke_int,
     splat,
     store,
+    store1,
+    store1_int,
+    vdiv,
+    vmax,
     write_row,
 )
 
@@ -160,7 +160,7 @@ def lanes_of(job, at):
     return Lanes(job.width, job.e, at.table, 4 * padded(job.t), at.mean, at.factor, at.norm, at.spare)
 
 
-def scratch_floats(job: Job, backward: bool) -> int:
+def scratch_floats(job: KernelArgs, backward: bool) -> int:
     return places(0, job.t, job.width).end // 4
 
 
@@ -173,7 +173,7 @@ def begin(job, b, at):
     """What a task needs to know of its row of the batch; returns its documents."""
     docs = job.docs + 8 * b * job.t if job.docs != 0 else 0
     find_runs(docs, job.t, at.ends)
-    turns(job.table + 4 * b * job.t * job.width, job.t, job.width, at.table, 4 * padded(job.t))
+    transpose_cos_sin(job.table + 4 * b * job.t * job.width, job.t, job.width, at.table, 4 * padded(job.t))
     return docs
 
 
@@ -187,7 +187,7 @@ def prepare_keys(job, b, g, at, backward):
         fetch_rows(keys, i + BLOCK, BLOCK)
         fetch_rows(values, i, n)
         take_words(keys, i, n, lanes, at.x)
-        most = max(most, prepare(at.x, i, norm, ONE, lanes, at.y))
+        most = max(most, qknorm_rope(at.x, i, norm, ONE, lanes, at.y))
         to_rows(at.y, job.width, at.k + here)
         if backward:
             to_halves(at.y, job.width, across, 2 * padded(job.t))
@@ -206,7 +206,7 @@ def prepare_queries(job, b, h, i, n, at):
     rows = rows_of(job, job.q, job.q_row, b, h)
     fetch_rows(rows, i + n, BLOCK)
     take_words(rows, i, n, lanes_of(job, at), at.x)
-    return prepare(at.x, i, query_norm(job, b, h), score_scale(job), lanes_of(job, at), at.q)
+    return qknorm_rope(at.x, i, query_norm(job, b, h), score_scale(job), lanes_of(job, at), at.q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def find_runs(docs, t, ends):
     i = 0
     while i < t:
         end = end_of_run(docs, i, t)
-        poke_int(ends + 8 * i, end)
+        store1_int(ends + 8 * i, end)
         i = end
 
 
@@ -227,7 +227,7 @@ def query_tiles(ends, t):
     """Yields (start, i, n): queries [i, i + n) of the run that begins at start."""
     start = 0
     while start < t:
-        end = peek_int(ends + 8 * start)
+        end = load1_int(ends + 8 * start)
         for i in range(start, end, BLOCK):
             yield start, i, min(BLOCK, end - i)
         start = end
@@ -238,7 +238,7 @@ def key_blocks(docs, ends, start, end):
     """Yields (j, n): keys [j, j + n) before `end` of the runs of that run's document."""
     run = 0
     while run <= start:
-        stop = min(peek_int(ends + 8 * run), end)
+        stop = min(load1_int(ends + 8 * run), end)
         if same_document(docs, run, start):
             for j in range(run, stop, BLOCK):
                 yield j, min(BLOCK, stop - j)
@@ -266,7 +266,7 @@ def raise_shift(s, ahead, nk, nq, shift):
     for lane in range(0, BLOCK, W):
         m = load(shift + 4 * lane)
         for c in range(nk):
-            m = larger(between(load(s + ROW * c + 4 * lane), ahead + c - lane, nq - lane, m), m)
+            m = vmax(between(load(s + ROW * c + 4 * lane), ahead + c - lane, nq - lane, m), m)
         store(shift + 4 * lane, m)
 
 
@@ -279,7 +279,7 @@ def weigh(at, ahead, nk, nq):
         shift, total, seen = load(at.shift + 4 * lane), load(at.total + 4 * lane), load(at.delta + 4 * lane)
         for c in range(0, BLOCK, 2):
             s = at.scores + ROW * c + 4 * lane
-            x, y = power(load(s) - shift), power(load(s + ROW) - shift)
+            x, y = exp2_bf16(load(s) - shift), exp2_bf16(load(s + ROW) - shift)
             if not everything:
                 x = between(x, first_lane(ahead, c, nk) - lane, nq - lane, splat(ZERO))
                 y = between(y, first_lane(ahead, c + 1, nk) - lane, nq - lane, splat(ZERO))
@@ -294,7 +294,7 @@ def weigh(at, ahead, nk, nq):
 def weight_and_gradient(at, c, lane, everything, first, nq):
     """2^(score - shift) and that times (dp - delta), of key c and the queries from `lane` on."""
     here = ROW * c + 4 * lane
-    w = power(load(at.scores + here) - load(at.shift + 4 * lane))
+    w = exp2_bf16(load(at.scores + here) - load(at.shift + 4 * lane))
     ds = w * (load(at.dp + here) - load(at.delta + 4 * lane))
     if not everything:
         w = between(w, first - lane, nq - lane, splat(ZERO))
@@ -327,7 +327,7 @@ def weigh_backward(at, ahead, nk, nq):
 
 @njit
 def score(job, j, at):
-    block_product(at.k + 2 * j * job.width, 2 * job.width, at.q, ROW, at.scores, ROW, job.width)
+    tile_matmul(at.k + 2 * j * job.width, 2 * job.width, at.q, ROW, at.scores, ROW, job.width)
 
 
 @njit
@@ -335,14 +335,14 @@ def add_to_queries(job, j, at):
     """at.sums += the transposed rows of keys [j, j + BLOCK) times at.pairs."""
     row = 2 * padded(job.t)
     for e in range(0, job.width, BLOCK):
-        block_product_add(at.t + row * e + 2 * j, row, at.pairs, ROW, at.sums + ROW * e, ROW, BLOCK)
+        tile_matmul_add(at.t + row * e + 2 * j, row, at.pairs, ROW, at.sums + ROW * e, ROW, BLOCK)
 
 
 @njit
 def find_shifts(job, docs, start, i, nq, bounded, at):
     """0 where no score can overflow, else the largest score of each query, by products of its own."""
     for lane in range(0, BLOCK, W):
-        store(at.shift + 4 * lane, splat(ZERO if bounded else LEAST))
+        store(at.shift + 4 * lane, splat(ZERO if bounded else NEG_INF))
     if not bounded:
         for j, nk in key_blocks(docs, at.ends, start, i + nq):
             score(job, j, at)
@@ -352,20 +352,20 @@ def find_shifts(job, docs, start, i, nq, bounded, at):
 @njit
 def write_out(job, b, h, i, nq, at):
     for lane in range(0, 4 * BLOCK, 4 * W):
-        share = divide(splat(ONE), load(at.delta + lane))
+        share = vdiv(splat(ONE), load(at.delta + lane))
         for e in range(0, job.width, 2):
             p = at.sums + ROW * e + lane
             store_pairs(at.y + ROW // 2 * e + lane, load(p) * share, load(p + ROW) * share)
     give_rows(at.y, lanes_of(job, at), rows_of(job, job.out, job.heads * job.e, b, h), i, nq)
     for r in range(nq):
         lse = job.lse + 4 * ((b * job.heads + h) * job.t + i + r)
-        poke(lse, peek(at.shift + 4 * r) + np.float32(math.log2(peek(at.total + 4 * r))))
+        store1(lse, load1(at.shift + 4 * r) + np.float32(math.log2(load1(at.total + 4 * r))))
 
 
 @kernel
 def forward(job, part, first_task, last_task, scratch):
     """out and lse of tasks [first_task, last_task), each a batch row and a key head."""
-    job = read_job(job)
+    job = unpack_args(job)
     t, shared, at = job.t, job.heads // job.key_heads, places(scratch, job.t, job.width)
     take_tiles()
     for task in range(first_task, last_task):
@@ -376,7 +376,7 @@ def forward(job, part, first_task, last_task, scratch):
             for start, i, nq in query_tiles(at.ends, t):
                 fetch_rows(rows_of(job, job.out, job.heads * job.e, b, h), i, nq)
                 longest_q = prepare_queries(job, b, h, i, nq, at)
-                find_shifts(job, docs, start, i, nq, longest_k * longest_q < BOUND * BOUND, at)
+                find_shifts(job, docs, start, i, nq, longest_k * longest_q < MAX_SCORE * MAX_SCORE, at)
                 clear(at.sums, job.width * BLOCK)
                 clear(at.total, 2 * BLOCK)  # and of rounded weights, in the place of delta
                 for j, nk in key_blocks(docs, at.ends, start, i + nq):
@@ -402,7 +402,7 @@ def read_gradient(job, b, h, i, n, at):
     products_of_rows(at.d_out, at.y, job.width, at.delta)
     to_pairs(at.d_out, job.width, at.halves, at.d_out_pairs)
     for r in range(n):
-        poke(at.shift + 4 * r, peek(job.lse + 4 * ((b * job.heads + h) * job.t + i + r)))
+        store1(at.shift + 4 * r, load1(job.lse + 4 * ((b * job.heads + h) * job.t + i + r)))
 
 
 @njit
@@ -410,14 +410,14 @@ def add_to_keys(job, j, a, pairs, sums, at):
     """Rows [j, j + BLOCK) of sums += a times pairs of queries."""
     for e in range(0, job.width, BLOCK):
         here = sums + 4 * (j * job.width + e)
-        block_product_add(a, ROW // 2, pairs + 4 * e, 4 * job.width, here, 4 * job.width, BLOCK)
+        tile_matmul_add(a, ROW // 2, pairs + 4 * e, 4 * job.width, here, 4 * job.width, BLOCK)
 
 
 @njit
 def write_queries(job, b, h, i, n, at):
     """dq of a tile whose words `prepare_queries` has left."""
     norm, lanes = query_norm(job, b, h), lanes_of(job, at)
-    prepare_backward(at.sums, at.x, i, norm, score_scale(job) * LN2, lanes, at.y)
+    qknorm_rope_backward(at.sums, at.x, i, norm, score_scale(job) * LN2, lanes, at.y)
     give_rows(at.y, lanes, rows_of(job, job.dq, job.d_row, b, h), i, n)
 
 
@@ -435,7 +435,7 @@ def write_keys(job, b, g, at):
         take_words(keys, i, n, lanes, at.x)
         find_moments(at.x, norm, lanes)
         transpose_all(at.dk + 4 * i * job.width, BLOCK, job.width, job.width, at.sums, BLOCK)
-        prepare_backward(at.sums, at.x, i, norm, LN2, lanes, at.y)
+        qknorm_rope_backward(at.sums, at.x, i, norm, LN2, lanes, at.y)
         give_rows(at.y, lanes, dk, i, n)
     add_sums(norm, lanes)
     for i in range(job.t):
@@ -445,7 +445,7 @@ def write_keys(job, b, g, at):
 @kernel
 def backward(job, part, first_task, last_task, scratch):
     """dq, dk, dv and each head's share of the norms' gradients (which start as zeros)."""
-    job = read_job(job)
+    job = unpack_args(job)
     t, width, shared, at = job.t, job.width, job.heads // job.key_heads, places(scratch, job.t, job.width)
     take_tiles()
     for task in range(first_task, last_task):
@@ -463,7 +463,7 @@ def backward(job, part, first_task, last_task, scratch):
                 clear(at.sums, width * BLOCK)
                 for j, nk in key_blocks(docs, at.ends, start, i + nq):
                     score(job, j, at)
-                    block_product(at.v + 2 * j * width, 2 * width, at.d_out, ROW, at.dp, ROW, width)
+                    tile_matmul(at.v + 2 * j * width, 2 * width, at.d_out, ROW, at.dp, ROW, width)
                     weigh_backward(at, j - i, nk, nq)
                     add_to_keys(job, j, at.weights, at.d_out_pairs, at.dv, at)
                     add_to_keys(job, j, at.ds, at.q_pairs, at.dk, at)

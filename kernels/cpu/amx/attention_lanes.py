@@ -30,17 +30,17 @@ from nanochameleon.kernels.cpu.amx.tiles import (
 from nanochameleon.kernels.cpu.simd import (
     ZERO,
     W,
-    fetch,
-    larger,
-    largest,
+    hmax,
     load,
+    load1,
     njit,
-    peek,
-    poke,
+    prefetch,
     row_sums,
     splat,
     store,
+    store1,
     transpose,
+    vmax,
 )
 
 ROW = 4 * BLOCK  # bytes of a row of words, or of float32
@@ -72,7 +72,7 @@ def fetch_rows(rows, i, n):
     """Asks for positions [i, i + n) early: rows of one head lie too far apart for the processor to foresee them."""
     for r in range(i, i + n):
         for c in range(0, 2 * rows.e, 64):
-            fetch(rows.p + r * rows.step + c)
+            prefetch(rows.p + r * rows.step + c)
 
 
 @njit
@@ -114,20 +114,20 @@ def to_pairs(words, width, halves, out):
 
 
 @njit
-def turns(table, t, width, out, row):
+def transpose_cos_sin(table, t, width, out, row):
     """(t, width) -> the transpose, zeros from t on."""
     for i in range(width):
         for r in range(t, row // 4):
-            poke(out + row * i + 4 * r, ZERO)
+            store1(out + row * i + 4 * r, ZERO)
     whole = t // W * W
     transpose_all(table, whole, width, width, out, row // 4)
     for r in range(whole, t):
         for i in range(width):
-            poke(out + row * i + 4 * r, peek(table + 4 * (r * width + i)))
+            store1(out + row * i + 4 * r, load1(table + 4 * (r * width + i)))
 
 
 @njit
-def turn_of(lanes, i, position, scale):
+def load_cos_sin(lanes, i, position, scale):
     """Cos and sin of pair i for the lanes from this position on, times scale."""
     at = lanes.table + 2 * lanes.table_row * i + 4 * position
     return load(at) * splat(scale), load(at + lanes.table_row) * splat(scale)
@@ -160,7 +160,7 @@ def find_moments(words, norm, lanes):
 
 
 @njit
-def prepare(words, position, norm, scale, lanes, out):
+def qknorm_rope(words, position, norm, scale, lanes, out):
     """Words of rows from this position on -> of the rows normed, turned, times scale. Returns the largest square of a
     length."""
     find_moments(words, norm, lanes)
@@ -171,14 +171,14 @@ def prepare(words, position, norm, scale, lanes, out):
             at = ROW * i + 4 * lane
             x, y = standard(words + at, mean, factor)
             if norm.weight != 0:
-                x = x * splat(peek(norm.weight + 8 * i)) + splat(peek(norm.bias + 8 * i))
-                y = y * splat(peek(norm.weight + 8 * i + 4)) + splat(peek(norm.bias + 8 * i + 4))
-            cos, sin = turn_of(lanes, i, position + lane, scale)
+                x = x * splat(load1(norm.weight + 8 * i)) + splat(load1(norm.bias + 8 * i))
+                y = y * splat(load1(norm.weight + 8 * i + 4)) + splat(load1(norm.bias + 8 * i + 4))
+            cos, sin = load_cos_sin(lanes, i, position + lane, scale)
             x, y = x * cos - y * sin, y * cos + x * sin
             square += x * x + y * y
             store_pairs(out + at, x, y)
-        most = larger(square, most)
-    return largest(most)
+        most = vmax(square, most)
+    return hmax(most)
 
 
 @njit
@@ -187,14 +187,14 @@ def add(p, x):
 
 
 @njit
-def turn_back(dy, words, position, norm, scale, lanes, lane):
+def rope_backward(dy, words, position, norm, scale, lanes, lane):
     """The gradient dy (width, 32) float32 of prepared rows -> u, that of the standardised ones, in place, for W lanes;
     adds to the norm's gradients. Returns the sums of u and of u times them."""
     mean, factor = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane)
     s, s_z = splat(ZERO), splat(ZERO)
     for i in range(lanes.width // 2):
         at = 2 * ROW * i + 4 * lane
-        cos, sin = turn_of(lanes, i, position + lane, scale)
+        cos, sin = load_cos_sin(lanes, i, position + lane, scale)
         g, h = load(dy + at), load(dy + at + ROW)
         g, h = g * cos + h * sin, h * cos - g * sin
         if norm.weight != 0:
@@ -204,7 +204,7 @@ def turn_back(dy, words, position, norm, scale, lanes, lane):
             add(weight + 4 * W, h * y)
             add(bias, g)
             add(bias + 4 * W, h)
-            g, h = g * splat(peek(norm.weight + 8 * i)), h * splat(peek(norm.weight + 8 * i + 4))
+            g, h = g * splat(load1(norm.weight + 8 * i)), h * splat(load1(norm.weight + 8 * i + 4))
             s += g + h
             s_z += g * x + h * y
         store(dy + at, g)
@@ -213,7 +213,7 @@ def turn_back(dy, words, position, norm, scale, lanes, lane):
 
 
 @njit
-def prepare_backward(dy, words, position, norm, scale, lanes, out):
+def qknorm_rope_backward(dy, words, position, norm, scale, lanes, out):
     """The gradient dy (width, 32) float32 of prepared rows -> that of the rows, as words; lanes as the rows left them.
 
     With z the standardised rows and u = dy weight: d_weight += dy z, d_bias += dy, and a row's gradient is
@@ -221,7 +221,7 @@ def prepare_backward(dy, words, position, norm, scale, lanes, out):
     """
     share = splat(ONE / np.float32(lanes.e))
     for lane in range(0, BLOCK, W):
-        s, s_z = turn_back(dy, words, position, norm, scale, lanes, lane)
+        s, s_z = rope_backward(dy, words, position, norm, scale, lanes, lane)
         mean, factor = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane)
         s, s_z = s * share, s_z * share
         for i in range(lanes.width // 2):

@@ -16,7 +16,7 @@ Two moves make either from rows of numbers, and both are exact:
 Products are (32, n) blocks, four tiles of sums at a time, so that each tile that is loaded is used twice. Strides are
 bytes, k a multiple of 32. Every kernel takes the tiles when it starts and releases them when it ends.
 
-Machines without these instructions never compile this: `why_not` says what is missing.
+Machines without these instructions never compile this: `why_unavailable` says what is missing.
 """
 
 import ctypes
@@ -40,11 +40,11 @@ from nanochameleon.kernels.cpu.simd import (
     i64,
     instruction,
     load,
+    load1_bf16,
     njit,
-    peek_bf16,
-    poke_bf16,
     splat_of,
     store,
+    store1_bf16,
     store_at,
     types,
     vec,
@@ -59,7 +59,7 @@ bytes_at = i8.as_pointer()
 
 
 @cache
-def why_not() -> str | None:
+def why_unavailable() -> str | None:
     """The reason why tiles cannot be used on this machine, or None. Asks Linux for them, once a process."""
     missing = [name for name in NEEDED if f"+{name}" not in FEATURES]
     if missing:
@@ -117,13 +117,13 @@ def _block(b, a, lda, p, ldp, c, ldc, k, add: bool) -> None:
 
 
 @instruction(types.void, address, count, address, count, address, count, count)
-def block_product(b, a, lda, p, ldp, c, ldc, k):
+def tile_matmul(b, a, lda, p, ldp, c, ldc, k):
     """c (32, 32) = a (32, k) times p, the (k, 32) in pairs of rows."""
     _block(b, a, lda, p, ldp, c, ldc, k, False)
 
 
 @instruction(types.void, address, count, address, count, address, count, count)
-def block_product_add(b, a, lda, p, ldp, c, ldc, k):
+def tile_matmul_add(b, a, lda, p, ldp, c, ldc, k):
     """c (32, 32) += a (32, k) times p."""
     _block(b, a, lda, p, ldp, c, ldc, k, True)
 
@@ -224,4 +224,4 @@ def copy_block(p, row, n, m, target, target_row):
             store(there, load(here))
         else:
             for i in range(m):
-                poke_bf16(there + 2 * i, peek_bf16(here + 2 * i))
+                store1_bf16(there + 2 * i, load1_bf16(here + 2 * i))

@@ -16,15 +16,15 @@ from nanochameleon.kernels.cpu.amx.tiles import (
     BLOCK,
     BLOCK_ROW,
     SQUARE,
-    block_product,
-    block_product_add,
     pair_rows,
     release_tiles,
     take_tiles,
+    tile_matmul,
+    tile_matmul_add,
     whole_block,
 )
 from nanochameleon.kernels.cpu.launch import kernel
-from nanochameleon.kernels.cpu.parallel_for import reader
+from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import W, njit, transpose
 
 SPAN = 256  # rows of g and x at a time
@@ -35,7 +35,7 @@ WIDTH = 32  # columns of blocks at a time: of x 512 KB
 SCRATCH = (PANELS * PANEL + 3 * SQUARE) // 4  # floats
 
 
-class Job(NamedTuple):
+class KernelArgs(NamedTuple):
     g: int  # (T, out) bfloat16, rows `g_row` bytes apart
     x: int  # (T, in) bfloat16, rows `x_row` bytes apart
     pairs: int  # (in / 32, T / 2, 32) words, rounded up
@@ -47,7 +47,7 @@ class Job(NamedTuple):
     x_row: int
 
 
-read_job = reader(Job)
+unpack_args = args_unpacker(KernelArgs)
 
 
 @njit
@@ -65,7 +65,7 @@ def to_pairs(p, row, out):
 @kernel
 def pack(job, part, first, last, spare):
     """x in pairs, [first, last) of its blocks of rows."""
-    job = read_job(job)
+    job = unpack_args(job)
     for k in range(first, last):
         t = BLOCK * k
         for j in range(blocks(job.n_in)):
@@ -90,15 +90,15 @@ def multiply_span(job, k, n, a, panel, j):
     pairs, row = job.pairs + SQUARE * (j * blocks(job.t) + k), 4 * BLOCK * blocks(job.n_in)
     c = job.c + row * BLOCK * panel + 4 * BLOCK * j
     if k == 0:
-        block_product(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+        tile_matmul(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
     else:
-        block_product_add(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+        tile_matmul_add(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
 
 
 @kernel
 def multiply(job, part, first, last, scratch):
     """Panels [first, last) of c, at most PANELS, of 32 outputs each."""
-    job = read_job(job)
+    job = unpack_args(job)
     columns, steps, span = blocks(job.n_in), blocks(job.t), SPAN // BLOCK
     take_tiles()
     for left in range(0, columns, WIDTH):

@@ -14,8 +14,7 @@ from typing import Literal
 import tyro
 
 from nanochameleon.cli import parse
-from nanochameleon.errors import UserError, exit_on_user_error
-from nanochameleon.printing import say
+from nanochameleon.errors import UserError, exit_on_user_error, say
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,10 @@ def device_of(wish: str) -> str:
     """With several GPUs each process takes one."""
     import torch
 
-    from nanochameleon.parallel.mesh import environment
+    from nanochameleon.parallel.mesh import env_int
 
     if wish in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+        return f"cuda:{env_int('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     return wish
 
 
@@ -74,11 +73,11 @@ def main(args: Args) -> None:
     from nanochameleon.data.prepare import tokenizing
     from nanochameleon.data.prepare.units import left_out, plan
     from nanochameleon.data.prepared import open_prepared, store_prepared
-    from nanochameleon.parallel.mesh import environment, place
+    from nanochameleon.parallel.mesh import env_int, rank_and_world_size
     from nanochameleon.training.run import pick_device
     from nanochameleon.weights.model_folder import open_tokenizers, text_of
 
-    (rank, world), local = place(), environment("LOCAL_WORLD_SIZE", 1)
+    (rank, world), local = rank_and_world_size(), env_int("LOCAL_WORLD_SIZE", 1)
     tokenizers = open_tokenizers(args.tokenizers) if args.tokenizers else open_prepared(args.out)
     units, left = plan(args.sources, args.form), left_out(args.sources, args.form)
     text = text_of(tokenizers, args.tokenizers or args.out)

@@ -15,31 +15,31 @@ from numba import types
 
 from nanochameleon.generation.cpu.matmul import call_matmul
 from nanochameleon.generation.cpu.memory import call_at, inner, map_at, padded
-from nanochameleon.kernels.attention.cpu import LEAST, LOG2E
+from nanochameleon.kernels.attention.cpu import LOG2E, NEG_INF
 from nanochameleon.kernels.block.swiglu_cpu import sigmoid
 from nanochameleon.kernels.cpu.exp2 import exp2
 from nanochameleon.kernels.cpu.launch import compiled
-from nanochameleon.kernels.cpu.matmul import add_product
+from nanochameleon.kernels.cpu.matmul import matmul_add
 from nanochameleon.kernels.cpu.simd import (
     ZERO,
     W,
     address,
+    blend_first,
     clear,
     count,
     dot_rows,
-    head,
+    hmax,
+    hsum,
     instruction,
-    larger,
-    largest,
     load,
-    peek,
-    peek_int,
-    poke,
+    load1,
+    load1_int,
     read_row,
+    rope,
     splat,
     store,
-    total,
-    turn,
+    store1,
+    vmax,
     write_row,
 )
 
@@ -53,18 +53,18 @@ PROJECT, REMEMBER, ATTEND, OUT, JOIN, GATE, DOWN, JOIN_AGAIN = range(PHASES)
 
 @inner
 def field(m, layer, which):
-    return peek_int(m.layers + 8 * (FIELDS * layer + which))
+    return load1_int(m.layers + 8 * (FIELDS * layer + which))
 
 
 @inner
 def row_of(m, i):
     """Of the i-th id in the queue."""
-    return peek_int(m.queue + 8 * (m.queue_size + i))
+    return load1_int(m.queue + 8 * (m.queue_size + i))
 
 
 @inner
 def position_of(m, i):
-    return peek_int(m.queue + 8 * (2 * m.queue_size + i))
+    return load1_int(m.queue + 8 * (2 * m.queue_size + i))
 
 
 @inner
@@ -119,7 +119,7 @@ def norm(x, n, weight, eps, out):
 def embed(m, i):
     """Id i's row of x, and what the first product reads."""
     at = 4 * i * padded(m.dim)
-    read_row(m.embeddings + 4 * peek_int(m.queue + 8 * i) * m.dim, 4, m.dim, m.x + at)
+    read_row(m.embeddings + 4 * load1_int(m.queue + 8 * i) * m.dim, 4, m.dim, m.x + at)
     if m.pre_norm:
         norm(m.x + at, m.dim, field(m, 0, ATTENTION_NORM), m.eps, m.normed + at)
 
@@ -165,12 +165,12 @@ def centre(x, e):
     s = splat(ZERO)
     for d in range(0, e, W):
         s += load(x + 4 * d)
-    mean, s = splat(total(s) / np.float32(e)), splat(ZERO)
+    mean, s = splat(hsum(s) / np.float32(e)), splat(ZERO)
     for d in range(0, e, W):
-        y = head(load(x + 4 * d) - mean, e - d, splat(ZERO))
+        y = blend_first(load(x + 4 * d) - mean, e - d, splat(ZERO))
         store(x + 4 * d, y)
         s += y * y
-    return total(s) / np.float32(e)
+    return hsum(s) / np.float32(e)
 
 
 @inner
@@ -184,7 +184,7 @@ def turned(m, norms, group, source, position, factor, out):
         y = load(out + d)
         if m.groups > 0:
             y = y * scale * load(weight + d) + load(weight + 4 * wide + d)
-        store(out + d, turn(y, load(table + d)) * splat(factor))
+        store(out + d, rope(y, load(table + d)) * splat(factor))
 
 
 @inner
@@ -201,15 +201,15 @@ def remember(m, layer, i, g, scratch):
 @inner
 def soften(scores, n):
     """n scores, as powers of two -> weights 2^(score - largest), zeros up to the next whole register -> their sum."""
-    most, s = splat(LEAST), splat(ZERO)
+    most, s = splat(NEG_INF), splat(ZERO)
     for t in range(0, n, W):
-        most = larger(head(load(scores + 4 * t), n - t, splat(LEAST)), most)
-    most = splat(largest(most))
+        most = vmax(blend_first(load(scores + 4 * t), n - t, splat(NEG_INF)), most)
+    most = splat(hmax(most))
     for t in range(0, n, W):
-        x = head(exp2(load(scores + 4 * t) - most), n - t, splat(ZERO))
+        x = blend_first(exp2(load(scores + 4 * t) - most), n - t, splat(ZERO))
         store(scores + 4 * t, x)
         s += x
-    return total(s)
+    return hsum(s)
 
 
 @inner
@@ -218,13 +218,13 @@ def times_values(weights, across, heads, n, values, e, out):
     wide, whole = padded(e), e // W * W
     clear(out, heads * wide)
     if whole > 0:
-        add_product(heads, whole, weights, across, 1, values, e, out, wide, n)
+        matmul_add(heads, whole, weights, across, 1, values, e, out, wide, n)
     for h in range(heads):
         for d in range(whole, e):
             s = ZERO
             for t in range(n):
-                s += peek(weights + 4 * (h * across + t)) * peek(values + 4 * (t * e + d))
-            poke(out + 4 * (h * wide + d), s)
+                s += load1(weights + 4 * (h * across + t)) * load1(values + 4 * (t * e + d))
+            store1(out + 4 * (h * wide + d), s)
 
 
 @inner
@@ -240,11 +240,11 @@ def attend(m, layer, i, g, scratch):
         turned(m, field(m, layer, Q_NORM), group, source, n - 1, factor, scratch + 4 * h * wide)
     call_matmul(m.matmul_fp32, scratch, each, wide, cached(m, layer, KEYS, row, g), e, 0, 0, n, scores, across)
     for h in range(each):
-        poke(scratch + 4 * h, ONE / soften(scores + 4 * h * across, n))  # over queries that are no longer needed
+        store1(scratch + 4 * h, ONE / soften(scores + 4 * h * across, n))  # over queries that are no longer needed
     times_values(scores, across, each, n, cached(m, layer, VALUES, row, g), e, out)
     for h in range(each):
         to = m.heads + 4 * (i * m.n_heads + g * each + h) * e
-        write_row(to, 4, e, out + 4 * h * wide, peek(scratch + 4 * h))
+        write_row(to, 4, e, out + 4 * h * wide, load1(scratch + 4 * h))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from nanochameleon.kernels.cpu import malloc as pages
 
 FAULTS = """
 import resource, torch
-from nanochameleon.kernels.cpu.malloc import keep_pages
-keep_pages()
+from nanochameleon.kernels.cpu.malloc import tune_malloc
+tune_malloc()
 def touch():
     for size in (3, 11, 40, 7):  # MB
         torch.ones(size, 2**18)
@@ -33,4 +33,4 @@ def test_memory_that_was_freed_is_not_cleared_again():
 def test_elsewhere_nothing_is_done(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(pages.ctypes, "CDLL", lambda name: pytest.fail("looked for a C library"))
-    pages.keep_pages()
+    pages.tune_malloc()

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.attention.qknorm_rope import normed_attention, normed_attention_reference
+from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention, qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.reference import visible
-from nanochameleon.kernels.dispatch import use_kernels, why_not_amx
+from nanochameleon.kernels.dispatch import use_kernels, why_amx_unavailable
 from nanochameleon.transformer import rotary_table
 
-REFUSED = why_not_amx(torch.device("cpu"), torch.bfloat16)
+REFUSED = why_amx_unavailable(torch.device("cpu"), torch.bfloat16)
 needs_amx = pytest.mark.skipif(REFUSED is not None, reason=f"kernels on AMX tiles cannot run: {REFUSED}")
 on_amx = pytest.param("amx", torch.bfloat16, marks=needs_amx)
 EVERY = [("numba", torch.float32), ("numba", torch.bfloat16), on_amx]
@@ -23,10 +23,10 @@ EVERY = [("numba", torch.float32), ("numba", torch.bfloat16), on_amx]
 @settings(max_examples=30)
 @given(problem=problems())
 def test_it_is_as_good_as_the_reference(name, dtype, problem):
-    truth = outcome(normed_attention_reference, problem, torch.float64)
-    naive = outcome(normed_attention_reference, problem, dtype)
+    truth = outcome(qknorm_rope_attention_reference, problem, torch.float64)
+    naive = outcome(qknorm_rope_attention_reference, problem, dtype)
     with use_kernels(name):
-        result = outcome(normed_attention, problem, dtype)
+        result = outcome(qknorm_rope_attention, problem, dtype)
     size = sizes(problem)
     for x, plain, exact in zip(result, naive, truth, strict=True):
         # On tiles weights and their gradients are bfloat16 numbers, which float32 gradients of the norms are sums of.
@@ -54,9 +54,9 @@ def test_an_ordinary_problem_is_right_to_a_percent_or_two_in_each_tensor(name, d
     """The rule above has to let pass what the worst problem may lose; bugs of one part hide below it."""
     runs = [7] * 40 + [3] * 21 + [7] * 9 + [5] * 33, [1] * 103  # a document that comes back, and one that is a row
     problem = ordinary_problem(torch.tensor(runs), e)
-    truth = outcome(normed_attention_reference, problem, torch.float64)
+    truth = outcome(qknorm_rope_attention_reference, problem, torch.float64)
     with use_kernels(name):
-        result = outcome(normed_attention, problem, dtype)
+        result = outcome(qknorm_rope_attention, problem, dtype)
     for x, exact in zip(result, truth, strict=True):
         error = ((x.double() - exact).norm() / exact.norm()).item()
         assert error < (1e-5 if dtype == torch.float32 else 0.02), error
@@ -72,7 +72,7 @@ def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype
     def run() -> list[torch.Tensor]:
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         with use_kernels(name):
-            out = normed_attention(*inputs, table, docs, *norms, EPS)
+            out = qknorm_rope_attention(*inputs, table, docs, *norms, EPS)
         return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
 
     assert_same_in_garbage(monkeypatch, run)
@@ -89,7 +89,7 @@ def test_any_number_of_threads_computes_the_same_bits(name, dtype):
             torch.set_num_threads(threads)
             x = [y.clone().requires_grad_() for y in inputs]
             with use_kernels(name):
-                out = normed_attention(*x, table, docs, None, None, EPS)
+                out = qknorm_rope_attention(*x, table, docs, None, None, EPS)
                 outcomes.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), x)])
     finally:
         torch.set_num_threads(before)
@@ -104,8 +104,8 @@ def test_inputs_of_other_strides_are_read_right_and_never_written(name, dtype):
     q, k, v = fused.unbind(2)
     before = fused.clone()
     with use_kernels(name):
-        out = normed_attention(q, k, v, table, None, None, None, EPS)
-        copied = normed_attention(*(x.contiguous() for x in (q, k, v)), table, None, None, None, EPS)
+        out = qknorm_rope_attention(q, k, v, table, None, None, None, EPS)
+        copied = qknorm_rope_attention(*(x.contiguous() for x in (q, k, v)), table, None, None, None, EPS)
     assert torch.equal(out, copied) and torch.equal(fused, before)
 
 
@@ -115,13 +115,13 @@ def test_rows_may_lie_an_odd_number_of_numbers_apart(name, dtype):
     table = rotary_table(torch.arange(40).expand(1, 40), 32, 1e4)
     x = wide[..., 1:].view(1, 40, 2, 32)
     with use_kernels(name):
-        out, copied = (normed_attention(y, y, y, table, None, None, None, EPS) for y in (x, x.contiguous()))
+        out, copied = (qknorm_rope_attention(y, y, y, table, None, None, None, EPS) for y in (x, x.contiguous()))
     assert torch.equal(out, copied)
 
 
 def test_the_sums_that_the_gradient_needs_have_none_themselves():
     x, turns = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
-    out, lse = torch.ops.nanochameleon.normed_attention(x, x, x, turns, None, None, None, None, None, EPS, False)
+    out, lse = torch.ops.nanochameleon.qknorm_rope_attention(x, x, x, turns, None, None, None, None, None, EPS, False)
     assert out.requires_grad and not lse.requires_grad
 
 
@@ -130,7 +130,7 @@ def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 6, requires_grad=True)
     table = torch.ones(shape[0], 1, shape[1], 3, dtype=torch.complex64)
     with use_kernels("numba"):
-        out = normed_attention(x, x, x, table, None, None, None, EPS)
+        out = qknorm_rope_attention(x, x, x, table, None, None, None, EPS)
     assert out.shape == x.shape
     out.sum().backward()
     assert x.grad.shape == x.shape
@@ -143,7 +143,7 @@ def test_an_output_lies_between_the_least_and_the_largest_value_that_is_seen(nam
     tensors, table, docs, _ = problem
     q, k, v = (tensors[n].to(dtype) for n in "qkv")
     with use_kernels(name):
-        out = normed_attention(q, k, v, table.to(torch.complex64), docs, None, None, EPS)
+        out = qknorm_rope_attention(q, k, v, table.to(torch.complex64), docs, None, None, EPS)
     docs = torch.zeros(q.shape[:2]) if docs is None else docs
     v, unseen = v.repeat_interleave(q.shape[2] // v.shape[2], 2)[:, None], ~visible(docs, docs)[..., None, None]
     low, high = v.masked_fill(unseen, torch.inf).amin(2), v.masked_fill(unseen, -torch.inf).amax(2)
@@ -161,8 +161,8 @@ def test_only_distances_count_and_one_vector_on_all_unturned_keys_does_not(name,
     places, still = torch.arange(70)[None], torch.ones(1, 1, 70, e // 2, dtype=torch.complex64)
     with use_kernels(name):
         turned = [rotary_table(p, e, 1e4) for p in (places, places + by)]
-        here, there = (normed_attention(q, k, v, turns, None, None, None, EPS) for turns in turned)
-        plain, moved = (normed_attention(q, keys, v, still, None, None, None, EPS) for keys in (k, k + shift))
+        here, there = (qknorm_rope_attention(q, k, v, turns, None, None, None, EPS) for turns in turned)
+        plain, moved = (qknorm_rope_attention(q, keys, v, still, None, None, None, EPS) for keys in (k, k + shift))
     room = 1e-3 if dtype == torch.float32 else 0.15  # scores of 4 to 8, rounded to bfloat16, move weights so
     torch.testing.assert_close(there, here, rtol=0, atol=room)
     torch.testing.assert_close(moved, plain, rtol=0, atol=room)
@@ -176,7 +176,7 @@ def test_gradcheck():
     docs = torch.tensor([[0, 0, 0, 1, 1]])
 
     def run(q, k, v, *n):
-        return normed_attention(q, k, v, turns, docs, n[:2], n[2:], EPS)
+        return qknorm_rope_attention(q, k, v, turns, docs, n[:2], n[2:], EPS)
 
     assert torch.autograd.gradcheck(run, (q, k, v, *norms))
 
@@ -189,7 +189,7 @@ def test_with_the_norm_a_factor_on_queries_and_keys_changes_nothing(seed, factor
     table = rotary_table(torch.arange(40).expand(1, 40), 16, 1e4)
     norms = [(torch.randn(1, 16, generator=generator), torch.randn(1, 16, generator=generator)) for _ in "qk"]
     with use_kernels("numba"):
-        out, scaled = (normed_attention(c * q, c * k, v, table, None, *norms, 1e-12) for c in (1.0, factor))
+        out, scaled = (qknorm_rope_attention(c * q, c * k, v, table, None, *norms, 1e-12) for c in (1.0, factor))
     torch.testing.assert_close(scaled, out, rtol=0, atol=1e-4)
 
 
@@ -203,7 +203,7 @@ def test_what_has_diverged_is_seen_by_all_that_see_it(which, normed, value):
     table = rotary_table(torch.arange(70).expand(1, 70), 16, 1e4)
     norms = [(torch.ones(1, 16), torch.zeros(1, 16)) if normed else None for _ in "qk"]
     outcomes = []
-    for function in (numba := with_numba(normed_attention), normed_attention_reference):
+    for function in (numba := with_numba(qknorm_rope_attention), qknorm_rope_attention_reference):
         x = [y.clone().requires_grad_() for y in inputs]
         out = function(*x, table, None, *norms, EPS)
         outcomes.append([out.detach(), *torch.autograd.grad(out.sum(), x)])
