@@ -15,7 +15,9 @@ def fastest_decoder(model: Chameleon, vocab: Vocab, image_len: int, n_slots: int
     # Autocast and sharded tensors forbid the in-place sums of the faster decoders.
     if torch.is_autocast_enabled(device.type) or any(is_sharded(x) for x in model.parameters()):
         return Decoder(model, *sizes)
-    if why_numba_unavailable(device, torch.float32) is None and all(x.dtype == torch.float32 for x in model.parameters()):
+    if why_numba_unavailable(device, torch.float32) is None and all(
+        x.dtype == torch.float32 for x in model.parameters()
+    ):
         from nanochameleon.generation.cpu.decode import CPUDecoder  # Numba takes a second to import
 
         return CPUDecoder(model, *sizes)
