@@ -56,12 +56,11 @@ from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.kernels.zloss.cross_entropy import Expected
-from nanochameleon.optim import MAX_NONFINITE_STEPS, clip, learning_rate, make_optimizer
+from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
 from nanochameleon.parallel.mesh import Mesh, env_int, init_mesh, local_device
 from nanochameleon.parallel.sharding import shard_like
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, stability
 from nanochameleon.training.diagnostics import gradient_norms, max_attention_logits
 from nanochameleon.training.flops import flops_per_token, peak_flops
@@ -84,7 +83,9 @@ from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
-from nanochameleon.weights.model_folder import LoadedModel, open_model
+from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.read_layouts import ModelFiles
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One step
@@ -211,7 +212,7 @@ class Training:
         sums, count = forward_backward(self.trainee, batch, keys, cfg)
         due = p.step % t.log_every == 0 or p.step == t.steps - 1
         norms = gradient_norms(self.trainee.model, vocab) if due else {}
-        norm = clip(self.trainee.model.parameters(), cfg.optim.grad_clip)
+        norm = clip_gradients(self.trainee.model.parameters(), cfg.optim.grad_clip)
         finite = math.isfinite(norm) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
         bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
         lr = learning_rate(p.step, t.steps, cfg.optim)
@@ -310,7 +311,7 @@ class Training:
 def train_transformer(
     cfg: RunConfig,
     run: Run,
-    parts: LoadedModel | None,
+    parts: ModelFiles | None,
     loader: Loader,
     folder: Path,
     mesh: Mesh,
@@ -342,11 +343,11 @@ def train_transformer(
             training.run(monitor, run, stopped)
 
 
-def fill(model: Chameleon, parts: LoadedModel | None, seed: int) -> None:
+def fill(model: Chameleon, parts: ModelFiles | None, seed: int) -> None:
     """Sets all weights: those of `parts`, or random ones; of each tensor the part that this rank holds."""
     with torch.no_grad():
         for name, target in model.state_dict().items():
-            whole = parts.weights.get(name) if parts else model.initial(name, target.shape, seed, target.device)
+            whole = parts.weights.get(name) if parts else model.init_tensor(name, target.shape, seed, target.device)
             target.copy_(shard_like(whole, target))
 
 
@@ -463,7 +464,7 @@ def stages(
 ) -> Run:
     """The stages before the report. Raises Interrupted once a stop is saved."""
     mesh.run_on_rank0(lambda: prepare(cfg, begun, folder, mesh.device, laps, stopped))
-    tokenizer = begun.text(cfg) if begun.tokenizers else TextTokenizer.load(folder / TEXT_TOKENIZER)
+    tokenizer = begun.text(cfg) if begun.tokenizers else load_text_tokenizer(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     with torch.device("meta"):

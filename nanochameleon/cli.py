@@ -23,7 +23,7 @@ MAX_SEED = 2**32 - 1
 
 
 def parse(kind: type[T], args: Sequence[str] | None = None, **more) -> T:
-    """Arguments, by default the program's own -> a dataclass. A wrong one ends the program with its name and code 2."""
+    """Parse arguments (by default the program's) into a dataclass. A wrong one ends the program with exit code 2."""
     check_names(args)
     return expanded(tyro.cli(kind, args=args, **more))
 
@@ -47,7 +47,7 @@ def class_of(sections: list[str]) -> str:
 
 
 def expanded(value: T) -> T:
-    """The same with a home folder for ~ in every path: a shell expands `--out ~/x` and leaves `--out=~/x`."""
+    """Expand ~ in every path: a shell expands it in `--out ~/x` and leaves it in `--out=~/x`."""
     if isinstance(value, Path):
         return Path(os.path.expanduser(value))
     if isinstance(value, tuple):
@@ -59,7 +59,7 @@ def expanded(value: T) -> T:
 
 
 def check_kernels(device) -> None:
-    """Raises UserError where NANOCHAMELEON_KERNELS names no kernels, or some that cannot run on this torch.device."""
+    """Raise UserError if NANOCHAMELEON_KERNELS names unknown kernels, or kernels that cannot run here."""
     import torch
 
     from nanochameleon.kernels.dispatch import OPS, VARIABLE, decide
@@ -76,7 +76,7 @@ def first_line(doc: str | None) -> str:
 
 
 def check(cfg: RunConfig) -> None:
-    """Raises UserError, naming the field, for a number that is out of range."""
+    """Raise UserError, naming the field, for a number out of range."""
     if cfg.seed > MAX_SEED:
         raise UserError(f"seed must be at most {MAX_SEED}, not {shown(cfg.seed)}")
     if wrong := out_of_range(**vars(cfg)):
@@ -88,10 +88,10 @@ def check(cfg: RunConfig) -> None:
 
 
 def check_together(cfg: RunConfig) -> None:
-    """Raises UserError, naming the fields, for numbers that do not go together."""
+    """Raise UserError, naming the fields, for numbers that contradict each other."""
     if any(cfg.vqgan.ch * mult % cfg.vqgan.n_groups for mult in cfg.vqgan.ch_mult):
         raise UserError(f"vqgan.n_groups ({cfg.vqgan.n_groups}) must divide the channels of every level")
-    if cfg.tokenizers.warmup_steps >= cfg.tokenizers.steps:  # then the codebook would never be put to use
+    if cfg.tokenizers.warmup_steps >= cfg.tokenizers.steps:  # else the codebook would never be used
         raise UserError(f"tokenizers.warmup_steps must be less than tokenizers.steps, {cfg.tokenizers.steps}")
     check_stages(cfg)
     if cfg.data.source == "prepared" and (cfg.data.tokenize_on_the_fly or cfg.data.n_documents):
@@ -99,43 +99,41 @@ def check_together(cfg: RunConfig) -> None:
             "data.tokenize_on_the_fly and data.n_documents are for documents made here: prepared data does without"
         )
     if cfg.init_vqgan and not cfg.init_from:
-        raise UserError("init_vqgan is the image decoder of the model in init_from: set that, too")
+        raise UserError("init_vqgan gives an image decoder to the model of init_from: set --init-from, too")
     if not sizes_come_later(cfg):
         check_room(cfg)
 
 
 def sizes_come_later(cfg: RunConfig) -> bool:
-    """Are the sizes, or the tokenizers' at least, those of another model or of prepared data (beginning.py)?"""
+    """Does another model or prepared data set the sizes (training/init_from.py)?"""
     return cfg.init_from is not None or cfg.data.source == "prepared"
 
 
 def check_stages(cfg: RunConfig) -> None:
-    """Raises UserError for stages without steps or with weights that make no mixture."""
-    starts = (
-        [*cfg.stage_starts, cfg.train.steps] if all(0 < stage.fraction < math.inf for stage in cfg.stages) else [0, 0]
-    )
-    for number, (stage, first, behind) in enumerate(zip(cfg.stages, starts, starts[1:], strict=False)):
-        if first >= behind:
+    """Raise UserError for a stage without steps or with weights that make no mixture."""
+    usable = all(0 < stage.fraction < math.inf for stage in cfg.stages)
+    bounds = [*cfg.stage_starts, cfg.train.steps] if usable else [0, 0]
+    for number, (stage, start, end) in enumerate(zip(cfg.stages, bounds, bounds[1:], strict=False)):
+        if start >= end:
             steps = f"at least one of the {cfg.train.steps} steps"
             raise UserError(f"stages.{number}.fraction must give {stage.name!r} {steps}")
         names = [name for name, _ in stage.weights]
         if not names or len(set(names)) < len(names) or not all(0 < w < math.inf for _, w in stage.weights):
-            wish = "sources, each once, and weights above 0, such as: pairs 0.7 text 0.3"
-            raise UserError(f"stages.{number}.weights must be {wish}; got {dict(stage.weights)}")
+            expected = "sources, each once, and weights above 0, such as: pairs 0.7 text 0.3"
+            raise UserError(f"stages.{number}.weights must be {expected}; got {dict(stage.weights)}")
 
 
 def check_room(cfg: RunConfig) -> None:
-    """Raises UserError for rows that hold no image."""
+    """Raise UserError for sequences too short for an image."""
     least = cfg.vqgan.codes_per_image + 5  # <s>, a word, <boi>, codes, <eoi>, </s>
     if cfg.train.seq_len < least:
         raise UserError(f"train.seq_len must be at least {least} for an image and a word, not {cfg.train.seq_len}")
 
 
 def complete(cfg: RunConfig) -> RunConfig:
-    """Sets what follows from other fields: the model's vocabulary and context.
+    """Set the model's vocabulary and context, which follow from other fields (unless sizes_come_later).
 
-    Where sizes_come_later they are not known yet.
-    Raises UserError for numbers out of range, and for a vocabulary beyond the 65,536 ids that token shards hold.
+    Raises UserError for numbers out of range, and for a vocabulary above the 65,536 tokens that token shards can hold.
     """
     check(cfg)
     check_together(cfg)
@@ -145,13 +143,15 @@ def complete(cfg: RunConfig) -> RunConfig:
 
     vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)
     if vocab.size > 2**16:
-        raise UserError(f"vqgan.n_codes and tokenizers.n_merges make {vocab.size:,} ids; at most 65,536 are possible")
+        raise UserError(
+            f"vqgan.n_codes and tokenizers.n_merges make {vocab.size:,} tokens; at most 65,536 are possible"
+        )
     model = dataclasses.replace(cfg.model, vocab_size=vocab.size, max_seq_len=cfg.train.seq_len)
     return dataclasses.replace(cfg, model=model)
 
 
 def parse_run(args: Sequence[str] | None = None) -> RunConfig:
-    """Arguments -> a preset with its overrides. A wrong option or value ends the program with its name and code 2."""
+    """Parse arguments into a preset with overrides. A wrong option or value ends the program with exit code 2."""
     return exit_on_user_error(lambda: complete(overridden(args)))
 
 

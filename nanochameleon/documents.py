@@ -35,7 +35,7 @@ def render_segment(segment: Segment, tokenizer: TextTokenizer, vocab: Vocab) -> 
     if isinstance(segment, Text):
         return tokenizer.encode(segment.text)
     if isinstance(segment, Image):
-        return [vocab.boi, *(vocab.code_to_id(code) for code in segment.codes), vocab.eoi]
+        return [vocab.boi, *(vocab.code_to_token(code) for code in segment.codes), vocab.eoi]
     return [vocab.eot]
 
 
@@ -67,7 +67,7 @@ def parse(ids: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document:
                 doc.append(Image(tuple(codes)))
                 codes = None
             else:
-                codes.append(vocab.id_to_code(token))
+                codes.append(vocab.token_to_code(token))
         elif token == vocab.eos:
             break
         elif token == vocab.boi:

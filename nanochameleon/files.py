@@ -19,12 +19,12 @@ from nanochameleon.errors import UserError, shown
 MAX_JSON = 2**24  # bytes; the released tokenizer has a third of them, and JSON takes 20 times its size in memory
 
 
-def is_plain(name: str) -> bool:
+def is_safe_name(name: str) -> bool:
     """Whether a name read from a file is one that we give: no path, not long, and fit for a terminal."""
     return re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None
 
 
-def is_number(value: object) -> bool:
+def is_finite_number(value: object) -> bool:
     """Whether a JSON value is a number that can be counted with and drawn: finite, as far as single precision goes."""
     return type(value) in (int, float) and abs(value) < 2.0**128
 
@@ -41,7 +41,7 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path`, which takes its place in one step when the block ends, and is gone if it fails. Several
     processes may do so at once, on several machines."""
     aside = path.with_name(f".tmp-{os.urandom(6).hex()}-{path.name}")
@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    with replacing(path) as file:
+    with atomic_open(path) as file:
         file.write(data)
 
 
@@ -76,15 +76,15 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def sweep_dead(folder: Path, start: str) -> None:
+def remove_stale(folder: Path, start: str) -> None:
     """Removes the folders `start`-PID of this process and of those that are no more. Those of running ones stay."""
     for path in folder.glob(".*"):
         name, _, pid = path.name.rpartition("-")
-        if name == start and pid.isdigit() and (int(pid) == os.getpid() or not alive(int(pid))):
+        if name == start and pid.isdigit() and (int(pid) == os.getpid() or not process_exists(int(pid))):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def alive(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
     """Is there a process of this number? Where only a signal that kills could tell (Windows), yes."""
     if os.name != "posix":
         return True

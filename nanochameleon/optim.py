@@ -167,7 +167,7 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     return cfg.lr
 
 
-def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales all gradients together so that their global norm is at most max_norm; returns the norm before that.
 
     A norm that is not finite leaves gradients that are not: look at it before stepping.

@@ -41,7 +41,7 @@ class Batch:
         return self.tokens, self.targets, self.doc_ids, self.positions
 
 
-def assign_rows(lengths: Sequence[int], seq_len: int) -> np.ndarray:
+def best_fit(lengths: Sequence[int], seq_len: int) -> np.ndarray:
     """Which row each document goes to: (n,) int64, rows numbered from 0 without a gap.
 
     Best fit: a document goes to the row that it fills most, or to a new one; for 72 to 94 ids in rows of 256 this uses
@@ -71,23 +71,23 @@ def assign_rows(lengths: Sequence[int], seq_len: int) -> np.ndarray:
     return rows
 
 
-def answers(ids: Sequence[int], eot: int) -> np.ndarray:
+def answer_mask(ids: Sequence[int], eot: int) -> np.ndarray:
     """Which ids of a conversation are of an answer: (n,) bool. Turns end with `eot`; the second, fourth, ... of them
     are answers, and the id that ends an answer belongs to it (paper section 3.2: loss on answers alone)."""
     turns = np.cumsum(np.asarray(ids) == eot)
     return np.concatenate([[0], turns[:-1]]) % 2 == 1
 
 
-def without(batch: Batch, ids: range) -> Batch:
+def ignore_targets(batch: Batch, ids: range) -> Batch:
     """The same batch, where none of these ids is to be learnt."""
     left_out = (batch.targets >= ids.start) & (batch.targets < ids.stop)
     return replace(batch, targets=batch.targets.masked_fill(left_out, IGNORE))
 
 
-def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answers_from: int | None = None) -> Batch:
+def collate(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, assistant_eot: int | None = None) -> Batch:
     """For each row its documents, which must fit -> Batch of len(rows) rows of seq_len.
 
-    answers_from: the end of turn; then only answers have targets.
+    assistant_eot: the end of turn; then only answers have targets.
     """
     shape = len(rows), seq_len
     tokens, targets = np.full(shape, pad, np.int64), np.full(shape, IGNORE, np.int64)
@@ -98,8 +98,8 @@ def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answer
             end = start + len(ids)
             tokens[r, start:end] = ids
             following = np.asarray(ids[1:], np.int64)
-            if answers_from is not None:
-                following = np.where(answers(ids, answers_from)[1:], following, IGNORE)
+            if assistant_eot is not None:
+                following = np.where(answer_mask(ids, assistant_eot)[1:], following, IGNORE)
             targets[r, start : end - 1] = following
             doc_ids[r, start:end] = number
             positions[r, start:end] = np.arange(end - start)
@@ -107,15 +107,15 @@ def fill(rows: Sequence[Sequence[Sequence[int]]], seq_len: int, pad: int, answer
     return Batch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids, positions)))
 
 
-def pack(docs: Sequence[Sequence[int]], seq_len: int, pad: int, answers_from: int | None = None) -> Batch:
+def pack(docs: Sequence[Sequence[int]], seq_len: int, pad: int, assistant_eot: int | None = None) -> Batch:
     """Documents -> as few rows as best fit needs; each document whole, exactly once, in a row in the order given.
 
-    answers_from: as in fill.
+    assistant_eot: as in collate.
     Raises ValueError for a document that is empty or longer than seq_len: the caller cuts or counts those.
     """
     rows: list[list[Sequence[int]]] = []
-    for ids, row in zip(docs, assign_rows([len(ids) for ids in docs], seq_len).tolist(), strict=True):
+    for ids, row in zip(docs, best_fit([len(ids) for ids in docs], seq_len).tolist(), strict=True):
         if row == len(rows):
             rows.append([])
         rows[row].append(ids)
-    return fill(rows, seq_len, pad, answers_from)
+    return collate(rows, seq_len, pad, assistant_eot)

@@ -1,6 +1,6 @@
-"""Whole configurations as functions: every number of a run that somebody chose, in one place.
+"""Whole configurations as functions. Every number that somebody chose for a run is here.
 
-`python train.py NAME` runs one, and any field can be overridden there.
+`python train.py NAME` runs one; any field can be overridden on the command line.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ TOY_VQGAN = VQGANConfig(
     resolution=32, ch=16, ch_mult=(1, 2, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=128, n_groups=4,
     mid_attention=False, window=4,
 )  # fmt: skip
-# a base of 100: with the paper's 10,000 half of the pairs hardly turn within 256 ids
+# a base of 100: with the paper's 10,000, half of the pairs of dimensions hardly rotate within 256 tokens
 TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=6, multiple_of=64, rope_theta=100.0)
 PLAIN = SamplingParams(
     repetition_penalty=1.0, guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=256
-)  # guidance hurts toys
+)  # guidance hurts a model this small
 TOY_SAMPLE = dataclasses.replace(PLAIN, image_temperature=0.5)
 TOY_OPTIM = OptimConfig(
     "muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup_steps=30, schedule="cosine", min_lr_ratio=0.02
@@ -35,14 +35,14 @@ TOY_OPTIM = OptimConfig(
 
 
 def mixed(**weights: float) -> tuple[StageConfig, ...]:
-    """One stage: each source's share of the rows."""
+    """One stage with each source's fraction of the sequences."""
     return (StageConfig(weights=tuple(weights.items())),)
 
 
 def toy() -> RunConfig:
-    """The shapes world in minutes on two CPU cores: what `make demo` runs.
+    """The shapes world in minutes on two CPU cores: `make demo` runs it.
 
-    Noise on the codes that are read back, and few codes: what composes things never shown together (drawing.py).
+    Noise on the image tokens that are read, and a small codebook, let it compose what it never saw together.
     """
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
     stages = mixed(pairs=0.2, questions=0.6, interleaved=0.2)
@@ -54,13 +54,13 @@ def toy() -> RunConfig:
 
 
 def toy_long() -> RunConfig:
-    """The same with less than an hour on two cores."""
+    """The toy with 2.8 times as many steps."""
     train = dataclasses.replace(toy().train, steps=10_000, sample_every=2_500)
     return dataclasses.replace(toy(), name="toy_long", train=train)
 
 
 def stability() -> RunConfig:
-    """The paper's stability study at a small size: nine recipes, two learning rates, three seeds. An hour or so."""
+    """The paper's stability study at a small size: nine recipes, two learning rates, three seeds."""
     model = dataclasses.replace(TOY_MODEL, dim=128, n_layers=4, n_heads=4)
     optim = OptimConfig(lr=3e-3, eps=1e-8, weight_decay=0.0, warmup_steps=20, schedule="constant")
     train = TrainConfig(steps=400, log_every=5, sample_every=10_000, save_every=400, precision="bf16")
@@ -68,10 +68,10 @@ def stability() -> RunConfig:
 
 
 def align() -> RunConfig:
-    """Aligns a run of the shapes world (runs/toy, else --init-from): conversations in six categories, in minutes.
+    """Align a run of the shapes world (runs/toy, else --init-from) on conversations in six categories, in minutes.
 
-    The paper's recipe (section 3): loss on answers alone, dropout 0.05, a cosine from a lower rate, modalities in
-    balance; with a toy's rate and a toy's optimizer.
+    The paper's recipe (section 3): loss on answers alone, dropout 0.05, a cosine schedule from a lower learning rate,
+    balanced modalities. Learning rate and optimizer are the toy's.
     """
     stages = mixed(
         align_text=0.15, align_code=0.2, align_visual_chat=0.2, align_image_generation=0.15, align_interleaved=0.2,
@@ -93,7 +93,7 @@ def toy_rich() -> RunConfig:
 
 
 def emoji() -> RunConfig:
-    """Twemoji and OpenMoji with their names: real images, from PyPI (the [data] extra). 10 minutes on two cores."""
+    """Twemoji and OpenMoji with their names: real images, from PyPI (the [data] extra)."""
     vqgan = VQGANConfig(
         resolution=64, ch=16, ch_mult=(1, 2, 4, 4), n_res_blocks=1, z_channels=32, embed_dim=32, n_codes=1_024,
         n_groups=4, mid_attention=False,
@@ -106,19 +106,19 @@ def emoji() -> RunConfig:
 
 
 def folder() -> RunConfig:
-    """Your own images: a folder with captions.jsonl, metadata.csv or metadata.jsonl (--data.path)."""
+    """Your own images: a folder with captions.jsonl, metadata.csv or metadata.jsonl, or with tars (--data.path)."""
     cfg = emoji()
     return dataclasses.replace(cfg, name="folder", data=DataConfig("folder"), stages=mixed(pairs=1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# At scale: on data that `python -m nanochameleon.data.prepare` has tokenized (--data.path), in sources of these names.
+# At scale: on data that `python -m nanochameleon.data.prepare` has tokenized (--data.path), with these sources.
 
-# Ids of the paper's first stage, in trillions (section 2.2): Llama 2's and CodeLlama's texts, captioned images, web
-# pages with images among their words
+# Tokens of the paper's first stage, in trillions (section 2.2): Llama 2's and CodeLlama's text, captioned images, web
+# pages with images in their text
 FIRST = {"text": 2.9, "pairs": 1.5, "interleaved": 0.4}
-# What takes their place for half of the rows in the second: better sets in the same proportions, hence with the same
-# share of image ids; a part of the texts are instructions. Which sets and how much of each, the paper does not say.
+# The second stage replaces half of the sequences: better data in the same proportions, hence with as many image
+# tokens, and with instructions among the text. The paper does not say which data or how much of each.
 BETTER = {"text_better": 2.5, "instructions": 0.4, "pairs_better": 1.5, "interleaved_better": 0.4}
 
 
@@ -129,8 +129,8 @@ def two_stages() -> tuple[StageConfig, ...]:
 
 
 def at_scale(name: str, model: ModelConfig, lr: float, rows: int, steps: int) -> RunConfig:
-    """Pre-training as the paper has it, on prepared data, in rows of 4,096 ids."""
-    # 57,076 merges make the released 65,536 ids
+    """Pre-training as in the paper, on prepared data, in sequences of 4,096 tokens."""
+    # 57,076 merges make the released vocabulary of 65,536
     every = dict(save_every=1_000, sample_every=steps // 10)
     train = TrainConfig(steps=steps, batch_size=rows, seq_len=4_096, precision="bf16", **every)
     return RunConfig(
@@ -140,31 +140,31 @@ def at_scale(name: str, model: ModelConfig, lr: float, rows: int, steps: int) ->
 
 
 def chameleon_7b() -> RunConfig:
-    """The released 7B with the paper's numbers, on prepared data: 8.4M ids a step, 9.2T in all. Not for a laptop."""
+    """The released 7B with the paper's numbers, on prepared data: 8.4M tokens a step, 9.2T in all."""
     return at_scale("chameleon_7b", ModelConfig(dropout=0.1), 1e-4, rows=2_048, steps=1_100_000)
 
 
 def chameleon_34b() -> RunConfig:
-    """The released 34B: grouped queries, norms after the branches, QK-norm of 4 shards, no dropout; 12.6M a step."""
+    """The released 34B: grouped queries, norms after the branches, 4 QK-norm groups, no dropout; 12.6M a step."""
     model = ModelConfig(dim=8_192, n_layers=48, n_heads=64, n_kv_heads=8, qk_norm_groups=4, norm_order="post")
     return at_scale("chameleon_34b", model, 1e-4, rows=3_072, steps=730_000)
 
 
 def small() -> RunConfig:
-    """123M parameters with the released vocabulary, for one GPU: 0.5M ids a step, 2.6B in all."""
-    # not the paper's: small models take larger rates and fewer ids a step; about 20 ids a parameter
+    """123M parameters with the released vocabulary, for one GPU: 0.5M tokens a step, 2.6B in all."""
+    # not the paper's: small models take larger learning rates and smaller batches; about 20 tokens a parameter
     return at_scale("125m", ModelConfig(dim=576, n_layers=12, n_heads=9), 6e-4, rows=128, steps=5_000)
 
 
 def medium() -> RunConfig:
-    """1.4B parameters, for a node of GPUs: 1M ids a step, 29B in all."""
+    """1.4B parameters, for a node of GPUs: 1M tokens a step, 29B in all."""
     return at_scale("1b", ModelConfig(dim=2_048, n_layers=22, n_heads=16), 3e-4, rows=256, steps=28_000)
 
 
 def chameleon_align() -> RunConfig:
-    """Aligns a model (runs/chameleon_7b, else --init-from) on prepared conversations, with the paper's numbers."""
-    # the sources are named as the toy's categories are; the paper balances modalities and gives no weights; the steps
-    # are about one pass over its 1.1B ids
+    """Align a model (runs/chameleon_7b, else --init-from) on prepared conversations, with the paper's numbers."""
+    # The sources have the names of the toy's categories. The paper balances modalities and gives no weights. The
+    # steps are about one pass over its 1.1B tokens.
     base, optim = chameleon_7b(), OptimConfig(lr=1e-5, warmup_steps=0, schedule="cosine", min_lr_ratio=0.0)
     train = TrainConfig(steps=2_100, batch_size=128, seq_len=4_096, precision="bf16", assistant_only_loss=True)
     return dataclasses.replace(

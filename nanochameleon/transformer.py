@@ -1,9 +1,18 @@
-"""The decoder-only transformer: ids in, logits or hidden states out. No tokenizer, loss or optimizer in it.
+"""The decoder-only transformer: tokens in, hidden states or logits out. No tokenizer, loss, optimizer or parallelism.
 
-Llama's block (RMSNorm, SwiGLU, rotary positions, grouped queries, no biases, untied embeddings) with Chameleon's
-stability recipe (paper section 2.3): QK-norm, the norm before (7B) or after (34B) each branch, dropout on each branch.
+Llama's block (RMSNorm, SwiGLU, rotary positions, grouped-query attention, no biases, untied embeddings) with what keeps
+Chameleon stable while it learns two modalities (paper, section 2.3): QK-norm, and either dropout on each branch (7B) or
+the norms moved to the end of each branch (34B). Text and image tokens go through the same weights.
 
-Shapes: B rows, T new positions, S positions in the cache, D = dim, H query heads, G key heads, E = head_dim.
+    forward_features    x = tok_embeddings(tokens)
+                        x = x + attention(norm(x)), x = x + feed_forward(norm(x))    in each block
+    forward             hidden = norm(x)
+    logits              hidden @ output.weight.T
+
+Shapes:
+    B  sequences of a batch             D  width of the model (dim)      L  layers
+    T  tokens of each sequence          E  width of a head (head_dim)    H  query heads
+    S  tokens that the cache can hold   V  tokens of the vocabulary      G  key and value heads
 """
 
 import math
@@ -24,91 +33,42 @@ from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm
 from nanochameleon.kernels.block.swiglu import swiglu
 from nanochameleon.kernels.dispatch import same_kernels
 
-
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer, (L, B, G, S, E) each, of fixed shape: rows of the batch grow on their own."""
-
-    keys: Tensor
-    values: Tensor
-
-    @staticmethod
-    def empty(cfg: ModelConfig, rows: int, max_len: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
-        shape = (cfg.n_layers, rows, cfg.kv_heads, max_len, cfg.head_dim)
-        return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-
-    def window(self, rows: slice, positions: Tensor, span: int) -> "Window":
-        """For one forward pass: new ids of `rows` at positions (B, T) see the first `span` places up to their own."""
-        longest = self.keys.shape[3]
-        if span > longest:
-            raise ValueError(f"{span} ids do not fit a cache of {longest}")
-        return Window(self.keys[:, rows], self.values[:, rows], positions, span)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Row `source`'s first ids are row `target`'s, too."""
-        for x in (self.keys, self.values):
-            x[:, target, :, :length] = x[:, source, :, :length]
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers, norms, rotary positions
 
 
-@dataclass(frozen=True)
-class Window:
-    """What one forward pass sees of a cache."""
-
-    keys: Tensor  # (L, B, G, S, E)
-    values: Tensor
-    positions: Tensor  # (B, T) of the new ids
-    span: int
-
-    def mask(self) -> Tensor:
-        """(B, T, span)"""
-        return torch.arange(self.span, device=self.positions.device) <= self.positions[:, :, None]
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (B, G, T, E) at the new ids' places and returns all keys and values in sight, (B, G, span, E)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        for cached, new in ((self.keys, k), (self.values, v)):
-            cached[layer].transpose(1, 2)[rows, self.positions] = new.transpose(1, 2).to(cached.dtype)
-        return self.keys[layer, :, :, : self.span], self.values[layer, :, :, : self.span]
-
-
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """positions (B, T) -> the turn of each pair as a complex number of length 1: (B, 1, T, E/2).
-
-    Pair i turns by position * theta^(-2i/E) (RoFormer, arXiv 2104.09864).
-    """
-    rates = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # Llama's rounding
-    angles = positions[:, None, :, None].float() * rates
-    return torch.complex(angles.cos(), angles.sin())  # where torch.polar rounds otherwise
-
-
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What each of several linear layers makes of x; in training those that are just that are one product."""
-    plain = all(type(layer) is nn.Linear for layer in layers)
-    if plain and torch.is_grad_enabled():
+def fused_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Apply several linear layers to x. In training, plain `nn.Linear`s are fused into a single matmul."""
+    # quantization and tensor parallelism replace nn.Linear by classes of their own, which must be called
+    if torch.is_grad_enabled() and all(type(layer) is nn.Linear for layer in layers):
         return linear(x, [layer.weight for layer in layers])
     return tuple(layer(x) for layer in layers)
 
 
 class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, alone or fused with the residual sum before or after it."""
+
     def affine(self) -> Tensor:
+        """The weight (D,) for the kernels. Tensor parallelism overrides this, here and in QKNorm."""
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.affine(), self.eps)
 
-    def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + branch, and its norm; None is no branch yet."""
+    def add_norm(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + branch and its norm. The branch is None before the first block."""
         return (x, self(x)) if branch is None else add_norm(x, branch, self.affine(), self.eps)
 
-    def added_to(self, x: Tensor, branch: Tensor) -> Tensor:
-        """x + the norm of the branch."""
+    def norm_add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return x + norm(branch)."""
         return norm_add(x, branch, self.affine(), self.eps)
 
 
 class QKNorm(nn.Module):
-    """LayerNorm WITH mean and bias over each head's E values; one weight and bias for each group of heads.
+    """LayerNorm over each head's E values, with mean and bias. Without it the 7B diverges (paper, figure 5b).
 
-    The 34B was trained on 4 shards whose vectors drifted apart, hence groups: parameters are (n_groups, E).
+    The heads of one group share a weight and a bias. The 34B has 4 groups, because it was trained on 4 shards that each
+    learned its own.
     """
 
     def __init__(self, n_groups: int, head_dim: int, eps: float):
@@ -118,17 +78,81 @@ class QKNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_groups, head_dim))
 
     def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias (groups, E) for the kernels."""
         return self.weight, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, heads, E) -> the same, each head normalised."""
-        return layer_norm(x, self.affine(), self.eps)
+        return layer_norm(x, self.affine(), self.eps)  # (B, T, heads, E)
+
+
+def compute_freqs_cis(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """positions (B, T) -> rotations (B, 1, T, E/2): unit complex numbers exp(i * position * theta^(-2 pair / E)).
+
+    Rotary embedding (RoFormer, arXiv 2104.09864): `apply_rotary_emb` multiplies each pair of neighbouring values by its
+    rotation, so the score of a query and a key depends only on their distance.
+    """
+    freqs = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # Llama's rounding
+    angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
+    return torch.complex(angles.cos(), angles.sin())  # torch.polar rounds differently
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Key-value cache
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer for a fixed number of slots. A slot holds one sequence and has its own length."""
+
+    keys: Tensor  # (L, slots, G, S, E)
+    values: Tensor  # (L, slots, G, S, E)
+
+    @staticmethod
+    def empty(cfg: ModelConfig, n_slots: int, max_len: int, device: torch.device, dtype: torch.dtype) -> "KVCache":
+        shape = (cfg.n_layers, n_slots, cfg.kv_heads, max_len, cfg.head_dim)
+        return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+    def view(self, slots: slice, positions: Tensor, kv_len: int) -> "CacheView":
+        """View for a forward pass of new tokens at `positions` (B, T), all below kv_len, in these B slots."""
+        max_len = self.keys.shape[3]
+        if kv_len > max_len:
+            raise ValueError(f"a cache of {max_len} tokens cannot hold {kv_len}: create it with a larger max_len")
+        # causal, and beyond its newest token a slot still holds what earlier sequences left there
+        mask = torch.arange(kv_len, device=positions.device) <= positions[:, :, None]  # (B, T, kv_len)
+        return CacheView(self.keys[:, slots], self.values[:, slots], positions, mask)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of slot `source` into slot `target`."""
+        for x in (self.keys, self.values):
+            x[:, target, :, :length] = x[:, source, :, :length]
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """The cache in one forward pass: queries at `positions` attend to the first kv_len entries where `mask` is True."""
+
+    keys: Tensor  # (L, B, G, S, E)
+    values: Tensor  # (L, B, G, S, E)
+    positions: Tensor  # (B, T)
+    mask: Tensor  # (B, T, kv_len)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, G, T, E) of the new tokens; return the first kv_len keys and values (B, G, kv_len, E)."""
+        slots, kv_len = torch.arange(len(k), device=k.device)[:, None], self.mask.shape[-1]
+        for cached, new in ((self.keys, k), (self.values, v)):
+            # slots (B, 1) and positions (B, T) are broadcast, so each slot writes at its own positions
+            cached[layer].transpose(1, 2)[slots, self.positions] = new.transpose(1, 2).to(cached.dtype)
+        return self.keys[layer, :, :, :kv_len], self.values[layer, :, :, :kv_len]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.head_dim = cfg.head_dim
+        self.layer, self.head_dim = layer, cfg.head_dim
         self.qk_norm, self.norm_eps = cfg.qk_norm, cfg.norm_eps
         self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
         self.wk = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
@@ -137,19 +161,25 @@ class Attention(nn.Module):
         self.q_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int) -> Tensor:
-        """Whole rows go through the fused op, which takes doc_ids for the mask; with a cache the steps stand here."""
+    def forward(self, x: Tensor, freqs_cis: Tensor, doc_ids: Tensor | None, cache: CacheView | None) -> Tensor:
+        """Causal attention of x (B, T, D) within documents or, with a cache, to all that the cache holds."""
         b, t, _ = x.shape
-        q, k, v = (y.view(b, t, -1, self.head_dim) for y in project(x, self.wq, self.wk, self.wv))
+        # 1. project; H query heads share G key and value heads
+        q, k, v = (y.view(b, t, -1, self.head_dim) for y in fused_linear(x, self.wq, self.wk, self.wv))  # (B, T, ., E)
         if cache is None:
+            # 2. QK-norm, rotation and causal attention in one op
             norms = [norm.affine() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
-            out = qknorm_rope_attention(q, k, v, table, mask, *norms, self.norm_eps)
-            return project(out.reshape(b, t, -1), self.wo)[0]
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        # After the norm: a rotation keeps the lengths that the norm fixed.
-        q, k = apply_rotary_emb(q, table), apply_rotary_emb(k, table)
-        k, v = cache.extend(layer, k, v)
-        return self.wo(attention(q, k, v, mask).transpose(1, 2).reshape(b, t, -1))
+            out = qknorm_rope_attention(q, k, v, freqs_cis, doc_ids, *norms, self.norm_eps)  # (B, T, H, E)
+            # 3. back to the width of the model
+            return fused_linear(out.reshape(b, t, -1), self.wo)[0]  # (B, T, D)
+        # 2. the same op by op, since keys and values enter the cache between rotation and attention
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, E)
+        # after QK-norm, whose weights scale the two values of a pair differently, which would undo a rotation
+        q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
+        k, v = cache.update(self.layer, k, v)  # (B, G, kv_len, E)
+        out = attention(q, k, v, cache.mask)  # (B, H, T, E)
+        # 3. back to the width of the model
+        return self.wo(out.transpose(1, 2).reshape(b, t, -1))  # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -162,77 +192,85 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(swiglu(*project(x, self.w1, self.w3)), self.w2)[0]
+        gate, up = fused_linear(x, self.w1, self.w3)  # (B, T, ffn_dim)
+        return fused_linear(swiglu(gate, up), self.w2)[0]  # (B, T, D)
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         self.norm_order, self.dropout = cfg.norm_order, cfg.dropout
-        self.attention = Attention(cfg)
+        self.attention = Attention(cfg, layer)
         self.feed_forward = FeedForward(cfg)
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, table: Tensor, mask: Tensor | None, cache: Window | None, layer: int,
-        keys: Tensor | None,
+        self, x: Tensor, branch: Tensor | None, freqs_cis: Tensor, doc_ids: Tensor | None, cache: CacheView | None,
+        seeds: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The residual stream comes and goes as x + branch: the norm that reads the sum makes it on the way."""
-        if self.norm_order == "pre":  # 7B
-            x, read = self.attention_norm.of_sum(x, branch)
-            branch = self.drop(self.attention(read, table, mask, cache, layer), keys, 0)
-            x, read = self.ffn_norm.of_sum(x, branch)
-            return x, self.drop(self.feed_forward(read), keys, 1)
-        x = self.add_normed(x, self.attention_norm, self.attention(x, table, mask, cache, layer), keys, 0)
-        return self.add_normed(x, self.ffn_norm, self.feed_forward(x), keys, 1), None
+        """Add an attention and a feed-forward branch to the residual stream.
 
-    def add_normed(self, x: Tensor, norm: RMSNorm, branch: Tensor, keys: Tensor | None, number: int) -> Tensor:
-        """34B: the norm behind a branch bounds it."""
+        The residual stream is kept as a pair (x, branch), (B, T, D) each, whose sum is formed inside the next fused
+        add-norm, saving a pass over memory.
+        """
+        if self.norm_order == "pre":  # 7B: x + f(norm(x))
+            x, h = self.attention_norm.add_norm(x, branch)
+            branch = self.drop(self.attention(h, freqs_cis, doc_ids, cache), seeds, 0)
+            x, h = self.ffn_norm.add_norm(x, branch)
+            return x, self.drop(self.feed_forward(h), seeds, 1)
+        # 34B: x + norm(f(x)), the order of Swin Transformer, where the norm bounds what a branch adds
+        x = self.add_normed(x, self.attention_norm, self.attention(x, freqs_cis, doc_ids, cache), seeds, 0)
+        return self.add_normed(x, self.ffn_norm, self.feed_forward(x), seeds, 1), None
+
+    def add_normed(self, x: Tensor, norm: RMSNorm, branch: Tensor, seeds: Tensor | None, index: int) -> Tensor:
         if self.training and self.dropout:
-            return x + self.drop(norm(branch), keys, number)
-        return norm.added_to(x, branch)
+            return x + self.drop(norm(branch), seeds, index)
+        return norm.norm_add(x, branch)
 
-    def drop(self, branch: Tensor, keys: Tensor | None, number: int) -> Tensor:
-        """Dropout of the branch of this number; keys (B,), see kernels/block/dropout.py."""
+    def drop(self, branch: Tensor, seeds: Tensor | None, index: int) -> Tensor:
+        """Dropout. Every branch of every layer draws from its own seeds (B,)."""
         if not self.training or not self.dropout:
             return branch
-        return dropout(branch, fold_in(keys, number), self.dropout)
+        return dropout(branch, fold_in(seeds, index), self.dropout)
 
 
-class Output(nn.Linear):
-    """To logits; `columns` are the ids that they are wanted for."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
 
-    def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        if columns == slice(None) and torch.is_grad_enabled():
+
+class LMHead(nn.Linear):
+    def forward(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
+        """Logits (..., V), or only those of a slice of the vocabulary: inside an image no text token can come."""
+        if vocab_slice == slice(None) and torch.is_grad_enabled():
             return linear(x, [self.weight])[0]
-        return F.linear(x, self.weight[columns])
+        return F.linear(x, self.weight[vocab_slice])
 
 
 class Chameleon(nn.Module):
-    """ids (B, T) -> hidden states (B, T, D); `logits` gives (..., V)."""
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg, self.recompute = cfg, False  # recompute: blocks keep no activations for the backward pass
+        self.cfg = cfg
+        self.activation_checkpointing = False  # recompute each block's activations in the backward pass
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.output = Output(cfg.dim, cfg.vocab_size, bias=False)
+        self.output = LMHead(cfg.dim, cfg.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Random weights, by a seed that torch's generator draws; on the meta device there is nothing to set."""
+        """Set random weights, from a seed drawn by torch's generator. Models on the meta device have none to set."""
         if not self.norm.weight.is_meta:
             seed = int(torch.randint(2**31, (), device="cpu"))
             for name, parameter in self.named_parameters():
-                parameter.copy_(self.initial(name, parameter.shape, seed, parameter.device))
+                parameter.copy_(self.init_tensor(name, parameter.shape, seed, parameter.device))
 
-    def initial(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
-        """The whole tensor of this name at the start of training: a function of (seed, name), so that ranks which hold
-        parts of it agree. seed: 0 to 2^32 - 1; each gives other weights. The paper does not state its own
-        initialization; ours is GPT-2's scaled by width.
+    def init_tensor(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
+        """The full initial tensor of this name, a function of (seed, name): ranks that hold parts of it agree.
+
+        seed: 0 to 2^32 - 1; each gives different weights. The paper does not state its initialization; this is GPT-2's,
+        scaled by width.
 
         | weight                 | std                             |
         |------------------------|---------------------------------|
@@ -244,56 +282,52 @@ class Chameleon(nn.Module):
         """
         if len(shape) < 2 or "q_norm" in name or "k_norm" in name:
             return torch.full(shape, float(name.endswith("weight")), device=device)
-        branches = 2 * self.cfg.n_layers if name.endswith(("wo.weight", "w2.weight")) else 1
-        std = 1 / math.sqrt(shape[1] * branches)
-        if name.startswith(("tok_embeddings", "output")):
-            std = 0.02 if name.startswith("tok") else 0.0
-        # torch's CPU generator uses the low 32 bits of its seed alone, so seed and name are mixed into 32 bits
+        n_branches = 2 * self.cfg.n_layers if name.endswith(("wo.weight", "w2.weight")) else 1
+        special = {"tok_embeddings.weight": 0.02, "output.weight": 0.0}
+        std = special.get(name, 1 / math.sqrt(shape[1] * n_branches))
+        # torch's CPU generator uses only the low 32 bits of its seed, so seed and name are hashed into 32 bits
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed))
         return torch.randn(shape, generator=generator, device=device) * std
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        cache: Window | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """tokens (B, T) -> hidden states (B, T, D) after the final norm; see `residual` for the arguments."""
-        return self.norm(self.residual(tokens, positions, doc_ids, cache, keys))
+        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+        cache: CacheView | None = None, dropout_seeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """tokens (B, T) -> hidden states (B, T, D) after the final norm; see forward_features for the arguments."""
+        return self.norm(self.forward_features(tokens, positions, doc_ids, cache, dropout_seeds))
 
-    def residual(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        cache: Window | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """tokens (B, T) -> the last block's output (B, T, D), whose norm is the paper's sign of trouble (figure 5a).
+    def forward_features(
+        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+        cache: CacheView | None = None, dropout_seeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """tokens (B, T) -> the last block's output (B, T, D), whose norm warns of divergence (paper, figure 5a).
 
-        positions (B, T): place of each token in its document; None counts from 0.
-        doc_ids (B, T): attention stays within a document; None means that a row is one document.
-        cache: takes the new keys and values at `positions`, and attention sees what it holds; for rows of one document.
-        keys (B,): what dropout is drawn from, one a row; needed in training with dropout, ValueError without.
+        positions (B, T): of each token in its document; None counts from 0.
+        doc_ids (B, T): attention stays within a document; None means one document for each sequence.
+        cache: takes the new keys and values; each slot holds one document.
+        dropout_seeds (B,): one for each sequence. Training with dropout raises ValueError without them.
         """
-        if self.training and self.cfg.dropout and keys is None:
-            raise ValueError("training with dropout needs a key for each row")
+        if self.training and self.cfg.dropout and dropout_seeds is None:
+            raise ValueError("training with dropout needs dropout_seeds, one for each sequence")
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        mask = doc_ids if cache is None else cache.mask()  # the fused op takes documents (B, T) for a mask
-        table = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        x, branch = self.tok_embeddings(tokens), None
-        kernels = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}  # a graph has chosen already
-        for i, layer in enumerate(self.layers):
-            inputs = x, branch, table, mask, cache, i, None if keys is None else fold_in(keys, i)
-            if self.recompute and self.training:  # what is random is a function of the keys, so no generator's state
-                x, branch = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **kernels)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)  # (B, T)
+        freqs_cis = compute_freqs_cis(positions, self.cfg.head_dim, self.cfg.rope_theta)  # (B, 1, T, E/2)
+        x, branch = self.tok_embeddings(tokens), None  # (B, T, D)
+        # recomputing must run the kernels that the forward pass ran; a compiled graph has chosen them already
+        options = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}
+        for layer, block in enumerate(self.layers):
+            seeds = None if dropout_seeds is None else fold_in(dropout_seeds, layer)  # (B,)
+            inputs = x, branch, freqs_cis, doc_ids, cache, seeds
+            if self.activation_checkpointing and self.training:
+                # dropout is a function of its seeds, so there is no generator state to restore
+                x, branch = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
             else:
-                x, branch = layer(*inputs)
+                x, branch = block(*inputs)
         return x if branch is None else x + branch
 
-    def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Hidden states (..., D) -> logits (..., V), or those of some columns alone."""
-        return self.output(hidden, columns)
+    def empty_cache(self, n_slots: int, max_len: int, dtype: torch.dtype) -> KVCache:
+        return KVCache.empty(self.cfg, n_slots, max_len, self.output.weight.device, dtype)
+
+    def logits(self, hidden: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V), or only those of a slice of the vocabulary."""
+        return self.output(hidden, vocab_slice)

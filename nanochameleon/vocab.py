@@ -68,12 +68,12 @@ class Vocab:
     def n_text(self) -> int:
         return self.size - self.first_text
 
-    def code_to_id(self, code):
+    def code_to_token(self, code):
         """Code 0..K-1 (an int, or an integer array or tensor of any shape) -> id. Raises ValueError outside."""
         return self._checked(code, 0, self.n_codes, "code") + self.first_code
 
-    def id_to_code(self, token):
-        """Inverse of code_to_id. Raises ValueError for an id that is not an image code."""
+    def token_to_code(self, token):
+        """Inverse of code_to_token. Raises ValueError for an id that is not an image code."""
         return self._checked(token, self.first_code, self.eoi, "image id") - self.first_code
 
     def modality(self, token: int) -> str:
@@ -98,7 +98,7 @@ class Vocab:
         if token in named:
             return named[token]
         if self.modality(token) == "image":
-            return self.name_of_code(self.id_to_code(token))
+            return self.name_of_code(self.token_to_code(token))
         if self.modality(token) == "special":
             return f"<reserved{token - self.first_code:05d}>"
         raise ValueError(f"id {token} is a text piece; the text tokenizer knows its spelling")

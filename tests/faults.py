@@ -205,17 +205,17 @@ def end_of(folder: Path) -> dict:
     and sheets of samples as bytes; the log without its clocks."""
     from nanochameleon.training import checkpoint
     from nanochameleon.training.monitor import read_metrics
-    from nanochameleon.weights.tensor_files import Cut
+    from nanochameleon.weights.tensor_files import ShardedSafetensors
 
     path = checkpoint.newest(folder)
-    names = checkpoint.stored_shapes(path).keys()
-    tensors = Cut(sorted(path.glob("*.safetensors")), names)
+    shapes = checkpoint.stored_shapes(path)
+    tensors = ShardedSafetensors(sorted(path.glob("*.safetensors")), shapes)
     images = checkpoint.newest(folder / "image_tokenizer").glob("*.safetensors")
     files = [folder / "text_tokenizer.json", *images, *folder.glob("data/*/*"), *folder.glob("samples/*")]
     log = [{k: v for k, v in line.items() if k not in CLOCKS} for line in read_metrics(folder / "metrics.jsonl")]
     end = {"step": checkpoint.read_state(path)["step"], "log": json.dumps(log)}
     end |= {str(file.relative_to(folder)): file.read_bytes() for file in files}
-    return end | {name: tensors[name] for name in names}
+    return end | {name: tensors[name] for name in shapes}
 
 
 def differences(one: dict, other: dict) -> list[str]:

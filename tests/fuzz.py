@@ -51,12 +51,12 @@ from nanochameleon.data.sources.folder import FolderSource, prepare_folder
 from nanochameleon.data.sources.webdataset import captioned
 from nanochameleon.errors import LONGEST, OBEYED, UserError, printable, short
 from nanochameleon.images.tokenizer import load_square
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import Monitor, plot_curves, read_metrics
 from nanochameleon.training.signals import StageTimer
 from nanochameleon.weights.model_folder import open_model
-from nanochameleon.weights.tensor_files import load_pth
+from nanochameleon.weights.pth_files import load_pth
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer, save_text_tokenizer
 
 SECONDS, MEMORY = 10, 300 * 2**20
 STUCK = 180  # seconds after which a process that only waits is ended
@@ -155,7 +155,7 @@ def read_texts(folder: Path, changed: Path) -> None:
 
 
 def read_text_tokenizer(folder: Path, changed: Path) -> None:
-    tokenizer = TextTokenizer.load(changed)
+    tokenizer = load_text_tokenizer(changed)
     ids = tokenizer.encode("a red tapir, \u00e9\U0001f600")
     assert tokenizer.decode(ids) == "a red tapir, \u00e9\U0001f600" and max(ids) < tokenizer.vocab.size
 
@@ -275,7 +275,7 @@ READERS = (
     Reader("captions", make_captions, read_captions),
     Reader("tars", make_tar, read_tar),
     Reader("texts", make_texts, read_texts, only="jsonl|csv|txt"),
-    Reader("text tokenizers", lambda folder: TOKENIZER.save(folder / "a.json"), read_text_tokenizer),
+    Reader("text tokenizers", lambda folder: save_text_tokenizer(TOKENIZER, folder / "a.json"), read_text_tokenizer),
     Reader("nano", make_layout("nano"), lambda folder, changed: open_model(folder / "nano", "cpu")),
     Reader("hf", make_layout("hf"), lambda folder, changed: open_model(folder / "hf", "cpu")),
     Reader("meta", make_layout("meta"), lambda folder, changed: open_model(folder / "meta", "cpu")),

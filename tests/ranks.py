@@ -1,8 +1,8 @@
-"""Processes that stand for the ranks of torchrun, kept between tests: starting one costs seconds of imports.
+"""Processes in the place of torchrun's ranks. They are kept between tests, since starting one costs seconds of imports.
 
     run_on(4, function, argument, ...)  ->  the result of each rank
 
-`function` is of a module of this folder, so that the processes can find it; it calls mesh.start itself.
+`function` belongs to a module below this folder, where the processes can import it. It calls init_mesh itself.
 """
 
 import atexit
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def serve(rank: int, pipe) -> None:
-    """Answers calls (function, arguments, environment) until the pipe closes."""
+    """Answer calls (function, arguments, environment) until the pipe closes."""
     sys.path[:0] = [str(TESTS), str(TESTS.parent), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
     import torch
 
@@ -45,7 +45,7 @@ def serve(rank: int, pipe) -> None:
 
 @cache
 def pool(n: int) -> list:
-    """n processes and the pipes to them."""
+    """Start n processes; return the pipes to them."""
     spawn = multiprocessing.get_context("spawn")
     pipes = []
     for rank in range(n):
@@ -59,8 +59,10 @@ def pool(n: int) -> list:
 
 
 def run_on(n: int, function: Callable, *arguments) -> list:
-    """function(*arguments) on n ranks at once -> their results. Raises AssertionError with the traceback of one that
-    failed; the processes are new ones then."""
+    """Run function(*arguments) on n ranks at once and return their results.
+
+    Raises AssertionError with the tracebacks of ranks that failed; the next call then starts new processes.
+    """
     port, pipes = free_port(), pool(n)
     for rank, pipe in enumerate(pipes):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}

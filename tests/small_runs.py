@@ -1,4 +1,4 @@
-"""Runs of a tiny model, on one rank or several, from the tokenizers' training to a step of choice."""
+"""Runs of a tiny model on one rank or several, stopped after any step."""
 
 import shutil
 from contextlib import nullcontext
@@ -15,7 +15,8 @@ from nanochameleon.training.run import CONFIG, config_to_json
 
 
 def config(out: Path, **parallel) -> RunConfig:
-    """Dropout, two QK-norm groups, two layers, AdamW; four rows a step. parallel: also "optim" and "precision"."""
+    """Dropout, two QK-norm groups, two layers and four sequences a step. parallel: fields of ParallelConfig,
+    "optim" and "precision"."""
     cfg = training_config(out)
     model = replace(cfg.model, dim=32, n_heads=4, n_layers=2, qk_norm_groups=2, norm_order="post")
     precision = parallel.pop("precision", "fp32")
@@ -25,7 +26,7 @@ def config(out: Path, **parallel) -> RunConfig:
 
 
 def prepare(folder: Path, **parallel) -> Path:
-    """A run before the transformer's first step."""
+    """Train the tokenizers and prepare the data of a run, then stop before the transformer's first step."""
     import train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +41,7 @@ def interrupted(*_):
 
 
 def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
-    """Trains, without a report; stops as by Ctrl-C when so many steps are done."""
+    """Train without a report, and stop after `until` steps as by Ctrl-C."""
     import train
 
     real = train.Training.step
@@ -56,7 +57,7 @@ def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
 
 
 def trained(prepared: Path, folder: Path, ranks: int, until: int | None = None, **parallel) -> Path:
-    """A run on so many ranks, from the prepared one."""
+    """Train a copy of the prepared run on so many ranks. A folder that exists is resumed."""
     cfg = config(folder, **parallel)
     if not folder.exists():
         shutil.copytree(prepared, folder)

@@ -8,6 +8,7 @@ from nanochameleon.vocab import Vocab
 
 # --- text ----------------------------------------------------------------------------------------------------------
 
+HOSTILE = ["<s>", "</s>", "<pad>", "<racm3:break>", "<eoss>", "IMGIMGFDZ", "<reserved08706>", "IMGIMG"]
 # Where tokenizers disagree: runs of white space, code, apostrophes, digits, marks, several scripts, names of specials.
 SNIPPETS = [
     " ", "  ", "   ", "    ", "\t", "\n", "\r", "\r\n", "\u00a0", "\u3000", "\u2028", "\x85", "\x1c", "\x00",
@@ -16,10 +17,14 @@ SNIPPETS = [
     "\u2014", "\u3002", "\ufeff", "\u00e9", "e\u0301", "na\u00efve", "\u65e5\u672c\u8a9e", "\u0440\u0443\u0441",
     "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0639\u0631\u0628\u064a", "\u0e44\u0e17\u0e22", "\U0001f44d\U0001f3fd",
     "\U0001f468\u200d\U0001f469", "\ufffd", "\u200b",
-    "<s>", "</s>", "<pad>", "<racm3:break>", "<eoss>", "IMGIMGFDZ", "<reserved08706>", "IMGIMG",
+    *HOSTILE,
 ]  # fmt: skip
 
 any_text = st.lists(st.text() | st.sampled_from(SNIPPETS)).map("".join)
+# `tokenizers` and `regex` carry tables of different Unicode versions: only letters that all versions know can agree.
+settled_text = st.lists(st.text(st.characters(exclude_categories=["Cn", "Cs"])) | st.sampled_from(SNIPPETS)).map(
+    "".join
+)
 
 
 @st.composite

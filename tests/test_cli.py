@@ -44,7 +44,7 @@ WRONG = {
     "negative merges": (["toy", "--tokenizers.n-merges", "-1"], "tokenizers.n_merges"),
     "a tokenizer that is never quantized": (["toy", "--tokenizers.steps", "100"], "tokenizers.warmup_steps"),
     "no channels": (["toy", "--vqgan.ch", "0"], "vqgan.ch must be at least 1, not 0"),
-    "no levels": (["toy", "--vqgan.ch-mult"], "ch_mult needs a number for each level"),
+    "no levels": (["toy", "--vqgan.ch-mult"], "ch_mult must have 1 to 16 numbers"),
     "a seed beyond 32 bits": (["toy", "--seed", str(2**32)], "seed must be at most 4294967295"),
     "a seed beyond 64 bits": (["toy", "--seed", str(10**30)], "seed must be at most 4294967295"),
     "more steps than a number can count": (["toy", "--train.steps", str(10**400)], "train.steps must be at most"),
@@ -64,7 +64,7 @@ WRONG = {
     "fewer documents of prepared data": (["1b", "--data.n-documents", "3"], "and data.n_documents are for"),
     "no prompts to measure": (["align", "--evaluation.alignment", "0"], "evaluation.alignment must be at least 1"),
     "rows too short for an image": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
-    "an image decoder of no model": (["toy", "--init-vqgan", "x"], "init_vqgan is the image decoder of the model in"),
+    "an image decoder of no model": (["toy", "--init-vqgan", "x"], "init_vqgan gives an image decoder to the model"),
     "an epsilon that hides all": (["toy", "--model.norm-eps", "1e30"], "model.norm_eps must be above 0 and at most 1"),
     "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),
 }  # fmt: skip

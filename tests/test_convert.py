@@ -27,8 +27,9 @@ from nanochameleon.convert import Args, cli, convert
 from nanochameleon.errors import UserError
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.training.init_from import begin
-from nanochameleon.weights.model_folder import open_model, open_parts
-from nanochameleon.weights.tensor_files import Pth, write_safetensors
+from nanochameleon.weights.model_folder import open_model, open_model_files
+from nanochameleon.weights.pth_files import Pth
+from nanochameleon.weights.tensor_files import write_safetensors
 
 SHAPES = [  # GQA, groups, norm order, type
     dict(), dict(dim=24, n_heads=4, n_kv_heads=2, qk_norm_groups=2, norm_order="post"),
@@ -47,7 +48,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def same(a: Path, b: Path) -> None:
-    first, second = open_parts(a), open_parts(b)
+    first, second = open_model_files(a), open_model_files(b)
     assert (first.model, first.vqgan, first.tokenizer_json) == (second.model, second.vqgan, second.tokenizer_json)
     for one, other in ((first.weights, second.weights), (first.vq, second.vq)):
         assert one.meta.keys() == other.meta.keys()
@@ -141,13 +142,13 @@ def test_an_image_decoder_of_another_model_is_refused(folders, tmp_path):
     state["quantize.embedding.weight"] = state["quantize.embedding.weight"] + 1
     torch.save({"state_dict": state}, other)
     with pytest.raises(UserError, match=r"vqgan.ckpt does not belong to .*hf: its quantize.embedding.weight"):
-        open_parts(hf, other)
+        open_model_files(hf, other)
     torch.save({name: x for name, x in state.items() if not name.startswith("decoder.")}, other)
     with pytest.raises(UserError, match="holds no image decoder"):
-        open_parts(hf, other)
+        open_model_files(hf, other)
     torch.save({"decoder.conv_in.weight": torch.ones(2)}, other)
     with pytest.raises(UserError, match=r"vqgan.ckpt misses decoder"):
-        open_parts(hf, other)
+        open_model_files(hf, other)
 
 
 def test_metas_layout_opens_by_any_path_to_it(folders, tmp_path, monkeypatch):
@@ -160,7 +161,7 @@ def test_metas_groups_are_those_of_its_vectors(tmp_path):
     """Two shards whose vectors were trained apart, though the note says one group."""
     meta = convert(Args(nano_folder(tmp_path / "nano", released_model(**SHAPES[0])), tmp_path / "meta", "meta", 2))
     edit_pth(meta / "models/nano/consolidated.01.pth", lambda c: c["layers.0.attention.q_normalization.weight"].add_(1))
-    parts = open_parts(meta)
+    parts = open_model_files(meta)
     assert parts.model.qk_norm_groups == 2 and parts.weights.get("layers.0.attention.q_norm.weight").shape == (2, 8)
     open_model(meta, "cpu")
 
@@ -169,10 +170,10 @@ def test_what_a_file_says_counts_more_than_our_note_in_it(folders, tmp_path):
     hf = convert(Args(folders["nano"], tmp_path / "hf", "hf"))
     edit_json(hf / "config.json", lambda c: c.update(max_position_embeddings=77))
     edit_json(hf / "config.json", lambda c: c["nanochameleon"].update(max_seq_len=5, qk_norm_groups=1, rope_theta=2.0))
-    assert open_parts(hf).model == dataclasses.replace(open_parts(folders["nano"]).model, max_seq_len=77)
+    assert open_model_files(hf).model == dataclasses.replace(open_model_files(folders["nano"]).model, max_seq_len=77)
     meta = convert(Args(folders["nano"], tmp_path / "meta", "meta"))
     edit_json(meta / "models/nano/params.json", lambda c: c["nanochameleon"].update(multiple_of=3, rope_theta=2.0))
-    assert open_parts(meta).model == open_parts(folders["nano"]).model
+    assert open_model_files(meta).model == open_model_files(folders["nano"]).model
 
 
 def with_tokenizer(folders, place: Path, change) -> Path:
@@ -206,7 +207,7 @@ def test_a_tokenizer_without_a_name_for_image_is_refused_before_a_weight_is_writ
 def test_opening_makes_no_random_weights(folders):
     before = torch.get_rng_state()
     for folder in folders.values():
-        parts = open_parts(folder)
+        parts = open_model_files(folder)
         assert VQGAN.from_state(parts.vqgan, parts.tokenizers.vq_state()).quantize.sums.device.type == "cpu"
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -395,7 +396,7 @@ UNFIT = {
     "layers of Meta": ("meta", set_params(n_layers=HUGE), "n_layers is 10000000"),
     "blocks without end": ("nano", set_part("vqgan", n_res_blocks=HUGE), "vqgan.n_res_blocks is 10000000"),
     "ids without end": ("nano", set_part("model", vocab_size=2**64), "model.vocab_size must be at most"),
-    "levels without end": ("nano", set_part("vqgan", ch_mult=[1] * 99), "ch_mult needs"),
+    "levels without end": ("nano", set_part("vqgan", ch_mult=[1] * 99), "ch_mult must have"),
     "no number": ("nano", set_part("model", norm_eps=float("nan")), "model.norm_eps must be above 0 and at most 1"),
     "a base below 0": ("hf", set_config(rope_parameters=None, rope_theta=-5.0), "model.rope_theta must be above 0"),
     "an endless base": ("meta", set_params(rope_theta=float("inf")), "model.rope_theta must be above 0"),
@@ -515,7 +516,7 @@ def test_what_may_not_be_read_is_called_so(what, folders, tmp_path, monkeypatch)
     monkeypatch.setattr("os.stat" if what == "" else "builtins.open", guarded(os.stat if what == "" else open))
     monkeypatch.setattr("io.open", guarded(io.open))
     with pytest.raises(UserError, match=f"cannot read {shut}.*: Permission denied$"):
-        open_parts(tmp_path / "it")
+        open_model_files(tmp_path / "it")
 
 
 def test_two_tensors_of_one_name_and_an_index_that_lies_are_refused(folders, tmp_path):
@@ -527,13 +528,13 @@ def test_two_tensors_of_one_name_and_an_index_that_lies_are_refused(folders, tmp
     other = next(f for f in files if f != file)
     index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {name: other}}))
     with pytest.raises(UserError, match="which it does not"):
-        open_parts(split)
+        open_model_files(split)
     edit_safetensors(split / other, lambda c: c.update({name: torch.ones(1)}))
-    with pytest.raises(UserError, match=f"{name} stands both in"):
-        open_parts(split)
+    with pytest.raises(UserError, match=f"{name} is both in"):
+        open_model_files(split)
     (split / other).unlink()
-    with pytest.raises(UserError, match=f"names {other}, which is not there"):
-        open_parts(split)
+    with pytest.raises(UserError, match=f"names {other}, which is missing"):
+        open_model_files(split)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,6 +610,6 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(folders, tmp_path):
     aside = tmp_path / f".tmp-new-{process.pid}"
     assert list(tmp_path.iterdir()) == [aside]
     with pytest.raises(UserError):
-        open_parts(aside)
+        open_model_files(aside)
     same(convert(Args(folders["hf"], tmp_path / "new", "nano")), folders["nano"])
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

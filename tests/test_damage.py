@@ -26,12 +26,12 @@ from nanochameleon.data.prepared import open_prepared
 from nanochameleon.errors import UserError
 from nanochameleon.optim import make_optimizer
 from nanochameleon.presets import mixed
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.checkpoint import optimizer_tensors
 from nanochameleon.training.monitor import Monitor
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json, open_image_tokenizer, start_folder
 from nanochameleon.training.signals import StageTimer
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def come_to(folder: Path) -> str:
     cfg = config(folder)
     start_folder(cfg)
     StageTimer(folder)
-    tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
+    tokenizer = load_text_tokenizer(folder / TEXT_TOKENIZER)
     image_tokenizer = open_image_tokenizer(folder, cfg, CPU)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     batches = [loader.batch(step).tokens.tolist() for step in range(8)]

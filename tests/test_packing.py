@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.packing import IGNORE, NO_DOCUMENT, assign_rows, fill, pack
+from nanochameleon.packing import IGNORE, NO_DOCUMENT, best_fit, collate, pack
 
 PAD = 1
 
@@ -62,14 +62,14 @@ def test_a_target_is_the_next_token_of_the_same_document_or_ignored(case):
 def test_no_two_rows_would_have_fitted_in_one(case):
     docs, seq_len = case
     lengths = [len(doc) for doc in docs]
-    rows = assign_rows(lengths, seq_len)
+    rows = best_fit(lengths, seq_len)
     used = np.bincount(rows, lengths)
     assert sorted(set(rows.tolist())) == list(range(len(used))) and (used <= seq_len).all()
     assert all(used[i] + used[j] > seq_len for j in range(len(used)) for i in range(j))
 
 
 def test_a_document_goes_where_it_fills_most():
-    assert assign_rows([7, 5, 3, 4, 1], 10).tolist() == [0, 1, 0, 1, 1]
+    assert best_fit([7, 5, 3, 4, 1], 10).tolist() == [0, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("docs", [[[5, 6], []], [[5] * 9]])
@@ -97,8 +97,8 @@ def test_of_a_conversation_only_answers_are_learnt_up_to_their_end(turns):
         end = 2 if number == len(turns) - 1 else 3
         ids += [*turn, end]
         learnt += [*turn, end] if number % 2 else []
-    batch = fill([[ids]], 40, PAD, answers_from=3)
+    batch = collate([[ids]], 40, PAD, assistant_eot=3)
     targets = batch.targets[0]
     assert targets[targets != IGNORE].tolist() == learnt
-    everything = fill([[ids]], 40, PAD).targets[0]
+    everything = collate([[ids]], 40, PAD).targets[0]
     assert torch.equal(targets[targets != IGNORE], everything[targets != IGNORE])

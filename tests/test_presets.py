@@ -7,7 +7,7 @@ from nanochameleon.config import RunConfig
 from nanochameleon.data.sources.alignment import CATEGORIES
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import BETTER, FIRST, PRESETS
-from nanochameleon.weights.layouts import skeleton
+from nanochameleon.weights.layouts import weight_shapes
 
 AT_SCALE = ("125m", "1b", "chameleon_7b", "chameleon_34b")
 
@@ -50,7 +50,7 @@ def test_as_many_ids_as_table_1_says(name, ids_a_step, ids):
 
 @pytest.mark.parametrize(("name", "parameters"), [("125m", 123.3e6), ("1b", 1.40e9)])
 def test_the_small_ones_are_as_large_as_their_names(name, parameters):
-    sizes = skeleton(PRESETS[name]().model)
+    sizes = weight_shapes(PRESETS[name]().model)
     assert sum(x.numel() for x in sizes.values()) == pytest.approx(parameters, rel=0.005)
 
 

@@ -29,7 +29,6 @@ from nanochameleon.data.sources.shapes import World, draw, draw_scene
 from nanochameleon.errors import OwnError, UserError, exit_on_user_error
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import mixed
-from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, run, train_tokenizers
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.monitor import read_metrics
@@ -44,7 +43,8 @@ from nanochameleon.training.run import (
     start_folder,
 )
 from nanochameleon.training.signals import GracefulShutdown
-from nanochameleon.weights.model_folder import open_parts
+from nanochameleon.weights.model_folder import open_model_files
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -410,7 +410,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     kept = sorted((before_transformer / "bad").iterdir())
     assert [path.name for path in kept] == [f"step-{call - 1:06d}-rank-0.safetensors" for call in broken]
     image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
-    text = TextTokenizer.load(before_transformer / TEXT_TOKENIZER)
+    text = load_text_tokenizer(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = corrupt_image_tokens(
         mask_targets(loader.batch(1), cfg, text.vocab), 16, text.vocab, cfg.train.image_token_noise, cfg.seed, [2, 3]
@@ -668,7 +668,7 @@ def other_model(place: Path, layout: str) -> Path:
 @pytest.mark.parametrize("layout", ["hf", "hf-encoder", "meta"])
 def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layout, tmp_path, capsys):
     source, run = other_model(tmp_path, layout), tmp_path / "run"
-    parts, few = open_parts(source), training_config(tmp_path).train
+    parts, few = open_model_files(source), training_config(tmp_path).train
     train_cfg = replace(few, steps=2, save_every=1, seq_len=256)
     cfg = training_config(run, init_from=source, train=train_cfg, stages=mixed(pairs=1.0))
     cfg = replace(cfg, evaluation=EvalConfig(1, 1, 1), model=ModelConfig(dropout=0.0))
@@ -698,7 +698,7 @@ def test_a_run_does_not_overwrite_what_it_is_to_begin_with(finished, tmp_path):
     (run / CONFIG).write_text((finished / CONFIG).read_text())
     with pytest.raises(UserError, match=r"lies in .* choose another --out"):
         train.main(training_config(run, init_from=inside, overwrite=True))
-    open_parts(inside)
+    open_model_files(inside)
 
 
 def test_rows_longer_than_the_other_models_context_are_refused(finished, tmp_path):

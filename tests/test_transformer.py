@@ -1,4 +1,4 @@
-"""The transformer: the paper's sizes, who sees whom, and what each part of the stability recipe promises."""
+"""The transformer: the paper's sizes, causality, the cache, and what each part of the stability recipe promises."""
 
 import dataclasses
 import math
@@ -12,13 +12,13 @@ from torch import nn
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.packing import pack
-from nanochameleon.transformer import Chameleon, KVCache, QKNorm, apply_rotary_emb, rotary_table
+from nanochameleon.transformer import Chameleon, KVCache, QKNorm, apply_rotary_emb, compute_freqs_cis
 
 TINY = ModelConfig(vocab_size=40, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=8, norm_eps=1e-5)
 
 
 def random_model(seed: int = 0, cfg: ModelConfig = TINY, **changes) -> Chameleon:
-    """Float64, in eval mode, every parameter random: norms and biases too, and the output, which starts at zero."""
+    """A float64 model in eval mode with every parameter random, even norms and the output layer, which starts at 0."""
     torch.manual_seed(seed)
     model = Chameleon(dataclasses.replace(cfg, **changes)).double().eval()
     with torch.no_grad():
@@ -37,7 +37,7 @@ def tokens(seed: int, *shape: int) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sizes and the start
+# Sizes and initialization
 
 SIZES = {
     "7B": (ModelConfig(), 11_008, 7_013_158_912),
@@ -57,16 +57,16 @@ def test_two_seeds_give_two_models_and_one_seed_always_the_same(one, other, name
     with torch.device("meta"):
         model = Chameleon(TINY)
     shape, cpu = model.get_parameter(name).shape, torch.device("cpu")
-    first, second, again = (model.initial(name, shape, seed, cpu) for seed in (one, other, one))
+    first, second, again = (model.init_tensor(name, shape, seed, cpu) for seed in (one, other, one))
     assert torch.equal(first, again) and torch.equal(first, second) == (one == other)
 
 
-def test_no_two_matrices_start_alike():
+def test_no_two_matrices_have_the_same_initial_values():
     with torch.device("meta"):
         model = Chameleon(TINY)
     names = [name for name, p in model.named_parameters() if p.ndim == 2]
     drawn = [name for name in names if not name.startswith("output") and "norm" not in name]
-    signs = [model.initial(name, torch.Size([8, 8]), 1, torch.device("cpu")).sign().flatten() for name in drawn]
+    signs = [model.init_tensor(name, torch.Size([8, 8]), 1, torch.device("cpu")).sign().flatten() for name in drawn]
     assert len({tuple(x.tolist()) for x in signs}) == len(drawn)
 
 
@@ -79,13 +79,13 @@ def test_the_paper_s_sizes(size):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_the_first_loss_is_that_of_a_uniform_guess():
+def test_the_first_loss_is_log_vocab_size():
     model = Chameleon(TINY)
     logits = model.logits(model(tokens(0, 3, 8))).flatten(0, 1)
     assert torch.nn.functional.cross_entropy(logits, tokens(1, 24)).item() == pytest.approx(math.log(40), abs=1e-6)
 
 
-def test_the_start_is_the_table_of_init_weights():
+def test_initial_values_follow_the_table_of_init_tensor():
     torch.manual_seed(0)
     cfg = ModelConfig(vocab_size=500, dim=128, n_layers=3, n_heads=4, n_kv_heads=2, multiple_of=8)
     for name, parameter in Chameleon(cfg).named_parameters():
@@ -108,7 +108,7 @@ def test_sizes_that_do_not_divide_are_refused(changes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who sees whom
+# Causality, documents, cache
 
 
 @given(st.integers(0, 1_000), st.integers(2, 9), st.booleans(), st.data())
@@ -127,7 +127,7 @@ def test_causality_by_gradient(seed, n, with_mask, data):
     st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(7, 16), st.integers(0, 1_000),
     st.sampled_from(["pre", "post"]),
 )  # fmt: skip
-def test_a_packed_row_is_each_document_alone(lengths, seq_len, seed, norm_order):
+def test_a_packed_sequence_equals_its_documents_alone(lengths, seq_len, seed, norm_order):
     model = random_model(seed, norm_order=norm_order)
     docs = [(tokens(seed + i, n) % 38 + 2).tolist() for i, n in enumerate(lengths)]
     batch = pack(docs, seq_len, pad=1)
@@ -147,46 +147,46 @@ def test_a_packed_row_is_each_document_alone(lengths, seq_len, seed, norm_order)
 @settings(max_examples=30)
 @given(st.integers(0, 1_000), st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=2, max_size=2))
 def test_any_split_into_prefill_and_steps_is_one_forward_pass(seed, splits):
-    """Invariant 15; the rows of a cache grow on their own."""
+    """Each slot of the cache has its own length."""
     model, n = random_model(seed), max(sum(parts) for parts in splits) + 2
     cache = KVCache.empty(model.cfg, 2, n, torch.device("cpu"), torch.float64)
-    cache.keys.fill_(7.0)  # what is not written yet is not seen
+    cache.keys.fill_(7.0)  # entries that are not written yet are masked
     for row, parts in enumerate(splits):
         ids, at, pieces = tokens(seed + row, 1, sum(parts)), 0, []
         for part in parts:
             positions = torch.arange(at, at + part)[None]
-            window = cache.window(slice(row, row + 1), positions, at + part + seed % 2)
+            window = cache.view(slice(row, row + 1), positions, at + part + seed % 2)
             pieces.append(model(ids[:, at : at + part], positions, cache=window))
             at += part
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-9, atol=1e-10)
     lengths = torch.tensor([[sum(parts)] for parts in splits])
-    step = model(tokens(seed + 9, 2, 1), lengths, cache=cache.window(slice(0, 2), lengths, n))
-    for row, parts in enumerate(splits):  # one step of both rows, each at its own place
+    step = model(tokens(seed + 9, 2, 1), lengths, cache=cache.view(slice(0, 2), lengths, n))
+    for row, parts in enumerate(splits):  # one step of both slots, each at its own position
         whole = torch.cat([tokens(seed + row, 1, sum(parts)), tokens(seed + 9, 2, 1)[row : row + 1]], 1)
         torch.testing.assert_close(step[row, 0], model(whole)[0, -1], rtol=1e-9, atol=1e-10)
 
 
-def test_a_copied_row_goes_on_as_the_other_would():
+def test_a_slot_with_a_copied_prefix_continues_like_its_source():
     model, ids = random_model(), tokens(0, 1, 4)
     cache = KVCache.empty(TINY, 3, 6, torch.device("cpu"), torch.float64)
-    model(ids, torch.arange(4)[None], cache=cache.window(slice(0, 1), torch.arange(4)[None], 4))
-    cache.copy(0, 2, 4)
+    model(ids, torch.arange(4)[None], cache=cache.view(slice(0, 1), torch.arange(4)[None], 4))
+    cache.copy_prefix(0, 2, 4)
     place = torch.tensor([[4]])
-    again = model(tokens(1, 1, 1), place, cache=cache.window(slice(2, 3), place, 6))
+    again = model(tokens(1, 1, 1), place, cache=cache.view(slice(2, 3), place, 6))
     torch.testing.assert_close(again[0, 0], model(torch.cat([ids, tokens(1, 1, 1)], 1))[0, -1], rtol=1e-9, atol=1e-10)
 
 
-def test_a_cache_without_room_refuses():
+def test_a_cache_that_is_too_short_is_refused():
     cache = KVCache.empty(TINY, 1, 5, torch.device("cpu"), torch.float64)
-    with pytest.raises(ValueError, match="6 ids do not fit a cache of 5"):
-        cache.window(slice(0, 1), torch.tensor([[5]]), 6)
+    with pytest.raises(ValueError, match="a cache of 5 tokens cannot hold 6"):
+        cache.view(slice(0, 1), torch.tensor([[5]]), 6)
 
 
 def test_logits_of_any_shape_are_the_output_layer():
     model = random_model()
     hidden = model(tokens(0, 2, 5))
     torch.testing.assert_close(model.logits(hidden[:, -1]), hidden[:, -1] @ model.output.weight.T)
-    torch.testing.assert_close(hidden, model.norm(model.residual(tokens(0, 2, 5))))
+    torch.testing.assert_close(hidden, model.norm(model.forward_features(tokens(0, 2, 5))))
     torch.testing.assert_close(model.logits(hidden, slice(3, 9)), model.logits(hidden)[..., 3:9])
 
 
@@ -199,7 +199,7 @@ def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shif
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(seed)).double()
 
     def at(x, position):
-        return apply_rotary_emb(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))
+        return apply_rotary_emb(x, compute_freqs_cis(torch.tensor([[position]]), 8, 10_000.0))
 
     assert torch.equal(at(q, 0), q)
     torch.testing.assert_close(at(q, i).norm(), q.norm())
@@ -208,10 +208,10 @@ def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shif
 
 
 @given(st.integers(0, 500), st.integers(0, 3))
-def test_rotary_turns_neighbouring_pairs_by_powers_of_theta(position, pair):
+def test_rotary_rotates_neighbouring_pairs_by_powers_of_theta(position, pair):
     x = torch.zeros(1, 1, 1, 8).double()
     x[..., 2 * pair] = 1
-    turned = apply_rotary_emb(x, rotary_table(torch.tensor([[position]]), 8, 10_000.0))[0, 0, 0]
+    turned = apply_rotary_emb(x, compute_freqs_cis(torch.tensor([[position]]), 8, 10_000.0))[0, 0, 0]
     angle = position * 10_000 ** (-2 * pair / 8)
     expected = torch.zeros(8).double()
     expected[2 * pair], expected[2 * pair + 1] = math.cos(angle), math.sin(angle)
@@ -243,7 +243,7 @@ def test_with_qk_norm_the_scale_of_queries_and_keys_does_not_matter(seed, for_qu
     torch.testing.assert_close(model(ids), before, rtol=1e-6, atol=1e-7)
 
 
-def test_without_qk_norm_it_does():
+def test_without_qk_norm_the_scale_matters():
     model, ids = random_model(qk_norm=False), tokens(0, 1, 6)
     before = model(ids)
     model.layers[0].attention.wq.weight.data.mul_(3)
@@ -285,16 +285,16 @@ def test_norms_after_the_branches_bound_what_a_branch_adds(scale, seed):
         for layer in model.layers:
             for weight in (layer.attention.wo.weight, layer.feed_forward.w1.weight, layer.feed_forward.w2.weight):
                 weight.mul_(scale)
-        added = (model.residual(ids) - model.tok_embeddings(ids)).norm(dim=-1)
+        added = (model.forward_features(ids) - model.tok_embeddings(ids)).norm(dim=-1)
     weights = [layer.get_submodule(name).weight for layer in model.layers for name in ("attention_norm", "ffn_norm")]
     assert (added <= sum(w.abs().max() for w in weights) * TINY.dim**0.5 + 1e-9).all()
 
 
 def test_norms_before_the_branches_do_not():
     model, ids = random_model(norm_order="pre"), tokens(0, 1, 6)
-    before = model.residual(ids).norm(dim=-1)
+    before = model.forward_features(ids).norm(dim=-1)
     model.layers[0].feed_forward.w2.weight.data.mul_(1e6)
-    assert (model.residual(ids).norm(dim=-1) > 1e3 * before).all()
+    assert (model.forward_features(ids).norm(dim=-1) > 1e3 * before).all()
 
 
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
@@ -304,31 +304,33 @@ def test_dropout_acts_on_branches_and_in_training_only(norm_order):
     assert torch.equal(model(ids), plain(ids)) and torch.equal(model(ids), model(ids))
     model.train()
     plain.train()
-    keys, others = torch.tensor([7]), torch.tensor([8])
-    assert torch.equal(model(ids, keys=keys), model(ids, keys=keys))  # a function of the row's key
-    assert not torch.equal(model(ids, keys=keys), model(ids, keys=others)) and torch.equal(plain(ids), plain(ids))
-    with pytest.raises(ValueError, match="a key for each row"):
+    seeds, others = torch.tensor([7]), torch.tensor([8])
+    assert torch.equal(model(ids, dropout_seeds=seeds), model(ids, dropout_seeds=seeds))  # a function of the seeds
+    assert not torch.equal(model(ids, dropout_seeds=seeds), model(ids, dropout_seeds=others)) and torch.equal(
+        plain(ids), plain(ids)
+    )
+    with pytest.raises(ValueError, match="one for each sequence"):
         model(ids)
     everything = random_model(norm_order=norm_order, dropout=1 - 1e-9).train()  # no branch gets through
-    torch.testing.assert_close(everything.residual(ids, keys=keys), everything.tok_embeddings(ids))
+    torch.testing.assert_close(everything.forward_features(ids, dropout_seeds=seeds), everything.tok_embeddings(ids))
 
 
-def test_a_row_is_dropped_alike_whoever_shares_its_batch():
-    model, ids, keys = random_model(dropout=0.5).train(), tokens(0, 5, 6), torch.arange(5)
-    together = model.residual(ids, keys=keys)
+def test_dropout_of_a_sequence_does_not_depend_on_its_batch():
+    model, ids, seeds = random_model(dropout=0.5).train(), tokens(0, 5, 6), torch.arange(5)
+    together = model.forward_features(ids, dropout_seeds=seeds)
     for row in range(5):
-        alone = model.residual(ids[row : row + 1], keys=keys[row : row + 1])
+        alone = model.forward_features(ids[row : row + 1], dropout_seeds=seeds[row : row + 1])
         torch.testing.assert_close(alone[0], together[row])
 
 
-def test_each_branch_of_each_layer_drops_its_own():
-    """Two that dropped alike would drop half of all places together; independent ones drop a quarter together."""
-    dropped, keys = [], torch.tensor([3])
+def test_each_branch_of_each_layer_has_its_own_dropout():
+    """With p = 0.5 two independent branches drop a quarter of the entries together; equal ones would drop half."""
+    dropped, seeds = [], torch.tensor([3])
     model = random_model(dropout=0.5).train()
     for layer in range(len(model.layers)):
         for branch in range(2):
             block = model.layers[layer]
-            dropped.append(block.drop(torch.ones(1, 40, 40), fold_in(keys, layer), branch) == 0)
+            dropped.append(block.drop(torch.ones(1, 40, 40), fold_in(seeds, layer), branch) == 0)
     for i, one in enumerate(dropped):
         for other in dropped[:i]:
             assert 0.2 < (one & other).float().mean() < 0.3

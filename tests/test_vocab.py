@@ -13,7 +13,7 @@ from nanochameleon.vocab import N_BYTES, Vocab
 def test_ids_of_the_release():
     vocab = Vocab()
     assert (vocab.bos, vocab.pad, vocab.eos, vocab.unk) == (0, 1, 2, 3)
-    assert (vocab.code_to_id(0), vocab.code_to_id(8191)) == (4, 8195)
+    assert (vocab.code_to_token(0), vocab.code_to_token(8191)) == (4, 8195)
     assert (vocab.eoi, vocab.boi, vocab.eot, vocab.size) == (8196, 8197, 8710, 65_536)
     names = {0: "<s>", 1: "<pad>", 2: "</s>", 3: "<unk>", 57: "IMGIMGFDZ", 4: "IMGIMGAZ", 8195: "IMGIMGIBJBZ",
              8196: "<eoss>", 8197: "<racm3:break>", 8710: "<reserved08706>", 8711: "<reserved08707>"}  # fmt: skip
@@ -25,7 +25,7 @@ def test_ids_of_the_release():
 def test_text_image_and_special_ids_partition_the_space(vocab):
     kinds = {kind: [t for t in range(vocab.size) if vocab.modality(t) == kind] for kind in ("text", "image", "special")}
     assert sum(map(len, kinds.values())) == vocab.size
-    assert kinds["image"] == [vocab.code_to_id(code) for code in range(vocab.n_codes)]
+    assert kinds["image"] == [vocab.code_to_token(code) for code in range(vocab.n_codes)]
     assert kinds["text"] == list(range(vocab.first_text, vocab.size)) and len(kinds["text"]) == vocab.n_text
     special = {vocab.bos, vocab.pad, vocab.eos, vocab.unk, vocab.eoi, vocab.boi, vocab.eot}
     assert len(special) == 7 and special <= set(kinds["special"])
@@ -37,8 +37,8 @@ def test_text_image_and_special_ids_partition_the_space(vocab):
 @given(vocabs())
 def test_codes_and_names_are_bijections(vocab):
     for code in range(vocab.n_codes):
-        assert vocab.id_to_code(vocab.code_to_id(code)) == code
-        assert vocab.code_of_name(vocab.name(vocab.code_to_id(code))) == code
+        assert vocab.token_to_code(vocab.code_to_token(code)) == code
+        assert vocab.code_of_name(vocab.name(vocab.code_to_token(code))) == code
     names = vocab.names()
     assert list(names.values()) == list(range(vocab.first_text))
 
@@ -57,9 +57,9 @@ KINDS = {
 def test_codes_of_any_integer_type(kind, codes):
     """uint8 is the trap: code 255 + 4 would wrap round to 3, a special id."""
     vocab, values = Vocab.toy(256, 0), KINDS[kind](codes)
-    ids = vocab.code_to_id(values)
+    ids = vocab.code_to_token(values)
     assert ids.tolist() == [code + 4 for code in codes]
-    assert vocab.id_to_code(ids).tolist() == codes
+    assert vocab.token_to_code(ids).tolist() == codes
     assert ids.shape == (len(codes),) and isinstance(ids, torch.Tensor) == isinstance(values, torch.Tensor)
 
 
@@ -68,21 +68,21 @@ def test_out_of_range_raises(vocab, data):
     outside = st.integers(max_value=-1) | st.integers(min_value=0)
     code = data.draw(outside.filter(lambda code: not 0 <= code < vocab.n_codes))
     with pytest.raises(ValueError, match="outside"):
-        vocab.code_to_id(code)
+        vocab.code_to_token(code)
     with pytest.raises(ValueError, match="outside"):
-        vocab.id_to_code(code + vocab.first_code)
+        vocab.token_to_code(code + vocab.first_code)
     with pytest.raises(ValueError, match="outside"):
         vocab.modality(data.draw(outside.filter(lambda token: not 0 <= token < vocab.size)))
     with pytest.raises(ValueError, match="outside"):
-        vocab.code_to_id(torch.tensor([0, vocab.n_codes]))
+        vocab.code_to_token(torch.tensor([0, vocab.n_codes]))
     with pytest.raises(ValueError, match="outside"):
-        vocab.id_to_code(np.array([[vocab.first_code, vocab.first_code - 1]]))
+        vocab.token_to_code(np.array([[vocab.first_code, vocab.first_code - 1]]))
 
 
 @pytest.mark.parametrize("values", [torch.tensor([1.5]), np.array([1.5]), float("nan")])
 def test_codes_that_are_not_whole_raise(values):
     with pytest.raises(ValueError, match="whole"):
-        Vocab().code_to_id(values)
+        Vocab().code_to_token(values)
 
 
 def test_text_has_no_name_here():

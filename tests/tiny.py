@@ -21,12 +21,14 @@ from nanochameleon.config import (
 from nanochameleon.convert import Args, write_nano
 from nanochameleon.generation.sampling import MODALITIES
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.text_tokenizer import TextTokenizer, to_json
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
-from nanochameleon.weights.model_folder import LoadedModel, Tensors
+from nanochameleon.weights.read_layouts import ModelFiles
+from nanochameleon.weights.tensor_files import LazyTensors
+from nanochameleon.weights.tokenizer_json import save_text_tokenizer, to_json
 
 VOCAB = Vocab.toy(8, 4)
 N_CODES = 4  # an image
@@ -51,7 +53,7 @@ def random_request(rng: random.Random) -> tuple[list[int], SamplingParams, str, 
     """Any prompt, params, modality and stops, with room for an image."""
     prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
     if rng.random() < 0.3:
-        prompt += [VOCAB.boi, *(VOCAB.code_to_id(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
+        prompt += [VOCAB.boi, *(VOCAB.code_to_token(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
     shares, scales, heat = [0.3, 0.9, 1.0], [0.0, 1.0, 1.2, 3.0], [0.0, 0.7, 1.3, 100.0]
     text, image = (
         (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
@@ -74,7 +76,7 @@ def tiny_run(folder: Path, model: Chameleon | None = None, source: str = "shapes
     vqgan = VQGAN(cfg.vqgan)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_to_json(cfg))
-    TOKENIZER.save(folder / TEXT_TOKENIZER)
+    save_text_tokenizer(TOKENIZER, folder / TEXT_TOKENIZER)
     checkpoint.save(folder / IMAGE_TOKENIZER, 1, {"model": vqgan.state_dict()}, {})
     checkpoint.save(folder, 1, {"weights": model.state_dict()}, {})
     return folder
@@ -97,11 +99,11 @@ def released_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes)
     return model.to(dtype)
 
 
-def in_memory(model: Chameleon, vqgan: VQGAN, tokenizer: TextTokenizer = TOKENIZER) -> LoadedModel:
-    """As open_parts would give it."""
+def in_memory(model: Chameleon, vqgan: VQGAN, tokenizer: TextTokenizer = TOKENIZER) -> ModelFiles:
+    """As open_model_files would give it."""
     weights, vq = ({k: x.detach() for k, x in net.state_dict().items()} for net in (model, vqgan))
-    described = [Tensors({k: x.to("meta") for k, x in each.items()}, each.__getitem__) for each in (weights, vq)]
-    return LoadedModel("nano", model.cfg, vqgan.cfg, to_json(tokenizer), *described)
+    described = [LazyTensors({k: x.to("meta") for k, x in each.items()}, each.__getitem__) for each in (weights, vq)]
+    return ModelFiles("nano", model.cfg, vqgan.cfg, to_json(tokenizer), *described)
 
 
 def nano_folder(folder: Path, model: Chameleon | None = None, vqgan: VQGAN | None = None, **more) -> Path:

@@ -17,7 +17,7 @@ from nanochameleon.kernels.attention.reference import attention, attention_refer
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.zloss import linear_cuda as linear_zloss_cuda
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
-from nanochameleon.transformer import rotary_table
+from nanochameleon.transformer import compute_freqs_cis
 
 NARROW = torch.bfloat16
 
@@ -104,7 +104,7 @@ def decode_inputs(n: int, h: int, g: int, places: int, e: int, device: torch.dev
     positions = torch.full((n, 1), places - 1, device=device)
     norm = torch.ones(h + g, e, device=device), torch.zeros(h + g, e, device=device)
     bias = torch.zeros(n, 1, places, device=device, dtype=NARROW)
-    return heads, rotary_table(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions, bias
+    return heads, compute_freqs_cis(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions, bias
 
 
 def decode_case(n: int, h: int, g: int, places: int, e: int, device: torch.device) -> Case:

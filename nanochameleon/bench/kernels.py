@@ -25,7 +25,7 @@ from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
 from nanochameleon.optim import make_optimizer
-from nanochameleon.transformer import Chameleon, rotary_table
+from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
 Z_LOSS = 1e-5
 
@@ -70,7 +70,7 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(b, t, h, e, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
     norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
-    table = rotary_table(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
+    table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
     docs = documents(b, t).to(device) if packed else None
     upstream = torch.randn(b, t, h, e, generator=generator).to(device, dtype)
 

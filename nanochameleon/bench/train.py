@@ -22,9 +22,9 @@ from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.zloss.cross_entropy import Expected
-from nanochameleon.optim import clip, make_adamw
+from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch
-from nanochameleon.training.flops import PEAKS, flops_per_token
+from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
 from nanochameleon.training.objective import Objective, autocast
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -84,7 +84,7 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
         parts = objective(batch, None, Expected(Z_LOSS, 1 / count)).parts
         loss = parts.total(Z_LOSS, count)
         loss.backward()
-        clip(model.parameters(), CLIP)
+        clip_gradients(model.parameters(), CLIP)
         optimizer.step()
         return float(loss.detach())
 
@@ -188,5 +188,5 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         for name, gib in peak.items():
             yield from rows_of("train", f"{case.name}, peak", name, {name: 1 / gib}, 1.0, "GiB", where)
         if device.type == "cuda":
-            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAKS["H100"]  # of a second at the peak
+            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAK_FLOPS["H100"]  # of a second at the peak
             yield from rows_of("train", f"{case.name}, MFU", "nano", best, share, "of 989 TFLOP/s", where)

@@ -24,8 +24,9 @@ from nanochameleon.documents import render
 from nanochameleon.errors import Interrupted, UserError, say
 from nanochameleon.files import write_file
 from nanochameleon.images.tokenizer import ImageTokenizer
-from nanochameleon.text_tokenizer import TextTokenizer, to_json
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import TEXT_TOKENIZER
+from nanochameleon.weights.tokenizer_json import to_json
 
 CHUNK = 256  # documents whose images are encoded together
 

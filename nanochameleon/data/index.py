@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochameleon.errors import UserError
-from nanochameleon.files import is_plain, write_file
+from nanochameleon.files import is_safe_name, write_file
 
 CHECKED = ", with checksums"  # follows the format's name in an index; an older index lacks it, and all checksums
 
@@ -98,7 +98,7 @@ def read_index(directory: Path, index: str, what: str, files: bool = True) -> di
     if not whole:
         raise damaged(path, "is broken")
     for name, expected in content["files"].items() if files else ():
-        check_file(path.with_name(name) if is_plain(name) else path, expected)
+        check_file(path.with_name(name) if is_safe_name(name) else path, expected)
     return content
 
 

@@ -18,8 +18,8 @@ from nanochameleon.data.index import read_index, write_index
 from nanochameleon.data.mixture import Shares, seed_of
 from nanochameleon.data.shards import Shards
 from nanochameleon.errors import UserError, warn
-from nanochameleon.files import replacing
-from nanochameleon.packing import Batch, assign_rows, fill
+from nanochameleon.files import atomic_open
+from nanochameleon.packing import Batch, best_fit, collate
 
 ROWS = "rows of documents"
 
@@ -64,7 +64,7 @@ def pack_group(documents: Documents, first: int, last: int, seq_len: int, seed: 
     lengths = documents.sizes(first, last)
     short = np.flatnonzero(lengths <= seq_len)
     short = short[np.random.default_rng((seed, first)).permutation(len(short))]
-    rows = assign_rows(lengths[short], seq_len)
+    rows = best_fit(lengths[short], seq_len)
     return (first + short[np.argsort(rows, kind="stable")]).astype(np.uint32), np.bincount(rows)
 
 
@@ -81,7 +81,7 @@ def kept(folder: Path, documents: Documents, seq_len: int, seed: int) -> list[np
     names = [f"{stem}-{what}.npy" for what in ("documents", "edges")]
     if not whole(folder, f"{stem}.json", {*names, Shards.INDEX}):
         for name, array in zip(names, pack_all(documents, seq_len, seed), strict=True):
-            with replacing(folder / name) as file:
+            with atomic_open(folder / name) as file:
                 np.save(file, array)
         write_index(folder, f"{stem}.json", ROWS, {}, (*names, Shards.INDEX))
     return [np.load(folder / name, mmap_mode="r") for name in names]
@@ -128,16 +128,16 @@ class Rows:
 class Loader:
     """Batches of rows, each a pure function of (seed, step).
 
-    rows: by source. stages: (first step, weights of the sources), in order, the first at step 0. answers_from: the end
+    rows: by source. stages: (first step, weights of the sources), in order, the first at step 0. assistant_eot: the end
     of turn where only answers are learnt (packing.fill).
     """
 
     def __init__(
         self, rows: dict[str, Rows], stages: Sequence[tuple[int, dict[str, float]]], batch_size: int, seq_len: int,
-        seed: int, pad: int, answers_from: int | None = None,
+        seed: int, pad: int, assistant_eot: int | None = None,
     ):  # fmt: skip
         self.rows, self.batch_size, self.seq_len, self.pad = rows, batch_size, seq_len, pad
-        self.answers_from = answers_from
+        self.assistant_eot = assistant_eot
         self.firsts = [first * batch_size for first, _ in stages]  # first row of each stage
         self.shares = [Shares(weights, seed, stage) for stage, (_, weights) in enumerate(stages)]
         self.before = [dict.fromkeys(rows, 0)]  # rows that each source has given before each stage
@@ -167,4 +167,4 @@ class Loader:
             wanted.setdefault(name, []).extend(numbers)
         docs = {name: iter(self.rows[name].all.fetch(numbers)) for name, numbers in wanted.items()}
         filled = [list(islice(docs[name], len(numbers))) for name, numbers in rows]
-        return fill(filled, self.seq_len, self.pad, self.answers_from)
+        return collate(filled, self.seq_len, self.pad, self.assistant_eot)

@@ -18,10 +18,10 @@ from nanochameleon.config import VQGANConfig
 from nanochameleon.data import Shards
 from nanochameleon.data.index import read_index, write_index
 from nanochameleon.errors import UserError
-from nanochameleon.files import sweep_dead, write_file
+from nanochameleon.files import remove_stale, write_file
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER, build
-from nanochameleon.weights.model_folder import Tokenizers, stored_tokenizers
+from nanochameleon.weights.tokenizers import Tokenizers, stored_tokenizers
 
 INDEX, FORMAT, TEST = "prepared.json", "a folder of prepared data", "test"
 
@@ -50,7 +50,7 @@ def store_prepared(folder: Path, tokenizers: Tokenizers) -> None:
         write_prepared(folder, tokenizers, folder / f"{aside}-{os.getpid()}")
     elif read_index(folder, INDEX, FORMAT).get("digest") != tokenizers.digest():
         raise UserError(f"{folder} holds data of other tokenizers, whose ids mean other things: choose another --out")
-    sweep_dead(folder, aside)
+    remove_stale(folder, aside)
 
 
 def write_prepared(folder: Path, tokenizers: Tokenizers, aside: Path) -> None:

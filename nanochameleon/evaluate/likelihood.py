@@ -19,9 +19,9 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
     Documents longer than the context are left out, and what the run does not learn: images, prompts; a figure for
     which nothing is left is None.
     """
-    seq_len, answers_from = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.assistant_only_loss else None
+    seq_len, assistant_eot = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.assistant_only_loss else None
     kept = [list(map(int, ids)) for ids in documents if len(ids) <= seq_len]
-    packed = mask_targets(pack(kept, seq_len, run.vocab.pad, answers_from), run.cfg, run.vocab)
+    packed = mask_targets(pack(kept, seq_len, run.vocab.pad, assistant_eot), run.cfg, run.vocab)
     n_bytes = len(run.tokenizer.decode_bytes(packed.targets[run.vocab.is_text(packed.targets)].tolist()))
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):

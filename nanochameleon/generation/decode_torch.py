@@ -20,7 +20,7 @@ from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decoder import Decoder
 from nanochameleon.kernels.attention.decode import decode_attention_
 from nanochameleon.kernels.attention.qknorm_rope import per_head
-from nanochameleon.transformer import Block, Chameleon, Window, rotary_table
+from nanochameleon.transformer import Block, CacheView, Chameleon, compute_freqs_cis
 
 
 def concat_weights_(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -90,15 +90,14 @@ class FusedStep:
         self.model, cfg = model, model.cfg
         self.blocks = [FusedBlock(block, cfg) for block in model.layers]
         positions = torch.arange(context, device=model.output.weight.device)[None]
-        self.freqs_cis = rotary_table(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2)
+        self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, window: Window) -> Tensor:
-        """One token (n,) per row of the window at its position (n,) -> hidden states (n, D)."""
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
+        """One token (n,) per slot of the cache at its position (n,) -> hidden states (n, D)."""
         x, positions = self.model.tok_embeddings(tokens), positions[:, None]
-        unseen = torch.arange(window.span, device=x.device) > positions  # (n, S)
-        bias = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+        bias = torch.full_like(cache.mask, -torch.inf, dtype=x.dtype).masked_fill_(cache.mask, 0.0)  # (n, 1, kv_len)
         freqs_cis = self.freqs_cis[positions]
-        for block, keys, values in zip(self.blocks, window.keys, window.values, strict=True):
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block(x, freqs_cis, positions, bias, keys, values)
         return self.model.norm(x)
 
@@ -111,4 +110,4 @@ class FusedDecoder(Decoder):
         self.fused_step = FusedStep(model, self.context)
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_len: int) -> Tensor:
-        return self.fused_step(tokens, positions, self.cache.window(slice(0, len(tokens)), positions[:, None], kv_len))
+        return self.fused_step(tokens, positions, self.cache.view(slice(0, len(tokens)), positions[:, None], kv_len))

@@ -7,7 +7,8 @@ Every slot has a KV cache, a length, sampling parameters and uniform numbers of 
 up to three slots: COND has read the whole prompt, IMAGE_COND its images alone, UNCOND only [<s>, <boi>, open image].
 All three take the tokens that are sampled for COND. The engine decides which request has which slots (engine.py).
 
-Shapes: N slots, n of them in use, V tokens, D = dim. This file is the reference; fastest.py swaps in faster versions.
+The model is a Chameleon (transformer.py). This file is the reference; fastest.py swaps in faster versions of it.
+Shapes: N slots, n of them in use, V tokens, D = dim.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanochameleon.config import SamplingParams
 from nanochameleon.generation.graphs import Graphs
@@ -41,7 +42,6 @@ from nanochameleon.generation.sampling import (
     repetition_penalty,
     sample,
 )
-from nanochameleon.transformer import Chameleon, KVCache
 from nanochameleon.vocab import Vocab
 
 VocabPart = Literal["text", "image", "all"]  # "text" is everything but the image tokens
@@ -60,13 +60,13 @@ class Decoder:
 
     sees_ends = False  # do steps notice by themselves that requests have finished, so that any number may follow?
 
-    def __init__(self, model: Chameleon, vocab: Vocab, image_len: int, n_slots: int, context: int):
+    def __init__(self, model: nn.Module, vocab: Vocab, image_len: int, n_slots: int, context: int):
         device = model.output.weight.device
         self.model, self.vocab, self.context, self.device = model, vocab, context, device
         self.n_slots, self.graphs = n_slots, Graphs(device)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.tok_embeddings.weight.dtype
-        self.cache = KVCache.empty(model.cfg, n_slots, context, device, dtype)
+        self.cache = model.empty_cache(n_slots, context, dtype)
         self.hidden = torch.zeros(n_slots, model.cfg.dim, device=device, dtype=dtype)  # (N, D) at the newest token
         self.slot_state = torch.zeros(6, n_slots, dtype=torch.long, device=device)  # rows: INDEX .. LENGTH
         self.n_sampled, self.length = self.slot_state[N_SAMPLED], self.slot_state[LENGTH]  # length: tokens in the cache
@@ -101,12 +101,12 @@ class Decoder:
         for tokens, slot, start in chunks:
             end = start + len(tokens)
             x, positions = (torch.tensor([x], device=self.device) for x in (tokens, range(start, end)))  # (1, T)
-            window = self.cache.window(slice(slot, slot + 1), positions, end)
-            self.hidden[slot] = self.model(x, positions, cache=window)[0, -1]
+            cache = self.cache.view(slice(slot, slot + 1), positions, end)
+            self.hidden[slot] = self.model(x, positions, cache=cache)[0, -1]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the prompt that was just read into slot `source`."""
-        self.cache.copy(source, target, length)
+        self.cache.copy_prefix(source, target, length)
         self.length[target], self.hidden[target] = length, self.hidden[source]
 
     def start(self, slot: int, request: Request, cfg_branch: int) -> None:
@@ -121,7 +121,7 @@ class Decoder:
         self.uniforms[slot, : request.max_new_tokens] = uniforms(request.seed, request.max_new_tokens)
 
     def move(self, source: int, target: int) -> None:
-        self.cache.copy(source, target, self.context)
+        self.cache.copy_prefix(source, target, self.context)
         for x in self.slot_tensors():
             x[target] = x[source]
 
@@ -230,5 +230,5 @@ class Decoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_len: int) -> Tensor:
         """Run the model on one token (n,) per slot at its position (n,) -> hidden states (n, D)."""
-        window = self.cache.window(slice(0, len(tokens)), positions[:, None], kv_len)
-        return self.model(tokens[:, None], positions[:, None], cache=window)[:, 0]
+        cache = self.cache.view(slice(0, len(tokens)), positions[:, None], kv_len)
+        return self.model(tokens[:, None], positions[:, None], cache=cache)[:, 0]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from nanochameleon.config import SamplingParams
@@ -21,7 +22,6 @@ from nanochameleon.errors import UserError
 from nanochameleon.generation.fastest import fastest_decoder
 from nanochameleon.generation.request import Request, cfg_branches, make_request
 from nanochameleon.generation.sampling import COND, IMAGE_COND, UNCOND, Modality, required_filters
-from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
 
@@ -61,7 +61,7 @@ class Engine:
     """A running batch. add() queues a request. Each step() prefills a chunk of the waiting prompts, runs some decode
     steps and returns their outputs. The model must be in eval mode, and its weights must not change meanwhile."""
 
-    model: Chameleon
+    model: nn.Module  # a Chameleon
     vocab: Vocab
     image_len: int  # tokens per image
     n_slots: int = 16  # rows of the batch; a request takes one, with guidance up to three
@@ -231,7 +231,7 @@ class Engine:
 
 
 def generate(
-    model: Chameleon,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     vocab: Vocab,
     image_len: int,

@@ -76,7 +76,7 @@ class Detokenizer:
                 yield PartialImage(self.codes())
 
     def codes(self) -> tuple[int, ...]:
-        return tuple(self.vocab.id_to_code(token) for token in self.image[1:])
+        return tuple(self.vocab.token_to_code(token) for token in self.image[1:])
 
 
 def stream(

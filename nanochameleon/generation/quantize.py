@@ -14,7 +14,7 @@ from nanochameleon.transformer import Chameleon
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias, from its weight (N, K). columns: the outputs to compute, as for the output layer."""
+    """A linear layer without bias, from its weight (N, K). vocab_slice: as for LMHead."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -22,9 +22,9 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight", q)
         self.register_buffer("scale", scale)  # float32 for every dtype of the activations
 
-    def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
         # One layer at a time is in the dtype of x. Scaling first keeps the matmul's sums in fp16 finite.
-        return F.linear(x, self.weight[columns].to(x.dtype).mul_(self.scale[columns, None]))
+        return F.linear(x, self.weight[vocab_slice].to(x.dtype).mul_(self.scale[vocab_slice, None]))
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import is_sharded
 from nanochameleon.training.objective import Objective
-from nanochameleon.transformer import Chameleon, Output, QKNorm, RMSNorm
+from nanochameleon.transformer import Chameleon, LMHead, QKNorm, RMSNorm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensor parallelism: modules that take the place of the transformer's
@@ -28,11 +28,11 @@ class TensorParallelLinear(nn.Linear):
     """Calls nn.Linear with DTensors. A class of its own, since the transformer fuses only plain nn.Linears."""
 
 
-class TensorParallelOutput(Output):
+class TensorParallelLMHead(LMHead):
     """Makes this rank's part of the vocabulary's logits."""
 
-    def forward(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        return F.linear(x, self.weight[columns])
+    def forward(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
+        return F.linear(x, self.weight[vocab_slice])
 
 
 class ReplicatedRMSNorm(RMSNorm):
@@ -55,7 +55,7 @@ class TensorParallelQKNorm(QKNorm):
 
 SWAPS = {
     nn.Linear: TensorParallelLinear,
-    Output: TensorParallelOutput,
+    LMHead: TensorParallelLMHead,
     RMSNorm: ReplicatedRMSNorm,
     QKNorm: TensorParallelQKNorm,
 }
@@ -151,7 +151,7 @@ class ParallelModel:
 
 def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> ParallelModel:
     """Compile and wrap an objective whose weights are set."""
-    objective.model.recompute = parallel.activation_checkpointing
+    objective.model.activation_checkpointing = parallel.activation_checkpointing
     if parallel.compile:
         for block in objective.model.layers:
             block.compile()

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanochameleon.errors import UserError, warn
-from nanochameleon.files import fsync, is_plain
+from nanochameleon.files import fsync, is_safe_name
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
 ODD = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # how odd content shows itself
@@ -55,7 +55,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict]:
     entries = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(entries, dict) or STATE not in entries or render_manifest(entries) != data:
         raise ValueError("not as written")
-    if not all(is_plain(name) and isinstance(entry, dict) for name, entry in entries.items()):
+    if not all(is_safe_name(name) and isinstance(entry, dict) for name, entry in entries.items()):
         raise ValueError("no names of files")
     return entries
 

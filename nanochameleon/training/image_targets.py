@@ -12,14 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from nanochameleon.config import RunConfig
-from nanochameleon.packing import IGNORE, Batch, without
+from nanochameleon.packing import IGNORE, Batch, ignore_targets
 from nanochameleon.vocab import Vocab
 
 
 def mask_targets(batch: Batch, cfg: RunConfig, vocab: Vocab) -> Batch:
     """A batch with targets for the images that the configuration wants learnt."""
     if cfg.train.image_loss == "none":
-        return without(batch, range(vocab.first_code, vocab.eoi))
+        return ignore_targets(batch, range(vocab.first_code, vocab.eoi))
     return batch if cfg.train.image_loss == "all" else drawn_alone(batch, cfg.vqgan.codes_per_image, vocab)
 
 

@@ -13,18 +13,20 @@ from nanochameleon.errors import UserError
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER, read_config
-from nanochameleon.weights.model_folder import LoadedModel, Tokenizers, open_parts, text_of
+from nanochameleon.weights.model_folder import open_model_files
+from nanochameleon.weights.read_layouts import ModelFiles
+from nanochameleon.weights.tokenizers import Tokenizers, open_text_tokenizer
 
 
 @dataclass(frozen=True)
 class InitFrom:
     """parts: the model whose weights to begin with. tokenizers: None where the run trains its own."""
 
-    parts: LoadedModel | None = None
+    parts: ModelFiles | None = None
     tokenizers: Tokenizers | None = None
 
     def text(self, cfg: RunConfig) -> TextTokenizer:
-        return text_of(self.tokenizers, cfg.init_from if self.parts else cfg.data.path)
+        return open_text_tokenizer(self.tokenizers, cfg.init_from if self.parts else cfg.data.path)
 
     def store_tokenizers(self, cfg: RunConfig, folder: Path) -> TextTokenizer:
         """Puts both tokenizers where a run has its own, unless they are there."""
@@ -38,7 +40,7 @@ def begin(cfg: RunConfig) -> tuple[RunConfig, InitFrom]:
     tokenizers, parts = prepared_tokenizers(cfg), None
     if cfg.init_from is not None:
         cfg, parts = adopt(cfg)
-        text_of(parts.tokenizers, cfg.init_from)  # a sentence, before anything else reads it
+        open_text_tokenizer(parts.tokenizers, cfg.init_from)  # a sentence, before anything else reads it
         if tokenizers and parts.tokenizers.digest() != tokenizers.digest():
             what = f"{cfg.data.path} was prepared with other tokenizers than those of {cfg.init_from}"
             raise UserError(f"{what}: prepare it with --tokenizers {cfg.init_from}")
@@ -57,7 +59,7 @@ def prepared_tokenizers(cfg: RunConfig) -> Tokenizers | None:
     return open_prepared(cfg.data.path)
 
 
-def adopt(cfg: RunConfig) -> tuple[RunConfig, LoadedModel]:
+def adopt(cfg: RunConfig) -> tuple[RunConfig, ModelFiles]:
     """The run's configuration with the sizes of the model in cfg.init_from, and that model. Dropout stays the run's.
 
     A run with a checkpoint goes on from itself: what it began with may be gone. Raises UserError for a model that
@@ -67,7 +69,7 @@ def adopt(cfg: RunConfig) -> tuple[RunConfig, LoadedModel]:
         raise UserError(f"{cfg.init_from}, which the run is to begin with, lies in {cfg.folder}: choose another --out")
     if begun := begun_from(cfg):
         cfg = dataclasses.replace(cfg, init_from=begun)
-    parts = open_parts(cfg.folder) if begun else open_parts(cfg.init_from, cfg.init_vqgan)
+    parts = open_model_files(cfg.folder) if begun else open_model_files(cfg.init_from, cfg.init_vqgan)
     if cfg.train.seq_len > parts.model.max_seq_len:
         raise UserError(
             f"train.seq_len is {cfg.train.seq_len}; {cfg.init_from} has a context of {parts.model.max_seq_len}"

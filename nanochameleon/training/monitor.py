@@ -19,7 +19,7 @@ from statistics import mode
 from tqdm import tqdm
 
 from nanochameleon.errors import UserError, warn
-from nanochameleon.files import is_number, write_file
+from nanochameleon.files import is_finite_number, write_file
 
 METRICS = "metrics.jsonl"
 FIELDS = {  # every line has "step" and what of these was given; null stands for what is not finite in fp32
@@ -165,7 +165,7 @@ def _clean(value):
     if isinstance(value, list):
         return [_clean(x) for x in value]
     number = value if isinstance(value, int) else float(value) if value is not None else math.nan
-    return number if is_number(number) else None
+    return number if is_finite_number(number) else None
 
 
 def summary(line: dict) -> str:
@@ -206,7 +206,7 @@ def _parsed(text: str) -> dict | None:
 def _is_usual(name: str, value: object) -> bool:
     """Whether a field holds a number or null; several where there is one for each layer, and in fields of others."""
     several = isinstance(value, list) and (name == BY_LAYER or name not in FIELDS)
-    return all(x is None or is_number(x) for x in (value if several else [value]))
+    return all(x is None or is_finite_number(x) for x in (value if several else [value]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,10 +34,10 @@ class Objective(nn.Module):
         self.model, self.vocab, self.precision, self.ranks = model, vocab, precision, ranks
 
     def forward(self, batch: Batch, keys: Tensor | None, expected: Expected | None = None) -> Sums:
-        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.residual. expected: see
+        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.forward_features. expected: see
         next_token_loss."""
         with autocast(self.precision, batch.tokens.device):
-            residual = self.model.residual(batch.tokens, batch.positions, batch.doc_ids, keys=keys)
+            residual = self.model.forward_features(batch.tokens, batch.positions, batch.doc_ids, dropout_seeds=keys)
             logits = self.model.logits(self.model.norm(residual).flatten(0, 1))
         parts = next_token_loss(logits, batch.targets.flatten(), self.vocab, self.ranks, expected)
         norms = residual.detach().float().norm(dim=-1)

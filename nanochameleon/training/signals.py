@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanochameleon.errors import is_nonzero_rank, warn
-from nanochameleon.files import is_number, write_file
+from nanochameleon.files import is_finite_number, write_file
 
 ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
 
@@ -78,7 +78,7 @@ class StageTimer:
         """From zero, with a warning, where the file is damaged: a stopwatch stops no run."""
         try:
             seconds = json.loads(self.path.read_text())
-            if all(is_number(value) for value in seconds.values()):
+            if all(is_finite_number(value) for value in seconds.values()):
                 return seconds
         except (OSError, ValueError, AttributeError, RecursionError):
             pass

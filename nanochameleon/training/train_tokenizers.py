@@ -27,11 +27,12 @@ from nanochameleon.images.losses import (
 from nanochameleon.images.quantizer import codebook_loss, commitment_loss
 from nanochameleon.images.tokenizer import to_pixels
 from nanochameleon.images.vqgan import VQGAN, split_windows
-from nanochameleon.optim import MAX_NONFINITE_STEPS, clip, learning_rate, make_optimizer
+from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from nanochameleon.vocab import Vocab
+from nanochameleon.weights.tokenizer_json import load_text_tokenizer, save_text_tokenizer
 
 START_IMAGES = 512  # images whose latents k-means sees
 START_VECTORS = 8_192  # at most so many of their latents
@@ -43,8 +44,8 @@ def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTok
     path = folder / TEXT_TOKENIZER
     if not path.exists():
         vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)
-        TextTokenizer.train(docs.captions(cfg.tokenizers.n_texts), vocab).save(path)
-    return TextTokenizer.load(path)
+        save_text_tokenizer(TextTokenizer.train(docs.captions(cfg.tokenizers.n_texts), vocab), path)
+    return load_text_tokenizer(path)
 
 
 def images(source: Source, start: int, n: int) -> np.ndarray:
@@ -142,7 +143,7 @@ def train_image_tokenizer(
             group["lr"] = learning_rate(step, t.steps, t.optim)
         optimizer.zero_grad()
         loss.backward()
-        value, norm = float(loss.detach()), clip(vqgan.parameters(), t.optim.grad_clip)
+        value, norm = float(loss.detach()), clip_gradients(vqgan.parameters(), t.optim.grad_clip)
         failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
         if failed == MAX_NONFINITE_STEPS:
             lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"

@@ -1,19 +1,13 @@
-"""Files of tensors, one tensor at a time: safetensors read and written, torch's .pth read.
+"""Read and write safetensors files one tensor at a time.
 
-Both kinds are mapped into memory rather than read, and what was touched stays resident as long as its map does. So a
-file is mapped anew after every REMAP bytes (all shards of a model together): walking through 70 GB of shards holds
-those, or one tensor that is larger, and never a shard.
-A .pth is a pickle; it is opened with weights_only=True, which builds tensors and refuses everything else.
+Files are mapped into memory, and every page that was touched stays resident as long as its map does. So a file is
+mapped again after every REMAP bytes (over all shards of a model). Reading a 70 GB model then holds REMAP bytes, or one
+tensor that is larger, and never a whole shard.
 """
 
-import gc
 import json
-import pickle
-import pickletools
-import re
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +19,15 @@ from nanochameleon.errors import UserError, shown
 from nanochameleon.files import fsync, read_json
 from nanochameleon.training import checkpoint
 
-REMAP = 2**26  # bytes handed out before files are mapped anew
-MAX_HEADER, MAX_PICKLE = 2**22, 2**20  # bytes that describe a file's tensors; the 34B's weights take 100,000
+REMAP = 2**26  # bytes that are read before files are mapped again
+MAX_HEADER = 2**22  # bytes that describe a file's tensors; the 34B's weights take 100,000
 INDEX = "model.safetensors.index.json"
-Meta = dict[str, Tensor]  # on the meta device: types and shapes without content
+Meta = dict[str, Tensor]  # tensors on the meta device: dtypes and shapes without values
 Get = Callable[[str], Tensor]
 
 
-class Tensors(NamedTuple):
-    """Types and shapes by name, and the function that reads one."""
+class LazyTensors(NamedTuple):
+    """Dtypes and shapes by name, and the function that reads one tensor."""
 
     meta: Meta
     get: Get
@@ -46,8 +40,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Reading
 
 
-def check_type(name: str, dtype: object, where: object) -> None:
-    """Raises UserError for a tensor of integers, of 8 bits or of anything else than DTYPES."""
+def check_dtype(name: str, dtype: object, where: object) -> None:
+    """Raise UserError for a tensor of integers, of 8 bits or of anything else that is not in DTYPES."""
     if dtype not in DTYPES and dtype not in NAMES:
         kind = str(dtype).removeprefix("torch.")
         why = "float32, float16, bfloat16 and float64 are read"
@@ -55,86 +49,16 @@ def check_type(name: str, dtype: object, where: object) -> None:
 
 
 def cannot_read(path: Path, error: Exception) -> UserError:
-    """The sentence for an error of the disk, or of a file that is not what it should be."""
+    """Turn an error of the disk, or of a damaged file, into a sentence."""
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"cannot read {path}: {error.strerror}")
     return UserError(f"cannot read {path}: {shown(error, 120)}; is the download complete?")
 
 
-# What a pickle of tensors may name. Others that torch builds, such as bytearray and FloatTensor, take as much memory as
-# a number in the file says.
-HARMLESS = re.compile(
-    r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
-    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)|torch (\w+Storage|Size|device|[a-z]+\d\w*|bool)"
-)
-
-
-def check_pickle(path: Path) -> None:
-    """Raises UserError for a .pth whose description of its tensors would take long, or memory that the file has not."""
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise UserError(f"{path} is refused: it holds compressed parts")
-        for entry in entries:
-            if entry.filename.lower().rpartition("/")[2] == "data.pkl":
-                if entry.file_size > MAX_PICKLE:
-                    raise UserError(f"{path} is refused: it describes more tensors than a Chameleon has")
-                names = [name for op, name, _ in pickletools.genops(archive.read(entry)) if op.name == "GLOBAL"]
-                if bad := [name for name in names if not HARMLESS.fullmatch(name)]:
-                    raise UserError(f"{path} is refused: it holds more than tensors ({shown(bad[0])})")
-
-
-def load_pth(path: Path, key: str | None = None, check: bool = True) -> dict[str, Tensor]:
-    """A .pth's tensors, mapped. `key`: the entry that holds them. Raises UserError for anything but named tensors."""
-    try:
-        if check:
-            check_pickle(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than tensors, or is damaged ({shown(error, 120)})") from None
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can make its reader raise nearly anything
-        raise cannot_read(path, error) from None
-    if key and isinstance(content, dict):
-        content = content.get(key, content)
-    if not isinstance(content, dict) or not all(is_plain(name, x) for name, x in content.items()):
-        raise UserError(f"{path} does not hold tensors by name, as a Chameleon checkpoint does")
-    if sum(x.nbytes for x in content.values()) > path.stat().st_size:
-        raise UserError(f"{path} is refused: its tensors are larger than the file")
-    return content
-
-
-def is_plain(name: object, x: object) -> bool:
-    """Is it a named tensor whose values lie one by one in the file?"""
-    return (
-        isinstance(name, str) and isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-        and not x.is_quantized
-    )  # fmt: skip
-
-
-class Pth:
-    """The tensors of one .pth; `meta` holds their types and shapes."""
-
-    def __init__(self, path: Path, key: str | None = None, n_shards: int = 1):
-        self.path, self.key, self.given, self.n_shards = path, key, 0, n_shards
-        self.tensors = load_pth(path, key)
-        self.meta = {name: x.to("meta") for name, x in self.tensors.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        size = self.meta[name].nbytes
-        if self.given and self.given + size > REMAP // self.n_shards:
-            self.tensors = {}
-            gc.collect()  # torch.load leaves a cycle that holds the map
-            self.tensors, self.given = load_pth(self.path, self.key, check=False), 0
-        self.given += size
-        return self.tensors[name]
-
-
 def open_file(path: Path):
-    """A .safetensors, mapped. Raises UserError for one that is damaged, or whose header says something twice."""
+    """Map a .safetensors into memory. Raises UserError for a damaged one, or one whose header repeats a name."""
 
-    def once(pairs: list) -> dict:
+    def without_duplicates(pairs: list) -> dict:
         if len(content := dict(pairs)) < len(pairs):
             (double, _), *_ = Counter(name for name, _ in pairs).most_common(1)
             raise ValueError(f"it describes {shown(double)} twice")
@@ -145,26 +69,26 @@ def open_file(path: Path):
             size = int.from_bytes(file.read(8), "little")
             if MAX_HEADER < size < path.stat().st_size:
                 raise ValueError(f"its header has {size:,} bytes, which no Chameleon needs")
-            json.loads(file.read(min(size, MAX_HEADER)), object_pairs_hook=once)
+            json.loads(file.read(min(size, MAX_HEADER)), object_pairs_hook=without_duplicates)
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise cannot_read(path, error) from None
 
 
 class Safetensors:
-    """The tensors of one or several .safetensors, by name; `meta` as above. Raises UserError for a damaged one."""
+    """The tensors of one or several .safetensors, by name; `meta` holds their dtypes and shapes."""
 
     def __init__(self, paths: list[Path]):
         self.where: dict[str, Path] = {}
         self.meta: Meta = {}
-        self.open, self.given = {}, 0
+        self.open, self.bytes_read = {}, 0  # mapped files, and what was read since
         for path in paths:
             file = self._map(path)
             for name in file.keys():  # noqa: SIM118, this is no dict
                 if name in self.where:
-                    raise UserError(f"{shown(name)} stands both in {self.where[name].name} and in {path.name}")
+                    raise UserError(f"{shown(name)} is both in {self.where[name].name} and in {path.name}")
                 self.where[name], part = path, file.get_slice(name)
-                check_type(name, part.get_dtype(), path)
+                check_dtype(name, part.get_dtype(), path)
                 self.meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
     def _map(self, path: Path):
@@ -174,30 +98,31 @@ class Safetensors:
 
     def __getitem__(self, name: str) -> Tensor:
         size = self.meta[name].nbytes
-        if self.given and self.given + size > REMAP:
-            self.open, self.given = {}, 0
-        self.given += size
+        if self.bytes_read and self.bytes_read + size > REMAP:
+            self.open, self.bytes_read = {}, 0
+        self.bytes_read += size
         return self._map(self.where[name]).get_tensor(name)
 
 
-class Cut:
-    """Tensors that lie in pieces in several .safetensors, as a sharded checkpoint has them (saver.py); those of `names`
-    alone. Each is put together when it is asked for."""
+class ShardedSafetensors:
+    """Tensors that a sharded checkpoint cut over several .safetensors (training/saver.py); each is whole when read.
 
-    def __init__(self, paths: list[Path], names: Collection[str]):
+    shapes: name -> whole shape of the tensors to read. The files hold others, too, such as the optimizer's.
+    """
+
+    def __init__(self, paths: list[Path], shapes: dict[str, tuple[int, ...]]):
         self.pieces: dict[str, list[tuple[Path, tuple[slice, ...]]]] = {}
         self.meta: Meta = {}
         for path in paths:
             with open_file(path) as file:
                 offsets = checkpoint.shard_offsets(file.metadata())
-                for name in names & set(file.keys()):
+                for name in shapes.keys() & set(file.keys()):
                     part = file.get_slice(name)
-                    check_type(name, part.get_dtype(), path)
-                    begins = offsets.get(name, (0,) * len(part.get_shape()))
-                    ends = [a + n for a, n in zip(begins, part.get_shape(), strict=True)]
-                    self.pieces.setdefault(name, []).append((path, tuple(map(slice, begins, ends))))
-                    shape = map(max, ends, self.meta[name].shape if name in self.meta else ends)
-                    self.meta[name] = torch.empty(tuple(shape), dtype=DTYPES[part.get_dtype()], device="meta")
+                    check_dtype(name, part.get_dtype(), path)
+                    starts = offsets.get(name, (0,) * len(shapes[name]))
+                    where = tuple(slice(a, a + n) for a, n in zip(starts, part.get_shape(), strict=True))
+                    self.pieces.setdefault(name, []).append((path, where))
+                    self.meta[name] = torch.empty(shapes[name], dtype=DTYPES[part.get_dtype()], device="meta")
 
     def __getitem__(self, name: str) -> Tensor:
         whole = torch.empty_like(self.meta[name], device="cpu")
@@ -208,7 +133,7 @@ class Cut:
 
 
 def open_safetensors(folder: Path, stem: str = "model") -> Safetensors:
-    """folder/STEM.safetensors, or the shards that its index names. Raises UserError for missing files."""
+    """Open folder/STEM.safetensors, or the files that its index names. Raises UserError for missing files."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         if not single.is_file():
@@ -219,9 +144,7 @@ def open_safetensors(folder: Path, stem: str = "model") -> Safetensors:
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files")
     names = sorted(set(where.values()))
     if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
-        raise UserError(
-            f"{index} names {shown(missing[0])}, which is not there: {len(missing)} of {len(names)} files miss"
-        )
+        raise UserError(f"{index} names {shown(missing[0])}, which is missing, as are {len(missing) - 1} other files")
     files = Safetensors([folder / name for name in names])
     if lost := [name for name, file in where.items() if files.where.get(name, Path()).name != file]:
         raise UserError(f"{index} says that {shown(where[lost[0]])} holds {shown(lost[0])}, which it does not")
@@ -233,16 +156,16 @@ def open_safetensors(folder: Path, stem: str = "model") -> Safetensors:
 
 
 def write_safetensors(path: Path, meta: Meta, get: Get) -> None:
-    """Writes the tensors that `meta` describes, one at a time.
+    """Write the tensors that `meta` describes, one at a time.
 
-    The format: 8 bytes of the header's length, the header as JSON, then the bytes of all tensors.
+    The format: 8 bytes with the header's length, the header as JSON, then the bytes of all tensors.
     """
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, x in meta.items():
         header[name] = {"dtype": NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
         at += x.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that tensors start at a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, x in meta.items():
@@ -253,11 +176,11 @@ def write_safetensors(path: Path, meta: Meta, get: Get) -> None:
     fsync(path)
 
 
-def write_sharded(folder: Path, meta: Meta, get: Get, most: float) -> None:
-    """model.safetensors, or several with an index where the whole has more than `most` bytes."""
+def write_sharded(folder: Path, meta: Meta, get: Get, max_bytes: float) -> None:
+    """Write model.safetensors, or several files with an index where all tensors together exceed `max_bytes`."""
     parts: list[dict[str, Tensor]] = [{}]
     for name, x in meta.items():
-        if parts[-1] and sum(t.nbytes for t in parts[-1].values()) + x.nbytes > most:
+        if parts[-1] and sum(t.nbytes for t in parts[-1].values()) + x.nbytes > max_bytes:
             parts.append({})
         parts[-1][name] = x
     if len(parts) == 1:
@@ -268,13 +191,3 @@ def write_sharded(folder: Path, meta: Meta, get: Get, most: float) -> None:
     where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
     total = sum(x.nbytes for x in meta.values())
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
-
-
-def write_pth(path: Path, content: dict) -> None:
-    """torch.save, which needs the whole of one file in memory. Raises OSError where the disk does not take it."""
-    try:
-        with path.open("wb") as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch's own, about positions in the file, hides the disk's
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    fsync(path)

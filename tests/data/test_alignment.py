@@ -16,7 +16,7 @@ from nanochameleon.data.sources.shapes import NUMBERS, Scene, World, draw, scene
 from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.evaluate import alignment
 from nanochameleon.evaluate.captions import facts, parse_caption
-from nanochameleon.packing import IGNORE, fill
+from nanochameleon.packing import IGNORE, collate
 from nanochameleon.presets import PRESETS
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vocab import Vocab
@@ -135,7 +135,7 @@ def test_a_document_is_prompts_and_answers_in_turn_of_which_only_answers_are_lea
         assert sum(isinstance(s, EndOfTurn) for s in doc) == 2 * len(exchanges) - 1
         fused = [Image((5,) * 64) if isinstance(s, RawImage) else s for s in doc]
         ids = render(fused, tokenizer, vocab)
-        targets = fill([[ids]], 2_048, vocab.pad, vocab.eot).targets
+        targets = collate([[ids]], 2_048, vocab.pad, vocab.eot).targets
         learnt = targets[targets != IGNORE].tolist()
         expected = []
         for number, exchange in enumerate(exchanges):

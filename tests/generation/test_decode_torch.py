@@ -20,11 +20,11 @@ def both(model: Chameleon, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]
     """
     tokens = torch.randint(TINY_MODEL.vocab_size, (3, 6), generator=torch.Generator().manual_seed(0))
     first, results = torch.tensor([0, 4, 9]), []
-    for step in (FusedStep(model, 20), lambda x, at, window: model(x[:, None], at[:, None], cache=window)[:, 0]):
+    for step in (FusedStep(model, 20), lambda x, at, cache: model(x[:, None], at[:, None], cache=cache)[:, 0]):
         cache, hidden = KVCache.empty(model.cfg, 4, 20, CPU, dtype), []
         for t, column in enumerate(tokens.T):
             positions = first + t
-            hidden.append(step(column, positions, cache.window(slice(0, 3), positions[:, None], 16)).clone())
+            hidden.append(step(column, positions, cache.view(slice(0, 3), positions[:, None], 16)).clone())
         results.append((torch.stack(hidden, 1), cache.keys, cache.values))
     return results
 

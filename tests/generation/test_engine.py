@@ -38,7 +38,7 @@ def prompts(draw) -> list[int]:
     """Any document, or one that ends inside an image after 0 to n codes."""
     ids = render(draw(documents), TOKENIZER, VOCAB, end=False)
     if draw(st.booleans()):
-        ids += [VOCAB.boi, *(VOCAB.code_to_id(c) for c in draw(st.lists(st.integers(0, 7), max_size=N_CODES)))]
+        ids += [VOCAB.boi, *(VOCAB.code_to_token(c) for c in draw(st.lists(st.integers(0, 7), max_size=N_CODES)))]
     return ids
 
 

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from nanochameleon.transformer import rotary_table
+from nanochameleon.transformer import compute_freqs_cis
 
 EPS = 1e-5
 LENGTHS = [1, 2, 5, 17, 63, 64, 65, 130, 200]
@@ -39,7 +39,7 @@ def problems(draw, lengths=LENGTHS, head_dims=HEAD_DIMS):
     kind = draw(st.sampled_from(["none", "packed", "any"]))
     docs = torch.randint(-1, 3, (b, t), generator=generator)
     docs = {"none": None, "packed": docs.sort(1, descending=True).values, "any": docs}[kind]
-    return tensors, rotary_table(torch.arange(t).expand(b, t), e, 10_000.0), docs, numbers(b, t, heads, e)
+    return tensors, compute_freqs_cis(torch.arange(t).expand(b, t), e, 10_000.0), docs, numbers(b, t, heads, e)
 
 
 def outcome(function, problem, dtype) -> list[torch.Tensor]:

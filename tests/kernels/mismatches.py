@@ -36,7 +36,7 @@ from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_re
 from nanochameleon.kernels.block.swiglu import swiglu_reference
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
-from nanochameleon.transformer import rotary_table
+from nanochameleon.transformer import compute_freqs_cis
 
 EPS, Z_LOSS, SHARE = 1e-5, 1e-2, 0.5
 TYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool
@@ -77,7 +77,7 @@ def dropout_reference(x, keys):
 
 
 HEADS = {"q": numbers(2, 9, 4, 8), "k": numbers(2, 9, 2, 8), "v": numbers(2, 9, 2, 8)}
-TABLE = {"table": rotary_table(torch.arange(9).expand(2, 9), 8, 100.0)}
+TABLE = {"table": compute_freqs_cis(torch.arange(9).expand(2, 9), 8, 100.0)}
 DOCS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3, 3]])
 NORMS = {"q_weight": numbers(2, 8), "q_bias": numbers(2, 8), "k_weight": numbers(1, 8), "k_bias": numbers(1, 8)}
 KEYS = {"q": numbers(2, 4, 5, 8), "k": numbers(2, 2, 7, 8), "v": numbers(2, 2, 7, 8)}

@@ -17,7 +17,7 @@ from nanochameleon.kernels.attention.decode import decode_attention_, decode_att
 from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.kernels.gpu import launch as gpu
-from nanochameleon.transformer import Chameleon, KVCache, rotary_table
+from nanochameleon.transformer import Chameleon, KVCache, compute_freqs_cis
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
 NARROW = torch.bfloat16
@@ -49,7 +49,7 @@ def steps(draw):
     norm = (random(groups * (each + 1), e), random(groups * (each + 1), e)) if draw(st.booleans()) else None
     positions = torch.randint(0, places - t + 1, (n, 1), generator=numbers) + torch.arange(t)
     span = draw(st.integers(int(positions.max()) + 1, places))
-    return heads, rotary_table(positions, e, 1e4)[:, 0], norm, keys, values, positions, span
+    return heads, compute_freqs_cis(positions, e, 1e4)[:, 0], norm, keys, values, positions, span
 
 
 def decoded(function, step, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -117,7 +117,7 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
         step, cache = FusedStep(model.to(dtype), 16), KVCache.empty(cfg, 2, 16, torch.device("cpu"), dtype)
         with use_kernels(name):
             places = [torch.tensor([t, t + 5]) for t in range(4)]
-            found = [step(tokens[:, t], at, cache.window(slice(0, 2), at[:, None], 9)) for t, at in enumerate(places)]
+            found = [step(tokens[:, t], at, cache.view(slice(0, 2), at[:, None], 9)) for t, at in enumerate(places)]
         return torch.stack(found).double()
 
     ours, theirs = hidden("cuda", NARROW), hidden("reference", NARROW)

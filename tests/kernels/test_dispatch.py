@@ -23,7 +23,7 @@ from nanochameleon.kernels.dispatch import (
     explain,
     use_kernels,
 )
-from nanochameleon.transformer import Chameleon, rotary_table
+from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
 CPU = torch.device("cpu")
 x = torch.zeros(1)
@@ -74,7 +74,7 @@ def test_the_backward_pass_runs_what_the_forward_pass_ran(monkeypatch):
     """On a GPU it is in a thread of autograd's, which has no wish."""
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
     with use_kernels("numba"):
-        out = qknorm_rope_attention(q, q, q, rotary_table(torch.arange(5)[None], 8, 1e4), None, None, None, 1e-5)
+        out = qknorm_rope_attention(q, q, q, compute_freqs_cis(torch.arange(5)[None], 8, 1e4), None, None, None, 1e-5)
     monkeypatch.setenv(VARIABLE, "cuda")  # which cannot be had
     in_another_thread(lambda: out.sum().backward())
     assert q.grad.isfinite().all()
@@ -83,7 +83,12 @@ def test_the_backward_pass_runs_what_the_forward_pass_ran(monkeypatch):
 def test_what_is_computed_again_runs_what_ran_first():
     model = Chameleon(ModelConfig(vocab_size=280, dim=32, n_layers=2, n_heads=2, multiple_of=8, max_seq_len=64)).train()
     gradients = []
-    for model.recompute, name in ((False, "reference"), (True, "reference"), (True, "numba"), (False, "numba")):
+    for model.activation_checkpointing, name in (
+        (False, "reference"),
+        (True, "reference"),
+        (True, "numba"),
+        (False, "numba"),
+    ):
         model.zero_grad()
         with use_kernels(name):
             hidden = model(torch.arange(30)[None])

@@ -11,7 +11,7 @@ from tolerance import assert_as_good_as
 from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention, qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.reference import visible
 from nanochameleon.kernels.dispatch import use_kernels, why_amx_unavailable
-from nanochameleon.transformer import rotary_table
+from nanochameleon.transformer import compute_freqs_cis
 
 REFUSED = why_amx_unavailable(torch.device("cpu"), torch.bfloat16)
 needs_amx = pytest.mark.skipif(REFUSED is not None, reason=f"kernels on AMX tiles cannot run: {REFUSED}")
@@ -45,7 +45,7 @@ def ordinary_problem(documents: torch.Tensor, e: int):
     tensors = {"q": numbers(b, t, 4, e), "k": numbers(b, t, 2, e), "v": numbers(b, t, 2, e)}
     for name in ("q", "k"):
         tensors |= {f"{name}_weight": 1 + 0.3 * numbers(2, e), f"{name}_bias": 0.3 * numbers(2, e)}
-    return tensors, rotary_table(torch.arange(t).expand(b, t), e, 100.0), documents, numbers(b, t, 4, e)
+    return tensors, compute_freqs_cis(torch.arange(t).expand(b, t), e, 100.0), documents, numbers(b, t, 4, e)
 
 
 @pytest.mark.parametrize("e", [32, 40])
@@ -66,7 +66,7 @@ def test_an_ordinary_problem_is_right_to_a_percent_or_two_in_each_tensor(name, d
 def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype):
     """Every output and every piece of scratch is written before it is read."""
     q, k, v = (torch.randn(2, 70, heads, 20).to(dtype) for heads in (4, 2, 2))
-    table, docs = rotary_table(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
+    table, docs = compute_freqs_cis(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
     norms = [(torch.randn(1, 20), torch.randn(1, 20)) for _ in "qk"]
 
     def run() -> list[torch.Tensor]:
@@ -82,7 +82,7 @@ def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype
 def test_any_number_of_threads_computes_the_same_bits(name, dtype):
     generator = torch.Generator().manual_seed(3)
     inputs = [torch.randn(3, 90, heads, 24, generator=generator).to(dtype) for heads in (4, 2, 2)]
-    table, docs = rotary_table(torch.arange(90).expand(3, 90), 24, 1e4), torch.arange(90).expand(3, 90) // 41
+    table, docs = compute_freqs_cis(torch.arange(90).expand(3, 90), 24, 1e4), torch.arange(90).expand(3, 90) // 41
     before, outcomes = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -100,7 +100,7 @@ def test_any_number_of_threads_computes_the_same_bits(name, dtype):
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_inputs_of_other_strides_are_read_right_and_never_written(name, dtype):
     fused = torch.randn(2, 9, 3, 4, 6).to(dtype)  # one buffer of q, k and v, as a fused projection gives it
-    table = rotary_table(torch.arange(9).expand(2, 9), 6, 1e4)
+    table = compute_freqs_cis(torch.arange(9).expand(2, 9), 6, 1e4)
     q, k, v = fused.unbind(2)
     before = fused.clone()
     with use_kernels(name):
@@ -112,7 +112,7 @@ def test_inputs_of_other_strides_are_read_right_and_never_written(name, dtype):
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_rows_may_lie_an_odd_number_of_numbers_apart(name, dtype):
     wide = torch.randn(1, 40, 65).to(dtype)
-    table = rotary_table(torch.arange(40).expand(1, 40), 32, 1e4)
+    table = compute_freqs_cis(torch.arange(40).expand(1, 40), 32, 1e4)
     x = wide[..., 1:].view(1, 40, 2, 32)
     with use_kernels(name):
         out, copied = (qknorm_rope_attention(y, y, y, table, None, None, None, EPS) for y in (x, x.contiguous()))
@@ -160,7 +160,7 @@ def test_only_distances_count_and_one_vector_on_all_unturned_keys_does_not(name,
     shift = torch.randn(e, generator=generator).to(dtype)
     places, still = torch.arange(70)[None], torch.ones(1, 1, 70, e // 2, dtype=torch.complex64)
     with use_kernels(name):
-        turned = [rotary_table(p, e, 1e4) for p in (places, places + by)]
+        turned = [compute_freqs_cis(p, e, 1e4) for p in (places, places + by)]
         here, there = (qknorm_rope_attention(q, k, v, turns, None, None, None, EPS) for turns in turned)
         plain, moved = (qknorm_rope_attention(q, keys, v, still, None, None, None, EPS) for keys in (k, k + shift))
     room = 1e-3 if dtype == torch.float32 else 0.15  # scores of 4 to 8, rounded to bfloat16, move weights so
@@ -172,7 +172,7 @@ def test_gradcheck():
     """What every implementation is compared with: its gradient by differences, in float64."""
     q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
     norms = [torch.rand(1, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    turns = rotary_table(torch.arange(5).expand(1, 5), 4, 1e4).to(torch.complex128)
+    turns = compute_freqs_cis(torch.arange(5).expand(1, 5), 4, 1e4).to(torch.complex128)
     docs = torch.tensor([[0, 0, 0, 1, 1]])
 
     def run(q, k, v, *n):
@@ -186,7 +186,7 @@ def test_gradcheck():
 def test_with_the_norm_a_factor_on_queries_and_keys_changes_nothing(seed, factor):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 40, 2, 16, generator=generator) for _ in range(3))
-    table = rotary_table(torch.arange(40).expand(1, 40), 16, 1e4)
+    table = compute_freqs_cis(torch.arange(40).expand(1, 40), 16, 1e4)
     norms = [(torch.randn(1, 16, generator=generator), torch.randn(1, 16, generator=generator)) for _ in "qk"]
     with use_kernels("numba"):
         out, scaled = (qknorm_rope_attention(c * q, c * k, v, table, None, *norms, 1e-12) for c in (1.0, factor))
@@ -200,7 +200,7 @@ def test_what_has_diverged_is_seen_by_all_that_see_it(which, normed, value):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, 70, 1, 16, generator=generator) for _ in "qkv"]
     inputs[which][0, 20, 0, 3] = value
-    table = rotary_table(torch.arange(70).expand(1, 70), 16, 1e4)
+    table = compute_freqs_cis(torch.arange(70).expand(1, 70), 16, 1e4)
     norms = [(torch.ones(1, 16), torch.zeros(1, 16)) if normed else None for _ in "qk"]
     outcomes = []
     for function in (numba := with_numba(qknorm_rope_attention), qknorm_rope_attention_reference):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
-from nanochameleon.transformer import rotary_table
+from nanochameleon.transformer import compute_freqs_cis
 
 B, T, H, G, E, V = 2, 19, 4, 2, 6, 37
 
@@ -16,7 +16,7 @@ def attention_inputs(dtype=torch.float32):
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, T, heads, E, dtype=dtype, requires_grad=True) for heads in (H, G, G))
     norms = [torch.randn(n, E, requires_grad=True) for n in (H, H, G, G)]
-    return q, k, v, rotary_table(torch.arange(T).expand(B, T), E, 1e4), torch.randint(0, 2, (B, T)), norms
+    return q, k, v, compute_freqs_cis(torch.arange(T).expand(B, T), E, 1e4), torch.randint(0, 2, (B, T)), norms
 
 
 def op_inputs():

@@ -160,8 +160,8 @@ MUTANTS = [
     Mutant(
         "int8 is scaled after the matmul",
         "generation/quantize.py",
-        ".to(x.dtype).mul_(self.scale[columns, None]))",
-        ".to(x.dtype)) * self.scale[columns].to(x.dtype)",
+        ".to(x.dtype).mul_(self.scale[vocab_slice, None]))",
+        ".to(x.dtype)) * self.scale[vocab_slice].to(x.dtype)",
         "generation/test_quantize.py",
     ),
     Mutant(

@@ -4,24 +4,24 @@ from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
-        "all ranks read the same rows",
+        "all ranks read the same sequences",
         "parallel/mesh.py",
         "return slice(dp_rank * size, (dp_rank + 1) * size)",
         "return slice(0, size)",
         "parallel/test_mesh.py",
     ),
     Mutant(
-        "others do not hear of Ctrl-C",
+        "Ctrl-C on rank 0 does not reach the others",
         "parallel/mesh.py",
         "except (Exception, KeyboardInterrupt) as problem",
         "except Exception as problem",
         "parallel/test_mesh.py",
     ),
     Mutant(
-        "ranks with parts of a layer do not sum QK-norm's gradients",
+        "tensor parallel ranks do not sum QK-norm's gradients",
         "parallel/apply.py",
         "x.to_local(grad_placements=[Partial()])",
         "x.to_local()",
-        "parallel/test_mesh.py",
+        "parallel/test_parallel_training.py",
     ),
 ]

@@ -5,7 +5,7 @@ from mutants.mutant import Mutant
 MUTANTS = [
     Mutant(
         "the image decoder decides ids",
-        "weights/model_folder.py",
+        "weights/tokenizers.py",
         "if not name.startswith(DECODER):\n                x",
         "if True:\n                x",
         "data/test_prepared.py",
@@ -47,21 +47,21 @@ MUTANTS = [
     ),
     Mutant(
         "the context is forgotten",
-        "weights/layout_files.py",
+        "weights/layout_configs.py",
         '("qk_norm_groups", "max_seq_len")',
         '("qk_norm_groups",)',
         "weights/test_layouts.py",
     ),
     Mutant(
         "GQA is claimed without it",
-        "weights/layout_files.py",
+        "weights/layout_configs.py",
         "if cfg.kv_heads != cfg.n_heads:",
         "if True:",
         "weights/test_layouts.py",
     ),
     Mutant(
         "a pickle runs",
-        "weights/tensor_files.py",
+        "weights/pth_files.py",
         "weights_only=True, mmap",
         "weights_only=False, mmap",
         "test_convert.py",
@@ -76,7 +76,7 @@ MUTANTS = [
     Mutant("NaN is a weight", "weights/checks.py", "if not x.sum().isfinite():", "if False:", "test_convert.py"),
     Mutant(
         "a pickle takes memory by a number",
-        "weights/tensor_files.py",
+        "weights/pth_files.py",
         "if not HARMLESS.fullmatch(name)]",
         "if False]",
         "test_convert.py",
@@ -90,15 +90,15 @@ MUTANTS = [
     ),
     Mutant(
         "other words pass for ours",
-        "weights/tokenizer_fields.py",
+        "weights/tokenizer_json.py",
         "if words != list(split_words(EXAMPLE)):",
         "if False:",
-        "test_text_tokenizer.py",
+        "weights/test_tokenizer_json.py",
     ),
     Mutant(
         "a map stays for good",
-        "weights/tensor_files.py",
-        "if self.given and self.given + size > REMAP // self.n_shards:",
+        "weights/pth_files.py",
+        "if self.bytes_read and self.bytes_read + size > tensor_files.REMAP // self.n_shards:",
         "if False:",
         "test_convert.py",
     ),
@@ -111,14 +111,14 @@ MUTANTS = [
     ),
     Mutant(
         "our note overrides the file",
-        "weights/layout_files.py",
+        "weights/layout_configs.py",
         "section(content, NOTE).items() if name in NOTED[layout]",
         "section(content, NOTE).items()",
         "test_convert.py",
     ),
     Mutant(
         "a short path has no parent",
-        "weights/model_folder.py",
+        "weights/read_layouts.py",
         "Path(os.path.abspath(folder)).parent",
         "folder.parent",
         "test_convert.py",
@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant(
         "weights are not taken over",
         "weights/model_folder.py",
-        "    copy_weights(parts, model)\n",
+        "    copy_weights(files, model)\n",
         "    pass\n",
         "test_convert.py",
     ),

@@ -27,8 +27,8 @@ from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
-from nanochameleon.weights.layout_files import model_from_hf
-from nanochameleon.weights.model_folder import open_parts
+from nanochameleon.weights.layout_configs import model_from_hf
+from nanochameleon.weights.model_folder import open_model_files
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import nano_folder
@@ -95,7 +95,7 @@ def check(size: str, python: str, place: Path) -> bool:
     with torch.no_grad():
         ours = model.double().logits(model(ids))[..., text]
     error = float((ours - torch.load(place / "logits.pt")[..., text]).abs().max() / ours.abs().max())
-    read = open_parts(place / "peer")
+    read = open_model_files(place / "peer")
     config = json.loads((place / "peer" / "config.json").read_text())
     sizes = dataclasses.replace(model_from_hf(config), multiple_of=8, qk_norm_groups=MODELS[size].qk_norm_groups)
     same = sizes == MODELS[size] and read.vqgan == VQ and read.tokenizers.text().vocab == Vocab()

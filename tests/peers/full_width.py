@@ -23,10 +23,10 @@ from nanochameleon.convert import Args, convert
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import chameleon_7b, chameleon_34b
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.transformer import Chameleon, rotary_table
+from nanochameleon.transformer import Chameleon, compute_freqs_cis
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights import layouts
-from nanochameleon.weights.layout_files import hf_config
+from nanochameleon.weights.layout_configs import hf_config
 from nanochameleon.weights.model_folder import open_model
 
 LENGTH = 64
@@ -51,10 +51,12 @@ def layer(cfg) -> float:
     with torch.device("meta"):
         theirs = kind(config, 0)
     named = {f"layers.0.{name}": weight for name, weight in block.state_dict().items()}
-    state = {layouts.rule(n).hf.removeprefix("model.layers.0."): layouts.to_hf(n, x, cfg) for n, x in named.items()}
+    state = {layouts.names_of(n).hf.removeprefix("model.layers.0."): layouts.to_hf(n, x, cfg) for n, x in named.items()}
     theirs.load_state_dict(state, assign=True)
     x, positions = torch.randn(1, LENGTH, cfg.dim), torch.arange(LENGTH)[None]
-    ours = block(x, rotary_table(positions, cfg.head_dim, cfg.rope_theta), None, None, 0)
+    freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)
+    stream, branch = block(x, None, freqs_cis, None, None, None)
+    ours = stream if branch is None else stream + branch
     embeddings = hf.ChameleonRotaryEmbedding(config)(x, positions)
     other = theirs(x, attention_mask=None, position_ids=positions, position_embeddings=embeddings)[0]
     return float((ours - other).abs().max() / other.abs().max())

@@ -13,14 +13,14 @@ from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
 from nanochameleon.training.diagnostics import gradient_norms, max_attention_logits
 from nanochameleon.training.objective import Objective
-from nanochameleon.transformer import Chameleon, rotary_table
+from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
 
 def by_hand(model: Chameleon, batch) -> list[float]:
     """Layer by layer, head by head, pair by pair, from the definition."""
     cfg, x = model.cfg, model.tok_embeddings(batch.tokens)
-    table, peaks, branch = rotary_table(batch.positions, cfg.head_dim, cfg.rope_theta), [], None
-    for i, block in enumerate(model.layers):
+    table, peaks, branch = compute_freqs_cis(batch.positions, cfg.head_dim, cfg.rope_theta), [], None
+    for block in model.layers:
         a, stream = block.attention, x if branch is None else x + branch
         read = block.attention_norm(stream) if cfg.norm_order == "pre" else stream
         q, k = a.wq(read).unflatten(-1, (-1, cfg.head_dim)), a.wk(read).unflatten(-1, (-1, cfg.head_dim))
@@ -34,7 +34,7 @@ def by_hand(model: Chameleon, batch) -> list[float]:
                     pair = q[row, t, head] * k[row, s, head * cfg.kv_heads // cfg.n_heads].conj()
                     peak = max(peak, pair.real.sum().item() / math.sqrt(cfg.head_dim))
         peaks.append(peak)
-        x, branch = block(x, branch, table, batch.doc_ids, None, i, None)
+        x, branch = block(x, branch, table, batch.doc_ids, None, None)
     return peaks
 
 

@@ -12,12 +12,11 @@ from tiny import RELEASED_VQGAN, TOKENIZER, VOCAB
 from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import PRESETS
-from nanochameleon.text_tokenizer import TextTokenizer, from_json, to_json
-from nanochameleon.transformer import Chameleon, apply_rotary_emb, rotary_table
+from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.transformer import Chameleon, apply_rotary_emb, compute_freqs_cis
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights import layouts
-from nanochameleon.weights.layout_files import (
-    NOTE,
+from nanochameleon.weights.layout_configs import (
     check_exportable,
     check_vqgan,
     hf_config,
@@ -25,16 +24,16 @@ from nanochameleon.weights.layout_files import (
     model_from_hf,
     model_from_meta,
     resolution_of_yaml,
-    tokenizer_from_hf,
-    tokenizer_to_hf,
     vqgan_from_tensors,
     vqgan_yaml,
 )
+from nanochameleon.weights.layout_tokenizer import tokenizer_from_hf, tokenizer_to_hf
+from nanochameleon.weights.tokenizer_json import NOTE, from_json, to_json
 
 
 def tensors(cfg: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(x.shape, generator=generator) for name, x in layouts.skeleton(cfg).items()}
+    return {name: torch.randn(x.shape, generator=generator) for name, x in layouts.weight_shapes(cfg).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +44,7 @@ def tensors(cfg: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
 @given(model_configs(), st.booleans())
 def test_the_skeleton_is_the_models(cfg, qk_norm):
     cfg = dataclasses.replace(cfg, qk_norm=qk_norm)
-    model, ours = Chameleon(cfg).state_dict(), layouts.skeleton(cfg)
+    model, ours = Chameleon(cfg).state_dict(), layouts.weight_shapes(cfg)
     assert list(model) == list(ours) and all(model[name].shape == ours[name].shape for name in model)
 
 
@@ -57,7 +56,7 @@ def test_hugging_faces_order_comes_back(cfg, seed):
 
 @given(model_configs(), st.integers(0, 99), st.sampled_from([1, 2, 4, 8]))
 def test_shards_come_back(cfg, seed, n):
-    if layouts.bad_shards(cfg, n):
+    if layouts.why_not_sharded(cfg, n):
         return
     for name, x in tensors(cfg, seed).items():
         parts = [layouts.to_meta(name, x, i, n) for i in range(n)]
@@ -70,7 +69,7 @@ def test_turning_halves_of_the_permuted_is_turning_neighbours(heads, half, posit
     """What the permutation is for: rotating x's halves as transformers does gives the permuted result."""
     e = 2 * half
     x = torch.randn(1, heads, 1, e, generator=torch.Generator().manual_seed(seed)).double()
-    table = rotary_table(torch.tensor([[position]]), e, 10_000.0)
+    table = compute_freqs_cis(torch.tensor([[position]]), e, 10_000.0)
     ours = apply_rotary_emb(x, table)
     theirs = layouts.half_split(x.flatten(), e).view(x.shape)
     cos, sin = (torch.cat([part, part], -1).double() for part in (table.real, table.imag))
@@ -82,9 +81,9 @@ def test_turning_halves_of_the_permuted_is_turning_neighbours(heads, half, posit
 def test_heads_that_drifted_apart_need_more_groups_or_are_refused():
     x = torch.arange(8.0)[:, None].expand(8, 4).contiguous()
     pairs = x[::2].repeat_interleave(2, 0)
-    assert layouts.n_groups_of_heads([pairs], 1, 8) == 4 and layouts.n_groups_of_heads([x], 1, 8) == 8
-    assert layouts.n_groups_of_heads([pairs[:1].repeat(8, 1)], 2, 8) == 2  # not fewer than the file says
-    assert layouts.n_groups_of_heads([x, pairs[::2]], 1, 4) is None  # 8 query heads on 4 key heads
+    assert layouts.fewest_groups([pairs], 1, 8) == 4 and layouts.fewest_groups([x], 1, 8) == 8
+    assert layouts.fewest_groups([pairs[:1].repeat(8, 1)], 2, 8) == 2  # not fewer than the file says
+    assert layouts.fewest_groups([x, pairs[::2]], 1, 4) is None  # 8 query heads on 4 key heads
     cfg = ModelConfig(vocab_size=300, dim=32, n_layers=1, n_heads=8, qk_norm_groups=4)
     with pytest.raises(ValueError, match="more than 4 different"):
         layouts.from_hf("layers.0.attention.q_norm.weight", x, cfg)
@@ -126,7 +125,7 @@ def test_the_presets_are_the_released_models(name, n, shards, ffn_dim):
     cfg = PRESETS[name]()
     with torch.device("meta"):
         count = sum(p.numel() for p in Chameleon(cfg.model).parameters())
-    assert count == n and cfg.model.ffn_dim == ffn_dim and layouts.bad_shards(cfg.model, shards) is None
+    assert count == n and cfg.model.ffn_dim == ffn_dim and layouts.why_not_sharded(cfg.model, shards) is None
     released = dict(vocab_size=65_536, norm_eps=1e-5, rope_theta=10_000.0, head_dim=128, max_seq_len=4_096)
     assert {key: getattr(cfg.model, key) for key in released} == released
     params = meta_params(cfg.model)
@@ -207,8 +206,8 @@ def test_the_released_tokenizers_file_loads(layout):
     assert vocab == Vocab() and (vocab.boi, vocab.eoi, vocab.eot) == (8_197, 8_196, 8_710)
     names = content["model"]["vocab"]
     for code in (0, 9, 53, 8_191):
-        assert names[Vocab.name_of_code(code)] == vocab.code_to_id(code) == code + 4
-        assert vocab.id_to_code(names[Vocab.name_of_code(code)]) == code
+        assert names[Vocab.name_of_code(code)] == vocab.code_to_token(code) == code + 4
+        assert vocab.token_to_code(names[Vocab.name_of_code(code)]) == code
     assert tokenizer.decode(tokenizer.encode("taa <s> IMGIMGFDZ")) == "taa <s> IMGIMGFDZ"
     assert all(vocab.is_text(token) for token in tokenizer.encode("<s> IMGIMGFDZ <sentinel:0>"))
     assert tokenizer.encode("ta ") == [names["ta"], names["Ġ"]]

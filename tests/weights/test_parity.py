@@ -27,11 +27,12 @@ from nanochameleon.generation.engine import generate
 from nanochameleon.images.tokenizer import preprocess, to_pixels
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.losses import next_token_loss
-from nanochameleon.text_tokenizer import to_json
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights import layouts
-from nanochameleon.weights.layout_files import hf_config, tokenizer_to_hf, vocabulary_map
+from nanochameleon.weights.layout_configs import hf_config
+from nanochameleon.weights.layout_tokenizer import tokenizer_to_hf, vocabulary_map
 from nanochameleon.weights.model_folder import open_model
+from nanochameleon.weights.tokenizer_json import to_json
 
 NAMES = vocabulary_map(tokenizer_to_hf(to_json(TOKENIZER), VOCAB))
 
@@ -40,7 +41,7 @@ def theirs(model: Chameleon, vqgan: VQGAN) -> ChameleonForConditionalGeneration:
     """The same model in transformers, through layouts.py alone."""
     dtype = str(model.output.weight.dtype).removeprefix("torch.")
     hf = ChameleonForConditionalGeneration(ChameleonConfig(**hf_config(model.cfg, vqgan.cfg, VOCAB, NAMES, dtype)))
-    state = {layouts.rule(k).hf: layouts.to_hf(k, x, model.cfg) for k, x in model.state_dict().items()}
+    state = {layouts.names_of(k).hf: layouts.to_hf(k, x, model.cfg) for k, x in model.state_dict().items()}
     vq = {f"{layouts.VQ_PREFIX}{k}": x for k, x in vqgan.state_dict().items() if not k.startswith(layouts.DECODER)}
     hf.load_state_dict(state | vq)
     return hf.to(model.output.weight.dtype).eval()
@@ -146,7 +147,7 @@ def test_codes_are_the_same_and_decode_to_the_same_pixels(folder, vqgan):
         assert torch.equal(codes, vqgan.encode(pixels)) and len(codes.unique()) > 1
         again = open_model(folder, "cpu").image_tokenizer.vqgan  # with the decoder that lies beside transformers' files
         torch.testing.assert_close(again.decode(codes), vqgan(pixels)[0], rtol=0, atol=1e-5)
-    assert torch.equal(hf.model.get_image_tokens(pixels), VOCAB.code_to_id(codes).to(torch.int))
+    assert torch.equal(hf.model.get_image_tokens(pixels), VOCAB.code_to_token(codes).to(torch.int))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (24, 8), (64, 128), (40, 20)])

@@ -75,12 +75,13 @@ def main(args: Args) -> None:
     from nanochameleon.data.prepared import open_prepared, store_prepared
     from nanochameleon.parallel.mesh import env_int, rank_and_world_size
     from nanochameleon.training.run import pick_device
-    from nanochameleon.weights.model_folder import open_tokenizers, text_of
+    from nanochameleon.weights.model_folder import open_tokenizers
+    from nanochameleon.weights.tokenizers import open_text_tokenizer
 
     (rank, world), local = rank_and_world_size(), env_int("LOCAL_WORLD_SIZE", 1)
     tokenizers = open_tokenizers(args.tokenizers) if args.tokenizers else open_prepared(args.out)
     units, left = plan(args.sources, args.form), left_out(args.sources, args.form)
-    text = text_of(tokenizers, args.tokenizers or args.out)
+    text = open_text_tokenizer(tokenizers, args.tokenizers or args.out)
     most, least = args.seq_len or tokenizers.context, tokenizers.vqgan.codes_per_image + 5
     if most < (least := 3 if args.form == "text" else least):  # <s>, a word, an image between its two ids, </s>
         raise UserError(f"--seq-len must be at least {least} for this form, not {most}")

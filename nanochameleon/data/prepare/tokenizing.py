@@ -29,7 +29,7 @@ from nanochameleon.data.reading import SKIPPED, Bad, File, as_line, first_few, r
 from nanochameleon.data.shards import write_shards_index
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, render_segment
 from nanochameleon.errors import UserError
-from nanochameleon.files import replacing, write_file
+from nanochameleon.files import atomic_open, write_file
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.checkpoint import sweep
@@ -317,9 +317,9 @@ def finish(job: Job) -> str:
     """Joins what the units came to, one after another. Raises UserError where nothing can be used."""
     totals, counts, per_shard, first = Counter(), Counter(), [], []
     with (
-        replacing(job.directory / Shards.OFFSETS) as offsets,
-        replacing(job.directory / Shards.CHECKSUMS) as checksums,
-        replacing(job.directory / SKIPPED) as listed,
+        atomic_open(job.directory / Shards.OFFSETS) as offsets,
+        atomic_open(job.directory / Shards.CHECKSUMS) as checksums,
+        atomic_open(job.directory / SKIPPED) as listed,
     ):
         offsets.write(bytes(8))
         for number in range(len(job.units)):

@@ -23,7 +23,7 @@ from nanochameleon.generation.cpu.threads import BOARD, MADE
 from nanochameleon.generation.decoder import Decoder
 from nanochameleon.generation.quantize import QuantizedLinear
 from nanochameleon.kernels.cpu.simd import W
-from nanochameleon.transformer import Chameleon, KVCache, rotary_table
+from nanochameleon.transformer import Chameleon, KVCache, compute_freqs_cis
 from nanochameleon.vocab import Vocab
 
 QUEUE = 128  # tokens of prompts that are read at once
@@ -127,7 +127,7 @@ class CPUDecoder(Decoder):
             norms = [vector(norm.weight) for norm in (block.attention_norm, block.ffn_norm)]
             norms += [vector(torch.stack([x.weight, x.bias], 1)) if qk_norm else 0 for x in (a.q_norm, a.k_norm)]
             fields[:] = *linears, *norms, self.address(keys), self.address(values)
-        freqs_cis = rotary_table(torch.arange(cache.keys.shape[3])[None], model.cfg.head_dim, model.cfg.rope_theta)
+        freqs_cis = compute_freqs_cis(torch.arange(cache.keys.shape[3])[None], model.cfg.head_dim, model.cfg.rope_theta)
         output, output_scale = linear(model.output)
         return dict(
             matmul=matmul_address(1 if isinstance(model.output, QuantizedLinear) else 4),

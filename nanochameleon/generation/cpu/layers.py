@@ -256,7 +256,7 @@ def attend(m, layer, i, g, scratch):
 
 @inner
 def part_of_linear(m, layer, which, x, stride, k, n, start, count, first, last, out, out_stride):
-    """Those outputs first .. last - 1 of a phase that belong to one matrix, whose own are start .. start + count - 1."""
+    """Those of a phase's outputs first .. last - 1 that are of one matrix, whose own are start .. start + count - 1."""
     low, high = max(first - start, 0), min(last - start, count)
     if low < high:
         w, scale = field(m, layer, which), field(m, layer, which + 1)

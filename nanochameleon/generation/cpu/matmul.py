@@ -129,7 +129,7 @@ ARGUMENTS = 10  # of the matmul, all int64
 
 
 def make_tile(size: int):
-    """Make tile(...): 1 to ROWS rows and OUTS outputs, or 1 and 1; weights of `size` bytes a number, strides in bytes."""
+    """Make tile(...): up to ROWS rows and OUTS outputs, or 1 and 1. Weights have `size` bytes, strides are in bytes."""
 
     @instruction(types.void, count, count, address, count, address, count, address, address, count, address)
     def tile(b, rows, outs, x, stride_x, w, k, scale, out, stride_out, ahead):

@@ -1,23 +1,23 @@
-"""What stands beside the tensors in Meta's and Hugging Face's layouts: configurations and the text tokenizer's file.
+"""Convert model configurations to and from Meta's and Hugging Face's layouts, as plain dicts.
 
-All of it as plain values: a dict is read, a dict comes out. What a layout has no word for (Meta's the number of QK-norm
-groups and the context, Hugging Face's our ffn rounding) goes into a note under the key NOTE, which the others' loaders
-pass over; for what it has a word, that word counts, so a file that was edited means what it says. The image
-tokenizer's sizes are read from its tensors, which cannot disagree with themselves; of Meta's vqgan.yaml only the
-resolution is needed, so one line of it is read and the file written from a template: no YAML parser.
+Each layout lacks some of our fields: Meta's the number of QK-norm groups and the context length, Hugging Face's the
+rounding of ffn_dim. Those go into a note under the key NOTE, which the other loaders ignore. A field that the layout
+does have is always read from it, so a file that was edited means what it says.
+
+The image tokenizer's sizes are read from its tensors, which cannot contradict themselves. Of Meta's vqgan.yaml only the
+resolution is needed: one line is read, and the file is written from a template, without a YAML parser.
 """
 
-import copy
 import dataclasses
 import re
 
 from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.errors import shown
-from nanochameleon.text_tokenizer import NOTE
 from nanochameleon.training.run import build
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.ranges import out_of_range
 from nanochameleon.weights.tensor_files import Meta
+from nanochameleon.weights.tokenizer_json import NOTE
 
 NOTED = {"meta": ("qk_norm_groups", "max_seq_len"), "hf": ("multiple_of", "ffn_dim_multiplier")}
 QK_NORM_EPS = 1e-5  # fixed in Meta's and Hugging Face's code
@@ -27,17 +27,17 @@ QK_NORM_EPS = 1e-5  # fixed in Meta's and Hugging Face's code
 
 
 def note(cfg: ModelConfig, layout: str) -> dict:
-    """{NOTE: what the layout has no word for}."""
+    """Return {NOTE: the fields that the layout lacks}."""
     return {NOTE: {name: getattr(cfg, name) for name in NOTED[layout]}}
 
 
 def noted(content: dict, layout: str) -> dict:
-    """The fields of such a note; none without one. Raises ValueError for a note that is no object."""
+    """Return the fields of the note, {} without one. Raises ValueError for a note that is no object."""
     return {name: value for name, value in section(content, NOTE).items() if name in NOTED[layout]}
 
 
 def section(content: dict, name: str) -> dict:
-    """An object inside a configuration; {} where it is missing or null. Raises ValueError for anything else."""
+    """Return an object inside a configuration, {} if missing or null. Raises ValueError for anything else."""
     found = content.get(name)
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"{name} is {shown(repr(found))}")
@@ -45,30 +45,32 @@ def section(content: dict, name: str) -> dict:
 
 
 def field(content: dict, name: str, kind: type, default: object = None):
-    """A field of a configuration, which has the type `kind`. Raises ValueError, naming it, for another type, and where
-    it is missing and there is no default."""
+    """Return a field of type `kind`.
+
+    Raises ValueError naming it for another type, or if it is missing and has no default.
+    """
     if name not in content and default is None:
         raise ValueError(f"it lacks {name!r}")
     return build(kind, content.get(name, default), name)
 
 
 def checked(cfg: ModelConfig) -> ModelConfig:
-    """Raises ValueError for numbers that no model has."""
+    """Return the configuration. Raises ValueError for numbers that no model has."""
     if wrong := out_of_range(model=cfg):
         raise ValueError(wrong)
     return cfg
 
 
 def check_exportable(cfg: ModelConfig, layout: str) -> None:
-    """Raises ValueError for a model that Meta's and Hugging Face's code would compute otherwise."""
+    """Raise ValueError for a model that Meta's or Hugging Face's code would compute differently."""
     if cfg.norm_eps != QK_NORM_EPS:
-        raise ValueError(f"norm_eps is {cfg.norm_eps}, and {layout}'s QK-norm has {QK_NORM_EPS} in any case")
+        raise ValueError(f"norm_eps is {cfg.norm_eps}, and the QK-norm of {layout} always uses {QK_NORM_EPS}")
     if layout == "hf" and not cfg.qk_norm:
         raise ValueError("it has no QK-norm, which Hugging Face's model always has")
 
 
 def meta_params(cfg: ModelConfig) -> dict:
-    """-> params.json. n_kv_heads is left out without GQA: transformers' script takes its presence to mean GQA."""
+    """Return params.json. n_kv_heads is left out without GQA, since transformers' script takes it to mean GQA."""
     model = dict(
         dim=cfg.dim, n_layers=cfg.n_layers, n_heads=cfg.n_heads, vocab_size=cfg.vocab_size,
         multiple_of=cfg.multiple_of, norm_eps=cfg.norm_eps, rope_theta=cfg.rope_theta,
@@ -82,7 +84,7 @@ def meta_params(cfg: ModelConfig) -> dict:
 
 
 def model_from_meta(params: dict, n_shards: int) -> ModelConfig:
-    """params.json, merged or not, -> ModelConfig. Each shard is a group unless the note says else."""
+    """params.json, merged or not -> ModelConfig. Each shard is a group unless the note says otherwise."""
     p = params | section(params, "model")
     heads, kv_heads = field(p, "n_heads", int), build(int | None, p.get("n_kv_heads"), "n_kv_heads")
     qk_norm = field(p, "qk_normalization", bool, True)
@@ -98,7 +100,7 @@ def model_from_meta(params: dict, n_shards: int) -> ModelConfig:
 
 
 def hf_config(cfg: ModelConfig, vqgan: VQGANConfig, vocab: Vocab, vocabulary_map: dict, dtype: str) -> dict:
-    """-> config.json of transformers' ChameleonConfig, with rope_theta and the type as versions 4 and 5 name them."""
+    """Return transformers' config.json. rope_theta and the dtype have the names of versions 4 and 5."""
     vq_config = dict(
         model_type="chameleon_vqgan", embed_dim=vqgan.embed_dim, num_embeddings=vqgan.n_codes, double_latent=False,
         latent_channels=vqgan.z_channels, resolution=vqgan.resolution, in_channels=3, base_channels=vqgan.ch,
@@ -148,11 +150,12 @@ def model_from_hf(config: dict) -> ModelConfig:
 
 
 def with_ffn_dim(cfg: ModelConfig, ffn_dim: int) -> ModelConfig:
-    """The configuration whose feed-forward width is `ffn_dim`: of coarse rounding if that gives it."""
+    """Return the configuration whose feed-forward width is `ffn_dim`, with the coarsest rounding that gives it."""
     for multiple_of in (cfg.multiple_of, *(2**n for n in range(12, -1, -1)), ffn_dim):
         if (found := dataclasses.replace(cfg, multiple_of=multiple_of)).ffn_dim == ffn_dim:
             return found
-    two_thirds = int(2 * 4 * cfg.dim / 3)  # half a unit more, so that cutting off the fraction gives ffn_dim
+    two_thirds = int(2 * 4 * cfg.dim / 3)
+    # plus 0.5, so that truncating the product gives ffn_dim in spite of rounding
     return dataclasses.replace(cfg, multiple_of=1, ffn_dim_multiplier=(ffn_dim + 0.5) / two_thirds)
 
 
@@ -161,13 +164,13 @@ def with_ffn_dim(cfg: ModelConfig, ffn_dim: int) -> ModelConfig:
 
 
 def vqgan_from_tensors(meta: Meta, resolution: int) -> VQGANConfig:
-    """Sizes of an image tokenizer, by its tensors' shapes. Raises ValueError where a tensor is missing."""
+    """Read an image tokenizer's sizes off its tensors' shapes. Raises ValueError where a tensor is missing."""
     if not any(name.startswith("encoder.") for name in meta):
         raise ValueError("it has no image tokenizer")
 
     def shape(name: str, n: int) -> tuple[int, ...]:
         if name not in meta or len(meta[name].shape) != n or 0 in meta[name].shape:
-            raise ValueError(f"it lacks {name}, of which its image tokenizer's sizes are read")
+            raise ValueError(f"it lacks {name}, which tells the sizes of its image tokenizer")
         return meta[name].shape
 
     levels = len({name.split(".")[2] for name in meta if name.startswith("encoder.down.")})
@@ -182,17 +185,17 @@ def vqgan_from_tensors(meta: Meta, resolution: int) -> VQGANConfig:
 
 
 def check_vqgan(cfg: VQGANConfig, layout: str) -> None:
-    """Raises ValueError for an image tokenizer that the others, with their fixed numbers, would compute otherwise."""
+    """Raise ValueError for an image tokenizer that the others, whose numbers are fixed, would compute differently."""
     if cfg.n_groups != 32:
         raise ValueError(f"its image tokenizer has vqgan.n_groups {cfg.n_groups}; Chameleon's has 32")
     if cfg.window is not None:
-        raise ValueError("its encoder sees windows (vqgan.window), Chameleon's the whole image")
+        raise ValueError("its encoder reads windows (vqgan.window), Chameleon's the whole image")
     if layout == "meta" and not cfg.mid_attention:
         raise ValueError("its image tokenizer has no attention in the middle (vqgan.mid_attention), Chameleon's has")
 
 
 def vqgan_yaml(cfg: VQGANConfig) -> str:
-    """Meta's vqgan.yaml, in taming-transformers' form. `ckpt_path` and `lossconfig` are there since readers ask."""
+    """Return Meta's vqgan.yaml, in taming-transformers' form. Its readers ask for `ckpt_path` and `lossconfig`, too."""
     return f"""model:
   target: taming.models.vqgan.VQModel
   params:
@@ -215,86 +218,8 @@ def vqgan_yaml(cfg: VQGANConfig) -> str:
 
 
 def resolution_of_yaml(text: str) -> int:
-    """Raises ValueError where there is none."""
+    """Return the resolution in vqgan.yaml. Raises ValueError where there is none."""
     found = re.search(r"^[ \t]*resolution:[ \t]*(\d{1,9})[ \t]*(?:#.*)?$", text, re.MULTILINE)
     if not found:
-        raise ValueError("it names no resolution")
+        raise ValueError("vqgan.yaml has no line `resolution:` with a number")
     return int(found[1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text tokenizer
-
-PLACEHOLDER = "<image>"  # Hugging Face's name for the reserved id behind the end of turn (8711)
-
-
-def bos_first() -> dict:
-    """The post-processor with which `tokenizers` puts <s> first; Meta's own code does so itself."""
-    bos = "<s>"
-    word, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    pair = [word, text, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    special = {bos: {"id": bos, "ids": [Vocab.bos], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": [word, text], "pair": pair, "special_tokens": special}
-
-
-def renamed(content: dict, old: str, new: str) -> dict:
-    """A tokenizer's JSON with one special name in place of another."""
-    content = copy.deepcopy(content)
-    content["model"]["vocab"] = {new if name == old else name: i for name, i in content["model"]["vocab"].items()}
-    for token in content["added_tokens"]:
-        token["content"] = new if token["content"] == old else token["content"]
-    return content
-
-
-def tokenizer_to_hf(content: dict, vocab: Vocab) -> dict:
-    """text_tokenizer.json -> tokenizer.json: a reserved name becomes <image>, and <s> is put first.
-
-    Raises ValueError where no id is reserved behind the end of turn, or where the file has no name for it.
-    """
-    if vocab.eot + 1 >= vocab.first_text or vocab.name(vocab.eot + 1) not in vocabulary_map(content):
-        raise ValueError("its vocabulary has no reserved name behind the end of turn for Hugging Face's <image>")
-    content = renamed(content, vocab.name(vocab.eot + 1), PLACEHOLDER)
-    return content | {"post_processor": content.get("post_processor") or bos_first()}
-
-
-def tokenizer_from_hf(content: dict) -> dict:
-    """Inverse of tokenizer_to_hf: a post-processor that is not the one added there stays."""
-    names, after = vocabulary_map(content), content.get("post_processor")
-    if PLACEHOLDER in names:
-        content = renamed(content, PLACEHOLDER, f"<reserved{names[PLACEHOLDER] - Vocab.first_code:05d}>")
-    return content | {"post_processor": None if after == bos_first() else after}
-
-
-def vocabulary_map(content: dict) -> dict[str, int]:
-    """Every name -> id, for config.json. Raises ValueError for a file of another form."""
-    try:
-        return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"its text tokenizer has no names with ids ({shown(error)})") from None
-
-
-def processor_files(vocab: Vocab, vqgan: VQGANConfig) -> dict[str, dict]:
-    """File name -> content: what ChameleonProcessor and generate() read beside config.json and tokenizer.json.
-
-    The pixels' scale is 2/255, Meta's; transformers' own default, 0.0078, makes white 0.989.
-    """
-    side = vqgan.resolution
-    special = dict(bos_token=vocab.bos, eos_token=vocab.eos, unk_token=vocab.unk, pad_token=vocab.pad)
-    names = {role: vocab.name(token) for role, token in special.items()} | {"sep_token": vocab.name(vocab.eot)}
-    processor = dict(
-        image_processor_type="ChameleonImageProcessor", processor_class="ChameleonProcessor", do_convert_rgb=True,
-        do_resize=True, size={"shortest_edge": side}, resample=1, do_center_crop=True,
-        crop_size={"height": side, "width": side}, do_rescale=True, rescale_factor=2 / 255, do_normalize=True,
-        image_mean=[1.0] * 3, image_std=[1.0] * 3,
-    )  # fmt: skip
-    image = dict(image_seq_length=vqgan.codes_per_image, image_token=PLACEHOLDER)
-    return {
-        "generation_config.json": dict(bos_token_id=vocab.bos, eos_token_id=vocab.eos, pad_token_id=vocab.pad),
-        "preprocessor_config.json": processor,
-        "processor_config.json": dict(processor_class="ChameleonProcessor", **image),
-        "special_tokens_map.json": names,
-        "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", processor_class="ChameleonProcessor",
-            clean_up_tokenization_spaces=False, model_max_length=10**30, **names,
-        ),
-    }  # fmt: skip
