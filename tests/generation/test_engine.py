@@ -363,7 +363,7 @@ def test_an_engine_without_slots_for_guidance_is_an_error():
 def test_a_wrong_modality_or_stop_is_refused_when_added_and_harms_no_other_request(modality, stops):
     engine = Engine(MODEL, VOCAB, N_CODES, 4)
     engine.add([VOCAB.bos], PARAMS, seed=(0, 0))
-    with pytest.raises(ValueError, match=r"stops are|<boi> can end"):
+    with pytest.raises(ValueError, match=r"stops are|<boi> can be a stop"):
         engine.add([VOCAB.bos], PARAMS, modality, stops=stops)
     tokens = [token for output in engine.run() for token in output.tokens]
     assert [tokens] == generate(MODEL, [[VOCAB.bos]], VOCAB, N_CODES, PARAMS)

@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         "keys are kept for values",
         "generation/cpu/layers.py",
-        "projected(m, i, m.n_heads + m.kv_heads + g)",
-        "projected(m, i, m.n_heads + g)",
+        "head_at(m, i, m.n_heads + m.kv_heads + g)",
+        "head_at(m, i, m.n_heads + g)",
         "generation/test_decode_cpu.py",
     ),
     Mutant(
