@@ -1,6 +1,6 @@
 """The operations of the model and its losses, one file an op; each has a plain reference that every test runs."""
 
-from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention
+from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import attention
 from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm

@@ -1,12 +1,13 @@
 """Which implementation of an op runs, and why: a value that a caller can set, never a constant of the import.
 
-    with use_kernels("reference"): ...          for a block of code
+    with use_kernels("reference"): ...          for a block of code, in this thread
     NANOCHAMELEON_KERNELS=reference python ...  for a process
-    otherwise "auto": the fastest one measured for this device and type (the table AUTO); of the output layer with its
-    loss, which is there to save memory, the one that holds the least
+    otherwise "auto"                            the fastest one measured for this device and dtype (AUTO)
 
-An explicit wish that cannot be met raises with the reason. Inputs that only torch's rules bring together (broadcast
-shapes, several types, no numbers at all) run on the reference whatever the wish. Not here: the implementations.
+For the output layer with its loss, which exists to save memory, "auto" is the one that needs the least memory.
+
+A request that cannot be met raises ValueError with the reason. Inputs that only PyTorch's rules combine (broadcast
+shapes, mixed dtypes, empty tensors) run on the reference, whatever was requested. Not here: the implementations.
 """
 
 import os
@@ -23,15 +24,15 @@ from torch import Tensor
 
 NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
-MAIN_PID = os.getpid()  # whose threads torch's OpenMP has, if any: launch.py may first be imported after a fork
+MAIN_PID = os.getpid()  # the process that owns torch's OpenMP threads; launch.py may be imported only after a fork
 
-CHUNKS = "a sixteenth of the logits in memory, for 4 products of their size in place of 3"
-ENGINE = "on a CPU the engine's steps are compiled whole (cpu/)"
+CHUNKS = "a sixteenth of the logits in memory, for 4 matmuls of their size in place of 3"
+ENGINE = "on a CPU the engine compiles whole decode steps (generation/cpu/)"
 
-# (op, type on a CPU) -> what runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
-# What is not in it runs on torch's own operations: other devices and types, and GPUs until a table was measured on one.
+# (op, dtype on a CPU) -> what runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
+# Anything not listed falls back to PyTorch: other devices and dtypes, and GPUs until someone has measured there.
 AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
-    ("qknorm_rope_attention", torch.float32): ("numba", "twice torch's norm, rotation and fused attention"),
+    ("qknorm_rope_attention", torch.float32): ("numba", "2 times torch's norm, rotation and fused attention"),
     ("qknorm_rope_attention", torch.bfloat16): ("numba", "3 times torch's norm, rotation and fused attention"),
     ("zloss_cross_entropy", torch.float32): (
         "numba",
@@ -40,8 +41,8 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("zloss_cross_entropy", torch.bfloat16): ("numba", "1.7 times torch.compile, 4 times torch"),
     ("rms_norm", torch.float32): ("numba", "one pass instead of six"),
     ("rms_norm", torch.bfloat16): ("numba", "one pass instead of six"),
-    ("linear", torch.float32): ("joined", "layers that read one input as one product, gradients without sums"),
-    ("linear", torch.bfloat16): ("joined", "the same, and weights brought into the products' type in one pass"),
+    ("linear", torch.float32): ("joined", "layers that read one input as one matmul, gradients without sums"),
+    ("linear", torch.bfloat16): ("joined", "the same, and weights cast in one pass"),
     ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
     ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
     ("linear_zloss_cross_entropy", torch.float32): ("numba", CHUNKS),
@@ -49,27 +50,26 @@ AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
     ("decode_attention", torch.float32): ("reference", ENGINE),
     ("decode_attention", torch.bfloat16): ("reference", ENGINE),
 }
-# "cuda" is our attention for heads of 64 and 128, and torch's for others; "vendor" is torch's (cuDNN's where torch
-# prefers that) behind our norm and turn. For every op but the attentions the two are one.
+# "cuda" is our attention for head sizes 64 and 128, and torch's for others. "vendor" is torch's attention (cuDNN's
+# where torch prefers that) after our QK-norm and RoPE. For ops other than attention the two are the same.
 CUDA_DTYPES = {
     "qknorm_rope_attention": (torch.bfloat16,),
     "decode_attention": (torch.bfloat16,),
     "zloss_cross_entropy": (torch.bfloat16, torch.float32),
     "linear_zloss_cross_entropy": (torch.bfloat16, torch.float32),
 }
-# What is written for the matrix unit of newer Xeons (amx.py), all of it in bfloat16: chosen where there is one.
+# Kernels for the matrix unit of newer Xeons (cpu/amx/), in bfloat16 alone: chosen where the processor has one.
 AMX_OPS = {
     "qknorm_rope_attention": "matmuls on AMX tiles, norms a row in each lane: 1.3 to 2.7 times the vector kernel",
-    "linear": "layers that read one input as one product, weights' gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
+    "linear": "layers that read one input as one matmul, weight gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
 OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
-# What a training step runs: losses.py has logits, and decoding is not training.
+# The ops of a training step: losses.py takes logits, and decoding is not training.
 TRAINING_OPS = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
 
 
 class _Override(threading.local):
-    """What use_kernels asks for in this thread. torch.compile compiles again when it changes, as a ContextVar's value
-    would not be seen."""
+    """What use_kernels requests in this thread. torch.compile sees a change of it, but not of a ContextVar."""
 
     def __init__(self):
         self.name: str | None = None
@@ -80,8 +80,10 @@ _override = _Override()
 
 @contextmanager
 def use_kernels(name: str | None) -> Iterator[None]:
-    """Inside, every op that this thread calls runs this implementation: "reference", "numba", "amx", "cuda", "vendor"
-    or "auto"; None is whatever the environment says. Raises ValueError for another name."""
+    """Run every op that this thread calls inside on this implementation, one of NAMES.
+
+    None leaves the choice to the environment. Raises ValueError for another name.
+    """
     if name is not None:
         _check(name)
     before, _override.name = _override.name, name
@@ -92,8 +94,7 @@ def use_kernels(name: str | None) -> Iterator[None]:
 
 
 def same_kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For torch.utils.checkpoint's `context_fn`: what is computed again runs what ran first, in whatever thread the
-    backward pass is."""
+    """For torch.utils.checkpoint's `context_fn`: recomputation runs the kernels of the forward pass, in any thread."""
     return nullcontext(), use_kernels(_override.name)
 
 
@@ -103,19 +104,19 @@ def _check(name: str) -> None:
 
 
 def requested() -> str:
-    """What was asked for: by use_kernels, else by the environment, else "auto". An empty variable asks for nothing."""
+    """The name requested by use_kernels, else by the environment, else "auto". An empty variable counts as unset."""
     name = _override.name or os.environ.get(VARIABLE) or "auto"
     _check(name)
     return name
 
 
 def installed(package: str) -> bool:
-    """The search takes as long as a small kernel, so first among what is loaded."""
+    """Whether a package can be imported. A search takes as long as a small kernel, so look at what is loaded first."""
     return package in sys.modules or find_spec(package) is not None
 
 
 def why_numba_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why Numba's kernels cannot run on such tensors, or None."""
+    """The reason why Numba kernels cannot run on such tensors, or None."""
     if device.type != "cpu":
         return f"they are for the CPU, and the tensors are on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -157,7 +158,7 @@ def cuda_extra() -> str:
 
 @torch.compiler.assume_constant_result
 def missing_cuda_package() -> str | None:
-    """What is lacking of cuda_extra(); CuPy for another CUDA would fail at its first launch."""
+    """The package of cuda_extra() that is missing, or None. CuPy for another CUDA would fail at its first launch."""
     right, other = ("cupy-cuda12x", "cupy-cuda13x")[:: 1 if cuda_extra() == "cuda12" else -1]
     if not installed("cupy") or (distribution(other) and not distribution(right)):
         return right
@@ -171,15 +172,15 @@ def distribution(name: str) -> bool:
 
 
 def architecture(major: int, minor: int) -> str | None:
-    """What to compile for, by compute capability; None where nothing of ours can be loaded.
+    """The architecture to compile for, by compute capability; None where our kernels cannot be loaded.
 
-    Code for sm_80 runs on all of 8.x; that for sm_90a and sm_100a has instructions of just these GPUs.
+    Code for sm_80 runs on all of 8.x. Code for sm_90a and sm_100a has instructions of these GPUs alone.
     """
     return "sm_80" if major == 8 else {(9, 0): "sm_90a", (10, 0): "sm_100a"}.get((major, minor))
 
 
 def unsupported(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why this wish cannot be met, or None."""
+    """The reason why this implementation cannot run, or None."""
     if name == "numba":
         return why_numba_unavailable(device, dtype)
     if name == "amx":
@@ -188,20 +189,20 @@ def unsupported(name: str, op: str, device: torch.device, dtype: torch.dtype) ->
 
 
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, reason). Raises ValueError for a wish that cannot be met."""
+    """(implementation, reason). Raises ValueError for a request that cannot be met."""
     name, reason = requested(), why_numba_unavailable(device, dtype)
     if name in ("cuda", "vendor") and op not in CUDA_DTYPES:
-        return "reference", "there is no CUDA kernel of it"
+        return "reference", "it has no CUDA kernel"
     if name in ("numba", "amx") and op == "decode_attention" and device.type == "cpu":
         return "reference", ENGINE
     if name == "amx" and op not in AMX_OPS:
         name = "numba"
-    if refusal := unsupported(name, op, device, dtype):
-        raise ValueError(f"{name}'s kernels were asked for {op}, but {refusal}")
+    if problem := unsupported(name, op, device, dtype):
+        raise ValueError(f"the {name} kernels were requested for {op}, but {problem}")
     if name != "auto":
-        return name, "asked for"
+        return name, "requested"
     if reason:
-        return "reference", f"numba's kernels do not do: {reason}"
+        return "reference", f"numba kernels cannot run: {reason}"
     if op in AMX_OPS and why_amx_unavailable(device, dtype) is None:
         return "amx", AMX_OPS[op]
     return AUTO[op, dtype]

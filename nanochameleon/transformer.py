@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb, layer_norm, qknorm_rope_attention
-from nanochameleon.kernels.attention.reference import attention
+from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
+from nanochameleon.kernels.attention.reference import apply_rotary_emb, attention, layer_norm
 from nanochameleon.kernels.block.dropout import dropout, fold_in
 from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import add_norm, norm_add, rms_norm

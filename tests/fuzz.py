@@ -52,7 +52,8 @@ from nanochameleon.data.sources.webdataset import captioned
 from nanochameleon.errors import LONGEST, OBEYED, UserError, printable, short
 from nanochameleon.images.tokenizer import load_square
 from nanochameleon.training import checkpoint
-from nanochameleon.training.monitor import Monitor, plot_curves, read_metrics
+from nanochameleon.training.curves import plot_curves
+from nanochameleon.training.monitor import Monitor, read_metrics
 from nanochameleon.training.signals import StageTimer
 from nanochameleon.weights.model_folder import open_model
 from nanochameleon.weights.pth_files import load_pth

@@ -44,14 +44,15 @@ def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
     """Train without a report, and stop after `until` steps as by Ctrl-C."""
     import train
 
-    real = train.Training.step
+    real = train.train_loop
 
-    def step(self, monitor, stopped):
-        return real(self, monitor, lambda: self.progress.step + 1 == until)
+    def train_loop(*arguments):
+        *others, progress, monitor, _ = arguments
+        real(*others, progress, monitor, lambda: progress.step + 1 == until)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "report", lambda *_: None)
-        patch.setattr(train.Training, "step", step)
+        patch.setattr(train, "train_loop", train_loop)
         with nullcontext() if until is None else pytest.raises(Interrupted):
             train.main(replace(cfg, out=folder))
 

@@ -26,7 +26,7 @@ from nanochameleon.config import TrainConfig
 from nanochameleon.convert import Args, cli, convert
 from nanochameleon.errors import UserError
 from nanochameleon.images.vqgan import VQGAN
-from nanochameleon.training.init_from import begin
+from nanochameleon.training.init_from import resolve_init
 from nanochameleon.weights.model_folder import open_model, open_model_files
 from nanochameleon.weights.pth_files import Pth
 from nanochameleon.weights.tensor_files import write_safetensors
@@ -133,7 +133,7 @@ def test_another_file_gives_the_image_decoder_that_transformers_drops(folders, t
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
         assert open_model(hf, "cpu", vqgan=file).image_tokenizer.can_draw
     cfg = tiny_config(init_from=hf, init_vqgan=file, train=TrainConfig(seq_len=64), out=tmp_path / "run")
-    assert begin(cfg)[1].parts.has_decoder
+    assert resolve_init(cfg)[1].model.has_decoder
 
 
 def test_an_image_decoder_of_another_model_is_refused(folders, tmp_path):

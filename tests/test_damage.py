@@ -29,7 +29,8 @@ from nanochameleon.presets import mixed
 from nanochameleon.training import checkpoint
 from nanochameleon.training.checkpoint import optimizer_tensors
 from nanochameleon.training.monitor import Monitor
-from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json, open_image_tokenizer, start_folder
+from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json, open_image_tokenizer
+from nanochameleon.training.run_folder import start_folder
 from nanochameleon.training.signals import StageTimer
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 

@@ -23,7 +23,8 @@ from small_runs import trained as trained_in
 import train
 from nanochameleon.errors import UserError
 from nanochameleon.training import checkpoint
-from nanochameleon.training.run import CONFIG, LOCK, config_to_json
+from nanochameleon.training.run import CONFIG, config_to_json
+from nanochameleon.training.run_folder import LOCK
 
 trained = partial(trained_in, precision="auto")  # as presets have it
 

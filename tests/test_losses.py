@@ -162,5 +162,6 @@ def test_a_training_step_foretells_its_loss(monkeypatch, tmp_path):
     objective = Objective(model, VOCAB, "fp32")
     mesh = Mesh(torch.device("cpu"))
     with use_kernels("numba"):
-        train.forward_backward(ParallelModel(objective, objective, mesh), batch, torch.arange(len(batch.tokens)), cfg)
+        model, seeds = ParallelModel(objective, objective, mesh), torch.arange(len(batch.tokens))
+        train.forward_backward(model, batch, seeds, cfg.train.z_loss, cfg.parallel.micro_batch)
     assert seen == [True] * len(batch.tokens) and len(seen) > 1

@@ -1,1 +1,1 @@
-"""Attention: the plain reference, its first steps in loops, and the fast versions for CPUs and GPUs."""
+"""Attention: the plain reference, the ladder of loops that leads to the fast versions, and those for CPUs and GPUs."""

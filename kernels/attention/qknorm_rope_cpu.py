@@ -72,13 +72,13 @@ def read(rows, i, width, out):
 
 
 @njit
-def mean_of_rows(square, e):
+def row_means(square, e):
     """A register with a number for each row."""
     return row_sums(square) * splat(ONE / np.float32(e))
 
 
 @njit
-def centre(x, n, e, width, square):
+def subtract_mean(x, n, e, width, square):
     """Rows of mean 0, in place; returns their variances, a register."""
     whole, numbers = e // W * W, square + 4 * W * W
     for r in range(n):
@@ -86,7 +86,7 @@ def centre(x, n, e, width, square):
         for i in range(0, width, W):
             s += load(x + 4 * (r * width + i))
         store(square + 4 * W * r, s)
-    store(numbers, mean_of_rows(square, e))
+    store(numbers, row_means(square, e))
     for r in range(n):
         mean, s = splat(load1(numbers + 4 * r)), splat(ZERO)
         for i in range(0, whole, W):
@@ -98,23 +98,23 @@ def centre(x, n, e, width, square):
             store(x + 4 * (r * width + whole), y)
             s += y * y
         store(square + 4 * W * r, s)
-    return mean_of_rows(square, e)
+    return row_means(square, e)
 
 
 @njit
-def inverse_deviation(variance, eps):
+def rstd_of(variance, eps):
     return vdiv(splat(ONE), vsqrt(variance + splat(eps)))
 
 
 @njit
-def qknorm_rope(rows, first, n, width, table, norm, factor, x, scratch):
+def qknorm_rope(rows, first, n, width, cos_sin, norm, factor, x, scratch):
     """n rows of queries or keys from position `first` on -> x (n, width), normed, turned, times factor. Returns the
     largest square of a length."""
     square, factors = scratch, scratch + 4 * (W * W + W)
     for r in range(n):
         read(rows, first + r, width, x + 4 * r * width)
     if norm.weight != 0:
-        store(factors, inverse_deviation(centre(x, n, rows.e, width, square), norm.eps))
+        store(factors, rstd_of(subtract_mean(x, n, rows.e, width, square), norm.eps))
     for r in range(n):
         s = splat(ZERO)
         for i in range(0, width, W):
@@ -122,7 +122,7 @@ def qknorm_rope(rows, first, n, width, table, norm, factor, x, scratch):
             y = load(x + at)
             if norm.weight != 0:
                 y = y * splat(load1(factors + 4 * r)) * load(norm.weight + 4 * i) + load(norm.bias + 4 * i)
-            y = rope(y, load(table + 4 * first * width + at)) * splat(factor)
+            y = rope(y, load(cos_sin + 4 * first * width + at)) * splat(factor)
             store(x + at, y)
             s += y * y
         store(square + 4 * W * r, s)
@@ -141,7 +141,7 @@ def norm_backward(rows, first, n, width, norm, dy, scratch):
     means, factors, products = other - 12 * W, other - 8 * W, other - 4 * W
     for r in range(n):
         read(rows, first + r, width, z + 4 * r * width)
-    store(factors, inverse_deviation(centre(z, n, rows.e, width, square), norm.eps))
+    store(factors, rstd_of(subtract_mean(z, n, rows.e, width, square), norm.eps))
     for r in range(n):
         s, s_z, factor = splat(ZERO), splat(ZERO), splat(load1(factors + 4 * r))
         for i in range(0, width, W):
@@ -153,8 +153,8 @@ def norm_backward(rows, first, n, width, norm, dy, scratch):
             s_z += u * y
         store(square + 4 * W * r, s)
         store(other + 4 * W * r, s_z)
-    store(means, mean_of_rows(square, rows.e))
-    store(products, mean_of_rows(other, rows.e))
+    store(means, row_means(square, rows.e))
+    store(products, row_means(other, rows.e))
     for i in range(0, width, W):
         weight, d_weight, d_bias = load(norm.weight + 4 * i), load(norm.d_weight + 4 * i), load(norm.d_bias + 4 * i)
         for r in range(n):
@@ -169,10 +169,10 @@ def norm_backward(rows, first, n, width, norm, dy, scratch):
 
 
 @njit
-def qknorm_rope_backward(dy, rows, first, n, width, table, norm, factor, target, scratch):
+def qknorm_rope_backward(dy, rows, first, n, width, cos_sin, norm, factor, target, scratch):
     """The gradient dy (n, width) of prepared rows -> of the rows themselves, written to the rows of `target`."""
     for at in range(0, 4 * n * width, 4 * W):
-        store(dy + at, rope_backward(load(dy + at), load(table + 4 * first * width + at)) * splat(factor))
+        store(dy + at, rope_backward(load(dy + at), load(cos_sin + 4 * first * width + at)) * splat(factor))
     if norm.weight != 0:
         norm_backward(rows, first, n, width, norm, dy, scratch)
     for r in range(n):
@@ -180,7 +180,7 @@ def qknorm_rope_backward(dy, rows, first, n, width, table, norm, factor, target,
 
 
 @njit
-def row_products(x, rows, first, n, width, out, scratch):
+def row_dots(x, rows, first, n, width, out, scratch):
     """out[r] = the product of row r of x (n, width) with the row of position first + r, for n <= W; W are written."""
     square, row = scratch, scratch + 4 * W * W
     for r in range(n):

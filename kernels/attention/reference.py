@@ -1,10 +1,14 @@
-"""Causal attention within documents, with grouped keys and values: the formula as the reference, and torch's fused one.
+"""Plain references: causal attention within documents with grouped keys, QK-norm, RoPE, and the three as one op.
 
-    out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(D)) v[b, g, j],   g = h // (H / G),
+    attention      out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(E)) v[b, g, j],   g = h // (H / G),
+                   over the keys j that query i may see
+    layer_norm     each head of q or k normalised, times weight plus bias
+    rotary         pairs (x[2i], x[2i+1]) as complex numbers, times freqs_cis: Meta's and Llama's order of pairs
 
-over the keys j that query i may see. It leaves out norms, rotations and projections (transformer.py).
+`attention` runs torch's fused version, `attention_reference` the formula. Not here: projections (transformer.py).
 
-Shapes: q (B, H, T, D); k, v (B, G, S, D) with G key heads dividing H; S >= T, the queries being the last T positions.
+Shapes: `attention` takes q (B, H, T, E) and k, v (B, G, S, E) with G key heads dividing H. The queries are the last T
+of the S positions. The whole op takes heads after positions, as projections give them: see qknorm_rope_attention.py.
 """
 
 import torch
@@ -13,36 +17,40 @@ from torch import Tensor
 
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
+Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
+
 
 def visible(query_docs: Tensor, key_docs: Tensor) -> Tensor:
     """Which keys a query may see: those at or before it, of its own document. (B, T), (B, S) -> bool (B, T, S).
 
-    The queries are the last T of the S positions. Every query sees itself, padding (document -1) included, so that no
-    row of the softmax is empty; padding sees padding alone.
+    The queries are the last T of the S positions. Every query sees itself, padding (document -1) included, so no row of
+    the softmax is empty. Padding sees padding alone.
     """
     t, s = query_docs.shape[1], key_docs.shape[1]
-    before = torch.ones(t, s, dtype=torch.bool, device=query_docs.device).tril(s - t)
-    return before & (query_docs[:, :, None] == key_docs[:, None, :])
+    causal = torch.ones(t, s, dtype=torch.bool, device=query_docs.device).tril(s - t)
+    return causal & (query_docs[:, :, None] == key_docs[:, None, :])  # (B, T, S)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The formula, step by step, in the type of its inputs; arguments as for `attention`."""
+    """The formula, step by step, in the dtype of its inputs; arguments as for `attention`."""
     group = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])  # the key head of each query head
-    scores = torch.einsum("bhid,bhjd->bhij", q, k[:, group]) / q.shape[-1] ** 0.5
+    scores = torch.einsum("bhid,bhjd->bhij", q, k[:, group]) / q.shape[-1] ** 0.5  # (B, H, T, S)
     weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-    return torch.einsum("bhij,bhjd->bhid", weights, v[:, group])
+    return torch.einsum("bhij,bhjd->bhid", weights, v[:, group])  # (B, H, T, E)
 
 
 def expect_heads(op: str, q: Tensor, k: Tensor, heads: int) -> None:
-    """Raises ValueError unless both have 4 dimensions, and k's heads, the dimension of this number, divide q's."""
+    """Raise ValueError unless both have 4 dimensions, and k's heads (dimension `heads`) divide q's."""
     if q.dim() != 4 or k.dim() != 4 or not k.shape[heads] or q.shape[heads] % k.shape[heads]:
         shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
         raise ValueError(f"{op}: queries and keys need 4 dimensions, and key heads that divide the others: {shapes}")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, H, T, D). `mask` is bool (B, T, S), True where a key is seen; None is causal, or for T = 1 everything. Raises
-    ValueError for shapes that do not fit: torch's own attention reads what lies behind a v that is shorter than k."""
+    """(B, H, T, E). `mask` is bool (B, T, S), True where a key is seen; None is causal, or everything for T = 1.
+
+    Raises ValueError for shapes that do not fit: torch's own attention reads past the end of a v shorter than k.
+    """
     expect_heads("attention", q, k, heads=1)
     expect("attention", q, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), FLOAT_DTYPES, k=k, v=v)
     expect("attention", q, (q.shape[0], q.shape[2], k.shape[2]), (torch.bool,), mask=mask)
@@ -54,3 +62,47 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if q.shape[2] not in (1, k.shape[2]):
         raise ValueError(f"{q.shape[2]} queries on {k.shape[2]} keys need a mask")
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# QK-norm, RoPE, and all three as one op
+
+
+def per_head(norm: Norm | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """(groups, E) -> (heads, E). Raises ValueError unless the groups divide the heads."""
+    if norm is None:
+        return None, None
+    if any(not p.dim() or not len(p) or heads % len(p) for p in norm):
+        shapes = " and ".join(str(tuple(p.shape)) for p in norm)
+        raise ValueError(f"a norm's weight and bias need groups that divide the {heads} heads; they are {shapes}")
+    weight, bias = (p.repeat_interleave(heads // p.shape[0], 0) for p in norm)
+    return weight, bias
+
+
+def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
+    """(B, T, heads, E) -> the same, each head normalised."""
+    if norm is None:
+        return x
+    if len(norm[0]) == len(norm[1]) == 1:
+        return F.layer_norm(x, x.shape[-1:], norm[0][0], norm[1][0], eps)
+    weight, bias = per_head(norm, x.shape[2])
+    return (F.layer_norm(x, x.shape[-1:], eps=eps) * weight + bias).type_as(x)
+
+
+def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E) by freqs_cis (B or 1, 1, T, E/2), complex."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())  # (B, H, T, E/2)
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
+
+
+def qknorm_rope_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, doc_ids: Tensor | None, q_norm: Norm | None,
+    k_norm: Norm | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """One step after the other, in torch's own operations; arguments as for `qknorm_rope_attention`."""
+    q, k = (layer_norm(x, norm, eps).transpose(1, 2) for x, norm in ((q, q_norm), (k, k_norm)))  # (B, H, T, E)
+    # The norm comes before the rotation, which keeps the lengths that the norm fixed.
+    q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
+    mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+    return attention(q, k, v.transpose(1, 2), mask).transpose(1, 2)  # (B, T, H, E)

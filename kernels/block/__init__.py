@@ -1,1 +1,1 @@
-"""The rest of a transformer block: RMSNorm, SwiGLU, joined linear layers, dropout."""
+"""The other operations of a transformer block: RMSNorm, SwiGLU, linear layers that share an input, dropout."""

@@ -1,15 +1,15 @@
-"""RMSNorm (arXiv 1910.07467), y = x / sqrt(mean x^2 + eps) * weight over the last dimension, alone and with the
-residual sum that stands beside it in a block:
+"""RMSNorm (arXiv 1910.07467), alone and fused with the residual sum next to it in a transformer block:
 
-    add_norm   s = x + branch,        y = norm(s)       norm before each branch (7B): s goes on, y is what is read next
-    norm_add   x + norm(branch)                         norm behind each branch (34B)
+    rms_norm   y = x / sqrt(mean x^2 + eps) * weight    over the last dimension
+    add_norm   s = x + branch,   y = rms_norm(s)        norm before each branch (7B): s is the residual stream
+    norm_add   x + rms_norm(branch)                     norm after each branch (34B)
 
 The norm's gradient, with r = 1 / sqrt(mean x^2 + eps) and u = g * weight:
     dx = r (u - x r^2 mean(u x)),   dweight = sum over rows of g x r
 
-Shapes: x and branch (..., D), weight (D,); s has the type of x. Under autocast y has autocast's type, that of the
-products which read it; otherwise that of x. Inputs that the compiled ops do not take (a branch that is broadcast or of
-a wider type than x, a weight of several dimensions, no numbers at all) run on the reference, by torch's rules.
+Shapes: x and branch (..., D), weight (D,); s has the dtype of x. Under autocast y has autocast's dtype, that of the
+matmuls which read it; otherwise that of x. Inputs that the compiled ops do not take (a branch that is broadcast or of a
+wider dtype than x, a weight of several dimensions, empty tensors) run on the reference, by PyTorch's rules.
 """
 
 import torch
@@ -33,8 +33,8 @@ def norm_add_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) ->
     return x + rms_norm_reference(branch, weight, eps)
 
 
-def _plain(x: Tensor, branch: Tensor, weight: Tensor) -> bool:
-    """Whether the inputs are as the compiled ops take them."""
+def _compilable(x: Tensor, branch: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled ops take these inputs."""
     if x.dtype != branch.dtype and (x.dtype, branch.dtype) != (torch.float32, torch.bfloat16):
         return False
     vector = weight.dim() == 1 and weight.shape == x.shape[-1:] and weight.dtype in FLOAT_DTYPES and x.numel() > 0
@@ -42,22 +42,24 @@ def _plain(x: Tensor, branch: Tensor, weight: Tensor) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """By the implementation that `dispatch.choose` names, as the two below."""
-    kind = matmul_dtype(x)
-    if choose("rms_norm", x) == "reference" or kind not in KERNEL_DTYPES or not _plain(x, x, weight):
+    """y (..., D), by the implementation that `dispatch.choose` names."""
+    dtype = matmul_dtype(x)
+    if choose("rms_norm", x) == "reference" or dtype not in KERNEL_DTYPES or not _compilable(x, x, weight):
         return rms_norm_reference(x, weight, eps)
-    return rms_norm_op(x, weight, eps, kind == torch.bfloat16)
+    return rms_norm_op(x, weight, eps, dtype == torch.bfloat16)
 
 
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    kind = matmul_dtype(x)
-    if choose("rms_norm", x) == "reference" or kind not in KERNEL_DTYPES or not _plain(x, branch, weight):
+    """(s, y), both (..., D)."""
+    dtype = matmul_dtype(x)
+    if choose("rms_norm", x) == "reference" or dtype not in KERNEL_DTYPES or not _compilable(x, branch, weight):
         return add_norm_reference(x, branch, weight, eps)
-    return add_norm_op(x, branch, weight, eps, kind == torch.bfloat16)
+    return add_norm_op(x, branch, weight, eps, dtype == torch.bfloat16)
 
 
 def norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if choose("rms_norm", x) == "reference" or not _plain(x, branch, weight):
+    """s (..., D)."""
+    if choose("rms_norm", x) == "reference" or not _compilable(x, branch, weight):
         return norm_add_reference(x, branch, weight, eps)
     return norm_add_op(x, branch, weight, eps)
 
@@ -67,7 +69,7 @@ def norm_add(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _run(name: str, weight: Tensor, eps: float, parts: int | None = None, **tensors: Tensor | None) -> Tensor | None:
-    """Runs a kernel on contiguous tensors; with `parts` returns the weight's gradient."""
+    """Run a kernel on contiguous tensors. Given `parts`, run that many chunks and return the weight's gradient."""
     from nanochameleon.kernels.block import rms_norm_cpu as compiled
     from nanochameleon.kernels.cpu import launch
 
@@ -77,13 +79,10 @@ def _run(name: str, weight: Tensor, eps: float, parts: int | None = None, **tens
     width = -(-d // compiled.W) * compiled.W
     tensors["weight"] = weight.float().contiguous() if d == width else F.pad(weight.float(), (0, width - d))
     tensors["d_weight"] = torch.zeros(parts, width, dtype=torch.float32, device="cpu") if parts else None
-    where = {key: 0 if x is None else x.data_ptr() for key, x in tensors.items()}
-    kinds = {"size": ("x", "dx"), "branch_size": ("branch", "d_branch"), "y_size": ("y", "dy")}
-    sizes = {key: next((tensors[n].element_size() for n in names if n in tensors), 0) for key, names in kinds.items()}
-    job = compiled.KernelArgs(
-        **(dict.fromkeys(compiled.KernelArgs._fields, 0) | where | sizes | dict(d=d, width=width, eps=eps))
-    )
-    launch.run(getattr(compiled, name), job, x.shape[:-1].numel(), 3 * width, parts)
+    sized = {"size": ("x", "dx"), "branch_size": ("branch", "d_branch"), "y_size": ("y", "dy")}
+    sizes = {key: next((tensors[n].element_size() for n in names if n in tensors), 0) for key, names in sized.items()}
+    args = launch.make_args(compiled.KernelArgs, tensors, **sizes, d=d, width=width, eps=eps)
+    launch.run(getattr(compiled, name), args, x.shape[:-1].numel(), 3 * width, parts)
     return tensors["d_weight"].sum(0)[:d].to(weight.dtype) if parts else None
 
 
@@ -111,7 +110,7 @@ def _add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float, bf16: bool)
 def _add_norm_backward(
     ds: Tensor, dy: Tensor, s: Tensor, weight: Tensor, eps: float, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of x, the same in bfloat16 for the branch (nothing where not `narrow`), and that of the weight."""
+    """The gradients of x, of the branch (the same in bfloat16; empty unless `narrow`), and of the weight."""
     dx, d_branch, parts = _new(s), _new(s, narrow) if narrow else s.new_empty(0), 4 * torch.get_num_threads()
     given = dict(x=s, ds=ds.contiguous(), dy=dy.contiguous(), dx=dx) | (dict(d_branch=d_branch) if narrow else {})
     return dx, d_branch, _run("add_norm_backward", weight, eps, parts, **given)
@@ -136,7 +135,7 @@ def _save_norm(ctx, inputs, output) -> None:
 def _save_add_norm(ctx, inputs, output) -> None:
     x, branch, weight, ctx.eps, _ = inputs
     ctx.save_for_backward(output[0], weight)
-    ctx.narrow, ctx.kind = x.dtype == torch.float32 and branch.dtype == torch.bfloat16, branch.dtype
+    ctx.narrow, ctx.dtype = x.dtype == torch.float32 and branch.dtype == torch.bfloat16, branch.dtype
 
 
 def _save_norm_add(ctx, inputs, output) -> None:
@@ -150,7 +149,7 @@ def _norm_gradients(backward, ctx, dy):
 
 def _add_norm_gradients(backward, ctx, ds, dy):
     dx, d_branch, d_weight = backward(ds, dy, *ctx.saved_tensors, ctx.eps, ctx.narrow)
-    return dx, d_branch if ctx.narrow else dx.to(ctx.kind), d_weight, None, None
+    return dx, d_branch if ctx.narrow else dx.to(ctx.dtype), d_weight, None, None
 
 
 def _norm_add_gradients(backward, ctx, ds):

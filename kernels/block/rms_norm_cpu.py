@@ -54,108 +54,108 @@ ONE = np.float32(1)
 
 
 @njit
-def inverse_rms(row, job):
+def inverse_rms(row, args):
     a, b = splat(ZERO), splat(ZERO)
-    pair = job.width // (2 * W) * 2 * W
+    pair = args.width // (2 * W) * 2 * W
     for i in range(0, pair, 2 * W):
         x, y = load(row + 4 * i), load(row + 4 * (i + W))
         a += x * x
         b += y * y
-    if pair < job.width:
+    if pair < args.width:
         x = load(row + 4 * pair)
         a += x * x
-    return ONE / math.sqrt(hsum(a + b) / np.float32(job.d) + job.eps)
+    return ONE / math.sqrt(hsum(a + b) / np.float32(args.d) + args.eps)
 
 
 @njit
-def norm(row, job):
+def norm(row, args):
     """In place."""
-    r = splat(inverse_rms(row, job))
-    for i in range(0, job.width, W):
-        store(row + 4 * i, load(row + 4 * i) * r * load(job.weight + 4 * i))
+    r = splat(inverse_rms(row, args))
+    for i in range(0, args.width, W):
+        store(row + 4 * i, load(row + 4 * i) * r * load(args.weight + 4 * i))
 
 
 @njit
-def norm_backward(row, g, job, d_weight):
+def norm_backward(row, g, args, d_weight):
     """The gradient g of the norm of this row -> that of the row, in place; adds to d_weight."""
-    inverse, s = inverse_rms(row, job), splat(ZERO)
+    inverse, s = inverse_rms(row, args), splat(ZERO)
     r = splat(inverse)
-    for i in range(0, job.width, W):
+    for i in range(0, args.width, W):
         x, y = load(row + 4 * i), load(g + 4 * i)
         store(d_weight + 4 * i, load(d_weight + 4 * i) + y * x * r)
-        u = y * load(job.weight + 4 * i)
+        u = y * load(args.weight + 4 * i)
         store(g + 4 * i, u)
         s += u * x
-    mean = splat(hsum(s) / np.float32(job.d) * inverse * inverse)
-    for i in range(0, job.width, W):
+    mean = splat(hsum(s) / np.float32(args.d) * inverse * inverse)
+    for i in range(0, args.width, W):
         store(g + 4 * i, (load(g + 4 * i) - load(row + 4 * i) * mean) * r)
 
 
 @njit
-def ahead(p, size, job):
+def ahead(p, size, args):
     """Asks for what follows a row at p."""
-    for i in range(AHEAD, AHEAD + size * job.d, 64):
+    for i in range(AHEAD, AHEAD + size * args.d, 64):
         prefetch(p + i)
 
 
 @njit
-def read(p, size, n, job, row):
-    ahead(p + size * n, size, job)
-    read_row(p + size * n, size, job.d, row)
+def read(p, size, n, args, row):
+    ahead(p + size * n, size, args)
+    read_row(p + size * n, size, args.d, row)
 
 
 @njit
-def write(p, size, n, job, row):
-    ahead(p + size * n, size, job)
-    write_row(p + size * n, size, job.d, row, ONE)
+def write(p, size, n, args, row):
+    ahead(p + size * n, size, args)
+    write_row(p + size * n, size, args.d, row, ONE)
 
 
 @njit
-def add_row(p, size, n, job, row, extra):
+def add_row(p, size, n, args, row, extra):
     """row += the row that begins at number n of p."""
-    read(p, size, n, job, extra)
-    for i in range(0, job.width, W):
+    read(p, size, n, args, extra)
+    for i in range(0, args.width, W):
         store(row + 4 * i, load(row + 4 * i) + load(extra + 4 * i))
 
 
 @kernel
-def add_norm(job, part, first, last, row):
+def add_norm(args, chunk, first, last, row):
     """s = x + branch, y = norm(s); without a branch y = norm(x)."""
-    job = unpack_args(job)
-    extra = row + 4 * job.width
-    for n in range(first * job.d, last * job.d, job.d):
-        read(job.x, job.size, n, job, row)
-        if job.branch != 0:
-            add_row(job.branch, job.branch_size, n, job, row, extra)
-            write(job.s, job.size, n, job, row)
-        norm(row, job)
-        write(job.y, job.y_size, n, job, row)
+    args = unpack_args(args)
+    extra = row + 4 * args.width
+    for n in range(first * args.d, last * args.d, args.d):
+        read(args.x, args.size, n, args, row)
+        if args.branch != 0:
+            add_row(args.branch, args.branch_size, n, args, row, extra)
+            write(args.s, args.size, n, args, row)
+        norm(row, args)
+        write(args.y, args.y_size, n, args, row)
 
 
 @kernel
-def add_norm_backward(job, part, first, last, row):
+def add_norm_backward(args, chunk, first, last, row):
     """x is what was normed. dx = ds + the norm's gradient, or that alone where ds is 0; d_branch the same, unless 0."""
-    job = unpack_args(job)
-    d_weight, g, extra = job.d_weight + 4 * part * job.width, row + 4 * job.width, row + 8 * job.width
-    clear(d_weight, job.width)
-    for n in range(first * job.d, last * job.d, job.d):
-        read(job.x, job.size, n, job, row)
-        read(job.dy, job.y_size, n, job, g)
-        norm_backward(row, g, job, d_weight)
-        if job.ds != 0:
-            add_row(job.ds, job.size, n, job, g, extra)
-        if job.d_branch != 0:
-            write(job.d_branch, job.branch_size, n, job, g)
-        write(job.dx, job.size, n, job, g)
+    args = unpack_args(args)
+    d_weight, g, extra = args.d_weight + 4 * chunk * args.width, row + 4 * args.width, row + 8 * args.width
+    clear(d_weight, args.width)
+    for n in range(first * args.d, last * args.d, args.d):
+        read(args.x, args.size, n, args, row)
+        read(args.dy, args.y_size, n, args, g)
+        norm_backward(row, g, args, d_weight)
+        if args.ds != 0:
+            add_row(args.ds, args.size, n, args, g, extra)
+        if args.d_branch != 0:
+            write(args.d_branch, args.branch_size, n, args, g)
+        write(args.dx, args.size, n, args, g)
 
 
 @kernel
-def norm_add(job, part, first, last, row):
+def norm_add(args, chunk, first, last, row):
     """s = x + norm(branch). Its gradient is the norm's alone: `add_norm_backward` without ds."""
-    job = unpack_args(job)
-    extra = row + 4 * job.width
-    for n in range(first * job.d, last * job.d, job.d):
-        read(job.branch, job.branch_size, n, job, row)
-        norm(row, job)
-        add_row(job.x, job.size, n, job, row, extra)
-        write(job.s, job.size, n, job, row)
+    args = unpack_args(args)
+    extra = row + 4 * args.width
+    for n in range(first * args.d, last * args.d, args.d):
+        read(args.branch, args.branch_size, n, args, row)
+        norm(row, args)
+        add_row(args.x, args.size, n, args, row, extra)
+        write(args.s, args.size, n, args, row)

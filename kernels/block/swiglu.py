@@ -1,7 +1,9 @@
 """SwiGLU's gate (arXiv 2002.05202): y = silu(a) * b, silu(a) = a sigmoid(a), elementwise.
 
-The gradient, with s = sigmoid(a): da = g b s (1 + a (1 - s)),   db = g a s. The compiled op takes a and b of one shape
-and type; others run on the reference, by torch's rules.
+The gradient, with s = sigmoid(a): da = g b s (1 + a (1 - s)),   db = g a s.
+
+Shapes: a, b (..., F). The compiled op takes a and b of one shape and dtype; other inputs run on the reference, by
+PyTorch's rules. Not here: the linear layers before and after the gate.
 """
 
 import torch
@@ -17,9 +19,9 @@ def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """By the implementation that `dispatch.choose` names."""
-    alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.dim() > 0
-    if choose("swiglu", a) == "reference" or not alike:
+    """(..., F), by the implementation that `dispatch.choose` names."""
+    fits = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.dim() > 0
+    if choose("swiglu", a) == "reference" or not fits:
         return swiglu_reference(a, b)
     return swiglu_op(a, b)
 
@@ -29,7 +31,7 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """(N, F), a view where x is one half of a wider tensor (linear.py)."""
+    """(N, F): a view where x is one half of a wider tensor (linear.py), else a copy."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()
 
@@ -39,10 +41,9 @@ def _run(name: str, **tensors: Tensor) -> None:
     from nanochameleon.kernels.cpu import launch
 
     a, b = tensors["a"], tensors["b"]
-    sizes = {"f": a.shape[1], "a_row": a.stride(0), "b_row": b.stride(0), "size": a.element_size()}
-    where = {key: x.data_ptr() for key, x in tensors.items()}
-    job = compiled.KernelArgs(**(dict.fromkeys(compiled.KernelArgs._fields, 0) | where | sizes))
-    launch.run(getattr(compiled, name), job, len(a), 3 * compiled.W)
+    sizes = dict(f=a.shape[1], a_row=a.stride(0), b_row=b.stride(0), size=a.element_size())
+    args = launch.make_args(compiled.KernelArgs, tensors, **sizes)
+    launch.run(getattr(compiled, name), args, len(a), 3 * compiled.W)
 
 
 def _check(a: Tensor, **others: Tensor) -> None:
@@ -58,7 +59,7 @@ def _forward(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _backward(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(..., 2 F): the gradients of a and of b side by side."""
+    """(..., 2 F): the gradient of a, then that of b, as linear.py takes them without a copy."""
     _check(a, b=b, g=g)
     both = a.new_empty(*a.shape[:-1], 2 * a.shape[-1])
     da, db = _in_rows(both).chunk(2, 1)

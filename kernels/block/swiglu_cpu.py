@@ -91,12 +91,12 @@ gate_bf16, gate_bf16_backward = _rows(load_bf16, store_bf16, 2, sigmoid_bf16)
 
 
 @kernel
-def forward(job, part, first, last, scratch):
-    job = unpack_args(job)
-    size, whole = job.size, job.f // W * W
-    tail, rest = size * whole, job.f - whole
+def forward(args, chunk, first, last, scratch):
+    args = unpack_args(args)
+    size, whole = args.size, args.f // W * W
+    tail, rest = size * whole, args.f - whole
     for n in range(first, last):
-        a, b, y = job.a + size * n * job.a_row, job.b + size * n * job.b_row, job.y + size * n * job.f
+        a, b, y = args.a + size * n * args.a_row, args.b + size * n * args.b_row, args.y + size * n * args.f
         if size == 4:
             gate(a, b, y, whole)
         else:
@@ -109,13 +109,13 @@ def forward(job, part, first, last, scratch):
 
 
 @kernel
-def backward(job, part, first, last, scratch):
-    job = unpack_args(job)
-    size, whole = job.size, job.f // W * W
-    tail, rest = size * whole, job.f - whole
+def backward(args, chunk, first, last, scratch):
+    args = unpack_args(args)
+    size, whole = args.size, args.f // W * W
+    tail, rest = size * whole, args.f - whole
     for n in range(first, last):
-        a, b, g = job.a + size * n * job.a_row, job.b + size * n * job.b_row, job.y + size * n * job.f
-        da, db = job.da + 2 * size * n * job.f, job.db + 2 * size * n * job.f
+        a, b, g = args.a + size * n * args.a_row, args.b + size * n * args.b_row, args.y + size * n * args.f
+        da, db = args.da + 2 * size * n * args.f, args.db + 2 * size * n * args.f
         if size == 4:
             gate_backward(a, b, g, da, db, whole)
         else:

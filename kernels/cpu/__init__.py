@@ -1,1 +1,1 @@
-"""What kernels on a CPU are built from: registers in Numba, 2^x, matmul tiles, threads, memory."""
+"""What CPU kernels are built from: SIMD registers in Numba, 2^x, matmul tiles, threads, malloc."""

@@ -1,4 +1,7 @@
-"""The matrix product that attention is built around: ROWS x n registers of sums that stay there while k runs."""
+"""Float32 matmul on register tiles: ROWS x n registers of sums stay in registers while k runs.
+
+Attention is built around it, and so is the engine's decode step. All strides count floats.
+"""
 
 from llvmlite import ir
 from numba import njit, types
@@ -18,14 +21,14 @@ from nanochameleon.kernels.cpu.simd import (
     store_at,
 )
 
-ROWS, COLUMNS = 4, (4 if W == 16 else 2)  # the product keeps ROWS x (COLUMNS * W) sums: 16 of 32 registers, or 8 of 16
+ROWS, COLUMNS = 4, (4 if W == 16 else 2)  # ROWS x COLUMNS sums: 16 of 32 registers, or 8 of 16
 STRIP = COLUMNS * W
 
 
-def emit_matmul(b, rows: int, n: int, a, across, along, p, ldb, k, start: list) -> list:
-    """start[r, v] + sum_k a[r * across + k * along] * p[k * ldb + v], element strides; one loop over k."""
-    across, along, ldb = (b.mul(stride, ir.Constant(i64, 4)) for stride in (across, along, ldb))
-    shifts = [b.mul(across, ir.Constant(i64, r)) for r in range(rows)]
+def emit_matmul(b, rows: int, n: int, a, lda, a_step, p, ldb, k, start: list) -> list:
+    """Emit start[r, v] + sum_k a[r * lda + k * a_step] * p[k * ldb + v], as one loop over k."""
+    lda, a_step, ldb = (b.mul(stride, ir.Constant(i64, 4)) for stride in (lda, a_step, ldb))
+    shifts = [b.mul(lda, ir.Constant(i64, r)) for r in range(rows)]
     before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("done")
     b.branch(loop)
     b.position_at_end(loop)
@@ -37,7 +40,7 @@ def emit_matmul(b, rows: int, n: int, a, across, along, p, ldb, k, start: list) 
         scalar = splat_of(b, b.load(pointer(b, b.add(at_a, shifts[r]), f32), align=4))
         new += [b.fadd(b.fmul(scalar, columns[v], flags=FUSE), sums[r * n + v], flags=FUSE) for v in range(n)]
     less = b.sub(left, ir.Constant(i64, 1))
-    steps = [(left, k, less), (at_a, a, b.add(at_a, along)), (at_p, p, b.add(at_p, ldb))]
+    steps = [(left, k, less), (at_a, a, b.add(at_a, a_step)), (at_p, p, b.add(at_p, ldb))]
     steps += zip(sums, start, new, strict=True)
     for phi, first, following in steps:
         phi.add_incoming(first, before)
@@ -48,7 +51,7 @@ def emit_matmul(b, rows: int, n: int, a, across, along, p, ldb, k, start: list) 
 
 
 def for_each_size(b, rows, n, emit) -> None:
-    """Writes emit(rows, n) for ROWS and single rows and for 1 .. COLUMNS vectors, and a choice between them."""
+    """Emit emit(r, v) for r = ROWS and 1 and v = 1 .. COLUMNS, each in an `if` that compares with rows and n."""
     for r in (ROWS, 1):
         with b.if_then(b.icmp_signed("==", rows, ir.Constant(i64, r))):
             for v in range(1, COLUMNS + 1):
@@ -57,27 +60,25 @@ def for_each_size(b, rows, n, emit) -> None:
 
 
 @instruction(types.void, count, count, address, count, count, address, count, address, count, count)
-def block_matmul_add(b, rows, n, a, across, along, p, ldb, c, ldc, k):
-    """c[r, :] += sum_k a[r * across + k * along] p[k, :] for `rows` (ROWS or 1) rows of n vectors."""
+def block_matmul_add(b, rows, n, a, lda, a_step, p, ldb, c, ldc, k):
+    """c[r, :] += sum_k a[r * lda + k * a_step] p[k, :] for `rows` (ROWS or 1) rows of n vectors."""
 
     def emit(r: int, v: int) -> None:
         at = [b.add(c, b.mul(ldc, ir.Constant(i64, 4 * i))) for i in range(r)]
         start = [load_at(b, at[i], W * j) for i in range(r) for j in range(v)]
-        for i, x in enumerate(emit_matmul(b, r, v, a, across, along, p, ldb, k, start)):
+        for i, x in enumerate(emit_matmul(b, r, v, a, lda, a_step, p, ldb, k, start)):
             store_at(b, x, at[i // v], W * (i % v))
 
     for_each_size(b, rows, n, emit)
 
 
 @njit
-def matmul_add(m, n, a, across, along, p, ldb, c, ldc, k):
+def matmul_add(m, n, a, lda, a_step, p, ldb, c, ldc, k):
     """c (m, n) += a p, n a multiple of W."""
     for j in range(0, n, STRIP):
         vectors = min(STRIP, n - j) // W
         i = 0
         while i < m:
             rows = ROWS if i + ROWS <= m else 1
-            block_matmul_add(
-                rows, vectors, a + 4 * i * across, across, along, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k
-            )
+            block_matmul_add(rows, vectors, a + 4 * i * lda, lda, a_step, p + 4 * j, ldb, c + 4 * (i * ldc + j), ldc, k)
             i += rows

@@ -1,16 +1,16 @@
-"""Vectors for Numba: a register of W floats as a value.
+"""SIMD registers as values in Numba: `Vec` is a register of W float32 lanes.
 
-Plain Numba loops reach a third of this processor's arithmetic: LLVM vectorises one loop at a time and keeps a product's
-sums in memory (product.py: in registers). Here `Vec` is <W x float> of LLVM, W chosen at run time (16 lanes with
-AVX-512, else 8, which on Arm are two registers), and a kernel is ordinary Python on addresses:
+Plain Numba loops reach a third of this processor's arithmetic: LLVM vectorises one loop at a time and keeps the sums
+of a matmul in memory. Here `Vec` is LLVM's <W x float>, and a kernel is ordinary Python on addresses:
 
-    x = load(p)                     16 floats from an address
+    x = load(p)                                 # W floats from an address
     store(p, exp2(x * c - splat(m)))
 
-Nothing in it is of one processor: LLVM writes the instructions. Not here: anything that knows what the numbers mean.
+W is 16 with AVX-512 and 8 elsewhere (on Arm, two registers). LLVM picks the instructions, so nothing here is written
+for one processor. Not here: 2^x (exp2.py), matmuls (matmul.py), and any meaning of the numbers.
 
-Two rules. No function that uses these may be compiled with fastmath, which would rewrite their instructions as well. An
-address does not keep its array alive: kernels take addresses of tensors which their callers hold.
+Two rules. Never compile a function that uses `Vec` with fastmath, which would rewrite these instructions too. An
+address does not keep its array alive: the caller of a kernel holds the tensors.
 """
 
 import functools
@@ -29,8 +29,8 @@ W = 16 if "+avx512f" in FEATURES else 8  # lanes
 
 f32, i16, i32, i64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 V, VI, VH = ir.VectorType(f32, W), ir.VectorType(i32, W), ir.VectorType(i16, W)
-AHEAD = 2_048  # bytes: how early kernels ask for what they stream; several streams at once outrun the processor's guess
-FUSE = ("contract",)  # a * b + c may be one instruction; nothing else is reordered
+AHEAD = 2_048  # bytes that kernels prefetch ahead: the processor's own prefetcher loses track of several streams
+FUSE = ("contract",)  # a * b + c may become one instruction; nothing else is reordered
 
 
 class VecType(types.Type):
@@ -48,7 +48,7 @@ class _VecModel(models.PrimitiveModel):
 
 
 def _operator(function, build) -> None:
-    """Vec x Vec -> Vec for one of Python's operators."""
+    """Defines one of Python's operators as Vec x Vec -> Vec."""
     template = type(function.__name__, (ConcreteTemplate,), {"cases": [signature(vec, vec, vec)]})
     infer_global(function)(template)
     lower_builtin(function, vec, vec)(lambda context, b, sig, args: build(b, *args))
@@ -60,11 +60,11 @@ _operator(operator.sub, lambda b, x, y: b.fsub(x, y, flags=FUSE))
 _operator(operator.mul, lambda b, x, y: b.fmul(x, y, flags=FUSE))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces of LLVM that several instructions share
+# LLVM builders that several instructions share: b is llvmlite's IRBuilder
 
 
 def pointer(b, address, kind, elements: int = 0):
-    """A pointer to `kind`, this many floats behind an address."""
+    """A pointer to `kind`, this many floats after an address."""
     return b.inttoptr(b.add(address, ir.Constant(i64, 4 * elements)), kind.as_pointer())
 
 
@@ -90,28 +90,22 @@ def call_of(b, name: str, result, *args, **flags):
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), args, **flags)
 
 
-def prefetch_of(b, p) -> None:
-    """Asks for a cache line early."""
-    byte = ir.IntType(8).as_pointer()
-    call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(3), i32(1))
-
-
 def _reduce(b, op: str, x, *start):
     return call_of(b, f"llvm.vector.reduce.{op}.v{W}f32", f32, *start, x, fastmath=("reassoc",))
 
 
 def lanes_below(b, n):
-    """Mask of the lanes that are smaller than n (int64)."""
+    """Mask of lanes 0 .. n - 1, for n int64."""
     lanes = ir.Constant(VI, list(range(W)))
     return b.icmp_signed("<", lanes, splat_of(b, b.trunc(n, i32), VI))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What kernels call
+# Instructions that kernels call
 
 
 def instruction(result, *arguments):
-    """Makes an intrinsic of these types from a function (builder, *LLVM values) -> LLVM value or None."""
+    """Turns a function (builder, *LLVM values) -> LLVM value or None into a Numba intrinsic of these types."""
 
     def wrap(build):
         def codegen(context, b, signature, args):
@@ -121,7 +115,7 @@ def instruction(result, *arguments):
         def typed(context, *args):
             return result(*arguments), codegen
 
-        functools.update_wrapper(typed, build)  # whose parameters Numba counts: b stands where the context does
+        functools.update_wrapper(typed, build)  # Numba counts the parameters: b takes the place of the context
         return intrinsic(typed)
 
     return wrap
@@ -132,7 +126,7 @@ address, number, count = types.int64, types.float32, types.int64
 
 @instruction(vec, address)
 def load(b, p):
-    """W floats."""
+    """Load W floats."""
     return load_at(b, p)
 
 
@@ -143,21 +137,24 @@ def store(b, p, x):
 
 @instruction(types.void, address)
 def prefetch(b, p):
-    prefetch_of(b, p)
+    """Ask for the cache line at p early."""
+    byte = ir.IntType(8).as_pointer()
+    call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(3), i32(1))
 
 
 @instruction(vec, address)
 def load_bf16(b, p):
-    """W bfloat16 numbers, widened: the upper halves of floats."""
+    """Load W bfloat16 numbers as float32."""
     return _widen(b, b.load(b.inttoptr(p, VH.as_pointer()), align=2))
 
 
 def _widen(b, half):
+    # a bfloat16 is the upper half of a float32
     return b.bitcast(b.shl(b.zext(half, VI), ir.Constant(VI, [16] * W)), V)
 
 
 def _round_bf16(b, bits, kind, n):
-    """Float bits -> the upper half of the nearest bfloat16, ties to even. Not for NaN with all low bits set."""
+    """Float32 bits -> bits of the nearest bfloat16, ties to even. A NaN with all low bits set is not kept."""
     odd = b.and_(b.lshr(bits, ir.Constant(kind, n(16))), ir.Constant(kind, n(1)))
     return b.lshr(b.add(b.add(bits, odd), ir.Constant(kind, n(0x7FFF))), ir.Constant(kind, n(16)))
 
@@ -172,14 +169,14 @@ def _narrow(b, x):
 
 
 def _masked(b, name: str, kind, result, *args):
-    """llvm.masked.load or .store of lanes of `kind`."""
+    """Calls llvm.masked.load or llvm.masked.store for lanes of `kind`."""
     lanes = f"v{W}{'f32' if kind is V else 'i16'}"
     return call_of(b, f"llvm.masked.{name}.{lanes}.p0", result, *args)
 
 
 @instruction(vec, address, count, vec)
 def load_first(b, p, n, x):
-    """n floats, and behind them the lanes of x: nothing behind the n is read."""
+    """Load n floats; the other lanes come from x. No memory after the n floats is read."""
     args = b.inttoptr(p, V.as_pointer()), ir.Constant(i32, 4), lanes_below(b, n), x
     return _masked(b, "load", V, V, *args)
 
@@ -193,7 +190,7 @@ def load_first_bf16(b, p, n, x):
 
 @instruction(types.void, address, count, vec)
 def store_first(b, p, n, x):
-    """The first n lanes."""
+    """Store the first n lanes."""
     _masked(b, "store", V, ir.VoidType(), x, b.inttoptr(p, V.as_pointer()), ir.Constant(i32, 4), lanes_below(b, n))
 
 
@@ -205,7 +202,7 @@ def store_first_bf16(b, p, n, x):
 
 @instruction(number, address)
 def load1(b, p):
-    """One float."""
+    """Load one float."""
     return b.load(b.inttoptr(p, f32.as_pointer()), align=4)
 
 
@@ -228,7 +225,7 @@ def store1_bf16(b, p, x):
 
 @instruction(count, address)
 def load1_int(b, p):
-    """One int64."""
+    """Load one int64."""
     return b.load(b.inttoptr(p, i64.as_pointer()), align=8)
 
 
@@ -239,19 +236,19 @@ def store1_int(b, p, n):
 
 @instruction(vec, number)
 def splat(b, x):
-    """x in every lane."""
+    """Broadcast x to every lane."""
     return splat_of(b, x)
 
 
 @instruction(vec, vec, count, vec)
 def blend_first(b, x, n, y):
-    """The first n lanes of x, the others of y."""
+    """Lanes 0 .. n - 1 of x, the other lanes of y."""
     return b.select(lanes_below(b, n), x, y)
 
 
 @instruction(vec, vec, vec)
 def vmax(b, x, y):
-    """Where x is NaN it is y: a running maximum y passes over NaN, which the sum of powers then holds."""
+    """Lane-wise maximum; y where x is NaN. A running maximum y skips NaN, which shows up in the sum of 2^x instead."""
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
@@ -262,43 +259,44 @@ def vdiv(b, x, y):
 
 @instruction(vec, vec)
 def vsqrt(b, x):
-    """Square roots."""
     return call_of(b, f"llvm.sqrt.v{W}f32", V, x)
 
 
 @instruction(number, vec)
 def hsum(b, x):
-    """The sum of all lanes."""
+    """Sum of all lanes."""
     return _reduce(b, "fadd", x, ir.Constant(f32, 0.0))
 
 
 @instruction(number, vec)
 def hmax(b, x):
+    """Maximum of all lanes."""
     return _reduce(b, "fmax", x)
 
 
-def _rope(b, x, table, signs):
+def _rope(b, x, cos_sin, signs):
+    # (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin): each lane needs its neighbour, and sin with a sign
     swap, even, odd = ([f(i) for i in range(W)] for f in (lambda i: i ^ 1, lambda i: i & ~1, lambda i: i | 1))
-    other, cos, sin = (b.shuffle_vector(v, v, ir.Constant(VI, m)) for v, m in ((x, swap), (table, even), (table, odd)))
+    shuffles = (x, swap), (cos_sin, even), (cos_sin, odd)
+    other, cos, sin = (b.shuffle_vector(v, v, ir.Constant(VI, m)) for v, m in shuffles)
     sin = b.fmul(sin, ir.Constant(V, signs * (W // 2)))
     return b.fadd(b.fmul(x, cos, flags=FUSE), b.fmul(other, sin, flags=FUSE), flags=FUSE)
 
 
 @instruction(vec, vec, vec)
-def rope(b, x, table):
-    """Pairs (x[2i], x[2i+1]) as complex numbers times (table[2i], table[2i+1]): Meta's order of rotary pairs."""
-    return _rope(b, x, table, [-1.0, 1.0])
+def rope(b, x, cos_sin):
+    """Rotate pairs (x[2i], x[2i+1]), Meta's order, by angles given as (cos, sin) pairs in the same lanes."""
+    return _rope(b, x, cos_sin, [-1.0, 1.0])
 
 
 @instruction(vec, vec, vec)
-def rope_backward(b, x, table):
-    """The same with the conjugate of the table: the inverse, and the gradient."""
-    return _rope(b, x, table, [1.0, -1.0])
+def rope_backward(b, x, cos_sin):
+    """Rotate by the opposite angle: the inverse of `rope`, and its gradient, since a rotation is orthogonal."""
+    return _rope(b, x, cos_sin, [1.0, -1.0])
 
 
-def halves(d: int) -> tuple[ir.Constant, ir.Constant]:
-    """Of two registers: the stretches of d lanes whose number is even, those of the second in the places of the odd
-    ones of the first; and the same with odd and even exchanged."""
+def butterfly(d: int) -> tuple[ir.Constant, ir.Constant]:
+    """Shuffle masks for two registers x, y cut into blocks of d lanes, such as x = A B, y = C D -> A C and B D."""
     low = ir.Constant(VI, [i if i & d == 0 else W + i - d for i in range(W)])
     high = ir.Constant(VI, [i + d if i & d == 0 else W + i for i in range(W)])
     return low, high
@@ -306,10 +304,10 @@ def halves(d: int) -> tuple[ir.Constant, ir.Constant]:
 
 @instruction(vec, address)
 def row_sums(b, p):
-    """(W, W) numbers -> the sum of each row: pairs of rows share a register, log2 W times."""
+    """(W, W) floats -> the sum of each row, in its lane: log2 W times, pairs of rows are folded into one register."""
     rows, d = [load_at(b, p, W * i) for i in range(W)], W // 2
     while d:
-        low, high = halves(d)
+        low, high = butterfly(d)
         pairs = [(rows[i], rows[i + d]) for i in range(d)]
         rows = [b.fadd(b.shuffle_vector(x, y, low), b.shuffle_vector(x, y, high)) for x, y in pairs]
         d //= 2
@@ -318,11 +316,11 @@ def row_sums(b, p):
 
 @instruction(types.void, address, count, address, count)
 def transpose(b, source, lds, target, ldt):
-    """(W, W) numbers, rows lds and ldt apart: swaps halves of ever smaller blocks, log2 W times."""
+    """Transpose (W, W) floats, rows lds and ldt floats apart: log2 W times, blocks of half the size are swapped."""
     rows = [load_at(b, b.add(source, b.mul(lds, ir.Constant(i64, 4 * i)))) for i in range(W)]
     d = W // 2
     while d:
-        low, high = halves(d)
+        low, high = butterfly(d)
         for i in range(W):
             if i & d == 0:
                 x, y = rows[i], rows[i + d]
@@ -333,14 +331,14 @@ def transpose(b, source, lds, target, ldt):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of e numbers, of `size` bytes each: 4 float32, 2 bfloat16
+# Rows of e numbers in memory, of `size` bytes each: 4 is float32, 2 is bfloat16
 
 ZERO = np.float32(0)
 
 
 @njit
 def read_row(p, size, e, out):
-    """e numbers -> float32, zeros up to the next whole register."""
+    """Load e numbers as float32 into `out`, padded with zeros to a whole register."""
     whole = e // W * W
     if size == 4:
         for i in range(0, whole, W):
@@ -356,6 +354,7 @@ def read_row(p, size, e, out):
 
 @njit
 def write_row(p, size, e, x, factor):
+    """Store e float32 numbers at x times factor."""
     whole = e // W * W
     for i in range(0, whole, W):
         y = load(x + 4 * i) * splat(factor)
@@ -373,6 +372,7 @@ def write_row(p, size, e, x, factor):
 
 @njit
 def dot_rows(x, y, width):
+    """Dot product of two padded float32 rows."""
     s = splat(ZERO)
     for i in range(0, width, W):
         s += load(x + 4 * i) * load(y + 4 * i)
@@ -381,5 +381,6 @@ def dot_rows(x, y, width):
 
 @njit
 def clear(p, floats):
+    """Set `floats` numbers to zero, rounded up to whole registers."""
     for i in range(0, floats, W):
         store(p + 4 * i, splat(ZERO))

@@ -18,7 +18,7 @@ from nanochameleon.bench.rows import Row
 from nanochameleon.bench.timing import seconds, to_rows
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention_reference
+from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable

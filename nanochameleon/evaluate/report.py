@@ -3,7 +3,6 @@
 An oracle judges the shapes worlds. For all other images there is likelihood alone, and images to look at.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -25,23 +24,15 @@ from nanochameleon.evaluate.shapes import Answer, Drawn, draw_images
 from nanochameleon.files import write_file
 from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import png
-from nanochameleon.training.monitor import METRICS, plot_curves, read_metrics
+from nanochameleon.training.curves import plot_curves
+from nanochameleon.training.diagnostics import peak_memory_gib
+from nanochameleon.training.monitor import METRICS, read_metrics
 from nanochameleon.training.run import Run, command
 
 GRID = 14  # images of a sample grid during training
 SHEET = 28  # images in samples.png
 INTERLEAVED = 100  # documents of two images at most whose second one is drawn
 NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # of images without exact truth
-
-
-def peak_memory_gib() -> float | None:
-    """Most resident memory this process has had; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1_024  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def drawable(run: Run, captions: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a run leaves to look at: samples.png, report.json and report.html.
 
 report.html is one page that needs nothing else: images inside it, no scripts, no links, every text escaped, and a
-content policy that forbids the rest. It measures nothing (evaluate/) and draws no curves (monitor.py).
+content policy that forbids the rest. It measures nothing (evaluate/) and draws no curves (curves.py).
 """
 
 import base64

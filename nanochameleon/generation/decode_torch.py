@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decoder import Decoder
 from nanochameleon.kernels.attention.decode import decode_attention_
-from nanochameleon.kernels.attention.qknorm_rope import per_head
+from nanochameleon.kernels.attention.reference import per_head
 from nanochameleon.transformer import Block, CacheView, Chameleon, compute_freqs_cis
 
 

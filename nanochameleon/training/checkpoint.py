@@ -3,11 +3,11 @@
     step-000200/  model.safetensors  optim.safetensors  state.json  manifest.json
     step-000400/  shard-00001-model-00001-of-00001.safetensors, ...  state.json  manifest.json     of a sharded model
 
-All files are written into .tmp-...; the manifest (size and sha256 of each) comes last, then one rename. So a kill at
-any moment leaves the older ones as they were, and a flipped byte or a cut file is noticed: the newest checkpoint is the
-newest WHOLE one, found by looking, with no pointer file that could go stale. Files that the manifest does not list, as
-a copy may leave them, are never read. Safetensors and JSON only, never pickle.
-It moves state; it builds no model and knows no configuration.
+All files are written into a .tmp-... folder. The manifest (size and sha256 of each file) comes last, then one rename.
+So a kill at any moment leaves the older checkpoints as they were, and a flipped byte or a cut file is noticed. The
+newest checkpoint is the newest WHOLE one, found by looking; there is no pointer file that could be stale. Files that
+the manifest does not list, such as leftovers of a copy, are never read. Safetensors and JSON only, never pickle.
+This file moves state; it builds no model and knows no configuration.
 """
 
 import hashlib
@@ -31,11 +31,13 @@ from nanochameleon.errors import UserError, warn
 from nanochameleon.files import fsync, is_safe_name
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
-ODD = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # how odd content shows itself
-STEP_FOLDER = re.compile(r"step-(\d{6,})(\.old)?")  # .old: set aside while a second save of the same step moves in
+ODD = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what odd content raises
+STEP_FOLDER = re.compile(
+    r"step-(\d{6,})(\.old)?"
+)  # .old: the earlier save of a step that is saved again, until the rename
 
 # ---------------------------------------------------------------------------------------------------------------------
-# manifest
+# The manifest
 
 
 def sha256(path: Path) -> str:
@@ -44,29 +46,29 @@ def sha256(path: Path) -> str:
 
 
 def render_manifest(entries: dict[str, dict]) -> bytes:
-    """{name: {"size": bytes, "sha256": hex}} -> the one spelling of it, so that any flipped byte shows."""
+    """{name: {"size": bytes, "sha256": hex}} -> its canonical JSON, so that any flipped byte is noticed."""
     return (json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict]:
-    """The manifest's entries. Raises ValueError or OSError for one that is missing, cut or touched."""
+    """Read the manifest's entries. Raises ValueError or OSError for one that is missing, cut or changed."""
     data = (checkpoint / MANIFEST).read_bytes()
     manifest = json.loads(data)
     entries = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(entries, dict) or STATE not in entries or render_manifest(entries) != data:
-        raise ValueError("not as written")
+        raise ValueError("the manifest is not as save wrote it")
     if not all(is_safe_name(name) and isinstance(entry, dict) for name, entry in entries.items()):
-        raise ValueError("no names of files")
+        raise ValueError("the manifest names something other than plain files")
     return entries
 
 
 def tensor_files(checkpoint: Path) -> list[Path]:
-    """The safetensors that a whole checkpoint's manifest lists, by name. Others in its folder do not belong to it."""
+    """The safetensors that a whole checkpoint's manifest lists, sorted; others in its folder do not belong to it."""
     return [checkpoint / name for name in sorted(read_manifest(checkpoint)) if name.endswith(TENSORS)]
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None when all files are what its manifest says, and readable."""
+    """Describe what is wrong with a checkpoint; None if all files are readable and as its manifest says."""
     try:
         entries = read_manifest(checkpoint)
     except FileNotFoundError:
@@ -99,18 +101,18 @@ def _damage_of(file: Path, entry: dict) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# save
+# Save
 
 
 def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> Path:
-    """Writes run_dir/step-NNNNNN and returns it.
+    """Write run_dir/step-NNNNNN and return it.
 
     tensors: {"model": {name: tensor}, "optim": ..., ...}, one safetensors file each; tensors must not share memory.
     state: what JSON can hold.
-    Raises UserError when the disk is full or not writable; then nothing new is left and the older ones are untouched.
+    Raises UserError if the disk is full or not writable; nothing new is left then, and older checkpoints are untouched.
     """
     run_dir = Path(run_dir)
-    aside = run_dir / f".tmp-step-{step:06d}-{os.getpid()}"
+    aside = run_dir / temporary_name(step)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         sweep_folders(run_dir)
@@ -124,15 +126,19 @@ def save(run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def temporary_name(step: int) -> str:
+    return f".tmp-step-{step:06d}-{os.getpid()}"
+
+
 def check_room(run_dir: Path, tensors: Iterable[Tensor]) -> None:
-    """Raises OSError where the disk has no room for them."""
+    """Raises OSError if the disk has no room for these tensors."""
     needed = sum(t.numel() * t.element_size() for t in tensors)
     if shutil.disk_usage(run_dir).free < needed:
         raise OSError(f"it needs {needed / 1e6:,.1f} MB and the disk has less")
 
 
 def sweep(run_dir: Path) -> None:
-    """Removes the .tmp-* folders and files that a killed process has left. Not while files are being written there."""
+    """Remove the .tmp-* folders and files that a killed process has left. Call it while nothing is being written."""
     sweep_folders(run_dir)
     for path in Path(run_dir).glob(".tmp-*"):
         if not path.is_dir():
@@ -140,7 +146,7 @@ def sweep(run_dir: Path) -> None:
 
 
 def sweep_folders(run_dir: Path) -> None:
-    """Those of saves alone: other files may be written beside a save."""
+    """Remove the folders only, which are saves; other files may be in the middle of being written."""
     for path in Path(run_dir).glob(".tmp-*/"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -149,12 +155,12 @@ def _write_tensors(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
     for group, content in tensors.items():
         try:
             save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, folder / f"{group}.safetensors")
-        except SafetensorError as error:  # how a full disk shows here
+        except SafetensorError as error:  # safetensors reports a full disk by its own error
             raise OSError(str(error)) from error
 
 
 def describe(paths: Iterable[Path]) -> dict[str, dict]:
-    """The manifest's entries of files, which are on the disk when this returns."""
+    """Sync files to the disk and return their entries of the manifest."""
     entries = {}
     for path in paths:
         fsync(path)
@@ -163,7 +169,7 @@ def describe(paths: Iterable[Path]) -> dict[str, dict]:
 
 
 def commit(aside: Path, run_dir: Path, step: int, state: dict, entries: dict[str, dict]) -> Path:
-    """Makes a checkpoint of a folder whose tensors are written and described; returns its place."""
+    """Turn a folder whose tensors are written and described into a checkpoint; returns its path."""
     (aside / STATE).write_text(json.dumps(state, indent=1))
     entries = entries | describe([aside / STATE])
     (aside / MANIFEST).write_bytes(render_manifest(entries))
@@ -173,7 +179,7 @@ def commit(aside: Path, run_dir: Path, step: int, state: dict, entries: dict[str
 
 
 def _move_in(aside: Path, target: Path) -> Path:
-    """One rename. A folder of the same step steps aside first, under a name that newest() still finds."""
+    """Rename into place. An older save of the same step is renamed first, to a name that newest() still finds."""
     old = target.with_name(target.name + ".old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -185,7 +191,7 @@ def _move_in(aside: Path, target: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# find and load
+# Find and load
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -196,7 +202,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, None without one; prints one line for each damaged one on the way."""
+    """The newest whole checkpoint of a run, None without one; warns of each newer one that is damaged."""
     for path in checkpoints(run_dir):
         problem = damage(path)
         if problem is None:
@@ -208,8 +214,8 @@ def newest(run_dir: Path) -> Path | None:
 def load(path: Path, groups: Collection[str] | None = None) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """Checkpoint, or run folder (then its newest whole one) -> (tensors by group on the CPU, state).
 
-    groups: read these alone, such as ("model",). Raises UserError for what is no run folder, holds no whole checkpoint,
-    or, given as a checkpoint, is not whole: whoever names one gets that one or a refusal.
+    groups: which ones to read, such as ("model",). Raises UserError for a path that is no run folder, a run without a
+    whole checkpoint, and a checkpoint that is not whole: if you name one, you get that one or an error.
     """
     path = locate(path)
     files = {file.stem: file for file in tensor_files(path)}
@@ -222,16 +228,16 @@ def load(path: Path, groups: Collection[str] | None = None) -> tuple[dict[str, d
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raises UserError where a checkpoint cannot be used though it is as its manifest says."""
+    """Raises UserError for a checkpoint that matches its manifest but holds something else than it should."""
     try:
         yield
     except (*ODD, RuntimeError) as error:
         what = f"{path} does not hold what it should ({type(error).__name__})"
-        raise UserError(f"{what}: delete it, and the same command goes on without it") from error
+        raise UserError(f"{what}: delete it, and the same command resumes without it") from error
 
 
 def locate(path: Path) -> Path:
-    """Checkpoint or run folder -> a whole checkpoint. Raises UserError as load does."""
+    """Resolve a checkpoint or a run folder to a whole checkpoint. Raises UserError as load does."""
     path = Path(path)
     if not path.is_dir():
         what = "is a file, not a run folder" if path.exists() else "does not exist"
@@ -245,14 +251,14 @@ def locate(path: Path) -> Path:
     found = newest(path)
     if found is None:
         raise UserError(
-            f"{path} holds no whole checkpoint, all are damaged: restore a copy, or start anew with --overwrite"
+            f"{path} holds no whole checkpoint, all are damaged: restore a copy, or start again with --overwrite"
         )
     return found
 
 
 def keep_last(run_dir: Path, k: int) -> None:
-    """Deletes what is older than the k newest whole checkpoints, but for the best one: that of the least "loss" in its
-    state, where states have one. Damaged ones do not count among the k."""
+    """Delete what is older than the k newest whole checkpoints, except the best one: the one with the least "loss" in
+    its state. Damaged ones do not count among the k."""
     if k < 1:
         raise ValueError(f"keep at least 1 checkpoint, not {k}")
     sweep_folders(run_dir)
@@ -273,7 +279,7 @@ def keep_last(run_dir: Path, k: int) -> None:
 
 
 def loss_of(checkpoint: Path) -> float:
-    """The "loss" in its state; infinity without one."""
+    """The "loss" in a checkpoint's state; infinity without one."""
     try:
         loss = json.loads((checkpoint / STATE).read_text()).get("loss")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -282,7 +288,7 @@ def loss_of(checkpoint: Path) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the optimizer's state as flat tensors
+# The optimizer's state as flat tensors
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -297,54 +303,49 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Inverse of optimizer_tensors; groups, learning rate and decay stay as they are.
 
-    Raises UserError when names or shapes are not those of this model.
+    Raises UserError if names or shapes are not those of this model.
     """
     named = dict(model.named_parameters())
-    order = _positions(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {id(parameter): i for i, parameter in enumerate(parameters)}  # torch's state_dict names them by number
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition(".")
-        if name not in named or id(named[name]) not in order:
-            raise UserError(f"the checkpoint's optimizer knows {name!r}, which this model does not; was it changed?")
+        if name not in named or id(named[name]) not in index:
+            raise UserError(f"the checkpoint's optimizer has {name!r}, which this model lacks; was the model changed?")
         if tensor.ndim and tensor.shape != named[name].shape:
             raise UserError(f"{key} has shape {tuple(tensor.shape)}, this model needs {tuple(named[name].shape)}")
-        state.setdefault(order[id(named[name])], {})[field] = tensor.clone()
+        state.setdefault(index[id(named[name])], {})[field] = tensor.clone()
     groups = optimizer.state_dict()["param_groups"]
-    for group in groups:  # all parameters of a group have the same fields, where they have been moved at all
-        if len({frozenset(state[position]) for position in group["params"] if position in state}) > 1:
+    for group in groups:  # parameters of a group have the same fields, unless they were never updated
+        if len({frozenset(state[i]) for i in group["params"] if i in state}) > 1:
             raise UserError("the checkpoint's optimizer lacks a part of its state; was it changed?")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _positions(optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """id(parameter) -> its position in the optimizer, which is how torch's state_dict names it."""
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return {id(parameter): position for position, parameter in enumerate(parameters)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# straight into a model and its optimizer, sharded or not, from a checkpoint that was sharded or not
+# Into a model and its optimizer; both they and the checkpoint may be sharded or not
 
 
 def read_state(path: Path) -> dict:
-    """What a whole checkpoint holds beside tensors. Raises ValueError or RecursionError for what save did not write."""
+    """Read a checkpoint's state.json. Raises ValueError or RecursionError for what save did not write."""
     state = json.loads((path / STATE).read_text())
     if not isinstance(state, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("state.json is not a JSON object")
     return state
 
 
 def steps_done(state: dict) -> int:
-    """The "step" of a state. Raises ValueError for one that is no count."""
+    """The "step" of a state. Raises ValueError if it is not a count."""
     if type(state["step"]) is not int or state["step"] < 0:
-        raise ValueError("no count of steps")
+        raise ValueError("its step is not a count")
     return state["step"]
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Reads a whole checkpoint into parameters and the optimizer's state, each rank what it holds; returns the state.
+    """Read a whole checkpoint into the parameters and the optimizer; each rank reads the part it holds.
 
-    Raises UserError where tensors are missing, too many or of another shape.
+    Returns the state. Raises UserError if tensors are missing, superfluous or of another shape.
     """
     weights, named = model.state_dict(), dict(model.named_parameters())
     shapes = stored_shapes(path)
@@ -355,7 +356,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
             optim[key] = torch.zeros_like(named[name]) if shape else torch.zeros(())
     wanted = weights | optim
     for key in shapes.keys() ^ wanted.keys():
-        raise UserError(f"{path} and this model do not belong together: {key} is in one of them alone")
+        raise UserError(f"{path} is not of this model: {key} is in only one of the two")
     for name in {name for name, p in named.items() if p.requires_grad} - {key.rpartition(".")[0] for key in optim}:
         raise UserError(f"{path} has no state of the optimizer for {name}: it was saved by another stage or version")
     for key, shape in shapes.items():
@@ -368,33 +369,33 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def _read_tensors(path: Path, wanted: dict[str, Tensor]) -> None:
-    """Reads a checkpoint's tensors in place, of sharded ones what this rank holds. Safetensors alone, no pickle."""
+    """Read a checkpoint's tensors in place, of sharded ones the part that this rank holds. No pickle is opened."""
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
     reader, files = HuggingFaceStorageReader(str(path)), [str(file) for file in tensor_files(path)]
-    reader.fs.ls = lambda folder: files  # it would read every .safetensors in the folder
-    with warnings.catch_warnings():  # it says that it works alone, as it is told to
+    reader.fs.ls = lambda folder: files  # by itself it reads every .safetensors in the folder
+    with warnings.catch_warnings():  # it warns that it does not use the process group, as no_dist asks
         warnings.simplefilter("ignore", UserWarning)
         try:
             load(wanted, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:  # no Exception by its class
+        except CheckpointException as error:  # a BaseException
             raise RuntimeError(f"torch cannot read {path}") from error
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint's safetensors, put together from shards where it is cut.
+    """Name -> full shape of every tensor in a checkpoint, put together from shards if it is sharded.
 
-    Raises UserError where a part of a tensor is missing or there twice.
+    Raises UserError if a part of a tensor is missing or there twice.
     """
     shapes, sizes = _shapes_in(tensor_files(path))
     for name, shape in shapes.items():
         if sizes[name] != math.prod(shape):
-            raise UserError(f"{path} has {sizes[name]} of the {math.prod(shape)} numbers of {name}: delete {path}")
+            raise UserError(f"{path} has {sizes[name]} of the {math.prod(shape)} elements of {name}: delete {path}")
     return shapes
 
 
 def _shapes_in(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Counter[str]]:
-    """Name -> shape of the whole tensor, and how many of its numbers are in these files."""
+    """Name -> shape of the full tensor, and how many of its elements are in these files."""
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: Counter[str] = Counter()
     for file in files:
@@ -410,10 +411,10 @@ def _shapes_in(files: Iterable[Path]) -> tuple[dict[str, tuple[int, ...]], Count
 
 
 def shard_offsets(metadata: dict[str, str] | None) -> dict[str, tuple[int, ...]]:
-    """Where each tensor of a file begins in the whole one, as torch.distributed.checkpoint notes it; {} if all are
-    whole."""
+    """Where each shard of a file starts in its full tensor, as torch.distributed.checkpoint notes it; {} without
+    shards."""
     noted = json.loads((metadata or {}).get("DCP_SHARDING_INFO", "{}"))
     found = {name: tuple(entry["saved_offsets"]) for name, entry in noted.items()}
     if not all(type(n) is int and 0 <= n < 2**48 for offsets in found.values() for n in offsets):
-        raise ValueError("no offsets")
+        raise ValueError("a shard's offsets are not counts")
     return found

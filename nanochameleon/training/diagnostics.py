@@ -1,56 +1,104 @@
-"""What the paper watches to see trouble coming (section 2.3), measured while a model is trained: the largest attention
-logit of each layer, and how hard each modality pulls. monitor.py writes it down.
+"""What is logged while a model trains; monitor.py writes it down.
+
+The paper watches the loss by modality and the norm of the last block's output for early signs of trouble (section 2.3).
+We add the largest attention logit of each layer, and the gradient's norm by modality.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.attention.qknorm_rope import apply_rotary_emb
-from nanochameleon.kernels.attention.reference import visible
+from nanochameleon.kernels.attention.reference import apply_rotary_emb, visible
 from nanochameleon.packing import Batch
+from nanochameleon.parallel.apply import ParallelModel
+from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import full_tensor
-from nanochameleon.training.objective import Objective
+from nanochameleon.training.objective import Objective, Sums
 from nanochameleon.transformer import Attention, Chameleon
 from nanochameleon.vocab import Vocab
 
 
-def largest_logit(attention: Attention, x: Tensor, table: Tensor, doc_ids: Tensor) -> Tensor:
-    """Of all heads that this rank has: the attention's input x (B, T, D) -> the largest score that a query sees."""
+def compute_metrics(sums: Sums, mesh: Mesh, z_loss_weight: float) -> dict[str, float]:
+    """Means per token of each modality over the whole batch; monitor.FIELDS explains the names."""
+    cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.parts))
+    output_norm, n_tokens = mesh.all_reduce_sum(float(sums.output_norm), float(sums.n_tokens))
+    z_loss, n_text = z_loss_weight * z / max(n, 1.0), n - n_images
+    return {
+        "loss": cross_entropy / max(n, 1.0) + z_loss,
+        "loss_text": (cross_entropy - of_images) / n_text if n_text else math.nan,
+        "loss_image": of_images / n_images if n_images else math.nan,
+        "z_loss": z_loss,
+        "log_z": log_z / max(n, 1.0),
+        "output_norm": output_norm / n_tokens,
+    }
+
+
+def largest_logit(attention: Attention, x: Tensor, freqs_cis: Tensor, doc_ids: Tensor) -> Tensor:
+    """The attention's input x (B, T, D) -> the largest score that a query sees, over the heads of this rank."""
     b, t, _ = x.shape
-    q, k = (w(x).view(b, t, -1, attention.head_dim) for w in (attention.wq, attention.wk))
+    q, k = (w(x).view(b, t, -1, attention.head_dim) for w in (attention.wq, attention.wk))  # (B, T, H, E), (B, T, G, E)
     q, k = (
-        apply_rotary_emb(norm(y).transpose(1, 2), table) for norm, y in ((attention.q_norm, q), (attention.k_norm, k))
+        apply_rotary_emb(norm(y).transpose(1, 2), freqs_cis)
+        for norm, y in ((attention.q_norm, q), (attention.k_norm, k))
     )
-    scores = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(attention.head_dim)
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, E)
+    scores = q.float() @ k.mT / math.sqrt(attention.head_dim)  # (B, H, T, T)
     return scores.masked_fill(~visible(doc_ids, doc_ids)[:, None], -math.inf).amax()
 
 
 @torch.no_grad()
-def max_attention_logits(objective: Objective, batch: Batch, keys: Tensor | None) -> list[float]:
-    """The largest attention logit of each layer on these rows, by one more forward pass; of a layer that is spread over
-    ranks, of this rank's heads. Every rank of a sharded model has to take part."""
+def local_max_logits(objective: Objective, batch: Batch, dropout_seeds: Tensor | None) -> list[float]:
+    """The largest attention logit of each layer in this rank's batch and heads, by one more forward pass.
+
+    Every rank of a sharded model has to take part.
+    """
     found: list[Tensor] = []
 
-    def look(attention: Attention, inputs: tuple) -> None:
+    def record(attention: Attention, inputs: tuple) -> None:
         found.append(largest_logit(attention, *inputs[:3]))
 
-    hooks = [block.attention.register_forward_pre_hook(look) for block in objective.model.layers]
+    hooks = [block.attention.register_forward_pre_hook(record) for block in objective.model.layers]
     try:
-        with torch.compiler.set_stance("force_eager"):  # what is compiled does not see the hooks
-            objective(batch, keys)
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see the hooks
+            objective(batch, dropout_seeds)
     finally:
         for hook in hooks:
             hook.remove()
-        if hasattr(objective, "reshard"):  # FSDP keeps what is outside of blocks until a backward pass
+        if hasattr(objective, "reshard"):  # FSDP keeps what is outside of blocks gathered until a backward pass
             objective.reshard()
     return torch.stack(found).tolist()
 
 
+def max_attention_logits(model: ParallelModel, batch: Batch, dropout_seeds: Tensor) -> list[float]:
+    """The largest attention logit of each layer on the first sequence of the whole batch, over all ranks."""
+    mesh = model.mesh
+    found = local_max_logits(model.objective, batch[:1], dropout_seeds[:1])
+    has_first = mesh.batch_slice(len(batch.tokens) * mesh.dp_size).start == 0
+    return mesh.all_reduce_max(*(found if has_first else [-math.inf] * len(found)))
+
+
 def gradient_norms(model: Chameleon, vocab: Vocab) -> dict[str, float]:
     """{"grad_norm_text", "grad_norm_image"}: the gradient's norm over the rows of embedding and output layer that
-    belong to text, or to image codes. Of a sharded model it is that of all ranks, which have to take part."""
-    rows = sum(full_tensor(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))
+    belong to text, or to image codes. Every rank of a sharded model has to take part."""
+    rows = sum(full_tensor(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))  # (V,)
     image, text = rows[vocab.first_code : vocab.eoi].sum(), rows[vocab.first_text :].sum()
     return {"grad_norm_text": float(text.sqrt()), "grad_norm_image": float(image.sqrt())}
+
+
+def memory_gib(device: torch.device) -> float | None:
+    """Most memory taken so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return peak_memory_gib()
+
+
+def peak_memory_gib() -> float | None:
+    """Most resident memory this process has had; None where the system does not report it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1_024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,13 +1,12 @@
-"""Saves the transformer's training while it goes on: a copy in the host's memory, then files in the background.
+"""Saves the transformer's training while it continues: a copy in the host's memory, then files in the background.
 
     saver.save(state)  ->  copied; the next steps run while a thread writes, checks and renames (checkpoint.py)
 
-A model that every rank has whole is written by the first one, a sharded one by torch.distributed.checkpoint, every rank
-its shards, as safetensors without any pickle. What goes wrong is said at the next save, and the run goes on with the
-checkpoints that it has: only the last one must succeed.
+Rank 0 writes a model that every rank has whole. A sharded model is written by torch.distributed.checkpoint, each rank
+its shards, as safetensors without any pickle. A failed save is reported at the next save and the run continues with its
+older checkpoints; only the last save must succeed.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,45 +15,48 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanochameleon.config import ParallelConfig
 from nanochameleon.errors import UserError, warn
+from nanochameleon.parallel.apply import uses_fsdp
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.training import checkpoint
 from nanochameleon.transformer import Chameleon
 
 
 class Saver:
-    """Checkpoints of one model and its optimizer in `folder`, of which the last `keep` and the best stay."""
+    """Writes checkpoints of a model and its optimizer into `folder`; the last `keep` and the best one stay."""
 
     def __init__(
-        self, folder: Path, model: Chameleon, optimizer: torch.optim.Optimizer, mesh: Mesh, keep: int,
-        background: bool, sharded: bool,
+        self, folder: Path, model: Chameleon, optimizer: torch.optim.Optimizer, mesh: Mesh, parallel: ParallelConfig,
+        keep: int,
     ):  # fmt: skip
         self.folder, self.model, self.optimizer, self.mesh, self.keep = folder, model, optimizer, mesh, keep
-        self.background, self.sharded = background, sharded
+        self.background, self.sharded = parallel.save_in_background, uses_fsdp(mesh, parallel)
         self.pending: Future | None = None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.group = None
-        if sharded:
+        if self.sharded:
             import torch.distributed as dist
 
-            self.group = dist.new_group(backend="gloo")  # of its own: the thread's messages must not meet the steps'
+            self.group = dist.new_group(backend="gloo")  # its own, or the thread's messages would meet the steps'
 
     def save(self, state: dict, last: bool = False) -> None:
-        """state: {"step": ...} and what else JSON can hold. `last` waits for the files, and raises UserError where they
-        cannot be written; any other save that fails is told by a warning at the next one."""
-        self.finish()
-        weights = self.model.state_dict()
-        tensors = {"weights": weights, "optim": checkpoint.optimizer_tensors(self.optimizer, self.model)}
-        if self.sharded:
-            self.pending = self.start_sharded(tensors["weights"] | tensors["optim"], state)
-        elif self.mesh.is_rank0:
-            copied = {group: copies(content) for group, content in tensors.items()}
-            self.pending = self.thread.submit(self.write, copied, state)
-        if last or not self.background:
-            self.finish(must=last)
+        """Save the tensors and `state`: {"step": ...} and what else JSON can hold.
 
-    def finish(self, must: bool = False) -> None:
-        """Waits for the files of the last save. Raises UserError where they failed and `must` is set, on every rank."""
+        `last` waits for the files and raises UserError if they cannot be written. A failure of any other save is a
+        warning at the next save.
+        """
+        self.finish()
+        weights, optim = self.model.state_dict(), checkpoint.optimizer_tensors(self.optimizer, self.model)
+        if self.sharded:
+            self.pending = self.start_sharded(weights | optim, state)
+        elif self.mesh.is_rank0:
+            self.pending = self.thread.submit(self.write, {"weights": copies(weights), "optim": copies(optim)}, state)
+        if last or not self.background:
+            self.finish(must_succeed=last)
+
+    def finish(self, must_succeed: bool = False) -> None:
+        """Wait for the files of the last save. Raises UserError on every rank if they failed and had to succeed."""
         problem = None
         if self.pending is not None:
             problem = self.pending.exception()
@@ -62,10 +64,10 @@ class Saver:
         if isinstance(problem, Exception) and not isinstance(problem, UserError | OSError):
             raise problem
         problem = self.mesh.broadcast(problem and str(problem))
-        if problem and must:
+        if problem and must_succeed:
             raise UserError(problem)
         if problem and self.mesh.is_rank0:
-            warn(f"{problem}; the run goes on without it")
+            warn(f"{problem}; training continues without it")
 
     def write(self, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
         checkpoint.save(self.folder, state["step"], tensors, state)
@@ -75,10 +77,10 @@ class Saver:
     # Sharded
 
     def start_sharded(self, tensors: dict[str, Tensor], state: dict) -> Future:
-        """Copies are made before this returns."""
+        """Start to write; the tensors are copied before this returns."""
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
 
-        aside = self.folder / self.mesh.broadcast(f".tmp-step-{state['step']:06d}-{os.getpid()}")
+        aside = self.folder / self.mesh.broadcast(checkpoint.temporary_name(state["step"]))
         self.mesh.run_on_rank0(lambda: self.make(aside))
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
         written = async_save(tensors, storage_writer=writer, process_group=self.group)
@@ -89,12 +91,12 @@ class Saver:
         aside.mkdir(parents=True)
 
     def commit(self, written: Future, aside: Path, state: dict) -> None:
-        """Behind the files of all ranks: each describes its own, the first one writes the manifest and renames."""
+        """Wait for the files of all ranks. Each rank describes its own; rank 0 writes the manifest and renames."""
         try:
-            self.agree(written.result)
-            entries = self.agree(lambda: checkpoint.describe(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*")))
-            everything = {name: entry for part in entries for name, entry in part.items()}
-            self.agree(lambda: self.finish_sharded(aside, state, everything) if self.mesh.is_rank0 else None)
+            self.gather(written.result)
+            entries = self.gather(lambda: checkpoint.describe(aside.glob(f"shard-{self.mesh.rank + 1:05d}-*")))
+            manifest = {name: entry for part in entries for name, entry in part.items()}
+            self.gather(lambda: self.finish_sharded(aside, state, manifest) if self.mesh.is_rank0 else None)
         finally:
             if self.mesh.is_rank0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -103,8 +105,8 @@ class Saver:
         checkpoint.commit(aside, self.folder, state["step"], state, entries)
         checkpoint.keep_last(self.folder, self.keep)
 
-    def agree(self, work: Callable[[], object]) -> list:
-        """Every rank's result. Raises UserError on all of them where one failed."""
+    def gather(self, work: Callable[[], object]) -> list:
+        """Run work() on every rank and return all results. Raises UserError on all ranks if one failed."""
         import torch.distributed as dist
 
         try:
@@ -129,11 +131,13 @@ class Saver:
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, in memory of their own."""
+    """Copy to the CPU, into memory of their own."""
     return {name: x.detach().to("cpu", copy=True) for name, x in tensors.items()}
 
 
 def latest_checkpoint(folder: Path, mesh: Mesh) -> Path | None:
-    """The newest whole checkpoint, the same one for every rank; None where there is none at all. Raises UserError
-    where there are some and none is whole."""
+    """The newest whole checkpoint, the same one on every rank; None where there is no checkpoint at all.
+
+    Raises UserError where there are some and none is whole.
+    """
     return mesh.run_on_rank0(lambda: checkpoint.locate(folder) if checkpoint.checkpoints(folder) else None)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, turned into a question that loops ask between steps; and how long the stages have taken."""
+"""Ctrl-C and SIGTERM as a flag that loops read between steps; and how long each stage has taken."""
 
 import json
 import os
@@ -10,12 +10,14 @@ from pathlib import Path
 from nanochameleon.errors import is_nonzero_rank, warn
 from nanochameleon.files import is_finite_number, write_file
 
-ONE_STOP = 5.0  # seconds in which torchrun's own signal follows the one that a terminal sends to all
+SAME_STOP = 5.0  # seconds: a terminal signals all processes, then torchrun signals its ranks; both are one stop
 
 
 class GracefulShutdown:
-    """The first Ctrl-C or SIGTERM is noted in `asked`, which loops look at between steps; a second one stops at once.
-    Where `at_once` is set, the first one raises KeyboardInterrupt. The end of torchrun counts as SIGTERM."""
+    """Records the first Ctrl-C or SIGTERM in `asked`, which loops read between steps; a second one stops at once.
+
+    If `at_once` is set, the first one raises KeyboardInterrupt. The end of torchrun counts as SIGTERM.
+    """
 
     def __init__(self):
         self.asked = 0  # the signal's number
@@ -32,7 +34,7 @@ class GracefulShutdown:
 
     def _note(self, number: int, frame: object) -> None:
         if self.asked:
-            if time.monotonic() - self.since > ONE_STOP:
+            if time.monotonic() - self.since > SAME_STOP:
                 self._restore()
                 os.kill(os.getpid(), number)
             return
@@ -61,21 +63,21 @@ class GracefulShutdown:
 
 
 def say_at_once(sentence: str) -> None:
-    """By rank 0, past Python's own buffers: a signal may come within a print."""
+    """Print on rank 0 without Python's buffers, since a signal may arrive inside a print."""
     if not is_nonzero_rank():
         with suppress(OSError):  # stderr may be closed
             os.write(2, f"\n{sentence}\n".encode())
 
 
 class StageTimer:
-    """Seconds of each stage, kept in the run's folder so that they add up over interruptions."""
+    """Seconds of each stage, kept in the run's folder so that they add up when a run is resumed."""
 
     def __init__(self, folder: Path):
         self.path, self.last = folder / "seconds.json", time.perf_counter()
         self.seconds = self.read() if self.path.exists() else {}
 
     def read(self) -> dict[str, float]:
-        """From zero, with a warning, where the file is damaged: a stopwatch stops no run."""
+        """Read the file. A damaged one is a warning and the times start from zero: a timer must not stop a run."""
         try:
             seconds = json.loads(self.path.read_text())
             if all(is_finite_number(value) for value in seconds.values()):
@@ -90,5 +92,5 @@ class StageTimer:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
         self.last = now
-        with suppress(OSError):  # a stopwatch stops no run
+        with suppress(OSError):  # a timer must not stop a run
             write_file(self.path, json.dumps(self.seconds).encode())

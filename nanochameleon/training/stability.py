@@ -1,8 +1,8 @@
-"""The paper's stability study (section 2.3, figures 5 and 6) at a size of minutes: `python train.py stability`.
+"""The paper's stability ablations (section 2.3, figures 5 and 6) in minutes: `python train.py stability`.
 
-Each variant leaves one part of the recipe out; all share tokenizers and data, and run at two learning rates with
-several seeds. What diverges at 7B after a trillion ids at the paper's rate is looked for here with a hotter one, as
-Wortsman et al. do (arXiv 2309.14322). It trains nothing itself: `train` is train.py's main.
+Each variant leaves one part of the recipe out. All share tokenizers and data, and run at two learning rates with
+several seeds. What diverges in a 7B model after a trillion tokens shows in a small one at a higher learning rate
+(Wortsman et al., arXiv 2309.14322). This file trains nothing itself: `train` is train.py's main.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from nanochameleon.config import EvalConfig, RunConfig
 from nanochameleon.errors import GaveUp, UserError, say
 from nanochameleon.files import write_file
 from nanochameleon.training.monitor import METRICS, read_metrics
-from nanochameleon.training.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, claim, config_to_json
+from nanochameleon.training.run import CONFIG, DATA, IMAGE_TOKENIZER, TEXT_TOKENIZER, config_to_json
+from nanochameleon.training.run_folder import claim
 
 SEEDS = 3
 RATES = {"plain": 1.0, "hot": 10.0}  # times optim.lr
@@ -28,14 +29,14 @@ RATES = {"plain": 1.0, "hot": 10.0}  # times optim.lr
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe, and which of the paper's figures has its counterpart."""
+    """A recipe, and which of the paper's figures it reproduces."""
 
     name: str
     figure: str
     model: dict
     train: dict = dataclasses.field(default_factory=dict)
 
-    def of(self, base: RunConfig, rate: str, seed: int) -> RunConfig:
+    def config(self, base: RunConfig, rate: str, seed: int) -> RunConfig:
         return dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, **self.model),
@@ -64,11 +65,13 @@ VARIANTS = (
 # Running
 
 
-def run(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
-    """Trains every variant that is not finished, then writes stability.json, stability.md and stability.png into the
-    run's folder, and returns it. Raises UserError under torchrun."""
+def run_ablations(cfg: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
+    """Train every variant that is not finished, write stability.json, .md and .png, and return the folder.
+
+    Raises UserError under torchrun.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("the study is of small runs, one process each: leave torchrun out")
+        raise UserError("the ablations are small runs of one process each: start them without torchrun")
     with claim(cfg.folder):
         return run_all(dataclasses.replace(cfg, evaluation=EvalConfig(1, 1, 1)), train)
 
@@ -78,11 +81,11 @@ def run_all(base: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
     curves: dict[tuple[str, str], list[list[dict]]] = {}
     for number, (variant, rate, seed) in enumerate(todo, 1):
         say(f"stability {number}/{len(todo)}: {variant.name}, {rate} rate, seed {seed}")
-        one = variant.of(base, rate, seed)
+        one = variant.config(base, rate, seed)
         copy_prepared(base.folder, one)
         try:
             train(one)
-        except GaveUp as error:  # that, too, is a result
+        except GaveUp as error:  # a divergence is a result, too
             say(error)
         else:
             keep_prepared(base.folder, one)
@@ -92,7 +95,7 @@ def run_all(base: RunConfig, train: Callable[[RunConfig], Path]) -> Path:
 
 
 def copy_prepared(folder: Path, cfg: RunConfig) -> None:
-    """Gives a run that has not begun the tokenizers and the data of the first one."""
+    """Copy the tokenizers and the data of the first run into a run that has not started."""
     if (cfg.folder / CONFIG).exists() or not (folder / "beginning").exists():
         return
     aside = folder / f".{cfg.folder.name}"
@@ -103,6 +106,7 @@ def copy_prepared(folder: Path, cfg: RunConfig) -> None:
 
 
 def keep_prepared(folder: Path, cfg: RunConfig) -> None:
+    """Keep a copy of a run's tokenizers and data for the runs after it."""
     if not (folder / "beginning").exists():
         aside = folder / ".beginning"
         shutil.rmtree(aside, ignore_errors=True)
@@ -114,14 +118,14 @@ def keep_prepared(folder: Path, cfg: RunConfig) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looking
+# Results
 
 
-def look(metrics: list[dict]) -> dict[str, float | bool]:
-    """One run's log in numbers: what the paper calls a sign of trouble, and whether trouble came.
+def summarize(metrics: list[dict]) -> dict[str, float | bool]:
+    """Summarize one run's log: the paper's signs of an unstable training, and whether it diverged.
 
-    loss, output_norm: the mean over the last tenth. diverged: that loss is not finite, or half a nat above what it had
-    been. worst_spike: nats above the best loss before. attention_logit, log_z: the largest, of log Z after the start.
+    loss, output_norm: means over the last tenth. diverged: that loss is not finite, or half a nat above the best tenth.
+    worst_spike: nats above the best loss so far. attention_logit, log_z: the largest, log Z after the first fifth.
     """
     tenth = max(1, len(metrics) // 10)
     losses, norms, logits, log_z = (
@@ -141,13 +145,13 @@ def look(metrics: list[dict]) -> dict[str, float | bool]:
 
 
 def table(curves: dict[tuple[str, str], list[list[dict]]]) -> str:
-    """Markdown: a row for each variant and rate, the median over seeds."""
+    """Markdown with a row for each variant and rate: the median over seeds."""
     head = ["recipe", "paper's figure", "rate", "diverged", "loss", "worst spike"]
     head += ["output norm", "attention logit", "log Z"]
     lines = [" | ".join(("", *head, "")).strip(), "|" + "---|" * len(head)]
     for variant in VARIANTS:
         for rate in RATES:
-            seen = [look(metrics) for metrics in curves.get((variant.name, rate), []) if metrics]
+            seen = [summarize(metrics) for metrics in curves.get((variant.name, rate), []) if metrics]
             if not seen:
                 continue
             middle = {key: sorted(x[key] for x in seen)[len(seen) // 2] for key in seen[0] if key != "diverged"}
@@ -161,7 +165,7 @@ def write(folder: Path, curves: dict[tuple[str, str], list[list[dict]]]) -> None
     text = table(curves)
     say(text)
     rows = [
-        {"recipe": name, "rate": rate, "seeds": [look(metrics) for metrics in several if metrics]}
+        {"recipe": name, "rate": rate, "seeds": [summarize(metrics) for metrics in several if metrics]}
         for (name, rate), several in curves.items()
     ]
     write_file(folder / "stability.json", (json.dumps(rows, indent=1).replace("Infinity", "null") + "\n").encode())
@@ -182,7 +186,7 @@ PANELS = (  # title, what, which variants
 
 
 def plot(path: Path, curves: dict[tuple[str, str], list[list[dict]]]) -> None:
-    """The counterparts of the paper's figures at the hot rate, a thin line for each seed; and two more."""
+    """Plot the counterparts of the paper's figures, and two more, at the hot rate; a thin line for each seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 14), dpi=100, layout="constrained")
@@ -204,7 +208,7 @@ def plot(path: Path, curves: dict[tuple[str, str], list[list[dict]]]) -> None:
 
 
 def largest(value) -> float | None:
-    """Of a line's number, or of its numbers by layer; None for what was not finite."""
+    """The largest of a line's number, or of its numbers by layer; None for what was not finite."""
     if not isinstance(value, list):
         return value
     return max(value) if all(x is not None for x in value) else None

@@ -1,6 +1,6 @@
-"""Trains the two tokenizers: BPE on texts, the VQGAN on images. Both are fixed before the transformer begins.
+"""Train the two tokenizers: BPE on texts, the VQGAN on images. Both are fixed before the transformer's training.
 
-The VQGAN starts as a plain autoencoder; after `warmup_steps` k-means puts the codebook onto its latents, and from then
+The VQGAN starts as a plain autoencoder. After `warmup_steps`, k-means on its latents makes the codebook, and from then
 on it is trained through the codes. So no code starts dead, and the encoder knows what matters before it is quantized.
 """
 
@@ -34,13 +34,14 @@ from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer, save_text_tokenizer
 
-START_IMAGES = 512  # images whose latents k-means sees
-START_VECTORS = 8_192  # at most so many of their latents
+START_IMAGES = 512  # images whose latents k-means reads
+START_VECTORS = 8_192  # most latents that k-means reads
 SAVE_EVERY = 500  # steps of the image tokenizer between checkpoints
+EMA_FRACTION = 0.8  # of the steps in which the codebook moves; then it is fixed, so that the decoder can adapt to it
 
 
 def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTokenizer:
-    """Trains the BPE on captions and questions and writes it into the run's folder, unless it is there."""
+    """Train the BPE on captions and questions and write it into the run's folder, unless it is there."""
     path = folder / TEXT_TOKENIZER
     if not path.exists():
         vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)
@@ -49,56 +50,56 @@ def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTok
 
 
 def images(source: Source, start: int, n: int) -> np.ndarray:
-    """The images of documents start .. start+n-1 of a source of pairs: uint8 (n, R, R, 3)."""
+    """Stack the images of documents start .. start+n-1 of a source of pairs: uint8 (n, R, R, 3)."""
     docs = (source.document(i) for i in range(start, start + n))
     return np.stack([s.pixels for doc in docs for s in doc if isinstance(s, RawImage)])
 
 
 def step_seed(seed: int, step: int) -> int:
-    """32 bits that mix the run's seed with the step: torch's CPU generator uses no more of its seed."""
+    """Mix the run's seed with the step into 32 bits; torch's CPU generator uses no more of its seed."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def start_codebook(vqgan: VQGAN, pixels: Tensor, generator: torch.Generator) -> None:
-    """Puts the codebook onto latents of these images; with a window, onto those of their different windows."""
+    """Initialise the codebook by k-means on the latents of these images; with a window, of their distinct windows."""
     if vqgan.cfg.window:
         windows = split_windows(pixels, vqgan.cfg.window)
         pixels = torch.unique(windows.flatten(1), dim=0).view(-1, *windows.shape[1:])
     with torch.no_grad():
         latents = torch.cat([vqgan.quant_conv(vqgan.encoder(part)) for part in pixels.split(64)])
-    vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (N, Z, h, w) -> (N h w, Z)
     chosen = torch.randperm(len(vectors), generator=generator)[:START_VECTORS].to(vectors.device)
     vqgan.quantize.init_kmeans(vectors[chosen], rounds=10, generator=generator)
 
 
 def reconstruction_loss(x: Tensor, y: Tensor, perceptual: PerceptualLoss, cfg: TokenizerTraining) -> Tensor:
-    """Absolute and squared error of each pixel, and of the edges."""
+    """Absolute and squared error of the pixels, and the perceptual loss."""
     loss = F.l1_loss(y, x) + F.mse_loss(y, x)
     return loss + cfg.perceptual_weight * perceptual(x, y) if cfg.perceptual_weight else loss
 
 
 class Adversary:
-    """The patch discriminator and its optimizer: what the VQGAN has to fool, from step `disc_start` on."""
+    """The patch discriminator, which the VQGAN has to fool from step `disc_start` on, and its optimizer."""
 
     def __init__(self, cfg: TokenizerTraining, device: torch.device):
         self.net = PatchDiscriminator(cfg.disc_channels, n_layers=2).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), cfg.optim.lr / 10, betas=(0.5, 0.9), weight_decay=0.0)
 
     def loss(self, x: Tensor, y: Tensor, so_far: Tensor, last_layer: Tensor) -> Tensor:
-        """Trains the discriminator for one step on (x, y); returns the decoder's weighted loss."""
+        """Train the discriminator for one step on (x, y); returns the VQGAN's weighted adversarial loss."""
         self.optimizer.zero_grad()
-        own = hinge_discriminator_loss(self.net(x), self.net(y.detach()))
-        own.backward()
-        if own.isfinite():
+        disc_loss = hinge_discriminator_loss(self.net(x), self.net(y.detach()))
+        disc_loss.backward()
+        if disc_loss.isfinite():
             self.optimizer.step()
-        fooled = generator_loss(self.net(y))
-        return adaptive_weight(so_far, fooled, last_layer) * fooled
+        gen_loss = generator_loss(self.net(y))
+        return adaptive_weight(so_far, gen_loss, last_layer) * gen_loss
 
 
 def tokenizer_loss(
     vqgan: VQGAN, x: Tensor, quantized: bool, losses: Callable[[Tensor, Tensor], Tensor], cfg: TokenizerTraining
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """-> loss, latents, codes (None before the warm-up ends), reconstruction."""
+    """Returns loss, latents, codes (None before the warm-up ends) and reconstruction."""
     if not quantized:
         latents = vqgan.latents(x)
         drawn = vqgan.pixels(latents)
@@ -113,45 +114,55 @@ def tokenizer_loss(
 def train_image_tokenizer(
     cfg: RunConfig, source: Source, folder: Path, device: torch.device, stopped: Callable[[], bool]
 ) -> bool:
-    """Trains the VQGAN into folder/image_tokenizer, going on from its newest checkpoint; True when it is finished.
+    """Train the VQGAN into folder/image_tokenizer from its newest checkpoint on. Returns whether it is finished.
 
-    `stopped` is asked after every step; when it says so, the state is saved and False returned. A step whose loss or
-    gradient is not finite moves nothing. Raises UserError after MAX_NONFINITE_STEPS of them in a row.
+    `stopped` is asked after every step; if it is true, the state is saved and False returned. A step whose loss or
+    gradient is not finite is skipped. Raises UserError after MAX_NONFINITE_STEPS of them in a row.
     """
-    t = cfg.tokenizers
-    directory = folder / IMAGE_TOKENIZER
+    t, directory = cfg.tokenizers, folder / IMAGE_TOKENIZER
     torch.manual_seed(cfg.seed)
     vqgan = VQGAN(cfg.vqgan).to(device)
     vqgan.quantize.embedding.requires_grad_(t.codebook == "loss")
     optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.disc_weight else None
     start = load_tokenizer(directory, vqgan, optimizer, adversary)
-    generator, perceptual, failed = torch.Generator(), PerceptualLoss().to(device), 0
+    generator, perceptual, nonfinite_streak = torch.Generator(), PerceptualLoss().to(device), 0
     shuffled = Mixture({"images": (source, 1.0)}, cfg.seed)
     bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
     for step in bar:
-        generator.manual_seed(step_seed(cfg.seed, step))  # draws depend on the step alone: resuming is exact
+        # 1. The batch. Every draw depends on the step alone, so a resumed run is exact.
+        generator.manual_seed(step_seed(cfg.seed, step))
+        x = to_pixels(images(shuffled, step * t.batch_size, t.batch_size)).to(device)  # (B, 3, R, R)
+
+        # 2. At the end of the warm-up, the codebook from images that no step has read.
         if step == t.warmup_steps:
-            first = images(shuffled, t.steps * t.batch_size, START_IMAGES)
-            start_codebook(vqgan, to_pixels(first).to(device), generator)
-        x = to_pixels(images(shuffled, step * t.batch_size, t.batch_size)).to(device)
+            unseen = images(shuffled, t.steps * t.batch_size, START_IMAGES)
+            start_codebook(vqgan, to_pixels(unseen).to(device), generator)
+
+        # 3. The loss, and a step of the discriminator.
         loss, latents, codes, drawn = tokenizer_loss(
             vqgan, x, step >= t.warmup_steps, lambda x, y: reconstruction_loss(x, y, perceptual, t), t
         )
         if adversary and step >= t.disc_start:
             loss = loss + t.disc_weight * adversary.loss(x, drawn, loss, vqgan.decoder.conv_out.weight)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, t.steps, t.optim)
+
+        # 4. Backward and clip.
         optimizer.zero_grad()
         loss.backward()
         value, norm = float(loss.detach()), clip_gradients(vqgan.parameters(), t.optim.grad_clip)
-        failed = 0 if math.isfinite(value) and math.isfinite(norm) else failed + 1
-        if failed == MAX_NONFINITE_STEPS:
-            lower = f"start anew with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"
-            raise UserError(f"{failed} steps in a row had no finite loss: {lower}")
-        if not failed:
+
+        # 5. Update, if loss and gradient are finite.
+        nonfinite_streak = 0 if math.isfinite(value) and math.isfinite(norm) else nonfinite_streak + 1
+        if nonfinite_streak == MAX_NONFINITE_STEPS:
+            lower = f"start again with --overwrite and less than --tokenizers.optim.lr {t.optim.lr}"
+            raise UserError(f"{nonfinite_streak} steps in a row had no finite loss: {lower}")
+        if not nonfinite_streak:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, t.steps, t.optim)
             optimizer.step()
-            if codes is not None and t.codebook == "ema" and step < 0.8 * t.steps:  # then it stands for the decoder
+            if codes is not None and t.codebook == "ema" and step < EMA_FRACTION * t.steps:
                 vqgan.quantize.update_averages(latents.detach(), codes, t.ema_decay, t.dead_code_threshold, generator)
+
+        # 6. Log and save.
         bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
         done, stop = step + 1, stopped()
         if done % SAVE_EVERY == 0 or done == t.steps or stop:
@@ -172,7 +183,7 @@ def save_tokenizer(directory: Path, step: int, vqgan: VQGAN, optimizer, adversar
 
 
 def load_tokenizer(directory: Path, vqgan: VQGAN, optimizer, adversary: Adversary | None) -> int:
-    """Takes up the newest checkpoint, if there is one; returns the step to go on from.
+    """Load the newest checkpoint, if there is one; returns the next step.
 
     Raises UserError where there are some and none is whole.
     """

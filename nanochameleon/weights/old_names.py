@@ -25,6 +25,9 @@ RENAMED = {  # class -> older name -> today's
         "max_new": "max_new_tokens",
     },
     "EvalConfig": {"pictures": "images"},
+    # a checkpoint's state.json, and a line of metrics.jsonl
+    "Progress": {"passed": "skipped_batches", "left_out": "skipped_updates", "failed": "nonfinite_streak"},
+    "metrics": {"left_out": "skipped_updates", "ids": "tokens_with_padding"},
 }
 
 

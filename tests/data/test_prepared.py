@@ -23,7 +23,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.evaluate import held_out, report
 from nanochameleon.presets import mixed
 from nanochameleon.training import checkpoint
-from nanochameleon.training.init_from import begin
+from nanochameleon.training.init_from import resolve_init
 from nanochameleon.training.run import TEXT_TOKENIZER, read_config
 from nanochameleon.weights.layouts import DECODER
 from nanochameleon.weights.model_folder import open_model, open_tokenizers
@@ -111,12 +111,12 @@ def test_a_model_to_go_on_from_must_have_the_datas_tokenizers(data, model, tmp_p
     content["model"]["merges"][:2] = content["model"]["merges"][1::-1]
     (tmp_path / "other" / TEXT_TOKENIZER).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"other tokenizers than those of .*other: prepare it with --tokenizers"):
-        begin(replace(cfg, init_from=tmp_path / "other", out=tmp_path / "new"))
+        resolve_init(replace(cfg, init_from=tmp_path / "other", out=tmp_path / "new"))
 
 
 def test_data_that_changes_under_a_run_is_refused(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    cfg, _ = begin(config(tmp_path / "run", tmp_path / "data"))
+    cfg, _ = resolve_init(config(tmp_path / "run", tmp_path / "data"))
 
     def opened():
         return open_loader(cfg, None, TOKENIZER, tmp_path / "run")
@@ -130,7 +130,7 @@ def test_data_that_changes_under_a_run_is_refused(data, tmp_path):
 
 
 def test_more_ids_than_there_are_mean_further_epochs(data, tmp_path):
-    cfg, _ = begin(config(tmp_path / "run", data))
+    cfg, _ = resolve_init(config(tmp_path / "run", data))
     loader = open_loader(cfg, None, TOKENIZER, tmp_path)
     rows = loader.rows["words"]
     seen = [tuple(rows.documents(i)) for i in range(3 * len(rows))]

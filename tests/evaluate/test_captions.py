@@ -87,7 +87,7 @@ NOT_CAPTIONS = """
     a big red circle above a small blue star above a big green square | two big red circle | a big red circles
     one big red circle | no big red circles | seven big red circles | two big red circles above a small blue star
     a big red circle and a small blue star on white | a big red circle and a big red circle | a big brown circle
-    a big red diamond | A big red circle | what is in the image? | four | a big red circle on white on white
+    a big red diamond | A big red circle | what is in the picture? | four | a big red circle on white on white
 """
 
 

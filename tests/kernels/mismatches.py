@@ -28,8 +28,7 @@ from nanochameleon.kernels import (
     swiglu,
     zloss_cross_entropy,
 )
-from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention_reference
-from nanochameleon.kernels.attention.reference import attention_reference, visible
+from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.block.dropout import dropout, keep_mask
 from nanochameleon.kernels.block.linear import linear_reference
 from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention, qknorm_rope_attention_reference
-from nanochameleon.kernels.attention.reference import attention_reference, visible
+from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
+from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu.emulator.emulator import emulated

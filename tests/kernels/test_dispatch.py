@@ -1,4 +1,4 @@
-"""Which implementation runs: a wish by call, by environment, by table; and what cannot be met is said."""
+"""Which implementation runs: a request by call, by environment, by table, and the reason where it cannot be met."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 x = torch.zeros(1)
 
 
-def test_a_wish_beats_the_environment_which_beats_the_table(monkeypatch):
+def test_a_request_beats_the_environment_which_beats_the_table(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert choose("qknorm_rope_attention", x) == AUTO["qknorm_rope_attention", torch.float32][0]
     monkeypatch.setenv(VARIABLE, "reference")
@@ -47,7 +47,7 @@ def test_an_empty_variable_asks_for_nothing(monkeypatch):
     assert choose("qknorm_rope_attention", x) == AUTO["qknorm_rope_attention", torch.float32][0]
 
 
-def test_threads_do_not_see_one_another_s_wish():
+def test_threads_do_not_see_one_another_s_request():
     """All threads are in their block before any of them looks, and all look before any of them leaves it."""
     names = ["reference", "numba", "auto", "reference"]
     together = threading.Barrier(len(names))
@@ -71,7 +71,7 @@ def in_another_thread(function) -> None:
 
 
 def test_the_backward_pass_runs_what_the_forward_pass_ran(monkeypatch):
-    """On a GPU it is in a thread of autograd's, which has no wish."""
+    """On a GPU it is in a thread of autograd's, which requests nothing."""
     q = torch.randn(1, 5, 2, 8, requires_grad=True)
     with use_kernels("numba"):
         out = qknorm_rope_attention(q, q, q, compute_freqs_cis(torch.arange(5)[None], 8, 1e4), None, None, None, 1e-5)
@@ -100,14 +100,14 @@ def test_what_is_computed_again_runs_what_ran_first():
 @pytest.mark.parametrize(
     ("tensor", "reason"), [(x.double(), "not float64"), (torch.zeros(1, device="meta"), "tensors are on meta")]
 )
-def test_a_wish_that_cannot_be_met_says_why(tensor, reason):
+def test_a_request_that_cannot_be_met_says_why(tensor, reason):
     with use_kernels("numba"), pytest.raises(ValueError, match=reason):
         choose("qknorm_rope_attention", tensor)
     with use_kernels("auto"):
         assert choose("qknorm_rope_attention", tensor) == "reference"
 
 
-def test_cuda_must_be_asked_for_and_says_what_is_missing(monkeypatch):
+def test_cuda_must_be_requested_and_says_what_is_missing(monkeypatch):
     with use_kernels("cuda"), pytest.raises(ValueError, match="tensors are on cpu"):
         choose("qknorm_rope_attention", x)
     gpu = torch.device("cuda")
@@ -134,7 +134,7 @@ def test_numba_that_does_not_compile_leaves_all_to_the_reference(monkeypatch, va
         if works:
             assert choose("rms_norm", x) == "numba"
         else:
-            with pytest.raises(ValueError, match="numba's kernels were asked for rms_norm, but NUMBA_DISABLE_JIT"):
+            with pytest.raises(ValueError, match="numba kernels were requested for rms_norm, but NUMBA_DISABLE_JIT"):
                 choose("rms_norm", x)
 
 
@@ -192,7 +192,7 @@ def test_tiles_are_taken_where_there_are_some_and_never_without_a_word(monkeypat
         with pytest.raises(ValueError, match="they take bfloat16, not float32"):
             decide("qknorm_rope_attention", CPU, torch.float32)
         if missing:
-            with pytest.raises(ValueError, match="asked for qknorm_rope_attention, but this processor"):
+            with pytest.raises(ValueError, match="requested for qknorm_rope_attention, but this processor"):
                 decide("qknorm_rope_attention", CPU, torch.bfloat16)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
-from nanochameleon.kernels.attention.qknorm_rope import qknorm_rope_attention, qknorm_rope_attention_reference
-from nanochameleon.kernels.attention.reference import visible
+from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
+from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels, why_amx_unavailable
 from nanochameleon.transformer import compute_freqs_cis
 

@@ -20,7 +20,7 @@ MUTANTS = [
     Mutant(
         "on tiles, an earlier run of the document is forgotten",
         "kernels/cpu/amx/attention.py",
-        "if same_document(docs, run, start):",
+        "if same_document(doc_ids, run, start):",
         "if run == start:",
         "kernels/test_qknorm_rope_attention.py",
     ),
@@ -47,14 +47,14 @@ MUTANTS = [
     ),
     Mutant(
         "on tiles, a pair is turned the other way",
-        "kernels/cpu/amx/attention_lanes.py",
+        "kernels/cpu/amx/qknorm_rope.py",
         "x * cos - y * sin, y * cos + x * sin",
         "x * cos + y * sin, y * cos - x * sin",
         "kernels/test_qknorm_rope_attention.py",
     ),
     Mutant(
         "on tiles, a bias has its neighbour's gradient",
-        "kernels/cpu/amx/attention_lanes.py",
+        "kernels/cpu/amx/qknorm_rope.py",
         "add(bias + 4 * W, h)",
         "add(bias + 4 * W, g)",
         "kernels/test_qknorm_rope_attention.py",

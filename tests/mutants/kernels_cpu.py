@@ -48,7 +48,7 @@ MUTANTS = [
     Mutant(
         "an earlier run of the document is forgotten",
         "kernels/attention/cpu.py",
-        "while low < t and not same_document(docs, j, low):",
+        "while low < t and not same_document(doc_ids, j, low):",
         "while low < t:",
         "kernels/test_qknorm_rope_attention.py",
     ),
@@ -205,8 +205,8 @@ MUTANTS = [
     Mutant(
         "a thread's share of the work is lost",
         "kernels/cpu/parallel_for.py",
-        "n * part // parts, n * (part + 1) // parts",
-        "n // parts * part, n // parts * (part + 1)",
+        "n * chunk // chunks, n * (chunk + 1) // chunks",
+        "n // chunks * chunk, n // chunks * (chunk + 1)",
         "kernels/test_launch.py",
     ),
     Mutant(
@@ -247,8 +247,8 @@ MUTANTS = [
     Mutant(
         "a request that cannot be met is ignored",
         "kernels/dispatch.py",
-        "    if refusal := unsupported(name, op, device, dtype):",
-        "    if (refusal := unsupported(name, op, device, dtype)) and False:",
+        "    if problem := unsupported(name, op, device, dtype):",
+        "    if (problem := unsupported(name, op, device, dtype)) and False:",
         "kernels/test_dispatch.py",
     ),
     Mutant(
@@ -295,7 +295,7 @@ MUTANTS = [
     ),
     Mutant(
         "QK-norm without the mean",
-        "kernels/attention/qknorm_rope.py",
+        "kernels/attention/reference.py",
         "F.layer_norm(x, x.shape[-1:], eps=eps)",
         "F.rms_norm(x, x.shape[-1:], eps=eps)",
         "test_transformer.py",

@@ -6,8 +6,8 @@ MUTANTS = [
     Mutant(
         "images that are read get noise",
         "training/image_targets.py",
-        "share = most * drawn[:, None] *",
-        "share = most *",
+        "fraction = max_fraction * drawn[:, None] *",
+        "fraction = max_fraction *",
         "training/test_image_targets.py",
     ),
     Mutant(
@@ -20,7 +20,7 @@ MUTANTS = [
     Mutant(
         "noise depends on the rows beside it",
         "training/image_targets.py",
-        "int(numbers[row])",
+        "int(sample_indices[row])",
         "row",
         "training/test_image_targets.py",
     ),
@@ -41,14 +41,14 @@ MUTANTS = [
     Mutant(
         "the second code on is left out",
         "training/image_targets.py",
-        "targets[row, places[~drawn] - 1]",
-        "targets[row, places[~drawn]]",
+        "targets[row, where[~drawn] - 1]",
+        "targets[row, where[~drawn]]",
         "training/test_image_targets.py",
     ),
     Mutant(
         "data and model may mean other things by their ids",
         "training/init_from.py",
-        "if tokenizers and parts.tokenizers.digest() != tokenizers.digest():",
+        "if tokenizers and model.tokenizers.digest() != tokenizers.digest():",
         "if False:",
         "data/test_prepared.py",
     ),
@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant(
         "a field that is missing is the 7B's",
         "training/run.py",
-        "if kind in WHOLE or not has_default(f)",
+        "if kind in NO_DEFAULTS or not has_default(f)",
         "if not has_default(f)",
         "training/test_run.py",
     ),
@@ -92,14 +92,14 @@ MUTANTS = [
         "training/init_from.py",
         "if cfg.init_from.resolve().is_relative_to(cfg.folder.resolve()):",
         "if False:",
-        "test_train.py",
+        "training/test_init_from.py",
     ),
     Mutant(
         "a stopped run asks for its source again",
         "training/init_from.py",
-        "if begun := begun_from(cfg):",
-        "if begun := None:",
-        "test_train.py",
+        "if origin := origin_of_run(cfg):",
+        "if origin := None:",
+        "training/test_init_from.py",
     ),
     Mutant(
         "only the first rank's shards are in the manifest",
@@ -110,17 +110,17 @@ MUTANTS = [
     ),
     Mutant(
         "a run that is killed early decides its precision anew",
-        "training/run.py",
-        '"auto" if cfg.overwrite else begun_with(cfg.folder)',
+        "training/run_folder.py",
+        '"auto" if cfg.overwrite else precision_so_far(cfg.folder)',
         '"auto"',
-        "test_train.py",
+        "training/test_train_resume.py",
     ),
     Mutant(
         "a lock that its owner has removed is taken",
-        "training/run.py",
+        "training/run_folder.py",
         "if not os.fstat(file.fileno()).st_nlink:",
         "if False:",
-        "training/test_run.py",
+        "training/test_run_folder.py",
     ),
     Mutant(
         "ranks outlive their torchrun",
@@ -132,12 +132,16 @@ MUTANTS = [
     Mutant(
         "a last save that failed is let pass",
         "training/saver.py",
-        "if problem and must:",
+        "if problem and must_succeed:",
         "if False:",
         "test_faults.py",
     ),
     Mutant(
-        "a save that failed ends the run", "training/saver.py", "if problem and must:", "if problem:", "test_faults.py"
+        "a save that failed ends the run",
+        "training/saver.py",
+        "if problem and must_succeed:",
+        "if problem:",
+        "test_faults.py",
     ),
     Mutant(
         "attention logits without their scale",

@@ -391,7 +391,7 @@ def test_of_a_sharded_checkpoint_too_only_listed_files_are_read(tmp_path):
 def test_shards_that_do_not_make_whole_tensors_are_refused(edges, tmp_path):
     path = in_two(tmp_path / "step-000003", save_model(tmp_path, 3), *edges)
     assert damage(path) is None
-    with pytest.raises(UserError, match=r"step-000003 has \d+ of the \d+ numbers of .*: delete .*step-000003"):
+    with pytest.raises(UserError, match=r"step-000003 has \d+ of the \d+ elements of .*: delete .*step-000003"):
         checkpoint.restore(path, *a_model())
 
 
@@ -419,7 +419,7 @@ def test_numbers_of_a_kind_that_torch_does_not_know_are_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("step", [None, -1, 1.5, "1", True])
 def test_steps_that_are_no_count_are_refused(step):
-    with pytest.raises(ValueError, match="no count"):
+    with pytest.raises(ValueError, match="not a count"):
         checkpoint.steps_done({"step": step})
 
 

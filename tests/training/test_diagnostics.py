@@ -11,7 +11,7 @@ from tiny import VOCAB, tiny_model
 
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
-from nanochameleon.training.diagnostics import gradient_norms, max_attention_logits
+from nanochameleon.training.diagnostics import gradient_norms, local_max_logits
 from nanochameleon.training.objective import Objective
 from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
@@ -50,7 +50,7 @@ def test_attention_peaks_are_the_largest_scores_that_a_query_sees(cfg, lengths, 
     batch = pack(docs, max(lengths) + 2, VOCAB.pad)
     with torch.no_grad(), use_kernels("reference"):
         expected = by_hand(model, batch)
-        found = max_attention_logits(Objective(model, VOCAB, "fp32"), batch, None)
+        found = local_max_logits(Objective(model, VOCAB, "fp32"), batch, None)
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -58,10 +58,10 @@ def test_without_qk_norm_the_peaks_grow_with_the_weights_and_with_it_they_do_not
     batch = pack([[0, 20, 30, 40, 25]], 5, VOCAB.pad)
     for normed, factor in ((False, 9.0), (True, 1.0)):
         model = tiny_model(qk_norm=normed, n_layers=1)
-        before = max_attention_logits(Objective(model, VOCAB, "fp32"), batch, None)
+        before = local_max_logits(Objective(model, VOCAB, "fp32"), batch, None)
         for weight in (model.layers[0].attention.wq.weight, model.layers[0].attention.wk.weight):
             weight.data.mul_(3.0)
-        after = max_attention_logits(Objective(model, VOCAB, "fp32"), batch, None)
+        after = local_max_logits(Objective(model, VOCAB, "fp32"), batch, None)
         assert after[0] == pytest.approx(factor * before[0], rel=1e-3)
         assert not model.layers[0].attention._forward_pre_hooks
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.packing import IGNORE, pack
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.training.image_targets import corrupt_image_tokens, drawn_alone, partners
+from nanochameleon.training.image_targets import corrupt_image_tokens, next_of_other_document, without_read_images
 from nanochameleon.vocab import Vocab
 
 N = 16  # codes an image
@@ -33,7 +33,7 @@ def batch_of(docs):
 @given(documents)
 def test_codes_that_open_a_document_are_no_targets_and_all_others_stay(docs):
     batch, opening = batch_of(docs)
-    alone = drawn_alone(batch, N, VOCAB)
+    alone = without_read_images(batch, N, VOCAB)
     target_opens = opening.roll(-1, 1)  # the target at t is the token at t + 1
     assert torch.equal(alone.targets, batch.targets.masked_fill(target_opens, IGNORE))
     for name in ("tokens", "doc_ids", "positions"):
@@ -44,7 +44,7 @@ def test_codes_that_open_a_document_are_no_targets_and_all_others_stay(docs):
 def test_noise_touches_codes_that_are_drawn_and_no_target(docs, seed):
     batch, opening = batch_of(docs)
     before = batch.tokens.clone()
-    read = corrupt_image_tokens(batch, N, VOCAB, 1.0, seed, range(len(batch.tokens)))
+    read = corrupt_image_tokens(batch, 1.0, N, VOCAB, seed, range(len(batch.tokens)))
     assert torch.equal(batch.tokens, before)
     changed = read.tokens != batch.tokens
     assert not changed[opening | ~VOCAB.is_image(batch.tokens)].any()
@@ -62,7 +62,7 @@ def drawings(n, n_rows):
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=9).map(sorted))
 def test_a_partner_is_the_next_image_of_another_document(documents):
     documents = np.array(documents)
-    for i, j in enumerate(partners(documents)):
+    for i, j in enumerate(next_of_other_document(documents)):
         between = (np.arange(i, i + (j - i) % len(documents))) % len(documents)
         assert (documents[between] == documents[i]).all()
         assert documents[j] != documents[i] or (j == i and len(set(documents)) == 1)
@@ -73,7 +73,7 @@ def test_a_code_is_that_of_the_rows_next_image_at_the_same_place():
     codes = torch.arange(3)[:, None].expand(3, N).clone()
     codes[:, 5] += 10
     batch.tokens[VOCAB.is_image(batch.tokens)] = (codes + VOCAB.first_code).flatten()
-    read = corrupt_image_tokens(batch, N, VOCAB, 1.0, 0, [0])
+    read = corrupt_image_tokens(batch, 1.0, N, VOCAB, 0, [0])
     found = read.tokens[VOCAB.is_image(read.tokens)].view(3, N) - VOCAB.first_code
     assert ((found == codes) | (found == codes.roll(-1, 0))).all() and (found != codes).any()
 
@@ -81,19 +81,19 @@ def test_a_code_is_that_of_the_rows_next_image_at_the_same_place():
 def test_each_image_has_its_own_share_up_to_the_most():
     """A share drawn from 0 to 0.8: mean 0.4, and images differ by more than 16 draws of 0.4 would."""
     batch = drawings(2, 400)
-    read = corrupt_image_tokens(batch, N, VOCAB, 0.8, 0, range(400))
+    read = corrupt_image_tokens(batch, 0.8, N, VOCAB, 0, range(400))
     kinds = VOCAB.is_image(batch.tokens)
     shares = (read.tokens != batch.tokens)[kinds].view(-1, N).float().mean(1)
     assert abs(shares.mean() - 0.4) < 0.03
     assert 0.22 < shares.std() < 0.29  # uniform 0.23 and the draws' 0.12; a fixed share would have 0.12 alone
-    assert torch.equal(corrupt_image_tokens(batch, N, VOCAB, 0.0, 0, range(400)).tokens, batch.tokens)
+    assert torch.equal(corrupt_image_tokens(batch, 0.0, N, VOCAB, 0, range(400)).tokens, batch.tokens)
 
 
 @given(st.integers(0, 9), st.integers(0, 9))
 def test_noise_is_a_function_of_seed_and_row_number(seed, first):
     batch = drawings(2, 6)
-    whole = corrupt_image_tokens(batch, N, VOCAB, 1.0, seed, range(first, first + 6))
-    part = corrupt_image_tokens(batch[2:5], N, VOCAB, 1.0, seed, range(first + 2, first + 5))
+    whole = corrupt_image_tokens(batch, 1.0, N, VOCAB, seed, range(first, first + 6))
+    part = corrupt_image_tokens(batch[2:5], 1.0, N, VOCAB, seed, range(first + 2, first + 5))
     assert torch.equal(whole.tokens[2:5], part.tokens)
-    other = corrupt_image_tokens(batch, N, VOCAB, 1.0, seed + 1, range(first, first + 6))
+    other = corrupt_image_tokens(batch, 1.0, N, VOCAB, seed + 1, range(first, first + 6))
     assert not np.array_equal(whole.tokens, other.tokens)

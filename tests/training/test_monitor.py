@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanochameleon.errors import UserError
-from nanochameleon.training.monitor import Monitor, open_tensorboard, plot_curves, read_metrics, smooth, summary
+from nanochameleon.training.curves import plot_curves, smooth
+from nanochameleon.training.monitor import Monitor, open_tensorboard, read_metrics, summary
 
 
 def run(run_dir, total, every, start, stop, clock=lambda: 0.0):
@@ -54,7 +55,7 @@ def test_a_full_disk_costs_no_step_and_lines_come_once_there_is_room(tmp_path, c
         with open("/dev/full", "a") as full:
             os.dup2(full.fileno(), monitor.file.fileno())
             monitor.log(0, loss=2.0)
-        assert "the run goes on" in capsys.readouterr().err
+        assert "training continues" in capsys.readouterr().err
         os.dup2(real, monitor.file.fileno())
         os.close(real)
         monitor.log(1, loss=1.0)
@@ -138,13 +139,20 @@ def test_a_run_that_rolls_back_logs_each_step_once(tmp_path):
     assert [(line["step"], line["tokens"]) for line in lines] == [(0, 0), (1, 10), (2, 20), (3, 70)]
 
 
-def test_mfu_is_the_share_of_the_peak_that_ids_take(tmp_path):
-    """100 ids in 2 s of which each takes 1/1000 of what the devices do in a second."""
+def test_mfu_is_the_fraction_of_the_peak_that_tokens_take(tmp_path):
+    """100 tokens in 2 s of which each takes 1/1000 of what the devices do in a second."""
     times = iter(range(0, 100, 2))
     with Monitor(tmp_path, 3, clock=lambda: next(times), mfu_per_token=1e-3) as monitor:
         for step in range(3):
-            monitor.log(step, ids=100 * (step + 1))
+            monitor.log(step, tokens_with_padding=100 * (step + 1))
     assert [line["mfu"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.05] * 3
+
+
+def test_a_log_under_older_names_is_read_and_continued(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "left_out": 2, "ids": 100, "seconds": 1.0}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["skipped_updates"] == 2
+    with Monitor(tmp_path, 3, start=1, clock=iter((0.0, 2.0)).__next__, mfu_per_token=1e-3) as monitor:
+        assert monitor.log(1, tokens_with_padding=200)["mfu"] == 0.05
 
 
 def test_several_numbers_a_line_are_strict_json_too(tmp_path):
@@ -157,7 +165,7 @@ def test_tensorboard_gets_the_same_numbers_and_a_curve_for_each_layer(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = open_tensorboard(tmp_path / "board")
-    with Monitor(tmp_path, 2, board=board) as monitor:
+    with Monitor(tmp_path, 2, tensorboard=board) as monitor:
         for step in range(2):
             monitor.log(step, loss=2.5 - step, attention_logits=[1.0, 3.0 + step], grad_norm=math.nan)
     events = EventAccumulator(str(tmp_path / "board")).Reload()

@@ -32,14 +32,14 @@ FALLING = [5 - 0.1 * i for i in range(40)]
     ],
 )
 def test_a_run_that_ends_above_what_it_had_reached_has_diverged_and_a_spike_that_heals_has_not(losses, diverged, spike):
-    found = stability.look(curve(losses))
+    found = stability.summarize(curve(losses))
     assert found["diverged"] == diverged and found["worst_spike"] == pytest.approx(spike)
     assert found["output_norm"] == pytest.approx(sum(2.0 + i for i in range(len(losses) - 4, len(losses))) / 4)
     assert found["attention_logit"] == 1.0 and found["log_z"] == 3.0
 
 
 def test_a_logit_that_is_not_finite_is_the_largest():
-    assert stability.look(curve(FALLING, logits=None))["attention_logit"] == math.inf
+    assert stability.summarize(curve(FALLING, logits=None))["attention_logit"] == math.inf
 
 
 def test_the_table_has_a_row_for_each_recipe_and_rate_with_the_median_seed():
@@ -51,7 +51,7 @@ def test_the_table_has_a_row_for_each_recipe_and_rate_with_the_median_seed():
 
 def test_variants_change_what_they_say_and_nothing_else(tmp_path):
     base = training_config(tmp_path)
-    by_name = {variant.name: variant.of(base, "hot", 2) for variant in stability.VARIANTS}
+    by_name = {variant.name: variant.config(base, "hot", 2) for variant in stability.VARIANTS}
     assert len({cfg.folder for cfg in by_name.values()}) == len(by_name)
     for cfg in by_name.values():
         assert cfg.optim.lr == pytest.approx(10 * base.optim.lr) and cfg.seed == 2
@@ -69,7 +69,11 @@ def test_the_study_runs_each_variant_once_on_the_first_one_s_tokenizers_and_data
     monkeypatch.setattr(stability, "SEEDS", 1)
     monkeypatch.setattr(stability, "RATES", {"hot": 10.0})
     cfg = training_config(tmp_path / "study")
-    folder = train.study(replace(cfg, train=replace(cfg.train, log_every=1)))
+
+    def small(one):
+        return train.main(one, with_report=False)
+
+    folder = stability.run_ablations(replace(cfg, train=replace(cfg.train, log_every=1)), small)
     assert (folder / "stability.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((folder / "stability.json").read_text())
     assert [row["recipe"] for row in rows] == [v.name for v in variants] and (folder / "stability.md").is_file()
@@ -77,8 +81,8 @@ def test_the_study_runs_each_variant_once_on_the_first_one_s_tokenizers_and_data
     assert len({(run / "text_tokenizer.json").read_bytes() for run in runs}) == 1 and len(runs) == 3
     assert {read_config(run).model.qk_norm for run in runs} == {True, False}
     calls = []
-    monkeypatch.setattr(train, "gradients", lambda *_: calls.append(1))
-    train.study(replace(cfg, train=replace(cfg.train, log_every=1)))
+    monkeypatch.setattr(train, "forward_backward", lambda *_: calls.append(1))
+    stability.run_ablations(replace(cfg, train=replace(cfg.train, log_every=1)), small)
     assert not calls and "stability 3/3" in capsys.readouterr().out
 
 
@@ -90,7 +94,7 @@ def test_a_study_that_is_stopped_ends_without_results_and_one_that_gave_up_goes_
         raise Interrupted
 
     with pytest.raises(Interrupted):
-        stability.run(cfg, stops)
+        stability.run_ablations(cfg, stops)
     assert len(begun) == 1 and not (cfg.folder / "stability.md").exists()
 
     def gives_up(one):
@@ -98,11 +102,11 @@ def test_a_study_that_is_stopped_ends_without_results_and_one_that_gave_up_goes_
         raise GaveUp("no finite loss") if len(begun) == 2 else UserError("this folder holds another run")
 
     with pytest.raises(UserError, match="another run"):
-        stability.run(cfg, gives_up)
+        stability.run_ablations(cfg, gives_up)
     assert len(begun) == 3
 
 
 def test_under_torchrun_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="leave torchrun out"):
-        stability.run(training_config(tmp_path), lambda cfg: cfg.folder)
+    with pytest.raises(UserError, match="start them without torchrun"):
+        stability.run_ablations(training_config(tmp_path), lambda cfg: cfg.folder)

@@ -35,26 +35,26 @@ from nanochameleon.kernels.attention.cpu import (
     MAX_SCORE,
     NEG_INF,
     KernelArgs,
-    end_of_run,
+    end_of_document_run,
+    head_rows,
     key_norm,
     query_norm,
-    rows_of,
     same_document,
     score_scale,
     unpack_args,
 )
 from nanochameleon.kernels.attention.qknorm_rope_cpu import ONE
-from nanochameleon.kernels.cpu.amx.attention_lanes import (
+from nanochameleon.kernels.cpu.amx.qknorm_rope import (
     ROW,
     Lanes,
     add_sums,
     fetch_rows,
-    find_moments,
-    give_rows,
-    products_of_rows,
+    load_words,
+    mean_and_rstd,
     qknorm_rope,
     qknorm_rope_backward,
-    take_words,
+    row_dots,
+    store_rows,
     to_halves,
     to_pairs,
     to_rows,
@@ -65,12 +65,12 @@ from nanochameleon.kernels.cpu.amx.tiles import (
     BLOCK,
     SQUARE,
     between,
+    configure_tiles,
     copy_block,
     release_tiles,
     rounded,
     store_pairs,
     store_row,
-    take_tiles,
     tile_matmul,
     tile_matmul_add,
 )
@@ -96,16 +96,16 @@ from nanochameleon.kernels.cpu.simd import (
 LANES = BLOCK  # a head's numbers are rounded up to this many
 
 
-class Places(NamedTuple):
+class Buffers(NamedTuple):
     """Addresses in a thread's scratch. Keys first, of all positions; then a tile of queries; then a block of scores.
-    What words, halves and pairs are says attention_lanes_amx.py."""
+    What words, halves and pairs are says qknorm_rope.py."""
 
     k: int  # (P, width) bfloat16, P = padded(t)
     v: int
     t: int  # (width, P): V transposed in the forward pass, K in the backward pass
     dk: int  # (P, width) float32
     dv: int
-    table: int  # (width, P) float32
+    cos_sin: int  # (width, P) float32
     ends: int  # (t,) int64: where a run of one document ends, for positions where one begins
     sums: int  # (width, 32) float32: out or dq, transposed
     x: int  # words of rows as they are
@@ -137,18 +137,18 @@ def padded(t):
 
 
 @register_jitable
-def places(p, t, width):
+def buffers(p, t, width):
     keys, words = 2 * padded(t) * width, 2 * BLOCK * width
     dk = p + 3 * keys
-    table = dk + 4 * keys
-    ends = table + 2 * keys
+    cos_sin = dk + 4 * keys
+    ends = cos_sin + 2 * keys
     sums = ends + 8 * padded(t)
     x = sums + 2 * words
     norm = x + 7 * words
     s = norm + 8 * W * width
     shift = s + 8 * SQUARE
-    return Places(
-        p, p + keys, p + 2 * keys, dk, dk + 2 * keys, table, ends, sums, x, x + words, x + 2 * words, x + 3 * words,
+    return Buffers(
+        p, p + keys, p + 2 * keys, dk, dk + 2 * keys, cos_sin, ends, sums, x, x + words, x + 2 * words, x + 3 * words,
         x + 4 * words, x + 5 * words, x + 6 * words, norm, s, s + 2 * SQUARE, s + 4 * SQUARE, s + 5 * SQUARE,
         s + 6 * SQUARE, s + 7 * SQUARE, shift, shift + ROW, shift + 2 * ROW, shift + 3 * ROW, shift + 4 * ROW,
         shift + 5 * ROW,
@@ -156,12 +156,12 @@ def places(p, t, width):
 
 
 @register_jitable
-def lanes_of(job, at):
-    return Lanes(job.width, job.e, at.table, 4 * padded(job.t), at.mean, at.factor, at.norm, at.spare)
+def lanes_of(args, buf):
+    return Lanes(args.width, args.e, buf.cos_sin, 4 * padded(args.t), buf.mean, buf.factor, buf.norm, buf.spare)
 
 
-def scratch_floats(job: KernelArgs, backward: bool) -> int:
-    return places(0, job.t, job.width).end // 4
+def scratch_floats(args: KernelArgs, backward: bool) -> int:
+    return buffers(0, args.t, args.width).end // 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,44 +169,44 @@ def scratch_floats(job: KernelArgs, backward: bool) -> int:
 
 
 @njit
-def begin(job, b, at):
+def start_task(args, b, buf):
     """What a task needs to know of its row of the batch; returns its documents."""
-    docs = job.docs + 8 * b * job.t if job.docs != 0 else 0
-    find_runs(docs, job.t, at.ends)
-    transpose_cos_sin(job.table + 4 * b * job.t * job.width, job.t, job.width, at.table, 4 * padded(job.t))
-    return docs
+    doc_ids = args.doc_ids + 8 * b * args.t if args.doc_ids != 0 else 0
+    find_runs(doc_ids, args.t, buf.ends)
+    transpose_cos_sin(args.cos_sin + 4 * b * args.t * args.width, args.t, args.width, buf.cos_sin, 4 * padded(args.t))
+    return doc_ids
 
 
 @njit
-def prepare_keys(job, b, g, at, backward):
+def prepare_keys(args, b, g, buf, backward):
     """Keys and values of one head; one of them transposed, too. Returns the largest square of a key's length."""
-    keys, values = rows_of(job, job.k, job.k_row, b, g), rows_of(job, job.v, job.v_row, b, g)
-    norm, lanes, most = key_norm(job, b, g), lanes_of(job, at), ZERO
-    for i in range(0, padded(job.t), BLOCK):
-        n, here, across = max(0, min(BLOCK, job.t - i)), 2 * i * job.width, at.t + 2 * i
+    keys, values = head_rows(args, args.k, args.k_row, b, g), head_rows(args, args.v, args.v_row, b, g)
+    norm, lanes, most = key_norm(args, b, g), lanes_of(args, buf), ZERO
+    for i in range(0, padded(args.t), BLOCK):
+        n, here, across = max(0, min(BLOCK, args.t - i)), 2 * i * args.width, buf.t + 2 * i
         fetch_rows(keys, i + BLOCK, BLOCK)
         fetch_rows(values, i, n)
-        take_words(keys, i, n, lanes, at.x)
-        most = max(most, qknorm_rope(at.x, i, norm, ONE, lanes, at.y))
-        to_rows(at.y, job.width, at.k + here)
+        load_words(keys, i, n, lanes, buf.x)
+        most = max(most, qknorm_rope(buf.x, i, norm, ONE, lanes, buf.y))
+        to_rows(buf.y, args.width, buf.k + here)
         if backward:
-            to_halves(at.y, job.width, across, 2 * padded(job.t))
-            clear(at.v + here, BLOCK * job.width // 2)
-            for c in range(0, job.width, BLOCK):
-                p, target = values.p + i * values.step + 2 * c, at.v + here + 2 * c
-                copy_block(p, values.step, n, job.e - c, target, 2 * job.width)
+            to_halves(buf.y, args.width, across, 2 * padded(args.t))
+            clear(buf.v + here, BLOCK * args.width // 2)
+            for c in range(0, args.width, BLOCK):
+                p, target = values.p + i * values.step + 2 * c, buf.v + here + 2 * c
+                copy_block(p, values.step, n, args.e - c, target, 2 * args.width)
         else:
-            take_words(values, i, n, lanes, at.x)
-            to_halves(at.x, job.width, across, 2 * padded(job.t))
+            load_words(values, i, n, lanes, buf.x)
+            to_halves(buf.x, args.width, across, 2 * padded(args.t))
     return most
 
 
 @njit
-def prepare_queries(job, b, h, i, n, at):
-    rows = rows_of(job, job.q, job.q_row, b, h)
+def prepare_queries(args, b, h, i, n, buf):
+    rows = head_rows(args, args.q, args.q_row, b, h)
     fetch_rows(rows, i + n, BLOCK)
-    take_words(rows, i, n, lanes_of(job, at), at.x)
-    return qknorm_rope(at.x, i, query_norm(job, b, h), score_scale(job), lanes_of(job, at), at.q)
+    load_words(rows, i, n, lanes_of(args, buf), buf.x)
+    return qknorm_rope(buf.x, i, query_norm(args, b, h), score_scale(args), lanes_of(args, buf), buf.q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,10 +214,10 @@ def prepare_queries(job, b, h, i, n, at):
 
 
 @njit
-def find_runs(docs, t, ends):
+def find_runs(doc_ids, t, ends):
     i = 0
     while i < t:
-        end = end_of_run(docs, i, t)
+        end = end_of_document_run(doc_ids, i, t)
         store1_int(ends + 8 * i, end)
         i = end
 
@@ -234,12 +234,12 @@ def query_tiles(ends, t):
 
 
 @njit
-def key_blocks(docs, ends, start, end):
+def key_blocks(doc_ids, ends, start, end):
     """Yields (j, n): keys [j, j + n) before `end` of the runs of that run's document."""
     run = 0
     while run <= start:
         stop = min(load1_int(ends + 8 * run), end)
-        if same_document(docs, run, start):
+        if same_document(doc_ids, run, start):
             for j in range(run, stop, BLOCK):
                 yield j, min(BLOCK, stop - j)
         run = stop
@@ -250,7 +250,7 @@ def key_blocks(docs, ends, start, end):
 
 
 @njit
-def whole(ahead, nk, nq):
+def all_visible(ahead, nk, nq):
     """Everybody sees everything."""
     return ahead + BLOCK <= 1 and nk == BLOCK and nq == BLOCK
 
@@ -271,31 +271,31 @@ def raise_shift(s, ahead, nk, nq, shift):
 
 
 @njit
-def weigh(at, ahead, nk, nq):
+def weights_forward(buf, ahead, nk, nq):
     """at.pairs = 2^(scores - shift) where seen, else 0. at.total += their sums over keys, for log Z; at.delta +=
     those of the rounded ones, which divide the output: where one key is all there is, the output is its value."""
-    everything = whole(ahead, nk, nq)
+    everything = all_visible(ahead, nk, nq)
     for lane in range(0, BLOCK, W):
-        shift, total, seen = load(at.shift + 4 * lane), load(at.total + 4 * lane), load(at.delta + 4 * lane)
+        shift, total, seen = load(buf.shift + 4 * lane), load(buf.total + 4 * lane), load(buf.delta + 4 * lane)
         for c in range(0, BLOCK, 2):
-            s = at.scores + ROW * c + 4 * lane
+            s = buf.scores + ROW * c + 4 * lane
             x, y = exp2_bf16(load(s) - shift), exp2_bf16(load(s + ROW) - shift)
             if not everything:
                 x = between(x, first_lane(ahead, c, nk) - lane, nq - lane, splat(ZERO))
                 y = between(y, first_lane(ahead, c + 1, nk) - lane, nq - lane, splat(ZERO))
             total += x + y
             seen += rounded(x) + rounded(y)
-            store_pairs(at.pairs + ROW * (c // 2) + 4 * lane, x, y)
-        store(at.total + 4 * lane, total)
-        store(at.delta + 4 * lane, seen)
+            store_pairs(buf.pairs + ROW * (c // 2) + 4 * lane, x, y)
+        store(buf.total + 4 * lane, total)
+        store(buf.delta + 4 * lane, seen)
 
 
 @njit
-def weight_and_gradient(at, c, lane, everything, first, nq):
+def weight_and_gradient(buf, c, lane, everything, first, nq):
     """2^(score - shift) and that times (dp - delta), of key c and the queries from `lane` on."""
     here = ROW * c + 4 * lane
-    w = exp2_bf16(load(at.scores + here) - load(at.shift + 4 * lane))
-    ds = w * (load(at.dp + here) - load(at.delta + 4 * lane))
+    w = exp2_bf16(load(buf.scores + here) - load(buf.shift + 4 * lane))
+    ds = w * (load(buf.dp + here) - load(buf.delta + 4 * lane))
     if not everything:
         w = between(w, first - lane, nq - lane, splat(ZERO))
         ds = between(ds, first - lane, nq - lane, splat(ZERO))
@@ -303,22 +303,22 @@ def weight_and_gradient(at, c, lane, everything, first, nq):
 
 
 @njit
-def weigh_backward(at, ahead, nk, nq):
+def weights_backward(buf, ahead, nk, nq):
     """at.weights, at.ds and its pairs."""
-    everything = whole(ahead, nk, nq)
+    everything = all_visible(ahead, nk, nq)
     for c in range(0, BLOCK, 2):
         low, high = first_lane(ahead, c, nk), first_lane(ahead, c + 1, nk)
-        w0, ds0 = weight_and_gradient(at, c, 0, everything, low, nq)
-        w1, ds1 = weight_and_gradient(at, c, W, everything, low, nq)
-        w2, ds2 = weight_and_gradient(at, c + 1, 0, everything, high, nq)
-        w3, ds3 = weight_and_gradient(at, c + 1, W, everything, high, nq)
+        w0, ds0 = weight_and_gradient(buf, c, 0, everything, low, nq)
+        w1, ds1 = weight_and_gradient(buf, c, W, everything, low, nq)
+        w2, ds2 = weight_and_gradient(buf, c + 1, 0, everything, high, nq)
+        w3, ds3 = weight_and_gradient(buf, c + 1, W, everything, high, nq)
         row = ROW // 2 * c
-        store_row(at.weights + row, w0, w1)
-        store_row(at.weights + row + ROW // 2, w2, w3)
-        store_row(at.ds + row, ds0, ds1)
-        store_row(at.ds + row + ROW // 2, ds2, ds3)
-        store_pairs(at.pairs + row, ds0, ds2)
-        store_pairs(at.pairs + row + 4 * W, ds1, ds3)
+        store_row(buf.weights + row, w0, w1)
+        store_row(buf.weights + row + ROW // 2, w2, w3)
+        store_row(buf.ds + row, ds0, ds1)
+        store_row(buf.ds + row + ROW // 2, ds2, ds3)
+        store_pairs(buf.pairs + row, ds0, ds2)
+        store_pairs(buf.pairs + row + 4 * W, ds1, ds3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,64 +326,64 @@ def weigh_backward(at, ahead, nk, nq):
 
 
 @njit
-def score(job, j, at):
-    tile_matmul(at.k + 2 * j * job.width, 2 * job.width, at.q, ROW, at.scores, ROW, job.width)
+def compute_scores(args, j, buf):
+    tile_matmul(buf.k + 2 * j * args.width, 2 * args.width, buf.q, ROW, buf.scores, ROW, args.width)
 
 
 @njit
-def add_to_queries(job, j, at):
+def add_to_queries(args, j, buf):
     """at.sums += the transposed rows of keys [j, j + BLOCK) times at.pairs."""
-    row = 2 * padded(job.t)
-    for e in range(0, job.width, BLOCK):
-        tile_matmul_add(at.t + row * e + 2 * j, row, at.pairs, ROW, at.sums + ROW * e, ROW, BLOCK)
+    row = 2 * padded(args.t)
+    for e in range(0, args.width, BLOCK):
+        tile_matmul_add(buf.t + row * e + 2 * j, row, buf.pairs, ROW, buf.sums + ROW * e, ROW, BLOCK)
 
 
 @njit
-def find_shifts(job, docs, start, i, nq, bounded, at):
+def find_shifts(args, doc_ids, start, i, nq, bounded, buf):
     """0 where no score can overflow, else the largest score of each query, by products of its own."""
     for lane in range(0, BLOCK, W):
-        store(at.shift + 4 * lane, splat(ZERO if bounded else NEG_INF))
+        store(buf.shift + 4 * lane, splat(ZERO if bounded else NEG_INF))
     if not bounded:
-        for j, nk in key_blocks(docs, at.ends, start, i + nq):
-            score(job, j, at)
-            raise_shift(at.scores, j - i, nk, nq, at.shift)
+        for j, nk in key_blocks(doc_ids, buf.ends, start, i + nq):
+            compute_scores(args, j, buf)
+            raise_shift(buf.scores, j - i, nk, nq, buf.shift)
 
 
 @njit
-def write_out(job, b, h, i, nq, at):
+def write_out(args, b, h, i, nq, buf):
     for lane in range(0, 4 * BLOCK, 4 * W):
-        share = vdiv(splat(ONE), load(at.delta + lane))
-        for e in range(0, job.width, 2):
-            p = at.sums + ROW * e + lane
-            store_pairs(at.y + ROW // 2 * e + lane, load(p) * share, load(p + ROW) * share)
-    give_rows(at.y, lanes_of(job, at), rows_of(job, job.out, job.heads * job.e, b, h), i, nq)
+        share = vdiv(splat(ONE), load(buf.delta + lane))
+        for e in range(0, args.width, 2):
+            p = buf.sums + ROW * e + lane
+            store_pairs(buf.y + ROW // 2 * e + lane, load(p) * share, load(p + ROW) * share)
+    store_rows(buf.y, lanes_of(args, buf), head_rows(args, args.out, args.heads * args.e, b, h), i, nq)
     for r in range(nq):
-        lse = job.lse + 4 * ((b * job.heads + h) * job.t + i + r)
-        store1(lse, load1(at.shift + 4 * r) + np.float32(math.log2(load1(at.total + 4 * r))))
+        lse2 = args.lse2 + 4 * ((b * args.heads + h) * args.t + i + r)
+        store1(lse2, load1(buf.shift + 4 * r) + np.float32(math.log2(load1(buf.total + 4 * r))))
 
 
 @kernel
-def forward(job, part, first_task, last_task, scratch):
+def forward(args, chunk, first_task, last_task, scratch):
     """out and lse of tasks [first_task, last_task), each a batch row and a key head."""
-    job = unpack_args(job)
-    t, shared, at = job.t, job.heads // job.key_heads, places(scratch, job.t, job.width)
-    take_tiles()
+    args = unpack_args(args)
+    t, shared, buf = args.t, args.heads // args.key_heads, buffers(scratch, args.t, args.width)
+    configure_tiles()
     for task in range(first_task, last_task):
-        b, g = task // job.key_heads, task % job.key_heads
-        docs = begin(job, b, at)
-        longest_k = prepare_keys(job, b, g, at, False)
+        b, g = task // args.key_heads, task % args.key_heads
+        doc_ids = start_task(args, b, buf)
+        longest_k = prepare_keys(args, b, g, buf, False)
         for h in range(g * shared, (g + 1) * shared):
-            for start, i, nq in query_tiles(at.ends, t):
-                fetch_rows(rows_of(job, job.out, job.heads * job.e, b, h), i, nq)
-                longest_q = prepare_queries(job, b, h, i, nq, at)
-                find_shifts(job, docs, start, i, nq, longest_k * longest_q < MAX_SCORE * MAX_SCORE, at)
-                clear(at.sums, job.width * BLOCK)
-                clear(at.total, 2 * BLOCK)  # and of rounded weights, in the place of delta
-                for j, nk in key_blocks(docs, at.ends, start, i + nq):
-                    score(job, j, at)
-                    weigh(at, j - i, nk, nq)
-                    add_to_queries(job, j, at)
-                write_out(job, b, h, i, nq, at)
+            for start, i, nq in query_tiles(buf.ends, t):
+                fetch_rows(head_rows(args, args.out, args.heads * args.e, b, h), i, nq)
+                longest_q = prepare_queries(args, b, h, i, nq, buf)
+                find_shifts(args, doc_ids, start, i, nq, longest_k * longest_q < MAX_SCORE * MAX_SCORE, buf)
+                clear(buf.sums, args.width * BLOCK)
+                clear(buf.total, 2 * BLOCK)  # and of rounded weights, in the place of delta
+                for j, nk in key_blocks(doc_ids, buf.ends, start, i + nq):
+                    compute_scores(args, j, buf)
+                    weights_forward(buf, j - i, nk, nq)
+                    add_to_queries(args, j, buf)
+                write_out(args, b, h, i, nq, buf)
     release_tiles()
 
 
@@ -392,83 +392,86 @@ def forward(job, part, first_task, last_task, scratch):
 
 
 @njit
-def read_gradient(job, b, h, i, n, at):
+def read_gradient(args, b, h, i, n, buf):
     """The gradient of the output as words and pairs, delta its products with the output, and log Z."""
-    rows, out = rows_of(job, job.d_out, job.heads * job.e, b, h), rows_of(job, job.out, job.heads * job.e, b, h)
+    rows, out = (
+        head_rows(args, args.d_out, args.heads * args.e, b, h),
+        head_rows(args, args.out, args.heads * args.e, b, h),
+    )
     fetch_rows(rows, i + n, BLOCK)
     fetch_rows(out, i, n)
-    take_words(rows, i, n, lanes_of(job, at), at.d_out)
-    take_words(out, i, n, lanes_of(job, at), at.y)
-    products_of_rows(at.d_out, at.y, job.width, at.delta)
-    to_pairs(at.d_out, job.width, at.halves, at.d_out_pairs)
+    load_words(rows, i, n, lanes_of(args, buf), buf.d_out)
+    load_words(out, i, n, lanes_of(args, buf), buf.y)
+    row_dots(buf.d_out, buf.y, args.width, buf.delta)
+    to_pairs(buf.d_out, args.width, buf.halves, buf.d_out_pairs)
     for r in range(n):
-        store1(at.shift + 4 * r, load1(job.lse + 4 * ((b * job.heads + h) * job.t + i + r)))
+        store1(buf.shift + 4 * r, load1(args.lse2 + 4 * ((b * args.heads + h) * args.t + i + r)))
 
 
 @njit
-def add_to_keys(job, j, a, pairs, sums, at):
+def add_to_keys(args, j, a, pairs, sums, buf):
     """Rows [j, j + BLOCK) of sums += a times pairs of queries."""
-    for e in range(0, job.width, BLOCK):
-        here = sums + 4 * (j * job.width + e)
-        tile_matmul_add(a, ROW // 2, pairs + 4 * e, 4 * job.width, here, 4 * job.width, BLOCK)
+    for e in range(0, args.width, BLOCK):
+        here = sums + 4 * (j * args.width + e)
+        tile_matmul_add(a, ROW // 2, pairs + 4 * e, 4 * args.width, here, 4 * args.width, BLOCK)
 
 
 @njit
-def write_queries(job, b, h, i, n, at):
+def write_queries(args, b, h, i, n, buf):
     """dq of a tile whose words `prepare_queries` has left."""
-    norm, lanes = query_norm(job, b, h), lanes_of(job, at)
-    qknorm_rope_backward(at.sums, at.x, i, norm, score_scale(job) * LN2, lanes, at.y)
-    give_rows(at.y, lanes, rows_of(job, job.dq, job.d_row, b, h), i, n)
+    norm, lanes = query_norm(args, b, h), lanes_of(args, buf)
+    qknorm_rope_backward(buf.sums, buf.x, i, norm, score_scale(args) * LN2, lanes, buf.y)
+    store_rows(buf.y, lanes, head_rows(args, args.dq, args.d_row, b, h), i, n)
 
 
 @njit
-def write_keys(job, b, g, at):
+def write_keys(args, b, g, buf):
     """dk, which needs the rows once more, and dv."""
-    norm, lanes, keys = key_norm(job, b, g), lanes_of(job, at), rows_of(job, job.k, job.k_row, b, g)
-    dk, dv = rows_of(job, job.dk, job.d_row, b, g), rows_of(job, job.dv, job.d_row, b, g)
-    clear(at.norm, 2 * W * job.width)
-    for i in range(0, job.t, BLOCK):
-        n = min(BLOCK, job.t - i)
+    norm, lanes, keys = key_norm(args, b, g), lanes_of(args, buf), head_rows(args, args.k, args.k_row, b, g)
+    dk, dv = head_rows(args, args.dk, args.d_row, b, g), head_rows(args, args.dv, args.d_row, b, g)
+    clear(buf.norm, 2 * W * args.width)
+    for i in range(0, args.t, BLOCK):
+        n = min(BLOCK, args.t - i)
         fetch_rows(dk, i, n)
         fetch_rows(dv, i, n)
         fetch_rows(keys, i + BLOCK, BLOCK)
-        take_words(keys, i, n, lanes, at.x)
-        find_moments(at.x, norm, lanes)
-        transpose_all(at.dk + 4 * i * job.width, BLOCK, job.width, job.width, at.sums, BLOCK)
-        qknorm_rope_backward(at.sums, at.x, i, norm, LN2, lanes, at.y)
-        give_rows(at.y, lanes, dk, i, n)
+        load_words(keys, i, n, lanes, buf.x)
+        mean_and_rstd(buf.x, norm, lanes)
+        transpose_all(buf.dk + 4 * i * args.width, BLOCK, args.width, args.width, buf.sums, BLOCK)
+        qknorm_rope_backward(buf.sums, buf.x, i, norm, LN2, lanes, buf.y)
+        store_rows(buf.y, lanes, dk, i, n)
     add_sums(norm, lanes)
-    for i in range(job.t):
-        write_row(dv.p + i * dv.step, job.size, job.e, at.dv + 4 * i * job.width, ONE)
+    for i in range(args.t):
+        write_row(dv.p + i * dv.step, args.size, args.e, buf.dv + 4 * i * args.width, ONE)
 
 
 @kernel
-def backward(job, part, first_task, last_task, scratch):
+def backward(args, chunk, first_task, last_task, scratch):
     """dq, dk, dv and each head's share of the norms' gradients (which start as zeros)."""
-    job = unpack_args(job)
-    t, width, shared, at = job.t, job.width, job.heads // job.key_heads, places(scratch, job.t, job.width)
-    take_tiles()
+    args = unpack_args(args)
+    t, width, shared, buf = args.t, args.width, args.heads // args.key_heads, buffers(scratch, args.t, args.width)
+    configure_tiles()
     for task in range(first_task, last_task):
-        b, g = task // job.key_heads, task % job.key_heads
-        docs = begin(job, b, at)
-        prepare_keys(job, b, g, at, True)
-        clear(at.dk, 2 * padded(t) * width)  # and dv
+        b, g = task // args.key_heads, task % args.key_heads
+        doc_ids = start_task(args, b, buf)
+        prepare_keys(args, b, g, buf, True)
+        clear(buf.dk, 2 * padded(t) * width)  # and dv
         for h in range(g * shared, (g + 1) * shared):
-            clear(at.norm, 2 * W * width)
-            for start, i, nq in query_tiles(at.ends, t):
-                read_gradient(job, b, h, i, nq, at)
-                fetch_rows(rows_of(job, job.dq, job.d_row, b, h), i, nq)
-                prepare_queries(job, b, h, i, nq, at)
-                to_pairs(at.q, width, at.halves, at.q_pairs)
-                clear(at.sums, width * BLOCK)
-                for j, nk in key_blocks(docs, at.ends, start, i + nq):
-                    score(job, j, at)
-                    tile_matmul(at.v + 2 * j * width, 2 * width, at.d_out, ROW, at.dp, ROW, width)
-                    weigh_backward(at, j - i, nk, nq)
-                    add_to_keys(job, j, at.weights, at.d_out_pairs, at.dv, at)
-                    add_to_keys(job, j, at.ds, at.q_pairs, at.dk, at)
-                    add_to_queries(job, j, at)
-                write_queries(job, b, h, i, nq, at)
-            add_sums(query_norm(job, b, h), lanes_of(job, at))
-        write_keys(job, b, g, at)
+            clear(buf.norm, 2 * W * width)
+            for start, i, nq in query_tiles(buf.ends, t):
+                read_gradient(args, b, h, i, nq, buf)
+                fetch_rows(head_rows(args, args.dq, args.d_row, b, h), i, nq)
+                prepare_queries(args, b, h, i, nq, buf)
+                to_pairs(buf.q, width, buf.halves, buf.q_pairs)
+                clear(buf.sums, width * BLOCK)
+                for j, nk in key_blocks(doc_ids, buf.ends, start, i + nq):
+                    compute_scores(args, j, buf)
+                    tile_matmul(buf.v + 2 * j * width, 2 * width, buf.d_out, ROW, buf.dp, ROW, width)
+                    weights_backward(buf, j - i, nk, nq)
+                    add_to_keys(args, j, buf.weights, buf.d_out_pairs, buf.dv, buf)
+                    add_to_keys(args, j, buf.ds, buf.q_pairs, buf.dk, buf)
+                    add_to_queries(args, j, buf)
+                write_queries(args, b, h, i, nq, buf)
+            add_sums(query_norm(args, b, h), lanes_of(args, buf))
+        write_keys(args, b, g, buf)
     release_tiles()

@@ -77,7 +77,7 @@ def why_unavailable() -> str | None:
 
 
 @instruction(types.void)
-def take_tiles(b):
+def configure_tiles(b):
     """Eight tiles of 16 rows of 64 bytes, from here to release_tiles."""
     words = [1, 0, 0, 0] + [64 << 16 | 64] * 4 + [0] * 4 + [0x10101010] * 2 + [0] * 2  # palette, bytes a row, rows
     memory = cgutils.alloca_once_value(b, ir.Constant(VI, words))

@@ -16,9 +16,9 @@ from nanochameleon.kernels.cpu.amx.tiles import (
     BLOCK,
     BLOCK_ROW,
     SQUARE,
+    configure_tiles,
     pair_rows,
     release_tiles,
-    take_tiles,
     tile_matmul,
     tile_matmul_add,
     whole_block,
@@ -56,39 +56,39 @@ def blocks(n):
 
 
 @njit
-def to_pairs(p, row, out):
+def pack_pairs(p, row, out):
     """A block as 16 rows of 32 words."""
     for r in range(0, BLOCK, 2):
         pair_rows(p + row * r, p + row * (r + 1), out + BLOCK_ROW * r)
 
 
 @kernel
-def pack(job, part, first, last, spare):
+def pack_x(args, chunk, first, last, spare):
     """x in pairs, [first, last) of its blocks of rows."""
-    job = unpack_args(job)
+    args = unpack_args(args)
     for k in range(first, last):
         t = BLOCK * k
-        for j in range(blocks(job.n_in)):
-            at = job.x + job.x_row * t + BLOCK_ROW * j
-            p, row = whole_block(at, job.x_row, job.t - t, job.n_in - BLOCK * j, spare)
-            to_pairs(p, row, job.pairs + SQUARE * (j * blocks(job.t) + k))
+        for j in range(blocks(args.n_in)):
+            at = args.x + args.x_row * t + BLOCK_ROW * j
+            p, row = whole_block(at, args.x_row, args.t - t, args.n_in - BLOCK * j, spare)
+            pack_pairs(p, row, args.pairs + SQUARE * (j * blocks(args.t) + k))
 
 
 @njit
-def transpose_block(job, panel, k, out, spare):
+def transpose_block(args, panel, k, out, spare):
     """A block of g -> (32 outputs, 32 rows) at out."""
-    at, words = job.g + job.g_row * BLOCK * k + BLOCK_ROW * panel, spare + SQUARE
-    p, row = whole_block(at, job.g_row, job.t - BLOCK * k, job.n_out - BLOCK * panel, spare)
-    to_pairs(p, row, words)
+    at, words = args.g + args.g_row * BLOCK * k + BLOCK_ROW * panel, spare + SQUARE
+    p, row = whole_block(at, args.g_row, args.t - BLOCK * k, args.n_out - BLOCK * panel, spare)
+    pack_pairs(p, row, words)
     for i in range(0, BLOCK, W):
         transpose(words + 4 * i, BLOCK, out + PANEL_ROW * i, PANEL_ROW // 4)
 
 
 @njit
-def multiply_span(job, k, n, a, panel, j):
+def matmul_span(args, k, n, a, panel, j):
     """A block of c += n blocks of rows, from block k on."""
-    pairs, row = job.pairs + SQUARE * (j * blocks(job.t) + k), 4 * BLOCK * blocks(job.n_in)
-    c = job.c + row * BLOCK * panel + 4 * BLOCK * j
+    pairs, row = args.pairs + SQUARE * (j * blocks(args.t) + k), 4 * BLOCK * blocks(args.n_in)
+    c = args.c + row * BLOCK * panel + 4 * BLOCK * j
     if k == 0:
         tile_matmul(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
     else:
@@ -96,19 +96,19 @@ def multiply_span(job, k, n, a, panel, j):
 
 
 @kernel
-def multiply(job, part, first, last, scratch):
+def matmul_panels(args, chunk, first, last, scratch):
     """Panels [first, last) of c, at most PANELS, of 32 outputs each."""
-    job = unpack_args(job)
-    columns, steps, span = blocks(job.n_in), blocks(job.t), SPAN // BLOCK
-    take_tiles()
+    args = unpack_args(args)
+    columns, steps, span = blocks(args.n_in), blocks(args.t), SPAN // BLOCK
+    configure_tiles()
     for left in range(0, columns, WIDTH):
         for k in range(0, steps, span):
             n = min(span, steps - k)
             for i in range(n):
                 for panel in range(first, last):
                     a = scratch + PANEL * (panel - first) + BLOCK_ROW * i
-                    transpose_block(job, panel, k + i, a, scratch + PANEL * PANELS)
+                    transpose_block(args, panel, k + i, a, scratch + PANEL * PANELS)
             for panel in range(first, last):
                 for j in range(left, min(left + WIDTH, columns)):
-                    multiply_span(job, k, n, scratch + PANEL * (panel - first), panel, j)
+                    matmul_span(args, k, n, scratch + PANEL * (panel - first), panel, j)
     release_tiles()

@@ -130,7 +130,7 @@ def safety(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchang
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-ASK_FOR = ("draw", "please draw", "show me", "make an image of")
+ASK_FOR = ("draw", "please draw", "show me", "make a picture of")
 
 
 def visual_chat(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchange]:

@@ -216,7 +216,7 @@ def scenes(world: World, seed: int, n: int, compositions: str = "seen", test: bo
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions
 
-ASK_CAPTION = "what is in the image?"  # answered by the caption: an image alone could also be followed by a question
+ASK_CAPTION = "what is in the picture?"  # part of the data, so the word stays; the caption answers it
 
 
 def questions(scene: Scene, world: World, rng: np.random.Generator) -> list[tuple[str, str]]:

@@ -20,11 +20,11 @@ from nanochameleon.kernels.cpu.simd import (
     V,
     W,
     address,
+    butterfly,
     call_of,
     constant,
     count,
     f32,
-    halves,
     i32,
     i64,
     instruction,
@@ -63,7 +63,7 @@ def hsums(b, sums: list):
     """
     sums, d = [sums[i % len(sums)] for i in range(W)], W // 2
     while d:
-        low, high = halves(d)
+        low, high = butterfly(d)
         pairs = zip(sums[:d], sums[d:], strict=True)
         sums = [b.fadd(b.shuffle_vector(x, y, low), b.shuffle_vector(x, y, high)) for x, y in pairs]
         d //= 2

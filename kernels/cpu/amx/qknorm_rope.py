@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochameleon.kernels.attention.qknorm_rope_cpu import ONE, inverse_deviation
+from nanochameleon.kernels.attention.qknorm_rope_cpu import ONE, rstd_of
 from nanochameleon.kernels.cpu.amx.tiles import (
     BLOCK,
     BLOCK_ROW,
@@ -51,8 +51,8 @@ class Lanes(NamedTuple):
 
     width: int
     e: int
-    table: int  # (width, any) float32: cos and sin of each pair in turn, a position in each lane
-    table_row: int  # bytes
+    cos_sin: int  # (width, any) float32: cos and sin of each pair in turn, a position in each lane
+    cos_sin_row: int  # bytes
     mean: int  # (32,) float32
     factor: int  # (32,) one over the deviation
     sums: int  # (2 width, W) float32: of the norm's gradients, a row of the batch in each lane
@@ -76,7 +76,7 @@ def fetch_rows(rows, i, n):
 
 
 @njit
-def take_words(rows, i, n, lanes, words):
+def load_words(rows, i, n, lanes, words):
     """Positions [i, i + n) of rows, zeros up to BLOCK -> words."""
     for c in range(0, lanes.width, BLOCK):
         p, row = whole_block(rows.p + i * rows.step + 2 * c, rows.step, n, rows.e - c, lanes.spare)
@@ -84,7 +84,7 @@ def take_words(rows, i, n, lanes, words):
 
 
 @njit
-def give_rows(words, lanes, rows, i, n):
+def store_rows(words, lanes, rows, i, n):
     """Words -> positions [i, i + n) of rows."""
     for c in range(0, lanes.width, BLOCK):
         transpose_all(words + ROW * (c // 2), BLOCK // 2, BLOCK, BLOCK, lanes.spare, BLOCK // 2)
@@ -114,23 +114,23 @@ def to_pairs(words, width, halves, out):
 
 
 @njit
-def transpose_cos_sin(table, t, width, out, row):
+def transpose_cos_sin(cos_sin, t, width, out, row):
     """(t, width) -> the transpose, zeros from t on."""
     for i in range(width):
         for r in range(t, row // 4):
             store1(out + row * i + 4 * r, ZERO)
     whole = t // W * W
-    transpose_all(table, whole, width, width, out, row // 4)
+    transpose_all(cos_sin, whole, width, width, out, row // 4)
     for r in range(whole, t):
         for i in range(width):
-            store1(out + row * i + 4 * r, load1(table + 4 * (r * width + i)))
+            store1(out + row * i + 4 * r, load1(cos_sin + 4 * (r * width + i)))
 
 
 @njit
 def load_cos_sin(lanes, i, position, scale):
     """Cos and sin of pair i for the lanes from this position on, times scale."""
-    at = lanes.table + 2 * lanes.table_row * i + 4 * position
-    return load(at) * splat(scale), load(at + lanes.table_row) * splat(scale)
+    at = lanes.cos_sin + 2 * lanes.cos_sin_row * i + 4 * position
+    return load(at) * splat(scale), load(at + lanes.cos_sin_row) * splat(scale)
 
 
 @njit
@@ -140,7 +140,7 @@ def standard(words, mean, factor):
 
 
 @njit
-def find_moments(words, norm, lanes):
+def mean_and_rstd(words, norm, lanes):
     """lanes.mean and lanes.factor; 0 and 1 without a norm."""
     share = splat(ONE / np.float32(lanes.e))
     for lane in range(0, 4 * BLOCK, 4 * W):
@@ -154,7 +154,7 @@ def find_moments(words, norm, lanes):
                 x, y = standard(words + ROW * i + lane, mean, factor)
                 a += x * x
                 b += y * y
-            factor = inverse_deviation((a + b) * share, norm.eps)
+            factor = rstd_of((a + b) * share, norm.eps)
         store(lanes.mean + lane, mean)
         store(lanes.factor + lane, factor)
 
@@ -163,7 +163,7 @@ def find_moments(words, norm, lanes):
 def qknorm_rope(words, position, norm, scale, lanes, out):
     """Words of rows from this position on -> of the rows normed, turned, times scale. Returns the largest square of a
     length."""
-    find_moments(words, norm, lanes)
+    mean_and_rstd(words, norm, lanes)
     most = splat(ZERO)
     for lane in range(0, BLOCK, W):
         mean, factor, square = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane), splat(ZERO)
@@ -243,7 +243,7 @@ def add_sums(norm, lanes):
 
 
 @njit
-def products_of_rows(x, y, width, out):
+def row_dots(x, y, width, out):
     """out[r] = the product of row r of both words."""
     for lane in range(0, BLOCK, W):
         s, s_high = splat(ZERO), splat(ZERO)

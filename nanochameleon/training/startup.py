@@ -1,0 +1,60 @@
+"""What happens once before the first step of the transformer: weights are set, sizes and kernels printed."""
+
+import torch
+
+from nanochameleon.config import ModelConfig, ParallelConfig, TrainConfig
+from nanochameleon.data import Loader
+from nanochameleon.errors import UserError, say
+from nanochameleon.kernels.dispatch import VARIABLE, explain
+from nanochameleon.parallel.mesh import Mesh
+from nanochameleon.parallel.sharding import shard_like
+from nanochameleon.training.flops import flops_per_token, peak_flops
+from nanochameleon.training.objective import matmul_flops
+from nanochameleon.transformer import Chameleon
+from nanochameleon.weights.read_layouts import ModelFiles
+
+
+def init_or_load_weights(model: Chameleon, loaded: ModelFiles | None, seed: int) -> None:
+    """Set all weights to those of another model, or to random ones. Each rank sets the part it holds."""
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            full = loaded.weights.get(name) if loaded else model.init_tensor(name, target.shape, seed, target.device)
+            target.copy_(shard_like(full, target))
+
+
+def matmul_dtype(precision: str) -> torch.dtype:
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, parallel: ParallelConfig) -> None:
+    """Print the sizes of the model and the mesh, and which kernels run.
+
+    Raises UserError, on every rank, if NANOCHAMELEON_KERNELS asks for some that this precision does not have.
+    """
+    try:
+        kernels = explain(mesh.device, matmul_dtype(precision))
+    except ValueError as error:
+        raise UserError(f"{VARIABLE}: {error}") from None
+    if not mesh.is_rank0:
+        return
+    for name, rows in loader.rows.items():
+        if rows.n_too_long:
+            say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} tokens and left out")
+    grid = f"{mesh.dp_size} x {mesh.tp_size}, {parallel.data_parallel}"
+    ranks = f", {mesh.world_size} ranks ({grid})" if mesh.world_size > 1 else ""
+    size = sum(p.numel() for p in model.parameters())
+    say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
+    say(kernels)
+
+
+def mfu_per_token(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> float | None:
+    """The fraction of all devices' peak rate that one token a second takes; None where the peak is unknown.
+
+    The peak of a CPU is what a plain matmul reaches, measured now.
+    """
+    dtype = matmul_dtype(train.precision)
+    if mesh.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
+    else:
+        peak = matmul_flops(model.dim, dtype, mesh.device)
+    return flops_per_token(model, train.seq_len) / (peak * mesh.world_size) if peak else None
