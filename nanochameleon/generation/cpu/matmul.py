@@ -31,7 +31,6 @@ from nanochameleon.kernels.cpu.simd import (
     lanes_below,
     load_at,
     pointer,
-    prefetch_of,
 )
 
 ROWS, OUTS = 4, W // 4  # as many registers of sums as a register has lanes
@@ -54,6 +53,12 @@ def read(b, p, size: int, mask):
     kind = ir.VectorType(ir.IntType(8), W)
     codes = b.load(b.inttoptr(p, kind.as_pointer()), align=1) if mask is None else masked_load(b, p, mask, kind, "i8")
     return b.sitofp(b.sext(codes, VI), V)
+
+
+def prefetch(b, p) -> None:
+    """Request a cache line early."""
+    byte = ir.IntType(8).as_pointer()
+    call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(3), i32(1))
 
 
 def hsums(b, sums: list):
@@ -92,7 +97,7 @@ def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
     b.cbranch(b.icmp_signed(">", whole, zero), loop, rest)
     b.position_at_end(loop)
     at, sums = b.phi(i64), phis((nothing, before))
-    prefetch_of(b, b.add(ahead, b.mul(at, i64(size))))
+    prefetch(b, b.add(ahead, b.mul(at, i64(size))))
     new, following = step(at, sums, None), b.add(at, i64(W))
     for phi, first, value in [(at, zero, following), *zip(sums, nothing, new, strict=True)]:
         if phi is at:
