@@ -51,7 +51,8 @@ from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
 from nanochameleon.errors import Interrupted, OwnError, UserError, exit_on_user_error, say, warn
-from nanochameleon.evaluate.report import make_report, sample_grid
+from nanochameleon.evaluate.report import make_report
+from nanochameleon.evaluate.samples import write_sample_sheet
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
@@ -196,7 +197,7 @@ def draw_samples(run: Run, saver: Saver, step: int) -> None:
         plot_curves(read_metrics(saver.folder / METRICS), saver.folder / "curves.png")
         if run.image_tokenizer.can_draw and not saver.sharded:  # no rank has the whole of a sharded model
             run.model.eval()
-            sample_grid(run, saver.folder / "samples" / f"step-{step:06d}.png")
+            write_sample_sheet(run, saver.folder / "samples" / f"step-{step:06d}.png")
     except OSError as error:
         warn(f"curves and samples of step {step} cannot be written: {error}; training continues")
 

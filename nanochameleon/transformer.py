@@ -18,6 +18,7 @@ Shapes:
 import math
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,14 +113,15 @@ class KVCache:
         shape = (cfg.n_layers, n_slots, cfg.kv_heads, max_len, cfg.head_dim)
         return KVCache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
 
-    def view(self, slots: slice, positions: Tensor, kv_len: int) -> "CacheView":
-        """View for a forward pass of new tokens at `positions` (B, T), all below kv_len, in these B slots."""
+    def view(self, slots: slice, positions: Tensor, kv_len: int) -> list["CacheView"]:
+        """Views of each layer for a forward pass of new tokens at `positions` (B, T), all below kv_len, in B slots."""
         max_len = self.keys.shape[3]
         if kv_len > max_len:
             raise ValueError(f"a cache of {max_len} tokens cannot hold {kv_len}: create it with a larger max_len")
         # causal, and beyond its newest token a slot still holds what earlier sequences left there
         mask = torch.arange(kv_len, device=positions.device) <= positions[:, :, None]  # (B, T, kv_len)
-        return CacheView(self.keys[:, slots], self.values[:, slots], positions, mask)
+        keys, values = self.keys[:, slots], self.values[:, slots]
+        return [CacheView(keys[layer], values[layer], positions, mask) for layer in range(len(keys))]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of slot `source` into slot `target`."""
@@ -127,22 +129,21 @@ class KVCache:
             x[:, target, :, :length] = x[:, source, :, :length]
 
 
-@dataclass(frozen=True)
-class CacheView:
-    """The cache in one forward pass: queries at `positions` attend to the first kv_len entries where `mask` is True."""
+class CacheView(NamedTuple):
+    """One layer of the cache in one forward pass: queries at `positions` attend to the entries where `mask` is True."""
 
-    keys: Tensor  # (L, B, G, S, E)
-    values: Tensor  # (L, B, G, S, E)
+    keys: Tensor  # (B, G, S, E)
+    values: Tensor  # (B, G, S, E)
     positions: Tensor  # (B, T)
     mask: Tensor  # (B, T, kv_len)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, G, T, E) of the new tokens; return the first kv_len keys and values (B, G, kv_len, E)."""
         slots, kv_len = torch.arange(len(k), device=k.device)[:, None], self.mask.shape[-1]
         for cached, new in ((self.keys, k), (self.values, v)):
             # slots (B, 1) and positions (B, T) are broadcast, so each slot writes at its own positions
-            cached[layer].transpose(1, 2)[slots, self.positions] = new.transpose(1, 2).to(cached.dtype)
-        return self.keys[layer, :, :, :kv_len], self.values[layer, :, :, :kv_len]
+            cached.transpose(1, 2)[slots, self.positions] = new.transpose(1, 2).to(cached.dtype)
+        return self.keys[:, :, :kv_len], self.values[:, :, :kv_len]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,10 +151,9 @@ class CacheView:
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig, layer: int):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, cfg.head_dim
-        self.qk_norm, self.norm_eps = cfg.qk_norm, cfg.norm_eps
+        self.head_dim, self.qk_norm, self.norm_eps = cfg.head_dim, cfg.qk_norm, cfg.norm_eps
         self.wq = nn.Linear(cfg.dim, cfg.n_heads * cfg.head_dim, bias=False)
         self.wk = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
         self.wv = nn.Linear(cfg.dim, cfg.kv_heads * cfg.head_dim, bias=False)
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, E)
         # after QK-norm, whose weights scale the two values of a pair differently, which would undo a rotation
         q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
-        k, v = cache.update(self.layer, k, v)  # (B, G, kv_len, E)
+        k, v = cache.update(k, v)  # (B, G, kv_len, E)
         out = attention(q, k, v, cache.mask)  # (B, H, T, E)
         # 3. back to the width of the model
         return self.wo(out.transpose(1, 2).reshape(b, t, -1))  # (B, T, D)
@@ -197,10 +197,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig, layer: int):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.norm_order, self.dropout = cfg.norm_order, cfg.dropout
-        self.attention = Attention(cfg, layer)
+        self.attention = Attention(cfg)
         self.feed_forward = FeedForward(cfg)
         self.attention_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -253,7 +253,7 @@ class Chameleon(nn.Module):
         self.cfg = cfg
         self.activation_checkpointing = False  # recompute each block's activations in the backward pass
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = LMHead(cfg.dim, cfg.vocab_size, bias=False)
         self.init_weights()
@@ -291,20 +291,20 @@ class Chameleon(nn.Module):
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
-        cache: CacheView | None = None, dropout_seeds: Tensor | None = None,
+        cache: list[CacheView] | None = None, dropout_seeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens (B, T) -> hidden states (B, T, D) after the final norm; see forward_features for the arguments."""
         return self.norm(self.forward_features(tokens, positions, doc_ids, cache, dropout_seeds))
 
     def forward_features(
         self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
-        cache: CacheView | None = None, dropout_seeds: Tensor | None = None,
+        cache: list[CacheView] | None = None, dropout_seeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens (B, T) -> the last block's output (B, T, D), whose norm warns of divergence (paper, figure 5a).
 
         positions (B, T): of each token in its document; None counts from 0.
         doc_ids (B, T): attention stays within a document; None means one document for each sequence.
-        cache: takes the new keys and values; each slot holds one document.
+        cache: KVCache.view, which takes the new keys and values; each slot holds one document.
         dropout_seeds (B,): one for each sequence. Training with dropout raises ValueError without them.
         """
         if self.training and self.cfg.dropout and dropout_seeds is None:
@@ -317,7 +317,7 @@ class Chameleon(nn.Module):
         options = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}
         for layer, block in enumerate(self.layers):
             seeds = None if dropout_seeds is None else fold_in(dropout_seeds, layer)  # (B,)
-            inputs = x, branch, freqs_cis, doc_ids, cache, seeds
+            inputs = x, branch, freqs_cis, doc_ids, None if cache is None else cache[layer], seeds
             if self.activation_checkpointing and self.training:
                 # dropout is a function of its seeds, so there is no generator state to restore
                 x, branch = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)

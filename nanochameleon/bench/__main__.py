@@ -15,37 +15,37 @@ from nanochameleon.files import check_writable
 
 @dataclass(frozen=True)
 class Args:
-    """Measures ours beside the peers that are installed and prints a row for each figure."""
+    """Measure ours next to the peers that are installed, and print a row for each figure."""
 
     bench: tyro.conf.Positional[Literal["kernels", "engine", "train", "data"]]
     """What to measure."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
+    """Where to measure it."""
     quick: bool = False
     """Fewer rounds and shorter samples: under 50 seconds on two cores."""
     json: Path | None = None
-    """File for the rows."""
+    """Write the rows to this file."""
     op: Literal["all", "attention", "zloss", "linear_zloss", "decode", "step"] = "all"
-    """Of kernels: only this op's cases; decode's are for a GPU."""
+    """For kernels: only this op's cases. The cases of decode need a GPU."""
     plot: Path | None = None
-    """Of kernels: file for a drawing of the ratios (PNG)."""
+    """For kernels: draw the ratios into this file (PNG)."""
 
 
 def measure(args: Args) -> Iterator[dict]:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here: leave --device out")
+        raise UserError("there is no CUDA device here: leave out --device")
     device = torch.device(args.device)
     check_kernels(device)
     if args.bench != "kernels" and (args.op != "all" or args.plot):
-        raise UserError("--op and --plot are for kernels: leave them out")
+        raise UserError("--op and --plot belong to the bench `kernels`: leave them out")
     if args.bench != "kernels":
         from nanochameleon.bench import data, engine, train
 
         return {"engine": engine, "train": train, "data": data}[args.bench].bench(device, args.quick)
     if args.op == "decode" and args.device == "cpu":
-        raise UserError("on a CPU decoding is engine's to measure: add --device cuda, or run the bench `engine`")
+        raise UserError("decode has cases for a GPU only: add --device cuda, or run the bench `engine`")
     from nanochameleon.bench import gpu_cases, kernels
 
     what = device, args.quick, args.op
@@ -64,29 +64,29 @@ def main(args: Args) -> None:
         for row in measure(args):
             rows.show(row)
             measured.append(row)
-    finally:  # what was measured is kept, whatever a later case does
+    finally:  # keep what was measured, even if a later case fails
         if measured:
-            keep(args, measured)
+            write_files(args, measured)
 
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Raises UserError for an OSError within."""
+    """Turn an OSError into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another file") from None
 
 
-def keep(args: Args, measured: list) -> None:
-    """Writes the files that were asked for. Raises UserError where one cannot be written."""
-    from nanochameleon.bench import rows, timing
+def write_files(args: Args, measured: list) -> None:
+    """Write the requested files. Raises UserError where one cannot be written."""
+    from nanochameleon.bench import rows
 
     with writing():
         if args.json:
             rows.save(measured, args.json)
         if args.plot:
-            timing.plot(args.plot, measured)
+            rows.plot(measured, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""How fast data comes: batches from token shards and from live documents, and preparing at scale, in ids a second of
-one process with one thread, by its own clock (on a GPU by events); each beside what a training step eats, of which it
-is to be ten times as much.
+"""Time the data pipeline: batches from token shards, documents tokenized on the fly, and preparing at scale.
 
-Images and texts are made up, tokenizers have random weights; both cost what real ones do.
+Figures are tokens per second of one process with one thread, next to what training consumes. The goal is ten times as
+much. Images and texts are made up and tokenizers have random weights, which cost as much time as real ones.
 """
 
 import io
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nanochameleon.bench.rows import Row, commit, device_name
-from nanochameleon.bench.timing import seconds
+from nanochameleon.bench.measure import median_seconds
+from nanochameleon.bench.rows import Row, make_row
 from nanochameleon.cli import complete
 from nanochameleon.config import RunConfig, VQGANConfig
 from nanochameleon.data import Loader, Rows, Shards, write_shards
@@ -32,19 +31,20 @@ from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vocab import Vocab
 
 # tokens/s that training needs: the toy on two cores (docs/results/training.md), and the aims for one H100
-EATS = {"toy step": 20_000, "H100 1.4B": 65_000, "H100 288M": 330_000}
+CONSUMES = {"toy step": 20_000, "H100 1.4B": 65_000, "H100 288M": 330_000}
 ROUNDS = 5
 
 
-def rows(case: str, job: Callable[[], object], amounts: dict[str, float], eaters: tuple[str, ...], device) -> list[Row]:
-    """A row for each unit of what one run of the job comes to, the ids' beside each eater."""
-    taken = seconds({"nano": job}, ROUNDS, device)["nano"]
-    where = device_name(device), torch.__version__, commit()
+def rows(
+    case: str, job: Callable[[], object], amounts: dict[str, float], consumers: tuple[str, ...], device: torch.device
+) -> list[Row]:
+    """Return a row for each unit of what one run of the job makes, of tokens one for each consumer."""
+    seconds = median_seconds({"nano": job}, ROUNDS, device)["nano"]
     made = []
     for unit, amount in amounts.items():
-        value = amount / taken
-        ratios = [(value / EATS[name], name) for name in eaters] if unit == "ids/s" else [(None, None)]
-        made += [Row("data", case, "nano", value, unit, *ratio, *where) for ratio in ratios]
+        value = amount / seconds
+        ratios = [(value / CONSUMES[name], name) for name in consumers] if unit == "tokens/s" else [(None, None)]
+        made += [make_row("data", case, "nano", value, unit, device, *ratio) for ratio in ratios]
     return made
 
 
@@ -53,9 +53,9 @@ def rows(case: str, job: Callable[[], object], amounts: dict[str, float], eaters
 
 
 def loader_rows(
-    folder: Path, lengths: tuple[int, int], seq_len: int, batch_size: int, eaters: tuple[str, ...], quick: bool
+    folder: Path, lengths: tuple[int, int], seq_len: int, batch_size: int, consumers: tuple[str, ...], quick: bool
 ) -> list[Row]:
-    """Documents of lengths[0] to lengths[1]-1 ids from shards, in rows of seq_len."""
+    """Measure documents of lengths[0] to lengths[1] - 1 tokens from shards, packed into sequences of seq_len."""
     rng, n = np.random.default_rng(0), (2_000_000 if quick else 20_000_000) // lengths[0]
     path = folder / f"documents-{lengths[0]}"
     write_shards(path, (rng.integers(4, 65_536, size) for size in rng.integers(*lengths, n)))
@@ -68,17 +68,17 @@ def loader_rows(
             loader.batch(next(steps))
 
     ids = 32 * batch_size * len(packed.numbers) / len(packed) * sum(lengths) / 2
-    case = f"loader {lengths[0]} to {lengths[1] - 1} ids, {batch_size} x {seq_len}"
-    return rows(case, batches, {"ids/s": ids}, eaters, torch.device("cpu"))
+    case = f"loader {lengths[0]} to {lengths[1] - 1} tokens, {batch_size} x {seq_len}"
+    return rows(case, batches, {"tokens/s": ids}, consumers, torch.device("cpu"))
 
 
 def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> list[Row]:
-    """Documents of the toy that are made, encoded and packed when a batch asks for them."""
+    """Measure documents of the toy that are made, tokenized and packed when a batch needs them."""
     cfg = replace(cfg, data=replace(cfg.data, tokenize_on_the_fly=True, n_documents=2_000))
     loader = open_loader(cfg, image_tokenizer, text, Path())
     ids, steps = float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])), iter(range(8, 10**9))
     job = lambda: loader.batch(next(steps))  # noqa: E731
-    return rows("live documents of the toy", job, {"ids/s": ids}, ("toy step",), image_tokenizer.device)
+    return rows("live documents of the toy", job, {"tokens/s": ids}, ("toy step",), image_tokenizer.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokeniz
 
 
 def tar_of_images(path: Path, n: int, size: tuple[int, int]) -> Path:
-    """JPEGs of smooth noise with captions of a dozen words."""
+    """Write JPEGs of smooth noise with captions of a dozen words."""
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
         for number in range(n):
@@ -102,9 +102,9 @@ def tar_of_images(path: Path, n: int, size: tuple[int, int]) -> Path:
 
 
 def prepare_rows(
-    case: str, source: Path, form: str, image_tokenizer: ImageTokenizer, text: TextTokenizer, eaters: tuple[str, ...]
+    case: str, source: Path, form: str, image_tokenizer: ImageTokenizer, text: TextTokenizer, consumers: tuple[str, ...]
 ) -> list[Row]:
-    """The whole of `nanochameleon.data.prepare` but for its start."""
+    """Measure all of `nanochameleon.data.prepare` except for its start."""
     with tempfile.TemporaryDirectory() as folder:
         numbers = iter(range(10**9))
 
@@ -117,8 +117,8 @@ def prepare_rows(
             return job
 
         shards = Shards(prepare().directory)
-        amounts = {"ids/s": float(shards.offsets[-1])} | ({"images/s": len(shards)} if form == "pairs" else {})
-        return rows(case, prepare, amounts, eaters, image_tokenizer.device)
+        amounts = {"tokens/s": float(shards.offsets[-1])} | ({"images/s": len(shards)} if form == "pairs" else {})
+        return rows(case, prepare, amounts, consumers, image_tokenizer.device)
 
 
 def bench(device: torch.device, quick: bool) -> Iterator[Row]:

@@ -1,26 +1,29 @@
-"""Generation beside transformers' `generate` with equal random weights, and against itself in other ways.
+"""Time generation next to transformers' `generate` with the same random weights, and next to our own other modes.
 
-On a CPU: a 5.9M model, where ids must agree; a mixed batch against its rows one by one; guidance; with
-OMP_NUM_THREADS=1 in CPU time, which neighbours hardly disturb. On a GPU: the shapes of the 7B and a 1.3B. transformers
-is optional, and skipped by name where it is missing.
+On a CPU: a model of 5.9M parameters, whose greedy tokens must equal transformers'; a mixed batch against its requests
+one by one; guidance. With OMP_NUM_THREADS=1 it measures CPU time. On a GPU: models of 7B and 1.3B.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from nanochameleon.bench.rows import Row, clock, device_name, rows_of, take_turns
-from nanochameleon.config import ModelConfig, SamplingParams
+from nanochameleon.bench.measure import Job, median_seconds, seconds_of
+from nanochameleon.bench.rows import Row, make_row, rows_against_peers
+from nanochameleon.config import ModelConfig, SamplingParams, VQGANConfig
 from nanochameleon.errors import say
 from nanochameleon.generation.engine import Engine, generate
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
+from nanochameleon.weights import layouts
+from nanochameleon.weights.layout_configs import hf_config
 
 TOY, TOY_VOCAB = ModelConfig(1_536, 256, 6, 4, max_seq_len=1_024), Vocab(1_536, 512, n_reserved=8, eot_slot=2)
-GPU_MODELS = {  # of one width for all heads, 128
+SMALL_VQGAN = VQGANConfig(resolution=16, ch=32, ch_mult=(1,), n_res_blocks=1, z_channels=8, embed_dim=8, n_codes=1)
+GPU_MODELS = {  # head_dim is 128 in both
     "7B": ModelConfig(),
     "1.3B": ModelConfig(dim=2_048, n_layers=22, n_heads=16),
 }
@@ -31,7 +34,7 @@ IMAGE_CODES = {"cpu": 64, "cuda": 1_024}
 
 
 def random_model(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> Chameleon:
-    """Output weights that are not 0, so that greedy ids are no accident, and no </s>, so that lengths are equal."""
+    """Return a model whose output weights are not 0, so that greedy tokens are not all ties."""
     torch.manual_seed(0)
     with torch.device(device):
         model = Chameleon(cfg).to(dtype).eval()
@@ -48,56 +51,31 @@ def random_model(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
 # transformers
 
 
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from our order of rotary pairs, (0, 1) (2, 3), to theirs: first members, then second ones."""
-    per_head = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2)
-    return per_head.flatten(0, 2)
-
-
 def as_transformers(model: Chameleon, vocab: Vocab):
-    """transformers' model with the same weights. Its image tokenizer, which generate does not use, is a small one."""
+    """Return transformers' model with the same weights. Its image tokenizer is a small one, which generate ignores."""
     from transformers import ChameleonConfig, ChameleonForConditionalGeneration, GenerationConfig
 
-    cfg, weight = model.cfg, model.output.weight
-    images = dict(embed_dim=8, num_embeddings=1, latent_channels=8, base_channels=32, channel_multiplier=[1],
-                    num_res_blocks=1, resolution=16)  # fmt: skip
-    their = ChameleonConfig(
-        vocab_size=cfg.vocab_size, hidden_size=cfg.dim, intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layers,
-        num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.kv_heads, max_position_embeddings=cfg.max_seq_len,
-        rms_norm_eps=cfg.norm_eps, bos_token_id=vocab.bos, pad_token_id=vocab.pad, eos_token_id=None,
-        vocabulary_map={"<image>": vocab.unk, "IMGIMGAZ": vocab.first_code}, vq_config=images,
-    )  # fmt: skip
+    names, weight = {"<image>": vocab.unk, "IMGIMGAZ": vocab.first_code}, model.output.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    config = hf_config(model.cfg, SMALL_VQGAN, vocab, names, dtype) | {"eos_token_id": None}
     with torch.device(weight.device):
-        peer = ChameleonForConditionalGeneration(their).to(weight.dtype).eval()
+        peer = ChameleonForConditionalGeneration(ChameleonConfig(**config)).to(weight.dtype).eval()
     peer.generation_config = GenerationConfig(do_sample=False, pad_token_id=vocab.pad)
-    state = {"lm_head.weight": weight, "model.embed_tokens.weight": model.tok_embeddings.weight,
-             "model.norm.weight": model.norm.weight}  # fmt: skip
-    for i, block in enumerate(model.layers):
-        a, f, to = block.attention, block.feed_forward, f"model.layers.{i}."
-        for name, linear, norm, heads in (("q", a.wq, a.q_norm, cfg.n_heads), ("k", a.wk, a.k_norm, cfg.kv_heads)):
-            state[f"{to}self_attn.{name}_proj.weight"] = half_split(linear.weight, heads)
-            for part in ("weight", "bias"):
-                each = getattr(norm, part).repeat_interleave(heads // len(norm.weight), 0)
-                state[f"{to}self_attn.{name}_norm.{part}"] = half_split(each.flatten(), heads).view(heads, -1)
-        state |= {
-            f"{to}self_attn.v_proj.weight": a.wv.weight, f"{to}self_attn.o_proj.weight": a.wo.weight,
-            f"{to}mlp.gate_proj.weight": f.w1.weight, f"{to}mlp.up_proj.weight": f.w3.weight,
-            f"{to}mlp.down_proj.weight": f.w2.weight, f"{to}input_layernorm.weight": block.attention_norm.weight,
-            f"{to}post_attention_layernorm.weight": block.ffn_norm.weight,
-        }  # fmt: skip
+    ours = model.state_dict()
+    state = {layouts.names_of(name).hf: layouts.to_hf(name, x, model.cfg) for name, x in ours.items()}
     missing, unexpected = peer.load_state_dict(state, strict=False)
     assert not unexpected and all("vqmodel" in name for name in missing), (missing[:3], unexpected[:3])
     return peer
 
 
-def their_ids(peer, prompts: Tensor, n: int, **options) -> list[list[int]]:
+def their_tokens(peer, prompts: Tensor, n: int, **options) -> list[list[int]]:
     out = peer.generate(
         input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n, min_new_tokens=n, **options
     )
     return out[:, prompts.shape[1] :].tolist()
 
 
-def our_ids(engine: Engine, prompts: Tensor, n: int) -> list[list[int]]:
+def our_tokens(engine: Engine, prompts: Tensor, n: int) -> list[list[int]]:
     new = [[] for _ in prompts]
     first = engine.n_added
     for prompt in prompts.tolist():
@@ -111,100 +89,96 @@ def our_ids(engine: Engine, prompts: Tensor, n: int) -> list[list[int]]:
 # Cases
 
 
-def text_case(
-    name: str, model: Chameleon, vocab: Vocab, batch: int, n: int, unit: str, rounds: int, seconds: float
-) -> Iterator[Row]:
-    """Greedy text, ours beside transformers' two caches."""
-    device = model.output.weight.device
-    prompts = torch.randint(vocab.first_text, vocab.size, (batch, 16), device=device)
-    prompts[:, 0] = vocab.bos
-    engine = Engine(model, vocab, 64, batch, 16 + n)
-    jobs = {"nano": lambda: our_ids(engine, prompts, n)}
+@dataclass(frozen=True)
+class Bench:
+    """A model, and how long to measure it."""
+
+    name: str
+    model: Chameleon
+    vocab: Vocab
+    unit: str  # of text: tokens/s, ms per step
+    rounds: int
+    max_seconds: float
+    n: int  # tokens of text per request
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.output.weight.device
+
+    def rows(self, case: str, jobs: dict[str, Job], amount: float, unit: str) -> list[Row]:
+        seconds = median_seconds(jobs, self.rounds, self.device, self.max_seconds)
+        return rows_against_peers("engine", case, "nano", seconds, amount, unit, self.device)
+
+
+def first_token(b: Bench) -> Row:
+    """Time from loaded weights to the first token, for the first time in this process."""
+    prompt = torch.tensor([[b.vocab.bos, b.vocab.first_text]])
+    seconds = seconds_of(lambda: our_tokens(Engine(b.model, b.vocab, 64, 1, 64), prompt, 1), b.device)
+    return make_row("engine", f"{b.name} start to first token", "nano", 1e3 * seconds, "ms", b.device)
+
+
+def text_case(b: Bench, batch: int) -> list[Row]:
+    """Greedy text, ours next to transformers' with both of its caches."""
+    prompts = torch.randint(b.vocab.first_text, b.vocab.size, (batch, 16), device=b.device)
+    prompts[:, 0] = b.vocab.bos
+    engine = Engine(b.model, b.vocab, 64, batch, 16 + b.n)
+    jobs = {"nano": lambda: our_tokens(engine, prompts, b.n)}
     if find_spec("transformers"):
-        peer = as_transformers(model, vocab)
-        jobs["transformers generate dynamic"] = lambda: their_ids(peer, prompts, n)
-        jobs["transformers generate static"] = lambda: their_ids(peer, prompts, n, cache_implementation="static")
-        if model.output.weight.dtype == torch.float32:
-            assert jobs["nano"]() == jobs["transformers generate dynamic"](), "greedy ids differ from transformers'"
-    per = n if unit.startswith("ms") else n * batch
-    yield from rows_of(
-        "engine",
-        f"{name} text batch {batch}",
-        "nano",
-        take_turns(jobs, rounds, seconds),
-        per,
-        unit,
-        device_name(device),
-    )
+        peer = as_transformers(b.model, b.vocab)
+        jobs["transformers generate dynamic"] = lambda: their_tokens(peer, prompts, b.n)
+        jobs["transformers generate static"] = lambda: their_tokens(peer, prompts, b.n, cache_implementation="static")
+        if b.model.output.weight.dtype == torch.float32:
+            assert jobs["nano"]() == jobs["transformers generate dynamic"](), "greedy tokens differ from transformers'"
+    amount = b.n if b.unit.startswith("ms") else b.n * batch
+    return b.rows(f"{b.name} text batch {batch}", jobs, amount, b.unit)
 
 
-def mixed_case(model: Chameleon, vocab: Vocab, n: int, rounds: int, seconds: float) -> Iterator[Row]:
-    """16 rows of three modes and all lengths in one batch, and the same rows one by one."""
+def image_case(b: Bench) -> list[Row]:
+    """One image with three-way guidance, after a prompt of text and an image; the same without guidance."""
+    n_codes = IMAGE_CODES[b.device.type]
+    shown = [b.vocab.boi, *[b.vocab.first_code] * n_codes, b.vocab.eoi]
+    prompt = [b.vocab.bos, *range(b.vocab.first_text, b.vocab.first_text + 8), *shown, b.vocab.boi]
 
-    def run(n_slots: int) -> int:
-        engine = Engine(model, vocab, 16, n_slots, 256)
-        for i in range(16):
-            options = SamplingParams(guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=n + i)
-            engine.add([vocab.bos, *range(vocab.first_text, vocab.first_text + i)], options, MIX[i % 3], (i,))
-        return sum(len(output.tokens) for output in engine.run())
-
-    device = model.output.weight.device
-    jobs = {"nano": lambda: run(16), "nano one by one": lambda: run(1)}
-    yield from rows_of(
-        "engine",
-        "mixed batch of 16",
-        "nano",
-        take_turns(jobs, rounds, seconds),
-        run(16),
-        "tokens/s",
-        device_name(device),
-    )
-
-
-MIX = ("text", "image", "both")
-
-
-def image_case(name: str, model: Chameleon, vocab: Vocab, n_codes: int, rounds: int, seconds: float) -> Iterator[Row]:
-    """One image with three-way guidance, after a prompt of words and an image; the same without."""
-    device = model.output.weight.device
-    shown = [vocab.boi, *[vocab.first_code] * n_codes, vocab.eoi]
-    prompt = [vocab.bos, *range(vocab.first_text, vocab.first_text + 8), *shown, vocab.boi]
-
-    def run(by_text: float, by_image: float):
-        options = SamplingParams(guidance_scale=by_text, image_guidance_scale=by_image, max_new_tokens=n_codes + 1)
-        return generate(model, [prompt], vocab, n_codes, options, "image")
+    def run(text_scale: float, image_scale: float):
+        options = SamplingParams(
+            guidance_scale=text_scale, image_guidance_scale=image_scale, max_new_tokens=n_codes + 1
+        )
+        return generate(b.model, [prompt], b.vocab, n_codes, options, "image")
 
     jobs = {"nano": lambda: run(3.0, 1.2), "nano without guidance": lambda: run(1.0, 1.0)}
-    taken = take_turns(jobs, rounds, seconds)
-    yield from rows_of("engine", f"{name} guided image", "nano", taken, n_codes, "ms a code", device_name(device))
+    return b.rows(f"{b.name} guided image", jobs, n_codes, "ms a code")
 
 
-def first_token(name: str, model: Chameleon, vocab: Vocab) -> Row:
-    """Seconds from weights that are loaded to the first id, in this process for the first time."""
-    start = clock()
-    our_ids(Engine(model, vocab, 64, 1, 64), torch.tensor([[vocab.bos, vocab.first_text]]), 1)
-    taken = {"nano": clock() - start}
-    device = device_name(model.output.weight.device)
-    return rows_of("engine", f"{name} start to first token", "nano", taken, 1.0, "ms", device)[0]
+def mixed_case(b: Bench) -> list[Row]:
+    """16 requests of three modalities and all lengths in one batch, and the same requests one by one."""
+
+    def run(batch: int) -> int:
+        engine = Engine(b.model, b.vocab, 16, batch, 256)
+        for i in range(16):
+            options = SamplingParams(guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=b.n + i)
+            prompt = [b.vocab.bos, *range(b.vocab.first_text, b.vocab.first_text + i)]
+            engine.add(prompt, options, ("text", "image", "both")[i % 3], (i,))
+        return sum(len(output.tokens) for output in engine.run())
+
+    jobs = {"nano": lambda: run(16), "nano one by one": lambda: run(1)}
+    return b.rows("mixed batch of 16", jobs, run(16), "tokens/s")
 
 
 def bench(device: torch.device, quick: bool) -> Iterator[Row]:
     if not find_spec("transformers"):
         say("transformers is not installed: skipped")
-    rounds, seconds, n = (2, 2.0, 32) if quick else (9, 60.0, 128)
+    how_long = (2, 2.0, 32) if quick else (9, 60.0, 128)
     if device.type == "cpu":
-        models = {"5.9M": (random_model(TOY, device, torch.float32), TOY_VOCAB, (1, 16), "tokens/s")}
+        benches = [Bench("5.9M", random_model(TOY, device, torch.float32), TOY_VOCAB, "tokens/s", *how_long)]
     else:
-        models = {
-            name: (random_model(cfg, device, torch.bfloat16), Vocab(), (1, 16), "ms a step")
-            for name, cfg in GPU_MODELS.items()
-        }
-    for name, (model, vocab, batches, unit) in models.items():
-        yield first_token(name, model, vocab)
-        with torch.no_grad():  # ids that are no text never win, as in a model with a grammar
-            model.output.weight[: vocab.first_text] *= 1e-3
-        for batch in batches:
-            yield from text_case(name, model, vocab, batch, n, unit, rounds, seconds)
-        yield from image_case(name, model, vocab, IMAGE_CODES[device.type], rounds, seconds)
+        models = {name: random_model(cfg, device, torch.bfloat16) for name, cfg in GPU_MODELS.items()}
+        benches = [Bench(name, model, Vocab(), "ms a step", *how_long) for name, model in models.items()]
+    for b in benches:
+        yield first_token(b)
+        with torch.no_grad():  # tokens that are not text never win, as if a grammar forbade them
+            b.model.output.weight[: b.vocab.first_text] *= 1e-3
+        for batch in (1, 16):
+            yield from text_case(b, batch)
+        yield from image_case(b)
         if device.type == "cpu":
-            yield from mixed_case(model, vocab, n, rounds, seconds)
+            yield from mixed_case(b)

@@ -1,9 +1,9 @@
-"""The kernels beside torch's own operations and torch.compile, each case checked before it is timed.
+"""Time the kernels next to torch's own operations and torch.compile. Each case is checked before it is timed.
 
 Cases: attention (the whole op), zloss (cross-entropy on logits), linear_zloss (with the output layer), step (a whole
 training step); on a GPU also decode (gpu_cases.py). Variants: reference, compile (of the reference), numba or cuda; for
-zloss also `in place` and a `copy` of the logits, the floor of anything that writes a gradient; for attention on a GPU
-`vendor`, torch's own behind our norm and turn. linear_zloss has its peak memory besides (memory.py).
+zloss also `in place` and a `copy` of the logits, a lower bound for anything that writes a gradient; for attention on a
+GPU `vendor`, torch's own attention after our norm and rotation. linear_zloss has rows of its peak memory, too.
 """
 
 import dataclasses
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochameleon.bench.memory import memory_rows
-from nanochameleon.bench.rows import Row
-from nanochameleon.bench.timing import seconds, to_rows
+from nanochameleon.bench.measure import median_seconds, peak_bytes
+from nanochameleon.bench.rows import Row, rows_against_one
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
@@ -32,7 +31,7 @@ Z_LOSS = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """inputs: what gradients are taken of. Each variant maps them to one number."""
+    """inputs: the tensors to differentiate with respect to. Each variant maps them to one number."""
 
     name: str
     inputs: list[Tensor]
@@ -60,7 +59,7 @@ def own(device: torch.device) -> str:
 
 
 def documents(b: int, t: int) -> Tensor:
-    """Rows packed with documents of 82 to 170 ids, as the toy's are."""
+    """Return document ids of sequences packed with documents of 82 to 170 tokens, as the toy's are: (B, T)."""
     lengths = torch.tensor([82, 170, 110, 94, 82, 120, 88, 164])
     ends = lengths.repeat(-(-t // 82)).cumsum(0)
     return torch.stack([torch.bucketize(torch.arange(t) + 37 * i, ends, right=True) for i in range(b)])
@@ -85,7 +84,7 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
     variants, plain = {"reference": of(qknorm_rope_attention_reference), **ours}, {}
     if device.type == "cpu" and dtype == torch.float32 and packed:
         arrays = [x.detach().numpy() for x in (q, k, v, docs, torch.empty_like(q))]
-        plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and turn
+        plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and rotation
     return Case(name, [q, k, v, *norms], variants, extra_forward=plain)
 
 
@@ -174,7 +173,7 @@ def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
 
 
 def check(case: Case) -> None:
-    """Raises AssertionError where our gradients are worse than twice the reference's, with float64 as the truth."""
+    """Raise AssertionError where our gradients' error exceeds twice the reference's. The truth is float64."""
     exact = [x.detach().double().requires_grad_() for x in case.inputs]
     truth = torch.autograd.grad(case.variants["reference"](*exact), exact)
     errors = {}
@@ -193,10 +192,10 @@ def checked(found: Iterator[Case]) -> Iterator[Case]:
 
 
 def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
-    """Forward alone, then forward and backward where a case has inputs to take gradients of."""
+    """Measure the forward pass, then forward and backward where a case has inputs to differentiate."""
 
     def backward(name: str, function: Callable) -> Callable[[], object]:
-        """With one wish for both passes: the gradient asks anew which kernels run."""
+        """Request the kernels around both passes: the backward pass asks again which kernels to run."""
         return with_kernels(
             name if name in NAMES else "auto", lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
         )
@@ -210,18 +209,19 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
 
     alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
     both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
-    ratio_to = "compile" if "compile" in case.variants else "reference"
-    rows = to_rows("kernels", f"{case.name} f", seconds(alone, rounds, device), ratio_to, device)
-    if case.inputs:
-        rows += to_rows("kernels", f"{case.name} f+b", seconds(both, rounds, device), ratio_to, device)
-    if case.memory:
-        rows += memory_rows(f"{case.name} f", alone, ratio_to, device)
-        rows += memory_rows(f"{case.name} f+b", both, ratio_to, device)
+    passes = {"f": alone, "f+b": both} if case.inputs else {"f": alone}
+    ratio_to, rows = "compile" if "compile" in case.variants else "reference", []
+    for name, jobs in passes.items():
+        costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device).items()}
+        rows += rows_against_one("kernels", f"{case.name} {name}", costs, ratio_to, "ms", device)
+    for name, jobs in passes.items() if case.memory else ():
+        costs = {job: peak_bytes(run, device) / 2**20 for job, run in jobs.items()}
+        rows += rows_against_one("kernels", f"{case.name} {name} memory", costs, ratio_to, "MiB", device)
     return rows
 
 
 def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
-    """A training step of 6 layers of 256, 8 rows of 256 tokens: forward, loss, backward, AdamW."""
+    """Measure a training step of 6 layers of 256, 8 sequences of 256 tokens: forward, loss, backward, AdamW."""
     cfg = ModelConfig(vocab_size=940, dim=256, n_layers=6, n_heads=4, multiple_of=64, max_seq_len=256)
     torch.manual_seed(0)
     model = Chameleon(cfg).to(device)
@@ -237,12 +237,13 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
             (cross_entropy + Z_LOSS * log_z.square()).mean().backward()
         optimizer.step()
 
-    times = seconds({name: lambda name=name: step(name) for name in ("reference", own(device), "auto")}, rounds, device)
-    return to_rows("kernels", f"step dim 256 x 6 layers {precision}", times, "reference", device)
+    jobs = {name: lambda name=name: step(name) for name in ("reference", own(device), "auto")}
+    costs = {name: 1e3 * seconds for name, seconds in median_seconds(jobs, rounds, device).items()}
+    return rows_against_one("kernels", f"step dim 256 x 6 layers {precision}", costs, "reference", "ms", device)
 
 
 def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
-    """Times checked cases of an op, or of all; quick leaves out torch.compile, which takes minutes."""
+    """Time checked cases of an op, or of all. quick leaves out torch.compile, which takes minutes."""
     torch.set_num_threads(1)
     tune_malloc()
     rounds = 5 if quick else 9

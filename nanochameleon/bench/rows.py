@@ -1,16 +1,16 @@
-"""What every benchmark shares: timing that takes turns, rows of figures, and where they go.
+"""Rows of figures: how they are made, printed, saved as JSON and plotted.
 
-A row: {"bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit"}; ratio is the
-peer's time over ours, so that more is better.
+A row holds one value of one variant, and its ratio to another variant. Ratios are always "more is better": the other
+variant's time or memory over this one's.
 """
 
+import io
 import json
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,32 +33,49 @@ class Row:
     commit: str
 
 
-def clock() -> float:
-    """Seconds: on a CPU with one thread the process's own, which neighbours hardly disturb."""
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-    return time.process_time() if alone else time.perf_counter()
+# ---------------------------------------------------------------------------------------------------------------------
+# Making rows
 
 
-def take_turns(jobs: dict[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, float]:
-    """Median seconds of each job, run in turns so that what else the machine does meets all alike. Each runs once
-    before the clock; rounds end early, but not before the first, when `seconds` are over."""
-    for job in jobs.values():
-        job()
-    times, end = {name: [] for name in jobs}, time.perf_counter() + seconds
-    for number in range(rounds):
-        for name, job in jobs.items():
-            start = clock()
-            job()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append(clock() - start)
-        if number and time.perf_counter() > end:
-            break
-    return {name: statistics.median(taken) for name, taken in times.items()}
+def make_row(
+    bench: str, case: str, variant: str, value: float, unit: str, device: torch.device,
+    ratio: float | None = None, ratio_to: str | None = None,
+) -> Row:  # fmt: skip
+    where = device_name(device), torch.__version__, commit()
+    return Row(bench, case, variant, value, unit, ratio, ratio_to, *where)
 
 
+def rows_against_peers(
+    bench: str, case: str, ours: str, seconds: dict[str, float], amount: float, unit: str, device: torch.device
+) -> list[Row]:
+    """Return a row of `ours` for each peer, with the ratio to it, then a row for each peer.
+
+    seconds: by variant. amount: what one run makes, such as tokens. The value is amount / seconds, or the milliseconds
+    for one of them where the unit starts with "ms".
+    """
+
+    def row(name: str, *ratio) -> Row:
+        value = seconds[name] * 1e3 / amount if unit.startswith("ms") else amount / seconds[name]
+        return make_row(bench, case, name, value, unit, device, *ratio)
+
+    peers = [name for name in seconds if name != ours]
+    rows = [row(ours, seconds[peer] / seconds[ours], peer) for peer in peers] or [row(ours)]
+    return rows + [row(peer) for peer in peers]
+
+
+def rows_against_one(
+    bench: str, case: str, costs: dict[str, float], ratio_to: str, unit: str, device: torch.device
+) -> list[Row]:
+    """Return a row for each variant with its time or memory, and the ratio to the variant `ratio_to`."""
+    return [
+        make_row(bench, case, name, cost, unit, device, costs[ratio_to] / cost, ratio_to)
+        for name, cost in costs.items()
+    ]
+
+
+@cache
 def commit() -> str:
-    """Of the source tree, "unknown" outside of one."""
+    """Return the commit of the source tree, "unknown" outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -69,26 +86,14 @@ def commit() -> str:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def rows_of(bench: str, case: str, ours: str, taken: dict[str, float], per: float, unit: str, device: str) -> list[Row]:
-    """Seconds by variant -> a row for each: value = per / seconds, or seconds * 1e3 / per where the unit is ms."""
-    same = dict(device=device, torch=torch.__version__, commit=commit())
-
-    def value(name):
-        return taken[name] * 1e3 / per if unit.startswith("ms") else per / taken[name]
-
-    peers = [name for name in taken if name != ours]
-    rows = [Row(bench, case, ours, value(ours), unit, taken[p] / taken[ours], p, **same) for p in peers]
-    rows = rows or [Row(bench, case, ours, value(ours), unit, None, None, **same)]
-    return rows + [Row(bench, case, p, value(p), unit, None, None, **same) for p in peers]
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing them
 
 
 def show(row: Row) -> None:
@@ -96,5 +101,27 @@ def show(row: Row) -> None:
     say(f"{row.case:34} {row.variant:28} {row.value:10.4g} {row.unit}{against}")
 
 
-def save(rows: list[Row], path: Path) -> None:
+def save(rows: Sequence[Row], path: Path) -> None:
     write_file(path, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw the ratios of times as bars, in one colour per case."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row.unit == "ms"]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.3 * len(rows)), layout="constrained")
+    labels = [f"{row.case}   {row.variant}" for row in rows]
+    colours = [f"C{cases.index(row.case) % 10}" for row in rows]
+    axes.barh(labels, [row.ratio or 0.0 for row in rows], color=colours)
+    axes.margins(y=0.005)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"times as fast as {rows[0].ratio_to}\n({rows[0].device}, torch {rows[0].torch})")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    pyplot.close(figure)
+    write_file(path, buffer.getvalue())

@@ -1,11 +1,12 @@
-"""Training steps beside transformers' Chameleon of the same shape and weights: forward, loss, backward, clip, AdamW.
+"""Time training steps next to transformers' Chameleon with the same shape and weights.
 
-Ours is the objective as train.py runs it, in each precision, and on a GPU also with its blocks compiled; the fastest is
-the row `nano`. Theirs is their own forward with labels under the same optimizer, eager and compiled, in fp32 and bf16;
-for bf16 the faster of autocast and bf16 weights counts. Ids are text alone: their forward masks the logits of image
-codes. On a CPU variants take turns, by the wall clock or, where torch has one thread, by the process's own, which
-neighbours hardly disturb (OMP_NUM_THREADS=1 on a busy machine). On a GPU, whose memory does not hold all of them, they
-follow one another, and their peak memory is a row, too.
+A step is forward, loss, backward, clipping and AdamW. Ours is the objective as train.py runs it, in each precision, and
+on a GPU also with compiled blocks; the fastest is the row `nano`. Theirs is their forward with labels and the same
+optimizer, eager and compiled, in fp32 and bf16; for bf16 the faster of autocast and bf16 weights counts. All tokens are
+text, since their forward masks the logits of image codes.
+
+On a CPU variants alternate, and OMP_NUM_THREADS=1 measures CPU time, for a busy machine. The memory of a GPU does not
+hold all variants at once, so there they run one after the other, and their peak memory is a row, too.
 """
 
 import gc
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from nanochameleon.bench.engine import as_transformers, random_model
-from nanochameleon.bench.rows import Row, device_name, rows_of, take_turns
+from nanochameleon.bench.measure import median_seconds
+from nanochameleon.bench.rows import Row, make_row, rows_against_peers
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
 from nanochameleon.kernels.cpu.malloc import tune_malloc
@@ -35,7 +37,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """B rows of T ids."""
+    """A model and a batch of `batch` sequences of `t` tokens."""
 
     name: str
     cfg: ModelConfig
@@ -63,14 +65,14 @@ CASES = {
 # Steps
 
 
-def text_ids(case: Case, device: torch.device) -> Tensor:
+def text_tokens(case: Case, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(case.vocab.first_text, case.vocab.size, (case.batch, case.t), generator=generator).to(device)
 
 
 def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> Step:
     device = model.output.weight.device
-    ids = text_ids(case, device)
+    ids = text_tokens(case, device)
     targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
     positions = torch.arange(case.t, device=device).expand(ids.shape)
     batch, objective = Batch(ids, targets, torch.zeros_like(ids), positions), Objective(model, case.vocab, precision)
@@ -92,9 +94,9 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
 
 
 def their_step(case: Case, peer: nn.Module, precision: str, compiled: bool) -> Step:
-    """precision: fp32, bf16 by autocast, or "weights", bf16 all through."""
+    """precision: fp32, bf16 (autocast) or "weights" (bf16 weights)."""
     trained = [p for name, p in peer.named_parameters() if "vqmodel" not in name]
-    ids, run = text_ids(case, trained[0].device), torch.compile(peer) if compiled else peer
+    ids, run = text_tokens(case, trained[0].device), torch.compile(peer) if compiled else peer
     peer.to(torch.bfloat16 if precision == "weights" else torch.float32).train()
     optimizer = torch.optim.AdamW(trained, lr=OptimConfig().lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
@@ -111,8 +113,8 @@ def their_step(case: Case, peer: nn.Module, precision: str, compiled: bool) -> S
 
 
 def steps(case: Case, device: torch.device, quick: bool) -> dict[str, Callable[[], Step]]:
-    """How to make the step of each variant: models are built when it is its turn, all with the same weights."""
-    theirs = [precision for wish in case.precisions for precision in ([wish, "weights"] if wish == "bf16" else [wish])]
+    """Return functions that build each variant's step. All models have the same weights."""
+    theirs = [*case.precisions, "weights"] if "bf16" in case.precisions else case.precisions
     ways = [("eager", False)] if quick else [("eager", False), ("compile", True)]
 
     def model() -> Chameleon:
@@ -134,7 +136,7 @@ def steps(case: Case, device: torch.device, quick: bool) -> dict[str, Callable[[
 
 
 def fastest(taken: dict[str, float]) -> dict[str, float]:
-    """Ours under the name `nano` at its best; of theirs one bf16 each, the faster one."""
+    """Return our fastest variant as `nano`, and of theirs in bf16 the faster one of the two."""
     best = {"nano": min(seconds for name, seconds in taken.items() if name.startswith("nano"))}
     for name, seconds in taken.items():
         if name.startswith("transformers"):
@@ -144,27 +146,29 @@ def fastest(taken: dict[str, float]) -> dict[str, float]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Raises AssertionError unless both models give text the same logits before they are trained."""
+    """Raise AssertionError unless both models have the same logits of text before training."""
     if find_spec("transformers"):
         model = random_model(case.cfg, device, torch.float32)
-        ids = text_ids(replace(case, batch=1, t=min(case.t, 64)), device)
+        ids = text_tokens(replace(case, batch=1, t=min(case.t, 64)), device)
         with torch.no_grad():
             ours, theirs = model.logits(model(ids)), as_transformers(model, case.vocab)(input_ids=ids).logits
         text = slice(case.vocab.first_text, None)
         torch.testing.assert_close(theirs[..., text], ours[..., text], rtol=1e-3, atol=1e-3)
 
 
-def one_by_one(jobs: dict[str, Callable[[], Step]], rounds: int, seconds: float) -> tuple[dict, dict]:
-    """(median seconds, peak GiB) of each variant that fits the memory."""
+def one_by_one(
+    jobs: dict[str, Callable[[], Step]], rounds: int, device: torch.device, max_seconds: float
+) -> tuple[dict, dict]:
+    """Return (median seconds, peak GiB) of each variant that fits into the GPU's memory."""
     taken, peak = {}, {}
     for name, make in jobs.items():
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            taken |= take_turns({name: make()}, rounds, seconds)
+            taken |= median_seconds({name: make()}, rounds, device, max_seconds)
         except torch.OutOfMemoryError:
-            say(f"{name} does not fit the memory")
+            say(f"{name} does not fit into the memory")
         peak[name] = torch.cuda.max_memory_allocated() / 2**30
     return taken, peak
 
@@ -172,21 +176,21 @@ def one_by_one(jobs: dict[str, Callable[[], Step]], rounds: int, seconds: float)
 def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) -> Iterator[Row]:
     if not find_spec("transformers"):
         say("transformers is not installed: skipped")
-    tune_malloc()  # for theirs, too
-    rounds, seconds, where = (3, 20.0, device_name(device)) if quick else (9, 120.0, device_name(device))
+    tune_malloc()  # it speeds theirs up, too
+    rounds, max_seconds = (3, 20.0) if quick else (9, 120.0)
     for case in cases or CASES[device.type]:
         check(case, device)
-        jobs = steps(case, device, quick)
+        jobs, peaks = steps(case, device, quick), {}
         if device.type == "cpu":
-            taken, peak = take_turns({name: make() for name, make in jobs.items()}, rounds, seconds), {}
+            seconds = median_seconds({name: make() for name, make in jobs.items()}, rounds, device, max_seconds)
         else:
-            taken, peak = one_by_one(jobs, rounds, seconds)
-        best = fastest(taken)
-        yield from rows_of("train", case.name, "nano", best, case.n_tokens, "tokens/s", where)
-        for name, each in taken.items():
-            yield from rows_of("train", f"{case.name}, each", name, {name: each}, case.n_tokens, "tokens/s", where)
-        for name, gib in peak.items():
-            yield from rows_of("train", f"{case.name}, peak", name, {name: 1 / gib}, 1.0, "GiB", where)
+            seconds, peaks = one_by_one(jobs, rounds, device, max_seconds)
+        best = fastest(seconds)
+        yield from rows_against_peers("train", case.name, "nano", best, case.n_tokens, "tokens/s", device)
+        for name, each in seconds.items():
+            yield make_row("train", f"{case.name}, each", name, case.n_tokens / each, "tokens/s", device)
+        for name, gib in peaks.items():
+            yield make_row("train", f"{case.name}, peak", name, gib, "GiB", device)
         if device.type == "cuda":
-            share = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAK_FLOPS["H100"]  # of a second at the peak
-            yield from rows_of("train", f"{case.name}, MFU", "nano", best, share, "of 989 TFLOP/s", where)
+            mfu = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAK_FLOPS["H100"]  # of a step of one second
+            yield from rows_against_peers("train", f"{case.name}, MFU", "nano", best, mfu, "of 989 TFLOP/s", device)

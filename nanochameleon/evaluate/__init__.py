@@ -1,1 +1,1 @@
-"""How good is a model? One file a measure, and the report."""
+"""Measure how good a model is: one file per measure, and the report."""

@@ -1,5 +1,7 @@
-"""How often an aligned model answers rightly, by category, on prompts that it has not seen: words exactly, images by
-the oracle, both in the right order and nothing else."""
+"""Measure how often an aligned model answers correctly, by category, on prompts it was not trained on.
+
+An answer is correct if its segments are the expected ones, in order: text exactly, images by the oracle.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -19,11 +21,11 @@ from nanochameleon.training.run import Run
 @dataclass(frozen=True)
 class Answered:
     exchange: Exchange
-    said: Document  # without the end of the turn
-    right: bool
+    said: Document  # without the end of turn
+    correct: bool
 
 
-def is_right(exchange: Exchange, said: Document, run: Run, world: World) -> bool:
+def is_correct(exchange: Exchange, said: Document, run: Run, world: World) -> bool:
     if len(said) != len(exchange.answer):
         return False
     return all(matches(wanted, found, run, world) for wanted, found in zip(exchange.answer, said, strict=True))
@@ -36,7 +38,7 @@ def matches(wanted: Text | Scene, found: Text | Image, run: Run, world: World) -
 
 
 def answered(run: Run, world: World, category: str, n: int) -> list[Answered]:
-    """n prompts of the test split and what the model says to them: words greedily, images as it is set to draw."""
+    """Answer n prompts of the test split: text greedily, images with the run's sampling parameters."""
     source = AlignmentSource(world, category, SCENE_SEED, test=True)
     asked = [source.exchanges(i)[0] for i in range(n)]
     prompts = [prompt_tokens(drawn(each.prompt, world), run, "answer") for each in asked]
@@ -44,8 +46,8 @@ def answered(run: Run, world: World, category: str, n: int) -> list[Answered]:
     stops, n_codes = (run.vocab.eos, run.vocab.eot), run.image_tokenizer.n_codes_per_image
     rows = generate(run.model, prompts, run.vocab, n_codes, options, "both", run.cfg.seed, stops, progress=category)
     said = [[s for s in parse(row, run.tokenizer, run.vocab) if not isinstance(s, EndOfTurn)] for row in rows]
-    return [Answered(each, doc, is_right(each, doc, run, world)) for each, doc in zip(asked, said, strict=True)]
+    return [Answered(each, doc, is_correct(each, doc, run, world)) for each, doc in zip(asked, said, strict=True)]
 
 
-def share_right(answers: list[Answered]) -> float:
-    return float(np.mean([each.right for each in answers]))
+def accuracy(answers: list[Answered]) -> float:
+    return float(np.mean([each.correct for each in answers]))

@@ -1,4 +1,4 @@
-"""Reads a caption of the shapes world back into facts, and compares it with the truth fact by fact."""
+"""Parse a caption of the shapes world back into facts, and compare it with the truth fact by fact."""
 
 import re
 
@@ -6,7 +6,7 @@ from nanochameleon.data.sources.shapes import NUMBERS, OPPOSITE, RELATIONS, SIZE
 
 
 def parse_caption(text: str, world: World) -> Scene | None:
-    """'a big red circle above a small blue star on white' -> a Scene without cells; None for any other form."""
+    """'a big red circle above a small blue star on white' -> a Scene without cells. None for anything else."""
     match = re.fullmatch(r"(.+?)(?: on (\w+))?", text.strip())
     if match is None or match[2] not in (None, *world.backgrounds):
         return None
@@ -22,7 +22,7 @@ def parse_caption(text: str, world: World) -> Scene | None:
 
 
 def parse_things(text: str, world: World) -> tuple[Thing, ...] | None:
-    """'three big green crosses' -> three Things; None for any other form."""
+    """'three big green crosses' -> three Things. None for anything else."""
     match = re.fullmatch(r"(\w+) (\w+) (\w+) (\w+)", text)
     if match is None:
         return None
@@ -35,7 +35,7 @@ def parse_things(text: str, world: World) -> tuple[Thing, ...] | None:
 
 
 def facts(scene: Scene) -> dict[str, object]:
-    """What a caption states, so that two captions of one scene agree: pairs are put in one order."""
+    """Return what a caption states, in a canonical order, so that two captions of one scene are equal."""
     stated = {
         "background": scene.background,
         "count": len(scene.things),
@@ -51,7 +51,7 @@ def facts(scene: Scene) -> dict[str, object]:
 
 
 def score_caption(text: str, scene: Scene, world: World) -> float:
-    """Share of the scene's facts that the caption states rightly; 0 for a text that is no caption."""
+    """Return the fraction of the scene's facts that the caption states correctly. 0 for a text that is no caption."""
     said = parse_caption(text, world)
     if said is None:
         return 0.0

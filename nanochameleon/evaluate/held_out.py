@@ -1,4 +1,4 @@
-"""Documents of the test split, wherever the data comes from: what the report measures and shows."""
+"""Documents of the test split, whatever the data source. The report measures and shows them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from nanochameleon.training.run import Run
 
 
 def prepared_documents(run: Run, n: int) -> list[list[int]]:
-    """n documents of ids from all over the prepared source that is never trained on; none without one."""
+    """Return n documents as tokens, evenly spread over the prepared source `test`. [] if there is none."""
     place = run.cfg.data.path / TEST
     if not (place / Shards.INDEX).exists():
         return []
@@ -23,7 +23,7 @@ def prepared_documents(run: Run, n: int) -> list[list[int]]:
 
 
 def unseen(run: Run, folder: Path, n: int) -> list[list[int]]:
-    """n documents of ids, in the mixture of the training."""
+    """Return n documents as tokens, in the mixture of training."""
     if run.cfg.data.source == "prepared":
         return prepared_documents(run, n)
     docs = mixture(run.cfg, folder, "test")
@@ -32,7 +32,7 @@ def unseen(run: Run, folder: Path, n: int) -> list[list[int]]:
 
 
 def captioned(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarray]]:
-    """At most n captions and their own images; prepared data's are drawn from its codes."""
+    """Return at most n captions and their images. Images of prepared data are decoded from their codes."""
     if run.cfg.data.source == "prepared":
         return captioned_codes(run, n)
     source = open_sources(run.cfg, folder, "test")("pairs")
@@ -42,7 +42,7 @@ def captioned(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarra
 
 
 def captioned_codes(run: Run, n: int) -> tuple[list[str], list[np.ndarray]]:
-    """Of documents that are one text and one image."""
+    """Do the same for prepared data, from documents of one text and one image."""
     docs = [parse(ids, run.tokenizer, run.vocab) for ids in prepared_documents(run, n)]
     pairs = [sorted(doc, key=lambda segment: isinstance(segment, Image)) for doc in docs if len(doc) == 2]
     pairs = [(a.text, b.codes) for a, b in pairs if isinstance(a, Text) and isinstance(b, Image)]

@@ -1,4 +1,4 @@
-"""How well documents of the test split are predicted: bits per image code and per byte of text."""
+"""Measure how well documents are predicted: bits per image code and per byte of text."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from nanochameleon.training.run import Run
 
 @torch.inference_mode()
 def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> dict[str, float | None]:
-    """{"bits_per_code", "bits_per_byte"} over documents of ids, of which all but image codes count as text.
+    """Return {"bits_per_code", "bits_per_byte"} of documents given as tokens. All but image codes counts as text.
 
-    Documents longer than the context are left out, and what the run does not learn: images, prompts; a figure for
+    Left out are documents longer than the context, and tokens the run does not train on, such as prompts. A figure for
     which nothing is left is None.
     """
     seq_len, assistant_eot = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.assistant_only_loss else None
@@ -27,7 +27,7 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
     image_sum = image_count = total = 0.0
     for start in range(0, len(packed.tokens), batch_size):
         batch = packed[start : start + batch_size].to(run.device)
-        with use_kernels("auto"):  # in the weights' own type: a wish for training may have no kernels for it
+        with use_kernels("auto"):  # in the weights' dtype, for which the kernels requested for training may not exist
             logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.doc_ids).flatten(0, 1))
             parts = next_token_loss(logits, batch.targets.flatten(), run.vocab)
         image_sum += float(parts.image_cross_entropy)

@@ -1,10 +1,11 @@
-"""Reads an image of the shapes world back into a scene: the judge of drawn images.
+"""Read an image of the shapes world back into a scene: the oracle that judges drawn images.
 
-Each cell of the lattice is compared with every object the world has (by squared distance of pixels) and with the bare
-background; the nearest explains the cell if it leaves less than `TOLERANCE` of what separates the object from the
-background unexplained. So a blob, half an object or a wrong colour is 'unreadable', not the nearest guess.
-It knows the lattice and the palette and nothing of the model. Its own accuracy on clean images is the ceiling to
-print beside every score.
+Each cell of the lattice is compared with every object of the world and with the bare background, by squared distance of
+pixels. The nearest object explains the cell if less than `TOLERANCE` of its energy, its squared distance to the
+background, is left unexplained. So a blob, half an object or a wrong colour is 'unreadable', not the nearest guess.
+
+The oracle knows the lattice and the palette, and nothing of the model. Every score is reported next to its ceiling, the
+oracle's accuracy on clean images.
 """
 
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ import numpy as np
 
 from nanochameleon.data.sources.shapes import BACKGROUNDS, CELL, COLOURS, SIZES, Scene, Thing, World, coverage
 
-# Largest unexplained share of an object's energy. Half an object leaves 0.49 and the luckiest noise 0.28; the two
-# objects that are most alike differ by 0.08.
+# Largest unexplained fraction of an object's energy. Half an object leaves 0.49 and the luckiest noise 0.28. The two
+# most similar objects differ by 0.08.
 TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an image shows: things by cell in raster order; `unreadable` cells show something that is no object."""
+    """What an image shows: things in raster order of their cells, and the number of cells that show no known object."""
 
     background: str
     things: tuple[Thing, ...]
@@ -31,7 +32,7 @@ class Reading:
 
 @cache
 def templates(world: World, background: str) -> tuple[tuple[Thing, ...], np.ndarray]:
-    """Every object on this background: (things, images of a cell flattened (n, CELL*CELL*3))."""
+    """Return every object on this background: things, and their cells' pixels (n, CELL*CELL*3)."""
     ground = np.array(BACKGROUNDS[background], np.float32)
     things = tuple(Thing(z, c, s) for z in SIZES for c in world.colours for s in world.shapes)
     cells = [ground + coverage(t.shape, t.size)[..., None] * (np.array(COLOURS[t.colour]) - ground) for t in things]
@@ -39,7 +40,7 @@ def templates(world: World, background: str) -> tuple[tuple[Thing, ...], np.ndar
 
 
 def read_background(image: np.ndarray, world: World) -> str:
-    """The background colour nearest to the median of the cells' borders, where no object reaches."""
+    """Return the background whose colour is nearest to the median of the cells' borders, where no object reaches."""
     cells = image.reshape(world.side, CELL, world.side, CELL, 3).swapaxes(1, 2)
     rim = np.concatenate([cells[:, :, 0], cells[:, :, -1], cells[:, :, :, 0], cells[:, :, :, -1]])
     seen = np.median(rim.reshape(-1, 3), axis=0)
@@ -49,18 +50,21 @@ def read_background(image: np.ndarray, world: World) -> str:
 def read(image: np.ndarray, world: World) -> Reading:
     """uint8 (R, R, 3) -> Reading."""
     background = read_background(image, world)
-    things, known = templates(world, background)
+    things, templates_flat = templates(world, background)  # (n, CELL*CELL*3)
     ground = np.tile(np.array(BACKGROUNDS[background], np.float32), CELL * CELL)
-    energy = np.square(known - ground).sum(1)
+    energy = np.square(templates_flat - ground).sum(1)  # (n,)
     found, cells, unreadable = [], [], 0
     for row in range(world.side):
         for column in range(world.side):
             cell = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
             cell = cell.reshape(-1).astype(np.float32)
-            left = np.square(known - cell).sum(1)
-            best = int((left / energy).argmin())
+            # 1. an empty cell: nearly the background, measured by the faintest object
             if np.square(cell - ground).sum() < TOLERANCE * energy.min():
                 continue
+            # 2. the object that leaves the smallest fraction of its energy unexplained
+            left = np.square(templates_flat - cell).sum(1)
+            best = int((left / energy).argmin())
+            # 3. no object, if that fraction is still too large
             if left[best] > TOLERANCE * energy[best]:
                 unreadable += 1
                 continue
@@ -70,7 +74,7 @@ def read(image: np.ndarray, world: World) -> Reading:
 
 
 def relation_holds(scene: Scene, reading: Reading) -> bool:
-    """Do the two things of a pair stand as the scene's relation says?"""
+    """Are the two things of a pair placed as the scene's relation says?"""
     places = dict(zip(reading.things, reading.cells, strict=True))
     first, second = (places.get(thing) for thing in scene.things)
     if first is None or second is None:
@@ -80,9 +84,9 @@ def relation_holds(scene: Scene, reading: Reading) -> bool:
 
 
 def judge(scene: Scene, image: np.ndarray, world: World) -> dict[str, bool]:
-    """Which facts of the scene's caption the image shows: background, count, shapes, colours, sizes, relation.
+    """Return which facts of the scene's caption the image shows: background, count, shapes, colours, sizes, relation.
 
-    'all_facts' is right when every one is, the things match as wholes and nothing unreadable is in the image.
+    'all_facts' is true if every fact is, the things match as wholes and no cell is unreadable.
     """
     reading = read(image, world)
     facts = {

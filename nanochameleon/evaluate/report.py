@@ -1,6 +1,7 @@
-"""A run's report: figures, sheets of images, conversations. What is measured depends on the data.
+"""Measure a run for its report: figures, a sheet of images, conversations.
 
-An oracle judges the shapes worlds. For all other images there is likelihood alone, and images to look at.
+What is measured depends on the data. An oracle judges the shapes worlds. For all other images there is only likelihood,
+and images to look at.
 """
 
 import time
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from nanochameleon.data import RawImage
-from nanochameleon.data.build import open_sources, world
+from nanochameleon.data.build import open_sources
+from nanochameleon.data.build import world as world_of
 from nanochameleon.data.prepared import TEST
 from nanochameleon.data.sources.alignment import CATEGORIES
 from nanochameleon.data.sources.shapes import World, draw
@@ -19,105 +21,92 @@ from nanochameleon.errors import say
 from nanochameleon.evaluate import alignment, shapes
 from nanochameleon.evaluate.held_out import captioned, unseen
 from nanochameleon.evaluate.likelihood import bits
-from nanochameleon.evaluate.report_html import samples_sheet, write_report
+from nanochameleon.evaluate.report_html import write_report
+from nanochameleon.evaluate.samples import SHEET, drawable, write_sheet
 from nanochameleon.evaluate.shapes import Answer, Drawn, draw_images
 from nanochameleon.files import write_file
-from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import png
 from nanochameleon.training.curves import plot_curves
 from nanochameleon.training.diagnostics import peak_memory_gib
 from nanochameleon.training.monitor import METRICS, read_metrics
 from nanochameleon.training.run import Run, command
 
-GRID = 14  # images of a sample grid during training
-SHEET = 28  # images in samples.png
-INTERLEAVED = 100  # documents of two images at most whose second one is drawn
-NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # of images without exact truth
+INTERLEAVED = 100  # documents whose second image is drawn, at most
+NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # for images without exact truth
 
 
-def drawable(run: Run, captions: list[str]) -> list[str]:
-    """Those that leave room for their image in the context; training leaves the others out as well."""
-    return [caption for caption in captions if shapes.has_room(run, prompt_tokens([Text(caption)], run, "draw"))]
+def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
+    """Measure everything. Writes samples.png, curves.png, image.png, report.json and report.html to the folder.
+
+    Prepared data may have no test split: figures that need one are then None, and there are no images.
+    """
+    start, world = time.perf_counter(), world_of(run.cfg.data)
+    measured, sheet, talks = shapes_report(run, world) if world else images_report(run, folder)
+    if run.cfg.data.source == "prepared" and not talks:
+        say(f"{run.cfg.data.path} has no source called {TEST}: no figure on unseen data is measured")
+    measured |= bits(run, unseen(run, folder, 200)) | training_speed(folder)
+    write_sheet(sheet, folder / "samples.png")
+    plot_curves(read_metrics(folder / METRICS), folder / "curves.png")
+    if talks:  # an image of the test split, to ask about
+        write_file(folder / "image.png", png(talks[0]["image"]))
+    seconds = seconds | {"report": time.perf_counter() - start}
+    figures = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()}
+    figures |= {"precision": run.cfg.train.precision} | measured
+    return write_report(folder, figures, talks, next_commands(folder, sheet, talks), f"nanochameleon: {run.cfg.name}")
 
 
-def sample_grid(run: Run, path: Path) -> None:
-    """Draws a few captions of the test split, the same ones each time, into one sheet."""
-    captions, _ = captioned(run, path.parent.parent, SHEET)
-    captions = drawable(run, captions)[:GRID]
-    if not captions:
-        return
-    path.parent.mkdir(exist_ok=True)
-    samples_sheet([(c, p, None) for c, p in zip(captions, draw_images(run, captions, 0), strict=True)], path)
-
-
-def training_seconds(folder: Path) -> dict[str, float]:
-    """tokens_per_second of the transformer over the whole run, from its log."""
+def training_speed(folder: Path) -> dict[str, float]:
+    """Return the transformer's tokens_per_second over the whole run, from its log."""
     lines = [line for line in read_metrics(folder / METRICS) if line.get("tokens")]
     return {"tokens_per_second": lines[-1]["tokens"] / lines[-1]["seconds"]} if lines and lines[-1]["seconds"] else {}
 
 
-def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
-    """Measures everything; writes samples.png, curves.png, image.png, report.json and report.html to the folder.
-
-    Without anything unseen, as prepared data may be, what is measured on it is None, and the images are not there.
-    """
-    clock, place = time.perf_counter(), world(run.cfg.data)
-    figures, sheet, talks = shapes_report(run, place) if place else images_report(run, folder)
-    figures |= bits(run, unseen(run, folder, 200)) | training_seconds(folder)
-    samples_sheet(sheet, folder / "samples.png")
-    plot_curves(read_metrics(folder / METRICS), folder / "curves.png")
-    seconds = seconds | {"report": time.perf_counter() - clock}
-    made = {"seconds": {"total": sum(seconds.values())} | seconds, "peak_memory_gib": peak_memory_gib()}
-    figures = made | {"precision": run.cfg.train.precision} | figures
-    prompt = sheet[0][0] if sheet else "a red circle"
-    question = talks[0]["question"] or "what is this?" if talks else ""
-    tries = [[prompt, "--n", "4"]]
-    if run.cfg.data.source == "prepared" and not talks:
-        say(f"{run.cfg.data.path} has no source called {TEST}, so nothing unseen is measured")
-    if talks:  # an image of the test split, to ask about
-        write_file(folder / "image.png", png(talks[0]["image"]))
-        tries.append([str(folder / "image.png"), question])
-    commands = [command("sample.py", str(folder), *words) for words in tries]
-    return write_report(folder, figures, talks, commands, f"nanochameleon: {run.cfg.name}")
+def next_commands(folder: Path, sheet: list, talks: list[dict]) -> list[str]:
+    """Return commands to try next: draw one of the captions, ask about image.png."""
+    commands = [command("sample.py", str(folder), sheet[0][0] if sheet else "a red circle", "--n", "4")]
+    if talks:
+        question = talks[0]["question"] or "what is this?"
+        commands.append(command("sample.py", str(folder), str(folder / "image.png"), question))
+    return commands
 
 
-def shapes_report(run: Run, place: World) -> tuple[dict, list, list[dict]]:
-    """Figures by the oracle; the sheet shows seen and held-out compositions, then ends of interleaved documents."""
+def shapes_report(run: Run, world: World) -> tuple[dict, list, list[dict]]:
+    """Measure with the oracle. The sheet shows seen and held-out compositions, then ends of interleaved documents."""
     n = run.cfg.evaluation
-    figures = {"tokenizer": shapes.tokenizer_scores(run.image_tokenizer, place, n.reconstructions)}
-    seen, drawn_seen = shapes.text_to_image(run, place, "seen", n.images)
-    held_out, drawn_held_out = shapes.text_to_image(run, place, "held_out", n.images)
-    interleaved, drawn_second = shapes.second_image(run, place, min(n.images, INTERLEAVED))
-    captions, captioned = shapes.caption_facts(run, place, n.answers)
-    accuracy, answered = shapes.question_accuracy(run, place, n.answers)
+    figures = {"tokenizer": shapes.tokenizer_scores(run.image_tokenizer, world, n.reconstructions)}
+    seen, drawn_seen = shapes.text_to_image(run, world, "seen", n.images)
+    held_out, drawn_held_out = shapes.text_to_image(run, world, "held_out", n.images)
+    interleaved, drawn_second = shapes.second_image(run, world, min(n.images, INTERLEAVED))
+    captions, captioned = shapes.caption_facts(run, world, n.answers)
+    accuracy, answered = shapes.question_accuracy(run, world, n.answers)
     figures |= {
         "text_to_image": {"seen": seen, "held_out": held_out},
         "interleaved": interleaved,
         "captions": {"facts": captions},
-        "questions": {"accuracy": accuracy, "question_only": shapes.question_only(place, answered)},
+        "questions": {"accuracy": accuracy, "question_only": shapes.question_only(world, answered)},
     }
-    learnt = [name for name in CATEGORIES if name in run.cfg.mixture]
-    aligned = {name: alignment.answered(run, place, name, n.alignment) for name in learnt}
+    trained = [name for name in CATEGORIES if name in run.cfg.mixture]
+    aligned = {name: alignment.answered(run, world, name, n.alignment) for name in trained}
     if aligned:
-        figures["alignment"] = {name: alignment.share_right(answers) for name, answers in aligned.items()}
+        figures["alignment"] = {name: alignment.accuracy(answers) for name, answers in aligned.items()}
     half = SHEET // 2
     sheet = [sheet_item(d, "") for d in drawn_seen[:half]]
     sheet += [sheet_item(d, " (held out)") for d in drawn_held_out[:half]]
     sheet += [sheet_item(d, " (after another caption and its image)") for d in drawn_second[:8]]
-    return figures, sheet, [talk(a, place) for a in (*captioned[:6], *answered[:12])]
+    return figures, sheet, [talk(a, world) for a in (*captioned[:6], *answered[:12])]
 
 
 def sheet_item(drawn: Drawn, note: str) -> tuple[str, np.ndarray, bool]:
     return drawn.scene.caption() + note, drawn.image, drawn.facts["all_facts"]
 
 
-def talk(answer: Answer, place: World) -> dict:
-    image = draw(answer.scene, place)
+def talk(answer: Answer, world: World) -> dict:
+    image = draw(answer.scene, world)
     return {"question": answer.question, "answer": answer.said, "truth": answer.truth, "image": image}
 
 
 def images_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
-    """Reconstruction error and codebook use, and a sheet of the test split. What needs an oracle is None."""
+    """Measure reconstruction error and codebook use; what needs an oracle is None. The sheet is of the test split."""
     captions, images = captioned(run, folder, run.cfg.evaluation.reconstructions)
     figures = {"tokenizer": NO_ORACLE | reconstruction(run, images)}
     figures |= {"text_to_image": None, "interleaved": None, "captions": None, "questions": None}
@@ -127,7 +116,7 @@ def images_report(run: Run, folder: Path) -> tuple[dict, list, list[dict]]:
 
 
 def reconstruction(run: Run, images: list[np.ndarray]) -> dict[str, float | None]:
-    """Of images as they were before they became codes: prepared data has them no more, and no figure then."""
+    """Return the error against the original images; None for prepared data, which keeps only the codes."""
     if not images or run.cfg.data.source == "prepared":
         return {"mean_absolute_error": None, "codebook_used": None}
     clean = np.stack(images)
@@ -137,7 +126,7 @@ def reconstruction(run: Run, images: list[np.ndarray]) -> dict[str, float | None
 
 
 def asked_about(run: Run, folder: Path, n: int) -> list[dict]:
-    """What the model says of images of the test split: answers where it learnt questions, else captions."""
+    """Ask about images of the test split: questions if the model was trained on any, else captions."""
     if "questions" not in run.cfg.mixture or run.cfg.data.source == "prepared":
         truths, images = captioned(run, folder, n)
         asked = [""] * len(truths)

@@ -1,7 +1,7 @@
-"""What a run leaves to look at: samples.png, report.json and report.html.
+"""Write report.json and report.html from figures that were measured elsewhere (report.py).
 
-report.html is one page that needs nothing else: images inside it, no scripts, no links, every text escaped, and a
-content policy that forbids the rest. It measures nothing (evaluate/) and draws no curves (curves.py).
+report.html is one page that needs nothing else: images are inside it, it has no scripts and no links, every text is
+escaped, and its content security policy forbids everything else.
 """
 
 import base64
@@ -9,104 +9,11 @@ import html
 import json
 import math
 import textwrap
-from collections.abc import Container, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from nanochameleon.files import write_file
 from nanochameleon.images.terminal import enlarge, png
-
-# ---------------------------------------------------------------------------------------------------------------------
-# samples.png
-
-PAPER, INK, RIGHT, WRONG = "#ffffff", "#222222", "#2e8b57", "#c0392b"
-GAP, LINE, FONT_SIZE = 16, 18, 14  # pixels
-NARROWEST = 128  # pixels of a cell, so that a small image still has room for words
-
-
-def samples_sheet(
-    items: Sequence[tuple[str, np.ndarray, bool | None]], path: Path, scale: int | None = None, width: int = 1000
-) -> None:
-    """Writes a grid of (caption, uint8 (R, R, 3), was it right? or None) as one PNG about `width` pixels wide.
-
-    Images are enlarged `scale` times (by default to at least 128 pixels) without smoothing, captions wrapped below;
-    a green tick or a red cross tells right from wrong where that is known. Letters that the font lacks, as those of
-    Chinese, are written as their code points, since a box for each would look like a fault of the model.
-    """
-    font, letters = _font()
-    images = [enlarge(image, scale or max(1, math.ceil(NARROWEST / image.shape[1]))) for _, image, _ in items]
-    cell = max([NARROWEST, *(image.width for image in images)])
-    captions = [_wrap(_drawable(caption, letters), font, cell - 18 * (ok is not None)) for caption, _, ok in items]
-    columns = max(1, min(len(items), (width - GAP) // (cell + GAP)))
-    rows = [range(start, min(start + columns, len(items))) for start in range(0, len(items), columns)]
-    heights = [max(images[i].height + 6 + LINE * len(captions[i]) for i in row) + GAP for row in rows]
-    sheet = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + sum(heights)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for number, row in enumerate(rows):
-        top = GAP + sum(heights[:number])
-        for column, i in enumerate(row):
-            left = GAP + column * (cell + GAP)
-            _draw_item(sheet, draw, (left, top), images[i], captions[i], items[i][2], font)
-    write_file(Path(path), png(sheet))
-
-
-@cache
-def _font() -> tuple[ImageFont.FreeTypeFont, Container[int]]:
-    """The font that matplotlib brings, for most alphabets; and the code points that it has."""
-    from matplotlib import get_data_path
-    from matplotlib.ft2font import FT2Font
-
-    path = str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-    return ImageFont.truetype(path, FONT_SIZE), FT2Font(path).get_charmap().keys()
-
-
-def _drawable(text: str, letters: Container[int]) -> str:
-    """The text with an escape, such as \\u4e2d, for each letter that `letters` lacks."""
-    return "".join(c if ord(c) in letters or c.isspace() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _draw_item(sheet, draw, corner, image, lines, ok, font) -> None:
-    left, top = corner
-    sheet.paste(image, corner)
-    draw.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline="#cccccc")
-    below = top + image.height + 6
-    if ok is not None:
-        _draw_mark(draw, left, below + 2, ok)
-    for number, line in enumerate(lines):
-        draw.text((left + 18 * (ok is not None), below + number * LINE), line, INK, font)
-
-
-def _draw_mark(draw, x: int, y: int, ok: bool) -> None:
-    """A tick or a cross, drawn: the font has neither."""
-    if ok:
-        draw.line((x + 1, y + 6, x + 5, y + 11, x + 12, y + 1), RIGHT, 3, joint="curve")
-    else:
-        draw.line((x + 2, y + 2, x + 11, y + 11), WRONG, 3)
-        draw.line((x + 2, y + 11, x + 11, y + 2), WRONG, 3)
-
-
-def _wrap(text: str, font, width: int) -> list[str]:
-    """Greedy lines that fit in `width` pixels; a word that is too long is cut."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# report.json and report.html
 
 
 def write_report(
@@ -116,7 +23,7 @@ def write_report(
     commands: Sequence[str] = (),
     title: str = "nanochameleon",
 ) -> Path:
-    """Writes run_dir/report.json and report.html, with its samples.png and curves.png inside; returns the page's path.
+    """Write report.json and report.html, which includes samples.png and curves.png. Returns the page's path.
 
     report: figures in nested dicts, fractions as 0..1, times in seconds. conversations: dicts with "question",
     "answer", and, where known, "truth" and "image" (uint8 (R, R, 3)). commands: lines to try next.
@@ -138,7 +45,7 @@ def write_report(
 
 
 def _jsonable(value):
-    """Numbers of numpy and torch as plain ones; what is not finite as null, which any reader of JSON takes."""
+    """Turn numbers of numpy and torch into plain ones, and NaN and infinity into null, which JSON can hold."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -157,7 +64,10 @@ def flatten(report: Mapping, path: tuple[str, ...] = ()) -> list[tuple[tuple[str
 
 
 def show(path: tuple[str, ...], value: object) -> str:
-    """A figure for people, unit by its name: ("seconds", "total"), 75.2 -> '1:15'; ("accuracy",), 0.9 -> '90.0%'."""
+    """Format a figure with the unit that its name implies.
+
+    (("seconds", "total"), 75.2) -> '1:15'; (("accuracy",), 0.9) -> '90.0%'
+    """
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -178,7 +88,7 @@ def _words(key: str) -> str:
 
 
 def _table(report: Mapping) -> str:
-    """Figures in groups: one heading a nested dict, one row a figure."""
+    """Return one heading per nested dict and one row per figure."""
     alone = {key: value for key, value in report.items() if not isinstance(value, Mapping)}
     groups = [(key, value) for key, value in report.items() if isinstance(value, Mapping)] + [("", alone)]
     lines = []

@@ -1,4 +1,4 @@
-"""What a model knows of the shapes world: images from words, captions and answers for images it has not seen.
+"""Measure what a model knows of the shapes world: images drawn from text, captions and answers about new images.
 
 Every scene is of the test split. Prompts name the background, so that it can be judged.
 """
@@ -18,14 +18,14 @@ from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.training.run import Run
 
-SCENE_SEED = 7_777  # of the scenes that are asked about
+SCENE_SEED = 7_777  # of the scenes in prompts
 
 
 @dataclass(frozen=True)
 class Drawn:
     scene: Scene
     image: np.ndarray  # uint8 (R, R, 3)
-    facts: dict[str, bool]  # of the oracle
+    facts: dict[str, bool]  # by the oracle
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Answer:
 
 
 def mean_facts(judged: list[dict[str, bool]]) -> dict:
-    """-> {"all_facts": share, "by_fact": {fact: share of the scenes that have it}}."""
+    """Return {"all_facts": accuracy, "by_fact": {fact: accuracy over the scenes that have it}}."""
     names = sorted({name for facts in judged for name in facts} - {"all_facts"})
     by_fact = {name: float(np.mean([facts[name] for facts in judged if name in facts])) for name in names}
     return {"all_facts": float(np.mean([facts["all_facts"] for facts in judged])), "by_fact": by_fact}
 
 
 def tokenizer_scores(image_tokenizer: ImageTokenizer, world: World, n: int) -> dict:
-    """The oracle on clean images (its ceiling) and on reconstructions, and the share of the codebook in use."""
+    """Measure the oracle on clean images (its ceiling) and on reconstructions, and how much of the codebook is used."""
     shown = list(scenes(world, SCENE_SEED, n, test=True))
     clean = np.stack([draw(scene, world) for scene in shown])
     codes = image_tokenizer.encode(clean)
@@ -59,17 +59,17 @@ def tokenizer_scores(image_tokenizer: ImageTokenizer, world: World, n: int) -> d
 
 
 def draw_images(run: Run, captions: list[str], seed: int, progress: str | None = None) -> np.ndarray:
-    """One image for each caption: uint8 (n, R, R, 3)."""
+    """Draw one image per caption: uint8 (n, R, R, 3)."""
     return draw_from(run, [prompt_tokens([Text(caption)], run, "draw") for caption in captions], seed, progress)
 
 
 def has_room(run: Run, prompt: list[int]) -> bool:
-    """Does an image fit in the context behind this prompt? Then <eoi> and </s> do, too, as in training."""
+    """Does an image fit in the context after this prompt, with <eoi> and </s>, as in training?"""
     return len(prompt) + run.image_tokenizer.n_codes_per_image + 2 <= run.cfg.model.max_seq_len
 
 
 def draw_from(run: Run, prompts: list[list[int]], seed: int, progress: str | None = None) -> np.ndarray:
-    """One image for each prompt, which ends in <boi>: uint8 (n, R, R, 3)."""
+    """Draw one image per prompt, each of which ends in <boi>: uint8 (n, R, R, 3)."""
     n_codes, side = run.image_tokenizer.n_codes_per_image, run.cfg.vqgan.resolution
     if not prompts:
         return np.empty((0, side, side, 3), np.uint8)
@@ -79,7 +79,7 @@ def draw_from(run: Run, prompts: list[list[int]], seed: int, progress: str | Non
 
 
 def text_to_image(run: Run, world: World, compositions: str, n: int) -> tuple[dict, list[Drawn]]:
-    """Draws n scenes from their captions and lets the oracle judge; -> scores and what was drawn."""
+    """Draw n scenes from their captions and judge them by the oracle. Returns scores and what was drawn."""
     wanted = list(scenes(world, SCENE_SEED, n, compositions, test=True))
     images = draw_images(run, [s.caption() for s in wanted], run.cfg.seed, f"drawing {compositions}")
     drawn = [Drawn(s, p, judge(s, p, world)) for s, p in zip(wanted, images, strict=True)]
@@ -87,9 +87,9 @@ def text_to_image(run: Run, world: World, compositions: str, n: int) -> tuple[di
 
 
 def second_image(run: Run, world: World, n: int) -> tuple[dict | None, list[Drawn]]:
-    """Draws the end of interleaved documents: caption, image, another caption -> its image, for the oracle.
+    """Draw the end of interleaved documents: caption, image, another caption -> its image, judged by the oracle.
 
-    -> scores and what was drawn; None where the context has no room for two images.
+    Returns scores and what was drawn. The scores are None where the context has no room for two images.
     """
     first, second = (list(scenes(world, SCENE_SEED + k, n, test=True)) for k in (4, 5))
     prompts = [
@@ -104,7 +104,7 @@ def second_image(run: Run, world: World, n: int) -> tuple[dict | None, list[Draw
 
 
 def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = None) -> list[str]:
-    """The model's answer to each (image, question), greedy; with no question "", what follows the image."""
+    """Return the model's greedy answer to each (image, question). For the question "", it continues after the image."""
     n_codes, vocab = run.image_tokenizer.n_codes_per_image, run.vocab
     prompts = []
     for image, question in asked:
@@ -117,7 +117,7 @@ def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = No
 
 
 def caption_facts(run: Run, world: World, n: int) -> tuple[float, list[Answer]]:
-    """Mean share of the facts of unseen scenes that the model's captions state rightly."""
+    """Measure the mean fraction of facts that captions of unseen scenes state correctly."""
     shown = list(scenes(world, SCENE_SEED + 1, n, test=True))
     said = ask(run, [(draw(scene, world), ASK_CAPTION) for scene in shown], "captions")
     answers = [Answer(scene, ASK_CAPTION, scene.caption(), text) for scene, text in zip(shown, said, strict=True)]
@@ -130,7 +130,7 @@ def one_question(scene: Scene, world: World, rng: np.random.Generator) -> tuple[
 
 
 def question_accuracy(run: Run, world: World, n: int) -> tuple[float, list[Answer]]:
-    """Share of questions about unseen scenes, one a scene, whose answer is exact."""
+    """Measure exact answers to questions about unseen scenes, one question per scene."""
     shown = list(scenes(world, SCENE_SEED + 2, n, test=True))
     rng = np.random.default_rng(SCENE_SEED)
     asked = [one_question(scene, world, rng) for scene in shown]
@@ -140,7 +140,7 @@ def question_accuracy(run: Run, world: World, n: int) -> tuple[float, list[Answe
 
 
 def question_only(world: World, answers: list[Answer], n: int = 4_000) -> float:
-    """What the commonest answer to each question's words reaches on the same questions, without a look."""
+    """Measure a baseline that never sees the image: the most common answer to each question's words."""
     rng, counts = np.random.default_rng(SCENE_SEED + 3), {}
     for scene in scenes(world, SCENE_SEED + 3, n):
         for question, answer in questions(scene, world, rng):

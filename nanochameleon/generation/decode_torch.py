@@ -92,13 +92,14 @@ class FusedStep:
         positions = torch.arange(context, device=model.output.weight.device)[None]
         self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: CacheView) -> Tensor:
-        """One token (n,) per slot of the cache at its position (n,) -> hidden states (n, D)."""
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: list[CacheView]) -> Tensor:
+        """One token (n,) per slot of the cache, which has a view per layer, at its position (n,) -> hidden states (n, D)."""
         x, positions = self.model.tok_embeddings(tokens), positions[:, None]
-        bias = torch.full_like(cache.mask, -torch.inf, dtype=x.dtype).masked_fill_(cache.mask, 0.0)  # (n, 1, kv_len)
+        mask = cache[0].mask  # (n, 1, kv_len), the same in all layers
+        bias = torch.full_like(mask, -torch.inf, dtype=x.dtype).masked_fill_(mask, 0.0)
         freqs_cis = self.freqs_cis[positions]
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block(x, freqs_cis, positions, bias, keys, values)
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x = block(x, freqs_cis, positions, bias, layer.keys, layer.values)
         return self.model.norm(x)
 
 

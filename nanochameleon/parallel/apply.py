@@ -1,5 +1,12 @@
 """Spread a model over the ranks of a mesh: DDP, FSDP2 or tensor parallelism, all of them torch's own.
 
+Training calls it in this order:
+
+    objective = Objective(model, ...)               the model is on the meta device, without weights
+    parallelize(objective, mesh, parallel)          shard it, if it is to be sharded
+    model.to_empty(device=...), then its weights    each rank sets only what it holds (sharding.shard_like)
+    wrap(objective, mesh, parallel)                 compile it, and let DDP wrap it
+
 transformer.py knows nothing of this. Results do not depend on the mesh, up to rounding: losses are sums divided by the
 count of the whole batch, and every random draw is a function of (seed, step, sequence).
 """
@@ -21,23 +28,25 @@ from nanochameleon.training.objective import Objective
 from nanochameleon.transformer import Chameleon, LMHead, QKNorm, RMSNorm
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensor parallelism: modules that take the place of the transformer's
+# Tensor parallelism: classes that take the place of the transformer's
+#
+# Parameters become DTensors. torch's own linear layers take them as they are; our kernels take plain tensors.
 
 
 class TensorParallelLinear(nn.Linear):
-    """Calls nn.Linear with DTensors. A class of its own, since the transformer fuses only plain nn.Linears."""
+    """nn.Linear under another name, since the transformer fuses plain nn.Linears past the hooks that split them."""
 
 
 class TensorParallelLMHead(LMHead):
-    """Makes this rank's part of the vocabulary's logits."""
+    """Logits of this rank's part of the vocabulary."""
 
     def forward(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
-        return F.linear(x, self.weight[vocab_slice])
+        return F.linear(x, self.weight[vocab_slice])  # (..., V / tp_size)
 
 
 class ReplicatedRMSNorm(RMSNorm):
     def affine(self) -> Tensor:
-        return self.weight.to_local()
+        return self.weight.to_local()  # (D,)
 
 
 class TensorParallelQKNorm(QKNorm):
@@ -50,7 +59,7 @@ class TensorParallelQKNorm(QKNorm):
         groups = slice(rank * n_groups // tp_size, -(-(rank + 1) * n_groups // tp_size))  # at least one
         # every rank holds all groups but sees only its own heads, so gradients are partial sums over the ranks
         weight, bias = (x.to_local(grad_placements=[Partial()]) for x in (self.weight, self.bias))
-        return weight[groups], bias[groups]
+        return weight[groups], bias[groups]  # (groups of this rank, E)
 
 
 SWAPS = {
@@ -84,17 +93,18 @@ def apply_tensor_parallel(model: Chameleon, mesh: Mesh) -> None:
     check_tensor_parallel(model.cfg, mesh.tp_size)
     tp_mesh = mesh.device_mesh["tp"]
     plan: dict[str, Any] = {"tok_embeddings": RowwiseParallel(input_layouts=Replicate()), "output": ColwiseParallel()}
-    # a pattern names a layer of every block; the first matmul of a branch is split by columns, the last by rows, so a
-    # branch needs one all-reduce
+    # Megatron's split: the first matmul of a branch by columns (heads, ffn_dim), the last by rows, so that the only
+    # all-reduce of a branch is at its end
     for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
         plan[f"layers.*.{name}"] = ColwiseParallel()
     for name in ("attention.wo", "feed_forward.w2"):
         plan[f"layers.*.{name}"] = RowwiseParallel()
     parallelize_module(model, tp_mesh, plan, src_data_rank=None)
     for module in model.modules():
+        # a new class on the same object keeps its parameters, their names and torch's hooks
         module.__class__ = SWAPS.get(type(module), type(module))
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not is_sharded(parameter):
+            if not is_sharded(parameter):  # norms: a DTensor, too, since FSDP and optimizers want one mesh for all
                 replicated = distribute_tensor(parameter.detach(), tp_mesh, [Replicate()], src_data_rank=None)
                 module.register_parameter(name, nn.Parameter(replicated))
 
@@ -114,13 +124,12 @@ def apply_fsdp(objective: Objective, mesh: Mesh) -> None:
 
 
 def uses_fsdp(mesh: Mesh, parallel: ParallelConfig) -> bool:
-    """Tensor parallelism implies FSDP over the ranks that share the batch."""
+    """Whether the model is sharded. Tensor parallelism implies FSDP over the ranks that split the batch."""
     return mesh.world_size > 1 and (parallel.data_parallel == "fsdp" or mesh.tp_size > 1)
 
 
 def parallelize(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> None:
-    """Shard the model in place if it is to be sharded. Call this while the weights are on the meta device, so that no
-    rank ever holds all of them."""
+    """Shard the model in place if it is to be sharded. Its weights are on the meta device: no rank ever holds all."""
     if not uses_fsdp(mesh, parallel):
         return
     if mesh.tp_size > 1:

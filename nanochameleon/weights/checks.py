@@ -20,7 +20,10 @@ WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel"}
 
 def check_tensors(expected: Meta, found: Meta, where: str) -> None:
     """Raise UserError naming a tensor that is missing, left over, of another shape or of a dtype that is not read."""
-    for names, what in ((expected.keys() - found.keys(), "misses"), (found.keys() - expected.keys(), "has left over")):
+    for names, what in (
+        (expected.keys() - found.keys(), "lacks"),
+        (found.keys() - expected.keys(), "has an unexpected tensor,"),
+    ):
         if names:
             for prefix, wrapper in WRAPPERS.items():
                 if any(f".{prefix}" in f".{name}" for name in found):

@@ -1,4 +1,4 @@
-"""Which numbers a configuration may hold, by the dotted name of the field: on the command line and in every file."""
+"""The numbers that a configuration may hold, by the dotted name of the field, on the command line and in every file."""
 
 import math
 from operator import attrgetter
@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 from nanochameleon.errors import shown
 
-MAX_NUMBER = 2**63 - 1  # of a whole number, as torch and numpy hold it
+MAX_NUMBER = 2**63 - 1  # the largest whole number of torch and numpy
 
-ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every entry has to pass
+ALLOWED = (  # (range in words, range as a test, fields); every entry of a tuple has to pass
     ("at least 0", lambda x: 0 <= x < math.inf, (
         "seed", "optim.warmup_steps", "optim.eps", "optim.weight_decay", "optim.min_lr_ratio", "tokenizers.n_merges",
         "tokenizers.warmup_steps", "tokenizers.optim.warmup_steps", "tokenizers.optim.eps",
@@ -43,17 +43,17 @@ ALLOWED = (  # what is wished for, as a test, of which fields; of a tuple every 
 
 
 def out_of_range(**sections: object) -> str | None:
-    """Name the first number that is out of range. `sections` are those fields of a RunConfig that are to be checked.
+    """Return a sentence about the first number that is out of range, or None if all are allowed.
 
-    Returns the sentence, or None where every number is allowed.
+    sections: the fields of a RunConfig to check.
     """
     cfg = SimpleNamespace(**sections)
-    for wish, good, names in ALLOWED:
+    for words, allowed, names in ALLOWED:
         for name in (name for name in names if name.partition(".")[0] in sections):
             value = attrgetter(name)(cfg)
             for x in value if isinstance(value, tuple) else (value,):
-                if x is not None and not good(x):
-                    return f"{name} must be {wish}, not {shown(x)}"
+                if x is not None and not allowed(x):
+                    return f"{name} must be {words}, not {shown(x)}"
                 if isinstance(x, int) and x > MAX_NUMBER:
                     return f"{name} must be at most {MAX_NUMBER}, not {shown(x)}"
     return None

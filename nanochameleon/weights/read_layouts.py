@@ -173,7 +173,7 @@ def open_shards(folder: Path) -> list[Pth]:
             raise UserError(f"{folder} has both {whole.name} and {paths[0].name}: remove one of the two models")
         paths = [whole]
     elif not paths or paths[-1].name != f"consolidated.{len(paths) - 1:02d}.pth":
-        raise UserError(f"{folder} has {len(paths)} consolidated.NN.pth, not all from 00 on")
+        raise UserError(f"{folder} has {len(paths)} consolidated.NN.pth, not all from 00 on: copy the missing ones")
     return [Pth(path, n_shards=len(paths)) for path in paths]
 
 
@@ -182,7 +182,7 @@ def check_all_shards(params: dict, shards: list[Pth], folder: Path) -> None:
     columns = shards[0].meta.get("tok_embeddings.weight", torch.empty(0, 0)).shape[1:]
     needed = layout_configs.field(params, "dim", int) // columns[0] if all(columns) else len(shards)
     if needed != len(shards):
-        raise UserError(f"{folder} has {len(shards)} of {needed} shards")
+        raise UserError(f"{folder} has {len(shards)} of {needed} shards: copy the missing ones")
 
 
 def meta_model(params: dict, shards: list[Pth]) -> tuple[ModelConfig, dict[str, Tensor]]:

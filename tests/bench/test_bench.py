@@ -1,4 +1,4 @@
-"""The benchmark's rows and its peer: equal weights give equal ids, and the ratios are what they say."""
+"""The benchmark's rows and its peer: equal weights give equal tokens, and the ratios are what they say."""
 
 import json
 
@@ -7,33 +7,50 @@ import torch
 from tiny import TINY_VQGAN, TOKENIZER
 
 from nanochameleon.bench import data, engine, rows
+from nanochameleon.bench.measure import median_seconds
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.engine import Engine
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.vocab import Vocab
 
+CPU = torch.device("cpu")
 SMALL, VOCAB = (
     ModelConfig(396, 32, 2, 4, n_kv_heads=2, multiple_of=8, max_seq_len=64, qk_norm_groups=2),
     Vocab.toy(64, 64),
 )
 
 
+NAMES = ["bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit"]
+
+
 def test_rows_hold_the_figures_and_the_ratio_is_their_time_over_ours(tmp_path):
-    made = rows.rows_of("engine", "case", "nano", {"nano": 0.5, "peer": 2.0}, 100, "tokens/s", "here")
+    made = rows.rows_against_peers("engine", "case", "nano", {"nano": 0.5, "peer": 2.0}, 100, "tokens/s", CPU)
     assert [(r.variant, r.value, r.ratio, r.ratio_to) for r in made] == [
         ("nano", 200, 4, "peer"), ("peer", 50, None, None),
     ]  # fmt: skip
-    assert rows.rows_of("engine", "case", "nano", {"nano": 0.5}, 100, "ms a step", "here")[0].value == 5
+    assert rows.rows_against_peers("engine", "case", "nano", {"nano": 0.5}, 100, "ms a step", CPU)[0].value == 5
     rows.save(made, tmp_path / "rows.json")
-    names = ["bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit"]
-    assert [list(row) for row in json.loads((tmp_path / "rows.json").read_text())] == [names] * 2
+    assert [list(row) for row in json.loads((tmp_path / "rows.json").read_text())] == [NAMES] * 2
 
 
-def test_jobs_take_turns_after_one_round_that_is_not_measured():
+def test_variants_of_a_kernel_have_their_ratio_to_one_of_them(tmp_path):
+    made = rows.rows_against_one("kernels", "zloss 1 x 2", {"reference": 4.0, "numba": 1.0}, "reference", "ms", CPU)
+    assert [(row.value, row.unit, row.ratio) for row in made] == [(4.0, "ms", 1.0), (1.0, "ms", 4.0)]
+    rows.plot(made, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_jobs_alternate_after_one_round_that_is_not_measured():
     calls = []
-    taken = rows.take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 3, 60.0)
-    assert calls == ["a", "b"] * 4 and set(taken) == {"a", "b"}
+    taken = median_seconds({name: lambda name=name: calls.append(name) for name in "ab"}, 3, CPU)
+    assert calls == ["a", "b"] * 4 and set(taken) == {"a", "b"} and min(taken.values()) >= 0
+
+
+def test_rounds_end_early_but_not_before_the_second():
+    calls = []
+    median_seconds({"a": lambda: calls.append("a")}, 9, CPU, max_seconds=0.0)
+    assert calls == ["a"] * 3
 
 
 def test_transformers_says_the_same_with_the_same_weights():
@@ -43,26 +60,25 @@ def test_transformers_says_the_same_with_the_same_weights():
         model.output.weight[: VOCAB.first_text] *= 1e-3
     prompts = torch.randint(VOCAB.first_text, SMALL.vocab_size, (3, 7))
     prompts[:, 0] = VOCAB.bos
-    theirs = engine.their_ids(engine.as_transformers(model, VOCAB), prompts, 12)
-    assert theirs == engine.our_ids(Engine(model, VOCAB, 4, 3, 20), prompts, 12)
+    theirs = engine.their_tokens(engine.as_transformers(model, VOCAB), prompts, 12)
+    assert theirs == engine.our_tokens(Engine(model, VOCAB, 4, 3, 20), prompts, 12)
     assert len({tuple(row) for row in theirs}) == 3 and len(set(theirs[0])) > 3
 
 
-def test_ids_are_set_beside_what_eats_them_and_images_beside_nothing(monkeypatch):
-    monkeypatch.setattr(data, "seconds", lambda jobs, rounds, device: {"nano": 0.5})
-    cpu = torch.device("cpu")
-    made = data.rows("case", lambda: None, {"ids/s": 35_000, "images/s": 10}, ("toy step", "H100 1.4B"), cpu)
+def test_tokens_have_a_ratio_to_each_consumer_and_images_have_none(monkeypatch):
+    monkeypatch.setattr(data, "median_seconds", lambda jobs, rounds, device: {"nano": 0.5})
+    made = data.rows("case", lambda: None, {"tokens/s": 35_000, "images/s": 10}, ("toy step", "H100 1.4B"), CPU)
     assert [(r.value, r.unit, r.ratio, r.ratio_to) for r in made] == [
-        (70_000, "ids/s", 3.5, "toy step"), (70_000, "ids/s", 70 / 65, "H100 1.4B"), (20, "images/s", None, None),
+        (70_000, "tokens/s", 3.5, "toy step"), (70_000, "tokens/s", 70 / 65, "H100 1.4B"), (20, "images/s", None, None),
     ]  # fmt: skip
 
 
 def test_preparing_is_timed_on_what_comes_out(tmp_path, monkeypatch):
-    """Every run of the job prepares anew, and its ids are counted, not reckoned."""
+    """Every run of the job prepares anew, and its tokens are counted, not estimated."""
     jobs = []
-    monkeypatch.setattr(data, "seconds", lambda each, rounds, device: jobs.append(each["nano"]) or {"nano": 1.0})
+    monkeypatch.setattr(data, "median_seconds", lambda each, rounds, device: jobs.append(each["nano"]) or {"nano": 1.0})
     image_tokenizer = ImageTokenizer(VQGAN(TINY_VQGAN))
     source = data.tar_of_images(tmp_path / "a.tar", 3, (12, 10))
     made = data.prepare_rows("case", source, "pairs", image_tokenizer, TOKENIZER, ("toy step",))
     caption = TOKENIZER.encode("a big red circle above a small blue star on white, number 0")
-    assert [(r.unit, r.value) for r in made] == [("ids/s", 3 * (len(caption) + 4 + 4)), ("images/s", 3)]
+    assert [(r.unit, r.value) for r in made] == [("tokens/s", 3 * (len(caption) + 4 + 4)), ("images/s", 3)]

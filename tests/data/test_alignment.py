@@ -191,7 +191,7 @@ ZERO, ONE = Image((0,)), Image((1,))
     ],
 )
 def test_an_answer_is_right_when_all_of_it_is_and_nothing_else_is_there(said, right):
-    assert alignment.is_right(BOTH, said, RUN, WORLD) is right
+    assert alignment.is_correct(BOTH, said, RUN, WORLD) is right
 
 
 def test_prompts_end_their_turn_and_answers_may_hold_both(monkeypatch):
@@ -225,4 +225,4 @@ def test_prompts_end_their_turn_and_answers_may_hold_both(monkeypatch):
 
         monkeypatch.setattr(alignment, "generate", truth)
         answers = alignment.answered(run, WORLD, category, 12)
-        assert alignment.share_right(answers) == 1 and all(each.exchange.for_test for each in answers)
+        assert alignment.accuracy(answers) == 1 and all(each.exchange.for_test for each in answers)

@@ -15,7 +15,7 @@ from nanochameleon.data import write_images
 from nanochameleon.data.sources.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
 from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, Thing, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Image, Text, render
-from nanochameleon.evaluate import report, shapes
+from nanochameleon.evaluate import report, samples, shapes
 from nanochameleon.evaluate.likelihood import bits
 from nanochameleon.presets import mixed
 from nanochameleon.training.run import Run
@@ -171,7 +171,7 @@ def test_where_two_images_have_no_room_nothing_is_claimed(run, monkeypatch):
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_model_answers_each_question_or_goes_on_after_an_image(run):
+def test_the_model_answers_each_question_or_continues_after_an_image(run):
     images = [np.full((4, 4, 3), shade, np.uint8) for shade in (0, 100, 255)]
     asked = [(image, question) for image in images for question in ("red?", "")]
     said = shapes.ask(run, asked)
@@ -223,14 +223,14 @@ def test_a_guess_is_the_commonest_answer_to_the_same_words():
 
 
 def test_speed_is_all_tokens_over_all_seconds_and_absent_without_a_log(tmp_path):
-    assert report.training_seconds(tmp_path) == {}
+    assert report.training_speed(tmp_path) == {}
     lines = [
         {"step": 0, "tokens": 5, "seconds": 0.0},
         {"step": 1, "tokens": 300, "seconds": 1.5},
         {"step": 2, "seconds": 9},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.training_seconds(tmp_path) == {"tokens_per_second": 200}
+    assert report.training_speed(tmp_path) == {"tokens_per_second": 200}
 
 
 def test_peak_memory_is_in_gib():
@@ -267,7 +267,7 @@ def test_captions_too_long_for_an_image_are_not_drawn_and_what_needs_an_oracle_i
         write_images(tmp_path / name / "pictures", zip(pixels, items, strict=True), 4)
         figures, sheet, talks = report.images_report(shown, tmp_path / name)
         assert [caption for caption, _, _ in sheet] == (["red"] if name == "some" else []) and len(talks) == 2
-        report.sample_grid(shown, tmp_path / name / "samples" / "step-000001.png")
+        samples.write_sample_sheet(shown, tmp_path / name / "samples" / "step-000001.png")
         unknown = [name for name in ("text_to_image", "interleaved", "captions", "questions") if figures[name] is None]
         assert len(unknown) == 4 and figures["tokenizer"]["oracle_on_clean"] is None
         assert 0 < figures["tokenizer"]["mean_absolute_error"] < 1

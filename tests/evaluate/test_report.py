@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nanochameleon.evaluate.report_html import flatten, samples_sheet, show, write_report
+from nanochameleon.evaluate.report_html import flatten, show, write_report
+from nanochameleon.evaluate.samples import write_sheet
 
 REPORT = {
     "seconds": {"total": 583.2, "tokenizer": 4.21},
@@ -46,7 +47,7 @@ class Page(HTMLParser):
 
 def test_the_page_needs_nothing_else_and_escapes_all_it_is_given(tmp_path):
     evil = """<script>alert("x")</script>&amp;'"><img src=http://e.vil onerror=x>"""
-    samples_sheet([(evil, RED, True)], tmp_path / "samples.png")
+    write_sheet([(evil, RED, True)], tmp_path / "samples.png")
     Image.fromarray(RED).save(tmp_path / "curves.png")
     talk = {"question": evil, "answer": evil, "truth": evil, "image": RED}
     page = Page(write_report(tmp_path, {evil: {evil: evil}}, [talk], [evil], evil).read_text())
@@ -97,13 +98,13 @@ def test_flatten_names_every_leaf_once():
 
 @settings(max_examples=20)
 @given(st.integers(0, 9), st.sampled_from([1, 8, 32, 200]), st.sampled_from([None, 1, 2]), st.text(max_size=60))
-def test_every_image_stands_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, scale, caption):
+def test_every_image_is_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, scale, caption):
     """Each image has a colour of its own; it covers exactly its enlarged area and none is lost or covered."""
     path = tmp_path_factory.mktemp("sheet") / "samples.png"
     colours = [(200, 10 * i + 5, 77) for i in range(n)]
     items = [(caption, np.full((side, side, 3), colour, np.uint8), [None, True, False][i % 3])
              for i, colour in enumerate(colours)]  # fmt: skip
-    samples_sheet(items, path, scale)
+    write_sheet(items, path, scale)
     sheet = np.asarray(Image.open(path))
     shown = side * (scale or -(-128 // side))
     corners = []
@@ -118,7 +119,7 @@ def test_every_image_stands_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, si
 def test_right_and_wrong_are_marked_and_unknown_is_not(tmp_path):
     counts = {}
     for ok in (True, False, None):
-        samples_sheet([("", np.zeros((8, 8, 3), np.uint8), ok)], tmp_path / "sheet.png")
+        write_sheet([("", np.zeros((8, 8, 3), np.uint8), ok)], tmp_path / "sheet.png")
         sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
         green, red = sheet[..., 1] - sheet[..., 0] > 60, sheet[..., 0] - sheet[..., 1] > 60
         counts[ok] = (green.sum() > 10, red.sum() > 10)
@@ -128,7 +129,7 @@ def test_right_and_wrong_are_marked_and_unknown_is_not(tmp_path):
 def test_a_long_prompt_wraps_inside_its_cell_and_all_of_it_is_drawn(tmp_path):
     heights = []
     for words in (1, 10, 40):
-        samples_sheet([("wide words " * words + "x" * 60, RED, None)], tmp_path / "sheet.png")
+        write_sheet([("wide words " * words + "x" * 60, RED, None)], tmp_path / "sheet.png")
         sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
         assert (sheet[:, -12:] == 255).all() and (sheet[-8:] == 255).all()
         heights.append(len(sheet))
@@ -137,7 +138,7 @@ def test_a_long_prompt_wraps_inside_its_cell_and_all_of_it_is_drawn(tmp_path):
 
 def ink(tmp_path, caption: str) -> bytes:
     """How a caption looks."""
-    samples_sheet([(caption, RED, None)], tmp_path / "sheet.png")
+    write_sheet([(caption, RED, None)], tmp_path / "sheet.png")
     return np.asarray(Image.open(tmp_path / "sheet.png"))[160:].tobytes()
 
 

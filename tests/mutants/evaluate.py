@@ -26,7 +26,7 @@ MUTANTS = [
     ),
     Mutant(
         "a letter that the font lacks is a box",
-        "evaluate/report_html.py",
+        "evaluate/samples.py",
         "ord(c) in letters or c.isspace()",
         "True",
         "evaluate/test_report.py",

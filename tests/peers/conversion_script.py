@@ -5,8 +5,8 @@
 
 The script (models/chameleon/convert_chameleon_weights_to_hf.py, last in transformers 4.46.3) runs unchanged up to the
 end of its conversion. It asks for 65,536 ids and 1 shard ("7B") or 4 ("30B"), and its formulas for grouped queries hold
-for n_heads = n_kv_heads^2 alone, so the small models here keep to that. When its files are written it downloads a
-image to try the model on; it is ended there, since in 4.46.3 that part fails in any case: it hands the processor
+for n_heads = n_kv_heads^2 alone, so the small models here keep to that. When its files are written it downloads an
+image to try the model on; it is ended there, since in 4.46.3 that part always fails: it hands the processor
 `images` twice (TypeError).
 """
 

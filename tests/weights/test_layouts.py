@@ -165,7 +165,7 @@ def test_configurations_that_our_model_does_not_compute_are_refused(changes):
         model_from_hf({"model_type": "chameleon"} | changes)
 
 
-def test_the_resolution_may_have_a_comment_behind_it():
+def test_the_resolution_may_have_a_comment_after_it():
     assert resolution_of_yaml("model:\n    ddconfig:\n      resolution: 512  # px\n      ch: 128") == 512
 
 
