@@ -93,7 +93,7 @@ class FusedStep:
         self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: list[CacheView]) -> Tensor:
-        """One token (n,) per slot of the cache, which has a view per layer, at its position (n,) -> hidden states (n, D)."""
+        """One token (n,) per slot at its position (n,), a CacheView per layer -> hidden states (n, D)."""
         x, positions = self.model.tok_embeddings(tokens), positions[:, None]
         mask = cache[0].mask  # (n, 1, kv_len), the same in all layers
         bias = torch.full_like(mask, -torch.inf, dtype=x.dtype).masked_fill_(mask, 0.0)
