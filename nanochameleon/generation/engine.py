@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nanochameleon.config import SamplingParams
 from nanochameleon.errors import UserError
-from nanochameleon.generation.fastest import fastest_decoder
+from nanochameleon.generation.decoder import Decoder
 from nanochameleon.generation.request import Request, cfg_branches, make_request
 from nanochameleon.generation.sampling import COND, IMAGE_COND, UNCOND, Modality, required_filters
 from nanochameleon.vocab import Vocab
@@ -83,8 +83,11 @@ class Engine:
         self.context = longest if self.context is None else self.context
         if not 1 <= self.context <= longest:
             raise ValueError(f"context must be 1 to the model's {longest} tokens, not {self.context}")
+        from nanochameleon.generation.fastest import fastest_decoder  # optional code is imported late
+
         with torch.inference_mode():
-            self.decoder = fastest_decoder(self.model, self.vocab, self.image_len, self.n_slots, self.context)
+            sizes = self.vocab, self.image_len, self.n_slots, self.context
+            self.decoder: Decoder = fastest_decoder(self.model, *sizes)
 
     def add(self, prompt: Sequence[int], params: SamplingParams, modality: Modality = "both",
             seed: Sequence[int] = (0,), stops: Sequence[int] | None = None) -> int:  # fmt: skip
@@ -102,11 +105,12 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """One round. Returns [] if only prompts were read, or if nothing is left to do."""
-        self.schedule()
-        self.prefill()
+        self.schedule()  # 1. waiting requests get slots
+        self.prefill()  # 2. their prompts are read, a chunk per round, so that the other requests need not wait long
         if not any(running.prefilled for running in self.running):
             return []
-        return self.collect_outputs(*self.decode())
+        tokens, done = self.decode()  # 3. all slots decode
+        return self.collect_outputs(tokens, done)  # 4. finished requests leave
 
     def run(self) -> Iterator[RequestOutput]:
         """Run until every request has finished; more may be added meanwhile."""
@@ -122,7 +126,7 @@ class Engine:
             request_id, request = self.waiting[0]
             branches = cfg_branches(request, self.vocab)
             if self.n_live + len(branches) > self.n_slots:
-                return
+                return  # a later request that needs fewer slots waits, too: none is overtaken for ever
             self.waiting.popleft()
             slots = [Slot(self.n_live + i, *branch) for i, branch in enumerate(branches.items())]
             self.n_live += len(slots)
@@ -133,10 +137,11 @@ class Engine:
 
     def prefill(self) -> None:
         """Read a chunk of the oldest prompts. Equal prompts are read once and copied."""
+        # 1. Choose chunks of the oldest prompts, up to the budget.
         budget, chunks, complete = self.prefill_chunk, [], []
         for prompt, slots in self.prefilling.items():
-            # Chunks of a prompt begin at fixed positions, so rounding does not depend on the other prompts.
             start = self.n_prefilled.get(prompt, 0)
+            # Not cut to the budget: chunks begin at fixed positions, so rounding does not depend on other prompts.
             tokens = prompt[start : start + self.prefill_chunk]
             chunks.append((tokens, slots[0].index, start))
             self.n_prefilled[prompt] = start + len(tokens)
@@ -144,8 +149,10 @@ class Engine:
             budget -= len(tokens)
             if budget <= 0:
                 break
+        # 2. Run the model on them.
         if chunks:
             self.decoder.prefill(chunks)
+        # 3. Copy the prompts that are complete to all slots that need them.
         for prompt in complete:
             first, *others = slots = self.prefilling.pop(prompt)
             for slot in others:
@@ -168,7 +175,7 @@ class Engine:
     def release(self, finished: RunningRequest) -> None:
         """Free a request's slots. The last slots in use move into the gaps, so those in use stay the first ones."""
         self.running.remove(finished)
-        for gap in sorted((slot.index for slot in finished.slots), reverse=True):
+        for gap in sorted((slot.index for slot in finished.slots), reverse=True):  # so the last one is never a gap
             self.n_live -= 1
             last = next((slot for r in self.running for slot in r.slots if slot.index == self.n_live), None)
             if last is not None:
@@ -183,7 +190,7 @@ class Engine:
         """
         branch_slots = torch.arange(self.n_slots).repeat(3, 1)  # (3, N)
         for running in self.running:
-            index = {slot.cfg_branch: slot.index for slot in running.slots}
+            index = {slot.cfg_branch: slot.index for slot in running.slots}  # COND is always there
             uncond = index.get(UNCOND, index.get(IMAGE_COND, index[COND]))
             for slot in running.slots:
                 branch_slots[COND, slot.index] = index[COND]
@@ -201,13 +208,16 @@ class Engine:
         """Decode until the host must sync. Inside images, the number of tokens left is known."""
         decoding = [running for running in self.running if running.prefilled]
         inside = [running.image_tokens_left >= 0 for running in decoding]
-        # 1. How many steps? To the end of the first image if all are inside one, else one.
+        # 1. How many steps? If all are inside an image, to the end of the first one: <eoi> is its last token.
+        #    In text each token may be a stop, so the host syncs after every step,
         steps = min(running.image_tokens_left for running in decoding) + 1 if all(inside) else 1
+        #    unless steps notice the end by themselves and no other request could use a free slot.
         if self.decoder.sees_ends and not self.waiting and not self.prefilling:
             steps = max(steps, self.steps_between_syncs)
         steps = min(steps, self.max_steps_between_syncs or steps, len(self.decoder.token_buffer))
-        # 2. Which logits can be needed in them?
+        # 2. Which logits may be needed? Image tokens and text are separate parts of the vocabulary.
         part = "image" if all(inside) else "all" if any(inside) else "text"
+        # 3. How much of the cache is read? That of the longest request.
         longest = max(len(running.request.prompt) + running.n_new for running in decoding) + steps
         self.decoder.run(self.n_live, steps, longest, part, self.guided, self.needs)
         return self.decoder.sync(self.n_live, steps)
@@ -216,8 +226,9 @@ class Engine:
         """The outputs of all requests from the synced slots; requests that are done leave."""
         outputs, pad = [], self.vocab.pad
         for running in [running for running in self.running if running.prefilled]:
-            index = running.slots[0].index
-            new = tokens[index][: tokens[index].index(pad)] if pad in tokens[index] else tokens[index]
+            index = running.slots[0].index  # COND
+            new = tokens[index]
+            new = new[: new.index(pad)] if pad in new else new  # <pad> is never sampled: it follows the end
             running.n_new += len(new)
             for token in new:  # as Grammar.advance
                 inside = running.image_tokens_left >= 0
@@ -245,9 +256,8 @@ def generate(
     """Generate the new tokens of each prompt, stop token included, on the model's device.
 
     image_len: tokens per image. modality: "text", "image" (one image) or "both", see Grammar. Prompt i draws from the
-    seed (seed, i), whatever the batch of at most batch_size slots. stops: tokens that end a sample, by default </s>
-    alone. progress: the name of a progress bar to show. Raises UserError, before any work, for a prompt that does not
-    fit.
+    seed (seed, i), whatever batch_size, the number of slots, is. stops: tokens that end a sample, by default </s>.
+    progress: the name of a progress bar to show. Raises UserError for a prompt that does not fit, before any work.
     """
     context = model.cfg.max_seq_len
     requests = [
@@ -259,6 +269,7 @@ def generate(
     n_branches = [len(cfg_branches(request, vocab)) for request in requests]
     was_training, new = model.training, [[] for _ in requests]
     try:
+        # 3. How much of the cache is read? That of the longest request.
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine = Engine(model.eval(), vocab, image_len, max(min(batch_size, sum(n_branches)), *n_branches, 1), longest)
         for request in requests:

@@ -106,7 +106,7 @@ def test_the_decoding_reference_is_the_formula(step):
 @torch.inference_mode()
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_a_model_s_step_by_the_kernels(qk_norm):
-    """FusedStep id by id, with grouped keys: at most twice as far from the truth as in torch's operations."""
+    """FusedStep token by token, with grouped keys: at most twice the error of torch's operations."""
     cfg = ModelConfig(
         vocab_size=30, dim=128, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=64, max_seq_len=16, qk_norm=qk_norm
     )

@@ -1,7 +1,7 @@
 """The layers of one compiled step: queued tokens at (slot, position) -> the hidden states of their slots.
 
 One token of each of many slots is a decode step. Many tokens of one slot are prefill. Any mixture is the same work.
-The work is cut into phases: PHASES per layer, one for each matmul and for what lies between two of them. A phase is
+The work is cut into phases: PHASES per layer, one for each matmul, and one for the work between two matmuls. A phase is
 cut into blocks, which any thread may do, in any order; threads.py shares them out.
 
 Activations are rows of float32, padded with zeros to whole registers. See memory.py for `m` and the letters.
