@@ -12,7 +12,7 @@ from nanochameleon.documents import Text
 from nanochameleon.evaluate.held_out import captioned
 from nanochameleon.evaluate.shapes import draw_images, has_room
 from nanochameleon.files import write_file
-from nanochameleon.generation.engine import prompt_ids
+from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import enlarge, png
 from nanochameleon.training.run import Run
 
@@ -25,7 +25,7 @@ SHEET = 28  # images of samples.png
 
 def drawable(run: Run, captions: list[str]) -> list[str]:
     """Return the captions that leave room for their image in the context. Training skips the others, too."""
-    return [caption for caption in captions if has_room(run, prompt_ids([Text(caption)], run, "draw"))]
+    return [caption for caption in captions if has_room(run, prompt_tokens([Text(caption)], run, "draw"))]
 
 
 def write_sample_sheet(run: Run, path: Path) -> None:

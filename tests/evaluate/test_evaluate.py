@@ -152,7 +152,7 @@ def test_the_second_image_follows_a_caption_its_image_and_another_caption(run, m
     wanted = list(scenes(WORLD, shapes.SCENE_SEED + 5, 6, test=True))
     first = list(scenes(WORLD, shapes.SCENE_SEED + 4, 6, test=True))
     prompts = []
-    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
+    monkeypatch.setattr(shapes, "prompt_tokens", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
     monkeypatch.setattr(shapes, "draw_from", lambda run, ids, *rest: np.stack([draw(s, WORLD) for s in wanted]))
     scores, drawn = shapes.second_image(run, WORLD, 6)
     assert scores["all_facts"] == 1 and [d.scene for d in drawn] == wanted
@@ -163,7 +163,7 @@ def test_the_second_image_follows_a_caption_its_image_and_another_caption(run, m
 
 
 def test_where_two_images_have_no_room_nothing_is_claimed(run, monkeypatch):
-    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: [0] * 59)  # of 64, and an image takes 6
+    monkeypatch.setattr(shapes, "prompt_tokens", lambda segments, run, ask: [0] * 59)  # of 64, and an image takes 6
     assert shapes.second_image(run, WORLD, 3) == (None, [])
     assert shapes.has_room(run, [0] * 58) and not shapes.has_room(run, [0] * 59)
 

@@ -27,17 +27,8 @@ MUTANTS = [
     Mutant(
         "an out that cannot be written is found after drawing",
         "sample.py",
-        "        shelf.check()\n",
+        "        output.check()\n",
         "",
-        "test_sample_cli.py",
-    ),
-    Mutant("a folder is drawn as words", "sample.py", "if os.path.lexists(path):", "if False:", "test_sample_cli.py"),
-    Mutant("a question's turn stays open", "sample.py", '"answer": "answer", ', "", "test_sample_cli.py"),
-    Mutant(
-        "an aligned run is not asked but gone on from",
-        "sample.py",
-        '"chat": "answer"}',
-        '"chat": "go on"}',
         "test_sample_cli.py",
     ),
     Mutant(
