@@ -115,7 +115,14 @@ def main(args: Args) -> list[list[str | Path]]:
     args.check()
     from nanochameleon.generation.engine import generate
     from nanochameleon.generation.events import Detokenizer, stream
-    from nanochameleon.generation.prompts import MODALITY, is_image, prompt_tokens, read_segments, resolve_mode
+    from nanochameleon.generation.prompts import (
+        MODALITY,
+        is_image,
+        prompt_tokens,
+        read_segments,
+        resolve_mode,
+        stop_tokens,
+    )
     from nanochameleon.generation.quantize import quantize_
     from nanochameleon.images.output import ImageOutput
     from nanochameleon.images.tokenizer import NO_DECODER
@@ -143,7 +150,7 @@ def main(args: Args) -> list[list[str | Path]]:
             raise UserError(f"--max-new-tokens must be at least {image_len + 1} to draw, not {args.max_new_tokens}")
         params = dataclasses.replace(params, max_new_tokens=image_len + 1)  # with <eoi>
     # 3. The samples: one is streamed, several are one batch
-    stops = (run.vocab.eos, run.vocab.eot) if mode in ("answer", "chat") else (run.vocab.eos,)
+    stops = stop_tokens(mode, run.vocab)
     if args.n == 1:
         preview = PREVIEW if output.terminal_mode else None
         how = image_len, params, MODALITY[mode], args.seed, 0, stops, preview

@@ -13,6 +13,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.generation.sampling import Modality
 from nanochameleon.images.tokenizer import load_square
 from nanochameleon.training.run import Run
+from nanochameleon.vocab import Vocab
 
 Mode = Literal["draw", "answer", "chat", "text", "free"]  # what the user asks for
 MODALITY: dict[Mode, Modality] = {  # what the model may then generate
@@ -35,6 +36,11 @@ def prompt_tokens(segments: RawDocument, run: Run, mode: Mode = "text") -> list[
     """
     tokens = render(fuse([segments], run.image_tokenizer)[0], run.tokenizer, run.vocab, end=False)
     return tokens + {"draw": [run.vocab.boi], "answer": [run.vocab.eot], "chat": [run.vocab.eot]}.get(mode, [])
+
+
+def stop_tokens(mode: Mode, vocab: Vocab) -> tuple[int, ...]:
+    """Return the tokens that end a sample of this mode: the end of the document, or also of the model's turn."""
+    return (vocab.eos, vocab.eot) if mode in ("answer", "chat") else (vocab.eos,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
