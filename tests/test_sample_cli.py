@@ -18,11 +18,10 @@ from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
 from nanochameleon.documents import Text
-from nanochameleon.training.run import CONFIG, config_to_json, read_config
-from nanochameleon.training.train_tokenizers import open_image_tokenizer
 from nanochameleon.generation.prompts import read_segments
 from nanochameleon.images.output import ImageOutput
 from nanochameleon.training.run import CONFIG, config_to_json, open_image_tokenizer, read_config
+from nanochameleon.training.train_tokenizers import open_image_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -25,7 +25,7 @@ NARROW = torch.bfloat16
 
 @st.composite
 def steps(draw):
-    """New tokens' qkv, freqs_cis, norm, a cache with something in it, positions; in float64 whose values bfloat16 holds."""
+    """New tokens' qkv, freqs_cis, norm, a filled cache, positions: float64 whose values bfloat16 holds."""
     n, t, groups, each = (
         draw(st.integers(1, 2)),
         draw(st.integers(1, 3)),
