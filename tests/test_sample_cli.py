@@ -20,7 +20,7 @@ from nanochameleon.convert import convert
 from nanochameleon.documents import Text
 from nanochameleon.generation.prompts import read_segments
 from nanochameleon.images.output import ImageOutput
-from nanochameleon.training.run import CONFIG, config_to_json, open_image_tokenizer, read_config
+from nanochameleon.training.run import CONFIG, config_to_json, read_config
 from nanochameleon.training.train_tokenizers import open_image_tokenizer
 
 ROOT = Path(__file__).parents[1]
