@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fences import fenced
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,23 +22,22 @@ from nanochameleon.kernels import (
     add_norm,
     attention,
     linear,
-    linear_zloss_cross_entropy,
     norm_add,
     qknorm_rope_attention,
     rms_norm,
     swiglu,
-    zloss_cross_entropy,
 )
 from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.block.dropout import dropout, keep_mask
 from nanochameleon.kernels.block.linear import linear_reference
 from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference
 from nanochameleon.kernels.block.swiglu import swiglu_reference
-from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
-from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
+from nanochameleon.losses import fused_next_token_loss, next_token_loss
 from nanochameleon.transformer import compute_freqs_cis
+from nanochameleon.vocab import Vocab
 
-EPS, Z_LOSS, SHARE = 1e-5, 1e-2, 0.5
+EPS, Z_LOSS, VOCAB = 1e-5, 1e-2, Vocab()
 TYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool
 
 
@@ -55,20 +55,33 @@ def numbers(*shape: int) -> Tensor:
 # The ops
 
 
-def normed(function, q, k, v, table, docs, q_weight, q_bias, k_weight, k_bias):
-    return function(q, k, v, table, docs, (q_weight, q_bias), (k_weight, k_bias), EPS)
+def normed(function, q, k, v, freqs_cis, docs, q_weight, q_bias, k_weight, k_bias):
+    return function(q, k, v, freqs_cis, docs, (q_weight, q_bias), (k_weight, k_bias), EPS)
 
 
-def plainly_attended(function, q, k, v, table):
-    return function(q, k, v, table, None, None, None, EPS)
+def plainly_attended(function, q, k, v, freqs_cis):
+    return function(q, k, v, freqs_cis, None, None, None, EPS)
 
 
 def causal(q, k, v):
     return attention_reference(q, k, v, torch.ones(q.shape[0], q.shape[2], k.shape[2], dtype=torch.bool).tril())
 
 
+def zloss(logits, targets):
+    return next_token_loss(logits, targets, VOCAB, Z_LOSS, 2.0).loss
+
+
 def in_place(logits, targets):
-    return zloss_cross_entropy_(logits.view_as(logits), targets, Z_LOSS, SHARE)
+    return next_token_loss(logits.view_as(logits), targets, VOCAB, Z_LOSS, 2.0, overwrite_logits=True).loss
+
+
+def zloss_reference(logits, targets):
+    cross_entropy, log_z = zloss_cross_entropy_reference(logits, targets)
+    return (cross_entropy.sum() + Z_LOSS * log_z.square().sum()) / 2
+
+
+def with_output_layer(hidden, weight, targets):
+    return fused_next_token_loss(hidden, weight, targets, VOCAB, Z_LOSS, 2.0).loss
 
 
 def dropout_reference(x, keys):
@@ -76,7 +89,7 @@ def dropout_reference(x, keys):
 
 
 HEADS = {"q": numbers(2, 9, 4, 8), "k": numbers(2, 9, 2, 8), "v": numbers(2, 9, 2, 8)}
-TABLE = {"table": compute_freqs_cis(torch.arange(9).expand(2, 9), 8, 100.0)}
+TABLE = {"freqs_cis": compute_freqs_cis(torch.arange(9).expand(2, 9), 8, 100.0)}
 DOCS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3, 3]])
 NORMS = {"q_weight": numbers(2, 8), "q_bias": numbers(2, 8), "k_weight": numbers(1, 8), "k_bias": numbers(1, 8)}
 KEYS = {"q": numbers(2, 4, 5, 8), "k": numbers(2, 2, 7, 8), "v": numbers(2, 2, 7, 8)}
@@ -99,10 +112,10 @@ OPS = {
     ),
     "attention": Op(attention, attention_reference, KEYS | SEEN),
     "causal attention": Op(attention, causal, KEYS | {"q": numbers(2, 4, 7, 8)}),
-    "zloss": Op(zloss_cross_entropy, zloss_cross_entropy_reference, {"logits": numbers(4, 37)} | TARGETS),
-    "zloss in place": Op(in_place, zloss_cross_entropy_reference, {"logits": numbers(4, 37)} | TARGETS),
+    "zloss": Op(zloss, zloss_reference, {"logits": numbers(4, 37)} | TARGETS),
+    "zloss in place": Op(in_place, zloss_reference, {"logits": numbers(4, 37)} | TARGETS),
     "linear_zloss": Op(
-        linear_zloss_cross_entropy, linear_zloss_cross_entropy_reference,
+        with_output_layer, lambda hidden, weight, targets: zloss_reference(F.linear(hidden, weight), targets),
         {"hidden": numbers(4, 16), "weight": numbers(37, 16)} | TARGETS,
     ),
     "linear": Op(
@@ -255,7 +268,7 @@ def number(x: Tensor) -> Tensor:
 
 
 EXAMPLES = {
-    "another type behind the gate": ("swiglu", {"b": of_type(torch.bfloat16)}),
+    "another type in the gate": ("swiglu", {"b": of_type(torch.bfloat16)}),
     "another type before the gate": ("swiglu", {"a": of_type(torch.bfloat16)}),
     "a wider type": ("swiglu", {"b": of_type(torch.float64)}),
     "whole numbers": ("swiglu", {"b": of_type(torch.int64)}),
@@ -285,7 +298,7 @@ EXAMPLES = {
     "wide logits, in place": ("zloss in place", {"logits": of_type(torch.float64)}),
     "a negated row": ("rms_norm", {"x": negated}),
     "negated values": ("qknorm_rope_attention", {"v": negated}),
-    "turns backwards": ("qknorm_rope_attention", {"table": conjugate}),
+    "rotations backwards": ("qknorm_rope_attention", {"freqs_cis": conjugate}),
     "a matrix of one column": ("linear", {"w1": of_size(1, 1)}),
     "a matrix of another type": ("linear", {"w1": of_type(torch.float64)}),
 }
