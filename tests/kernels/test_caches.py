@@ -44,7 +44,7 @@ def test_where_nothing_else_can_be_written_a_private_folder_is_taken_and_said(pl
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert chosen("", places / "file" / "usual") == folder  # it may be there already
     (line,) = caplog.messages
-    assert f"are kept in {folder.parent}" in line and "SOME_DIR" in line and len(line) < 500
+    assert f"are cached in {folder.parent}" in line and "SOME_DIR" in line and len(line) < 500
 
 
 def others_can_write(folder: Path):
@@ -62,7 +62,7 @@ def a_link(folder: Path):
 def test_a_folder_that_another_user_could_have_made_is_not_taken(places, caplog, prepared):
     prepared(places / "temporary" / f"nanochameleon-{os.getuid()}")
     assert chosen("", places / "file" / "usual") is None
-    assert "are not kept" in caplog.text and "SOME_DIR" in caplog.text
+    assert "are not cached" in caplog.text and "SOME_DIR" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows keeps homes private, and has no such folder")
