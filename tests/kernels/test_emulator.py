@@ -48,7 +48,9 @@ MISTAKES = {
         "for ever"),
     "more arrivals than expected": (
         "__shared__ u64 b; if (i == 0) mbarrier_init(&b, 1); __syncthreads();"
-        "if (i == 0) { mbarrier_expect_tx(&b, 32); mbarrier_expect_tx(&b, 32); } mbarrier_wait(&b, 0);", "more threads arrive"),
+        "if (i == 0) { mbarrier_expect_tx(&b, 32); mbarrier_expect_tx(&b, 32); } mbarrier_wait(&b, 0);",
+        "more threads arrive",
+    ),
 }  # fmt: skip
 
 
