@@ -26,24 +26,15 @@ MAIN_PID = os.getpid()  # the process that owns torch's OpenMP threads; launch.p
 
 ENGINE = "on a CPU the engine compiles whole decode steps (generation/cpu/)"
 
-# (op, dtype on a CPU) -> what runs, and what was measured; `python -m nanochameleon.bench kernels` measures again.
-# Anything not listed falls back to PyTorch: other devices and dtypes, and GPUs until someone has measured there.
-AUTO: dict[tuple[str, torch.dtype], tuple[str, str]] = {
-    ("qknorm_rope_attention", torch.float32): ("numba", "2 times torch's norm, rotation and fused attention"),
-    ("qknorm_rope_attention", torch.bfloat16): ("numba", "3 times torch's norm, rotation and fused attention"),
-    ("zloss_cross_entropy", torch.float32): (
-        "numba",
-        "1.3 to 2 times torch.compile, 3 to 5 times torch; in place 2 to 4 times torch.compile",
-    ),
-    ("zloss_cross_entropy", torch.bfloat16): ("numba", "1.7 times torch.compile, 4 times torch"),
-    ("rms_norm", torch.float32): ("numba", "one pass instead of six"),
-    ("rms_norm", torch.bfloat16): ("numba", "one pass instead of six"),
-    ("linear", torch.float32): ("joined", "layers that read one input as one matmul, gradients without sums"),
-    ("linear", torch.bfloat16): ("joined", "the same, and weights cast in one pass"),
-    ("swiglu", torch.float32): ("numba", "one pass instead of two, and of three in the gradient"),
-    ("swiglu", torch.bfloat16): ("numba", "one pass instead of two, and of three in the gradient"),
-    ("decode_attention", torch.float32): ("reference", ENGINE),
-    ("decode_attention", torch.bfloat16): ("reference", ENGINE),
+# op -> what runs on a CPU in float32 and bfloat16, and what `python -m nanochameleon.bench kernels` measured. Anything
+# else falls back to PyTorch: other devices and dtypes, and GPUs until someone has measured there.
+AUTO: dict[str, tuple[str, str]] = {
+    "qknorm_rope_attention": ("numba", "2 to 3 times torch's norm, rotation and fused attention"),
+    "zloss_cross_entropy": ("numba", "1.3 to 2 times torch.compile, 3 to 5 times torch"),
+    "rms_norm": ("numba", "one pass instead of six"),
+    "linear": ("joined", "layers that read one input as one matmul, gradients without sums, weights cast in one pass"),
+    "swiglu": ("numba", "one pass instead of two, and instead of three in the gradient"),
+    "decode_attention": ("reference", ENGINE),
 }
 # "cuda" is our attention for head sizes 64 and 128, and torch's for others. "vendor" is torch's attention (cuDNN's
 # where torch prefers that) after our QK-norm and RoPE. For ops other than attention the two are the same.
@@ -57,7 +48,7 @@ AMX_OPS = {
     "qknorm_rope_attention": "matmuls on AMX tiles, norms a row in each lane: 1.3 to 2.7 times the vector kernel",
     "linear": "layers that read one input as one matmul, weight gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
-OPS = tuple(dict.fromkeys(op for op, _ in AUTO))
+OPS = tuple(AUTO)
 # The ops of a training step: decoding is not training.
 TRAINING_OPS = tuple(op for op in OPS if op != "decode_attention")
 
@@ -199,7 +190,7 @@ def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
         return "reference", f"numba kernels cannot run: {reason}"
     if op in AMX_OPS and why_amx_unavailable(device, dtype) is None:
         return "amx", AMX_OPS[op]
-    return AUTO[op, dtype]
+    return AUTO[op]
 
 
 def choose(op: str, x: Tensor) -> str:

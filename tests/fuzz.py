@@ -54,6 +54,7 @@ from nanochameleon.images.tokenizer import load_square
 from nanochameleon.training import checkpoint
 from nanochameleon.training.curves import plot_curves
 from nanochameleon.training.monitor import Monitor, read_metrics
+from nanochameleon.training.restore import optimizer_tensors, restore
 from nanochameleon.training.signals import StageTimer
 from nanochameleon.weights.model_folder import open_model
 from nanochameleon.weights.pth_files import load_pth
@@ -196,7 +197,7 @@ def make_checkpoints(folder: Path) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    groups = {"weights": model.state_dict(), "optim": checkpoint.optimizer_tensors(optimizer, model)}
+    groups = {"weights": model.state_dict(), "optim": optimizer_tensors(optimizer, model)}
     for step in (1, 2):
         checkpoint.save(folder, step, groups, {"step": 2, "loss": 1.5})
 
@@ -218,7 +219,7 @@ def read_run(folder: Path, changed: Path) -> None:
     open_model(folder, "cpu")
     found = checkpoint.newest(folder)
     with checkpoint.readable(found):
-        checkpoint.steps_done(checkpoint.restore(found, *trained()))
+        checkpoint.steps_done(restore(found, *trained()))
     checkpoint.keep_last(folder, 1)
 
 

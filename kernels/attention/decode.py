@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.attention.reference import expect_heads
+from nanochameleon.kernels.attention.reference import apply_rotary_emb, expect_heads
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
@@ -40,8 +40,7 @@ def qknorm_rope(x: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None
     if norm is not None:
         weight, bias = norm
         wide = torch.addcmul(bias, F.layer_norm(wide, wide.shape[-1:], eps=eps), weight)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())  # (N, T, H + G, E/2)
-    return torch.view_as_real(pairs * freqs_cis[:, :, None]).flatten(-2).to(x.dtype)
+    return apply_rotary_emb(wide, freqs_cis[:, :, None]).to(x.dtype)
 
 
 def decode_attention_reference_(

@@ -1,11 +1,11 @@
-"""Rows of queries and keys for attention on a CPU: QK-norm and rotary turn, W rows at a time, forward and backward.
+"""QK-norm and RoPE of rows for attention on a CPU, W rows at a time, forward and backward. A row is a head's position.
 
-A row of 32 or 64 numbers is 2 to 4 registers, so that the sums across its lanes, each a chain of shuffles that waits
-for itself, would cost more than all else. Here each row leaves a register of partial sums in a square of W x W numbers,
-and `row_sums` adds up the square's rows at once: 2 shuffles a row in place of 4, and none waits for another row's.
+A row of 32 or 64 numbers is 2 to 4 registers, so sums across its lanes, each a chain of dependent shuffles, would cost
+more than all else. Here each row leaves a register of partial sums in a square of W x W numbers, and `row_sums` adds up
+all rows of the square at once: 2 shuffles a row instead of 4, and no row waits for another.
 
-Shapes: blocks of n <= W rows of `width` float32, a multiple of W, contiguous, zeros behind the E numbers of a row. All
-addresses int64.
+Shapes: blocks of n <= W rows of `width` float32, a multiple of W, contiguous, zeros after the E numbers of a row. All
+addresses int64. Formulas: qknorm_rope_attention.py.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ ONE = np.float32(1)
 
 
 class Rows(NamedTuple):
-    """Rows in memory: that of position i is at p + i * step."""
+    """Rows in memory: the row of position i is at p + i * step."""
 
     p: int
     step: int  # bytes
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A head's vectors, all (width,) float32; gradients are 0 in the forward pass."""
+    """Weight and bias of a head's norm, all (width,) float32; gradients are 0 in the forward pass."""
 
     weight: int  # 0: no norm
     bias: int
@@ -54,18 +54,18 @@ class Norm(NamedTuple):
     eps: float
 
 
-SQUARES = 2 * W * W + 3 * W  # floats of scratch: two squares, and a number a row of three kinds
+SQUARES = 2 * W * W + 3 * W  # floats of scratch: two squares, and three numbers for each row
 
 
 @register_jitable
 def block_floats(width: int) -> int:
-    """Scratch of a block: that, and its rows."""
+    """Floats of scratch for a block: SQUARES and its rows."""
     return SQUARES + W * width
 
 
 @njit
 def read(rows, i, width, out):
-    """The row of position i, zeros behind it."""
+    """The row of position i, padded with zeros."""
     read_row(rows.p + i * rows.step, rows.size, rows.e, out)
     for j in range(-(-rows.e // W) * W, width, W):
         store(out + 4 * j, splat(ZERO))
@@ -73,13 +73,13 @@ def read(rows, i, width, out):
 
 @njit
 def row_means(square, e):
-    """A register with a number for each row."""
+    """The mean of each row, in its lane."""
     return row_sums(square) * splat(ONE / np.float32(e))
 
 
 @njit
 def subtract_mean(x, n, e, width, square):
-    """Rows of mean 0, in place; returns their variances, a register."""
+    """Subtract each row's mean, in place; returns the rows' variances, in their lanes."""
     whole, numbers = e // W * W, square + 4 * W * W
     for r in range(n):
         s = splat(ZERO)
@@ -108,8 +108,7 @@ def rstd_of(variance, eps):
 
 @njit
 def qknorm_rope(rows, first, n, width, cos_sin, norm, factor, x, scratch):
-    """n rows of queries or keys from position `first` on -> x (n, width), normed, turned, times factor. Returns the
-    largest square of a length."""
+    """Norm, rotate and scale n rows from position `first` on -> x (n, width). Returns the largest squared length."""
     square, factors = scratch, scratch + 4 * (W * W + W)
     for r in range(n):
         read(rows, first + r, width, x + 4 * r * width)
@@ -131,7 +130,7 @@ def qknorm_rope(rows, first, n, width, cos_sin, norm, factor, x, scratch):
 
 @njit
 def norm_backward(rows, first, n, width, norm, dy, scratch):
-    """The gradient dy (n, width) of normed rows -> that of the rows, in place; adds to norm.d_weight and d_bias.
+    """The gradient dy (n, width) of normed rows -> that of the rows, in place; adds to norm.d_weight and norm.d_bias.
 
     With z the standardised rows and u = dy weight: d_weight += dy z, d_bias += dy, and a row's gradient is
     (u - mean u - z mean(u z)) / deviation.
@@ -170,7 +169,7 @@ def norm_backward(rows, first, n, width, norm, dy, scratch):
 
 @njit
 def qknorm_rope_backward(dy, rows, first, n, width, cos_sin, norm, factor, target, scratch):
-    """The gradient dy (n, width) of prepared rows -> of the rows themselves, written to the rows of `target`."""
+    """The gradient dy (n, width) of normed and rotated rows -> that of the input rows, written to `target`."""
     for at in range(0, 4 * n * width, 4 * W):
         store(dy + at, rope_backward(load(dy + at), load(cos_sin + 4 * first * width + at)) * splat(factor))
     if norm.weight != 0:
@@ -181,7 +180,7 @@ def qknorm_rope_backward(dy, rows, first, n, width, cos_sin, norm, factor, targe
 
 @njit
 def row_dots(x, rows, first, n, width, out, scratch):
-    """out[r] = the product of row r of x (n, width) with the row of position first + r, for n <= W; W are written."""
+    """out[r] = the dot product of row r of x (n, width) and the row of position first + r; W numbers are written."""
     square, row = scratch, scratch + 4 * W * W
     for r in range(n):
         read(rows, first + r, width, row)

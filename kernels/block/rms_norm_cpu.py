@@ -1,10 +1,10 @@
-"""RMSNorm and the residual sum beside it for the CPU: one pass over each row, where torch's operations make six.
+"""RMSNorm and the residual sum next to it for CPUs: one pass over each row, where torch's operations make six.
 
-With r = 1 / sqrt(mean x^2 + eps): norm(x) = x r w, and for the gradient g of it, with u = g w:
+With r = 1 / sqrt(mean x^2 + eps): norm(x) = x r w. For its gradient g, with u = g w:
     dx = r (u - x r^2 mean(u x)),   dw = sum g x r.
 
-Rows go through scratch in the first-level cache, in float32, filled with zeros up to whole registers. Each part keeps
-its own sum of dw. Addresses and sizes are int64.
+Rows go through scratch in the L1 cache, in float32, padded with zeros to whole registers. Each chunk keeps its own sum
+of dw. Addresses and sizes are int64. Which of the three ops is run: rms_norm.py.
 """
 
 import math
@@ -31,12 +31,12 @@ from nanochameleon.kernels.cpu.simd import (
 
 
 class KernelArgs(NamedTuple):
-    x: int  # (N, D), of `size` bytes a number: 4 float32, 2 bfloat16
+    x: int  # (N, D), of `size` bytes a number (4 float32, 2 bfloat16)
     branch: int  # (N, D), of `branch_size`, or 0
     weight: int  # (width,) float32
     s: int  # like x: the sum, or 0
-    y: int  # (N, D), of `y_size`: what the next products read
-    ds: int  # the gradients of all these, 0 in the forward pass and where there is none
+    y: int  # (N, D), of `y_size`: what the next matmuls read
+    ds: int  # gradients: 0 in the forward pass and where there is none
     dy: int
     dx: int
     d_branch: int
@@ -55,6 +55,7 @@ ONE = np.float32(1)
 
 @njit
 def inverse_rms(row, args):
+    """1 / sqrt(mean x^2 + eps), with two running sums, since one would wait for itself."""
     a, b = splat(ZERO), splat(ZERO)
     pair = args.width // (2 * W) * 2 * W
     for i in range(0, pair, 2 * W):
@@ -69,7 +70,7 @@ def inverse_rms(row, args):
 
 @njit
 def norm(row, args):
-    """In place."""
+    """Normalise a row, in place."""
     r = splat(inverse_rms(row, args))
     for i in range(0, args.width, W):
         store(row + 4 * i, load(row + 4 * i) * r * load(args.weight + 4 * i))
@@ -77,7 +78,7 @@ def norm(row, args):
 
 @njit
 def norm_backward(row, g, args, d_weight):
-    """The gradient g of the norm of this row -> that of the row, in place; adds to d_weight."""
+    """The gradient g of the normed row -> that of the row, in place; adds to d_weight."""
     inverse, s = inverse_rms(row, args), splat(ZERO)
     r = splat(inverse)
     for i in range(0, args.width, W):
@@ -93,7 +94,7 @@ def norm_backward(row, g, args, d_weight):
 
 @njit
 def ahead(p, size, args):
-    """Asks for what follows a row at p."""
+    """Prefetch what comes AHEAD bytes after a row at p."""
     for i in range(AHEAD, AHEAD + size * args.d, 64):
         prefetch(p + i)
 
@@ -112,7 +113,7 @@ def write(p, size, n, args, row):
 
 @njit
 def add_row(p, size, n, args, row, extra):
-    """row += the row that begins at number n of p."""
+    """row += the row that begins n numbers after p."""
     read(p, size, n, args, extra)
     for i in range(0, args.width, W):
         store(row + 4 * i, load(row + 4 * i) + load(extra + 4 * i))
@@ -134,7 +135,7 @@ def add_norm(args, chunk, first, last, row):
 
 @kernel
 def add_norm_backward(args, chunk, first, last, row):
-    """x is what was normed. dx = ds + the norm's gradient, or that alone where ds is 0; d_branch the same, unless 0."""
+    """dx = ds + the norm's gradient at x. Addresses ds and d_branch may be 0; d_branch gets a copy of dx."""
     args = unpack_args(args)
     d_weight, g, extra = args.d_weight + 4 * chunk * args.width, row + 4 * args.width, row + 8 * args.width
     clear(d_weight, args.width)

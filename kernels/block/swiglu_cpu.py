@@ -1,7 +1,7 @@
-"""SwiGLU for the CPU: silu(a) b in one pass. silu(a) = a s with s = 1 / (1 + 2^(-a log2 e)).
+"""SwiGLU for CPUs: silu(a) b in one pass. silu(a) = a s with s = 1 / (1 + 2^(-a log2 e)).
 
-Backward, g the gradient of the result: da = g b s (1 + a (1 - s)),   db = g a s.
-Rows of F numbers, of `size` bytes each; those of a and b may lie in one wide row, as those of da and db do.
+Backward, with g the gradient of the result: da = g b s (1 + a (1 - s)),   db = g a s.
+Rows of F numbers, of `size` bytes each. Rows of a and b may be parts of one wide row, as those of da and db are.
 """
 
 import math
@@ -33,7 +33,7 @@ MINUS_LOG2E, ONE = np.float32(-1 / math.log(2)), np.float32(1)
 class KernelArgs(NamedTuple):
     a: int  # (N, F), rows `a_row` numbers apart
     b: int
-    y: int  # (N, F), the result; in the backward pass its gradient
+    y: int  # (N, F): the result, and in the backward pass its gradient
     da: int  # (N, F), rows 2 F numbers apart
     db: int
     f: int
@@ -51,7 +51,7 @@ def inverse(x):
 
 
 def _sigmoid(exp2, inverse):
-    """As exact as these two are."""
+    """A sigmoid as exact as these two functions."""
 
     @njit
     def sigmoid(x):
@@ -61,7 +61,7 @@ def _sigmoid(exp2, inverse):
 
 
 def _rows(load, store, size, sigmoid):
-    """gate and gate_backward for whole registers of one type."""
+    """gate and gate_backward for whole registers of one dtype."""
 
     @njit
     def gate(a, b, y, n):

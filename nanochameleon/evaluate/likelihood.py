@@ -20,7 +20,7 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
     which nothing is left is None.
     """
     seq_len, assistant_eot = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.assistant_only_loss else None
-    kept = [list(map(int, ids)) for ids in documents if len(ids) <= seq_len]
+    kept = [list(map(int, document)) for document in documents if len(document) <= seq_len]
     packed = pack(kept, seq_len, run.vocab.pad, assistant_eot)
     packed = mask_targets(packed, run.cfg.train.image_loss, run.cfg.vqgan.codes_per_image, run.vocab)
     n_bytes = len(run.tokenizer.decode_bytes(packed.targets[run.vocab.is_text(packed.targets)].tolist()))

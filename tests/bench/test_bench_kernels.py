@@ -1,4 +1,4 @@
-"""The bench: rows that say what they are, cases that are checked before they are timed, wrong words refused."""
+"""Cases are checked before they are timed, peak memory is measured, and wrong options are refused."""
 
 import dataclasses
 import json

@@ -19,7 +19,7 @@ def generator(seed: int) -> torch.Generator:
 
 @st.composite
 def problems(draw, lengths=LENGTHS, head_dims=HEAD_DIMS):
-    """(tensors in float64 whose values bfloat16 holds, turns, doc_ids, gradient of the output)."""
+    """(tensors in float64 whose values bfloat16 holds, freqs_cis, doc_ids, gradient of the output)."""
     b, t = draw(st.integers(1, 2)), draw(st.sampled_from(lengths))
     shared, key_heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
     e = draw(st.sampled_from(head_dims))
@@ -44,12 +44,12 @@ def problems(draw, lengths=LENGTHS, head_dims=HEAD_DIMS):
 
 def outcome(function, problem, dtype) -> list[torch.Tensor]:
     """The output and the gradients of all tensors; q, k and v of this type, the norms float32 at least."""
-    tensors, table, docs, upstream = problem
+    tensors, freqs_cis, docs, upstream = problem
     norm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     x = {n: t.to(norm_dtype if "_" in n else dtype).requires_grad_() for n, t in tensors.items()}
     norms = [(x[f"{n}_weight"], x[f"{n}_bias"]) if f"{n}_weight" in x else None for n in "qk"]
-    table = table.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
-    out = function(x["q"], x["k"], x["v"], table, docs, *norms, EPS)
+    freqs_cis = freqs_cis.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    out = function(x["q"], x["k"], x["v"], freqs_cis, docs, *norms, EPS)
     return [out.detach(), *torch.autograd.grad(out, list(x.values()), upstream.to(dtype))]
 
 

@@ -1,4 +1,4 @@
-"""Tensors that end at a closed page: whoever reads on is ended by the system."""
+"""Tensors that end at a closed page: a read past the end kills the process."""
 
 import ctypes
 import mmap

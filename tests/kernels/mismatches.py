@@ -55,12 +55,12 @@ def numbers(*shape: int) -> Tensor:
 # The ops
 
 
-def normed(function, q, k, v, table, docs, q_weight, q_bias, k_weight, k_bias):
-    return function(q, k, v, table, docs, (q_weight, q_bias), (k_weight, k_bias), EPS)
+def normed(function, q, k, v, freqs_cis, docs, q_weight, q_bias, k_weight, k_bias):
+    return function(q, k, v, freqs_cis, docs, (q_weight, q_bias), (k_weight, k_bias), EPS)
 
 
-def plainly_attended(function, q, k, v, table):
-    return function(q, k, v, table, None, None, None, EPS)
+def plainly_attended(function, q, k, v, freqs_cis):
+    return function(q, k, v, freqs_cis, None, None, None, EPS)
 
 
 def causal(q, k, v):
@@ -89,7 +89,7 @@ def dropout_reference(x, keys):
 
 
 HEADS = {"q": numbers(2, 9, 4, 8), "k": numbers(2, 9, 2, 8), "v": numbers(2, 9, 2, 8)}
-TABLE = {"table": compute_freqs_cis(torch.arange(9).expand(2, 9), 8, 100.0)}
+TABLE = {"freqs_cis": compute_freqs_cis(torch.arange(9).expand(2, 9), 8, 100.0)}
 DOCS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3, 3]])
 NORMS = {"q_weight": numbers(2, 8), "q_bias": numbers(2, 8), "k_weight": numbers(1, 8), "k_bias": numbers(1, 8)}
 KEYS = {"q": numbers(2, 4, 5, 8), "k": numbers(2, 2, 7, 8), "v": numbers(2, 2, 7, 8)}
@@ -268,7 +268,7 @@ def number(x: Tensor) -> Tensor:
 
 
 EXAMPLES = {
-    "another type behind the gate": ("swiglu", {"b": of_type(torch.bfloat16)}),
+    "another type in the gate": ("swiglu", {"b": of_type(torch.bfloat16)}),
     "another type before the gate": ("swiglu", {"a": of_type(torch.bfloat16)}),
     "a wider type": ("swiglu", {"b": of_type(torch.float64)}),
     "whole numbers": ("swiglu", {"b": of_type(torch.int64)}),
@@ -298,7 +298,7 @@ EXAMPLES = {
     "wide logits, in place": ("zloss in place", {"logits": of_type(torch.float64)}),
     "a negated row": ("rms_norm", {"x": negated}),
     "negated values": ("qknorm_rope_attention", {"v": negated}),
-    "turns backwards": ("qknorm_rope_attention", {"table": conjugate}),
+    "rotations backwards": ("qknorm_rope_attention", {"freqs_cis": conjugate}),
     "a matrix of one column": ("linear", {"w1": of_size(1, 1)}),
     "a matrix of another type": ("linear", {"w1": of_type(torch.float64)}),
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.generation.decode_torch import TorchStep
+from nanochameleon.generation.decode_torch import FusedStep
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
 from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
@@ -25,7 +25,7 @@ NARROW = torch.bfloat16
 
 @st.composite
 def steps(draw):
-    """New ids' heads, turns, norm, a cache with something in it, positions; in float64 whose values bfloat16 holds."""
+    """New tokens' qkv, freqs_cis, norm, a filled cache, positions: float64 whose values bfloat16 holds."""
     n, t, groups, each = (
         draw(st.integers(1, 2)),
         draw(st.integers(1, 3)),
@@ -41,26 +41,26 @@ def steps(draw):
     def random(*shape):
         return torch.randn(shape, generator=numbers).to(NARROW).double()
 
-    heads, keys, values = (
+    qkv, keys, values = (
         random(n, t, groups * (each + 2), e),
         random(n, groups, places, e),
         random(n, groups, places, e),
     )
     norm = (random(groups * (each + 1), e), random(groups * (each + 1), e)) if draw(st.booleans()) else None
     positions = torch.randint(0, places - t + 1, (n, 1), generator=numbers) + torch.arange(t)
-    span = draw(st.integers(int(positions.max()) + 1, places))
-    return heads, compute_freqs_cis(positions, e, 1e4)[:, 0], norm, keys, values, positions, span
+    kv_len = draw(st.integers(int(positions.max()) + 1, places))
+    return qkv, compute_freqs_cis(positions, e, 1e4)[:, 0], norm, keys, values, positions, kv_len
 
 
 def decoded(function, step, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """-> out, keys, values"""
-    heads, turns, norm, keys, values, positions, span = step
+    qkv, freqs_cis, norm, keys, values, positions, kv_len = step
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     norm = norm and tuple(x.to(wide) for x in norm)
-    heads, keys, values = (x.to(dtype, copy=True) for x in (heads, keys, values))
-    unseen = torch.arange(span) > positions[..., None]
+    qkv, keys, values = (x.to(dtype, copy=True) for x in (qkv, keys, values))
+    unseen = torch.arange(kv_len) > positions[..., None]
     bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
-    return function(heads, turns, norm, EPS, keys, values, positions, bias), keys, values
+    return function(qkv, freqs_cis, norm, EPS, keys, values, positions, bias), keys, values
 
 
 @settings(max_examples=25)
@@ -81,13 +81,13 @@ def test_decoding_is_as_good_as_the_reference(step):
 @given(steps())
 def test_the_decoding_reference_is_the_formula(step):
     """Id by id, each seeing what came before it, with attention_reference of the prefix."""
-    heads, turns, norm, keys, values, positions, _ = step
+    qkv, freqs_cis, norm, keys, values, positions, _ = step
     out, new_keys, new_values = decoded(decode_attention_reference_, step, torch.float64)
-    n, t, groups = *heads.shape[:2], keys.shape[1]
-    qk, v = heads[:, :, :-groups], heads[:, :, -groups:]
+    n, t, groups = *qkv.shape[:2], keys.shape[1]
+    qk, v = qkv[:, :, :-groups], qkv[:, :, -groups:]
     if norm is not None:
         qk = F.layer_norm(qk, qk.shape[-1:], eps=EPS) * norm[0] + norm[1]
-    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)).contiguous()) * turns[:, :, None]
+    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)).contiguous()) * freqs_cis[:, :, None]
     x = torch.cat([torch.view_as_real(pairs).flatten(-2), v], 2)
     for i in range(n):
         for j in range(t):
@@ -106,7 +106,7 @@ def test_the_decoding_reference_is_the_formula(step):
 @torch.inference_mode()
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_a_model_s_step_by_the_kernels(qk_norm):
-    """TorchStep id by id, with grouped keys: at most twice as far from the truth as in torch's operations."""
+    """FusedStep token by token, with grouped keys: at most twice the error of torch's operations."""
     cfg = ModelConfig(
         vocab_size=30, dim=128, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=64, max_seq_len=16, qk_norm=qk_norm
     )
@@ -114,7 +114,7 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
     model, tokens = Chameleon(cfg).to(NARROW), torch.randint(30, (2, 4))
 
     def hidden(name: str, dtype: torch.dtype) -> torch.Tensor:
-        step, cache = TorchStep(model.to(dtype), 16), KVCache.empty(cfg, 2, 16, torch.device("cpu"), dtype)
+        step, cache = FusedStep(model.to(dtype), 16), KVCache.empty(cfg, 2, 16, torch.device("cpu"), dtype)
         with use_kernels(name):
             places = [torch.tensor([t, t + 5]) for t in range(4)]
             found = [step(tokens[:, t], at, cache.view(slice(0, 2), at[:, None], 9)) for t, at in enumerate(places)]
@@ -128,15 +128,15 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
 @pytest.mark.parametrize(
     ("wrong", "shape"),
     [("keys", (2, 2, 7, 32)), ("keys", (1, 2, 7, 64)), ("values", (2, 1, 7, 64)), ("values", (2, 2, 6, 64)),
-     ("positions", (1, 3)), ("positions", (2, 2)), ("turns", (2, 2, 32)), ("weight", (4, 64)), ("bias", (2, 3, 8))],
+     ("positions", (1, 3)), ("positions", (2, 2)), ("freqs_cis", (2, 2, 32)), ("weight", (4, 64)), ("bias", (2, 3, 8))],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(monkeypatch, wrong, shape):
+def test_inputs_that_do_not_fit_raise(monkeypatch, wrong, shape):
     monkeypatch.setattr(gpu, "start", None)
     cache = (2, 2, 7, 64)
-    shapes = {"keys": cache, "values": cache, "positions": (2, 3), "turns": (2, 3, 32), "weight": (6, 64),
+    shapes = {"keys": cache, "values": cache, "positions": (2, 3), "freqs_cis": (2, 3, 32), "weight": (6, 64),
               "bias": (2, 3, 7)} | {wrong: shape}  # fmt: skip
     keys, values, weight, bias = (torch.zeros(shapes[key]).to(NARROW) for key in ("keys", "values", "weight", "bias"))
-    turns, positions = torch.zeros(shapes["turns"]).to(torch.complex64), torch.zeros(shapes["positions"]).long()
-    heads = torch.zeros(2, 3, 8, 64).to(NARROW)
-    with use_kernels("cuda"), pytest.raises(ValueError, match=r"decode_attention|a cache"):
-        decode_attention_(heads, turns, (weight, weight), EPS, keys, values, positions, bias)
+    freqs_cis, positions = torch.zeros(shapes["freqs_cis"]).to(torch.complex64), torch.zeros(shapes["positions"]).long()
+    qkv = torch.zeros(2, 3, 8, 64).to(NARROW)
+    with use_kernels("cuda"), pytest.raises(ValueError, match=r"decode_attention"):
+        decode_attention_(qkv, freqs_cis, (weight, weight), EPS, keys, values, positions, bias)

@@ -18,7 +18,7 @@ def default(request):
     torch.set_default_dtype(torch.float32)
 
 
-def test_the_default_type_is_no_business_of_the_kernels(default):
+def test_kernels_ignore_the_default_dtype(default):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(300, 50, generator=generator, dtype=torch.float32)
     targets, weight = torch.arange(300) % 50, torch.ones(50, dtype=torch.float32).requires_grad_()
@@ -40,7 +40,7 @@ def test_a_weight_may_have_strides():
 
 
 @pytest.mark.parametrize("name", ["numba", "reference"])
-def test_shapes_that_do_not_fit_are_refused(name):
+def test_shapes_that_do_not_fit_raise(name):
     with use_kernels(name):
         with pytest.raises((ValueError, RuntimeError, IndexError)):
             zloss_cross_entropy(torch.zeros(4, 8), torch.zeros(2, dtype=torch.long))
@@ -48,7 +48,7 @@ def test_shapes_that_do_not_fit_are_refused(name):
             swiglu(torch.zeros(4, 64), torch.zeros(4, 32))
 
 
-def test_what_does_not_fit_is_refused_or_read_as_the_reference_reads_it():
+def test_inputs_that_do_not_fit_raise_or_give_what_the_reference_gives():
     """mismatches.py, in a process of its own: reading beyond a tensor ends it there. Its last words name the inputs."""
     file = Path(__file__).with_name("mismatches.py")
     command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", str(file)]

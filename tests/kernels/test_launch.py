@@ -3,6 +3,7 @@
 import errno
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from nanochameleon.kernels.cpu.simd import load, load1, splat, store, store1
 
 class KernelArgs(NamedTuple):
     done: int  # (N,) float32: how often each was done
-    by: int  # (N,) float32: a mark of the stretch that did it
+    by: int  # (N,) float32: a mark of the chunk that did it
     clashes: int  # int64: how often another thread wrote into the same scratch meanwhile
     step: float
 
@@ -26,21 +27,21 @@ unpack_args = args_unpacker(KernelArgs)
 
 
 @launch.kernel
-def count(job, part, first, last, scratch):
-    job = unpack_args(job)
+def count(args, chunk, first, last, scratch):
+    args = unpack_args(args)
     for i in range(first, last):
-        store(scratch, splat(load1(job.done + 4 * i) + job.step))
+        store(scratch, splat(load1(args.done + 4 * i) + args.step))
         for _ in range(100):
             store(scratch + 64, load(scratch))
-        if load1(scratch + 64) != load1(job.done + 4 * i) + job.step:
-            fetch_add(job.clashes)
-        store1(job.done + 4 * i, load1(scratch + 64))
-        store1(job.by + 4 * i, part)
+        if load1(scratch + 64) != load1(args.done + 4 * i) + args.step:
+            fetch_add(args.clashes)
+        store1(args.done + 4 * i, load1(scratch + 64))
+        store1(args.by + 4 * i, chunk)
 
 
-def counted(n: int, parts: int | None = None) -> tuple[list[float], list[float]]:
+def counted(n: int, chunks: int | None = None) -> tuple[list[float], list[float]]:
     done, by, clashes = torch.zeros(n), torch.full((n,), -1.0), torch.zeros(1, dtype=torch.long)
-    launch.run(count, KernelArgs(done.data_ptr(), by.data_ptr(), clashes.data_ptr(), 0.5), n, 32, parts)
+    launch.run(count, KernelArgs(done.data_ptr(), by.data_ptr(), clashes.data_ptr(), 0.5), n, 32, chunks)
     assert not clashes
     return done.tolist(), by.tolist()
 
@@ -60,14 +61,14 @@ def threads(request):
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 40, 3_000])
-def test_every_task_runs_once_and_stretches_follow_one_another(way, threads, n):
+def test_every_task_runs_once_and_chunks_are_in_order(way, threads, n):
     done, by = counted(n)
     assert done == [0.5] * n and by == sorted(by) and -1 not in by
 
 
-@pytest.mark.parametrize(("n", "parts"), [(10, 3), (2, 5), (7, 1)])
-def test_there_are_as_many_stretches_as_were_asked_for(way, threads, n, parts):
-    assert set(counted(n, parts)[1]) == set(range(min(n, parts)))
+@pytest.mark.parametrize(("n", "chunks"), [(10, 3), (2, 5), (7, 1)])
+def test_there_are_as_many_chunks_as_requested(way, threads, n, chunks):
+    assert set(counted(n, chunks)[1]) == set(range(min(n, chunks)))
 
 
 def test_python_s_own_threads_may_run_kernels_at_the_same_time(way, threads):
@@ -92,8 +93,13 @@ def test_a_kernel_is_compiled_once_and_then_read(kept):
     assert [compiled_count().cache_hits for _ in range(2)] == [0, 1]
 
 
+def test_an_edit_of_any_kernel_source_makes_compiled_code_stale():
+    seen = launch.sources(count.function)
+    assert {*Path(launch.__file__).parents[1].rglob("*.py"), Path(__file__)} <= {*seen}
+
+
 @pytest.mark.parametrize("ending", ["nbi", "nbc"])
-def test_what_is_kept_and_was_cut_is_compiled_again_and_said(kept, caplog, ending):
+def test_a_truncated_cache_file_is_compiled_again_with_a_warning(kept, caplog, ending):
     compiled_count()
     for path in kept.rglob(f"*.{ending}"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -102,7 +108,7 @@ def test_what_is_kept_and_was_cut_is_compiled_again_and_said(kept, caplog, endin
     assert str(kept) in caplog.text and "delete that folder" in caplog.text
 
 
-def test_a_full_disk_costs_what_is_kept_alone(kept, monkeypatch, caplog):
+def test_a_full_disk_costs_the_cache_alone(kept, monkeypatch, caplog):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -111,7 +117,7 @@ def test_a_full_disk_costs_what_is_kept_alone(kept, monkeypatch, caplog):
     assert compiled_count().address and "No space left on device" in caplog.text
 
 
-def test_nothing_can_be_kept_and_the_kernel_runs(tmp_path, monkeypatch):
+def test_a_kernel_runs_where_no_cache_can_be_written(tmp_path, monkeypatch):
     before = config.CACHE_DIR
     monkeypatch.setattr(launch, "cache_folder", lambda *_: None)
     monkeypatch.setitem(vars(count), "compiled", compiled_count())

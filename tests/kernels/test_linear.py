@@ -1,4 +1,4 @@
-"""Linear layers as one product: each as if alone, in value and gradient, and nothing copied that need not be."""
+"""Linear layers as one matmul: each as if alone, in value and gradient, and nothing copied that need not be."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_it_is_as_good_as_the_layers_one_by_one(dtype, widths, shape, k, seed):
         assert_as_good_as(y, plain, exact, 16 * (1 + k + sum(widths) + len(x)))
 
 
-def test_under_autocast_products_are_bfloat16_and_gradients_as_wide_as_their_tensors():
+def test_under_autocast_matmuls_are_bfloat16_and_gradients_as_wide_as_their_tensors():
     x, weights = torch.randn(4, 8, requires_grad=True), [torch.randn(n, 8, requires_grad=True) for n in (3, 5)]
     with use_kernels("auto"), torch.autocast("cpu", torch.bfloat16):
         results = linear(x, weights)
@@ -54,7 +54,7 @@ def test_what_needs_no_gradient_gets_none():
     torch.testing.assert_close(x.grad, w.detach().sum(0).expand(4, 8))
 
 
-def test_gradients_that_lie_side_by_side_are_taken_as_they_are():
+def test_gradients_that_are_adjacent_views_are_not_copied():
     whole = torch.randn(6, 9)
     assert concat_view(whole.split([2, 3, 4], 1)).data_ptr() == whole.data_ptr()
     parts = {

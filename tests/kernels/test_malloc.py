@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanochameleon.kernels.cpu import malloc as pages
+from nanochameleon.kernels.cpu import malloc
 
 FAULTS = """
 import resource, torch
@@ -32,5 +32,5 @@ def test_memory_that_was_freed_is_not_cleared_again():
 
 def test_elsewhere_nothing_is_done(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(pages.ctypes, "CDLL", lambda name: pytest.fail("looked for a C library"))
-    pages.tune_malloc()
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: pytest.fail("looked for a C library"))
+    malloc.tune_malloc()

@@ -66,13 +66,13 @@ def test_an_ordinary_problem_is_right_to_a_percent_or_two_in_each_tensor(name, d
 def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype):
     """Every output and every piece of scratch is written before it is read."""
     q, k, v = (torch.randn(2, 70, heads, 20).to(dtype) for heads in (4, 2, 2))
-    table, docs = compute_freqs_cis(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
+    freqs_cis, docs = compute_freqs_cis(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
     norms = [(torch.randn(1, 20), torch.randn(1, 20)) for _ in "qk"]
 
     def run() -> list[torch.Tensor]:
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         with use_kernels(name):
-            out = qknorm_rope_attention(*inputs, table, docs, *norms, EPS)
+            out = qknorm_rope_attention(*inputs, freqs_cis, docs, *norms, EPS)
         return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
 
     assert_same_in_garbage(monkeypatch, run)
@@ -82,14 +82,14 @@ def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype
 def test_any_number_of_threads_computes_the_same_bits(name, dtype):
     generator = torch.Generator().manual_seed(3)
     inputs = [torch.randn(3, 90, heads, 24, generator=generator).to(dtype) for heads in (4, 2, 2)]
-    table, docs = compute_freqs_cis(torch.arange(90).expand(3, 90), 24, 1e4), torch.arange(90).expand(3, 90) // 41
+    freqs_cis, docs = compute_freqs_cis(torch.arange(90).expand(3, 90), 24, 1e4), torch.arange(90).expand(3, 90) // 41
     before, outcomes = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             x = [y.clone().requires_grad_() for y in inputs]
             with use_kernels(name):
-                out = qknorm_rope_attention(*x, table, docs, None, None, EPS)
+                out = qknorm_rope_attention(*x, freqs_cis, docs, None, None, EPS)
                 outcomes.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), x)])
     finally:
         torch.set_num_threads(before)
@@ -100,37 +100,39 @@ def test_any_number_of_threads_computes_the_same_bits(name, dtype):
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_inputs_of_other_strides_are_read_right_and_never_written(name, dtype):
     fused = torch.randn(2, 9, 3, 4, 6).to(dtype)  # one buffer of q, k and v, as a fused projection gives it
-    table = compute_freqs_cis(torch.arange(9).expand(2, 9), 6, 1e4)
+    freqs_cis = compute_freqs_cis(torch.arange(9).expand(2, 9), 6, 1e4)
     q, k, v = fused.unbind(2)
     before = fused.clone()
     with use_kernels(name):
-        out = qknorm_rope_attention(q, k, v, table, None, None, None, EPS)
-        copied = qknorm_rope_attention(*(x.contiguous() for x in (q, k, v)), table, None, None, None, EPS)
+        out = qknorm_rope_attention(q, k, v, freqs_cis, None, None, None, EPS)
+        copied = qknorm_rope_attention(*(x.contiguous() for x in (q, k, v)), freqs_cis, None, None, None, EPS)
     assert torch.equal(out, copied) and torch.equal(fused, before)
 
 
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_rows_may_lie_an_odd_number_of_numbers_apart(name, dtype):
     wide = torch.randn(1, 40, 65).to(dtype)
-    table = compute_freqs_cis(torch.arange(40).expand(1, 40), 32, 1e4)
+    freqs_cis = compute_freqs_cis(torch.arange(40).expand(1, 40), 32, 1e4)
     x = wide[..., 1:].view(1, 40, 2, 32)
     with use_kernels(name):
-        out, copied = (qknorm_rope_attention(y, y, y, table, None, None, None, EPS) for y in (x, x.contiguous()))
+        out, copied = (qknorm_rope_attention(y, y, y, freqs_cis, None, None, None, EPS) for y in (x, x.contiguous()))
     assert torch.equal(out, copied)
 
 
 def test_the_sums_that_the_gradient_needs_have_none_themselves():
-    x, turns = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
-    out, lse = torch.ops.nanochameleon.qknorm_rope_attention(x, x, x, turns, None, None, None, None, None, EPS, False)
-    assert out.requires_grad and not lse.requires_grad
+    x, cos_sin = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
+    out, lse2 = torch.ops.nanochameleon.qknorm_rope_attention(
+        x, x, x, cos_sin, None, None, None, None, None, EPS, False
+    )
+    assert out.requires_grad and not lse2.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 6, requires_grad=True)
-    table = torch.ones(shape[0], 1, shape[1], 3, dtype=torch.complex64)
+    freqs_cis = torch.ones(shape[0], 1, shape[1], 3, dtype=torch.complex64)
     with use_kernels("numba"):
-        out = qknorm_rope_attention(x, x, x, table, None, None, None, EPS)
+        out = qknorm_rope_attention(x, x, x, freqs_cis, None, None, None, EPS)
     assert out.shape == x.shape
     out.sum().backward()
     assert x.grad.shape == x.shape
@@ -140,10 +142,10 @@ def test_no_rows_and_no_positions(shape):
 @settings(max_examples=15)
 @given(problem=problems())
 def test_an_output_lies_between_the_least_and_the_largest_value_that_is_seen(name, dtype, problem):
-    tensors, table, docs, _ = problem
+    tensors, freqs_cis, docs, _ = problem
     q, k, v = (tensors[n].to(dtype) for n in "qkv")
     with use_kernels(name):
-        out = qknorm_rope_attention(q, k, v, table.to(torch.complex64), docs, None, None, EPS)
+        out = qknorm_rope_attention(q, k, v, freqs_cis.to(torch.complex64), docs, None, None, EPS)
     docs = torch.zeros(q.shape[:2]) if docs is None else docs
     v, unseen = v.repeat_interleave(q.shape[2] // v.shape[2], 2)[:, None], ~visible(docs, docs)[..., None, None]
     low, high = v.masked_fill(unseen, torch.inf).amin(2), v.masked_fill(unseen, -torch.inf).amax(2)
@@ -154,14 +156,14 @@ def test_an_output_lies_between_the_least_and_the_largest_value_that_is_seen(nam
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 @settings(max_examples=15)
 @given(seed=st.integers(0, 100), e=st.sampled_from([16, 32, 48]), by=st.integers(1, 500))
-def test_only_distances_count_and_one_vector_on_all_unturned_keys_does_not(name, dtype, seed, e, by):
+def test_only_distances_count_and_one_vector_on_all_unrotated_keys_does_not(name, dtype, seed, e, by):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 70, heads, e, generator=generator).to(dtype) for heads in (2, 1, 1))
     shift = torch.randn(e, generator=generator).to(dtype)
     places, still = torch.arange(70)[None], torch.ones(1, 1, 70, e // 2, dtype=torch.complex64)
     with use_kernels(name):
-        turned = [compute_freqs_cis(p, e, 1e4) for p in (places, places + by)]
-        here, there = (qknorm_rope_attention(q, k, v, turns, None, None, None, EPS) for turns in turned)
+        rotations = [compute_freqs_cis(p, e, 1e4) for p in (places, places + by)]
+        here, there = (qknorm_rope_attention(q, k, v, freqs_cis, None, None, None, EPS) for freqs_cis in rotations)
         plain, moved = (qknorm_rope_attention(q, keys, v, still, None, None, None, EPS) for keys in (k, k + shift))
     room = 1e-3 if dtype == torch.float32 else 0.15  # scores of 4 to 8, rounded to bfloat16, move weights so
     torch.testing.assert_close(there, here, rtol=0, atol=room)
@@ -172,11 +174,11 @@ def test_gradcheck():
     """What every implementation is compared with: its gradient by differences, in float64."""
     q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
     norms = [torch.rand(1, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    turns = compute_freqs_cis(torch.arange(5).expand(1, 5), 4, 1e4).to(torch.complex128)
+    freqs_cis = compute_freqs_cis(torch.arange(5).expand(1, 5), 4, 1e4).to(torch.complex128)
     docs = torch.tensor([[0, 0, 0, 1, 1]])
 
     def run(q, k, v, *n):
-        return qknorm_rope_attention(q, k, v, turns, docs, n[:2], n[2:], EPS)
+        return qknorm_rope_attention(q, k, v, freqs_cis, docs, n[:2], n[2:], EPS)
 
     assert torch.autograd.gradcheck(run, (q, k, v, *norms))
 
@@ -186,10 +188,10 @@ def test_gradcheck():
 def test_with_the_norm_a_factor_on_queries_and_keys_changes_nothing(seed, factor):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 40, 2, 16, generator=generator) for _ in range(3))
-    table = compute_freqs_cis(torch.arange(40).expand(1, 40), 16, 1e4)
+    freqs_cis = compute_freqs_cis(torch.arange(40).expand(1, 40), 16, 1e4)
     norms = [(torch.randn(1, 16, generator=generator), torch.randn(1, 16, generator=generator)) for _ in "qk"]
     with use_kernels("numba"):
-        out, scaled = (qknorm_rope_attention(c * q, c * k, v, table, None, *norms, 1e-12) for c in (1.0, factor))
+        out, scaled = (qknorm_rope_attention(c * q, c * k, v, freqs_cis, None, *norms, 1e-12) for c in (1.0, factor))
     torch.testing.assert_close(scaled, out, rtol=0, atol=1e-4)
 
 
@@ -200,19 +202,19 @@ def test_what_has_diverged_is_seen_by_all_that_see_it(which, normed, value):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, 70, 1, 16, generator=generator) for _ in "qkv"]
     inputs[which][0, 20, 0, 3] = value
-    table = compute_freqs_cis(torch.arange(70).expand(1, 70), 16, 1e4)
+    freqs_cis = compute_freqs_cis(torch.arange(70).expand(1, 70), 16, 1e4)
     norms = [(torch.ones(1, 16), torch.zeros(1, 16)) if normed else None for _ in "qk"]
     outcomes = []
     for function in (numba := with_numba(qknorm_rope_attention), qknorm_rope_attention_reference):
         x = [y.clone().requires_grad_() for y in inputs]
-        out = function(*x, table, None, *norms, EPS)
+        out = function(*x, freqs_cis, None, *norms, EPS)
         outcomes.append([out.detach(), *torch.autograd.grad(out.sum(), x)])
     result, naive = outcomes
     assert not naive[0].isfinite().all()
     met = [slice(20, None)] * 2 + [slice(0, 21) if which == 0 else slice(None)] * 2  # who sees it, and what it sees
     for x, y, rows in zip(result, naive, met, strict=True):
         assert not (x.isfinite() & ~y.isfinite())[:, rows].any()
-    assert numba(*inputs, table, None, *norms, EPS)[:, :20].isfinite().all()
+    assert numba(*inputs, freqs_cis, None, *norms, EPS)[:, :20].isfinite().all()
 
 
 def with_numba(function):

@@ -39,7 +39,7 @@ ROWS, LAYOUTS = st.one_of(SIZES, st.just(600)), st.tuples(LAYOUT, LAYOUT)
 @needs_amx
 @settings(max_examples=60)
 @given(t=ROWS, n_out=SIZES, n_in=SIZES, how=LAYOUTS, seed=st.integers(0, 99))
-def test_it_is_the_product_with_nothing_rounded_but_sums(t, n_out, n_in, how, seed):
+def test_it_is_the_matmul_with_nothing_rounded_but_sums(t, n_out, n_in, how, seed):
     g, x = numbers(seed, t, n_out), numbers(seed + 1, t, n_in)
     result = weight_gradient(laid_out(g, how[0]), laid_out(x, how[1]))
     size = (g.abs().double().T @ x.abs().double()).max().item()
@@ -82,7 +82,7 @@ def step(name: str, x: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch
 
 @needs_amx
 @pytest.mark.parametrize("name", ["auto", "amx"])
-def test_linear_layers_take_it_where_it_pays_and_is_wished_for(monkeypatch, name):
+def test_linear_layers_take_it_where_it_pays_and_is_requested(monkeypatch, name):
     x = torch.randn(2, MIN_SIZE, MIN_SIZE)
     weights = [torch.randn(n, MIN_SIZE, requires_grad=True) for n in (MIN_SIZE, 50)]
     g, gradient = step(name, x, weights)

@@ -52,23 +52,25 @@ MUTANTS = [
     Mutant(
         "a target across two documents",
         "packing.py",
-        "targets[r, start : end - 1] = following",
-        "targets[r, start : end] = np.append(following, ids[0])",
+        "targets[s, start : end - 1] = next_tokens",
+        "targets[s, start : end] = np.append(next_tokens, doc[0])",
         "test_packing.py",
     ),
-    Mutant("a document is lost", "packing.py", "rows[row].append(ids)", "rows[row][:1] = [ids]", "test_packing.py"),
+    Mutant(
+        "a document is lost", "packing.py", "sequences[s].append(doc)", "sequences[s][:1] = [doc]", "test_packing.py"
+    ),
     Mutant(
         "prompts are learnt as well",
         "packing.py",
-        "np.where(answer_mask(ids, assistant_eot)[1:], following, IGNORE)",
-        "following",
+        "np.where(answer_mask(doc, assistant_eot)[1:], next_tokens, IGNORE)",
+        "next_tokens",
         "test_packing.py",
     ),
     Mutant(
         "an answer's end is not learnt",
         "packing.py",
-        "np.concatenate([[0], turns[:-1]]) % 2 == 1",
-        "turns % 2 == 1",
+        "np.concatenate([[0], turns_ended[:-1]]) % 2 == 1",
+        "turns_ended % 2 == 1",
         "test_packing.py",
     ),
     Mutant(

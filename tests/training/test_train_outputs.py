@@ -36,7 +36,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert read_config(finished) == training_config(finished)
 
 
-def test_the_first_loss_is_that_of_a_guess_among_all_ids(finished):
+def test_the_first_loss_is_that_of_a_guess_among_all_tokens(finished):
     first, guess = read_metrics(finished / "metrics.jsonl")[0], math.log(read_config(finished).model.vocab_size)
     assert [first[name] for name in ("loss_text", "loss_image", "log_z")] == pytest.approx([guess] * 3, rel=1e-5)
     assert first["z_loss"] == pytest.approx(1e-5 * guess**2, rel=1e-4)

@@ -1,12 +1,12 @@
-"""Attention in bfloat16 on tiles (amx.py): the same op as attention_numba.py, which is to be read first.
+"""Attention in bfloat16 on AMX tiles: the same op as attention/cpu.py, which is to be read first.
 
-Products cost a sixteenth here, so everything is arranged for what is left, the passes over scores:
+Matmuls cost a sixteenth here (tiles.py), so everything is arranged for what is left, the passes over scores:
 
-    scores lie as (keys, queries)    a query is a lane: its largest score, its sum, log Z and D are registers, and
+    scores are (keys, queries)       a query is a lane: its largest score, its sum, log Z and D are registers, and
                                      nothing is ever added up across lanes
-    of keys everything is an `a`     rows, or rows of the transpose, which a tile reads from any position on: runs of
+    keys are operand `a` everywhere  rows, or rows of the transpose, which a tile reads from any position on: runs of
                                      documents may begin anywhere, and nothing is packed twice
-    of queries everything is a `b`   pairs, made once for each tile of queries, the outer loop
+    queries are operand `b`          pairs, made once for each tile of queries, the outer loop
     weights leave a pass as both     rows for sums over queries, pairs for sums over keys
 
 Forward, for 32 queries and 32 keys at a time (P are weights):
@@ -19,9 +19,9 @@ Backward, with dS = P * (dP - D):
 
     S = K Q^T, dP = V dO^T,   dV += P dO,   dK += dS Q,   dQ^T += K^T dS
 
-Operands are rounded to bfloat16: prepared queries and keys, values, weights, dO and dS, as FlashAttention has them on
-GPUs; sums, powers and the norms' gradients are float32. A weight of 0 times NaN is NaN: where a value has diverged, up
-to 31 positions before it see that, too.
+Matmul operands are rounded to bfloat16 (normed and rotated queries and keys, values, weights, dO and dS), as in
+FlashAttention on GPUs. Sums, powers and the norms' gradients are float32. A weight of 0 times NaN is NaN: where a value
+has diverged, up to 31 positions before it see that, too.
 """
 
 import math
@@ -97,8 +97,10 @@ LANES = BLOCK  # a head's numbers are rounded up to this many
 
 
 class Buffers(NamedTuple):
-    """Addresses in a thread's scratch. Keys first, of all positions; then a tile of queries; then a block of scores.
-    What words, halves and pairs are says qknorm_rope.py."""
+    """Addresses in a thread's scratch: keys of all positions, then a tile of queries, then a block of scores.
+
+    qknorm_rope.py says what words, halves and pairs are.
+    """
 
     k: int  # (P, width) bfloat16, P = padded(t)
     v: int
@@ -106,11 +108,11 @@ class Buffers(NamedTuple):
     dk: int  # (P, width) float32
     dv: int
     cos_sin: int  # (width, P) float32
-    ends: int  # (t,) int64: where a run of one document ends, for positions where one begins
+    ends: int  # (t,) int64: at the first position of a run, where the run ends
     sums: int  # (width, 32) float32: out or dq, transposed
-    x: int  # words of rows as they are
-    y: int  # and of what comes out
-    q: int  # words of prepared queries
+    x: int  # words of input rows
+    y: int  # words of output rows
+    q: int  # words of normed and rotated queries
     q_pairs: int
     d_out: int  # words
     d_out_pairs: int
@@ -122,7 +124,7 @@ class Buffers(NamedTuple):
     ds: int
     pairs: int  # (16, 32) words, of weights in the forward pass, of ds in the backward pass
     spare: int
-    shift: int  # (32,) float32, as all that follows
+    shift: int  # (32,) float32, as all fields below
     total: int
     delta: int
     mean: int
@@ -132,7 +134,7 @@ class Buffers(NamedTuple):
 
 @register_jitable
 def padded(t):
-    """Positions that there is memory for: a block of keys may begin at any of t."""
+    """Positions that the buffers hold: a block of keys may begin at any of the t positions."""
     return (t // BLOCK + 2) * BLOCK
 
 
@@ -165,12 +167,12 @@ def scratch_floats(args: KernelArgs, backward: bool) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows -> what tiles take
+# Rows -> operands of tiles
 
 
 @njit
 def start_task(args, b, buf):
-    """What a task needs to know of its row of the batch; returns its documents."""
+    """Find the runs of documents and transpose cos_sin; returns the address of the sequence's document ids."""
     doc_ids = args.doc_ids + 8 * b * args.t if args.doc_ids != 0 else 0
     find_runs(doc_ids, args.t, buf.ends)
     transpose_cos_sin(args.cos_sin + 4 * b * args.t * args.width, args.t, args.width, buf.cos_sin, 4 * padded(args.t))
@@ -179,7 +181,7 @@ def start_task(args, b, buf):
 
 @njit
 def prepare_keys(args, b, g, buf, backward):
-    """Keys and values of one head; one of them transposed, too. Returns the largest square of a key's length."""
+    """Keys and values of one head, and one of the two transposed. Returns the largest squared length of a key."""
     keys, values = head_rows(args, args.k, args.k_row, b, g), head_rows(args, args.v, args.v_row, b, g)
     norm, lanes, most = key_norm(args, b, g), lanes_of(args, buf), ZERO
     for i in range(0, padded(args.t), BLOCK):
@@ -210,7 +212,7 @@ def prepare_queries(args, b, h, i, n, buf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who sees whom
+# Which queries see which keys
 
 
 @njit
@@ -224,7 +226,7 @@ def find_runs(doc_ids, t, ends):
 
 @njit
 def query_tiles(ends, t):
-    """Yields (start, i, n): queries [i, i + n) of the run that begins at start."""
+    """Yield (start, i, n): queries [i, i + n) of the run that begins at start."""
     start = 0
     while start < t:
         end = load1_int(ends + 8 * start)
@@ -235,7 +237,7 @@ def query_tiles(ends, t):
 
 @njit
 def key_blocks(doc_ids, ends, start, end):
-    """Yields (j, n): keys [j, j + n) before `end` of the runs of that run's document."""
+    """Yield (j, n): keys [j, j + n) before `end`, from all runs of the document of the run that begins at start."""
     run = 0
     while run <= start:
         stop = min(load1_int(ends + 8 * run), end)
@@ -246,12 +248,12 @@ def key_blocks(doc_ids, ends, start, end):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Passes over a block of scores. `ahead` = j - i: key c is seen by the queries from lane ahead + c on, if c < nk
+# Passes over a block of scores. `ahead` is j - i: queries from lane ahead + c on see key c, if c < nk
 
 
 @njit
 def all_visible(ahead, nk, nq):
-    """Everybody sees everything."""
+    """Whether all 32 queries see all 32 keys."""
     return ahead + BLOCK <= 1 and nk == BLOCK and nq == BLOCK
 
 
@@ -272,8 +274,11 @@ def raise_shift(s, ahead, nk, nq, shift):
 
 @njit
 def weights_forward(buf, ahead, nk, nq):
-    """at.pairs = 2^(scores - shift) where seen, else 0. at.total += their sums over keys, for log Z; at.delta +=
-    those of the rounded ones, which divide the output: where one key is all there is, the output is its value."""
+    """buf.pairs = 2^(scores - shift) where seen, else 0, and their sums over keys.
+
+    buf.total sums the weights, for log Z. buf.delta sums the rounded weights, which divide the output: where a query
+    sees one key, the output is exactly that key's value.
+    """
     everything = all_visible(ahead, nk, nq)
     for lane in range(0, BLOCK, W):
         shift, total, seen = load(buf.shift + 4 * lane), load(buf.total + 4 * lane), load(buf.delta + 4 * lane)
@@ -304,7 +309,7 @@ def weight_and_gradient(buf, c, lane, everything, first, nq):
 
 @njit
 def weights_backward(buf, ahead, nk, nq):
-    """at.weights, at.ds and its pairs."""
+    """buf.weights, buf.ds, and the pairs of ds."""
     everything = all_visible(ahead, nk, nq)
     for c in range(0, BLOCK, 2):
         low, high = first_lane(ahead, c, nk), first_lane(ahead, c + 1, nk)
@@ -332,7 +337,7 @@ def compute_scores(args, j, buf):
 
 @njit
 def add_to_queries(args, j, buf):
-    """at.sums += the transposed rows of keys [j, j + BLOCK) times at.pairs."""
+    """buf.sums += the transposed rows of keys [j, j + BLOCK) times buf.pairs."""
     row = 2 * padded(args.t)
     for e in range(0, args.width, BLOCK):
         tile_matmul_add(buf.t + row * e + 2 * j, row, buf.pairs, ROW, buf.sums + ROW * e, ROW, BLOCK)
@@ -340,7 +345,7 @@ def add_to_queries(args, j, buf):
 
 @njit
 def find_shifts(args, doc_ids, start, i, nq, bounded, buf):
-    """0 where no score can overflow, else the largest score of each query, by products of its own."""
+    """shift = 0 where no score can overflow, else the largest score of each query, by matmuls of its own."""
     for lane in range(0, BLOCK, W):
         store(buf.shift + 4 * lane, splat(ZERO if bounded else NEG_INF))
     if not bounded:
@@ -364,7 +369,7 @@ def write_out(args, b, h, i, nq, buf):
 
 @kernel
 def forward(args, chunk, first_task, last_task, scratch):
-    """out and lse of tasks [first_task, last_task), each a batch row and a key head."""
+    """out and lse2 of tasks [first_task, last_task), each a sequence and a key head."""
     args = unpack_args(args)
     t, shared, buf = args.t, args.heads // args.key_heads, buffers(scratch, args.t, args.width)
     configure_tiles()
@@ -378,7 +383,7 @@ def forward(args, chunk, first_task, last_task, scratch):
                 longest_q = prepare_queries(args, b, h, i, nq, buf)
                 find_shifts(args, doc_ids, start, i, nq, longest_k * longest_q < MAX_SCORE * MAX_SCORE, buf)
                 clear(buf.sums, args.width * BLOCK)
-                clear(buf.total, 2 * BLOCK)  # and of rounded weights, in the place of delta
+                clear(buf.total, 2 * BLOCK)  # delta, too: it sums the rounded weights
                 for j, nk in key_blocks(doc_ids, buf.ends, start, i + nq):
                     compute_scores(args, j, buf)
                     weights_forward(buf, j - i, nk, nq)
@@ -393,7 +398,7 @@ def forward(args, chunk, first_task, last_task, scratch):
 
 @njit
 def read_gradient(args, b, h, i, n, buf):
-    """The gradient of the output as words and pairs, delta its products with the output, and log Z."""
+    """The gradient of the output as words and pairs, delta = its dot products with the output, and lse2."""
     rows, out = (
         head_rows(args, args.d_out, args.heads * args.e, b, h),
         head_rows(args, args.out, args.heads * args.e, b, h),
@@ -418,7 +423,7 @@ def add_to_keys(args, j, a, pairs, sums, buf):
 
 @njit
 def write_queries(args, b, h, i, n, buf):
-    """dq of a tile whose words `prepare_queries` has left."""
+    """dq of the tile whose words `prepare_queries` left in buf.x."""
     norm, lanes = query_norm(args, b, h), lanes_of(args, buf)
     qknorm_rope_backward(buf.sums, buf.x, i, norm, score_scale(args) * LN2, lanes, buf.y)
     store_rows(buf.y, lanes, head_rows(args, args.dq, args.d_row, b, h), i, n)
@@ -426,7 +431,7 @@ def write_queries(args, b, h, i, n, buf):
 
 @njit
 def write_keys(args, b, g, buf):
-    """dk, which needs the rows once more, and dv."""
+    """dk, whose norm needs the input rows once more, and dv."""
     norm, lanes, keys = key_norm(args, b, g), lanes_of(args, buf), head_rows(args, args.k, args.k_row, b, g)
     dk, dv = head_rows(args, args.dk, args.d_row, b, g), head_rows(args, args.dv, args.d_row, b, g)
     clear(buf.norm, 2 * W * args.width)
@@ -447,7 +452,7 @@ def write_keys(args, b, g, buf):
 
 @kernel
 def backward(args, chunk, first_task, last_task, scratch):
-    """dq, dk, dv and each head's share of the norms' gradients (which start as zeros)."""
+    """dq, dk, dv, and each sequence's part of the norms' gradients, which start as zeros."""
     args = unpack_args(args)
     t, width, shared, buf = args.t, args.width, args.heads // args.key_heads, buffers(scratch, args.t, args.width)
     configure_tiles()

@@ -1,15 +1,15 @@
-"""Rows of queries and keys for attention on tiles: QK-norm and rotary turn with a row in each lane, forward and back.
+"""QK-norm and RoPE for attention on AMX tiles, forward and backward, with a row (a position of a head) in each lane.
 
-Rows of bfloat16 are rows of words, and a word is a pair of neighbours, which is what rotary positions turn. Transposed,
-pair i of 32 rows is two registers: means, deviations and lengths are sums of registers, nothing is added up across
-lanes, and a row of 32 costs about 40 instructions where one after the other (attention_rows_numba.py) it is 130. What
-comes out, words of 32 rows, is a product's b as it is (amx.py); rows and pairs of rows are moves away.
+A row of bfloat16 is a row of words, and a word is a pair of neighbours, the pair that RoPE rotates. Transposed, pair i
+of 32 rows is two registers. So means, deviations and lengths are sums of registers, and nothing is added up across
+lanes: a row costs about 40 instructions, where one row after the other (attention/qknorm_rope_cpu.py) costs 130. The
+results, words of 32 rows, are operand `b` of a matmul as they are (tiles.py); rows and pairs are one move away.
 
     words      (width / 2, 32): pair i of 32 rows
     halves     (width, 32) bfloat16: number i of 32 rows, the transpose
     pairs      (16, width) words: number i of two rows
 
-All addresses int64, `width` a multiple of 32, zeros behind the E numbers of a row, an even number.
+All addresses int64, `width` a multiple of 32, zeros after the E numbers of a row, an even number.
 """
 
 from typing import NamedTuple
@@ -47,21 +47,21 @@ ROW = 4 * BLOCK  # bytes of a row of words, or of float32
 
 
 class Lanes(NamedTuple):
-    """What 32 rows of a head have in common, and what each has."""
+    """What 32 rows of a head share, and what each row has."""
 
     width: int
     e: int
-    cos_sin: int  # (width, any) float32: cos and sin of each pair in turn, a position in each lane
+    cos_sin: int  # (width, any) float32: cos and sin of each pair, a position in each lane
     cos_sin_row: int  # bytes
     mean: int  # (32,) float32
     factor: int  # (32,) one over the deviation
-    sums: int  # (2 width, W) float32: of the norm's gradients, a row of the batch in each lane
+    sums: int  # (2 width, W) float32: sums of the norm's gradients, lane by lane
     spare: int  # (32, 32) bfloat16
 
 
 @njit
 def transpose_all(source, rows, columns, lds, target, ldt):
-    """Words, (rows, columns) -> (columns, rows)."""
+    """Transpose words, (rows, columns) -> (columns, rows)."""
     for i in range(0, rows, W):
         for j in range(0, columns, W):
             transpose(source + 4 * (i * lds + j), lds, target + 4 * (j * ldt + i), ldt)
@@ -69,7 +69,7 @@ def transpose_all(source, rows, columns, lds, target, ldt):
 
 @njit
 def fetch_rows(rows, i, n):
-    """Asks for positions [i, i + n) early: rows of one head lie too far apart for the processor to foresee them."""
+    """Prefetch positions [i, i + n): rows of one head are too far apart for the processor's own prefetcher."""
     for r in range(i, i + n):
         for c in range(0, 2 * rows.e, 64):
             prefetch(rows.p + r * rows.step + c)
@@ -141,7 +141,7 @@ def standard(words, mean, factor):
 
 @njit
 def mean_and_rstd(words, norm, lanes):
-    """lanes.mean and lanes.factor; 0 and 1 without a norm."""
+    """Set lanes.mean and lanes.factor (1 / deviation); 0 and 1 without a norm."""
     share = splat(ONE / np.float32(lanes.e))
     for lane in range(0, 4 * BLOCK, 4 * W):
         mean, factor, a, b = splat(ZERO), splat(ONE), splat(ZERO), splat(ZERO)
@@ -161,8 +161,7 @@ def mean_and_rstd(words, norm, lanes):
 
 @njit
 def qknorm_rope(words, position, norm, scale, lanes, out):
-    """Words of rows from this position on -> of the rows normed, turned, times scale. Returns the largest square of a
-    length."""
+    """Norm, rotate and scale the words of rows from this position on -> out. Returns the largest squared length."""
     mean_and_rstd(words, norm, lanes)
     most = splat(ZERO)
     for lane in range(0, BLOCK, W):
@@ -188,8 +187,10 @@ def add(p, x):
 
 @njit
 def rope_backward(dy, words, position, norm, scale, lanes, lane):
-    """The gradient dy (width, 32) float32 of prepared rows -> u, that of the standardised ones, in place, for W lanes;
-    adds to the norm's gradients. Returns the sums of u and of u times them."""
+    """The gradient dy (width, 32) float32 of normed and rotated rows -> u, that of the standardised rows, for W lanes.
+
+    In place; adds to the norm's gradients. Returns the sums of u and of u times the standardised rows.
+    """
     mean, factor = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane)
     s, s_z = splat(ZERO), splat(ZERO)
     for i in range(lanes.width // 2):
@@ -214,10 +215,10 @@ def rope_backward(dy, words, position, norm, scale, lanes, lane):
 
 @njit
 def qknorm_rope_backward(dy, words, position, norm, scale, lanes, out):
-    """The gradient dy (width, 32) float32 of prepared rows -> that of the rows, as words; lanes as the rows left them.
+    """The gradient dy (width, 32) float32 of normed and rotated rows -> that of the rows, as words.
 
-    With z the standardised rows and u = dy weight: d_weight += dy z, d_bias += dy, and a row's gradient is
-    (u - mean u - z mean(u z)) / deviation.
+    lanes must hold the moments of the rows. With z the standardised rows and u = dy weight:
+    d_weight += dy z,   d_bias += dy,   d row = (u - mean u - z mean(u z)) / deviation.
     """
     share = splat(ONE / np.float32(lanes.e))
     for lane in range(0, BLOCK, W):
@@ -235,7 +236,7 @@ def qknorm_rope_backward(dy, words, position, norm, scale, lanes, out):
 
 @njit
 def add_sums(norm, lanes):
-    """The norm's gradients += those of each lane."""
+    """Add the sums of all lanes to the norm's gradients."""
     if norm.weight != 0:
         for i in range(0, lanes.width, W):
             add(norm.d_weight + 4 * i, row_sums(lanes.sums + 4 * W * i))
@@ -244,7 +245,7 @@ def add_sums(norm, lanes):
 
 @njit
 def row_dots(x, y, width, out):
-    """out[r] = the product of row r of both words."""
+    """out[r] = the dot product of row r of x and row r of y, both words."""
     for lane in range(0, BLOCK, W):
         s, s_high = splat(ZERO), splat(ZERO)
         for i in range(width // 2):

@@ -1,20 +1,20 @@
-"""Tiles: the matrix unit of newer Xeons (AMX), eight registers of 16 rows of 64 bytes, as building blocks for Numba.
+"""AMX tiles, the matrix unit of newer Xeons, for Numba: eight registers of 16 rows of 64 bytes.
 
     c (16, 16) float32 += a (16, 32) bfloat16 * b (32, 16) bfloat16        one instruction, 16 cycles: tdpbf16ps
 
-which is 16 times the arithmetic of float32 in vectors. What it wants in memory:
+which is 16 times the arithmetic of float32 vectors. Its operands in memory:
 
-    a   rows as they lie: 32 numbers that are summed over, side by side
+    a   rows: 32 adjacent numbers that are summed over
     b   rows of pairs: word n of row r holds (b[2r, n], b[2r + 1, n]), both for one step of the sum ("VNNI")
 
-Two moves make either from rows of numbers, and both are exact:
+Two moves make either from rows of numbers, both exact:
 
     store_pairs   two rows -> one row of pairs: b for sums over rows; pair_rows where they are bfloat16 already
     transpose     of words (simd.py). Of rows taken as words it makes pairs of the transpose: b for sums along rows.
                   Of pairs it makes rows of the transpose: a for sums over rows
 
-Products are (32, n) blocks, four tiles of sums at a time, so that each tile that is loaded is used twice. Strides are
-bytes, k a multiple of 32. Every kernel takes the tiles when it starts and releases them when it ends.
+Matmuls make (32, 32) blocks, four tiles of sums at a time, so that each tile that is loaded is used twice. Strides are
+bytes, k is a multiple of 32. Every kernel configures the tiles when it starts and releases them when it ends.
 
 Machines without these instructions never compile this: `why_unavailable` says what is missing.
 """
@@ -50,8 +50,8 @@ from nanochameleon.kernels.cpu.simd import (
     vec,
 )
 
-BLOCK = 32  # rows and columns of a product's block: two tiles by two
-BLOCK_ROW = 2 * BLOCK  # bytes of bfloat16: with AVX-512, which has to be there, a register
+BLOCK = 32  # rows and columns of a block: two tiles by two
+BLOCK_ROW = 2 * BLOCK  # bytes of bfloat16: one register, since AMX comes with AVX-512
 SQUARE = BLOCK * BLOCK_ROW
 NEEDED = ("amx-tile", "amx-bf16", "avx512f", "avx512dq", "avx512bw")
 i8, void = ir.IntType(8), ir.VoidType()
@@ -60,7 +60,7 @@ bytes_at = i8.as_pointer()
 
 @cache
 def why_unavailable() -> str | None:
-    """The reason why tiles cannot be used on this machine, or None. Asks Linux for them, once a process."""
+    """The reason why this machine has no AMX tiles, or None. Asks Linux for them, once a process."""
     missing = [name for name in NEEDED if f"+{name}" not in FEATURES]
     if missing:
         return f"this processor has no {missing[0].upper()}"
@@ -78,7 +78,7 @@ def why_unavailable() -> str | None:
 
 @instruction(types.void)
 def configure_tiles(b):
-    """Eight tiles of 16 rows of 64 bytes, from here to release_tiles."""
+    """Configure eight tiles of 16 rows of 64 bytes, until release_tiles."""
     words = [1, 0, 0, 0] + [64 << 16 | 64] * 4 + [0] * 4 + [0x10101010] * 2 + [0] * 2  # palette, bytes a row, rows
     memory = cgutils.alloca_once_value(b, ir.Constant(VI, words))
     call_of(b, "llvm.x86.ldtilecfg", void, b.bitcast(memory, bytes_at))
@@ -94,7 +94,7 @@ def _tile(b, name: str, number: int, at, stride) -> None:
 
 
 def _block(b, a, lda, p, ldp, c, ldc, k, add: bool) -> None:
-    """Tiles 0 to 3 are sums, 4 and 5 rows of a, 6 and 7 columns of p."""
+    """Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 columns of p."""
 
     def part(start, stride, row: int, column: int = 0):
         return b.add(b.add(start, b.mul(stride, ir.Constant(i64, 16 * row))), ir.Constant(i64, 64 * column))
@@ -129,23 +129,23 @@ def tile_matmul_add(b, a, lda, p, ldp, c, ldc, k):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers for them
+# Operands in bfloat16
 
 
 def _nearest(b, x):
-    """Bits whose upper half is the nearest bfloat16, ties upwards: one addition. Infinity and NaN stay as they are."""
+    """Bits whose upper half is the nearest bfloat16, ties upwards: one addition. Infinity and NaN stay the same."""
     return b.add(b.bitcast(x, VI), ir.Constant(VI, [0x8000] * W))
 
 
 @instruction(vec, vec)
 def rounded(b, x):
-    """The nearest bfloat16 numbers."""
+    """Round to the nearest bfloat16 numbers, as float32."""
     return b.bitcast(b.and_(_nearest(b, x), ir.Constant(VI, [0xFFFF0000] * W)), V)
 
 
 @instruction(types.void, address, vec, vec)
 def store_pairs(b, p, x, y):
-    """W words (x[i], y[i]) of two bfloat16."""
+    """Store W words (x[i], y[i]) of two bfloat16."""
     low = b.lshr(_nearest(b, x), ir.Constant(VI, [16] * W))
     high = b.and_(_nearest(b, y), ir.Constant(VI, [0xFFFF0000] * W))
     b.store(b.or_(low, high), b.inttoptr(p, VI.as_pointer()), align=4)
@@ -153,19 +153,19 @@ def store_pairs(b, p, x, y):
 
 @instruction(vec, address)
 def load_low(b, p):
-    """The first number of each of W words at p, widened."""
+    """The first bfloat16 of each of W words at p, as float32."""
     return b.bitcast(b.shl(b.load(b.inttoptr(p, VI.as_pointer()), align=4), ir.Constant(VI, [16] * W)), V)
 
 
 @instruction(vec, address)
 def load_high(b, p):
-    """The second one."""
+    """The second bfloat16 of each word, as float32."""
     return b.bitcast(b.and_(b.load(b.inttoptr(p, VI.as_pointer()), align=4), ir.Constant(VI, [0xFFFF0000] * W)), V)
 
 
 @instruction(types.void, address, address, address)
 def split_words(b, p, first, second):
-    """W words at p -> their first numbers side by side, and their second ones."""
+    """W words at p -> a row of their first numbers, and a row of their second ones."""
     words = b.load(b.inttoptr(p, VI.as_pointer()), align=4)
     for target, bits in ((first, words), (second, b.lshr(words, ir.Constant(VI, [16] * W)))):
         b.store(b.trunc(bits, VH), b.inttoptr(target, VH.as_pointer()), align=2)
@@ -184,7 +184,7 @@ def pair_rows(b, x, y, p):
 
 @instruction(types.void, address, vec, vec)
 def store_row(b, p, x, y):
-    """2 W bfloat16 numbers: x, then y."""
+    """Store 2 W bfloat16 numbers: x, then y."""
     halves = ir.VectorType(i16, 2 * W)
     x, y = (b.bitcast(_nearest(b, z), halves) for z in (x, y))
     odd = ir.Constant(ir.VectorType(i32, 2 * W), [2 * i + 1 for i in range(2 * W)])
@@ -206,8 +206,10 @@ def between(b, x, low, high, y):
 
 @njit
 def whole_block(p, row, n, m, spare):
-    """(place, bytes from row to row) of a block of which n rows and m columns are there: itself, or in spare memory,
-    with zeros for what is not. Rows begin at whole words."""
+    """(address, bytes from row to row) of a block that has n rows and m columns, padded with zeros to a full block.
+
+    A full block with word-aligned rows stays where it is; others are copied to `spare`.
+    """
     if n >= BLOCK and m >= BLOCK and row % 4 == 0:
         return p, row
     clear(spare, SQUARE // 4)
@@ -217,7 +219,7 @@ def whole_block(p, row, n, m, spare):
 
 @njit
 def copy_block(p, row, n, m, target, target_row):
-    """The first n rows and m columns, at most BLOCK each."""
+    """Copy the first n rows and m columns, at most BLOCK each."""
     for r in range(min(n, BLOCK)):
         here, there = p + row * r, target + target_row * r
         if m >= BLOCK:

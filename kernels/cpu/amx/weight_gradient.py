@@ -1,13 +1,13 @@
-"""A linear layer's weight gradient on tiles (amx.py): c (out, in) float32 = g^T x, sums over the T rows of a batch.
+"""The weight gradient of a linear layer on AMX tiles (tiles.py): c (out, in) float32 = g^T x, summed over the T rows.
 
-The sum runs down the rows of both, so both have to be turned into what tiles take:
+The sum runs down the rows of both operands, so both must be repacked for tiles:
 
-    x   pairs of rows, a product's b: once, by all threads, in blocks of 32 columns that lie behind one another
-    g   its transpose, a product's a: SPAN rows of a few panels of 32 outputs at a time, for all of x; a panel then
-        stays in the first-level cache, what it is multiplied with in the second
+    x   pairs of rows, operand `b`: packed once, by all threads, in blocks of 32 columns, one after the other
+    g   its transpose, operand `a`: SPAN rows of a few panels of 32 outputs at a time, for all of x. A panel then stays
+        in the L1 cache, and what it is multiplied by in the L2 cache
 
-Each number of c is summed in one order, whatever the threads. T, out and in are filled up to multiples of 32 with
-zeros, c too: its caller leaves the margins out. Addresses and sizes are int64.
+Each number of c is summed in one order, whatever the threads. T, out and in are padded with zeros to multiples of 32,
+c too: the caller slices the padding off. Addresses and sizes are int64.
 """
 
 from typing import NamedTuple
@@ -28,10 +28,10 @@ from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import W, njit, transpose
 
 SPAN = 256  # rows of g and x at a time
-PANELS = 8  # the most that a stretch may have
-PANEL_ROW = 2 * SPAN + 64  # bytes: rows a power of two apart would fall onto the same places of the cache
+PANELS = 8  # the most in a chunk
+PANEL_ROW = 2 * SPAN + 64  # bytes: rows a power of two apart would map to the same cache sets
 PANEL = BLOCK * PANEL_ROW
-WIDTH = 32  # columns of blocks at a time: of x 512 KB
+WIDTH = 32  # columns of blocks at a time: 512 KB of x
 SCRATCH = (PANELS * PANEL + 3 * SQUARE) // 4  # floats
 
 
@@ -57,14 +57,14 @@ def blocks(n):
 
 @njit
 def pack_pairs(p, row, out):
-    """A block as 16 rows of 32 words."""
+    """A block of 32 rows -> 16 rows of 32 words."""
     for r in range(0, BLOCK, 2):
         pair_rows(p + row * r, p + row * (r + 1), out + BLOCK_ROW * r)
 
 
 @kernel
 def pack_x(args, chunk, first, last, spare):
-    """x in pairs, [first, last) of its blocks of rows."""
+    """Pack x into pairs, for blocks of rows [first, last)."""
     args = unpack_args(args)
     for k in range(first, last):
         t = BLOCK * k
@@ -76,7 +76,7 @@ def pack_x(args, chunk, first, last, spare):
 
 @njit
 def transpose_block(args, panel, k, out, spare):
-    """A block of g -> (32 outputs, 32 rows) at out."""
+    """Transpose a block of g -> (32 outputs, 32 rows) at out."""
     at, words = args.g + args.g_row * BLOCK * k + BLOCK_ROW * panel, spare + SQUARE
     p, row = whole_block(at, args.g_row, args.t - BLOCK * k, args.n_out - BLOCK * panel, spare)
     pack_pairs(p, row, words)
@@ -86,7 +86,7 @@ def transpose_block(args, panel, k, out, spare):
 
 @njit
 def matmul_span(args, k, n, a, panel, j):
-    """A block of c += n blocks of rows, from block k on."""
+    """A block of c += the sum over n blocks of rows, from block k on."""
     pairs, row = args.pairs + SQUARE * (j * blocks(args.t) + k), 4 * BLOCK * blocks(args.n_in)
     c = args.c + row * BLOCK * panel + 4 * BLOCK * j
     if k == 0:
@@ -97,7 +97,7 @@ def matmul_span(args, k, n, a, panel, j):
 
 @kernel
 def matmul_panels(args, chunk, first, last, scratch):
-    """Panels [first, last) of c, at most PANELS, of 32 outputs each."""
+    """Panels [first, last) of c, at most PANELS, with 32 outputs each."""
     args = unpack_args(args)
     columns, steps, span = blocks(args.n_in), blocks(args.t), SPAN // BLOCK
     configure_tiles()
