@@ -121,7 +121,9 @@ def test_rows_may_lie_an_odd_number_of_numbers_apart(name, dtype):
 
 def test_the_sums_that_the_gradient_needs_have_none_themselves():
     x, cos_sin = torch.randn(1, 3, 2, 6, requires_grad=True), torch.ones(1, 3, 6)
-    out, lse2 = torch.ops.nanochameleon.qknorm_rope_attention(x, x, x, cos_sin, None, None, None, None, None, EPS, False)
+    out, lse2 = torch.ops.nanochameleon.qknorm_rope_attention(
+        x, x, x, cos_sin, None, None, None, None, None, EPS, False
+    )
     assert out.requires_grad and not lse2.requires_grad
 
 
