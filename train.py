@@ -56,7 +56,6 @@ from nanochameleon.evaluate.samples import write_sample_sheet
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
@@ -93,15 +92,13 @@ def forward_backward(
     mesh, n_sequences, total = model.mesh, len(batch.tokens), None
     # The loss is a mean over the whole batch, so its divisor is known before the first micro-batch runs.
     (n_supervised,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
-    divisor = max(n_supervised, 1.0)
-    expected = Expected(z_loss, mesh.dp_size / divisor)
+    normalizer = max(n_supervised, 1.0) / mesh.dp_size  # DDP and FSDP average over ranks, but the sum is wanted
     size = micro_batch or n_sequences
     for first in range(0, n_sequences, size):
         part = slice(first, first + size)
         with model.gradient_sync(first + size >= n_sequences):  # ranks sum their gradients once, after the last part
-            sums = model.wrapped(batch[part], dropout_seeds[part], expected)
-            loss = sums.parts.total(z_loss, divisor)
-            (loss * mesh.dp_size).backward()  # DDP and FSDP average over ranks, but the sum is wanted
+            sums = model.wrapped(batch[part], dropout_seeds[part], z_loss, normalizer)
+            sums.next_token.loss.backward()
         sums = tree_map(torch.Tensor.detach, sums)  # frees the graph
         total = sums if total is None else tree_map(torch.add, total, sums)
     return total, n_supervised
@@ -156,7 +153,7 @@ def train_loop(
         norms["grad_norm"] = clip_gradients(model.model.parameters(), cfg.optim.grad_clip)
 
         # 4. Check. If a number is not finite on any rank, all ranks skip the update; a signal to one rank stops all.
-        finite = math.isfinite(norms["grad_norm"]) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
+        finite = math.isfinite(norms["grad_norm"]) and math.isfinite(float(sums.next_token.loss))
         bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
 
         # 5. Update. The learning rate is a pure function of the step: no scheduler has a state.
@@ -211,7 +208,7 @@ def train_transformer(
     """Train run.model, which is still on the meta device, from the newest checkpoint, or from init's weights, or from
     random ones. Raises Interrupted once a stop is saved."""
     t, model, path = cfg.train, run.model, latest_checkpoint(folder, mesh)
-    objective = Objective(model, run.vocab, t.precision, mesh.tp_group)
+    objective = Objective(model, run.vocab, t.precision, mesh.tp_group, t.fused_output)
     parallelize(objective, mesh, cfg.parallel)  # before there are weights, so that no rank ever holds all of them
     model.to_empty(device=mesh.device)
     if path is None:

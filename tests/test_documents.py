@@ -71,29 +71,29 @@ def test_a_document_that_breaks_off_inside_an_image_is_refused(case, data):
     doc, tokenizer = case
     vocab = tokenizer.vocab
     broken = render([*doc, Image((0, 0))], tokenizer, vocab, end=False)
-    with pytest.raises(ValueError, match="open"):
+    with pytest.raises(ValueError, match="no end"):
         parse(broken[: -data.draw(st.integers(1, 3))], tokenizer, vocab)
 
 
 WRONG = {
     "a code outside an image": [VOCAB.bos, 4],
     "an end of image outside an image": [VOCAB.bos, VOCAB.eoi],
-    "an unknown id": [VOCAB.bos, VOCAB.unk],
-    "a reserved id": [VOCAB.bos, VOCAB.eot + 1],
+    "an unknown token": [VOCAB.bos, VOCAB.unk],
+    "a reserved token": [VOCAB.bos, VOCAB.eot + 1],
     "an image in an image": [VOCAB.boi, 4, VOCAB.boi, 4, VOCAB.eoi],
     "text in an image": [VOCAB.boi, A, VOCAB.eoi],
     "padding in an image": [VOCAB.boi, VOCAB.pad, VOCAB.eoi],
     "a document's end in an image": [VOCAB.boi, 4, VOCAB.eos],
     "an open image": [VOCAB.boi, 4, 4],
-    "an id beyond the vocabulary": [VOCAB.size],
-    "a negative id": [-1],
+    "a token beyond the vocabulary": [VOCAB.size],
+    "a negative token": [-1],
 }
 
 
-@pytest.mark.parametrize("ids", WRONG.values(), ids=WRONG)
-def test_what_no_document_renders_to_is_refused(ids):
+@pytest.mark.parametrize("tokens", WRONG.values(), ids=WRONG)
+def test_what_no_document_renders_to_is_refused(tokens):
     with pytest.raises(ValueError):
-        parse(ids, PLAIN, VOCAB)
+        parse(tokens, PLAIN, VOCAB)
 
 
 @pytest.mark.parametrize("code", [-1, 16])

@@ -18,7 +18,7 @@ def test_ids_of_the_release():
     names = {0: "<s>", 1: "<pad>", 2: "</s>", 3: "<unk>", 57: "IMGIMGFDZ", 4: "IMGIMGAZ", 8195: "IMGIMGIBJBZ",
              8196: "<eoss>", 8197: "<racm3:break>", 8710: "<reserved08706>", 8711: "<reserved08707>"}  # fmt: skip
     assert {token: vocab.name(token) for token in names} == names
-    assert vocab.code_of_name("IMGIMGFDZ") == 53
+    assert vocab.name_to_code("IMGIMGFDZ") == 53
 
 
 @given(vocabs())
@@ -38,7 +38,7 @@ def test_text_image_and_special_ids_partition_the_space(vocab):
 def test_codes_and_names_are_bijections(vocab):
     for code in range(vocab.n_codes):
         assert vocab.token_to_code(vocab.code_to_token(code)) == code
-        assert vocab.code_of_name(vocab.name(vocab.code_to_token(code))) == code
+        assert vocab.name_to_code(vocab.name(vocab.code_to_token(code))) == code
     names = vocab.names()
     assert list(names.values()) == list(range(vocab.first_text))
 
@@ -95,7 +95,7 @@ def test_text_has_no_name_here():
 )
 def test_other_names_are_no_codes(name):
     with pytest.raises(ValueError, match="not the name"):
-        Vocab.code_of_name(name)
+        Vocab.name_to_code(name)
 
 
 @pytest.mark.parametrize(

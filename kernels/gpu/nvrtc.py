@@ -21,11 +21,6 @@ from nanochameleon.kernels.caches import cache_folder
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
 
 
-def architectures(source: Path) -> tuple[str, ...]:
-    """Those a .cu is for: all, or the one that its name ends with."""
-    return ("sm_90a",) if source.stem.endswith("_sm90") else ARCHITECTURES
-
-
 @dataclass(frozen=True)
 class Cubin:
     code: bytes

@@ -67,18 +67,21 @@ def loader_rows(
         for _ in range(32):
             loader.batch(next(steps))
 
-    ids = 32 * batch_size * len(packed.numbers) / len(packed) * sum(lengths) / 2
+    n_tokens = 32 * batch_size * len(packed.numbers) / len(packed) * sum(lengths) / 2
     case = f"loader {lengths[0]} to {lengths[1] - 1} tokens, {batch_size} x {seq_len}"
-    return rows(case, batches, {"tokens/s": ids}, consumers, torch.device("cpu"))
+    return rows(case, batches, {"tokens/s": n_tokens}, consumers, torch.device("cpu"))
 
 
 def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> list[Row]:
     """Measure documents of the toy that are made, tokenized and packed when a batch needs them."""
     cfg = replace(cfg, data=replace(cfg.data, tokenize_on_the_fly=True, n_documents=2_000))
     loader = open_loader(cfg, image_tokenizer, text, Path())
-    ids, steps = float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])), iter(range(8, 10**9))
+    n_tokens, steps = (
+        float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])),
+        iter(range(8, 10**9)),
+    )
     job = lambda: loader.batch(next(steps))  # noqa: E731
-    return rows("live documents of the toy", job, {"tokens/s": ids}, ("toy step",), image_tokenizer.device)
+    return rows("live documents of the toy", job, {"tokens/s": n_tokens}, ("toy step",), image_tokenizer.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The report's figures: each measured on a case whose value is known."""
+"""Each figure of the report is measured on a case whose value is known."""
 
 import json
 import math
@@ -33,14 +33,14 @@ def run(tmp_path_factory) -> Run:
 
 
 def documents(n: int) -> list[list[int]]:
-    """An image of drawn codes and a text, the longer the later."""
+    """Return documents of an image with random codes and a text that grows with i."""
     codes = np.random.default_rng(0).integers(0, 8, (n, 4)).tolist()
     return [render([Image(tuple(codes[i])), Text("réd " * (i + 1))], TOKENIZER, VOCAB) for i in range(n)]
 
 
 @pytest.mark.parametrize("context", [64, 24])
 def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, context):
-    """Texts that do not fit in the context count neither as ids nor as bytes."""
+    """Texts that do not fit in the context count neither as tokens nor as bytes."""
     untrained = tiny_model(max_seq_len=context)
     torch.nn.init.zeros_(untrained.output.weight)
     lists = documents(5)
@@ -90,7 +90,7 @@ def test_the_mean_of_facts_counts_each_fact_among_the_scenes_that_have_it():
 
 
 class Ideal:
-    """Stands for an image tokenizer: the code is the number of the image; decode(codes) gives `shown` images."""
+    """An image tokenizer for tests: the code is the number of the image; decode(codes) gives `shown` images."""
 
     def __init__(self, shown=None):
         self.shown, self.vqgan = shown, type("VQGAN", (), {"cfg": training_config(None).vqgan})
@@ -152,7 +152,7 @@ def test_the_second_image_follows_a_caption_its_image_and_another_caption(run, m
     wanted = list(scenes(WORLD, shapes.SCENE_SEED + 5, 6, test=True))
     first = list(scenes(WORLD, shapes.SCENE_SEED + 4, 6, test=True))
     prompts = []
-    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
+    monkeypatch.setattr(shapes, "prompt_tokens", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
     monkeypatch.setattr(shapes, "draw_from", lambda run, ids, *rest: np.stack([draw(s, WORLD) for s in wanted]))
     scores, drawn = shapes.second_image(run, WORLD, 6)
     assert scores["all_facts"] == 1 and [d.scene for d in drawn] == wanted
@@ -163,7 +163,7 @@ def test_the_second_image_follows_a_caption_its_image_and_another_caption(run, m
 
 
 def test_where_two_images_have_no_room_nothing_is_claimed(run, monkeypatch):
-    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: [0] * 59)  # of 64, and an image takes 6
+    monkeypatch.setattr(shapes, "prompt_tokens", lambda segments, run, ask: [0] * 59)  # of 64, and an image takes 6
     assert shapes.second_image(run, WORLD, 3) == (None, [])
     assert shapes.has_room(run, [0] * 58) and not shapes.has_room(run, [0] * 59)
 

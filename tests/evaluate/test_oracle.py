@@ -1,4 +1,4 @@
-"""The judge: right on every clean image, wrong for each single wrong fact, unreadable for what is no object."""
+"""The oracle is correct on every clean image, notices each wrong fact, and calls anything else unreadable."""
 
 from dataclasses import replace
 

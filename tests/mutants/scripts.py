@@ -11,10 +11,10 @@ MUTANTS = [
         "training/test_recovery.py",
     ),
     Mutant(
-        "a training step foretells its loss wrongly",
+        "a training step multiplies its gradient again",
         "train.py",
-        "Expected(z_loss, mesh.dp_size / divisor)",
-        "Expected(z_loss, 2 * mesh.dp_size / divisor)",
+        "sums.next_token.loss.backward()",
+        "(2 * sums.next_token.loss).backward()",
         "test_losses.py",
     ),
     Mutant(
@@ -27,17 +27,8 @@ MUTANTS = [
     Mutant(
         "an out that cannot be written is found after drawing",
         "sample.py",
-        "        shelf.check()\n",
+        "        output.check()\n",
         "",
-        "test_sample_cli.py",
-    ),
-    Mutant("a folder is drawn as words", "sample.py", "if os.path.lexists(path):", "if False:", "test_sample_cli.py"),
-    Mutant("a question's turn stays open", "sample.py", '"answer": "answer", ', "", "test_sample_cli.py"),
-    Mutant(
-        "an aligned run is not asked but gone on from",
-        "sample.py",
-        '"chat": "answer"}',
-        '"chat": "go on"}',
         "test_sample_cli.py",
     ),
     Mutant(
@@ -50,8 +41,8 @@ MUTANTS = [
     Mutant(
         "the mean over ranks in place of their sum",
         "train.py",
-        "(loss * mesh.dp_size).backward()",
-        "loss.backward()",
+        "normalizer = max(n_supervised, 1.0) / mesh.dp_size",
+        "normalizer = max(n_supervised, 1.0)",
         "parallel/test_parallel_training.py",
     ),
     Mutant(

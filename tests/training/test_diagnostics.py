@@ -69,8 +69,8 @@ def test_without_qk_norm_the_logits_grow_with_the_weights_and_with_it_they_do_no
 def test_gradient_norms_are_of_each_modality_s_rows():
     model, vocab = tiny_model(), VOCAB
     docs = [[0, 20, 30, vocab.boi, 4, 5, 6, 7, vocab.eoi, 25, 2]]
-    sums = Objective(model, vocab, "fp32")(pack(docs, 11, vocab.pad), None)
-    sums.parts.total(1e-5, 1.0).backward()
+    sums = Objective(model, vocab, "fp32")(pack(docs, 11, vocab.pad), None, 1e-5)
+    sums.next_token.loss.backward()
     found = gradient_norms(model, vocab)
     squares = model.tok_embeddings.weight.grad.square().sum(1) + model.output.weight.grad.square().sum(1)
     kinds = [vocab.modality(i) for i in range(vocab.size)]

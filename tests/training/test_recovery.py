@@ -22,8 +22,10 @@ from nanochameleon.training.train_tokenizers import open_image_tokenizer
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 BROKEN = {
-    "nan": lambda parts: parts._replace(cross_entropy=parts.cross_entropy * math.nan),
-    "infinite, with a finite gradient": lambda parts: parts._replace(cross_entropy=parts.cross_entropy + math.inf),
+    "nan": lambda sums: sums._replace(loss=sums.loss * math.nan, cross_entropy=sums.cross_entropy * math.nan),
+    "infinite, with a finite gradient": lambda sums: sums._replace(
+        loss=sums.loss + math.inf, cross_entropy=sums.cross_entropy + math.inf
+    ),
 }
 
 
@@ -31,12 +33,12 @@ def break_losses(monkeypatch, kind: str, broken: Callable[[int], bool]) -> list[
     """Breaks the loss of those forward passes, counted from 1; -> a list that gets the weights at each of them."""
     real, weights = Objective.forward, []
 
-    def forward(self, batch, keys, *expected):
-        if not torch.is_grad_enabled():  # a look at the attention logits
-            return real(self, batch, keys, *expected)
+    def forward(self, *inputs):
+        if not torch.is_grad_enabled():  # for the attention logits
+            return real(self, *inputs)
         weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
-        sums = real(self, batch, keys, *expected)
-        return sums._replace(parts=BROKEN[kind](sums.parts)) if broken(len(weights)) else sums
+        sums = real(self, *inputs)
+        return sums._replace(next_token=BROKEN[kind](sums.next_token)) if broken(len(weights)) else sums
 
     monkeypatch.setattr(Objective, "forward", forward)
     monkeypatch.setattr(train, "make_report", lambda *_: None)

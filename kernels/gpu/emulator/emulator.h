@@ -70,7 +70,6 @@ struct Thread {
   const char* where;
   int turn;           // which of two places its operand of an exchange goes to
   std::vector<std::vector<Copy>> groups;  // of asynchronous copies, not arrived; the last is open
-  std::vector<std::function<void()>> products;  // that have not been done
 };
 
 const unsigned POLL = ~0u;
@@ -80,7 +79,7 @@ inline Thread* me;
 inline jmp_buf scheduler, launcher;
 inline bool descending;
 inline std::vector<Copy> bulk;  // not arrived
-inline char message[400], *stacks, operands[4][1024 * 64];
+inline char message[400], *stacks, operands[2][1024 * 64];
 inline std::function<void()> body;
 
 template <class... A> [[noreturn]] void fail(const char* format, A... a) {
@@ -99,18 +98,18 @@ __attribute__((noinline)) inline void meet(unsigned n, const char* where) {  // 
 inline void __syncthreads() { meet(blockDim.x, "__syncthreads"); }
 inline void __syncwarp(unsigned = ~0u) { meet(32, "__syncwarp"); }
 
-// Everybody's operand of an operation that n neighbours do together, in their order
-template <class T> const T* exchange(const T& mine, unsigned n, const char* where) {
+// The operands of all 32 lanes for an operation that the warp does together, in the order of the lanes
+template <class T> const T* exchange(const T& mine, const char* where) {
   static_assert(sizeof(T) <= 64, "larger than its place");
-  T* place = (T*)(operands[(me->turn ^= 1) + 2 * (n > 32)] + threadIdx.x / n * n * 64);
-  memcpy(place + threadIdx.x % n, &mine, sizeof mine);
-  meet(n, where);
+  T* place = (T*)(operands[me->turn ^= 1] + threadIdx.x / 32 * 32 * 64);
+  memcpy(place + threadIdx.x % 32, &mine, sizeof mine);
+  meet(32, where);
   return place;  // until the operation after the next
 }
 
 template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes) {
   if (mask != ~0u) fail("a shuffle of a part of a warp is not emulated");
-  return exchange(x, 32, "__shfl_xor_sync")[threadIdx.x % 32 ^ lanes];
+  return exchange(x, "__shfl_xor_sync")[threadIdx.x % 32 ^ lanes];
 }
 
 inline void run_fibre() {
@@ -192,7 +191,7 @@ inline void run_block() {
 
 extern char __start_block_memory[] __attribute__((weak)), __stop_block_memory[] __attribute__((weak));
 const size_t DYNAMIC = 256 << 10;
-alignas(1024) inline char dynamic_memory[DYNAMIC];
+alignas(16) inline char dynamic_memory[DYNAMIC];
 
 inline void on_signal(int number) {
   fail(number == SIGILL ? "an array's index or an address's alignment is wrong" : "an address is nobody's");

@@ -52,7 +52,7 @@ class EmulatorError(Exception):
 def compiled(source: str, folder: Path, generation: int) -> ctypes.CDLL:
     """CUDA C (which may include files of `folder`) as a library with launch_NAME for each kernel."""
     headers = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
-    headers += f"#define __CUDA_ARCH__ {generation}0\n#define __CUDA_ARCH_FEAT_SM{generation}_ALL\n"
+    headers += f"#define __CUDA_ARCH__ {generation}0\n"
     expand = [*COMPILE, f"-I{folder}", "-E", "-P", "-"]
     text = subprocess.run(expand, input=headers + source, stdout=subprocess.PIPE, text=True, check=True).stdout
     names = re.findall(r'extern "C" __attribute__\(\(used\)\) void\s+(\w+)', text)
