@@ -1,1 +1,1 @@
-"""Everything that a training run needs around the model: objective, checkpoints, recovery, logs, signals, tokenizers."""
+"""Everything a training run needs around the model: objective, checkpoints, recovery, logs, signals, tokenizers."""
