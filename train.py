@@ -56,7 +56,6 @@ from nanochameleon.evaluate.samples import write_sample_sheet
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.packing import IGNORE, Batch
 from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, parallelize, uses_fsdp, wrap
@@ -68,13 +67,13 @@ from nanochameleon.training.init_from import InitFrom, resolve_init
 from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_metrics
 from nanochameleon.training.objective import Objective, Sums, autocast
 from nanochameleon.training.recovery import Progress, Recovery, oom_message
-from nanochameleon.training.run import TEXT_TOKENIZER, Run, open_image_tokenizer, pick_device
+from nanochameleon.training.run import TEXT_TOKENIZER, Run, pick_device
 from nanochameleon.training.run_folder import claim, decide_precision, same_command, start_folder
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.stability import run_ablations
 from nanochameleon.training.startup import init_or_load_weights, log_setup, mfu_per_token
-from nanochameleon.training.train_tokenizers import train_image_tokenizer, train_text_tokenizer
+from nanochameleon.training.train_tokenizers import open_image_tokenizer, train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.model_folder import open_model
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
@@ -90,25 +89,26 @@ def forward_backward(
 
     Returns sums over this rank's sequences, and the supervised tokens of the whole batch, by which all ranks divide.
     """
-    mesh, n_rows, total = model.mesh, len(batch.tokens), None
-    (count,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
-    size = micro_batch or n_rows
-    expected = Expected(z_loss, mesh.dp_size / max(count, 1.0))
-    for first in range(0, n_rows, size):
-        rows = slice(first, first + size)
-        with model.gradient_sync(first + size >= n_rows):  # ranks sum their gradients after the last one only
-            sums = model.wrapped(batch[rows], dropout_seeds[rows], expected)
-            loss = sums.parts.total(z_loss, max(count, 1.0))
-            (loss * mesh.dp_size).backward()  # DDP and FSDP average over ranks; the sum is wanted
-        sums = tree_map(torch.Tensor.detach, sums)
+    mesh, n_sequences, total = model.mesh, len(batch.tokens), None
+    # The loss is a mean over the whole batch, so its divisor is known before the first micro-batch runs.
+    (n_supervised,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
+    normalizer = max(n_supervised, 1.0) / mesh.dp_size  # DDP and FSDP average over ranks, but the sum is wanted
+    size = micro_batch or n_sequences
+    for first in range(0, n_sequences, size):
+        part = slice(first, first + size)
+        with model.gradient_sync(first + size >= n_sequences):  # ranks sum their gradients once, after the last part
+            sums = model.wrapped(batch[part], dropout_seeds[part], z_loss, normalizer)
+            sums.next_token.loss.backward()
+        sums = tree_map(torch.Tensor.detach, sums)  # frees the graph
         total = sums if total is None else tree_map(torch.add, total, sums)
-    return total, count
+    return total, n_supervised
 
 
 def optimizer_step(optimizer: Optimizer, lr: float, precision: str, device: torch.device) -> None:
+    """Update the weights. Weights and moments are fp32; only Muon has matmuls, which run in `precision`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with autocast(precision, device):  # for Muon's matmuls
+    with autocast(precision, device):
         optimizer.step()
 
 
@@ -132,31 +132,31 @@ def train_loop(
     save_pending = False  # a checkpoint was due while losses were non-finite: save once they recover
     while progress.step < t.steps:
         step = progress.step
-        if monitor and step and step % t.sample_every == 0:  # first, so that a run stopped at this step draws it, too
-            draw_samples(run, saver, step)
+        if monitor and step and step % t.sample_every == 0:
+            draw_samples(run, saver, step)  # before the step, so that a run that was stopped here draws when resumed
 
-        # 1. The batch. Batches that made the loss diverge are skipped after a rollback.
+        # 1. The batch. After a rollback, the batches that made the loss diverge are skipped.
         number = step + progress.skipped_batches
-        sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,) in the whole training
+        sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,), in the whole training
         batch = mask_targets(loader.batch(number, rows), t.image_loss, n_codes, run.vocab)
         batch = corrupt_image_tokens(batch, t.image_token_noise, n_codes, run.vocab, cfg.seed, sample_indices)
         batch, dropout_seeds = batch.to(mesh.device), fold_in(sample_indices, cfg.seed).to(mesh.device)
 
-        # 2. Forward and backward over micro-batches.
-        model.model.train()  # drawing samples needs eval mode
+        # 2. Forward and backward over micro-batches; gradients add up in p.grad.
+        model.model.train()  # draw_samples leaves it in eval mode
         optimizer.zero_grad()
         sums, n_supervised = forward_backward(model, batch, dropout_seeds, t.z_loss, cfg.parallel.micro_batch)
 
-        # 3. Clip. The norms that are logged are those before it.
+        # 3. Clip the gradient's global norm. What is logged are the norms before it.
         log_due = step % t.log_every == 0 or step == t.steps - 1
         norms = gradient_norms(model.model, run.vocab) if log_due else {}
         norms["grad_norm"] = clip_gradients(model.model.parameters(), cfg.optim.grad_clip)
 
-        # 4. Check. A non-finite number on one rank makes every rank skip the update, and a signal to one stops all.
-        finite = math.isfinite(norms["grad_norm"]) and math.isfinite(float(sums.parts.total(t.z_loss, 1.0)))
+        # 4. Check. If a number is not finite on any rank, all ranks skip the update; a signal to one rank stops all.
+        finite = math.isfinite(norms["grad_norm"]) and math.isfinite(float(sums.next_token.loss))
         bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
 
-        # 5. Update.
+        # 5. Update. The learning rate is a pure function of the step: no scheduler has a state.
         lr = learning_rate(step, t.steps, cfg.optim)
         if bad:
             recovery.dump_batch(batch, number, step)
@@ -164,7 +164,7 @@ def train_loop(
             optimizer_step(optimizer, lr, t.precision, mesh.device)
         progress.count(bool(bad), int(n_supervised))
 
-        # 6. Log.
+        # 6. Log. Every rank computes the metrics, since they are sums over ranks.
         if log_due:
             metrics = compute_metrics(sums, mesh, t.z_loss) | norms | {"lr": lr, "tokens": progress.tokens}
             metrics["attention_logits"] = max_attention_logits(model, batch, dropout_seeds)
@@ -174,7 +174,7 @@ def train_loop(
             if monitor:
                 monitor.log(step, **metrics)
 
-        # 7. Save, or go back to the last checkpoint where losses do not recover.
+        # 7. Save. If losses do not recover, restore the last checkpoint instead and read later batches.
         if progress.nonfinite_streak == MAX_NONFINITE_STEPS:
             progress, losses, save_pending = recovery.roll_back(progress), [], False
             if monitor:
@@ -184,7 +184,7 @@ def train_loop(
             monitor.progress(step)
         done = progress.step == t.steps
         save_pending |= progress.step % t.save_every == 0
-        if done or stop or (save_pending and not progress.nonfinite_streak):
+        if done or stop or (save_pending and not progress.nonfinite_streak):  # in a streak the weights may be to blame
             saver.save(asdict(progress.with_loss(losses)), last=bool(done or stop))
             losses, save_pending = [], False
         if stop and not done:
@@ -208,7 +208,7 @@ def train_transformer(
     """Train run.model, which is still on the meta device, from the newest checkpoint, or from init's weights, or from
     random ones. Raises Interrupted once a stop is saved."""
     t, model, path = cfg.train, run.model, latest_checkpoint(folder, mesh)
-    objective = Objective(model, run.vocab, t.precision, mesh.tp_group)
+    objective = Objective(model, run.vocab, t.precision, mesh.tp_group, t.fused_output)
     parallelize(objective, mesh, cfg.parallel)  # before there are weights, so that no rank ever holds all of them
     model.to_empty(device=mesh.device)
     if path is None:
@@ -270,7 +270,7 @@ def run_all(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, with_repor
             stop.number = stopped.asked or stop.number
             return stop
         except OSError as error:  # a full disk, a folder that may not be written
-            why = f"cannot write to {folder}: {error}"
+            why = f"cannot continue in {folder}: {error}"
             raise UserError(f"{why}; once that is mended, the same command without --overwrite resumes") from error
 
 
@@ -280,7 +280,7 @@ def run_stages(
     """Run the stages before the report. Raises Interrupted once a stop is saved."""
     mesh.run_on_rank0(lambda: prepare(cfg, init, folder, mesh.device, timer, stopped))
     tokenizer = init.text(cfg) if init.tokenizers else load_text_tokenizer(folder / TEXT_TOKENIZER)
-    image_tokenizer = open_image_tokenizer(folder, cfg, mesh.device)
+    image_tokenizer = open_image_tokenizer(folder, cfg.vqgan, mesh.device)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     with torch.device("meta"):
         run = Run(cfg, tokenizer.vocab, tokenizer, image_tokenizer, Chameleon(cfg.model))
@@ -290,7 +290,7 @@ def run_stages(
         raise OwnError(oom_message(cfg.train, cfg.parallel, mesh)) from error
     if mesh.is_rank0:
         timer.add("transformer")
-    if mesh.all_reduce_max(float(stopped()))[0]:  # a stop in the last step, which the loop had nothing left to save for
+    if mesh.all_reduce_max(float(stopped()))[0]:  # in the last step, after which nothing is left to save
         raise Interrupted
     run.model.eval()
     return run
@@ -300,21 +300,21 @@ def prepare(
     cfg: RunConfig, init: InitFrom, folder: Path, device: torch.device, timer: StageTimer, stopped: GracefulShutdown
 ) -> None:
     """Run the stages before the transformer; rank 0 does so for all. Raises Interrupted once a stop is saved."""
-    # 1. The text tokenizer; both tokenizers are taken as they are where init has some.
+    # 1. The text tokenizer. If init has tokenizers, both are copied and neither is trained.
     store_images(cfg, folder)
     if init.tokenizers:
         tokenizer = init.store_tokenizers(cfg, folder)
     else:
-        tokenizer = train_text_tokenizer(cfg, mixture(cfg, folder), folder)
+        tokenizer = train_text_tokenizer(cfg.tokenizers, cfg.vqgan.n_codes, mixture(cfg, folder), folder)
     timer.add("text_tokenizer")
     # 2. The image tokenizer.
-    if not init.tokenizers and not train_image_tokenizer(
-        cfg, open_sources(cfg, folder)("pairs"), folder, device, stopped
-    ):
-        raise Interrupted
-    image_tokenizer = open_image_tokenizer(folder, cfg, device)
+    if not init.tokenizers:
+        pairs = open_sources(cfg, folder)("pairs")
+        if not train_image_tokenizer(cfg, pairs, folder, device, stopped):
+            raise Interrupted
+    image_tokenizer = open_image_tokenizer(folder, cfg.vqgan, device)
     timer.add("image_tokenizer")
-    # 3. Documents as tokens, packed into sequences.
+    # 3. Documents become tokens, packed into sequences.
     if not cfg.data.tokenize_on_the_fly:
         write_tokens(cfg, image_tokenizer, tokenizer, folder, stopped)
         open_loader(cfg, image_tokenizer, tokenizer, folder)  # packs once, for all ranks

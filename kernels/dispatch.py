@@ -4,8 +4,6 @@
     NANOCHAMELEON_KERNELS=reference python ...  for a process
     otherwise "auto"                            the fastest one measured for this device and dtype (AUTO)
 
-For the output layer with its loss, which exists to save memory, "auto" is the one that needs the least memory.
-
 A request that cannot be met raises ValueError with the reason. Inputs that only PyTorch's rules combine (broadcast
 shapes, mixed dtypes, empty tensors) run on the reference, whatever was requested. Not here: the implementations.
 """
@@ -36,7 +34,6 @@ AUTO: dict[str, tuple[str, str]] = {
     "rms_norm": ("numba", "one pass instead of six"),
     "linear": ("joined", "layers that read one input as one matmul, gradients without sums, weights cast in one pass"),
     "swiglu": ("numba", "one pass instead of two, and instead of three in the gradient"),
-    "linear_zloss_cross_entropy": ("numba", "a sixteenth of the logits in memory, for 4 matmuls in place of 3"),
     "decode_attention": ("reference", ENGINE),
 }
 # "cuda" is our attention for head sizes 64 and 128, and torch's for others. "vendor" is torch's attention (cuDNN's
@@ -45,7 +42,6 @@ CUDA_DTYPES = {
     "qknorm_rope_attention": (torch.bfloat16,),
     "decode_attention": (torch.bfloat16,),
     "zloss_cross_entropy": (torch.bfloat16, torch.float32),
-    "linear_zloss_cross_entropy": (torch.bfloat16, torch.float32),
 }
 # Kernels for the matrix unit of newer Xeons (cpu/amx/), in bfloat16 alone: chosen where the processor has one.
 AMX_OPS = {
@@ -53,8 +49,8 @@ AMX_OPS = {
     "linear": "layers that read one input as one matmul, weight gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
 OPS = tuple(AUTO)
-# The ops of a training step: losses.py takes logits, and decoding is not training.
-TRAINING_OPS = tuple(op for op in OPS if op not in ("linear_zloss_cross_entropy", "decode_attention"))
+# The ops of a training step: decoding is not training.
+TRAINING_OPS = tuple(op for op in OPS if op != "decode_attention")
 
 
 class _Override(threading.local):

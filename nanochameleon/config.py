@@ -176,6 +176,8 @@ class TrainConfig:
     assistant_only_loss: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     image_token_noise: float = 0.0  # largest part of a drawn image's tokens to corrupt: training/image_targets.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; auto is the faster one, decided once a run
+    # output layer and loss in one op that never holds all logits; auto: from a vocabulary of 32,768 up
+    fused_output: Literal["auto", "on", "off"] = "auto"
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints

@@ -1,8 +1,8 @@
-"""Documents: text and images in any order, as a list of segments, and as ids of one vocabulary.
+"""Documents: text and images in any order, as a list of segments, and as tokens of one vocabulary.
 
     [Text("a red circle"), Image((7, 7, 3, 9))]   <->   <s> a _red _circle <boi> 7 7 3 9 <eoi> </s>
 
-Special ids come from segments alone, so no text can spell one. Training happens elsewhere (packing.py, losses.py).
+Special tokens come from segments alone, so no text can spell one. Packing into sequences is packing.py.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ Document = list[Segment]
 
 
 def render_segment(segment: Segment, tokenizer: TextTokenizer, vocab: Vocab) -> list[int]:
-    """One segment -> ids, without <s> and </s>."""
+    """One segment -> tokens, without <s> and </s>."""
     if isinstance(segment, Text):
         return tokenizer.encode(segment.text)
     if isinstance(segment, Image):
@@ -40,34 +40,35 @@ def render_segment(segment: Segment, tokenizer: TextTokenizer, vocab: Vocab) -> 
 
 
 def render(doc: Document, tokenizer: TextTokenizer, vocab: Vocab, end: bool = True) -> list[int]:
-    """Document -> <s>, the segments' ids, and </s> if `end` (a prompt to be continued has none)."""
-    ids = [vocab.bos]
+    """Document -> <s>, the tokens of its segments, and </s> if `end` (a prompt to be continued has none)."""
+    tokens = [vocab.bos]
     for segment in doc:
-        ids += render_segment(segment, tokenizer, vocab)
-    return ids + [vocab.eos] * end
+        tokens += render_segment(segment, tokenizer, vocab)
+    return tokens + [vocab.eos] * end
 
 
-def parse(ids: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document:
-    """Inverse of render, up to joining neighbouring texts and dropping empty ones; stops at </s>, skips <s> and <pad>.
+def parse(tokens: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document:
+    """Inverse of render, except that neighbouring texts are joined and empty ones dropped.
 
-    Raises ValueError for what render never makes: a code outside an image, an image inside or left open.
+    Stops at </s>; skips <s> and <pad>. Raises ValueError for what render never makes: a code outside an image, an image
+    inside an image or without an end.
     """
     doc: Document = []
     text: list[int] = []
-    codes: list[int] | None = None  # the image being read, None outside of one
+    codes: list[int] | None = None  # of the image being read; None outside an image
 
     def close_text():
         if text:
             doc.append(Text(tokenizer.decode(text)))
             text.clear()
 
-    for position, token in enumerate(ids):
-        if codes is not None:
+    for position, token in enumerate(tokens):
+        if codes is not None:  # inside an image: only codes, until its end
             if token == vocab.eoi:
                 doc.append(Image(tuple(codes)))
                 codes = None
             else:
-                codes.append(vocab.token_to_code(token))
+                codes.append(vocab.token_to_code(token))  # raises for any other token
         elif token == vocab.eos:
             break
         elif token == vocab.boi:
@@ -79,8 +80,8 @@ def parse(ids: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document:
         elif vocab.modality(token) == "text":
             text.append(token)
         elif token not in (vocab.bos, vocab.pad):
-            raise ValueError(f"id {token} at position {position} has no place outside an image")
+            raise ValueError(f"token {token} at position {position} may not be outside an image")
     if codes is not None:
-        raise ValueError("the last image is left open")
+        raise ValueError("the last image has no end")
     close_text()
     return doc

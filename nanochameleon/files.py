@@ -1,6 +1,6 @@
-"""Files that appear at once or not at all: whoever reads one sees the old content or the new one, never half of it.
+"""Files that appear at once or not at all: a reader sees the old content or the new one, never half of it.
 
-Folders of several files are checkpoint.py's and data/shards.py's.
+Folders of several files: training/checkpoint.py and data/shards.py.
 """
 
 import json
@@ -16,21 +16,21 @@ from typing import BinaryIO
 
 from nanochameleon.errors import UserError, shown
 
-MAX_JSON = 2**24  # bytes; the released tokenizer has a third of them, and JSON takes 20 times its size in memory
+MAX_JSON = 2**24  # bytes, 3 times the released tokenizer; JSON takes 20 times its size in memory
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a name read from a file is one that we give: no path, not long, and fit for a terminal."""
+    """Whether a name read from a file is safe to use: no path, not long, and printable."""
     return re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a JSON value is a number that can be counted with and drawn: finite, as far as single precision goes."""
+    """Whether a JSON value is a number that is finite in single precision."""
     return type(value) in (int, float) and abs(value) < 2.0**128
 
 
 def fsync(path: Path) -> None:
-    """Waits until the file or folder is on the disk."""
+    """Wait until the file or folder is on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -42,8 +42,10 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path`, which takes its place in one step when the block ends, and is gone if it fails. Several
-    processes may do so at once, on several machines."""
+    """Write a new file next to `path`. It replaces `path` when the block ends, and is removed if the block fails.
+
+    Several processes may do so at once, on several machines.
+    """
     aside = path.with_name(f".tmp-{os.urandom(6).hex()}-{path.name}")
     try:
         with open(aside, "wb") as file:
@@ -55,12 +57,13 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, data: bytes) -> None:
+    """Write the file, whole or not at all."""
     with atomic_open(path) as file:
         file.write(data)
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; a byte order mark may stand first. Raises UserError, naming the file."""
+    """Read the JSON object in a file, which may start with a byte order mark. Raises UserError, naming the file."""
     try:
         if not path.is_file():
             raise UserError(f"cannot read {path}: {'it is not a file' if path.exists() else 'it is not there'}")
@@ -72,12 +75,12 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {shown(error, 120)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object")
+        raise UserError(f"{path} is damaged: it is not a JSON object")
     return content
 
 
 def remove_stale(folder: Path, start: str) -> None:
-    """Removes the folders `start`-PID of this process and of those that are no more. Those of running ones stay."""
+    """Remove the folders `start`-PID of this process and of processes that have ended; those of running ones stay."""
     for path in folder.glob(".*"):
         name, _, pid = path.name.rpartition("-")
         if name == start and pid.isdigit() and (int(pid) == os.getpid() or not process_exists(int(pid))):
@@ -85,7 +88,7 @@ def remove_stale(folder: Path, start: str) -> None:
 
 
 def process_exists(pid: int) -> bool:
-    """Is there a process of this number? Where only a signal that kills could tell (Windows), yes."""
+    """Whether a process has this number. On Windows the check would kill it, so there the answer is yes."""
     if os.name != "posix":
         return True
     try:
@@ -98,12 +101,14 @@ def process_exists(pid: int) -> bool:
 
 
 def write_new(folder: Path, stem: str, ending: str, data: bytes) -> Path:
-    """Writes folder/STEM-N.ENDING with the first N from 1 on that is free, and returns it; never over an existing file,
-    however many processes do so at once."""
+    """Write folder/STEM-N.ENDING with the first free N from 1 on, and return its path.
+
+    Never overwrites a file, however many processes do so at once.
+    """
     for number in count(1):
         path = folder / f"{stem}-{number}{ending}"
         try:
-            path.touch(exist_ok=False)  # takes the name: of several processes one succeeds
+            path.touch(exist_ok=False)  # reserves the name: only one process succeeds
         except FileExistsError:
             continue
         try:
@@ -115,7 +120,7 @@ def write_new(folder: Path, stem: str, ending: str, data: bytes) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder if need be. Raises OSError where no file can be made in it."""
+    """Make the folder if needed. Raises OSError if no file can be made in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass

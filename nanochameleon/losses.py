@@ -1,104 +1,123 @@
-"""The transformer's loss: next token and z-loss, as SUMS and counts by modality, never as a mean.
+"""The transformer's loss: next-token cross-entropy with z-loss, and its sums by modality for the log.
 
-Means of batches with different numbers of tokens do not combine; sums do. Divide by the global count, once, at the end.
+    loss = sum_i (cross_entropy_i + z_loss * (log Z_i)^2) / normalizer
+
+Everything is a SUM over tokens. Means of micro-batches or ranks with different numbers of tokens do not combine; sums
+do. So the normalizer is the number of supervised tokens of the whole global batch, and the caller counts them.
+
+Shapes: N tokens, V the vocabulary, D the model's width. A negative target (packing.IGNORE) has no loss.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.zloss.cross_entropy import Expected, fits_in_place, zloss_cross_entropy, zloss_cross_entropy_
-from nanochameleon.packing import IGNORE
+from nanochameleon.kernels.zloss.cross_entropy import can_overwrite, zloss_cross_entropy, zloss_cross_entropy_
+from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy
 from nanochameleon.vocab import Vocab
 
 
-class LossParts(NamedTuple):
-    """Sums over the supervised tokens (0-dim tensors): `cross_entropy` and `z` carry gradients, the others do not."""
+class LossSums(NamedTuple):
+    """0-dim tensors, sums over the supervised tokens. Only `loss` carries a gradient."""
 
+    loss: Tensor  # what is minimised, divided by the normalizer
     cross_entropy: Tensor  # nats
-    z: Tensor  # sum of (log Z)^2
-    log_z: Tensor  # sum of log Z
+    log_z_squared: Tensor
+    log_z: Tensor
     count: Tensor  # supervised tokens
-    image_cross_entropy: Tensor  # the share of image codes
+    image_cross_entropy: Tensor  # of image tokens; text is the rest
     image_count: Tensor
-
-    def total(self, z_loss: float, count: Tensor | float) -> Tensor:
-        """What is minimised: (cross-entropy + z_loss * z) / count, `count` being that of the whole global batch."""
-        return (self.cross_entropy + z_loss * self.z) / count
 
 
 def next_token_loss(
-    logits: Tensor, targets: Tensor, vocab: Vocab, ranks=None, expected: Expected | None = None
-) -> LossParts:
-    """logits (N, V), targets (N,) already shifted (targets[i] follows token i; IGNORE where nothing is to be learnt).
+    logits: Tensor,
+    targets: Tensor,
+    vocab: Vocab,
+    z_loss: float = 0.0,
+    normalizer: float = 1.0,
+    overwrite_logits: bool = False,
+) -> LossSums:
+    """logits (N, V); targets (N,) are already shifted: targets[i] follows token i.
 
-    Both terms are masked by the TARGETS, so padding and document ends do not enter the z-loss. No supervised token at
-    all gives zeros, not NaN. ranks: the process group over which the columns of the logits are spread; each of its
-    ranks gets the same sums.
+    Both terms are masked by the targets, so padding and document ends do not enter the z-loss. No supervised token at
+    all gives zeros, not NaN.
 
-    expected: the loss that will be made of the sums. Given, the logits are used up: where it is faster, their gradient
-    takes their place, which spares a second pass and as much memory. It is right for any other loss, too.
+    overwrite_logits: the caller reads its logits no more, and their memory becomes their gradient. That spares a copy.
     """
-    kept = targets != IGNORE
-    if ranks is None and expected and fits_in_place(logits):
-        cross_entropy, log_z = zloss_cross_entropy_(logits, targets, *expected)
-    elif ranks is None:
-        cross_entropy, log_z = zloss_cross_entropy(logits, targets)  # zeros where a target is ignored
+
+    def loss_and_gradient(logits: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        # Why the gradient is made here and not in the backward pass: z_loss and normalizer are known already. For
+        #     loss = sum_i (log Z_i - x_i[y_i] + z_loss (log Z_i)^2) / normalizer
+        # the chain rule gives, with the softmax p_i = d log Z_i / dx_i,
+        #     d loss / dx_i[v] = (p_i[v] (1 + 2 z_loss log Z_i) - [v = y_i]) / normalizer
+        # Each row is read once, for log Z_i, and overwritten with its gradient while it is still in cache.
+        gradient = logits  # (N, V)
+        if not (overwrite_logits and can_overwrite(logits)):
+            gradient = torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(logits)
+        cross_entropy, log_z = zloss_cross_entropy_(gradient, targets, z_loss, 1 / normalizer)  # (N,) each
+        return cross_entropy, log_z, [gradient]
+
+    if torch.is_grad_enabled() and logits.requires_grad:
+        rows = GradientInForward.apply(loss_and_gradient, z_loss, normalizer, logits)
     else:
-        cross_entropy, log_z = spread_cross_entropy(logits, targets, vocab.size, ranks)
-    image = kept & vocab.is_image(targets)
-    return LossParts(
+        rows = with_total(*zloss_cross_entropy(logits, targets), z_loss, normalizer)
+    return sum_by_modality(*rows, targets, vocab)
+
+
+def fused_next_token_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: Vocab, z_loss: float = 0.0, normalizer: float = 1.0
+) -> LossSums:
+    """next_token_loss of the logits hidden @ weight.T, made and used up a chunk of rows at a time.
+
+    hidden (N, D), weight (V, D). With a large vocabulary all logits would be most of the memory of a training step.
+    """
+
+    def loss_and_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        cross_entropy, log_z, *gradients = linear_zloss_cross_entropy(hidden, weight, targets, z_loss, 1 / normalizer)
+        return cross_entropy, log_z, gradients
+
+    rows = GradientInForward.apply(loss_and_gradients, z_loss, normalizer, hidden, weight)
+    return sum_by_modality(*rows, targets, vocab)
+
+
+class GradientInForward(torch.autograd.Function):
+    """compute(*inputs) -> cross-entropy and log Z (N,), and the gradient of the loss for each input."""
+
+    @staticmethod
+    def forward(ctx, compute: Callable, z_loss: float, normalizer: float, *inputs: Tensor) -> tuple[Tensor, ...]:
+        cross_entropy, log_z, ctx.gradients = compute(*inputs)
+        ctx.mark_non_differentiable(cross_entropy, log_z)
+        return with_total(cross_entropy, log_z, z_loss, normalizer)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor, *_) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("backward was called twice on a loss that holds one gradient: compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None  # from here on their memory belongs to autograd
+        # Training calls loss.backward(), where upstream is 1. Reading it makes a GPU wait for the forward pass, which
+        # costs less than one more pass over all logits.
+        if torch.compiler.is_compiling() or float(upstream) != 1:
+            gradients = [gradient.mul_(upstream) for gradient in gradients]
+        return None, None, None, *gradients
+
+
+def with_total(cross_entropy: Tensor, log_z: Tensor, z_loss: float, normalizer: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (0-dim) before the terms (N,) that it is made of."""
+    return (cross_entropy.sum() + z_loss * log_z.square().sum()) / normalizer, cross_entropy, log_z
+
+
+def sum_by_modality(loss: Tensor, cross_entropy: Tensor, log_z: Tensor, targets: Tensor, vocab: Vocab) -> LossSums:
+    """cross_entropy and log_z (N,) are zero where a target is ignored, so plain sums leave those tokens out."""
+    image = vocab.is_image(targets)  # (N,)
+    return LossSums(
+        loss=loss,
         cross_entropy=cross_entropy.sum(),
-        z=log_z.square().sum(),
-        log_z=log_z.detach().sum(),
-        count=kept.sum().float(),
-        image_cross_entropy=cross_entropy.detach()[image].sum(),
+        log_z_squared=log_z.square().sum(),
+        log_z=log_z.sum(),
+        count=(targets >= 0).sum().float(),
+        image_cross_entropy=cross_entropy[image].sum(),
         image_count=image.sum().float(),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Logits whose columns are spread over ranks
-
-
-def spread_cross_entropy(logits: Tensor, targets: Tensor, n_columns: int, ranks) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and log Z (N,) of logits of which each rank has a stretch of ceil(n_columns / ranks) columns.
-
-    log Z = log sum_r Z_r, and the logit of the target is that of the one rank that has it: two sums of N numbers over
-    the ranks in place of N x V logits.
-    """
-    import torch.distributed as dist
-
-    width = -(-n_columns // dist.get_world_size(ranks))
-    here = targets - dist.get_rank(ranks) * width
-    mine = (targets != IGNORE) & (here >= 0) & (here < logits.shape[1])
-    # any target will do where the rank has none: its log Z is all that is asked for
-    cross_entropy, part = zloss_cross_entropy(logits, torch.where(mine, here, 0).where(targets != IGNORE, IGNORE))
-    own = (part - cross_entropy).masked_fill(~mine, 0.0)
-    log_z, own = AddUp.apply(part, own, ranks)
-    log_z = log_z.masked_fill(targets == IGNORE, 0.0)
-    return log_z - own, log_z
-
-
-class AddUp(torch.autograd.Function):
-    """Each rank's log Z_r and part of the target's logit, (N,) each -> log sum_r Z_r and the sum of the parts."""
-
-    @staticmethod
-    def forward(ctx, part: Tensor, own: Tensor, ranks) -> tuple[Tensor, Tensor]:
-        import torch.distributed as dist
-
-        largest, own = part.clone(), own.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, ranks)
-        total = (part - largest).exp()
-        dist.all_reduce(total, dist.ReduceOp.SUM, ranks)
-        dist.all_reduce(own, dist.ReduceOp.SUM, ranks)
-        log_z = largest + total.log()
-        ctx.save_for_backward(part, log_z)
-        return log_z, own
-
-    @staticmethod
-    def backward(ctx, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor, None]:
-        """d log Z / d log Z_r = Z_r / Z; every rank computes the same loss, so its upstream gradient is the whole."""
-        part, log_z = ctx.saved_tensors
-        return g * (part - log_z).exp(), h, None

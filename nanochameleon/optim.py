@@ -1,6 +1,6 @@
-"""AdamW as the paper uses it (section 2.3), and Muon for small budgets: who decays, the learning rate, clipping.
+"""AdamW as the paper uses it (section 2.3), and Muon for small budgets: weight decay, learning rate, clipping.
 
-It leaves out the loop: train.py sets the learning rate before each step, as a pure function of the step, so there is no
+The loop is not here. train.py sets the learning rate before each step, as a pure function of the step, so there is no
 scheduler whose state would have to be saved.
 """
 
@@ -15,11 +15,11 @@ from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
 from nanochameleon.parallel.sharding import full_tensor, shard_like
 
-MAX_NONFINITE_STEPS = 10  # steps in a row without a finite loss after which a run gives up
+MAX_NONFINITE_STEPS = 10  # a run gives up after so many steps in a row without a finite loss
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and convolutions decay; norms and biases do not.
+    """Whether weight decay applies: to matrices and convolutions, not to norms and biases.
 
     The shape alone cannot tell: QK-norm vectors are (groups, head_dim), two dimensions, and must stay free.
     """
@@ -27,7 +27,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups, decaying and not; every trainable parameter is in exactly one of them, once if shared."""
+    """Two parameter groups, with and without decay. Every trainable parameter is in exactly one, shared ones once."""
     decay, keep = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -35,9 +35,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
-def fused(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether torch has AdamW as one call: on one CPU core a step over 2M parameters took 1.8 ms, the plain loop 5.4 ms
-    and the foreach version 7.7 ms."""
+def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether torch has AdamW as a single call for these.
+
+    On one CPU core a step over 2M parameters took 1.8 ms, the plain loop 5.4 ms and the foreach version 7.7 ms.
+    """
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
 
 
@@ -46,20 +48,20 @@ def fused(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(N, rows, columns) -> nearly the nearest matrices whose singular values are all 1, by Newton-Schulz iteration.
+    """Bring the singular values of each matrix (N, rows, columns) close to 1, by Newton-Schulz iteration.
 
-    Each step is the odd polynomial a x + b x^3 + c x^5 of every singular value, with the coefficients of Muon's author,
-    which bring anything in [0.002, 1] to between 0.68 and 1.21 in five steps: fast, and exact enough for an update.
-    Three products a step, whose sums take the other terms along; under autocast all of them in its type, as Muon's
-    author does. The polynomial is of the smaller side, so that tall matrices need no transposed copy.
+    Each step applies the odd polynomial a x + b x^3 + c x^5 to every singular value. The coefficients are those of
+    Muon's author: they bring anything in [0.002, 1] to between 0.68 and 1.21 in five steps, exact enough for an update.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     kind, tall = matrices.device.type, matrices.shape[1] > matrices.shape[2]
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values are at most 1
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):  # all is of its type already, and it would look at each product
+    with torch.autocast(kind, enabled=False):  # everything has its dtype already; it would check each matmul
         for _ in range(steps):
+            # Three matmuls: X X^T, then b A + c A A, then a X + (b A + c A A) X. The smaller side is squared, so that
+            # tall matrices need no transposed copy.
             gram = x.mT @ x if tall else x @ x.mT
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
@@ -71,17 +73,17 @@ class Muon(torch.optim.Optimizer):
 
     All directions of a matrix move equally far, where Adam follows the few strong ones. In the toy world the image
     tokenizer needs a tenth of AdamW's steps (docs/log.md). Convolutions (out, in, h, w) are matrices (out, in*h*w).
-    The update is scaled by 0.2 sqrt(the longer side) (Moonlight, arXiv 2502.16982), so that its size is that of
-    AdamW's and both share one learning rate. Embeddings and the output layer, whose rows are separate, take AdamW
-    without decay: `weight_decay` is on the other matrices alone.
+    The update is scaled by 0.2 sqrt(longer side) (Moonlight, arXiv 2502.16982), so that it is as large as AdamW's and
+    both share one learning rate. Embeddings and the output layer, whose rows are independent, take AdamW without decay:
+    `weight_decay` applies to the other matrices only.
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig, momentum: float = 0.95):
         matrices, rest = [], []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                by_row = name.startswith(("tok_embeddings", "output")) or "embedding" in name
-                (matrices if decays(name, parameter) and not by_row else rest).append(parameter)
+                independent_rows = name.startswith(("tok_embeddings", "output")) or "embedding" in name
+                (matrices if decays(name, parameter) and not independent_rows else rest).append(parameter)
         groups = [{"params": matrices, "orthogonal": True}, {"params": rest, "orthogonal": False}]
         defaults = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "momentum": momentum}
         super().__init__(groups, defaults | {"weight_decay": cfg.weight_decay})
@@ -96,7 +98,7 @@ class Muon(torch.optim.Optimizer):
                 self.step_adam(with_gradient, group)
 
     def step_matrices(self, parameters: list[nn.Parameter], group: dict) -> None:
-        """Matrices of one shape go through the iteration together; sharded ones are gathered for it, on every rank."""
+        """Matrices of one shape go through the iteration together; sharded ones are first gathered on every rank."""
         by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
         for parameter in parameters:
             by_shape.setdefault((len(parameter), parameter.shape[1:].numel()), []).append(parameter)
@@ -109,7 +111,7 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(shard_like(update.view(parameter.shape), parameter), alpha=-rate)
 
     def momentum(self, parameter: nn.Parameter, beta: float) -> Tensor:
-        """The gradient looking one step ahead along its running mean (Nesterov)."""
+        """Nesterov momentum: the gradient, moved towards its updated running mean."""
         state = self.state[parameter]
         if not state:
             state["mean"] = torch.zeros_like(parameter)
@@ -125,9 +127,9 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([state[key] for state in states] for key in ("mean", "square", "step"))
         adamw(
-            parameters, [p.grad for p in parameters], means, squares, [], steps, fused=fused(parameters), amsgrad=False,
+            parameters, [p.grad for p in parameters], means, squares, [], steps, fused=can_fuse(parameters),
             beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"],
-            maximize=False,
+            amsgrad=False, maximize=False,
         )  # fmt: skip
 
 
@@ -142,17 +144,17 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
 def make_adamw(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW over decay_groups at the peak learning rate."""
     groups = decay_groups(model, cfg.weight_decay)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused(model.parameters()))
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=can_fuse(model.parameters()))
 
 
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
-    """The learning rate of step 0 .. total_steps - 1; step `warmup` has the peak, the last one has final * peak.
+    """The learning rate of step 0 .. total_steps - 1: the peak at step `warmup_steps`, min_lr_ratio * peak at the last.
 
-    A run shorter than its warm-up never leaves it. Raises UserError where an exponential would have to reach zero.
+    A run shorter than its warm-up stays in it. Raises UserError where an exponential would have to reach zero.
     """
     if cfg.schedule == "exponential" and cfg.min_lr_ratio <= 0:
         raise UserError(
-            f"optim.min_lr_ratio is {cfg.min_lr_ratio}; an exponential never reaches zero, give a share such as 0.01"
+            f"optim.min_lr_ratio is {cfg.min_lr_ratio}; an exponential never reaches zero: give a ratio such as 0.01"
         )
     # 1. linear warm-up; + 1 so that the first step already moves
     if step < cfg.warmup_steps:
@@ -168,13 +170,13 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    """Scales all gradients together so that their global norm is at most max_norm; returns the norm before that.
+    """Scale all gradients so that their global norm is at most max_norm. Returns the norm before that.
 
-    A norm that is not finite leaves gradients that are not: look at it before stepping.
+    Check the norm before stepping: if it is not finite, neither are the gradients.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    length = float(full_tensor(norm))  # of sharded gradients: of all shards
-    if not length <= max_norm:  # else torch would multiply all of them by 1
+    total = float(full_tensor(norm))  # over all shards
+    if not total <= max_norm:  # also for NaN; torch itself would multiply by 1 where nothing needs clipping
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return length
+    return total

@@ -325,6 +325,9 @@ class Chameleon(nn.Module):
                 x, branch = block(*inputs)
         return x if branch is None else x + branch
 
+    def empty_cache(self, n_slots: int, max_len: int, dtype: torch.dtype) -> KVCache:
+        return KVCache.empty(self.cfg, n_slots, max_len, self.output.weight.device, dtype)
+
     def logits(self, hidden: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
         """Hidden states (..., D) -> logits (..., V), or only those of a slice of the vocabulary."""
         return self.output(hidden, vocab_slice)

@@ -1,16 +1,16 @@
-"""One id space for words and images: which id means what.
+"""One space of tokens for words and images: which token means what.
 
 Early fusion IS this file: text pieces and image codes are rows of one embedding table and columns of one softmax.
 The layout is that of the released Chameleon (paper section 2.1), scaled down for toys:
 
     0 <s>   1 <pad>   2 </s>   3 <unk>
-    4 .. 4+K-1              image codes, id = code + 4           (K = 8,192 in the release: 4 .. 8195)
+    4 .. 4+K-1              image codes, token = code + 4        (K = 8,192 in the release: 4 .. 8195)
     4+K      <eoss>         end of image                           (8196)
     4+K+1    <racm3:break>  begin of image: larger than its end!   (8197)
-    4+K+2 .. 4+K+R-1        <reservedNNNNN>, id = NNNNN + 4; one of them ends a turn (8710 = <reserved08706>)
+    4+K+2 .. 4+K+R-1        <reservedNNNNN>, token = NNNNN + 4; one of them ends a turn (8710 = <reserved08706>)
     4+K+R .. V-1            text pieces: 256 bytes first, then BPE merges
 
-It knows nothing of how text is split or images are coded.
+How text is split and images are coded is not here: text_tokenizer.py, images/tokenizer.py.
 """
 
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ CODE_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 
 @dataclass(frozen=True)
 class Vocab:
-    """The layout above. Raises ValueError when it has no room for the special ids or for the 256 bytes."""
+    """The layout above. Raises ValueError when there is no room for the special tokens or for the 256 bytes."""
 
-    size: int = 65_536  # V, all ids
+    size: int = 65_536  # V, all tokens
     n_codes: int = 8_192  # K, entries of the image tokenizer's codebook
-    n_reserved: int = 8_192  # R, ids after the codes: end and begin of image, then reserved, end of turn among them
+    n_reserved: int = 8_192  # R, tokens after the codes: end and begin of image, then reserved ones
     eot_slot: int = 514  # which of those R ends a turn (8710 - 8196)
 
     bos = 0
@@ -41,11 +41,11 @@ class Vocab:
         if self.n_codes < 1 or not 2 <= self.eot_slot < self.n_reserved:
             raise ValueError(f"need n_codes >= 1 and 2 <= eot_slot < n_reserved, got {self}")
         if self.n_text < N_BYTES:
-            raise ValueError(f"{self.size} ids leave {self.n_text} for text; the 256 bytes alone need {N_BYTES}")
+            raise ValueError(f"{self.size} tokens leave {self.n_text} for text; the 256 bytes alone need {N_BYTES}")
 
     @staticmethod
     def toy(n_codes: int, n_merges: int) -> "Vocab":
-        """The same scheme, just large enough: `n_codes` image codes, 8 reserved ids, 256 bytes and `n_merges`."""
+        """The same scheme, just large enough: `n_codes` image codes, 8 reserved tokens, 256 bytes and `n_merges`."""
         return Vocab(4 + n_codes + 8 + N_BYTES + n_merges, n_codes, n_reserved=8, eot_slot=2)
 
     @property
@@ -69,63 +69,63 @@ class Vocab:
         return self.size - self.first_text
 
     def code_to_token(self, code):
-        """Code 0..K-1 (an int, or an integer array or tensor of any shape) -> id. Raises ValueError outside."""
+        """Code 0..K-1 (an int, or an integer array or tensor of any shape) -> token. Raises ValueError outside."""
         return self._checked(code, 0, self.n_codes, "code") + self.first_code
 
     def token_to_code(self, token):
-        """Inverse of code_to_token. Raises ValueError for an id that is not an image code."""
-        return self._checked(token, self.first_code, self.eoi, "image id") - self.first_code
+        """Inverse of code_to_token. Raises ValueError for a token that is not an image code."""
+        return self._checked(token, self.first_code, self.eoi, "image token") - self.first_code
 
     def modality(self, token: int) -> str:
         """'text', 'image' (a code) or 'special'. Raises ValueError outside [0, V)."""
-        self._checked(token, 0, self.size, "id")
+        self._checked(token, 0, self.size, "token")
         if token >= self.first_text:
             return "text"
         return "image" if self.first_code <= token < self.eoi else "special"
 
     def is_image(self, tokens):
-        """Elementwise: is this id an image code? For arrays and tensors."""
+        """Elementwise: is this token an image code? For arrays and tensors."""
         return (tokens >= self.first_code) & (tokens < self.eoi)
 
     def is_text(self, tokens):
-        """Elementwise: is this id a text piece? For arrays and tensors."""
+        """Elementwise: is this token a text piece? For arrays and tensors."""
         return tokens >= self.first_text
 
     def name(self, token: int) -> str:
-        """The release's name of an id that is not text: 0 -> '<s>', 57 -> 'IMGIMGFDZ', 8710 -> '<reserved08706>'."""
+        """The release's name of a token that is not text: 0 -> '<s>', 57 -> 'IMGIMGFDZ', 8710 -> '<reserved08706>'."""
         named = {self.bos: "<s>", self.pad: "<pad>", self.eos: "</s>", self.unk: "<unk>",
                  self.eoi: "<eoss>", self.boi: "<racm3:break>"}  # fmt: skip
         if token in named:
             return named[token]
         if self.modality(token) == "image":
-            return self.name_of_code(self.token_to_code(token))
+            return self.code_to_name(self.token_to_code(token))
         if self.modality(token) == "special":
             return f"<reserved{token - self.first_code:05d}>"
-        raise ValueError(f"id {token} is a text piece; the text tokenizer knows its spelling")
+        raise ValueError(f"token {token} is a text piece; the text tokenizer knows its spelling")
 
     def names(self) -> dict[str, int]:
-        """Every name that is not text -> its id, in the order of the ids."""
+        """Every name that is not text -> its token, in the order of the tokens."""
         return {self.name(token): token for token in range(self.first_text)}
 
     @staticmethod
-    def name_of_code(code: int) -> str:
+    def code_to_name(code: int) -> str:
         """53 -> 'IMGIMGFDZ': the decimal digits as letters."""
         return f"IMGIMG{str(code).translate(CODE_NAME)}Z"
 
     @staticmethod
-    def code_of_name(name: str) -> int:
+    def name_to_code(name: str) -> int:
         """'IMGIMGFDZ' -> 53. Raises ValueError for any other form, leading zeros included."""
         digits = name.removeprefix("IMGIMG").removesuffix("Z").translate(CODE_DIGITS)
-        if not (digits.isascii() and digits.isdigit()) or Vocab.name_of_code(int(digits)) != name:
+        if not (digits.isascii() and digits.isdigit()) or Vocab.code_to_name(int(digits)) != name:
             raise ValueError(f"{name!r} is not the name of an image code")
         return int(digits)
 
     @staticmethod
     def _checked(values, low: int, high: int, what: str):
-        """The values, arrays and tensors as int64: adding to uint8 codes would wrap round into the special ids."""
+        """Check the range. Arrays and tensors become int64: adding to uint8 codes would wrap into special tokens."""
         if isinstance(values, int):
             smallest = largest = values
-        elif hasattr(values, "numel"):  # a tensor of torch, which need not be imported for it
+        elif hasattr(values, "numel"):  # a torch tensor; torch need not be imported to know it
             if values.is_floating_point() or values.is_complex():
                 raise ValueError(f"{what} must be whole, got {values.dtype}")
             values = values.long()

@@ -14,17 +14,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = (  # folders that say so, and kernels of a GPU: each is a faster version of something that is counted
     "parallel", "weights", "bench", "data.prepare", "generation.cpu", "kernels.cpu.amx", "kernels.gpu",
-    "kernels.attention.cuda", "kernels.zloss.linear_cuda",
+    "kernels.attention.cuda",
 )  # fmt: skip
 ENTRIES = {  # question -> the files in which its answer starts
     "tokens to update": ["packing", "transformer", "losses", "optim", "training.objective"],
     "z-loss on a CPU": ["losses", "kernels.zloss.cpu"],
     "sampling": ["generation.engine"],
 }
-CORE = (  # the files whose share of comment lines is watched: folders and files
-    "vocab.py", "text_tokenizer.py", "documents.py", "packing.py", "transformer.py", "losses.py", "optim.py", "images",
-    "generation/sampling.py", "generation/engine.py", "generation/decoder.py",
-)  # fmt: skip
+CORE = [  # files and folders whose share of comment lines is printed
+    "train.py",
+    *(f"nanochameleon/{name}.py" for name in ENTRIES["tokens to update"] if "." not in name),
+    *(f"nanochameleon/{name}.py" for name in ("vocab", "text_tokenizer", "documents", "training/objective")),
+    *(f"nanochameleon/generation/{name}.py" for name in ("sampling", "engine", "decoder")),
+    "nanochameleon/images",
+]
 
 
 def modules() -> dict[str, Path]:
@@ -94,7 +97,7 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def core_files() -> list[Path]:
-    places = [ROOT / "nanochameleon" / name for name in CORE]
+    places = [ROOT / name for name in CORE]
     return [path for place in places for path in ([place] if place.is_file() else sorted(place.glob("*.py")))]
 
 

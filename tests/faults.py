@@ -1,6 +1,6 @@
-"""Real faults on real runs: processes that are killed, told to stop, hung; a full disk; torchrun's restarts.
+"""Real faults on real runs: processes that are killed, stopped or hung; a full disk; torchrun's restarts.
 
-    python tests/faults.py --times 10      kills 10 runs of each way at drawn moments, each twice, goes on with the same
+    python tests/faults.py --times 10      kills 10 runs of each way at drawn moments, each twice, resumes with the same
                                            command, and compares the ends
 
 The ways are 1 and 2 ranks, plain and FSDP, of a small toy whose settings are else the preset's. A kill may fall into
@@ -182,8 +182,8 @@ def kill(run: Launched, ranks: int, chance: random.Random) -> bool:
     return run.wait() != 0
 
 
-def kill_and_go_on(prepared: Path, folder: Path, ranks: int, seed: int, kills: int = 1, **changes) -> int:
-    """Kills the run at `kills` drawn moments after its next step, each time going on with the same command; -> how
+def kill_and_resume(prepared: Path, folder: Path, ranks: int, seed: int, kills: int = 1, **changes) -> int:
+    """Kills the run at `kills` drawn moments after its next step, each time resuming with the same command; -> how
     often it was killed before its end."""
     chance, killed = random.Random(seed), 0
     shutil.copytree(prepared, folder)
@@ -193,7 +193,7 @@ def kill_and_go_on(prepared: Path, folder: Path, ranks: int, seed: int, kills: i
         time.sleep(chance.uniform(0, 0.6))
         killed += kill(run, ranks, chance)
     if Launched(folder, ranks, **changes).wait() != 0:
-        raise AssertionError(f"it did not go on:\n{said(folder)[-3000:]}")
+        raise AssertionError(f"it did not resume:\n{said(folder)[-3000:]}")
     return killed
 
 
@@ -205,10 +205,11 @@ def end_of(folder: Path) -> dict:
     and sheets of samples as bytes; the log without its clocks."""
     from nanochameleon.training import checkpoint
     from nanochameleon.training.monitor import read_metrics
+    from nanochameleon.training.restore import stored_shapes
     from nanochameleon.weights.tensor_files import ShardedSafetensors
 
     path = checkpoint.newest(folder)
-    shapes = checkpoint.stored_shapes(path)
+    shapes = stored_shapes(path)
     tensors = ShardedSafetensors(sorted(path.glob("*.safetensors")), shapes)
     images = checkpoint.newest(folder / "image_tokenizer").glob("*.safetensors")
     files = [folder / "text_tokenizer.json", *images, *folder.glob("data/*/*"), *folder.glob("samples/*")]
@@ -251,7 +252,7 @@ def at_work(run: Launched, folder: Path) -> bool:
 
 def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float) -> list[str]:
     """Begins a run that lasts so many seconds and kills it twice, each time at a drawn moment of a drawn stage, or
-    later where that is done, and goes on with the same command; -> the stages in which it was killed."""
+    later where that is done, and resumes with the same command; -> the stages in which it was killed."""
     chance, names, stages = random.Random(seed), list(STAGES), []
     for _ in range(2):
         run, aim = Launched(folder, ranks, whole=mode), chance.randrange(len(names))
@@ -261,7 +262,7 @@ def kill_anywhere(folder: Path, ranks: int, mode: str, seed: int, seconds: float
         if kill(run, ranks if at_work(run, folder) else 1, chance):
             stages.append(stage)
     if Launched(folder, ranks, whole=mode).wait() != 0:
-        raise AssertionError(f"it did not go on:\n{said(folder)[-3000:]}")
+        raise AssertionError(f"it did not resume:\n{said(folder)[-3000:]}")
     return stages
 
 

@@ -21,17 +21,18 @@ from written import lines, prepare
 
 from nanochameleon.config import DataConfig
 from nanochameleon.data import write_shards
-from nanochameleon.data.build import checksum_of, open_loader
+from nanochameleon.data.build import open_loader, tokenizer_checksum
 from nanochameleon.data.prepared import open_prepared
 from nanochameleon.errors import UserError
 from nanochameleon.optim import make_optimizer
 from nanochameleon.presets import mixed
 from nanochameleon.training import checkpoint
-from nanochameleon.training.checkpoint import optimizer_tensors
 from nanochameleon.training.monitor import Monitor
-from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json, open_image_tokenizer
+from nanochameleon.training.restore import optimizer_tensors, restore
+from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, config_to_json
 from nanochameleon.training.run_folder import start_folder
 from nanochameleon.training.signals import StageTimer
+from nanochameleon.training.train_tokenizers import open_image_tokenizer
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def run(tmp_path_factory) -> tuple[Path, str, str]:
     shutil.rmtree(folder / "step-000001")
     for name, first in (("pairs", 20), ("text", 30)):
         docs = [[first + n % 7] * (3 + n % 5) for n in range(12)]
-        write_shards(folder / "data" / name, docs, 40, {TEXT_TOKENIZER: checksum_of(TOKENIZER)})
+        write_shards(folder / "data" / name, docs, 40, {TEXT_TOKENIZER: tokenizer_checksum(TOKENIZER)})
     model, optimizer = trained(folder)
     for step in (1, 2):
         torch.nn.init.constant_(model.output.weight, step)
@@ -97,11 +98,11 @@ def come_to(folder: Path) -> str:
     start_folder(cfg)
     StageTimer(folder)
     tokenizer = load_text_tokenizer(folder / TEXT_TOKENIZER)
-    image_tokenizer = open_image_tokenizer(folder, cfg, CPU)
+    image_tokenizer = open_image_tokenizer(folder, cfg.vqgan, CPU)
     loader = open_loader(cfg, image_tokenizer, tokenizer, folder)
     batches = [loader.batch(step).tokens.tolist() for step in range(8)]
     model, optimizer = trained(folder)
-    state = checkpoint.restore(checkpoint.locate(folder), model, optimizer)
+    state = restore(checkpoint.locate(folder), model, optimizer)
     with Monitor(folder, 20, start=state["step"]):
         pass
     tensors = model.state_dict() | optimizer_tensors(optimizer, model)

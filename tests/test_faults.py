@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from faults import Launched, differences, end_of, kill_and_go_on, lines, said, wait_for
+from faults import Launched, differences, end_of, kill_and_resume, lines, said, wait_for
 from faults import small as config
 from ranks import run_on
 from small_runs import learn, prepare
@@ -46,14 +46,14 @@ def ends(prepared, tmp_path_factory) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("ranks, seed", [(1, 0), (2, 1)])
-def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_bits(ranks, seed, prepared, ends, tmp_path):
-    kill_and_go_on(prepared, tmp_path / "run", ranks, seed, kills=2)
+def test_a_run_killed_at_any_moment_resumes_and_ends_with_the_same_bits(ranks, seed, prepared, ends, tmp_path):
+    kill_and_resume(prepared, tmp_path / "run", ranks, seed, kills=2)
     assert differences(end_of(tmp_path / "run"), ends[ranks]) == []
     assert list((tmp_path / "run").glob(".tmp-*")) == []
 
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_run_told_to_stop_saves_and_goes_on_with_the_same_bits(ranks, number, prepared, ends, tmp_path):
+def test_a_run_that_gets_a_stop_signal_saves_and_resumes_with_the_same_bits(ranks, number, prepared, ends, tmp_path):
     """As a scheduler tells it, all processes at once, or a terminal."""
     folder = Path(shutil.copytree(prepared, tmp_path / "run"))
     run = Launched(folder, ranks, pause=0.05)
@@ -84,7 +84,7 @@ def test_torchrun_s_ranks_stop_together_and_start_again_when_one_is_lost(prepare
 def test_ranks_whose_torchrun_was_killed_save_and_end(prepared, tmp_path):
     """Sharded, since a save has more to say to other ranks then."""
     folder = Path(shutil.copytree(prepared, tmp_path / "run"))
-    run = Launched(folder, 2, torchrun=0, pause=0.05, parallel={"mode": "fsdp"})
+    run = Launched(folder, 2, torchrun=0, pause=0.05, parallel={"data_parallel": "fsdp"})
     wait_for(lambda: lines(folder) >= 2)
     os.kill(run.torchrun.pid, signal.SIGKILL)
     wait_for(lambda: not (folder / LOCK).exists())
@@ -152,7 +152,7 @@ def fill_up(disk: Path) -> None:
     (disk / "full").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 100_000)))
 
 
-def test_a_full_disk_loses_nothing_and_the_run_can_go_on(prepared, ends, small_disk, tmp_path):
+def test_a_full_disk_loses_nothing_and_the_run_can_be_resumed(prepared, ends, small_disk, tmp_path):
     disk, mounted = small_disk
     folder = Path(shutil.copytree(prepared, disk / "run"))
     first = trained(prepared, folder, 1, until=2)
@@ -169,7 +169,7 @@ def test_a_full_disk_loses_nothing_and_the_run_can_go_on(prepared, ends, small_d
     assert differences(end_of(folder), ends[1]) == []
 
 
-def test_a_save_that_fails_on_the_way_is_told_and_the_run_goes_on(prepared, ends, small_disk, capsys, monkeypatch):
+def test_a_save_that_fails_is_a_warning_and_the_run_continues(prepared, ends, small_disk, capsys, monkeypatch):
     """The disk has room again before the last save."""
     disk, mounted = small_disk
     folder = Path(shutil.copytree(prepared, disk / "run"))
@@ -205,7 +205,7 @@ def learn_without_a_place_for_one(folder: Path) -> None:
         learn(folder, config(folder, data_parallel="fsdp"))
 
 
-def test_shards_that_find_no_place_are_told_and_all_ranks_go_on(prepared, tmp_path):
+def test_shards_that_cannot_be_renamed_are_a_warning_and_all_ranks_continue(prepared, tmp_path):
     folder = Path(shutil.copytree(prepared, tmp_path / "run"))
     (folder / CONFIG).write_text(config_to_json(config(folder, data_parallel="fsdp")))
     run_on(2, learn_without_a_place_for_one, folder)
@@ -245,7 +245,7 @@ class Hostile:
         return os.mkdir, (str(self.marker),)
 
 
-def test_no_pickle_beside_the_shards_is_opened(sharded, tmp_path):
+def test_no_pickle_next_to_the_shards_is_opened(sharded, tmp_path):
     """torch's own checkpoints have a pickle called .metadata, and non-tensors in files of .distcp."""
     folder, marker = Path(shutil.copytree(sharded, tmp_path / "run")), tmp_path / "it ran"
     for name in (".metadata", "__0_0.distcp", "model.pt", "model.safetensors.index.json"):

@@ -21,7 +21,8 @@ from nanochameleon.optim import (
     make_optimizer,
     orthogonalize,
 )
-from nanochameleon.training.checkpoint import load, load_optimizer, optimizer_tensors, save
+from nanochameleon.training.checkpoint import load, save
+from nanochameleon.training.restore import load_optimizer, optimizer_tensors
 from nanochameleon.transformer import Chameleon
 
 schedules = st.sampled_from(["exponential", "cosine", "constant"])

@@ -14,41 +14,43 @@ PAD = 1
 
 
 @st.composite
-def documents_and_row_length(draw):
-    """Documents whose ids are all different, so that an id tells where it came from, and a row length."""
+def documents_and_seq_len(draw):
+    """Documents whose tokens are all different, so that each tells where it came from, and a sequence length."""
     lengths = draw(st.lists(st.integers(1, 12), max_size=30))
     seq_len = draw(st.integers(max(lengths, default=1), 40))
     ends = np.cumsum([PAD + 1, *lengths])
     return [list(range(a, b)) for a, b in itertools.pairwise(ends)], seq_len
 
 
-def runs(row_of_doc_ids):
+def runs(doc_ids):
     """[0 0 1 1 1 -1] -> [(0, 0, 2), (1, 2, 5), (-1, 5, 6)]"""
-    edges = [0, *(np.flatnonzero(np.diff(row_of_doc_ids)) + 1), len(row_of_doc_ids)]
-    return [(int(row_of_doc_ids[a]), int(a), int(b)) for a, b in itertools.pairwise(edges)]
+    edges = [0, *(np.flatnonzero(np.diff(doc_ids)) + 1), len(doc_ids)]
+    return [(int(doc_ids[a]), int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
-@given(documents_and_row_length())
+@given(documents_and_seq_len())
 def test_each_document_is_whole_in_order_and_exactly_once(case):
     docs, seq_len = case
     batch = pack(docs, seq_len, PAD)
     found = []
     for tokens, doc_ids, positions in zip(batch.tokens, batch.doc_ids, batch.positions, strict=True):
-        in_row = []
+        in_sequence = []
         for number, a, b in runs(doc_ids.numpy()):
             if number == NO_DOCUMENT:
                 assert b == seq_len and (tokens[a:b] == PAD).all()
                 continue
-            assert number == len(in_row)
+            assert number == len(in_sequence)
             assert positions[a:b].tolist() == list(range(b - a))
-            in_row.append(tokens[a:b].tolist())
-        assert in_row == sorted(in_row)  # ids grow from document to document: the order given is kept within a row
-        found += in_row
+            in_sequence.append(tokens[a:b].tolist())
+        assert in_sequence == sorted(
+            in_sequence
+        )  # tokens grow from document to document: the order given is kept within a sequence
+        found += in_sequence
     assert sorted(found) == docs
     assert batch.tokens.shape[1:] == (seq_len,) and (batch.tokens == PAD).sum() == (batch.doc_ids == NO_DOCUMENT).sum()
 
 
-@given(documents_and_row_length())
+@given(documents_and_seq_len())
 def test_a_target_is_the_next_token_of_the_same_document_or_ignored(case):
     docs, seq_len = case
     batch = pack(docs, seq_len, PAD)
@@ -58,13 +60,13 @@ def test_a_target_is_the_next_token_of_the_same_document_or_ignored(case):
     assert (batch.targets != IGNORE).sum() == sum(len(doc) - 1 for doc in docs)
 
 
-@given(documents_and_row_length())
-def test_no_two_rows_would_have_fitted_in_one(case):
+@given(documents_and_seq_len())
+def test_no_two_sequences_would_have_fitted_in_one(case):
     docs, seq_len = case
     lengths = [len(doc) for doc in docs]
-    rows = best_fit(lengths, seq_len)
-    used = np.bincount(rows, lengths)
-    assert sorted(set(rows.tolist())) == list(range(len(used))) and (used <= seq_len).all()
+    sequences = best_fit(lengths, seq_len)
+    used = np.bincount(sequences, lengths)
+    assert sorted(set(sequences.tolist())) == list(range(len(used))) and (used <= seq_len).all()
     assert all(used[i] + used[j] > seq_len for j in range(len(used)) for i in range(j))
 
 
@@ -73,32 +75,28 @@ def test_a_document_goes_where_it_fills_most():
 
 
 @pytest.mark.parametrize("docs", [[[5, 6], []], [[5] * 9]])
-def test_a_document_that_is_empty_or_longer_than_a_row_is_refused(docs):
-    with pytest.raises(ValueError, match=f"document {len(docs) - 1} has {len(docs[-1])} ids"):
+def test_a_document_that_is_empty_or_longer_than_a_sequence_is_refused(docs):
+    with pytest.raises(ValueError, match=f"document {len(docs) - 1} has {len(docs[-1])} tokens"):
         pack(docs, 8, PAD)
 
 
-def test_rows_of_a_batch_can_be_taken_apart():
+def test_sequences_of_a_batch_can_be_taken_apart():
     batch = pack([[5, 6, 7], [8, 9, 10], [11, 12]], 4, PAD)
     part = batch[1:3]
-    assert part.tokens.tolist() == [[8, 9, 10, 1], [11, 12, 1, 1]] and part.targets[0].tolist() == [
-        9,
-        10,
-        IGNORE,
-        IGNORE,
-    ]
+    assert part.tokens.tolist() == [[8, 9, 10, 1], [11, 12, 1, 1]]
+    assert part.targets[0].tolist() == [9, 10, IGNORE, IGNORE]
 
 
 @given(st.lists(st.lists(st.integers(10, 20), max_size=4), min_size=1, max_size=7))
-def test_of_a_conversation_only_answers_are_learnt_up_to_their_end(turns):
+def test_only_the_answers_of_a_conversation_are_learnt_up_to_their_end(turns):
     """Turns end with 3, the last one with 2: the second, fourth, ... is an answer, and its end is learnt with it."""
-    ids, learnt = [0], []
+    tokens, learnt = [0], []
     for number, turn in enumerate(turns):
         end = 2 if number == len(turns) - 1 else 3
-        ids += [*turn, end]
+        tokens += [*turn, end]
         learnt += [*turn, end] if number % 2 else []
-    batch = collate([[ids]], 40, PAD, assistant_eot=3)
+    batch = collate([[tokens]], 40, PAD, assistant_eot=3)
     targets = batch.targets[0]
     assert targets[targets != IGNORE].tolist() == learnt
-    everything = collate([[ids]], 40, PAD).targets[0]
+    everything = collate([[tokens]], 40, PAD).targets[0]
     assert torch.equal(targets[targets != IGNORE], everything[targets != IGNORE])

@@ -68,6 +68,14 @@ def test_the_sampling_lines_run_as_written(line, place):
         assert (place / said.splitlines()[-1]).suffix == ".png" and (place / said.splitlines()[-1]).is_file()
 
 
+def test_the_lines_of_python_run_as_written(place):
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in snippet.splitlines() if line]) == 5
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=place, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert (place / "circle.png").is_file()
+
+
 def test_every_preset_is_in_the_table_and_takes_the_options_given_there():
     table = [
         line.split("|")[1].strip().strip("`") for line in README.splitlines() if line.startswith("| `python train.py")

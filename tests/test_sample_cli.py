@@ -1,4 +1,4 @@
-"""sample.py on a run folder with random weights: what it draws, says, saves and refuses."""
+"""sample.py on a run folder with random weights: what it draws, writes, saves and refuses."""
 
 import dataclasses
 import os
@@ -18,7 +18,10 @@ from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
 from nanochameleon.documents import Text
-from nanochameleon.training.run import CONFIG, config_to_json, open_image_tokenizer, read_config
+from nanochameleon.generation.prompts import read_segments
+from nanochameleon.images.output import ImageOutput
+from nanochameleon.training.run import CONFIG, config_to_json, read_config
+from nanochameleon.training.train_tokenizers import open_image_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,14 +66,14 @@ def test_words_are_drawn_and_nothing_is_overwritten(run, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(path) for path in files]
 
 
-def test_samplers_at_work_in_one_folder_never_overwrite_each_other(run, tmp_path, monkeypatch):
+def test_samplers_in_one_folder_never_overwrite_each_other(run, tmp_path, monkeypatch):
     """Each has chosen its name before any of them has written."""
     all_have_chosen = threading.Barrier(4, timeout=60)
     monkeypatch.setattr("nanochameleon.files.fsync", lambda path: all_have_chosen.wait())
-    image_tokenizer = open_image_tokenizer(run, read_config(run), torch.device("cpu"))
-    shelf = sample.Shelf(Args(run, ("ta",), out=tmp_path), image_tokenizer)
+    image_tokenizer = open_image_tokenizer(run, read_config(run).vqgan, torch.device("cpu"))
+    output = ImageOutput(image_tokenizer, tmp_path, "ta")
     with ThreadPoolExecutor(4) as pool:
-        files = list(pool.map(lambda code: shelf.put([code] * N_CODES), range(4)))
+        files = list(pool.map(lambda code: output.save([code] * N_CODES), range(4)))
     assert set(files) == {tmp_path / f"ta-{number}.png" for number in (1, 2, 3, 4)} == set(tmp_path.iterdir())
     assert len({path.read_bytes() for path in files}) == 4
 
@@ -111,7 +114,7 @@ def test_a_question_about_an_image_is_answered_in_words(run, image, capsys):
 def test_the_model_reads_the_segments_in_the_order_given(run, image, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "nanochameleon.generation.engine.stream", lambda model, prompt, *rest: seen.append(prompt) or iter(())
+        "nanochameleon.generation.events.stream", lambda model, prompt, *rest: seen.append(prompt) or iter(())
     )
     main(Args(run, (image, "red", "a"), mode="answer"))
     main(Args(run, (" red\n", image, "", "a "), mode="text"))  # white space around words is not the model's to see
@@ -123,14 +126,14 @@ def test_the_model_reads_the_segments_in_the_order_given(run, image, monkeypatch
     assert second == [VOCAB.bos, *red, *block, *a]
 
 
-def test_an_image_is_cropped_as_those_of_training_were_or_padded_if_asked(image):
-    [cropped], [padded] = (sample.read_segments((image,), 4, fit) for fit in ("crop", "pad"))
+def test_an_image_is_cropped_as_in_training_or_padded_on_request(image):
+    [cropped], [padded] = (read_segments((image,), 4, fit) for fit in ("crop", "pad"))
     assert (padded.pixels[:, [0, -1]] == 255).all() and not (cropped.pixels[:, [0, -1]] == 255).all()  # 5 wide, 9 high
     assert Args(Path()).fit == "crop"
 
 
 def test_an_image_alone_is_asked_what_it_shows(run, image):
-    from nanochameleon.data.sources.shapes import ASK_CAPTION
+    from nanochameleon.data.sources.questions import ASK_CAPTION
 
     assert main(Args(run, (image,))) == main(Args(run, (image, ASK_CAPTION)))
 
@@ -147,7 +150,7 @@ def test_an_aligned_run_is_asked_and_may_answer_in_both(run, image, tmp_path, mo
     cfg = read_config(aligned)
     aligned_cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, assistant_only_loss=True))
     (aligned / CONFIG).write_text(config_to_json(aligned_cfg))
-    monkeypatch.setattr("nanochameleon.generation.engine.stream", lambda *args: seen.append(args) or iter(()))
+    monkeypatch.setattr("nanochameleon.generation.events.stream", lambda *args: seen.append(args) or iter(()))
     main(Args(aligned, ("red", image)))
     main(Args(run, ("red",), mode="chat"))
     for _, prompt, _, _, _, mode, _, _, stops, _ in seen:
@@ -156,7 +159,7 @@ def test_an_aligned_run_is_asked_and_may_answer_in_both(run, image, tmp_path, mo
 
 
 @pytest.mark.parametrize("mode", ["free", "text", "answer"])
-def test_several_samples_are_rows_of_one_engine_and_told_in_order(mode, run, tmp_path, monkeypatch):
+def test_several_samples_share_one_engine_and_are_shown_in_order(mode, run, tmp_path, monkeypatch):
     from nanochameleon.generation import engine
 
     made, start = [], engine.Engine.__post_init__
@@ -190,7 +193,7 @@ def test_int8_answers_and_draws(run, image, tmp_path, monkeypatch):
         (["a\r", "b", "\r"], "a\ufffdb\ufffd"),
     ],
 )
-def test_text_is_printed_as_it_is_but_control_characters_do_not_reach_the_terminal(pieces, shown, capsys):
+def test_text_is_printed_unchanged_except_for_control_characters(pieces, shown, capsys):
     from nanochameleon.generation.events import End
 
     parts = sample.show([*map(Text, pieces), End(())], None)
@@ -230,7 +233,7 @@ def test_a_terminal_that_can_shows_the_image_while_it_grows(run, monkeypatch, ca
     assert live.read_bytes() == path.read_bytes()
 
 
-def test_guidance_is_of_words_and_images_unless_told_apart(run):
+def test_image_guidance_is_that_of_text_unless_given(run):
     from nanochameleon.config import SamplingParams
 
     cfg = SamplingParams(guidance_scale=3.0, image_guidance_scale=1.2)
@@ -239,8 +242,8 @@ def test_guidance_is_of_words_and_images_unless_told_apart(run):
         ({"guidance_scale": 1.0}, (1.0, 1.0)),
         ({"image_guidance_scale": 2.0}, (3.0, 2.0)),
     ):
-        options = Args(run, **given).options(cfg)
-        assert (options.guidance_scale, options.image_guidance_scale) == scales
+        params = Args(run, **given).params(cfg)
+        assert (params.guidance_scale, params.image_guidance_scale) == scales
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,15 +258,15 @@ def test_guidance_is_of_words_and_images_unless_told_apart(run):
         ([], ["prompt is empty"]),
         (["  "], ["prompt is empty"]),
         (["--mode", "answer"], ["--mode answer"]),
-        (["ta " * 99], ["ids", "context of 64"]),
+        (["ta " * 99], ["tokens", "context of 64"]),
         (["a", "--max-new-tokens", "4"], ["--max-new-tokens must be at least 5", "not 4"]),
         (["a", "--top-p", "0"], ["--top-p", "not 0"]),
         (["a", "--temperature", "nan"], ["--temperature", "nan"]),
         (["a", "--n", "0"], ["--n"]),
         (["a", "--seed", "-1"], ["--seed"]),
-        (["a", "--top-k", "1" + "0" * 400], ["--top-k must be from 1 to 9223372036854775807"]),
+        (["a", "--top-k", "1" + "0" * 400], ["--top-k must be at most 9223372036854775807"]),
         (["a", "--n", "1" + "0" * 30], ["--n must be from 1 to 1,000,000"]),
-        (["a", "--max-new-tokens", "1" + "0" * 30], ["--max-new-tokens must be from 1 to"]),
+        (["a", "--max-new-tokens", "1" + "0" * 30], ["--max-new-tokens must be at most"]),
         (["a", "--device", "toaster"], ["toaster"]),
         (["a\udcff"], ["UTF-8"]),
     ],
@@ -298,17 +301,17 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_is_drawn(mode,
     assert f"cannot save an image in {image}" in refused(words, capsys)
 
 
-def test_a_word_that_names_what_is_no_image_is_refused_and_not_drawn(run, tmp_path, monkeypatch, capsys):
+def test_a_word_that_names_a_folder_or_pipe_is_refused_and_not_drawn(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     os.symlink("nowhere", "link")
     os.mkfifo("pipe")
     for word in ("photos", "photos/", "link", "pipe", "/dev/null", "~", str(tmp_path)):
         said = refused([str(run), word, "how many?"], capsys)
-        assert f"error: {word} is there and is not an image file" in said and said.count("\n") == 1
+        assert f"error: {word} exists and is not an image file" in said and said.count("\n") == 1
     for ending in ("heic", "HEIF", "avif", "jfif", "pgm", "jxl", "svg"):
         assert f"image nowhere.{ending} is not there" in refused([str(run), f"nowhere.{ending}", "what?"], capsys)
-    assert sample.read_segments((" photos", "photos and more"), 4, "crop") == [Text("photos"), Text("photos and more")]
+    assert read_segments((" photos", "photos and more"), 4, "crop") == [Text("photos"), Text("photos and more")]
 
 
 def test_a_file_that_is_no_image_is_named(run, tmp_path, capsys):

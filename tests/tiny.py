@@ -19,7 +19,7 @@ from nanochameleon.config import (
     VQGANConfig,
 )
 from nanochameleon.convert import Args, write_nano
-from nanochameleon.generation.sampling import MODES
+from nanochameleon.generation.sampling import MODALITIES
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
@@ -49,8 +49,8 @@ def tiny_model(seed: int = 0, **changes) -> Chameleon:
     return model.eval()
 
 
-def random_task(rng: random.Random) -> tuple[list[int], SamplingParams, str, tuple[int, ...] | None]:
-    """Any prompt, options, mode and stops, with room for an image."""
+def random_request(rng: random.Random) -> tuple[list[int], SamplingParams, str, tuple[int, ...] | None]:
+    """Any prompt, params, modality and stops, with room for an image."""
     prompt = [VOCAB.bos] + [rng.randrange(VOCAB.first_text, VOCAB.size) for _ in range(rng.randrange(20))]
     if rng.random() < 0.3:
         prompt += [VOCAB.boi, *(VOCAB.code_to_token(rng.randrange(8)) for _ in range(rng.randrange(N_CODES)))]
@@ -59,8 +59,8 @@ def random_task(rng: random.Random) -> tuple[list[int], SamplingParams, str, tup
         (rng.choice(heat), rng.choice(shares), rng.choice([None, 1, 5]), rng.choice([0.0, 0.05])) for _ in range(2)
     )
     penalty, most = rng.choice([1.0, 1.2, 0.8]), rng.randrange(N_CODES + 2, 30)
-    options = SamplingParams(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
-    return prompt, options, rng.choice(MODES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
+    params = SamplingParams(*text, penalty, *image, rng.choice(scales), rng.choice(scales), most)
+    return prompt, params, rng.choice(MODALITIES), rng.choice([None, (VOCAB.eos, VOCAB.eot)])
 
 
 def tiny_config(**changes) -> RunConfig:

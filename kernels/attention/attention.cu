@@ -1,129 +1,138 @@
-// Attention on a GPU, bfloat16 in and out, float32 inside. B rows, T positions, H heads, E numbers a head (64 or 128).
+// Attention on a GPU, bfloat16 in and out, float32 inside. B sequences, T positions, H query heads, G KV heads,
+// E numbers a head (64 or 128).
 //
-// 1. attention_simple_E: a thread a query, scores one by one, the running maximum and sum of the softmax: 20 lines to
-//    read before 2. No tensor cores.
-// 2. attention_E: FlashAttention-2's forward pass (arXiv 2307.08691) on tensor cores (mma.sync, sm_80 and later): 4
-//    warps of 16 queries each on tiles of 64 keys. Scores become weights in registers, and the registers of weights are
-//    at once an operand of the product with v. The next tile is on its way while one is computed with. Keys before the
-//    block's first document are never fetched.
+// 1. attention_simple_E: one thread per query. Scores come one by one, with the running maximum and sum of the softmax:
+//    20 lines to read before version 2. No tensor cores.
+// 2. attention_E: FlashAttention-2's forward pass (arXiv 2307.08691) on tensor cores (mma.sync, sm_80 and later). A
+//    block is 4 warps of 16 queries and walks over tiles of 64 keys. Scores become weights in registers, where they are
+//    at once an operand of P V. The next tile loads while the current one is computed.
 //
-// Documents: `first` (B, T) is the first position of i's document, so query i sees keys j <= i with first[j] ==
-// first[i]. lse (B, H, T), for the gradient: log2 of the sum of 2^score, scores in units of log 2.
+// Documents: doc_start (B, T) is the first position of i's document, so query i attends to keys j <= i with
+// doc_start[j] == doc_start[i]. Keys before the first document of a block are never loaded.
+// lse (B, H, T), for the gradient: log2 of the sum of 2^score, scores in units of log 2.
 
 #include "tiles.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 1. A thread a query. q, out (B, T, H, E); k, v (B, T, G, E); grid (ceil(T / 64), H, B), 64 threads.
+// 1. One thread per query. q, out (B, T, H, E); k, v (B, T, G, E); grid (ceil(T / 64), H, B), 64 threads.
 
 template <int E>
-__device__ void attention_simple(const u32* q, const u32* k, const u32* v, const int* first, u32* out, float* lse,
-                                 int t, int heads, int key_heads) {
-  int i = blockIdx.x * 64 + threadIdx.x, h = blockIdx.y, b = blockIdx.z, g = h / (heads / key_heads);
+__device__ void attention_simple(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse,
+                                 int t, int heads, int kv_heads) {
+  int i = blockIdx.x * 64 + threadIdx.x, h = blockIdx.y, b = blockIdx.z, g = h / (heads / kv_heads);
   if (i >= t) return;
-  const u32* mine = q + (((long long)b * t + i) * heads + h) * (E / 2);
-  float sum = 0.f, largest = LEAST, o[E];
+  const u32* q_row = q + (((long long)b * t + i) * heads + h) * (E / 2);
+  float row_sum = 0.f, row_max = NEG_INF, o[E];
   for (int d = 0; d < E; d++) o[d] = 0.f;
-  for (int j = first[b * t + i]; j <= i; j++) {
-    if (first[b * t + j] != first[b * t + i]) continue;
-    const u32* key = k + (((long long)b * t + j) * key_heads + g) * (E / 2);
-    const u32* value = v + (((long long)b * t + j) * key_heads + g) * (E / 2);
+  for (int j = doc_start[b * t + i]; j <= i; j++) {
+    if (doc_start[b * t + j] != doc_start[b * t + i]) continue;
+    // 1. the score
+    const u32* k_row = k + (((long long)b * t + j) * kv_heads + g) * (E / 2);
+    const u32* v_row = v + (((long long)b * t + j) * kv_heads + g) * (E / 2);
     float s = 0.f;
-    for (int d = 0; d < E / 2; d++) s += low(mine[d]) * low(key[d]) + high(mine[d]) * high(key[d]);
+    for (int d = 0; d < E / 2; d++)
+      s += bf16_low(q_row[d]) * bf16_low(k_row[d]) + bf16_high(q_row[d]) * bf16_high(k_row[d]);
     s *= LOG2E * rsqrtf((float)E);
-    float most = fmaxf(largest, s), grown = power(largest - most), w = power(s - most);
-    largest = most;
-    sum = sum * grown + w;
+    // 2. the new maximum; what was summed with the old one is rescaled
+    float new_max = fmaxf(row_max, s), rescale = exp2_approx(row_max - new_max), p = exp2_approx(s - new_max);
+    row_max = new_max;
+    row_sum = row_sum * rescale + p;
+    // 3. the weighted value
     for (int d = 0; d < E / 2; d++) {
-      o[2 * d] = o[2 * d] * grown + w * low(value[d]);
-      o[2 * d + 1] = o[2 * d + 1] * grown + w * high(value[d]);
+      o[2 * d] = o[2 * d] * rescale + p * bf16_low(v_row[d]);
+      o[2 * d + 1] = o[2 * d + 1] * rescale + p * bf16_high(v_row[d]);
     }
   }
-  u32* target = out + (((long long)b * t + i) * heads + h) * (E / 2);
-  for (int d = 0; d < E / 2; d++) target[d] = pack(o[2 * d] / sum, o[2 * d + 1] / sum);
-  lse[((long long)b * heads + h) * t + i] = largest + __log2f(sum);
+  u32* out_row = out + (((long long)b * t + i) * heads + h) * (E / 2);
+  for (int d = 0; d < E / 2; d++) out_row[d] = pack_bf16(o[2 * d] / row_sum, o[2 * d + 1] / row_sum);
+  lse[((long long)b * heads + h) * t + i] = row_max + __log2f(row_sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. On tensor cores: grid (ceil(T / 64), H, B), 128 threads, 5 tiles of dynamic shared memory: q, twice k and v.
+// 2. On tensor cores: grid (ceil(T / 64), H, B), 128 threads, 5 tiles of dynamic shared memory: q, and k and v twice.
 
 template <int E>
-__device__ void attention(const u32* q, const u32* k, const u32* v, const int* first, u32* out, float* lse, int t,
-                          int heads, int key_heads) {
-  const int KEYS = 64, SIZE = KEYS * Line<E>::words;
-  u32 *queries = (u32*)dynamic_shared(), *keys = queries + SIZE, *values = keys + 2 * SIZE;
-  __shared__ int key_first[2][KEYS];
-  const int h = blockIdx.y, b = blockIdx.z, g = h / (heads / key_heads);
-  const int start = (gridDim.x - 1 - blockIdx.x) * 64, end = min(start + 64, t);  // the longest first
-  const long long row = (long long)heads * (E / 2), key_row = (long long)key_heads * (E / 2);
+__device__ void attention(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse, int t,
+                          int heads, int kv_heads) {
+  const int KEYS = 64, WORDS = KEYS * TileRow<E>::words;  // of a tile
+  u32 *q_tile = (u32*)dynamic_shared(), *k_tiles = q_tile + WORDS, *v_tiles = k_tiles + 2 * WORDS;
+  __shared__ int k_doc[2][KEYS];
+  const int h = blockIdx.y, b = blockIdx.z, g = h / (heads / kv_heads);
+  const int q_begin = (gridDim.x - 1 - blockIdx.x) * 64, q_end = min(q_begin + 64, t);  // the longest first
+  const long long q_stride = (long long)heads * (E / 2), kv_stride = (long long)kv_heads * (E / 2);
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
   const float scale = LOG2E * rsqrtf((float)E);
-  first += (long long)b * t;
-  k += ((long long)b * t * key_heads + g) * (E / 2);
-  v += ((long long)b * t * key_heads + g) * (E / 2);
+  doc_start += (long long)b * t;
+  k += ((long long)b * t * kv_heads + g) * (E / 2);
+  v += ((long long)b * t * kv_heads + g) * (E / 2);
 
-  int rows[2], mine[2], from = t;  // from: the first key that any query of the block sees
-  for (int i = start; i < end; i++) from = min(from, first[i]);
-  from = from / KEYS * KEYS;
+  int q_pos[2], q_doc[2], k_begin = t;  // k_begin: the first key that any query of the block attends to
+  for (int i = q_begin; i < q_end; i++) k_begin = min(k_begin, doc_start[i]);
+  k_begin = k_begin / KEYS * KEYS;
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    rows[r] = start + warp * 16 + group + 8 * r;
-    mine[r] = rows[r] < t ? first[rows[r]] : -1;
+  for (int r = 0; r < 2; r++) {  // the two rows of this lane
+    q_pos[r] = q_begin + warp * 16 + group + 8 * r;
+    q_doc[r] = q_pos[r] < t ? doc_start[q_pos[r]] : -1;
   }
-  auto fetch = [&](int stage, int j) {
-    fetch_rows<E, KEYS>(keys + stage * SIZE, k, key_row, j, t);
-    fetch_rows<E, KEYS>(values + stage * SIZE, v, key_row, j, t);
-    if (threadIdx.x < KEYS) key_first[stage][threadIdx.x] = j + threadIdx.x < t ? first[j + threadIdx.x] : -2;
+  auto load_kv = [&](int stage, int j) {
+    load_tile_async<E, KEYS>(k_tiles + stage * WORDS, k, kv_stride, j, t);
+    load_tile_async<E, KEYS>(v_tiles + stage * WORDS, v, kv_stride, j, t);
+    if (threadIdx.x < KEYS) k_doc[stage][threadIdx.x] = j + threadIdx.x < t ? doc_start[j + threadIdx.x] : -2;
   };
-  fetch_rows<E, 64>(queries, q + ((long long)b * t * heads + h) * (E / 2), row, start, t);
-  fetch(0, from);
-  copies_commit();
-  float o[E / 8][4], s[KEYS / 8][4], grown[2], largest[2] = {LEAST, LEAST}, sum[2] = {0.f, 0.f};
+  load_tile_async<E, 64>(q_tile, q + ((long long)b * t * heads + h) * (E / 2), q_stride, q_begin, t);
+  load_kv(0, k_begin);
+  cp_async_commit();
+  float o[E / 8][4], s[KEYS / 8][4], rescale[2], row_max[2] = {NEG_INF, NEG_INF}, row_sum[2] = {0.f, 0.f};
 #pragma unroll
   for (int c = 0; c < E / 8; c++) o[c][0] = o[c][1] = o[c][2] = o[c][3] = 0.f;
 
-  for (int j = from, stage = 0; j < end; j += KEYS, stage ^= 1) {
-    if (j + KEYS < end) fetch(stage ^ 1, j + KEYS);
-    copies_commit();
-    copies_wait<1>();  // all but what was just asked for
+  for (int j = k_begin, stage = 0; j < q_end; j += KEYS, stage ^= 1) {
+    // 1. ask for the next tile, and wait for this one
+    if (j + KEYS < q_end) load_kv(stage ^ 1, j + KEYS);
+    cp_async_commit();
+    cp_async_wait<1>();  // all but what was just asked for
     __syncthreads();
-    multiply_rows<E, KEYS>(s, queries, keys + stage * SIZE);
+    // 2. scores, masked to the past of the same document
+    gemm_qk<E, KEYS>(s, q_tile, k_tiles + stage * WORDS);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
       for (int x = 0; x < 4; x++) {
         int column = 8 * n + 2 * member + (x & 1);
-        bool seen = j + column <= rows[x / 2] && key_first[stage][column] == mine[x / 2];
-        s[n][x] = seen ? s[n][x] * scale : LEAST;
+        bool seen = j + column <= q_pos[x / 2] && k_doc[stage][column] == q_doc[x / 2];
+        s[n][x] = seen ? s[n][x] * scale : NEG_INF;
       }
-    soften<KEYS>(s, largest, sum, grown);
+    // 3. weights, and the output so far brought to the new maximum
+    online_softmax<KEYS>(s, row_max, row_sum, rescale);
 #pragma unroll
     for (int c = 0; c < E / 8; c++)
 #pragma unroll
-      for (int x = 0; x < 4; x++) o[c][x] *= grown[x / 2];
-    multiply_columns<E, KEYS>(o, s, values + stage * SIZE);
+      for (int x = 0; x < 4; x++) o[c][x] *= rescale[x / 2];
+    // 4. weights times values
+    gemm_pv<E, KEYS>(o, s, v_tiles + stage * WORDS);
     __syncthreads();  // the stage is no longer read
   }
   float factor[2];
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-    sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-    factor[r] = 1.f / sum[r];
-    if (member == 0 && rows[r] < t) lse[((long long)b * heads + h) * t + rows[r]] = largest[r] + __log2f(sum[r]);
+  for (int r = 0; r < 2; r++) {  // row_sum holds one lane's columns until here
+    row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 1);
+    row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 2);
+    factor[r] = 1.f / row_sum[r];
+    if (member == 0 && q_pos[r] < t) lse[((long long)b * heads + h) * t + q_pos[r]] = row_max[r] + __log2f(row_sum[r]);
   }
-  store_rows<E>(out + ((long long)b * t * heads + h) * (E / 2), row, start + warp * 16, t, o, factor);
+  store_tile<E>(out + ((long long)b * t * heads + h) * (E / 2), q_stride, q_begin + warp * 16, t, o, factor);
 }
 
-#define EXPORT(E)                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(64)                                                                   \
-      attention_simple_##E(const u32* q, const u32* k, const u32* v, const int* first, u32* out, float* lse, int t,  \
-                           int heads, int key_heads) {                                                               \
-    attention_simple<E>(q, k, v, first, out, lse, t, heads, key_heads);                                              \
-  }                                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-      attention_##E(const u32* q, const u32* k, const u32* v, const int* first, u32* out, float* lse, int t,         \
-                    int heads, int key_heads) {                                                                      \
-    attention<E>(q, k, v, first, out, lse, t, heads, key_heads);                                                     \
+#define EXPORT(E)                                                                                                      \
+  extern "C" __global__ void __launch_bounds__(64)                                                                     \
+      attention_simple_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse,       \
+                           int t, int heads, int kv_heads) {                                                           \
+    attention_simple<E>(q, k, v, doc_start, out, lse, t, heads, kv_heads);                                             \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      attention_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse, int t,       \
+                    int heads, int kv_heads) {                                                                         \
+    attention<E>(q, k, v, doc_start, out, lse, t, heads, kv_heads);                                                    \
   }
 
 EXPORT(64)

@@ -1,104 +1,107 @@
-// Attention of new ids to a cache on a GPU, bfloat16 in and out, float32 inside: what a decode step does in each layer.
-// N rows of a batch, T new ids each (one, or few), H heads, G key heads, E numbers a head, S places in the cache.
+// Attention of new tokens to a KV cache on a GPU, bfloat16 in and out, float32 inside: a decode step's work in each
+// layer. N slots of a batch, T new tokens in each (one, or few), H heads, G KV heads, E numbers a head, S positions
+// in the cache.
 //
-// 1. decode_append: the heads (N, T, H + 2 G, E) as the projections leave them; queries are normed and turned, keys too
-//    and then put into the cache, values put there as they are. A warp a head's row.
-// 2. decode_split_E: reading the cache is all the work, and one row's heads alone would keep few processors busy. So
-//    the cache is cut into pieces of 256 places, a block each: scores, their softmax, the weighted sum of values, each
-//    phase with its own share of work. Up to 4 queries that read one key head share what is read.
-// 3. decode_join: pieces -> one row, by their largest scores and sums.
+// 1. decode_append: reads the heads (N, T, H + 2 G, E) as the projections leave them. Queries are normed and rotated;
+//    keys too, and then written to the cache; values are written as they are. One warp per head's row.
+// 2. decode_split_E: reading the cache is all the work, and the heads of one slot would keep few processors busy. So
+//    the cache is cut into splits of 256 positions, a block each (FlashDecoding). A block computes scores, their
+//    softmax and the weighted sum of values, and its threads divide each of the three in another way. Up to 4 queries
+//    that read one KV head share what is read.
+// 3. decode_combine: splits -> one row, by their maxima and sums.
 //
-// attention_simple of attention.cu is the version to read first. Query (n, t) sees places up to positions[n, t].
+// attention_simple of attention.cu is the version to read first. Query (n, t) attends to positions up to
+// positions[n, t].
 
 #include "rows.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 1. queries (N, T, H, E); keys, values (N, G, S, E); weight, bias (H + G, E) or null; turns (N, T, E/2); 256 threads
+// 1. queries (N, T, H, E); keys, values (N, G, S, E); weight, bias (H + G, E) or null; cos_sin (N, T, E/2); 256 threads
 
 extern "C" __global__ void __launch_bounds__(256)
-    decode_append(const u32* heads, const float2* weight, const float2* bias, const float2* turns,
+    decode_append(const u32* heads, const float2* weight, const float2* bias, const float2* cos_sin,
                   const long long* positions, u32* queries, u32* keys, u32* values, long long rows, int t, int n_heads,
-                  int key_heads, int pairs, int places, float eps) {
-  const int all = n_heads + 2 * key_heads, lane = threadIdx.x % 32;
+                  int kv_heads, int pairs, int cache_len, float eps) {
+  const int all = n_heads + 2 * kv_heads, lane = threadIdx.x % 32;
   const long long at = blockIdx.x * 8ll + threadIdx.x / 32, row = at / all;
   if (row >= rows) return;
-  const int head = at % all, g = (head - n_heads) % key_heads;
-  const long long place = ((row / t * key_heads + g) * places + positions[row]) * pairs;
+  const int head = at % all, g = (head - n_heads) % kv_heads;
+  const long long cache_at = ((row / t * kv_heads + g) * cache_len + positions[row]) * pairs;
   Row r = read_row(heads + at * pairs, pairs, lane);
-  if (head >= n_heads + key_heads) {
+  if (head >= n_heads + kv_heads) {
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      if (lane + 32 * i < pairs) values[place + lane + 32 * i] = pack(r.x[i].x, r.x[i].y);
+      if (lane + 32 * i < pairs) values[cache_at + lane + 32 * i] = pack_bf16(r.x[i].x, r.x[i].y);
     return;
   }
   if (weight) {
-    standardise(r, pairs, lane, eps);
+    normalize(r, pairs, lane, eps);
     weight += head * pairs;
     bias += head * pairs;
   }
-  u32* target = head < n_heads ? queries + (row * n_heads + head) * pairs : keys + place;
-  write_turned(target, r, weight, bias, turns + row * pairs, pairs, lane);
+  u32* out = head < n_heads ? queries + (row * n_heads + head) * pairs : keys + cache_at;
+  write_rotated(out, r, weight, bias, cos_sin + row * pairs, pairs, lane);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Grid (pieces, G * ceil(H / G * T / 4), N), 128 threads. parts (pieces, N, T, H, E) float32: weighted sums of
-//    values,
-// not divided; scales (pieces, N, T, H): largest score in units of log 2, sum of weights
+// 2. Grid (splits, G * ceil(H / G * T / 4), N), 128 threads.
+//    partial_out (splits, N, T, H, E) float32: weighted sums of values, not divided
+//    stats (splits, N, T, H): the largest score in units of log 2, and the sum of weights
 
-const int PIECE = 256, QUERIES = 4, WARPS = 4;
+const int SPLIT = 256, QUERIES = 4, WARPS = 4;
 
-struct Eight {
+struct Vec8 {
   float x[8];
 };
 
-INLINE Eight read_eight(const u32* p) {
+INLINE Vec8 load_vec8(const u32* p) {
   uint4 words = *(const uint4*)p;
-  return {low(words.x), high(words.x), low(words.y), high(words.y),
-          low(words.z), high(words.z), low(words.w), high(words.w)};
+  return {bf16_low(words.x), bf16_high(words.x), bf16_low(words.y), bf16_high(words.y),
+          bf16_low(words.z), bf16_high(words.z), bf16_low(words.w), bf16_high(words.w)};
 }
 
-// scores[q][j] of count places; E / 8 neighbouring threads share a key
+// scores[q][j] for the first `count` positions; E / 8 neighbouring threads share a key
 template <int E>
-INLINE void score(float (&scores)[QUERIES][PIECE], const Eight (&q)[QUERIES], const u32* keys, int count) {
-  const int TOGETHER = E / 8, AT_ONCE = 128 / TOGETHER;
-  const int part = threadIdx.x % TOGETHER;
+INLINE void compute_scores(float (&scores)[QUERIES][SPLIT], const Vec8 (&q)[QUERIES], const u32* keys, int count) {
+  const int LANES_A_KEY = E / 8, KEYS_AT_ONCE = 128 / LANES_A_KEY;
+  const int part = threadIdx.x % LANES_A_KEY;
 #pragma unroll 4
-  for (int i = 0; i < PIECE / AT_ONCE; i++) {
-    int j = i * AT_ONCE + threadIdx.x / TOGETHER;
-    Eight key = {};
-    if (j < count) key = read_eight(keys + j * (E / 2) + part * 4);
+  for (int i = 0; i < SPLIT / KEYS_AT_ONCE; i++) {
+    int j = i * KEYS_AT_ONCE + threadIdx.x / LANES_A_KEY;
+    Vec8 key = {};
+    if (j < count) key = load_vec8(keys + j * (E / 2) + part * 4);
 #pragma unroll
     for (int n = 0; n < QUERIES; n++) {
       float s = 0.f;
 #pragma unroll
       for (int d = 0; d < 8; d++) s += q[n].x[d] * key.x[d];
 #pragma unroll
-      for (int o = TOGETHER / 2; o; o >>= 1) s += __shfl_xor_sync(~0u, s, o);
+      for (int o = LANES_A_KEY / 2; o; o >>= 1) s += __shfl_xor_sync(~0u, s, o);
       if (part == 0) scores[n][j] = s * (LOG2E * rsqrtf((float)E));
     }
   }
 }
 
-// A warp a query: scores of the first `count` places -> weights, the others 0. Returns largest score and sum.
-INLINE float2 soften(float (&scores)[PIECE], int count) {
+// One warp per query: scores of the first `count` positions -> weights, 0 for the others. Returns maximum and sum.
+INLINE float2 softmax_of_split(float (&scores)[SPLIT], int count) {
   const int lane = threadIdx.x % 32;
-  float most = LEAST, sum = 0.f;
-  for (int j = lane; j < count; j += 32) most = fmaxf(most, scores[j]);
-  for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-  for (int j = lane; j < PIECE; j += 32) {
-    scores[j] = j < count ? power(scores[j] - most) : 0.f;
+  float row_max = NEG_INF, sum = 0.f;
+  for (int j = lane; j < count; j += 32) row_max = fmaxf(row_max, scores[j]);
+  for (int o = 16; o; o >>= 1) row_max = fmaxf(row_max, __shfl_xor_sync(~0u, row_max, o));
+  for (int j = lane; j < SPLIT; j += 32) {
+    scores[j] = j < count ? exp2_approx(scores[j] - row_max) : 0.f;
     sum += scores[j];
   }
-  return make_float2(most, warp_sum(sum));
+  return make_float2(row_max, warp_sum(sum));
 }
 
-// The thread's share of sum_j weights[q][j] values[j]: every AT_ONCE-th place, 8 numbers of each
+// The thread's part of sum_j weights[q][j] values[j]: every KEYS_AT_ONCE-th position, 8 numbers of its value
 template <int E>
-INLINE void gather(Eight (&o)[QUERIES], const float (&weights)[QUERIES][PIECE], const u32* values, int count) {
-  const int TOGETHER = E / 8, AT_ONCE = 128 / TOGETHER;
+INLINE void weighted_values(Vec8 (&o)[QUERIES], const float (&weights)[QUERIES][SPLIT], const u32* values, int count) {
+  const int LANES_A_KEY = E / 8, KEYS_AT_ONCE = 128 / LANES_A_KEY;
 #pragma unroll 4
-  for (int j = threadIdx.x / TOGETHER; j < count; j += AT_ONCE) {
-    Eight value = read_eight(values + j * (E / 2) + threadIdx.x % TOGETHER * 4);
+  for (int j = threadIdx.x / LANES_A_KEY; j < count; j += KEYS_AT_ONCE) {
+    Vec8 value = load_vec8(values + j * (E / 2) + threadIdx.x % LANES_A_KEY * 4);
 #pragma unroll
     for (int n = 0; n < QUERIES; n++)
 #pragma unroll
@@ -108,77 +111,80 @@ INLINE void gather(Eight (&o)[QUERIES], const float (&weights)[QUERIES][PIECE], 
 
 template <int E>
 __device__ void decode_split(const u32* queries, const u32* keys, const u32* values, const long long* positions,
-                             float* parts, float2* scales, int t, int heads, int key_heads, int places) {
-  __shared__ float scores[QUERIES][PIECE], shares[WARPS][QUERIES][E];
-  const int each = heads / key_heads, sets = (each * t + QUERIES - 1) / QUERIES;
-  const int g = blockIdx.y / sets, set = blockIdx.y % sets * QUERIES, from = blockIdx.x * PIECE;
+                             float* partial_out, float2* stats, int t, int heads, int kv_heads, int cache_len) {
+  __shared__ float scores[QUERIES][SPLIT], warp_sums[WARPS][QUERIES][E];
+  const int group_size = heads / kv_heads, sets = (group_size * t + QUERIES - 1) / QUERIES;  // sets of QUERIES queries
+  const int g = blockIdx.y / sets, set = blockIdx.y % sets * QUERIES, from = blockIdx.x * SPLIT;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = threadIdx.x % (E / 8);
-  const long long n = blockIdx.z, place = ((n * key_heads + g) * places + from) * (E / 2);
-  Eight q[QUERIES], o[QUERIES];
-  int seen[QUERIES], count = 0;  // of this piece, by each query and by any
+  const long long n = blockIdx.z, cache_at = ((n * kv_heads + g) * cache_len + from) * (E / 2);
+  Vec8 q[QUERIES], o[QUERIES];
+  int seen[QUERIES], count = 0;  // positions of this split, by each query and by any
   long long row[QUERIES];        // (n, t, h) as one number
 #pragma unroll
   for (int i = 0; i < QUERIES; i++) {
-    int number = min(set + i, each * t - 1), token = number / each;  // what is too many does the last one's work again
-    row[i] = (n * t + token) * heads + g * each + number % each;
-    seen[i] = max(0, min(PIECE, (int)positions[n * t + token] + 1 - from));
+    int number = min(set + i, group_size * t - 1), token = number / group_size;  // surplus ones repeat the last query
+    row[i] = (n * t + token) * heads + g * group_size + number % group_size;
+    seen[i] = max(0, min(SPLIT, (int)positions[n * t + token] + 1 - from));
     count = max(count, seen[i]);
-    q[i] = read_eight(queries + row[i] * (E / 2) + part * 4);
+    q[i] = load_vec8(queries + row[i] * (E / 2) + part * 4);
     o[i] = {};
   }
-  score<E>(scores, q, keys + place, count);
+  // 1. scores
+  compute_scores<E>(scores, q, keys + cache_at, count);
   __syncthreads();
+  // 2. weights, one warp per query
 #pragma unroll
   for (int i = 0; i < QUERIES; i++)
     if (warp == i) {
-      float2 scale = soften(scores[i], seen[i]);
-      if (lane == 0) scales[(long long)blockIdx.x * gridDim.z * t * heads + row[i]] = scale;
+      float2 stat = softmax_of_split(scores[i], seen[i]);
+      if (lane == 0) stats[(long long)blockIdx.x * gridDim.z * t * heads + row[i]] = stat;
     }
   __syncthreads();
-  gather<E>(o, scores, values + place, count);
+  // 3. weighted values: summed over the lanes of a warp, then over the warps
+  weighted_values<E>(o, scores, values + cache_at, count);
 #pragma unroll
   for (int i = 0; i < QUERIES; i++)
 #pragma unroll
     for (int d = 0; d < 8; d++) {
       for (int step = E / 8; step < 32; step *= 2) o[i].x[d] += __shfl_xor_sync(~0u, o[i].x[d], step);
-      if (lane < E / 8) shares[warp][i][8 * part + d] = o[i].x[d];
+      if (lane < E / 8) warp_sums[warp][i][8 * part + d] = o[i].x[d];
     }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < QUERIES; i++)
     if (threadIdx.x < E) {
       float sum = 0.f;
-      for (int w = 0; w < WARPS; w++) sum += shares[w][i][threadIdx.x];
-      parts[((long long)blockIdx.x * gridDim.z * t * heads + row[i]) * E + threadIdx.x] = sum;
+      for (int w = 0; w < WARPS; w++) sum += warp_sums[w][i][threadIdx.x];
+      partial_out[((long long)blockIdx.x * gridDim.z * t * heads + row[i]) * E + threadIdx.x] = sum;
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. A warp a row, 256 threads; out (N, T, H, E)
+// 3. One warp per row, 256 threads; out (N, T, H, E)
 
 extern "C" __global__ void __launch_bounds__(256)
-    decode_join(const float2* parts, const float2* scales, u32* out, long long rows, int pieces, int pairs) {
+    decode_combine(const float2* partial_out, const float2* stats, u32* out, long long rows, int n_splits, int pairs) {
   const long long row = blockIdx.x * 8ll + threadIdx.x / 32;
   if (row >= rows) return;
-  float most = LEAST, sum = 0.f;
-  for (int i = 0; i < pieces; i++) most = fmaxf(most, scales[i * rows + row].x);
-  for (int i = 0; i < pieces; i++) sum += scales[i * rows + row].y * power(scales[i * rows + row].x - most);
+  float row_max = NEG_INF, sum = 0.f;
+  for (int i = 0; i < n_splits; i++) row_max = fmaxf(row_max, stats[i * rows + row].x);
+  for (int i = 0; i < n_splits; i++) sum += stats[i * rows + row].y * exp2_approx(stats[i * rows + row].x - row_max);
   for (int p = threadIdx.x % 32; p < pairs; p += 32) {
     float2 o = make_float2(0.f, 0.f);
-    for (int i = 0; i < pieces; i++) {
-      float weight = power(scales[i * rows + row].x - most) / sum;
-      float2 part = parts[(i * rows + row) * pairs + p];
+    for (int i = 0; i < n_splits; i++) {
+      float weight = exp2_approx(stats[i * rows + row].x - row_max) / sum;
+      float2 part = partial_out[(i * rows + row) * pairs + p];
       o = make_float2(o.x + weight * part.x, o.y + weight * part.y);
     }
-    out[row * pairs + p] = pack(o.x, o.y);
+    out[row * pairs + p] = pack_bf16(o.x, o.y);
   }
 }
 
-#define EXPORT(E)                                                                                                     \
-  extern "C" __global__ void __launch_bounds__(128)                                                                   \
-      decode_split_##E(const u32* queries, const u32* keys, const u32* values, const long long* positions,            \
-                       float* parts, float2* scales, int t, int heads, int key_heads, int places) {                   \
-    decode_split<E>(queries, keys, values, positions, parts, scales, t, heads, key_heads, places);                    \
+#define EXPORT(E)                                                                                                      \
+  extern "C" __global__ void __launch_bounds__(128)                                                                    \
+      decode_split_##E(const u32* queries, const u32* keys, const u32* values, const long long* positions,             \
+                       float* partial_out, float2* stats, int t, int heads, int kv_heads, int cache_len) {             \
+    decode_split<E>(queries, keys, values, positions, partial_out, stats, t, heads, kv_heads, cache_len);              \
   }
 
 EXPORT(64)

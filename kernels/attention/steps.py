@@ -8,7 +8,7 @@ step                                                        what it buys (docs/r
 5. tiles of scores in cache, no row maximum, unseen tiles   one pass, and half the work of a full square
    skipped (cpu.py)
 
-The same ladder for the loss starts in ../zloss/. Not here: QK-norm, RoPE and the gradient.
+The same ladder for the loss starts in ../zloss/steps.py. Not here: QK-norm, RoPE and the gradient.
 """
 
 import math
@@ -46,23 +46,3 @@ def attention_loops(q, k, v, doc_ids, out):
                 # 3. Divide once, at the end.
                 for e in range(e_):
                     out[b, i, h, e] /= total
-
-
-@njit
-def zloss_loops(logits, targets, z_loss, share, loss, log_z, gradient):
-    """As zloss_cross_entropy_, into another array: (N, V) logits -> (N,) loss and log Z, (N, V) gradient."""
-    n_, v_ = logits.shape
-    for n in range(n_):
-        largest, total = -np.inf, 0.0
-        for v in range(v_):
-            largest = max(largest, logits[n, v])
-        for v in range(v_):
-            total += math.exp(logits[n, v] - largest)
-        z, y = largest + math.log(total), targets[n]
-        counted = 1.0 if y >= 0 else 0.0
-        loss[n], log_z[n] = (z - logits[n, y] if y >= 0 else 0.0), z * counted
-        for v in range(v_):
-            p = math.exp(logits[n, v] - z)
-            gradient[n, v] = counted * share * p * (1 + 2 * z_loss * z)
-        if y >= 0:
-            gradient[n, y] -= share

@@ -20,10 +20,10 @@ from nanochameleon.bench.measure import median_seconds
 from nanochameleon.bench.rows import Row, make_row
 from nanochameleon.cli import complete
 from nanochameleon.config import RunConfig, VQGANConfig
-from nanochameleon.data import Loader, Rows, Shards, write_shards
+from nanochameleon.data import Loader, PackedDocuments, Shards, write_shards
 from nanochameleon.data.build import mixture, open_loader
 from nanochameleon.data.prepare import tokenizing
-from nanochameleon.data.prepare.units import plan
+from nanochameleon.data.sources.units import plan
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import toy
@@ -59,7 +59,7 @@ def loader_rows(
     rng, n = np.random.default_rng(0), (2_000_000 if quick else 20_000_000) // lengths[0]
     path = folder / f"documents-{lengths[0]}"
     write_shards(path, (rng.integers(4, 65_536, size) for size in rng.integers(*lengths, n)))
-    packed = Rows("all", Shards(path), seq_len, 0)
+    packed = PackedDocuments("all", Shards(path), seq_len, 0)
     loader = Loader({"all": packed}, [(0, {"all": 1.0})], batch_size, seq_len, 0, Vocab.pad)
     steps = iter(range(10**9))
 
@@ -67,18 +67,21 @@ def loader_rows(
         for _ in range(32):
             loader.batch(next(steps))
 
-    ids = 32 * batch_size * len(packed.numbers) / len(packed) * sum(lengths) / 2
+    n_tokens = 32 * batch_size * len(packed.numbers) / len(packed) * sum(lengths) / 2
     case = f"loader {lengths[0]} to {lengths[1] - 1} tokens, {batch_size} x {seq_len}"
-    return rows(case, batches, {"tokens/s": ids}, consumers, torch.device("cpu"))
+    return rows(case, batches, {"tokens/s": n_tokens}, consumers, torch.device("cpu"))
 
 
 def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> list[Row]:
     """Measure documents of the toy that are made, tokenized and packed when a batch needs them."""
     cfg = replace(cfg, data=replace(cfg.data, tokenize_on_the_fly=True, n_documents=2_000))
     loader = open_loader(cfg, image_tokenizer, text, Path())
-    ids, steps = float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])), iter(range(8, 10**9))
+    n_tokens, steps = (
+        float(np.mean([int((loader.batch(i).doc_ids >= 0).sum()) for i in range(8)])),
+        iter(range(8, 10**9)),
+    )
     job = lambda: loader.batch(next(steps))  # noqa: E731
-    return rows("live documents of the toy", job, {"tokens/s": ids}, ("toy step",), image_tokenizer.device)
+    return rows("live documents of the toy", job, {"tokens/s": n_tokens}, ("toy step",), image_tokenizer.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,9 +111,9 @@ def prepare_rows(
     with tempfile.TemporaryDirectory() as folder:
         numbers = iter(range(10**9))
 
-        def prepare() -> tokenizing.Job:
+        def prepare() -> tokenizing.PrepareJob:
             to = Path(folder) / str(next(numbers))
-            job = tokenizing.Job(to, form, 4_096, 0, text, image_tokenizer, "", plan([source], form))
+            job = tokenizing.PrepareJob(to, form, 4_096, 0, text, image_tokenizer, "", *plan([source], form))
             tokenizing.run(
                 job, 0, 1, 1 if image_tokenizer.device.type == "cpu" else min(16, os.cpu_count() or 1), quiet=True
             )

@@ -80,8 +80,8 @@ def our_tokens(engine: Engine, prompts: Tensor, n: int) -> list[list[int]]:
     first = engine.n_added
     for prompt in prompts.tolist():
         engine.add(prompt, replace(GREEDY, max_new_tokens=n), "text")
-    for news in engine.run():
-        new[news.handle - first] += news.ids
+    for output in engine.run():
+        new[output.request_id - first] += output.tokens
     return new
 
 
@@ -158,7 +158,7 @@ def mixed_case(b: Bench) -> list[Row]:
             options = SamplingParams(guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=b.n + i)
             prompt = [b.vocab.bos, *range(b.vocab.first_text, b.vocab.first_text + i)]
             engine.add(prompt, options, ("text", "image", "both")[i % 3], (i,))
-        return sum(len(news.ids) for news in engine.run())
+        return sum(len(output.tokens) for output in engine.run())
 
     jobs = {"nano": lambda: run(16), "nano one by one": lambda: run(1)}
     return b.rows("mixed batch of 16", jobs, run(16), "tokens/s")

@@ -1,8 +1,8 @@
-"""The GPU's cases of the kernel bench, and the checks that come before any timing there.
+"""The kernel bench's cases for a GPU, with checks before anything is timed.
 
-kernels/gpu/emulator/ runs the kernels on a CPU, which shows that they are right by the manual. Whether they are on the
-hardware, only that can say, so the checks stand here again, beside the clock: every CUDA kernel against float64,
-odd sizes included, by the rule of the tests: at most twice the error of torch's own bfloat16.
+The emulator in kernels/gpu/emulator/ shows on a CPU that the kernels are correct by the manual. Only the hardware can
+show that they are correct on the hardware. So every CUDA kernel is checked here against float64, at odd sizes, too: its
+error is at most twice that of torch's own bfloat16, as in the tests.
 """
 
 from collections.abc import Iterator
@@ -12,27 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.bench.kernels import Z_LOSS, Case, attention_case, check, linear_case, with_kernels, zloss_case
+from nanochameleon.kernels.attention.cuda import document_bounds
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
 from nanochameleon.kernels.attention.reference import attention, attention_reference, visible
 from nanochameleon.kernels.gpu import launch as gpu
-from nanochameleon.kernels.zloss import linear_cuda as linear_zloss_cuda
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.transformer import compute_freqs_cis
 
-NARROW = torch.bfloat16
+BF16 = torch.bfloat16
 
-# The rows of docs/results/gpu.md; of each list the first is the quick one.
-ATTENTION = [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]  # rows, positions, heads, numbers a head
-ZLOSS = [(8_192, 4_096), (65_536, 4_096), (32_768, 65_536)]  # rows, vocabulary
-LINEAR = [(8_192, 65_536, 1_024), (8_192, 65_536, 4_096), (32_768, 65_536, 4_096)]  # rows, vocabulary, width
-DECODE = [(16, 32, 32, 2_048, 128), (1, 32, 32, 2_048, 128), (16, 64, 8, 4_096, 128)]  # rows, heads, key heads, places
+# The rows of docs/results/gpu.md. The first of each list is measured with --quick.
+ATTENTION = [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]  # (B, T, H, E)
+ZLOSS = [(8_192, 4_096), (65_536, 4_096), (32_768, 65_536)]  # (tokens, vocabulary)
+LINEAR = [(8_192, 65_536, 1_024), (8_192, 65_536, 4_096), (32_768, 65_536, 4_096)]  # (tokens, vocabulary, dim)
+DECODE = [
+    (16, 32, 32, 2_048, 128),
+    (1, 32, 32, 2_048, 128),
+    (16, 64, 8, 4_096, 128),
+]  # (B, heads, KV heads, cache length, E)
 
 CHECKED_LENGTHS = (70, 300)  # with documents
 CHECKED_WIDTHS = (33, 940, 4_096, 65_536)
 
 
 def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
-    """Each kernel is checked at small sizes first."""
+    """Check each kernel at small sizes, then yield the cases to time."""
 
     def wanted(name: str, sizes: list[tuple]) -> list[tuple]:
         return [] if op not in ("all", name) else sizes[:1] if quick else sizes
@@ -40,21 +44,21 @@ def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
     if op in ("all", "attention"):
         for t in CHECKED_LENGTHS:
             for b, h, e in [(2, 4, 64), (1, 2, 128), (2, 3, 48)]:
-                check(attention_case(b, t, h, e, NARROW, True, device))
+                check(attention_case(b, t, h, e, BF16, True, device))
         check_own_attention(device)
     for b, t, h, e in wanted("attention", ATTENTION):
-        yield with_parts(attention_case(b, t, h, e, NARROW, False, device))
+        yield with_parts(attention_case(b, t, h, e, BF16, False, device))
     if op in ("all", "zloss"):
         for v in CHECKED_WIDTHS:
-            for dtype in (NARROW, torch.float32):
+            for dtype in (BF16, torch.float32):
                 check(zloss_case(40, v, dtype, device))
                 check_in_place(40, v, dtype, device)
     for n, v in wanted("zloss", ZLOSS):
-        yield zloss_case(n, v, NARROW, device)
+        yield zloss_case(n, v, BF16, device)
     if op in ("all", "linear_zloss"):
-        check(linear_case(100, 1_000, 64, NARROW, device))
+        check(linear_case(100, 1_000, 64, BF16, device))
     for n, v, d in wanted("linear_zloss", LINEAR):
-        yield with_gradients_at_once(linear_case(n, v, d, NARROW, device))
+        yield linear_case(n, v, d, BF16, device)
     if op in ("all", "decode"):
         for sizes in ((2, 6, 2, 70, 64), (1, 4, 4, 600, 128)):
             check_decoding(sizes, device)
@@ -63,61 +67,46 @@ def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is timed beside the whole op
+# What is timed in addition to the whole op
 
 
 def random(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device, dtype=NARROW)
-
-
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return torch.randn(shape, device=device, dtype=BF16)
 
 
 def with_parts(case: Case) -> Case:
-    """Attention alone, ours in both versions and torch's, on prepared inputs: without norm and turn."""
+    """Add attention without norm and rotation: our versions and torch's."""
     q, k, v = (x.detach() for x in case.inputs[:3])
-    first = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-    last = torch.full_like(first, q.shape[1] - 1)
-    out, lse = gpu.attention(q, k, v, first)
+    bounds = document_bounds(None, q)
+    out, lse = gpu.attention(q, k, v, bounds[0])
     heads = [x.transpose(1, 2) for x in (q, k, v)]
-    case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, first)
-    case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, first, simple=True)
-    if is_hopper(q.device):
-        case.extra_forward["attention alone, wgmma"] = lambda: gpu.attention_sm90(q, k, v, first)
+    case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, bounds[0])
+    case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, bounds[0], simple=True)
     case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
-    case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, first, last)
+    case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, *bounds)
     return case
 
 
-def with_gradients_at_once(case: Case) -> Case:
-    hidden, weight = (x.detach() for x in case.inputs)
-    targets = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    arguments = hidden, weight, targets, Z_LOSS, 1 / len(hidden)
-    case.extra["in place"] = lambda: linear_zloss_cuda.gradients(*arguments)
-    return case
-
-
-def decode_inputs(n: int, h: int, g: int, places: int, e: int, device: torch.device) -> tuple:
-    """Rows of which each has filled its cache but for the last place."""
-    heads, keys, values = random(n, 1, h + 2 * g, e, device=device), *random(2, n, g, places, e, device=device)
-    positions = torch.full((n, 1), places - 1, device=device)
+def decode_inputs(n: int, h: int, g: int, cache_len: int, e: int, device: torch.device) -> tuple:
+    """Return inputs of a decode step whose sequences have filled their cache except for the last position."""
+    heads, keys, values = random(n, 1, h + 2 * g, e, device=device), *random(2, n, g, cache_len, e, device=device)
+    positions = torch.full((n, 1), cache_len - 1, device=device)
     norm = torch.ones(h + g, e, device=device), torch.zeros(h + g, e, device=device)
-    bias = torch.zeros(n, 1, places, device=device, dtype=NARROW)
+    bias = torch.zeros(n, 1, cache_len, device=device, dtype=BF16)
     return heads, compute_freqs_cis(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions, bias
 
 
-def decode_case(n: int, h: int, g: int, places: int, e: int, device: torch.device) -> Case:
-    inputs = decode_inputs(n, h, g, places, e, device)
+def decode_case(n: int, h: int, g: int, cache_len: int, e: int, device: torch.device) -> Case:
+    inputs = decode_inputs(n, h, g, cache_len, e, device)
     queries, keys, values, positions = random(n, 1, h, e, device=device), *inputs[4:7]
     rows = queries.view(n, g, h // g, e)
     variants = {
         "reference": lambda: decode_attention_reference_(*inputs),
         "cuda": with_kernels("cuda", lambda: decode_attention_(*inputs)),
-        "attention alone": lambda: gpu.decode_attention(queries, keys, values, positions, places),
+        "attention alone": lambda: gpu.decode_attention(queries, keys, values, positions, cache_len),
         "attention alone, vendor": lambda: F.scaled_dot_product_attention(rows, keys, values),
     }
-    return Case(f"decode B{n} H{h} G{g} S{places} D{e} bf16", [], variants)
+    return Case(f"decode B{n} H{h} G{g} S{cache_len} D{e} bf16", [], variants)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,30 +120,30 @@ def compare(name: str, result: Tensor, plain: Tensor, truth: Tensor) -> None:
 
 
 def check_own_attention(device: torch.device) -> None:
-    """Both kernels and their gradients, grouped keys and documents of any order."""
+    """Check both kernels and their gradients, with grouped KV heads and documents in any order."""
     for t, heads, key_heads, e in ((17, 2, 2, 64), (CHECKED_LENGTHS[0], 4, 2, 64), (CHECKED_LENGTHS[1], 4, 1, 128)):
         q, k, v, d_out = (random(2, t, h, e, device=device) for h in (heads, key_heads, key_heads, heads))
         docs = torch.randint(0, 3, (2, t), device=device)
-        truth, plain = (of_torch(q, k, v, d_out, docs, kind) for kind in (torch.float64, NARROW))
+        truth, plain = (reference_results(q, k, v, d_out, docs, kind) for kind in (torch.float64, BF16))
         first, last = gpu.document_bounds(docs)
         for simple in (False, True):
             out, lse = gpu.attention(q, k, v, first, simple)
             result = out, *gpu.attention_backward(d_out, out, lse, q, k, v, first, last, simple)
             for name, *each in zip(("out", "dq", "dk", "dv"), result, plain, truth, strict=True):
                 compare(f"{name} of attention{'_simple' if simple else ''}_{e} at T {t}", *each)
-        if is_hopper(device):
-            compare(f"attention_sm90_{e} at T {t}", gpu.attention_sm90(q, k, v, first)[0], plain[0], truth[0])
 
 
-def of_torch(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, docs: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
-    """Attention and its gradients by the reference."""
+def reference_results(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, docs: Tensor, kind: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return the output and the gradients of the reference attention."""
     x = [y.to(kind).requires_grad_() for y in (q, k, v)]
     out = attention_reference(*(y.transpose(1, 2) for y in x), visible(docs, docs)).transpose(1, 2)
     return out.detach(), *torch.autograd.grad(out, x, d_out.to(kind))
 
 
 def check_in_place(n: int, v: int, dtype: torch.dtype, device: torch.device) -> None:
-    """The one-pass kernel, ignored rows included."""
+    """Check the kernel that overwrites logits with their gradient, with ignored targets, too."""
     logits = torch.randn(n, v, device=device).to(dtype)
     targets = torch.randint(v, (n,), device=device)
     targets[::5] = -100
@@ -171,13 +160,13 @@ def check_in_place(n: int, v: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def check_decoding(sizes: tuple, device: torch.device) -> None:
-    heads, turns, norm, eps, keys, values, positions, bias = decode_inputs(*sizes, device)
+    heads, freqs_cis, norm, eps, keys, values, positions, bias = decode_inputs(*sizes, device)
 
     def run(function, kind: torch.dtype) -> tuple[Tensor, ...]:
         cache = [x.to(kind, copy=True) for x in (keys, values)]
-        return function(heads.to(kind), turns, norm, eps, *cache, positions, bias.to(kind)), *cache
+        return function(heads.to(kind), freqs_cis, norm, eps, *cache, positions, bias.to(kind)), *cache
 
-    truth, plain = (run(decode_attention_reference_, kind) for kind in (torch.float64, NARROW))
-    result = run(with_kernels("cuda", decode_attention_), NARROW)
+    truth, plain = (run(decode_attention_reference_, kind) for kind in (torch.float64, BF16))
+    result = run(with_kernels("cuda", decode_attention_), BF16)
     for name, *each in zip(("out", "keys", "values"), result, plain, truth, strict=True):
         compare(f"{name} of decode {sizes}", *each)

@@ -11,22 +11,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.bench.measure import median_seconds, peak_bytes
 from nanochameleon.bench.rows import Row, rows_against_one
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.kernels import linear_zloss_cross_entropy, qknorm_rope_attention, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels import qknorm_rope_attention, use_kernels
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
-from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
+from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
-from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
-from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.steps import zloss_loops
+from nanochameleon.losses import fused_next_token_loss, next_token_loss
 from nanochameleon.optim import make_optimizer
 from nanochameleon.transformer import Chameleon, compute_freqs_cis
+from nanochameleon.vocab import Vocab
 
-Z_LOSS = 1e-5
+Z_LOSS, VOCAB = 1e-5, Vocab()  # which tokens are images does not matter for the time
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Case:
     extra: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f+b, as they are
     extra_forward: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f
     memory: bool = False  # whether its peak is measured, too
+    forward: bool = True  # whether forward alone is timed; not where it makes the gradients as well
 
 
 def with_kernels(name: str, function: Callable) -> Callable:
@@ -93,36 +97,31 @@ def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case
     logits = torch.randn(n, v, generator=generator).to(device, dtype).requires_grad_()
     targets = torch.randint(v, (n,), generator=generator).to(device)
 
-    def of(function: Callable) -> Callable:
-        def loss(logits: Tensor) -> Tensor:
-            cross_entropy, log_z = function(logits, targets)
-            return (cross_entropy + Z_LOSS * log_z.square()).sum()
+    def ours(logits: Tensor, overwrite_logits: bool = False) -> Tensor:
+        return next_token_loss(logits, targets, VOCAB, Z_LOSS, 1.0, overwrite_logits).loss
 
-        return loss
+    def in_place() -> Tensor:
+        """As a training step does it, on whatever the last one left."""
+        logits = buffer.detach().requires_grad_()
+        return torch.autograd.grad(ours(logits, overwrite_logits=True), logits)[0]
 
     buffer, copied = logits.detach().clone(), torch.empty_like(logits)
-    in_place = {
-        "in place": lambda: in_one_pass(buffer, targets),
-        "copy": lambda: copied.detach().copy_(buffer),
-    }
+    extra = {"in place": in_place, "copy": lambda: copied.detach().copy_(buffer)}
     if device.type == "cpu" and dtype == torch.float32:
         rows = [torch.empty(n).numpy() for _ in range(2)]
         arrays = logits.detach().numpy(), targets.numpy(), Z_LOSS, 1 / n, *rows, copied.detach().numpy()
-        in_place["loops"] = lambda: zloss_loops(*arrays)
+        extra["loops"] = lambda: zloss_loops(*arrays)
     variants = {
-        "reference": of(zloss_cross_entropy_reference),
-        own(device): of(with_kernels(own(device), zloss_cross_entropy)),
+        "reference": lambda logits: reference_loss(logits, targets),
+        own(device): with_kernels(own(device), ours),
     }
-    return Case(f"zloss {n} x {v} {short(dtype)}", [logits], variants, in_place)
+    return Case(f"zloss {n} x {v} {short(dtype)}", [logits], variants, extra)
 
 
-def in_one_pass(buffer: Tensor, targets: Tensor) -> Tensor:
-    """As a training step does it on this device, on whatever the last one left."""
-    if buffer.is_cuda:
-        return zloss_cross_entropy_(buffer, targets, Z_LOSS, 1.0)[0]
-    logits = buffer.detach().requires_grad_()
-    cross_entropy, log_z = zloss_cross_entropy_(logits, targets, Z_LOSS, 1.0)
-    return torch.autograd.grad((cross_entropy + Z_LOSS * log_z.square()).sum(), logits)[0]
+def reference_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Differentiated by autograd."""
+    cross_entropy, log_z = zloss_cross_entropy_reference(logits, targets)
+    return (cross_entropy + Z_LOSS * log_z.square()).sum()
 
 
 def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -131,16 +130,15 @@ def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device
     weight = (torch.randn(v, d, generator=generator) * d**-0.5).to(device, dtype).requires_grad_()
     targets = torch.randint(v, (n,), generator=generator).to(device)
 
-    def of(function: Callable) -> Callable:
-        def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-            cross_entropy, log_z = function(hidden, weight, targets)
-            return (cross_entropy + Z_LOSS * log_z.square()).sum()
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fused_next_token_loss(hidden, weight, targets, VOCAB, Z_LOSS, 1.0).loss
 
-        return loss
-
-    ours = of(with_kernels(own(device), linear_zloss_cross_entropy))
-    variants = {"reference": of(linear_zloss_cross_entropy_reference), own(device): ours}
-    return Case(f"linear_zloss {n} x {d} x {v} {short(dtype)}", [hidden, weight], variants, memory=True)
+    variants = {
+        "reference": lambda hidden, weight: reference_loss(F.linear(hidden, weight), targets),
+        own(device): with_kernels(own(device), ours),
+    }
+    name = f"linear_zloss {n} x {d} x {v} {short(dtype)}"
+    return Case(name, [hidden, weight], variants, memory=True, forward=False)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -209,7 +207,7 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
 
     alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
     both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
-    passes = {"f": alone, "f+b": both} if case.inputs else {"f": alone}
+    passes = ({"f": alone} if case.forward else {}) | ({"f+b": both} if case.inputs else {})
     ratio_to, rows = "compile" if "compile" in case.variants else "reference", []
     for name, jobs in passes.items():
         costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device).items()}
@@ -233,8 +231,8 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
         optimizer.zero_grad()
         with use_kernels(name), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model.logits(model(tokens, positions, docs)).flatten(0, 1)
-            cross_entropy, log_z = zloss_cross_entropy(logits, tokens.flatten())
-            (cross_entropy + Z_LOSS * log_z.square()).mean().backward()
+            targets = tokens.flatten()
+            next_token_loss(logits, targets, VOCAB, Z_LOSS, targets.numel(), overwrite_logits=True).loss.backward()
         optimizer.step()
 
     jobs = {name: lambda name=name: step(name) for name in ("reference", own(device), "auto")}

@@ -23,7 +23,6 @@ from nanochameleon.bench.rows import Row, make_row, rows_against_peers
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.kernels.zloss.cross_entropy import Expected
 from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch
 from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
@@ -72,10 +71,13 @@ def text_tokens(case: Case, device: torch.device) -> Tensor:
 
 def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> Step:
     device = model.output.weight.device
-    ids = text_tokens(case, device)
-    targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
-    positions = torch.arange(case.t, device=device).expand(ids.shape)
-    batch, objective = Batch(ids, targets, torch.zeros_like(ids), positions), Objective(model, case.vocab, precision)
+    tokens = text_tokens(case, device)
+    targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+    positions = torch.arange(case.t, device=device).expand(tokens.shape)
+    batch, objective = (
+        Batch(tokens, targets, torch.zeros_like(tokens), positions),
+        Objective(model, case.vocab, precision),
+    )
     optimizer, count = make_adamw(model.train(), OptimConfig()), float((targets >= 0).sum())
     if compiled:
         for block in model.layers:
@@ -83,8 +85,7 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
 
     def step() -> float:
         optimizer.zero_grad()
-        parts = objective(batch, None, Expected(Z_LOSS, 1 / count)).parts
-        loss = parts.total(Z_LOSS, count)
+        loss = objective(batch, None, Z_LOSS, count).next_token.loss
         loss.backward()
         clip_gradients(model.parameters(), CLIP)
         optimizer.step()
@@ -96,14 +97,14 @@ def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> St
 def their_step(case: Case, peer: nn.Module, precision: str, compiled: bool) -> Step:
     """precision: fp32, bf16 (autocast) or "weights" (bf16 weights)."""
     trained = [p for name, p in peer.named_parameters() if "vqmodel" not in name]
-    ids, run = text_tokens(case, trained[0].device), torch.compile(peer) if compiled else peer
+    tokens, run = text_tokens(case, trained[0].device), torch.compile(peer) if compiled else peer
     peer.to(torch.bfloat16 if precision == "weights" else torch.float32).train()
     optimizer = torch.optim.AdamW(trained, lr=OptimConfig().lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
     def step() -> float:
         optimizer.zero_grad()
-        with autocast("bf16" if precision == "bf16" else "fp32", ids.device):
-            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        with autocast("bf16" if precision == "bf16" else "fp32", tokens.device):
+            loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
@@ -149,9 +150,9 @@ def check(case: Case, device: torch.device) -> None:
     """Raise AssertionError unless both models have the same logits of text before training."""
     if find_spec("transformers"):
         model = random_model(case.cfg, device, torch.float32)
-        ids = text_tokens(replace(case, batch=1, t=min(case.t, 64)), device)
+        tokens = text_tokens(replace(case, batch=1, t=min(case.t, 64)), device)
         with torch.no_grad():
-            ours, theirs = model.logits(model(ids)), as_transformers(model, case.vocab)(input_ids=ids).logits
+            ours, theirs = model.logits(model(tokens)), as_transformers(model, case.vocab)(input_ids=tokens).logits
         text = slice(case.vocab.first_text, None)
         torch.testing.assert_close(theirs[..., text], ours[..., text], rtol=1e-3, atol=1e-3)
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from nanochameleon.data.sources.alignment import AlignmentSource, Exchange, drawn
-from nanochameleon.data.sources.shapes import Scene, World
+from nanochameleon.data.sources.scenes import Scene, World
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, parse
 from nanochameleon.evaluate.oracle import judge
 from nanochameleon.evaluate.shapes import SCENE_SEED
-from nanochameleon.generation.engine import generate, prompt_ids
+from nanochameleon.generation.engine import generate
+from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.training.run import Run
 
 
@@ -40,7 +41,7 @@ def answered(run: Run, world: World, category: str, n: int) -> list[Answered]:
     """Answer n prompts of the test split: text greedily, images with the run's sampling parameters."""
     source = AlignmentSource(world, category, SCENE_SEED, test=True)
     asked = [source.exchanges(i)[0] for i in range(n)]
-    prompts = [prompt_ids(drawn(each.prompt, world), run, "answer") for each in asked]
+    prompts = [prompt_tokens(drawn(each.prompt, world), run, "answer") for each in asked]
     options = replace(run.cfg.sample, temperature=0.0, max_new_tokens=run.cfg.model.max_seq_len)
     stops, n_codes = (run.vocab.eos, run.vocab.eot), run.image_tokenizer.n_codes_per_image
     rows = generate(run.model, prompts, run.vocab, n_codes, options, "both", run.cfg.seed, stops, progress=category)

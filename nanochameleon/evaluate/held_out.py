@@ -43,7 +43,7 @@ def captioned(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarra
 
 def captioned_codes(run: Run, n: int) -> tuple[list[str], list[np.ndarray]]:
     """Do the same for prepared data, from documents of one text and one image."""
-    docs = [parse(ids, run.tokenizer, run.vocab) for ids in prepared_documents(run, n)]
+    docs = [parse(tokens, run.tokenizer, run.vocab) for tokens in prepared_documents(run, n)]
     pairs = [sorted(doc, key=lambda segment: isinstance(segment, Image)) for doc in docs if len(doc) == 2]
     pairs = [(a.text, b.codes) for a, b in pairs if isinstance(a, Text) and isinstance(b, Image)]
     if not pairs:

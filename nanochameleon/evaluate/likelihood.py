@@ -20,7 +20,7 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
     which nothing is left is None.
     """
     seq_len, assistant_eot = run.cfg.model.max_seq_len, run.vocab.eot if run.cfg.train.assistant_only_loss else None
-    kept = [list(map(int, ids)) for ids in documents if len(ids) <= seq_len]
+    kept = [list(map(int, document)) for document in documents if len(document) <= seq_len]
     packed = pack(kept, seq_len, run.vocab.pad, assistant_eot)
     packed = mask_targets(packed, run.cfg.train.image_loss, run.cfg.vqgan.codes_per_image, run.vocab)
     n_bytes = len(run.tokenizer.decode_bytes(packed.targets[run.vocab.is_text(packed.targets)].tolist()))
@@ -29,10 +29,10 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
         batch = packed[start : start + batch_size].to(run.device)
         with use_kernels("auto"):  # in the weights' dtype, for which the kernels requested for training may not exist
             logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.doc_ids).flatten(0, 1))
-            parts = next_token_loss(logits, batch.targets.flatten(), run.vocab)
-        image_sum += float(parts.image_cross_entropy)
-        image_count += float(parts.image_count)
-        total += float(parts.cross_entropy)
+            sums = next_token_loss(logits, batch.targets.flatten(), run.vocab)
+        image_sum += float(sums.image_cross_entropy)
+        image_count += float(sums.image_count)
+        total += float(sums.cross_entropy)
     return {
         "bits_per_code": image_sum / image_count / math.log(2) if image_count else None,
         "bits_per_byte": (total - image_sum) / n_bytes / math.log(2) if n_bytes else None,

@@ -12,7 +12,7 @@ from nanochameleon.documents import Text
 from nanochameleon.evaluate.held_out import captioned
 from nanochameleon.evaluate.shapes import draw_images, has_room
 from nanochameleon.files import write_file
-from nanochameleon.generation.engine import prompt_ids
+from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import enlarge, png
 from nanochameleon.training.run import Run
 
@@ -25,7 +25,7 @@ SHEET = 28  # images of samples.png
 
 def drawable(run: Run, captions: list[str]) -> list[str]:
     """Return the captions that leave room for their image in the context. Training skips the others, too."""
-    return [caption for caption in captions if has_room(run, prompt_ids([Text(caption)], run, "draw"))]
+    return [caption for caption in captions if has_room(run, prompt_tokens([Text(caption)], run, "draw"))]
 
 
 def write_sample_sheet(run: Run, path: Path) -> None:
@@ -43,23 +43,22 @@ def write_sample_sheet(run: Run, path: Path) -> None:
 
 PAPER, INK, RIGHT, WRONG = "#ffffff", "#222222", "#2e8b57", "#c0392b"
 GAP, LINE, FONT_SIZE = 16, 18, 14  # pixels
+WIDTH = 1_000  # pixels of the sheet, unless one image is wider
 MIN_CELL = 128  # pixels, so that the caption of a small image has room
 
 
-def write_sheet(
-    items: Sequence[tuple[str, np.ndarray, bool | None]], path: Path, scale: int | None = None, width: int = 1000
-) -> None:
-    """Write a grid of (caption, uint8 (R, R, 3), was it right? or None) as one PNG about `width` pixels wide.
+def write_sheet(items: Sequence[tuple[str, np.ndarray, bool | None]], path: Path) -> None:
+    """Write a grid of (caption, uint8 (R, R, 3), is it correct? or None) as one PNG.
 
-    Images are enlarged `scale` times without smoothing, by default to at least 128 pixels. A green tick or a red cross
-    marks what is right or wrong. Characters that the font lacks, such as Chinese ones, are written as their code
-    points: a box for each would look like an error of the model.
+    Small images are enlarged to at least MIN_CELL pixels, without smoothing. A green tick or a red cross marks what is
+    correct or wrong. Characters that the font lacks, such as Chinese ones, are written as their code points: a box for
+    each would look like an error of the model.
     """
     font, letters = _font()
-    images = [enlarge(image, scale or max(1, math.ceil(MIN_CELL / image.shape[1]))) for _, image, _ in items]
+    images = [enlarge(image, max(1, math.ceil(MIN_CELL / image.shape[1]))) for _, image, _ in items]
     cell = max([MIN_CELL, *(image.width for image in images)])
     captions = [_wrap(_drawable(caption, letters), font, cell - 18 * (ok is not None)) for caption, _, ok in items]
-    columns = max(1, min(len(items), (width - GAP) // (cell + GAP)))
+    columns = max(1, min(len(items), (WIDTH - GAP) // (cell + GAP)))
     rows = [range(start, min(start + columns, len(items))) for start in range(0, len(items), columns)]
     heights = [max(images[i].height + 6 + LINE * len(captions[i]) for i in row) + GAP for row in rows]
     sheet = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + sum(heights)), PAPER)

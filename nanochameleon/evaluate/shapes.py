@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from nanochameleon.data import RawImage
-from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, World, draw, questions, scenes
+from nanochameleon.data.sources.questions import ASK_CAPTION, questions
+from nanochameleon.data.sources.scenes import Scene, World, draw, scenes
 from nanochameleon.documents import Text, parse
 from nanochameleon.evaluate.captions import score_caption
 from nanochameleon.evaluate.oracle import judge
-from nanochameleon.generation.engine import generate, prompt_ids
+from nanochameleon.generation.engine import generate
+from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.training.run import Run
 
@@ -59,7 +61,7 @@ def tokenizer_scores(image_tokenizer: ImageTokenizer, world: World, n: int) -> d
 
 def draw_images(run: Run, captions: list[str], seed: int, progress: str | None = None) -> np.ndarray:
     """Draw one image per caption: uint8 (n, R, R, 3)."""
-    return draw_from(run, [prompt_ids([Text(caption)], run, "draw") for caption in captions], seed, progress)
+    return draw_from(run, [prompt_tokens([Text(caption)], run, "draw") for caption in captions], seed, progress)
 
 
 def has_room(run: Run, prompt: list[int]) -> bool:
@@ -92,7 +94,7 @@ def second_image(run: Run, world: World, n: int) -> tuple[dict | None, list[Draw
     """
     first, second = (list(scenes(world, SCENE_SEED + k, n, test=True)) for k in (4, 5))
     prompts = [
-        prompt_ids([Text(a.caption()), RawImage(draw(a, world)), Text(b.caption())], run, "draw")
+        prompt_tokens([Text(a.caption()), RawImage(draw(a, world)), Text(b.caption())], run, "draw")
         for a, b in zip(first, second, strict=True)
     ]
     kept = [i for i in range(n) if has_room(run, prompts[i])]
@@ -108,7 +110,7 @@ def ask(run: Run, asked: list[tuple[np.ndarray, str]], progress: str | None = No
     prompts = []
     for image, question in asked:
         segments = [RawImage(image), Text(question)] if question else [RawImage(image)]
-        prompts.append(prompt_ids(segments, run, "answer" if question else "go on"))
+        prompts.append(prompt_tokens(segments, run, "answer" if question else "text"))
     options = replace(run.cfg.sample, temperature=0.0, max_new_tokens=40)
     stops = (vocab.eos, vocab.eot)
     rows = generate(run.model, prompts, vocab, n_codes, options, "text", stops=stops, progress=progress)

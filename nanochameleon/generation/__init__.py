@@ -1,1 +1,1 @@
-"""From a prompt to text and images: sampling, the grammar of what may come next, and a batched engine."""
+"""Generation: from a prompt to text and images. Sampling, the grammar of what may come next, and a batched engine."""

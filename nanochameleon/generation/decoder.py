@@ -1,70 +1,53 @@
-"""The rows of a running batch as tensors that stay in place, and one step of all of them at once.
+"""The slots of a running batch as tensors that stay in place, and one decode step of all of them at once.
 
-    step: hidden states -> logits of what may come -> guide -> filter -> draw -> grammar -> feed -> hidden states
+    hidden states -> logits -> guidance -> grammar mask -> filters -> draw -> grammar -> model -> hidden states
 
-No shape and no branch depends on a value, so that a step is one CUDA graph and the host looks only when it wants to.
-Every row has a cache, a length, options and uniform numbers of its own. With guidance a sample has up to three rows:
-one that read the whole prompt, one that read its images alone, and one that reads [<s>, <boi>, codes so far]. All
-take the ids of the first. Which request has which row is the host's to know (engine.py).
+No shape and no branch depends on a value, so a step can be one CUDA graph, and the host syncs only when it wants to.
+Every slot has a KV cache, a length, sampling parameters and uniform numbers of its own. With guidance a request takes
+up to three slots: COND has read the whole prompt, IMAGE_COND its images alone, UNCOND only [<s>, <boi>, open image].
+All three take the tokens that are sampled for COND. The engine decides which request has which slots (engine.py).
+
+The model is a Chameleon (transformer.py). This file is the reference; fastest.py swaps in faster versions of it.
+Shapes: N slots, n of them in use, V tokens, D = dim.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanochameleon.config import SamplingParams
-from nanochameleon.generation.decode_torch import TorchStep
+from nanochameleon.generation.graphs import Graphs
+from nanochameleon.generation.request import Request
 from nanochameleon.generation.sampling import (
-    BY_RULES,
-    CLOSE,
-    COUNT,
+    AT_EOI,
+    COND,
     DONE,
-    FULL,
+    GRAMMAR_STATE,
     GUIDANCE,
-    GUIDANCE_IMAGE,
-    IMAGE,
-    IMAGES,
-    LEFT,
-    LENGTH,
-    NOTHING,
+    IMAGE_COND,
+    IMAGE_GUIDANCE,
+    IN_IMAGE,
     PENALTY,
-    READS,
-    ROOM,
-    STATE,
     TEMPERATURE,
+    UNCOND,
     Grammar,
-    Mode,
-    Options,
-    filtered,
+    SamplingTensors,
+    apply_filters,
+    classifier_free_guidance,
+    grammar_index,
     grammar_tables,
-    guide,
-    pick,
-    repetition,
-    rules_of,
+    repetition_penalty,
+    sample,
 )
-from nanochameleon.kernels.dispatch import why_numba_unavailable
-from nanochameleon.parallel.sharding import is_sharded
-from nanochameleon.transformer import Chameleon, KVCache
 from nanochameleon.vocab import Vocab
 
-Columns = Literal["text", "image", "all"]
+VocabPart = Literal["text", "image", "all"]  # "text" is everything but the image tokens
 
-
-@dataclass(frozen=True)
-class Task:
-    """One sample to be made."""
-
-    prompt: tuple[int, ...]  # begins with <s>
-    options: SamplingParams
-    mode: Mode
-    seed: tuple[int, ...]
-    stops: tuple[int, ...] | None
-    left: int  # codes that an image left open by the prompt lacks; -1 without
-    room: int  # ids to write at most
+# Rows of Decoder.slot_state.
+INDEX, IMAGE_TOKENS_LEFT, TOKENS_LEFT, N_SAMPLED, CFG_BRANCH, LENGTH = range(6)
 
 
 def uniforms(seed: Sequence[int], n: int) -> Tensor:
@@ -73,162 +56,179 @@ def uniforms(seed: Sequence[int], n: int) -> Tensor:
 
 
 class Decoder:
-    """N rows, of which a step runs the first n. All tensors are made here, and written in place from then on."""
+    """N slots, of which a step runs the first n. All tensors are allocated here and written in place from then on."""
 
-    def __init__(self, model: Chameleon, vocab: Vocab, n_codes: int, rows: int, context: int):
+    sees_ends = False  # do steps notice by themselves that requests have finished, so that any number may follow?
+
+    def __init__(self, model: nn.Module, vocab: Vocab, image_len: int, n_slots: int, context: int):
         device = model.output.weight.device
         self.model, self.vocab, self.context, self.device = model, vocab, context, device
-        auto = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if auto else model.tok_embeddings.weight.dtype
-        self.cache = KVCache.empty(model.cfg, rows, context, device, dtype)
-        self.hidden = torch.zeros(rows, model.cfg.dim, device=device, dtype=dtype)  # at the newest id, normed
-        self.numbers = torch.zeros(6, rows, dtype=torch.long, device=device)  # BY_RULES .. LENGTH
-        tables = (table.to(device) for table in grammar_tables(vocab, n_codes))
-        state = (self.numbers[name] for name in (BY_RULES, LEFT, ROOM))
-        ended = torch.ones(rows, dtype=torch.bool, device=device)
-        self.grammar = Grammar(vocab, n_codes, *tables, *state, ended)
-        self.count, self.length = self.numbers[COUNT], self.numbers[LENGTH]  # ids drawn; ids in the cache
-        self.options = Options.of([SamplingParams()] * rows, device)
-        self.seen = torch.zeros(rows, vocab.size, dtype=torch.bool, device=device)  # ids of the context
-        self.uniforms = torch.zeros(
-            rows, context, dtype=torch.float64, device="cpu" if device.type == "mps" else device
-        )
-        self.sample = torch.zeros(3, rows, dtype=torch.long, device=device)  # the sample's row that reads each of them
-        self.log = torch.zeros(n_codes + 1, rows, dtype=torch.long, device=device)  # ids since the host last looked
-        self.tick = torch.zeros(1, dtype=torch.long, device=device)  # steps since then
-        self.cpu = self.joined = None
-        if auto or any(is_sharded(x) for x in model.parameters()):  # sums in place have rules of their own there
-            return
-        compiles = why_numba_unavailable(device, torch.float32) is None
-        if compiles and all(x.dtype == torch.float32 for x in model.parameters()):
-            from nanochameleon.generation.cpu.decode import CPUDecoder
+        self.n_slots, self.graphs = n_slots, Graphs(device)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else model.tok_embeddings.weight.dtype
+        self.cache = model.empty_cache(n_slots, context, dtype)
+        self.hidden = torch.zeros(n_slots, model.cfg.dim, device=device, dtype=dtype)  # (N, D) at the newest token
+        self.slot_state = torch.zeros(6, n_slots, dtype=torch.long, device=device)  # rows: INDEX .. LENGTH
+        self.n_sampled, self.length = self.slot_state[N_SAMPLED], self.slot_state[LENGTH]  # length: tokens in the cache
+        tables = (table.to(device) for table in grammar_tables(vocab, image_len))
+        state = (self.slot_state[name] for name in (INDEX, IMAGE_TOKENS_LEFT, TOKENS_LEFT))
+        done = torch.ones(n_slots, dtype=torch.bool, device=device)  # an empty slot is done
+        self.grammar = Grammar(vocab, image_len, *tables, *state, done)
+        self.params = SamplingTensors.of([SamplingParams()] * n_slots, device)
+        self.context_mask = torch.zeros(n_slots, vocab.size, dtype=torch.bool, device=device)  # (N, V) tokens so far
+        no_float64 = device.type == "mps"
+        self.uniforms = torch.zeros(n_slots, context, dtype=torch.float64, device="cpu" if no_float64 else device)
+        self.branch_slots = torch.zeros(3, n_slots, dtype=torch.long, device=device)  # of each slot's request
+        self.token_buffer = torch.zeros(image_len + 1, n_slots, dtype=torch.long, device=device)  # since the last sync
+        self.step_idx = torch.zeros(1, dtype=torch.long, device=device)  # steps since the last sync
 
-            self.cpu = CPUDecoder(self)
-        else:
-            self.joined = TorchStep(model, context)
-
-    def row_tensors(self) -> list[Tensor]:
-        """All that belongs to a row, rows first, but for its cache and its place in `sample`."""
-        return [self.hidden, self.seen, self.uniforms, self.numbers.T, self.grammar.done, self.options.table.T]
+    def slot_tensors(self) -> list[Tensor]:
+        """All tensors of the slots, slot first, except their caches and `branch_slots`."""
+        return [
+            self.hidden, self.context_mask, self.uniforms, self.slot_state.T, self.grammar.done, self.params.table.T
+        ]  # fmt: skip
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What the host does with a row
+    # What the engine does with a slot
 
-    def prefill(self, parts: Sequence[tuple[Sequence[int], int, int]]) -> None:
-        """(ids, row, start): a prompt's next ids, from place `start`, into a row's cache and its hidden state."""
-        for ids, row, start in parts:
-            self.length[row] = start + len(ids)  # steps of other rows, before this one begins, write behind it
-        if self.cpu is not None:
-            return self.cpu.read(parts)
-        for ids, row, start in parts:
-            tokens, places = (torch.tensor([x], device=self.device) for x in (ids, range(start, start + len(ids))))
-            cache = self.cache.view(slice(row, row + 1), places, start + len(ids))
-            self.hidden[row] = self.model(tokens, places, cache=cache)[0, -1]
+    def prefill(self, chunks: Sequence[tuple[Sequence[int], int, int]]) -> None:
+        """Read (tokens, slot, start): a prompt's next tokens, from position `start`, into a slot's cache."""
+        for tokens, slot, start in chunks:
+            self.length[slot] = start + len(tokens)  # steps of other slots write this slot's cache after its prompt
+        self.read_chunks(chunks)
 
-    def share(self, source: int, target: int, length: int) -> None:
-        """`target` has the prompt that has just been read into `source`."""
+    def read_chunks(self, chunks: Sequence[tuple[Sequence[int], int, int]]) -> None:
+        for tokens, slot, start in chunks:
+            end = start + len(tokens)
+            x, positions = (torch.tensor([x], device=self.device) for x in (tokens, range(start, end)))  # (1, T)
+            cache = self.cache.view(slice(slot, slot + 1), positions, end)
+            self.hidden[slot] = self.model(x, positions, cache=cache)[0, -1]
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Give slot `target` the prompt that was just read into slot `source`."""
         self.cache.copy_prefix(source, target, length)
         self.length[target], self.hidden[target] = length, self.hidden[source]
 
-    def begin(self, row: int, task: Task, reads: int) -> None:
-        """A prompt that has been read whole: from the next step on the row takes part."""
-        numbers = [rules_of(task.mode, task.stops, self.vocab), task.left, task.room, 0, reads]
-        self.numbers[:LENGTH, row] = torch.tensor(numbers, device=self.device)
-        self.grammar.done[row] = False
-        self.options.table[:, row] = Options.of([task.options], self.device).table[:, 0]
-        self.seen[row] = False
-        self.seen[row, torch.tensor(task.prompt, device=self.device)] = True
-        self.uniforms[row, : task.room] = uniforms(task.seed, task.room)
+    def start(self, slot: int, request: Request, cfg_branch: int) -> None:
+        """Let a slot whose prompt has been read take part in all steps from the next one on."""
+        index = grammar_index(request.modality, request.stops, self.vocab)
+        state = [index, request.image_tokens_left, request.max_new_tokens, 0, cfg_branch]
+        self.slot_state[:LENGTH, slot] = torch.tensor(state, device=self.device)
+        self.grammar.done[slot] = False
+        self.params.table[:, slot] = SamplingTensors.of([request.params], self.device).table[:, 0]
+        self.context_mask[slot] = False
+        self.context_mask[slot, torch.tensor(request.prompt, device=self.device)] = True
+        self.uniforms[slot, : request.max_new_tokens] = uniforms(request.seed, request.max_new_tokens)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self.cache.copy_prefix(source, target, length)
-        for x in self.row_tensors():
+    def move(self, source: int, target: int) -> None:
+        self.cache.copy_prefix(source, target, self.context)
+        for x in self.slot_tensors():
             x[target] = x[source]
 
-    def look(self, n: int, steps: int) -> tuple[list[list[int]], list[bool]]:
-        """-> each of n rows' ids of the last steps, pad behind its end; which have ended. The one trip to the host."""
-        self.tick.zero_()
-        ids = torch.cat([self.log[:steps, :n], self.grammar.done[None, :n].long()]).T.tolist()
-        return [row[:-1] for row in ids], [bool(row[-1]) for row in ids]
+    def sync(self, n: int, steps: int) -> tuple[list[list[int]], list[bool]]:
+        """Copy the last steps' tokens of n slots, and which slots are done, to the host: the one transfer of a round.
+
+        A slot's tokens are followed by <pad> from its end on.
+        """
+        self.step_idx.zero_()
+        tokens = torch.cat([self.token_buffer[:steps, :n], self.grammar.done[None, :n].long()]).T.tolist()
+        return [row[:-1] for row in tokens], [bool(row[-1]) for row in tokens]
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
 
-    def step(self, n: int, span: int, columns: Columns, guided: bool, needs: tuple[bool, bool, bool]) -> None:
-        """One id for each of the first n rows. span: places of the cache in sight, at least the longest row's next.
+    def run(
+        self, n: int, steps: int, longest: int, part: VocabPart, guided: bool, needs: tuple[bool, bool, bool]
+    ) -> None:
+        """Run `steps` steps of the first n slots. longest: tokens of the longest slot after them; see `step`."""
+        # Rounding the cache's length up, by at most a quarter above 256, keeps the number of captured graphs small.
+        granularity = max(64, (1 << longest.bit_length()) >> 3)
+        kv_len = min(-(-longest // granularity) * granularity, self.context)
+        arguments = (self.graphs.round_up(n, self.n_slots), kv_len, part, guided, needs)
+        for _ in range(steps):
+            self.graphs.run(arguments, lambda: self.step(*arguments))
 
-        columns: of the logits, "text" where no row is in an image, "image" where all are. guided: some sample has
-        more than one row. needs: see needed() in sampling.py.
+    def step(self, n: int, kv_len: int, part: VocabPart, guided: bool, needs: tuple[bool, bool, bool]) -> None:
+        """One token for each of the first n slots.
+
+        kv_len: entries of the cache to read, at least the longest slot's next length. part: the logits to compute,
+        "text" where no slot is in an image, "image" where all are. guided: does a request have more than one slot?
+        needs: the result of required_filters.
         """
         grammar = self.grammar.rows(slice(0, n))
-        ids = self.choose(n, grammar, columns, guided, needs)
+        # 1. Sample; every branch takes COND's token.
+        tokens = self.next_tokens(n, grammar, part, guided, needs)  # (n,)
         if guided:
-            ids = ids[self.sample[FULL, :n]]
-        after = grammar.after(ids)
-        for name in STATE:
+            tokens = tokens[self.branch_slots[COND, :n]]
+        # 2. Write it down: the grammar's state, the buffer that sync reads, the repetition penalty's mask.
+        after = grammar.advance(tokens)
+        for name in GRAMMAR_STATE:
             getattr(grammar, name).copy_(getattr(after, name))
-        self.log[:, :n].index_copy_(0, self.tick, ids[None])
-        self.tick.add_(1)
-        self.count[:n].add_(1)
-        self.seen[:n].scatter_(1, ids[:, None], True)
-        self.feed(n, ids, span)
+        self.token_buffer[:, :n].index_copy_(0, self.step_idx, tokens[None])
+        self.step_idx.add_(1)
+        self.n_sampled[:n].add_(1)
+        self.context_mask[:n].scatter_(1, tokens[:, None], True)
+        # 3. Feed it to the model.
+        self.forward_step(n, tokens, kv_len)
 
-    def choose(
-        self, n: int, grammar: Grammar, columns: Columns, guided: bool, needs: tuple[bool, bool, bool]
+    def next_tokens(
+        self, n: int, grammar: Grammar, part: VocabPart, guided: bool, needs: tuple[bool, bool, bool]
     ) -> Tensor:
-        """ids (n,) from the rows' hidden states."""
-        vocab, kinds, options = self.vocab, grammar.kinds(), Options(self.options.table[:, :n])
+        """Sample (n,) tokens from the slots' hidden states."""
+        vocab, state, params = self.vocab, grammar.state(), SamplingTensors(self.params.table[:, :n])
         draws, sorts, penalised = needs
-        in_image = kinds == IMAGE
-        logits = self.logits(self.hidden[:n], columns)
-        if guided and columns != "text":
-            full, image, nothing = (logits[self.sample[reads, :n]] for reads in (FULL, IMAGES, NOTHING))
-            by_image = guide(full, image, nothing, options.table[GUIDANCE], options.table[GUIDANCE_IMAGE])
-            logits = torch.where(in_image[:, None], by_image, logits)
-        if columns != "image":
+        in_image = state == IN_IMAGE
+        logits = self.logits(self.hidden[:n], part)  # (n, V')
+        if guided and part != "text":
+            branches = (logits[self.branch_slots[branch, :n]] for branch in (COND, IMAGE_COND, UNCOND))
+            guided_logits = classifier_free_guidance(*branches, params.table[GUIDANCE], params.table[IMAGE_GUIDANCE])
+            logits = torch.where(in_image[:, None], guided_logits, logits)
+        if part != "image":  # inside images every image token is allowed, and none is penalised
             if penalised:
-                penalty = options.table[PENALTY].masked_fill(in_image, 1.0)
-                logits = repetition(logits, self.taken(self.seen[:n], columns), penalty)
-            logits = logits.masked_fill(~self.taken(grammar.allowed(kinds), columns), -torch.inf)
-        ids = logits.argmax(-1)
+                penalty = params.table[PENALTY].masked_fill(in_image, 1.0)
+                logits = repetition_penalty(logits, self.slice_vocab(self.context_mask[:n], part), penalty)
+            logits = logits.masked_fill(~self.slice_vocab(grammar.mask(state), part), -torch.inf)
+        tokens = logits.argmax(-1)
         if draws:
-            uniforms = self.uniforms[:n].gather(
-                1, self.count[:n, None].clamp(max=self.context - 1).to(self.uniforms.device)
-            )[:, 0]
-            drawn = pick(filtered(logits, options, in_image, sorts), uniforms)
-            ids = torch.where(options.of_each(TEMPERATURE, in_image) > 0, drawn, ids)
-        if columns == "image":
-            ids = ids + vocab.first_code
-        elif columns == "text":
-            ids = torch.where(ids < vocab.first_code, ids, ids + vocab.n_codes)
-        return torch.where(kinds == CLOSE, vocab.eoi, torch.where(kinds == DONE, vocab.pad, ids))
+            column = self.n_sampled[:n, None].clamp(max=self.context - 1).to(self.uniforms.device)  # (n, 1)
+            drawn = sample(apply_filters(logits, params, in_image, sorts), self.uniforms[:n].gather(1, column)[:, 0])
+            tokens = torch.where(params.select(TEMPERATURE, in_image) > 0, drawn, tokens)
+        if part == "image":  # from columns of the slice to tokens
+            tokens = tokens + vocab.first_code
+        elif part == "text":
+            tokens = torch.where(tokens < vocab.first_code, tokens, tokens + vocab.n_codes)
+        return torch.where(state == AT_EOI, vocab.eoi, torch.where(state == DONE, vocab.pad, tokens))
 
-    def logits(self, hidden: Tensor, columns: Columns) -> Tensor:
-        """(n, D) -> (n, V'), float32 or wider, of the columns that may come."""
-        parts = [self.model.logits(hidden, part) for part in self.slices(columns)]
+    def logits(self, hidden: Tensor, part: VocabPart) -> Tensor:
+        """(n, D) -> (n, V') in float32 or float64, of a part of the vocabulary."""
+        parts = [self.model.logits(hidden, columns) for columns in self.vocab_slices(part)]
         logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def slices(self, columns: Columns) -> list[slice]:
-        """Ids in front of the codes, codes, ids behind them."""
-        first, behind = self.vocab.first_code, self.vocab.eoi
-        front, codes, back = slice(0, first), slice(first, behind), slice(behind, self.vocab.size)
-        return {"text": [front, back], "image": [codes], "all": [slice(0, self.vocab.size)]}[columns]
+    def vocab_slices(self, part: VocabPart) -> list[slice]:
+        first, end = self.vocab.first_code, self.vocab.eoi  # the image tokens
+        text = [slice(0, first), slice(end, self.vocab.size)]
+        return {"text": text, "image": [slice(first, end)], "all": [slice(0, self.vocab.size)]}[part]
 
-    def taken(self, x: Tensor, columns: Columns) -> Tensor:
-        """The same columns of (n, V)."""
-        return torch.cat([x[:, part] for part in self.slices(columns)], -1)
+    def slice_vocab(self, x: Tensor, part: VocabPart) -> Tensor:
+        """(n, V) -> (n, V'), the columns that `logits` computes."""
+        return torch.cat([x[:, columns] for columns in self.vocab_slices(part)], -1)
 
-    def feed(self, n: int, ids: Tensor, span: int) -> None:
-        """Each row reads its sample's next id, if it reads such ids; if not, what it writes is overwritten later."""
-        vocab, reads, length = self.vocab, self.numbers[READS, :n], self.length[:n]
-        of_image = (ids >= vocab.first_code) & (ids <= vocab.boi)
-        begins = (reads == NOTHING) & (ids == vocab.boi)  # [<s>] is in the cache, and the last image is forgotten
-        positions = torch.where(begins, 1, length).clamp(max=self.context - 1)
-        goes_on = ((reads == FULL) | of_image) & (ids != vocab.pad)
-        length.copy_(torch.where(goes_on, positions + 1, length))
-        cache = self.cache.view(slice(0, n), positions[:, None], span)
-        if self.joined is not None:
-            self.hidden[:n] = self.joined(ids, positions, cache)
-        else:
-            self.hidden[:n] = self.model(ids[:, None], positions[:, None], cache=cache)[:, 0]
+    def forward_step(self, n: int, tokens: Tensor, kv_len: int) -> None:
+        """Feed the sampled token to every slot whose branch conditions on it.
+
+        The other slots run, too, since shapes are fixed; what they write to their cache is overwritten later.
+        """
+        vocab, branch, length = self.vocab, self.slot_state[CFG_BRANCH, :n], self.length[:n]
+        of_image = (tokens >= vocab.first_code) & (tokens <= vocab.boi)  # image tokens, <eoi> and <boi>
+        # UNCOND reads one image at a time: each <boi> goes to position 1, after <s>, over the image before it.
+        restarts = (branch == UNCOND) & (tokens == vocab.boi)
+        positions = torch.where(restarts, 1, length).clamp(max=self.context - 1)  # (n,)
+        reads = ((branch == COND) | of_image) & (tokens != vocab.pad)
+        length.copy_(torch.where(reads, positions + 1, length))
+        self.hidden[:n] = self.forward(tokens, positions, kv_len)
+
+    def forward(self, tokens: Tensor, positions: Tensor, kv_len: int) -> Tensor:
+        """Run the model on one token (n,) per slot at its position (n,) -> hidden states (n, D)."""
+        cache = self.cache.view(slice(0, len(tokens)), positions[:, None], kv_len)
+        return self.model(tokens[:, None], positions[:, None], cache=cache)[:, 0]

@@ -1,358 +1,283 @@
-"""Generation: prompts join a running batch and leave it one by one, each in its own state of text or image.
+"""The engine: requests are batched continuously, each in its own state of text or image.
 
-    add(prompt) -> wait -> prefill, chunk by chunk -> steps of all rows at once -> ids -> leave
+    add(prompt) -> waiting -> slots -> prefill, chunk by chunk -> decode steps of all slots -> outputs -> release
 
-The host decides who has which row and when to look; all else is tensors (decoder.py). While every row is in an image
-nothing is looked at until the first of them ends: the grammar knows what comes. A sample's ids depend on its prompt,
-options and seed alone, not on who shares its batch: bit for bit in float32 on a CPU; elsewhere up to rounding, since
-there a product may add up in another order in a batch of another size.
-It knows nothing of pixels.
+The engine runs on the host: it decides which request has which slots and when to sync. All else is tensors
+(decoder.py). While every slot is inside an image the host need not sync until the first image ends, since the grammar
+knows what comes. A request's tokens depend on its prompt, parameters and seed alone, not on its batch: bit for bit in
+float32 on a CPU; elsewhere up to rounding, because a matmul may sum in another order for another batch size.
+This file knows tokens only: prompts.py makes them from text and images, events.py turns them back.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from nanochameleon.config import SamplingParams
-from nanochameleon.data import RawDocument, fuse
-from nanochameleon.documents import render
 from nanochameleon.errors import UserError
-from nanochameleon.generation.decoder import Decoder, Task
-from nanochameleon.generation.events import Event, Reader, open_image
-from nanochameleon.generation.graphs import Graphs
-from nanochameleon.generation.sampling import FULL, IMAGES, NOTHING, Mode, check_stops, needed
-from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.training.run import Run
-from nanochameleon.transformer import Chameleon
+from nanochameleon.generation.decoder import Decoder
+from nanochameleon.generation.request import Request, cfg_branches, make_request
+from nanochameleon.generation.sampling import COND, IMAGE_COND, UNCOND, Modality, required_filters
 from nanochameleon.vocab import Vocab
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-def prompt_ids(segments: RawDocument, run: Run, ask: Literal["draw", "answer", "go on"] = "go on") -> list[int]:
-    """<s> and the segments, as in training; then <boi> to have an image drawn, or the end of turn to have an answer.
-
-    segments: Text, data.RawImage (uint8 (R, R, 3)) and EndOfTurn in any order; "answer" closes the turn by itself.
-    """
-    ids = render(fuse([segments], run.image_tokenizer)[0], run.tokenizer, run.vocab, end=False)
-    return ids + {"draw": [run.vocab.boi], "answer": [run.vocab.eot], "go on": []}[ask]
-
-
-def make_task(
-    prompt: Sequence[int], vocab: Vocab, n_codes: int, context: int, options: SamplingParams, mode: Mode = "both",
-    seed: Sequence[int] = (0,), stops: Sequence[int] | None = None,
-) -> Task:  # fmt: skip
-    """Raises UserError, naming the lengths, for a prompt that leaves no room, ValueError for a wrong mode or stop."""
-    if not prompt or prompt[0] != vocab.bos:
-        raise ValueError("a prompt starts with <s>")
-    if wrong := [token for token in prompt if not 0 <= token < vocab.size]:
-        raise ValueError(f"the prompt has id {wrong[0]}, and the vocabulary has {vocab.size}")
-    check_stops(mode, stops, vocab)
-    begun = open_image(prompt, vocab)
-    left = -1 if begun is None else n_codes + 1 - len(begun)
-    if begun is not None and left < 0:
-        codes = f"{len(begun) - 1} codes, and an image has {n_codes}"
-        raise UserError(f"the image that the prompt leaves open has {codes}: end it with <eoi>, or leave codes out")
-    need = left + 1 if begun is not None else n_codes + 2 if mode == "image" else 1
-    what = "one new id" if need == 1 else f"the {need} ids of an image"
-    if len(prompt) + need > context:
-        raise UserError(f"the prompt has {len(prompt)} ids, which leaves no room for {what} in a context of {context}")
-    if options.max_new_tokens < need:
-        raise UserError(f"max_new_tokens is {options.max_new_tokens}, which leaves no room for {what}")
-    room = min(options.max_new_tokens, context - len(prompt))
-    return Task(tuple(prompt), options, mode, tuple(seed), None if stops is None else tuple(stops), left, room)
-
-
-def branches(task: Task, vocab: Vocab) -> dict[int, tuple[int, ...]]:
-    """What is read beside the whole prompt, for guidance: IMAGES and NOTHING -> its prompt. Only what makes a
-    difference: without earlier images the image to come has seen nothing but words."""
-    by_text, by_image = task.options.guidance_scale, task.options.image_guidance_scale
-    if task.mode == "text" and task.left < 0:
-        return {}
-    begun = tuple(open_image(task.prompt, vocab) or ())
-    nothing = {NOTHING: (vocab.bos, *begun)}
-    images = tuple(t for t in task.prompt if t == vocab.bos or vocab.first_code <= t <= vocab.boi)
-    if by_text == by_image or (task.mode != "both" and images == nothing[NOTHING]):  # the middle term is 0
-        return nothing if by_text != 1 else {}
-    return {IMAGES: images} if by_image == 1 else {IMAGES: images} | nothing
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine
-
 
 @dataclass(eq=False)
-class Row:
-    """A row of the batch: where it is, and how far its prompt has been read."""
+class Slot:
+    """One row of the batch, taken by one guidance branch of a request."""
 
-    place: int
-    reads: int
+    index: int
+    cfg_branch: int
     prompt: tuple[int, ...]
-    read: bool = False  # all of it?
+    prefilled: bool = False
 
 
 @dataclass(eq=False)
-class Sample:
-    """A task at work, on one to three rows; the first reads everything."""
+class RunningRequest:
+    """A request at work, on one to three slots; the first is COND."""
 
-    handle: int
-    task: Task
-    rows: list[Row]
-    left: int  # as in Grammar, as far as the host has looked
-    n_new: int = 0
-    begun: bool = False
+    request_id: int
+    request: Request
+    slots: list[Slot]
+    image_tokens_left: int  # as in Grammar, at the last sync
+    n_new: int = 0  # tokens sampled, at the last sync
+    prefilled: bool = False
 
 
 @dataclass(frozen=True)
-class News:
-    """What the host has seen of one sample since it last looked."""
+class RequestOutput:
+    """The tokens that one request got since the last sync."""
 
-    handle: int
-    ids: tuple[int, ...]
-    ended: bool
+    request_id: int
+    tokens: tuple[int, ...]
+    finished: bool
 
 
 @dataclass
 class Engine:
-    """A running batch. add() queues a task; each step() reads a chunk of the waiting prompts, runs some decode steps
-    and tells the news. The model must be in eval mode and keep its weights as long as the engine is in use."""
+    """A running batch. add() queues a request. Each step() prefills a chunk of the waiting prompts, runs some decode
+    steps and returns their outputs. The model must be in eval mode, and its weights must not change meanwhile."""
 
-    model: Chameleon
+    model: nn.Module  # a Chameleon
     vocab: Vocab
-    n_codes: int  # codes an image
-    n_rows: int = 16  # of the batch; a sample takes one, with guidance up to three
-    context: int | None = None  # ids a row can hold; None: as many as the model
-    chunk: int = 512  # ids of prompts read between two stretches of decoding
-    look: int | None = None  # steps between two looks at most; None: as many as need none
-    blind: int = 16  # steps of text without a look, on a CPU, where nobody waits for rows: a step sees ends by itself
-    waiting: deque[tuple[int, Task]] = field(default_factory=deque, init=False)
-    running: list[Sample] = field(default_factory=list, init=False)
-    prompts: dict[tuple[int, ...], list[Row]] = field(default_factory=dict, init=False)  # being read, by whom
-    n_live: int = field(default=0, init=False)  # rows in use: the first of the batch
+    image_len: int  # tokens per image
+    n_slots: int = 16  # rows of the batch; a request takes one, with guidance up to three
+    context: int | None = None  # tokens that a slot can hold; None: the model's
+    prefill_chunk: int = 512  # tokens of prompts to read between two rounds of decode steps
+    max_steps_between_syncs: int | None = None  # None: no limit but what is known to come
+    steps_between_syncs: int = 16  # text steps between syncs, if no request waits and the decoder sees ends by itself
+    waiting: deque[tuple[int, Request]] = field(default_factory=deque, init=False)
+    running: list[RunningRequest] = field(default_factory=list, init=False)
+    prefilling: dict[tuple[int, ...], list[Slot]] = field(default_factory=dict, init=False)  # prompt -> who needs it
+    n_prefilled: dict[tuple[int, ...], int] = field(default_factory=dict, init=False)  # tokens read of such a prompt
+    n_live: int = field(default=0, init=False)  # slots in use: always the first ones
     n_added: int = field(default=0, init=False)
 
     def __post_init__(self):
         if self.model.training:
             raise ValueError("call model.eval() first: dropout would be on")
-        most = self.model.cfg.max_seq_len
-        self.context = most if self.context is None else self.context
-        if not 1 <= self.context <= most:
-            raise ValueError(f"context must be 1 to the model's {most} ids, not {self.context}")
-        self.read: dict[tuple[int, ...], int] = {}  # ids of a prompt that have been read
+        longest = self.model.cfg.max_seq_len
+        self.context = longest if self.context is None else self.context
+        if not 1 <= self.context <= longest:
+            raise ValueError(f"context must be 1 to the model's {longest} tokens, not {self.context}")
+        from nanochameleon.generation.fastest import fastest_decoder  # optional code is imported late
+
         with torch.inference_mode():
-            self.decoder = Decoder(self.model, self.vocab, self.n_codes, self.n_rows, self.context)
-        self.graphs = Graphs(self.decoder.device)
+            sizes = self.vocab, self.image_len, self.n_slots, self.context
+            self.decoder: Decoder = fastest_decoder(self.model, *sizes)
 
-    def add(self, prompt: Sequence[int], options: SamplingParams, mode: Mode = "both", seed: Sequence[int] = (0,),
-            stops: Sequence[int] | None = None) -> int:  # fmt: skip
-        """-> the handle by which its news are told. Raises UserError for a prompt without room."""
-        return self.add_task(make_task(prompt, self.vocab, self.n_codes, self.context, options, mode, seed, stops))
+    def add(self, prompt: Sequence[int], params: SamplingParams, modality: Modality = "both",
+            seed: Sequence[int] = (0,), stops: Sequence[int] | None = None) -> int:  # fmt: skip
+        """Queue a request and return its request_id. Raises UserError for a prompt that does not fit."""
+        sizes = self.vocab, self.image_len, self.context
+        return self.add_request(make_request(prompt, *sizes, params, modality, seed, stops))
 
-    def add_task(self, task: Task) -> int:
-        if 1 + len(branches(task, self.vocab)) > self.n_rows:
-            raise UserError(f"guidance needs 3 rows of the batch, and it has {self.n_rows}")
-        self.waiting.append((self.n_added, task))
+    def add_request(self, request: Request) -> int:
+        if len(cfg_branches(request, self.vocab)) > self.n_slots:
+            raise UserError(f"guidance needs 3 slots of the batch, and it has {self.n_slots}")
+        self.waiting.append((self.n_added, request))
         self.n_added += 1
         return self.n_added - 1
 
     @torch.inference_mode()
-    def step(self) -> list[News]:
-        """One round; [] where only prompts were read, or nothing is left to do."""
-        self.admit()
-        self.read_prompts()
-        if not any(sample.begun for sample in self.running):
+    def step(self) -> list[RequestOutput]:
+        """One round. Returns [] if only prompts were read, or if nothing is left to do."""
+        self.schedule()  # 1. waiting requests get slots
+        self.prefill()  # 2. their prompts are read, a chunk per round, so that the other requests need not wait long
+        if not any(running.prefilled for running in self.running):
             return []
-        return self.tell(self.decode())
+        tokens, done = self.decode()  # 3. all slots decode
+        return self.collect_outputs(tokens, done)  # 4. finished requests leave
 
-    def run(self) -> Iterator[News]:
-        """Until all that was added has ended; more may be added meanwhile."""
+    def run(self) -> Iterator[RequestOutput]:
+        """Run until every request has finished; more may be added meanwhile."""
         while self.waiting or self.running:
             yield from self.step()
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Who has which row
+    # Scheduling: which request has which slots
 
-    def admit(self) -> None:
-        """In the order of coming, as long as there are rows."""
+    def schedule(self) -> None:
+        """Give slots to waiting requests, first come, first served."""
         while self.waiting:
-            handle, task = self.waiting[0]
-            wanted = {FULL: task.prompt} | branches(task, self.vocab)
-            if self.n_live + len(wanted) > self.n_rows:
-                return
+            request_id, request = self.waiting[0]
+            branches = cfg_branches(request, self.vocab)
+            if self.n_live + len(branches) > self.n_slots:
+                return  # a later request that needs fewer slots waits, too: none is overtaken for ever
             self.waiting.popleft()
-            rows = [Row(self.n_live + i, reads, prompt) for i, (reads, prompt) in enumerate(wanted.items())]
-            self.n_live += len(rows)
-            for row in rows:
-                self.decoder.grammar.done[row.place] = True  # it waits for its prompt
-                self.prompts.setdefault(row.prompt, []).append(row)
-            self.running.append(Sample(handle, task, rows, task.left))
+            slots = [Slot(self.n_live + i, *branch) for i, branch in enumerate(branches.items())]
+            self.n_live += len(slots)
+            for slot in slots:
+                self.decoder.grammar.done[slot.index] = True  # until its prompt is read
+                self.prefilling.setdefault(slot.prompt, []).append(slot)
+            self.running.append(RunningRequest(request_id, request, slots, request.image_tokens_left))
 
-    def read_prompts(self) -> None:
-        """A chunk of the oldest prompts. Chunks of a prompt begin at fixed places, whatever else is read."""
-        budget, parts, whole = self.chunk, [], []
-        for prompt, rows in self.prompts.items():
-            start = self.read.get(prompt, 0)
-            parts.append((prompt[start : start + self.chunk], rows[0].place, start))
-            self.read[prompt] = start + len(parts[-1][0])
-            budget -= len(parts[-1][0])
-            whole += [prompt] if self.read[prompt] == len(prompt) else []
+    def prefill(self) -> None:
+        """Read a chunk of the oldest prompts. Equal prompts are read once and copied."""
+        # 1. Choose chunks of the oldest prompts, up to the budget.
+        budget, chunks, complete = self.prefill_chunk, [], []
+        for prompt, slots in self.prefilling.items():
+            start = self.n_prefilled.get(prompt, 0)
+            # Not cut to the budget: chunks begin at fixed positions, so rounding does not depend on other prompts.
+            tokens = prompt[start : start + self.prefill_chunk]
+            chunks.append((tokens, slots[0].index, start))
+            self.n_prefilled[prompt] = start + len(tokens)
+            complete += [prompt] if self.n_prefilled[prompt] == len(prompt) else []
+            budget -= len(tokens)
             if budget <= 0:
                 break
-        if parts:
-            self.decoder.prefill(parts)
-        for prompt in whole:
-            first, *others = self.prompts.pop(prompt)
-            for row in others:
-                self.decoder.share(first.place, row.place, self.read[prompt])
-            del self.read[prompt]
-            for row in (first, *others):
-                row.read = True
-        ready = [s for s in self.running if not s.begun and all(row.read for row in s.rows)]
-        for sample in ready:
-            sample.begun = True
-            for row in sample.rows:
-                self.decoder.begin(row.place, sample.task, row.reads)
+        # 2. Run the model on them.
+        if chunks:
+            self.decoder.prefill(chunks)
+        # 3. Copy the prompts that are complete to all slots that need them.
+        for prompt in complete:
+            first, *others = slots = self.prefilling.pop(prompt)
+            for slot in others:
+                self.decoder.copy_prefix(first.index, slot.index, self.n_prefilled[prompt])
+            del self.n_prefilled[prompt]
+            for slot in slots:
+                slot.prefilled = True
+        self.start_prefilled()
+
+    def start_prefilled(self) -> None:
+        """Let requests take part in decoding once the prompts of all their branches have been read."""
+        ready = [r for r in self.running if not r.prefilled and all(slot.prefilled for slot in r.slots)]
+        for running in ready:
+            running.prefilled = True
+            for slot in running.slots:
+                self.decoder.start(slot.index, running.request, slot.cfg_branch)
         if ready:
-            self.seat()
+            self.assign_slots()
 
-    def leave(self, sample: Sample) -> None:
-        """Rows in use stay the first ones: the last ones move into the gaps."""
-        self.running.remove(sample)
-        for gap in sorted((row.place for row in sample.rows), reverse=True):
+    def release(self, finished: RunningRequest) -> None:
+        """Free a request's slots. The last slots in use move into the gaps, so those in use stay the first ones."""
+        self.running.remove(finished)
+        for gap in sorted((slot.index for slot in finished.slots), reverse=True):  # so the last one is never a gap
             self.n_live -= 1
-            last = next((row for s in self.running for row in s.rows if row.place == self.n_live), None)
+            last = next((slot for r in self.running for slot in r.slots if slot.index == self.n_live), None)
             if last is not None:
-                self.decoder.move(last.place, gap, self.context)
-                last.place = gap
-        self.seat()
+                self.decoder.move(last.index, gap)
+                last.index = gap
+        self.assign_slots()
 
-    def seat(self) -> None:
-        """Tells the decoder which rows belong together. What a sample does not read is read by its next best row, so
-        that the terms of guidance that make no difference are 0."""
-        places = torch.arange(self.n_rows).repeat(3, 1)
-        for sample in self.running:
-            place = {row.reads: row.place for row in sample.rows}
-            nothing = place.get(NOTHING, place.get(IMAGES, place[FULL]))
-            for row in sample.rows:
-                places[FULL, row.place] = place[FULL]
-                places[IMAGES, row.place], places[NOTHING, row.place] = place.get(IMAGES, nothing), nothing
-        self.decoder.sample.copy_(places)
-        begun = [sample for sample in self.running if sample.begun]
-        self.needs = needed([sample.task.options for sample in begun])
-        self.guided = any(len(sample.rows) > 1 for sample in begun)
+    def assign_slots(self) -> None:
+        """Write down for each slot the three slots of its request, by guidance branch.
+
+        A branch that does not exist reuses the nearest one that does, so its term in the guidance sum is zero.
+        """
+        branch_slots = torch.arange(self.n_slots).repeat(3, 1)  # (3, N)
+        for running in self.running:
+            index = {slot.cfg_branch: slot.index for slot in running.slots}  # COND is always there
+            uncond = index.get(UNCOND, index.get(IMAGE_COND, index[COND]))
+            for slot in running.slots:
+                branch_slots[COND, slot.index] = index[COND]
+                branch_slots[IMAGE_COND, slot.index] = index.get(IMAGE_COND, uncond)
+                branch_slots[UNCOND, slot.index] = uncond
+        self.decoder.branch_slots.copy_(branch_slots)
+        decoding = [running for running in self.running if running.prefilled]
+        self.needs = required_filters([running.request.params for running in decoding])
+        self.guided = any(len(running.slots) > 1 for running in decoding)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Steps
+    # Decoding
 
     def decode(self) -> tuple[list[list[int]], list[bool]]:
-        """As many steps as need no look: inside images the grammar foresees them, and on a CPU steps see ends."""
-        samples = [sample for sample in self.running if sample.begun]
-        inside = [sample.left >= 0 for sample in samples]
-        steps = min(sample.left for sample in samples) + 1 if all(inside) else 1
-        if self.decoder.cpu is not None and not self.waiting and not self.prompts:
-            steps = max(steps, self.blind)
-        steps = min(steps, self.look or steps, len(self.decoder.log))
-        if self.decoder.cpu is not None:
-            self.decoder.cpu.run(self.n_live, steps)
-            return self.decoder.look(self.n_live, steps)
-        columns = "image" if all(inside) else "all" if any(inside) else "text"
-        longest = max(len(sample.task.prompt) + sample.n_new for sample in samples) + steps
-        coarse = max(64, (1 << longest.bit_length()) >> 3)  # in steps of at most a quarter, so that graphs stay few
-        span = min(-(-longest // coarse) * coarse, self.context)
-        n = self.graphs.size(self.n_live, self.n_rows)
-        arguments = (n, span, columns, self.guided, self.needs)
-        for _ in range(steps):
-            self.graphs.run(arguments, lambda: self.decoder.step(*arguments))
-        return self.decoder.look(n, steps)
+        """Decode until the host must sync. Inside images, the number of tokens left is known."""
+        decoding = [running for running in self.running if running.prefilled]
+        inside = [running.image_tokens_left >= 0 for running in decoding]
+        # 1. How many steps? If all are inside an image, to the end of the first one: <eoi> is its last token.
+        #    In text each token may be a stop, so the host syncs after every step,
+        steps = min(running.image_tokens_left for running in decoding) + 1 if all(inside) else 1
+        #    unless steps notice the end by themselves and no other request could use a free slot.
+        if self.decoder.sees_ends and not self.waiting and not self.prefilling:
+            steps = max(steps, self.steps_between_syncs)
+        steps = min(steps, self.max_steps_between_syncs or steps, len(self.decoder.token_buffer))
+        # 2. Which logits may be needed? Image tokens and text are separate parts of the vocabulary.
+        part = "image" if all(inside) else "all" if any(inside) else "text"
+        # 3. How much of the cache is read? That of the longest request.
+        longest = max(len(running.request.prompt) + running.n_new for running in decoding) + steps
+        self.decoder.run(self.n_live, steps, longest, part, self.guided, self.needs)
+        return self.decoder.sync(self.n_live, steps)
 
-    def tell(self, looked: tuple[list[list[int]], list[bool]]) -> list[News]:
-        news, pad = [], self.vocab.pad
-        for sample in [sample for sample in self.running if sample.begun]:
-            ids, ended = (x[sample.rows[0].place] for x in looked)
-            ids = ids[: ids.index(pad)] if pad in ids else ids  # pad is never drawn: the first one is behind the end
-            sample.n_new += len(ids)
-            for token in ids:
-                inside = sample.left >= 0
-                sample.left = sample.left - 1 if inside else self.n_codes if token == self.vocab.boi else -1
-            news.append(News(sample.handle, tuple(ids), ended))
-        ended = {one.handle for one in news if one.ended}
-        for sample in [sample for sample in self.running if sample.handle in ended]:
-            self.leave(sample)
-        return news
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many samples, or one as it comes
+    def collect_outputs(self, tokens: list[list[int]], done: list[bool]) -> list[RequestOutput]:
+        """The outputs of all requests from the synced slots; requests that are done leave."""
+        outputs, pad = [], self.vocab.pad
+        for running in [running for running in self.running if running.prefilled]:
+            index = running.slots[0].index  # COND
+            new = tokens[index]
+            new = new[: new.index(pad)] if pad in new else new  # <pad> is never sampled: it follows the end
+            running.n_new += len(new)
+            for token in new:  # as Grammar.advance
+                inside = running.image_tokens_left >= 0
+                after_text = self.image_len if token == self.vocab.boi else -1
+                running.image_tokens_left = running.image_tokens_left - 1 if inside else after_text
+            outputs.append(RequestOutput(running.request_id, tuple(new), done[index]))
+        finished = {output.request_id for output in outputs if output.finished}
+        for running in [running for running in self.running if running.request_id in finished]:
+            self.release(running)
+        return outputs
 
 
 def generate(
-    model: Chameleon,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     vocab: Vocab,
-    n_codes: int,
-    options: SamplingParams,
-    mode: Mode = "both",
+    image_len: int,
+    params: SamplingParams,
+    modality: Modality = "both",
     seed: int = 0,
     stops: Sequence[int] | None = None,
     batch_size: int = 256,
     progress: str | None = None,
 ) -> list[list[int]]:
-    """The new ids of each prompt, the stop id included, on the model's device.
+    """Generate the new tokens of each prompt, stop token included, on the model's device.
 
-    n_codes: codes an image. mode: "text", "image" (one image) or "both", see Grammar. Row i draws its numbers from
-    (seed, i), whatever the batch of at most batch_size rows. stops: ids that end a row, by default </s> alone.
-    progress: shows a bar of this name. Raises UserError for a prompt without room, before any work.
+    image_len: tokens per image. modality: "text", "image" (one image) or "both", see Grammar. Prompt i draws from the
+    seed (seed, i), whatever batch_size, the number of slots, is. stops: tokens that end a sample, by default </s>.
+    progress: the name of a progress bar to show. Raises UserError for a prompt that does not fit, before any work.
     """
     context = model.cfg.max_seq_len
-    tasks = [
-        make_task(prompt, vocab, n_codes, context, options, mode, (seed, row), stops)
-        for row, prompt in enumerate(prompts)
+    requests = [
+        make_request(prompt, vocab, image_len, context, params, modality, (seed, i), stops)
+        for i, prompt in enumerate(prompts)
     ]
-    if not tasks:
+    if not requests:
         return []
-    wanted = [1 + len(branches(task, vocab)) for task in tasks]
-    was_training, new = model.training, [[] for _ in tasks]
+    n_branches = [len(cfg_branches(request, vocab)) for request in requests]
+    was_training, new = model.training, [[] for _ in requests]
     try:
-        longest = max(len(task.prompt) + task.room for task in tasks)
-        engine = Engine(model.eval(), vocab, n_codes, max(min(batch_size, sum(wanted)), *wanted, 1), longest)
-        for task in tasks:
-            engine.add_task(task)
-        with tqdm(total=len(tasks), desc=progress, unit="sample", disable=progress is None) as bar:
-            for news in engine.run():
-                new[news.handle] += news.ids
-                bar.update(news.ended)
+        # 3. How much of the cache is read? That of the longest request.
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        engine = Engine(model.eval(), vocab, image_len, max(min(batch_size, sum(n_branches)), *n_branches, 1), longest)
+        for request in requests:
+            engine.add_request(request)
+        with tqdm(total=len(requests), desc=progress, unit="sample", disable=progress is None) as bar:
+            for output in engine.run():
+                new[output.request_id] += output.tokens
+                bar.update(output.finished)
     finally:
         model.train(was_training)
     return new
-
-
-def stream(
-    model: Chameleon,
-    prompt: Sequence[int],
-    tokenizer: TextTokenizer,
-    n_codes: int,
-    options: SamplingParams,
-    mode: Mode = "both",
-    seed: int = 0,
-    row: int = 0,
-    stops: Sequence[int] | None = None,
-    preview: int | None = None,
-) -> Iterator[Event]:
-    """What generate gives as row `row`, event by event: pieces of text, none of which splits a character, images.
-
-    preview: unfinished images are told every so many codes. The model must be in eval mode. Raises UserError, at the
-    call and not later, for a prompt without room.
-    """
-    task = make_task(prompt, tokenizer.vocab, n_codes, model.cfg.max_seq_len, options, mode, (seed, row), stops)
-    context = len(prompt) + task.room
-    engine = Engine(
-        model, tokenizer.vocab, n_codes, 1 + len(branches(task, tokenizer.vocab)), context, look=preview, blind=1
-    )
-    engine.add_task(task)
-    reader = Reader(prompt, tokenizer, preview)
-    return (event for news in engine.run() for event in reader.read(news.ids, news.ended))

@@ -1,74 +1,70 @@
-"""What happens while a sample is made, as it is told to whoever listens: pieces of text, images that grow, the end.
+"""Streaming: tokens as they are sampled -> pieces of text, images that grow, the end.
 
-    ids as they come -> Text("a re"), Text("d"), ImageStarted(), PartialImage(codes), Image(codes), End(ids)
+    Text("a re"), Text("d"), ImageStarted(), PartialImage(codes), Image(codes), End(tokens)
 
-No piece of text splits a UTF-8 character. Where ids come from is not its business (engine.py).
+No piece of text splits a UTF-8 character.
 """
 
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from nanochameleon.config import SamplingParams
 from nanochameleon.documents import Image, Text
+from nanochameleon.generation.engine import Engine
+from nanochameleon.generation.request import cfg_branches, make_request, open_image
+from nanochameleon.generation.sampling import Modality
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.vocab import Vocab
+from nanochameleon.transformer import Chameleon
 
 
 @dataclass(frozen=True)
 class ImageStarted:
-    """The model has begun to draw."""
+    """The model has begun an image."""
 
 
 @dataclass(frozen=True)
 class PartialImage:
-    codes: tuple[int, ...]  # those drawn so far, raster order
+    codes: tuple[int, ...]  # so far, in raster order
 
 
 @dataclass(frozen=True)
 class End:
-    ids: tuple[int, ...]  # all new ids, the stop id included
+    tokens: tuple[int, ...]  # all new tokens, stop token included
 
 
 Event = Text | ImageStarted | PartialImage | Image | End
 
 
-def open_image(ids: Sequence[int], vocab: Vocab) -> list[int] | None:
-    """<boi> and the codes behind it where ids end inside an image, else None."""
-    start = len(ids)
-    while start and vocab.first_code <= ids[start - 1] < vocab.eoi:
-        start -= 1
-    return list(ids[start - 1 :]) if start and ids[start - 1] == vocab.boi else None
-
-
-class Reader:
-    """One sample's ids, in pieces -> its events. Every `preview` codes an unfinished image is told, too."""
+class Detokenizer:
+    """Turns one sample's tokens, in pieces, into events. Every `preview` codes, yields the unfinished image."""
 
     def __init__(self, prompt: Sequence[int], tokenizer: TextTokenizer, preview: int | None = None):
         self.tokenizer, self.vocab, self.preview = tokenizer, tokenizer.vocab, preview
-        self.letters = codecs.getincrementaldecoder("utf-8")("replace")
-        self.image = open_image(prompt, self.vocab)  # <boi> and codes
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the bytes of an unfinished character
+        self.image = open_image(prompt, self.vocab)  # <boi> and image tokens, or None
         self.new: list[int] = []
-        self.begun = False
+        self.started = False
 
-    def read(self, ids: Sequence[int], ended: bool) -> Iterator[Event]:
-        """The next ids; `ended`: they are the last ones."""
-        if not self.begun and self.image is not None:
-            yield ImageStarted()
-        self.begun = True
-        for i, token in enumerate(ids):
+    def add(self, tokens: Sequence[int], finished: bool) -> Iterator[Event]:
+        """Yield the events of the next tokens. finished: they are the last ones."""
+        if not self.started and self.image is not None:
+            yield ImageStarted()  # the prompt ends inside an image
+        self.started = True
+        for i, token in enumerate(tokens):
             self.new.append(token)
-            yield from self.read_one(token, ended and i == len(ids) - 1)
-        if ended:
-            if text := self.letters.decode(b"", final=True):
+            yield from self.add_token(token, finished and i == len(tokens) - 1)
+        if finished:
+            if text := self.utf8.decode(b"", final=True):
                 yield Text(text)
             yield End(tuple(self.new))
 
-    def read_one(self, token: int, last: bool) -> Iterator[Event]:
+    def add_token(self, token: int, last: bool) -> Iterator[Event]:
         is_text = self.vocab.is_text(token)
-        text = self.letters.decode(self.tokenizer.decode_bytes([token]) if is_text else b"", final=not is_text)
+        text = self.utf8.decode(self.tokenizer.decode_bytes([token]) if is_text else b"", final=not is_text)
         if text:
             yield Text(text)
-        if token == self.vocab.boi and not last:  # as the last id it is a stop, and no image follows
+        if token == self.vocab.boi and not last:  # as the last token it is a stop, and no image follows
             self.image = [token]
             yield ImageStarted()
         elif token == self.vocab.eoi:
@@ -81,3 +77,31 @@ class Reader:
 
     def codes(self) -> tuple[int, ...]:
         return tuple(self.vocab.token_to_code(token) for token in self.image[1:])
+
+
+def stream(
+    model: Chameleon,
+    prompt: Sequence[int],
+    tokenizer: TextTokenizer,
+    image_len: int,
+    params: SamplingParams,
+    modality: Modality = "both",
+    seed: int = 0,
+    row: int = 0,
+    stops: Sequence[int] | None = None,
+    preview: int | None = None,
+) -> Iterator[Event]:
+    """Yield the events of one sample as it is generated: the tokens are those of `generate` for prompt number `row`.
+
+    preview: an unfinished image is yielded every so many codes. The model must be in eval mode. Raises UserError at
+    the call, not at the first event, for a prompt that does not fit.
+    """
+    vocab = tokenizer.vocab
+    request = make_request(prompt, vocab, image_len, model.cfg.max_seq_len, params, modality, (seed, row), stops)
+    n_slots, context = len(cfg_branches(request, vocab)), len(prompt) + request.max_new_tokens
+    engine = Engine(
+        model, vocab, image_len, n_slots, context, max_steps_between_syncs=preview, steps_between_syncs=1
+    )  # fmt: skip
+    engine.add_request(request)
+    detokenizer = Detokenizer(prompt, tokenizer, preview)
+    return (event for output in engine.run() for event in detokenizer.add(output.tokens, output.finished))

@@ -1,7 +1,7 @@
-"""Steps of fixed shape, captured once and replayed: a decode step is hundreds of small kernels, and launching each from
-Python takes longer than running it. Off CUDA a step just runs.
+"""CUDA graphs: a step of fixed shape is captured once and replayed.
 
-A captured step works on the very tensors that it saw, so all it reads and writes must stay in place (decoder.py).
+A decode step is hundreds of small kernels, and launching each from Python takes longer than running it. On other
+devices a step just runs. A captured step works on the tensors that it saw, so they must stay in place (decoder.py).
 """
 
 from collections.abc import Callable, Hashable
@@ -10,20 +10,20 @@ import torch
 
 
 class Graphs:
-    """A graph for each key; equal keys must mean equal shapes and flags."""
+    """One graph per key. Equal keys must mean equal shapes and flags."""
 
     def __init__(self, device: torch.device):
-        self.on = device.type == "cuda"
+        self.enabled = device.type == "cuda"
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
-        self.pool = None  # of memory, shared: no two graphs run at once
+        self.pool = None  # memory that all graphs share, since no two of them run at once
 
-    def size(self, n: int, most: int) -> int:
-        """Rows to run for n live ones: a power of two where graphs are captured, so that they stay few."""
-        return min(most, 1 << (n - 1).bit_length()) if self.on else n
+    def round_up(self, n: int, most: int) -> int:
+        """Slots to run for n slots in use: with graphs the next power of two, so that there are few graphs."""
+        return min(most, 1 << (n - 1).bit_length()) if self.enabled else n
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """The first time plainly, which warms up what capturing must not; the second time captured, then replayed."""
-        if not self.on or key not in self.graphs:
+        """Run the step: the first time plainly, to warm up; the second time capture it; then replay."""
+        if not self.enabled or key not in self.graphs:
             self.graphs[key] = None
             return step()
         if self.graphs[key] is None:

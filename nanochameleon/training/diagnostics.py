@@ -22,7 +22,7 @@ from nanochameleon.vocab import Vocab
 
 def compute_metrics(sums: Sums, mesh: Mesh, z_loss_weight: float) -> dict[str, float]:
     """Means per token of each modality over the whole batch; monitor.FIELDS explains the names."""
-    cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.parts))
+    _, cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.next_token))
     output_norm, n_tokens = mesh.all_reduce_sum(float(sums.output_norm), float(sums.n_tokens))
     z_loss, n_text = z_loss_weight * z / max(n, 1.0), n - n_images
     return {

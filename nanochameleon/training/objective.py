@@ -1,6 +1,6 @@
-"""What is trained: the model and its loss as one module, rows of ids in, sums out. DDP and FSDP wrap it as a whole.
+"""What training minimises: the model and its loss as one module, a batch of tokens in, sums out.
 
-It leaves out the optimizer and who has which rows (train.py, distributed.py).
+DDP and FSDP wrap it as a whole. The optimizer and the division of a batch among ranks are in train.py and parallel/.
 """
 
 import time
@@ -11,37 +11,61 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanochameleon.kernels.zloss.cross_entropy import Expected
-from nanochameleon.losses import LossParts, next_token_loss
+from nanochameleon.kernels.ops import matmul_dtype
+from nanochameleon.losses import LossSums, fused_next_token_loss, next_token_loss
 from nanochameleon.packing import Batch
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
+FUSED_FROM = 32_768  # vocabulary: all logits of a micro-batch would be most of the memory of its step
+
 
 class Sums(NamedTuple):
-    """Sums over rows: the loss's parts, and of the last block's output over its tokens (paper figure 5a)."""
+    """Sums over a batch: of the loss, and of the last block's output over its tokens (paper figure 5a)."""
 
-    parts: LossParts
+    next_token: LossSums
     output_norm: Tensor  # Euclidean norms
     n_tokens: Tensor  # padding included
 
 
 class Objective(nn.Module):
-    """model: its weights are the only ones. ranks: the process group that shares each layer, None without."""
+    """tp_group: the process group that shares each layer, None without tensor parallelism.
 
-    def __init__(self, model: Chameleon, vocab: Vocab, precision: str, ranks=None):
+    fused_output: output layer and loss in one op that never holds all logits; "auto" is from FUSED_FROM tokens of
+    vocabulary up. Tensor parallelism has its own loss on a slice of the vocabulary instead.
+    """
+
+    def __init__(self, model: Chameleon, vocab: Vocab, precision: str, tp_group=None, fused_output: str = "auto"):
         super().__init__()
-        self.model, self.vocab, self.precision, self.ranks = model, vocab, precision, ranks
+        self.model, self.vocab, self.precision, self.tp_group = model, vocab, precision, tp_group
+        self.fused = tp_group is None and (
+            fused_output == "on" or (fused_output == "auto" and vocab.size >= FUSED_FROM)
+        )
 
-    def forward(self, batch: Batch, keys: Tensor | None, expected: Expected | None = None) -> Sums:
-        """batch: B rows. keys (B,): what their dropout is drawn from, see Chameleon.forward_features. expected: see
-        next_token_loss."""
+    def forward(self, batch: Batch, dropout_seeds: Tensor | None, z_loss: float = 0.0, normalizer: float = 1.0) -> Sums:
+        """batch: B sequences of T tokens. dropout_seeds (B,): one for each sequence."""
+        fused = self.fused and torch.is_grad_enabled()
         with autocast(self.precision, batch.tokens.device):
-            residual = self.model.forward_features(batch.tokens, batch.positions, batch.doc_ids, dropout_seeds=keys)
-            logits = self.model.logits(self.model.norm(residual).flatten(0, 1))
-        parts = next_token_loss(logits, batch.targets.flatten(), self.vocab, self.ranks, expected)
-        norms = residual.detach().float().norm(dim=-1)
-        return Sums(parts, norms.sum(), torch.tensor(float(norms.numel()), device=norms.device))
+            inputs = batch.tokens, batch.positions, batch.doc_ids
+            features = self.model.forward_features(*inputs, dropout_seeds=dropout_seeds)  # (B, T, D)
+            hidden = self.model.norm(features).flatten(0, 1)  # (N, D), N = B T
+            # the fused op gets what autocast would give the output layer
+            x = hidden.to(matmul_dtype(hidden)) if fused else self.model.logits(hidden)  # (N, D) or (N, V)
+        loss = self.fused_loss if fused else self.loss_of_logits
+        norms = features.detach().float().norm(dim=-1)  # (B, T)
+        n_tokens = torch.tensor(float(norms.numel()), device=norms.device)
+        return Sums(loss(x, batch.targets.flatten(), z_loss, normalizer), norms.sum(), n_tokens)
+
+    def fused_loss(self, hidden: Tensor, targets: Tensor, z_loss: float, normalizer: float) -> LossSums:
+        return fused_next_token_loss(hidden, self.model.output.weight, targets, self.vocab, z_loss, normalizer)
+
+    def loss_of_logits(self, logits: Tensor, targets: Tensor, z_loss: float, normalizer: float) -> LossSums:
+        """Nobody reads the logits afterwards, so their gradient overwrites them."""
+        if self.tp_group is None:
+            return next_token_loss(logits, targets, self.vocab, z_loss, normalizer, overwrite_logits=True)
+        from nanochameleon.parallel.vocab_parallel import vocab_parallel_cross_entropy
+
+        return vocab_parallel_cross_entropy(logits, targets, self.vocab, z_loss, normalizer, self.tp_group)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

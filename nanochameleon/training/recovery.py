@@ -19,6 +19,7 @@ from nanochameleon.packing import Batch
 from nanochameleon.parallel.apply import uses_fsdp
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.training import checkpoint
+from nanochameleon.training.restore import restore
 from nanochameleon.training.run import build
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.transformer import Chameleon
@@ -49,7 +50,7 @@ class Progress:
     @staticmethod
     def restore(path: Path, model: Chameleon, optimizer: torch.optim.Optimizer) -> "Progress":
         """Load a checkpoint into the model and the optimizer; returns its counters."""
-        return Progress.read(checkpoint.restore(path, model, optimizer), path)
+        return Progress.read(restore(path, model, optimizer), path)
 
     def count(self, skipped: bool, n_supervised: int) -> None:
         """Count one step over so many supervised tokens."""

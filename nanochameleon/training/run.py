@@ -26,9 +26,7 @@ import torch
 from nanochameleon.config import ModelConfig, RunConfig, VQGANConfig
 from nanochameleon.errors import UserError, shown
 from nanochameleon.images.tokenizer import ImageTokenizer
-from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.training import checkpoint
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.old_names import with_new_names
@@ -145,11 +143,3 @@ def pick_device(requested: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError):  # depends on the device
         raise UserError(f"device {requested!r} is not available here: use cpu, or leave it at auto") from None
     return device
-
-
-def open_image_tokenizer(folder: Path, cfg: RunConfig, device: torch.device) -> ImageTokenizer:
-    """Load the newest whole checkpoint of the run's image tokenizer. Raises UserError if there is none."""
-    directory = Path(folder) / IMAGE_TOKENIZER
-    tensors, _ = checkpoint.load(directory, groups=["model"])
-    with checkpoint.readable(directory):
-        return ImageTokenizer(VQGAN.from_state(cfg.vqgan, tensors["model"]).to(device))

@@ -20,6 +20,7 @@ from nanochameleon.errors import UserError, warn
 from nanochameleon.parallel.apply import uses_fsdp
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.training import checkpoint
+from nanochameleon.training.restore import optimizer_tensors
 from nanochameleon.transformer import Chameleon
 
 
@@ -47,7 +48,7 @@ class Saver:
         warning at the next save.
         """
         self.finish()
-        weights, optim = self.model.state_dict(), checkpoint.optimizer_tensors(self.optimizer, self.model)
+        weights, optim = self.model.state_dict(), optimizer_tensors(self.optimizer, self.model)
         if self.sharded:
             self.pending = self.start_sharded(weights | optim, state)
         elif self.mesh.is_rank0:

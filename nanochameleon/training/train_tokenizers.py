@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from nanochameleon.config import RunConfig, TokenizerTraining
+from nanochameleon.config import RunConfig, TokenizerTraining, VQGANConfig
 from nanochameleon.data import Mixture, RawImage, Source
 from nanochameleon.errors import UserError
 from nanochameleon.images.losses import (
@@ -25,11 +25,12 @@ from nanochameleon.images.losses import (
     hinge_discriminator_loss,
 )
 from nanochameleon.images.quantizer import codebook_loss, commitment_loss
-from nanochameleon.images.tokenizer import to_pixels
+from nanochameleon.images.tokenizer import ImageTokenizer, to_pixels
 from nanochameleon.images.vqgan import VQGAN, split_windows
 from nanochameleon.optim import MAX_NONFINITE_STEPS, clip_gradients, learning_rate, make_optimizer
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint
+from nanochameleon.training.restore import load_optimizer, optimizer_tensors
 from nanochameleon.training.run import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from nanochameleon.vocab import Vocab
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer, save_text_tokenizer
@@ -40,12 +41,12 @@ SAVE_EVERY = 500  # steps of the image tokenizer between checkpoints
 EMA_FRACTION = 0.8  # of the steps in which the codebook moves; then it is fixed, so that the decoder can adapt to it
 
 
-def train_text_tokenizer(cfg: RunConfig, docs: Mixture, folder: Path) -> TextTokenizer:
+def train_text_tokenizer(cfg: TokenizerTraining, n_codes: int, docs: Mixture, folder: Path) -> TextTokenizer:
     """Train the BPE on captions and questions and write it into the run's folder, unless it is there."""
     path = folder / TEXT_TOKENIZER
     if not path.exists():
-        vocab = Vocab.toy(cfg.vqgan.n_codes, cfg.tokenizers.n_merges)
-        save_text_tokenizer(TextTokenizer.train(docs.captions(cfg.tokenizers.n_texts), vocab), path)
+        vocab = Vocab.toy(n_codes, cfg.n_merges)
+        save_text_tokenizer(TextTokenizer.train(docs.captions(cfg.n_texts), vocab), path)
     return load_text_tokenizer(path)
 
 
@@ -174,10 +175,10 @@ def train_image_tokenizer(
 
 def save_tokenizer(directory: Path, step: int, vqgan: VQGAN, optimizer, adversary: Adversary | None) -> None:
     moving = {"counts": vqgan.quantize.counts, "sums": vqgan.quantize.sums}
-    tensors = {"model": vqgan.state_dict(), "optim": checkpoint.optimizer_tensors(optimizer, vqgan), "moving": moving}
+    tensors = {"model": vqgan.state_dict(), "optim": optimizer_tensors(optimizer, vqgan), "moving": moving}
     if adversary:
         tensors["adversary"] = adversary.net.state_dict()
-        tensors["adversary_optim"] = checkpoint.optimizer_tensors(adversary.optimizer, adversary.net)
+        tensors["adversary_optim"] = optimizer_tensors(adversary.optimizer, adversary.net)
     checkpoint.save(directory, step, tensors, {"step": step})
     checkpoint.keep_last(directory, 1)
 
@@ -192,10 +193,18 @@ def load_tokenizer(directory: Path, vqgan: VQGAN, optimizer, adversary: Adversar
     tensors, state = checkpoint.load(directory)
     with checkpoint.readable(directory):
         vqgan.load_state_dict(tensors["model"])
-        checkpoint.load_optimizer(optimizer, vqgan, tensors["optim"])
+        load_optimizer(optimizer, vqgan, tensors["optim"])
         vqgan.quantize.counts.copy_(tensors["moving"]["counts"])
         vqgan.quantize.sums.copy_(tensors["moving"]["sums"])
         if adversary:
             adversary.net.load_state_dict(tensors["adversary"])
-            checkpoint.load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
+            load_optimizer(adversary.optimizer, adversary.net, tensors["adversary_optim"])
         return checkpoint.steps_done(state)
+
+
+def open_image_tokenizer(folder: Path, cfg: VQGANConfig, device: torch.device) -> ImageTokenizer:
+    """Load the newest whole checkpoint of the run's image tokenizer. Raises UserError if there is none."""
+    directory = Path(folder) / IMAGE_TOKENIZER
+    tensors, _ = checkpoint.load(directory, groups=["model"])
+    with checkpoint.readable(directory):
+        return ImageTokenizer(VQGAN.from_state(cfg, tensors["model"]).to(device))

@@ -16,6 +16,7 @@ from nanochameleon.config import ModelConfig, VQGANConfig
 from nanochameleon.errors import UserError, warn
 from nanochameleon.files import read_json
 from nanochameleon.training import checkpoint
+from nanochameleon.training.restore import stored_shapes
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, command, read_config
 from nanochameleon.weights import layout_configs, layout_tokenizer, layouts
 from nanochameleon.weights.checks import check_tensors, expected_weights
@@ -65,7 +66,7 @@ def open_run(folder: Path) -> ModelFiles:
     if (newest / "weights.safetensors") in checkpoint.tensor_files(newest):
         files = Safetensors([newest / "weights.safetensors"])
     else:  # a sharded checkpoint, whose files hold the optimizer's state, too
-        shapes = checkpoint.stored_shapes(newest)
+        shapes = stored_shapes(newest)
         weights = {name: shape for name, shape in shapes.items() if layouts.is_weight(name)}
         files = ShardedSafetensors(checkpoint.tensor_files(newest), weights)
     weights, tokenizers = with_our_names(files, model, newest), run_tokenizers(folder)

@@ -1,4 +1,4 @@
-"""The benchmark's rows and its peer: equal weights give equal tokens, and the ratios are what they say."""
+"""Rows hold the right ratios, jobs are timed alternately, and the peer with equal weights makes equal tokens."""
 
 import json
 

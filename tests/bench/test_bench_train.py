@@ -1,4 +1,4 @@
-"""The training bench: a row against each of transformers' modes, the same work on both sides, arithmetic by hand."""
+"""The training bench has a row against each mode of transformers, and both sides do the same work."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_there_is_a_row_against_each_mode_of_the_peer():
 
 
 def test_both_sides_learn_the_same_from_the_same_ids():
-    """The first loss of each, before which nothing has been learnt, and that both go down."""
+    """Both start with the same loss, and both losses fall."""
     pytest.importorskip("transformers", reason="transformers is optional: pip install transformers to compare with it")
     steps = {
         name: make() for name, make in train.steps(dataclasses.replace(TINY, precisions=("fp32",)), CPU, True).items()

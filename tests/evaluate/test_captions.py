@@ -1,4 +1,4 @@
-"""Captions read back: the truth scores 1 however it is put, each wrong fact costs, nothing makes the reader stumble."""
+"""The true caption scores 1 in any wording, each wrong fact costs, and no text breaks the parser."""
 
 import re
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.data.sources.shapes import OPPOSITE, Scene, Thing, World, draw_scene
+from nanochameleon.data.sources.scenes import OPPOSITE, Scene, Thing, World, draw_scene
 from nanochameleon.evaluate.captions import facts, parse_caption, score_caption
 
 WORLDS = {"toy": World(), "rich": World.rich()}
@@ -38,7 +38,7 @@ def test_the_truth_scores_1_in_either_order(drawn):
 
 @given(any_scene, st.data())
 def test_every_wrong_fact_costs(drawn, data):
-    """One word of the caption in exchange for another of its kind: by the facts that no longer hold."""
+    """Exchange one word of the caption for another of its kind, and count the facts that no longer hold."""
     scene, world = drawn
     i = data.draw(st.integers(0, len(scene.things) - 1))
     field = data.draw(st.sampled_from(["size", "colour", "shape", "background", "relation", "count"]))

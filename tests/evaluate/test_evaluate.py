@@ -1,4 +1,4 @@
-"""The report's figures: each measured on a case whose value is known."""
+"""Each figure of the report is measured on a case whose value is known."""
 
 import json
 import math
@@ -13,7 +13,8 @@ from tiny import TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run, training_c
 from nanochameleon.config import DataConfig
 from nanochameleon.data import write_images
 from nanochameleon.data.sources.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
-from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, Thing, World, draw, scenes
+from nanochameleon.data.sources.questions import ASK_CAPTION
+from nanochameleon.data.sources.scenes import Scene, Thing, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.evaluate import report, samples, shapes
 from nanochameleon.evaluate.likelihood import bits
@@ -33,14 +34,14 @@ def run(tmp_path_factory) -> Run:
 
 
 def documents(n: int) -> list[list[int]]:
-    """An image of drawn codes and a text, the longer the later."""
+    """Return documents of an image with random codes and a text that grows with i."""
     codes = np.random.default_rng(0).integers(0, 8, (n, 4)).tolist()
     return [render([Image(tuple(codes[i])), Text("réd " * (i + 1))], TOKENIZER, VOCAB) for i in range(n)]
 
 
 @pytest.mark.parametrize("context", [64, 24])
 def test_a_model_that_knows_nothing_needs_log_v_bits_a_code_and_an_id(run, context):
-    """Texts that do not fit in the context count neither as ids nor as bytes."""
+    """Texts that do not fit in the context count neither as tokens nor as bytes."""
     untrained = tiny_model(max_seq_len=context)
     torch.nn.init.zeros_(untrained.output.weight)
     lists = documents(5)
@@ -90,7 +91,7 @@ def test_the_mean_of_facts_counts_each_fact_among_the_scenes_that_have_it():
 
 
 class Ideal:
-    """Stands for an image tokenizer: the code is the number of the image; decode(codes) gives `shown` images."""
+    """An image tokenizer for tests: the code is the number of the image; decode(codes) gives `shown` images."""
 
     def __init__(self, shown=None):
         self.shown, self.vqgan = shown, type("VQGAN", (), {"cfg": training_config(None).vqgan})
@@ -152,7 +153,7 @@ def test_the_second_image_follows_a_caption_its_image_and_another_caption(run, m
     wanted = list(scenes(WORLD, shapes.SCENE_SEED + 5, 6, test=True))
     first = list(scenes(WORLD, shapes.SCENE_SEED + 4, 6, test=True))
     prompts = []
-    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
+    monkeypatch.setattr(shapes, "prompt_tokens", lambda segments, run, ask: prompts.append((segments, ask)) or [0])
     monkeypatch.setattr(shapes, "draw_from", lambda run, ids, *rest: np.stack([draw(s, WORLD) for s in wanted]))
     scores, drawn = shapes.second_image(run, WORLD, 6)
     assert scores["all_facts"] == 1 and [d.scene for d in drawn] == wanted
@@ -163,7 +164,7 @@ def test_the_second_image_follows_a_caption_its_image_and_another_caption(run, m
 
 
 def test_where_two_images_have_no_room_nothing_is_claimed(run, monkeypatch):
-    monkeypatch.setattr(shapes, "prompt_ids", lambda segments, run, ask: [0] * 59)  # of 64, and an image takes 6
+    monkeypatch.setattr(shapes, "prompt_tokens", lambda segments, run, ask: [0] * 59)  # of 64, and an image takes 6
     assert shapes.second_image(run, WORLD, 3) == (None, [])
     assert shapes.has_room(run, [0] * 58) and not shapes.has_room(run, [0] * 59)
 
@@ -243,7 +244,7 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
     both = [{"emoji": text, "style": style} for text in concepts() for style in ("flat", "outlined")]
     chosen = list(held_out_styles(both))[:4]
     names = {text: name for text, name in concepts().items() if text in chosen}
-    prepare_emoji(tmp_path / "pictures", 4, names)
+    prepare_emoji(tmp_path / "images", 4, names)
     stages = mixed(pairs=0.8, questions=questions) if questions else mixed(pairs=1.0)
     asking = replace(run, cfg=tiny_config(data=DataConfig("emoji"), stages=stages))
     talks = report.asked_about(asking, Path(tmp_path), 3)
@@ -263,8 +264,8 @@ def test_captions_too_long_for_an_image_are_not_drawn_and_what_needs_an_oracle_i
         items = [{"file": str(i), "captions": [text], "folder": "test", "luck": i} for i, text in enumerate(texts)]
         items.append({"file": "x", "captions": ["a"], "folder": "x", "luck": 9})
         pixels = np.random.default_rng(0).integers(0, 256, (len(items), 4, 4, 3), np.uint8)
-        (tmp_path / name / "pictures").mkdir(parents=True)
-        write_images(tmp_path / name / "pictures", zip(pixels, items, strict=True), 4)
+        (tmp_path / name / "images").mkdir(parents=True)
+        write_images(tmp_path / name / "images", zip(pixels, items, strict=True), 4)
         figures, sheet, talks = report.images_report(shown, tmp_path / name)
         assert [caption for caption, _, _ in sheet] == (["red"] if name == "some" else []) and len(talks) == 2
         samples.write_sample_sheet(shown, tmp_path / name / "samples" / "step-000001.png")

@@ -1,4 +1,4 @@
-"""What people look at: no caption is ever markup, figures carry their units, images come back as they were."""
+"""The report: no caption is ever markup, figures have their units, and images are shown pixel for pixel."""
 
 import base64
 import io
@@ -97,16 +97,16 @@ def test_flatten_names_every_leaf_once():
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 9), st.sampled_from([1, 8, 32, 200]), st.sampled_from([None, 1, 2]), st.text(max_size=60))
-def test_every_image_is_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, scale, caption):
+@given(st.integers(0, 9), st.sampled_from([1, 8, 32, 200]), st.text(max_size=60))
+def test_every_image_is_in_the_sheet_pixel_for_pixel(tmp_path_factory, n, side, caption):
     """Each image has a colour of its own; it covers exactly its enlarged area and none is lost or covered."""
     path = tmp_path_factory.mktemp("sheet") / "samples.png"
     colours = [(200, 10 * i + 5, 77) for i in range(n)]
     items = [(caption, np.full((side, side, 3), colour, np.uint8), [None, True, False][i % 3])
              for i, colour in enumerate(colours)]  # fmt: skip
-    write_sheet(items, path, scale)
+    write_sheet(items, path)
     sheet = np.asarray(Image.open(path))
-    shown = side * (scale or -(-128 // side))
+    shown = side * -(-128 // side)
     corners = []
     for colour in colours:
         rows, columns = np.nonzero((sheet == colour).all(-1))
@@ -137,7 +137,7 @@ def test_a_long_prompt_wraps_inside_its_cell_and_all_of_it_is_drawn(tmp_path):
 
 
 def ink(tmp_path, caption: str) -> bytes:
-    """How a caption looks."""
+    """Return the pixels of a caption."""
     write_sheet([(caption, RED, None)], tmp_path / "sheet.png")
     return np.asarray(Image.open(tmp_path / "sheet.png"))[160:].tobytes()
 

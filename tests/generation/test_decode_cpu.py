@@ -1,5 +1,4 @@
-"""The compiled step against the model's own forward pass and against the choices of sampling.py, whatever the batch,
-the heads, the type of the weights and the number of threads."""
+"""The compiled step against the model's forward pass and against sampling.py: any batch, heads, dtype and threads."""
 
 import ctypes
 import random
@@ -9,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import N_CODES, TINY_MODEL, VOCAB, random_task, tiny_model
+from tiny import N_CODES, TINY_MODEL, VOCAB, random_request, tiny_model
 
 from nanochameleon.generation.cpu import decode as decode_cpu
-from nanochameleon.generation.cpu.matmul import ARGUMENTS, product_address
-from nanochameleon.generation.decoder import Decoder
+from nanochameleon.generation.cpu.decode import CPUDecoder
+from nanochameleon.generation.cpu.matmul import ARGUMENTS, matmul_address
 from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.quantize import quantize_
-from nanochameleon.generation.sampling import FULL, needed
+from nanochameleon.generation.sampling import COND, required_filters
 from nanochameleon.transformer import Chameleon, KVCache
 
 CPU = torch.device("cpu")
@@ -37,27 +36,27 @@ def random_norms(model: Chameleon) -> Chameleon:
     return model
 
 
-def team(monkeypatch, members: int) -> None:
-    """However small the model and the machine."""
-    monkeypatch.setattr(decode_cpu, "team_size", lambda cfg: members)
+def use_threads(monkeypatch, n: int) -> None:
+    """For any size of the model and the machine."""
+    monkeypatch.setattr(decode_cpu, "team_size", lambda cfg: n)
 
 
-def decoder_of(model: Chameleon, rows: int, context: int = 30) -> Decoder:
-    return Decoder(model, VOCAB, N_CODES, rows, context)
+def decoder_of(model: Chameleon, n_slots: int, context: int = 30) -> CPUDecoder:
+    return CPUDecoder(model, VOCAB, N_CODES, n_slots, context)
 
 
 @torch.inference_mode()
-def steps(model: Chameleon, tokens: torch.Tensor) -> tuple[Decoder, torch.Tensor]:
-    """-> the decoder, and the hidden states (N, T, D) of reading one id of each row at a time."""
+def steps(model: Chameleon, tokens: torch.Tensor) -> tuple[CPUDecoder, torch.Tensor]:
+    """-> the decoder, and the hidden states (N, T, D) after reading one token of each row at a time."""
     decoder, hidden = decoder_of(model, len(tokens) + 1), []
     for i, column in enumerate(tokens.T.tolist()):
-        decoder.prefill([([token], row, i) for row, token in enumerate(column)])
+        decoder.prefill([([token], slot, i) for slot, token in enumerate(column)])
         hidden.append(decoder.hidden[:-1].clone())
     return decoder, torch.stack(hidden, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# Forward pass
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
@@ -72,30 +71,30 @@ def test_steps_equal_one_forward_pass(changes, rows, int8):
         torch.testing.assert_close(hidden, model(tokens), atol=5e-5, rtol=1e-4)
         other, positions = KVCache.empty(model.cfg, rows + 1, 30, CPU, torch.float32), torch.arange(7).expand(rows, 7)
         model(tokens, positions, cache=other.view(slice(0, rows), positions, 7))
-    # the row that took no part is 0 still
+    # the slot that took no part is still 0
     torch.testing.assert_close(decoder.cache.keys, other.keys, atol=5e-5, rtol=1e-4)
     torch.testing.assert_close(decoder.cache.values, other.values, atol=5e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("members", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("changes", SHAPES[:2], ids=str)
-def test_a_row_has_the_same_bits_whoever_is_beside_it_and_whoever_computes_it(monkeypatch, members, changes):
+def test_a_slot_has_the_same_bits_in_any_batch_on_any_number_of_threads(monkeypatch, threads, changes):
     tokens = torch.randint(TINY_MODEL.vocab_size, (20, 5), generator=torch.Generator().manual_seed(0))
     model = random_norms(tiny_model(**changes))
     _, together = steps(model, tokens)
-    team(monkeypatch, members)
+    use_threads(monkeypatch, threads)
     for some in ([5], [3, 7], [19, 0, 3], list(range(19, 2, -1))):
         assert torch.equal(steps(model, tokens[some])[1], together[some])
     decoder = decoder_of(model, 20)
-    decoder.prefill([(row, i, 0) for i, row in enumerate(tokens.tolist())])  # whole prompts at once
+    decoder.prefill([(prompt, i, 0) for i, prompt in enumerate(tokens.tolist())])  # whole prompts at once
     assert torch.equal(decoder.hidden, together[:, -1])
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("parts", [(1, 20), (17, 4), (20, 1), (21,)])
-def test_a_prompt_in_any_parts_is_one_forward_pass(monkeypatch, parts):
-    monkeypatch.setattr(decode_cpu, "READ", 6)
+def test_a_prompt_in_any_chunks_equals_one_forward_pass(monkeypatch, parts):
+    monkeypatch.setattr(decode_cpu, "QUEUE", 6)
     model, tokens = random_norms(tiny_model(3)), torch.arange(30, 51)
     decoder, at = decoder_of(model, 3), 0
     for part in parts:
@@ -105,23 +104,23 @@ def test_a_prompt_in_any_parts_is_one_forward_pass(monkeypatch, parts):
     assert not decoder.cache.keys[:, [0, 2]].any() and not decoder.hidden[[0, 2]].any()
 
 
-def product(size: int):
-    """The compiled product for weights of `size` bytes a number, for Python."""
+def compiled_matmul(size: int):
+    """The compiled matmul for weights of `size` bytes a number, for Python."""
     kinds = [ctypes.c_int64] * ARGUMENTS
-    return ctypes.CFUNCTYPE(None, *kinds)(product_address(size))
+    return ctypes.CFUNCTYPE(None, *kinds)(matmul_address(size))
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 70), st.sampled_from([1, 4]), st.integers(0, 99))
-def test_the_product_of_any_shape(rows, outputs, k, size, seed):
-    """float32 and int8; nothing beside the outputs that are asked for is written, and a row's bits are its own."""
+def test_a_matmul_of_any_shape(rows, outputs, k, size, seed):
+    """float32 and int8; only the requested outputs are written."""
     random = np.random.default_rng(seed)
     x, w = random.normal(size=(rows, k + 3)).astype(np.float32), random.normal(size=(outputs, k))
     w = (w * 40).astype(np.int8) if size == 1 else w.astype(np.float32)
     scale, out = random.random(outputs).astype(np.float32), np.full((rows, outputs + 2), 7, np.float32)
     first, last = sorted(random.integers(0, outputs + 1, 2))
     where = w.ctypes.data, k, scale.ctypes.data, first, last
-    product(size)(x.ctypes.data, rows, k + 3, *where, out.ctypes.data, outputs + 2)
+    compiled_matmul(size)(x.ctypes.data, rows, k + 3, *where, out.ctypes.data, outputs + 2)
     wanted = x[:, :k].astype(float) @ w.astype(float).T * (scale if size == 1 else 1)
     np.testing.assert_allclose(
         out[:, first:last], wanted[:, first:last], rtol=1e-4, atol=1e-4 * (40 if size == 1 else 1)
@@ -132,50 +131,49 @@ def test_the_product_of_any_shape(rows, outputs, k, size, seed):
 
 def test_weights_are_not_copied():
     model = tiny_model()
-    kept = {x.data_ptr() for x in decoder_of(model, 1).cpu.kept if isinstance(x, torch.Tensor)}
+    kept = {x.data_ptr() for x in decoder_of(model, 1).buffers if isinstance(x, torch.Tensor)}
     matrices = [x for name, x in model.named_parameters() if x.ndim == 2 and "norm" not in name]
     assert {x.data_ptr() for x in matrices} < kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Choosing
+# Sampling
 
 
 class Checked:
-    """In the place of CPUDecoder.run: after every step the same from the states before it, by sampling.py's functions
-    on the same logits."""
+    """Replaces CPUDecoder.run_compiled: repeats every step with sampling.py on the same state and logits."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.decoder, self.cpu = engine, engine.decoder, engine.decoder.cpu
-        self.run, self.steps = self.cpu.run, 0
+        self.engine, self.decoder = engine, engine.decoder
+        self.run, self.steps = self.decoder.run_compiled, 0
 
-    def __call__(self, n: int, steps: int, reading: int = 0) -> int:
-        if reading:
-            return self.run(n, steps, reading)
-        log = self.decoder.log.clone()
+    def __call__(self, n: int, steps: int, n_queued: int = 0) -> int:
+        if n_queued:
+            return self.run(n, steps, n_queued)
+        buffer = self.decoder.token_buffer.clone()
         for step in range(steps):
-            ids, after, seen, live = self.expected(n)
+            tokens, after, context_mask, live = self.expected(n)
             assert self.run(n, 1) == int(live.any())
-            assert self.decoder.log[0, :n].tolist() == ids.tolist()
-            for name in ("left", "room", "done"):
+            assert self.decoder.token_buffer[0, :n].tolist() == tokens.tolist()
+            for name in ("image_tokens_left", "tokens_left", "done"):
                 assert torch.equal(getattr(self.decoder.grammar, name)[:n][live], getattr(after, name)[live])
-            assert torch.equal(self.decoder.seen[:n][live], seen[live])
-            log[step] = self.decoder.log[0]
+            assert torch.equal(self.decoder.context_mask[:n][live], context_mask[live])
+            buffer[step] = self.decoder.token_buffer[0]
             self.steps += int(live.sum())
-        self.decoder.log.copy_(log)
+        self.decoder.token_buffer.copy_(buffer)
         return steps
 
     def expected(self, n: int):
         decoder = self.decoder
-        grammar, columns = decoder.grammar.rows(slice(0, n)), "all"
-        needs = needed([sample.task.options for sample in self.engine.running if sample.begun])
-        ids = decoder.choose(n, grammar, columns, self.engine.guided, needs)[decoder.sample[FULL, :n]]
-        seen = decoder.seen[:n].scatter(1, ids[:, None], True)
-        return ids, grammar.after(ids), seen, ~grammar.done
+        grammar = decoder.grammar.rows(slice(0, n))
+        needs = required_filters([running.request.params for running in self.engine.running if running.prefilled])
+        tokens = decoder.next_tokens(n, grammar, "all", self.engine.guided, needs)[decoder.branch_slots[COND, :n]]
+        context_mask = decoder.context_mask[:n].scatter(1, tokens[:, None], True)
+        return tokens, grammar.advance(tokens), context_mask, ~grammar.done
 
 
-def test_every_choice_is_that_of_the_reference(monkeypatch):
-    """300 random tasks, guided and not, in a batch that they join and leave; equal logits, so ids are equal."""
+def test_every_sampled_token_is_that_of_the_reference(monkeypatch):
+    """300 random requests, guided and not, join and leave a batch; equal logits, so tokens must be equal."""
     model = tiny_model(1)
     with torch.no_grad():
         model.output.weight[VOCAB.boi] *= 6
@@ -184,19 +182,19 @@ def test_every_choice_is_that_of_the_reference(monkeypatch):
     drawn = random.Random(0)
     engine = Engine(model, VOCAB, N_CODES, 12, 30)
     check = Checked(engine)
-    monkeypatch.setattr(engine.decoder.cpu, "run", check)
-    monkeypatch.setattr(engine.decoder, "logits", lambda hidden, columns: exact_logits(engine.decoder, hidden))
+    monkeypatch.setattr(engine.decoder, "run_compiled", check)
+    monkeypatch.setattr(engine.decoder, "logits", lambda hidden, part: exact_logits(engine.decoder, hidden))
     for number in range(300):
-        prompt, options, mode, stops = random_task(drawn)
-        engine.add(prompt, options, mode, (number,), stops)
-    made = sum(len(news.ids) for news in engine.run())
+        prompt, params, modality, stops = random_request(drawn)
+        engine.add(prompt, params, modality, (number,), stops)
+    made = sum(len(output.tokens) for output in engine.run())
     assert made > 2_000 and check.steps > made
 
 
-def exact_logits(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-    """As the compiled step has them."""
+def exact_logits(decoder: CPUDecoder, hidden: torch.Tensor) -> torch.Tensor:
+    """The logits of the compiled step, bit for bit."""
     weight = decoder.model.output.weight.detach()
     out, x = torch.empty(len(hidden), len(weight)), hidden.contiguous()
     where = x.data_ptr(), len(x), x.shape[1], weight.data_ptr(), x.shape[1], 0, 0, len(weight), out.data_ptr()
-    product(4)(*where, len(weight))
+    compiled_matmul(4)(*where, len(weight))
     return out

@@ -1,10 +1,10 @@
-"""The step of few operations against the model's own forward pass; joining weights costs no memory and changes none."""
+"""The fused step against the model's own forward pass; concatenating weights takes no memory and changes none."""
 
 import pytest
 import torch
 from tiny import TINY_MODEL, released_model, tiny_model
 
-from nanochameleon.generation.decode_torch import TorchStep, join_
+from nanochameleon.generation.decode_torch import FusedStep, concat_weights_
 from nanochameleon.generation.quantize import quantize_
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.transformer import Chameleon, KVCache
@@ -14,14 +14,17 @@ CPU = torch.device("cpu")
 
 
 def both(model: Chameleon, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
-    """-> of the step and of the model: hidden states (N, T, D) id by id, keys, values; rows begin at places apart."""
+    """-> from the step and from the model: hidden states (N, T, D) token by token, keys, values.
+
+    Rows start at different positions.
+    """
     tokens = torch.randint(TINY_MODEL.vocab_size, (3, 6), generator=torch.Generator().manual_seed(0))
     first, results = torch.tensor([0, 4, 9]), []
-    for step in (TorchStep(model, 20), lambda ids, at, window: model(ids[:, None], at[:, None], cache=window)[:, 0]):
+    for step in (FusedStep(model, 20), lambda x, at, cache: model(x[:, None], at[:, None], cache=cache)[:, 0]):
         cache, hidden = KVCache.empty(model.cfg, 4, 20, CPU, dtype), []
-        for t, ids in enumerate(tokens.T):
+        for t, column in enumerate(tokens.T):
             positions = first + t
-            hidden.append(step(ids, positions, cache.view(slice(0, 3), positions[:, None], 16)).clone())
+            hidden.append(step(column, positions, cache.view(slice(0, 3), positions[:, None], 16)).clone())
         results.append((torch.stack(hidden, 1), cache.keys, cache.values))
     return results
 
@@ -37,7 +40,7 @@ def test_the_step_is_the_forward_pass(changes, int8):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_it_is_at_most_twice_as_far_from_the_truth(dtype):
+def test_in_half_precision_the_error_is_at_most_twice_that_of_the_model(dtype):
     for changes in SHAPES:
         with use_kernels("reference"):
             (ours, *_), (theirs, *_) = both(released_model(1, dtype, **changes), dtype)
@@ -45,11 +48,11 @@ def test_in_half_precision_it_is_at_most_twice_as_far_from_the_truth(dtype):
         assert ours.dtype == dtype and (ours - truth).norm() < 2 * (theirs - truth).norm()
 
 
-def test_joined_weights_are_the_layers_own():
+def test_concatenated_weights_share_memory_with_the_layers():
     model, whole = tiny_model(), tiny_model()
     with torch.inference_mode():  # as the engine does
-        step = TorchStep(model, 8)
-        again = TorchStep(model, 8)
+        step = FusedStep(model, 8)
+        again = FusedStep(model, 8)
     for block, joined in zip(step.blocks, again.blocks, strict=True):
         assert block.wqkv[0].data_ptr() == joined.wqkv[0].data_ptr()
     a = model.layers[0].attention
@@ -64,9 +67,9 @@ def test_joined_weights_are_the_layers_own():
     assert torch.equal(step.blocks[0].wqkv[0][n : n + len(a.wk.weight)], a.wk.weight)
 
 
-def test_neighbours_in_memory_that_are_no_neighbours_are_joined_anew():
+def test_adjacent_weights_in_another_order_are_concatenated_again():
     layers = [torch.nn.Linear(4, 3, bias=False) for _ in range(2)]
     weights = [layer.weight.clone() for layer in layers]
     layers[1].weight.data, layers[0].weight.data = torch.cat([weights[1], weights[0]]).data.split(3)
-    joined, scale = join_(layers)
+    joined, scale = concat_weights_(layers)
     assert torch.equal(joined, torch.cat(weights)) and scale is None

@@ -20,7 +20,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(seed, size):
     assert (q.abs().amax(1) == torch.tensor([127, 127, 0, 127, 127])).all() and (error[2] == 0).all()
 
 
-def test_the_layer_is_the_product_with_the_rounded_weight():
+def test_the_layer_is_a_matmul_with_the_rounded_weight():
     weight, x = torch.randn(6, 4).double(), torch.randn(3, 4).double()
     layer = QuantizedLinear(weight)
     rounded = layer.weight.double() * layer.scale[:, None]
@@ -37,7 +37,7 @@ def test_wide_layers_in_fp16_are_finite_and_right():
     torch.testing.assert_close(layer(x.half()).float(), x @ weight.T, rtol=5e-3, atol=0)
 
 
-def test_every_matrix_is_int8_and_nothing_else():
+def test_every_linear_layer_is_int8_and_nothing_else():
     model, whole = quantize_(tiny_model()), tiny_model()
     types = {name: x.dtype for name, x in model.state_dict().items()}
     matrices = {
@@ -51,10 +51,10 @@ def test_every_matrix_is_int8_and_nothing_else():
 
 def test_a_quantised_model_generates_in_both_ways():
     """float64 takes torch's path and float32 Numba's; bf16 as well."""
-    options = SamplingParams(temperature=0.0, image_temperature=0.0, max_new_tokens=20)
+    params = SamplingParams(temperature=0.0, image_temperature=0.0, max_new_tokens=20)
     prompts = [[VOCAB.bos], [VOCAB.bos, VOCAB.boi]]
-    rows = generate(quantize_(tiny_model()), prompts, VOCAB, N_CODES, options)
-    assert rows == generate(quantize_(tiny_model().double()), prompts, VOCAB, N_CODES, options)
+    tokens = generate(quantize_(tiny_model()), prompts, VOCAB, N_CODES, params)
+    assert tokens == generate(quantize_(tiny_model().double()), prompts, VOCAB, N_CODES, params)
     for kind in (torch.bfloat16, torch.float16):
-        assert all(generate(quantize_(tiny_model().to(kind)), prompts, VOCAB, N_CODES, options))
-        assert all(generate(tiny_model().to(kind), prompts, VOCAB, N_CODES, options))
+        assert all(generate(quantize_(tiny_model().to(kind)), prompts, VOCAB, N_CODES, params))
+        assert all(generate(tiny_model().to(kind), prompts, VOCAB, N_CODES, params))

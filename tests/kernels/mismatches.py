@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fences import fenced
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,23 +22,22 @@ from nanochameleon.kernels import (
     add_norm,
     attention,
     linear,
-    linear_zloss_cross_entropy,
     norm_add,
     qknorm_rope_attention,
     rms_norm,
     swiglu,
-    zloss_cross_entropy,
 )
 from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.block.dropout import dropout, keep_mask
 from nanochameleon.kernels.block.linear import linear_reference
 from nanochameleon.kernels.block.rms_norm import add_norm_reference, norm_add_reference, rms_norm_reference
 from nanochameleon.kernels.block.swiglu import swiglu_reference
-from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
-from nanochameleon.kernels.zloss.linear import linear_zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
+from nanochameleon.losses import fused_next_token_loss, next_token_loss
 from nanochameleon.transformer import compute_freqs_cis
+from nanochameleon.vocab import Vocab
 
-EPS, Z_LOSS, SHARE = 1e-5, 1e-2, 0.5
+EPS, Z_LOSS, VOCAB = 1e-5, 1e-2, Vocab()
 TYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool
 
 
@@ -67,8 +67,21 @@ def causal(q, k, v):
     return attention_reference(q, k, v, torch.ones(q.shape[0], q.shape[2], k.shape[2], dtype=torch.bool).tril())
 
 
+def zloss(logits, targets):
+    return next_token_loss(logits, targets, VOCAB, Z_LOSS, 2.0).loss
+
+
 def in_place(logits, targets):
-    return zloss_cross_entropy_(logits.view_as(logits), targets, Z_LOSS, SHARE)
+    return next_token_loss(logits.view_as(logits), targets, VOCAB, Z_LOSS, 2.0, overwrite_logits=True).loss
+
+
+def zloss_reference(logits, targets):
+    cross_entropy, log_z = zloss_cross_entropy_reference(logits, targets)
+    return (cross_entropy.sum() + Z_LOSS * log_z.square().sum()) / 2
+
+
+def with_output_layer(hidden, weight, targets):
+    return fused_next_token_loss(hidden, weight, targets, VOCAB, Z_LOSS, 2.0).loss
 
 
 def dropout_reference(x, keys):
@@ -99,10 +112,10 @@ OPS = {
     ),
     "attention": Op(attention, attention_reference, KEYS | SEEN),
     "causal attention": Op(attention, causal, KEYS | {"q": numbers(2, 4, 7, 8)}),
-    "zloss": Op(zloss_cross_entropy, zloss_cross_entropy_reference, {"logits": numbers(4, 37)} | TARGETS),
-    "zloss in place": Op(in_place, zloss_cross_entropy_reference, {"logits": numbers(4, 37)} | TARGETS),
+    "zloss": Op(zloss, zloss_reference, {"logits": numbers(4, 37)} | TARGETS),
+    "zloss in place": Op(in_place, zloss_reference, {"logits": numbers(4, 37)} | TARGETS),
     "linear_zloss": Op(
-        linear_zloss_cross_entropy, linear_zloss_cross_entropy_reference,
+        with_output_layer, lambda hidden, weight, targets: zloss_reference(F.linear(hidden, weight), targets),
         {"hidden": numbers(4, 16), "weight": numbers(37, 16)} | TARGETS,
     ),
     "linear": Op(

@@ -14,7 +14,6 @@ from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_at
 from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.kernels.gpu import launch as gpu
-from nanochameleon.kernels.gpu.emulator.emulator import emulated
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
 NARROW = torch.bfloat16
@@ -57,18 +56,6 @@ def test_both_versions_are_close_to_float64(t, e, shared_by, simple, seed):
     torch.testing.assert_close(lse.double() * 0.6931471805599453, sums, rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=5)
-@given(st.sampled_from([1, 70, 140]), st.sampled_from(gpu.HEAD_DIMS), st.sampled_from([1, 2]), seeds)
-def test_hopper_s_own_products_give_the_same(t, e, shared_by, seed):
-    """As the kernel above: the same sums in the same order, and so nearly the same bits."""
-    with emulated(90):
-        numbers = generator(seed)
-        q, k, v = (torch.randn(1, t, n, e, generator=numbers).to(NARROW) for n in (shared_by, 1, 1))
-        first, _ = gpu.document_bounds(torch.randint(-1, 2, (1, t), generator=numbers))
-        for ours, theirs in zip(gpu.attention_sm90(q, k, v, first), gpu.attention(q, k, v, first), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-9)
-
-
 @given(st.lists(st.lists(st.integers(-1, 3), min_size=7, max_size=7), min_size=1, max_size=3))
 def test_where_documents_begin_and_end(rows):
     first, last = gpu.document_bounds(torch.tensor(rows))
@@ -84,7 +71,9 @@ def test_torch_knows_the_ops():
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(ops.attention_cuda.default, (x, x, x, first, last), test_utils=checks)
     weight = torch.ones(2, 64, requires_grad=True)
-    torch.library.opcheck(ops.norm_rotary.default, (x, torch.ones(1, 5, 64), weight, weight, EPS), test_utils=checks)
+    torch.library.opcheck(
+        ops.qknorm_rope_cuda.default, (x, torch.ones(1, 5, 64), weight, weight, EPS), test_utils=checks
+    )
     heads, cache, positions = (
         torch.randn(2, 1, 4, 64).to(NARROW),
         torch.zeros(2, 1, 9, 64, dtype=NARROW),

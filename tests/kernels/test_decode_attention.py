@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.generation.decode_torch import TorchStep
+from nanochameleon.generation.decode_torch import FusedStep
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
 from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
@@ -25,7 +25,7 @@ NARROW = torch.bfloat16
 
 @st.composite
 def steps(draw):
-    """qkv of new tokens, freqs_cis, norm, a filled cache, positions: in float64, with values that bfloat16 can hold."""
+    """New tokens' qkv, freqs_cis, norm, a filled cache, positions: float64 whose values bfloat16 holds."""
     n, t, groups, each = (
         draw(st.integers(1, 2)),
         draw(st.integers(1, 3)),
@@ -106,7 +106,7 @@ def test_the_decoding_reference_is_the_formula(step):
 @torch.inference_mode()
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_a_model_s_step_by_the_kernels(qk_norm):
-    """TorchStep id by id, with grouped keys: at most twice as far from the truth as in torch's operations."""
+    """FusedStep token by token, with grouped keys: at most twice the error of torch's operations."""
     cfg = ModelConfig(
         vocab_size=30, dim=128, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=64, max_seq_len=16, qk_norm=qk_norm
     )
@@ -114,7 +114,7 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
     model, tokens = Chameleon(cfg).to(NARROW), torch.randint(30, (2, 4))
 
     def hidden(name: str, dtype: torch.dtype) -> torch.Tensor:
-        step, cache = TorchStep(model.to(dtype), 16), KVCache.empty(cfg, 2, 16, torch.device("cpu"), dtype)
+        step, cache = FusedStep(model.to(dtype), 16), KVCache.empty(cfg, 2, 16, torch.device("cpu"), dtype)
         with use_kernels(name):
             places = [torch.tensor([t, t + 5]) for t in range(4)]
             found = [step(tokens[:, t], at, cache.view(slice(0, 2), at[:, None], 9)) for t, at in enumerate(places)]

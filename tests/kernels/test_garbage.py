@@ -4,16 +4,18 @@ import pytest
 import torch
 from garbage import assert_same_in_garbage
 
-from nanochameleon.kernels import linear_zloss_cross_entropy, rms_norm, swiglu, use_kernels, zloss_cross_entropy
+from nanochameleon.kernels import rms_norm, swiglu, use_kernels
 from nanochameleon.kernels.block.rms_norm import add_norm, norm_add
-from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
+from nanochameleon.losses import fused_next_token_loss, next_token_loss
+from nanochameleon.vocab import Vocab
 
 N, V = 5, 601  # rows end within a register
 TARGETS = torch.tensor([0, V - 1, -100, 300, 7])
+VOCAB = Vocab()
 OPS = {  # x (N, V), y (N, V), weight (V,) -> the results
-    "zloss": lambda x, y, w: zloss_cross_entropy(x, TARGETS),
-    "zloss in place": lambda x, y, w: zloss_cross_entropy_(x * 1, TARGETS, 1e-3, 0.2),
-    "linear_zloss": lambda x, y, w: linear_zloss_cross_entropy(x, y.repeat(200, 1)[:V], TARGETS),
+    "zloss": lambda x, y, w: next_token_loss(x, TARGETS, VOCAB, 1e-3, 5.0),
+    "zloss in place": lambda x, y, w: next_token_loss(x * 1, TARGETS, VOCAB, 1e-3, 5.0, overwrite_logits=True),
+    "linear_zloss": lambda x, y, w: fused_next_token_loss(x, y.repeat(200, 1)[:V], TARGETS, VOCAB, 1e-3, 5.0),
     "rms_norm": lambda x, y, w: [rms_norm(x, w, 1e-5)],
     "add_norm": lambda x, y, w: add_norm(x, y, w, 1e-5),
     "norm_add": lambda x, y, w: [norm_add(x, y, w, 1e-5)],

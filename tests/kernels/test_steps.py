@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from nanochameleon.kernels import qknorm_rope_attention, use_kernels
-from nanochameleon.kernels.attention.steps import attention_loops, zloss_loops
+from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
+from nanochameleon.kernels.zloss.steps import zloss_loops
 
 
 def test_attention():

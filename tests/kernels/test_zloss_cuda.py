@@ -9,13 +9,18 @@ import torch.nn.functional as F
 from attention_problems import generator, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_problems import by_autograd
 from tolerance import assert_as_good_as
 
 from nanochameleon.kernels import linear_zloss_cross_entropy, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu.emulator.emulator import emulated
-from nanochameleon.kernels.zloss import linear_cuda as linear_zloss_cuda
-from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss import linear
+from nanochameleon.kernels.zloss.cross_entropy import (
+    zloss_cross_entropy_,
+    zloss_cross_entropy_reference,
+    zloss_gradient_,
+)
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
 NARROW = torch.bfloat16
@@ -29,31 +34,23 @@ def logits(draw):
     return x.to(NARROW).double(), torch.randint(-1, v, (n,), generator=numbers)
 
 
-def loss_outcome(x: torch.Tensor, targets: torch.Tensor, z_loss: float, share: float) -> list[torch.Tensor]:
-    x = x.clone().requires_grad_()
-    loss, log_z = zloss_cross_entropy_reference(x, targets)
-    total = share * (loss + z_loss * log_z.square()).sum()
-    return [loss.detach(), log_z.detach(), torch.autograd.grad(total, x)[0]]
-
-
-def compare_losses(result, x, targets, dtype, z_loss, share) -> None:
-    naive, truth = (loss_outcome(x.to(kind), targets, z_loss, share) for kind in (dtype, torch.float64))
+def compare_losses(result, x, targets, dtype, z_loss, scale) -> None:
+    naive, truth = (by_autograd(x.to(kind), targets, z_loss, scale) for kind in (dtype, torch.float64))
     size = 1 + x.abs().max().item()
-    for ours, plain, exact, scale in zip(
-        result, naive, truth, (size, size, share * (1 + 2 * z_loss * size) * size), strict=True
-    ):
-        assert_as_good_as(ours, plain, exact, scale=4 * scale)
+    sizes = size, size, scale * (1 + 2 * z_loss * size) * size
+    for ours, plain, exact, s in zip(result, naive, truth, sizes, strict=True):
+        assert_as_good_as(ours, plain, exact, scale=4 * s)
 
 
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32])
 @given(problem=logits(), z_loss=st.sampled_from([0.0, 0.3]))
-def test_the_loss_is_as_good_as_the_reference(dtype, problem, z_loss):
+def test_the_loss_and_then_its_gradient_are_as_good_as_the_reference(dtype, problem, z_loss):
     x, targets = problem
-    narrow, share = x.to(dtype), 0.25
-    loss, log_z = gpu.zloss_forward(narrow, targets)
-    counted = (targets >= 0).float()
-    gradient = gpu.zloss_backward(share * counted, 2 * share * z_loss * log_z, narrow, targets, log_z)
-    compare_losses([loss, log_z, gradient], x, targets, dtype, z_loss, share)
+    buffer, scale = x.to(dtype), 0.25
+    with use_kernels("cuda"):
+        loss, log_z = zloss_cross_entropy(buffer, targets)
+        zloss_gradient_(buffer, targets, log_z, z_loss, scale)
+    compare_losses([loss, log_z, buffer], x, targets, dtype, z_loss, scale)
 
 
 @pytest.mark.parametrize("generation", [80, 90])
@@ -94,11 +91,12 @@ def test_targets_that_do_not_fit_are_refused(monkeypatch, wrong):
     monkeypatch.setattr(gpu, "start", None)
     x, weight = torch.randn(3, 8), torch.randn(8, 8)
     with use_kernels("cuda"):
-        for function, inputs in ((zloss_cross_entropy, (x,)), (linear_zloss_cross_entropy, (x, weight))):
+        for function, inputs in (
+            (zloss_cross_entropy, (x, wrong)), (zloss_cross_entropy_, (x, wrong, 0.1, 0.5)),
+            (linear_zloss_cross_entropy, (x, weight, wrong, 0.1, 0.5)),
+        ):  # fmt: skip
             with pytest.raises(ValueError, match="targets must be"):
-                function(*inputs, wrong)
-    with pytest.raises(ValueError, match="targets must be"):
-        linear_zloss_cuda.gradients(x, weight, wrong, 0.1, 0.5)
+                function(*inputs)
 
 
 def test_rows_that_start_anywhere_are_read_number_by_number():
@@ -111,37 +109,23 @@ def test_rows_that_start_anywhere_are_read_number_by_number():
     compare_losses([loss, log_z, moved], x.double(), targets, NARROW, 1e-2, 0.5)
 
 
-@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32])
 @settings(max_examples=15)
 @given(st.integers(1, 40), st.sampled_from([5, 64]), st.sampled_from([3, 16]), seeds)
-def test_the_output_layer_in_chunks(dtype, at_once, n, v, d, seed):
+def test_the_output_layer_in_chunks(dtype, n, v, d, seed):
     numbers = generator(seed)
     hidden, weight = (torch.randn(rows, d, generator=numbers).to(NARROW).double() for rows in (n, v))
-    targets, z_loss, share = torch.randint(-1, v, (n,), generator=numbers), 0.1, 1 / n
+    targets, z_loss, scale = torch.randint(-1, v, (n,), generator=numbers), 0.1, 1 / n
 
     def plain(kind: torch.dtype) -> list[torch.Tensor]:
         x, w = (y.to(kind).requires_grad_() for y in (hidden, weight))
         loss, log_z = zloss_cross_entropy_reference(F.linear(x, w), targets)
-        total = share * (loss + z_loss * log_z.square()).sum()
+        total = scale * (loss + z_loss * log_z.square()).sum()
         return [loss.detach(), log_z.detach(), *torch.autograd.grad(total, (x, w))]
 
-    x, w = hidden.to(dtype), weight.to(dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_zloss_cuda, "CHUNK_BYTES", 0)
-        if at_once:
-            result = linear_zloss_cuda.gradients(x, w, targets, z_loss, share)
-        else:
-            loss, log_z = linear_zloss_cuda.forward(x, w, targets)
-            g, h = torch.full_like(loss, share), 2 * share * z_loss * log_z
-            result = loss, log_z, *linear_zloss_cuda.backward(g, h, x, w, targets, log_z)
+    with pytest.MonkeyPatch.context() as patch, use_kernels("cuda"):
+        patch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})
+        result = linear_zloss_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, z_loss, scale)
     size = 1 + hidden.norm(dim=1).max().item() * weight.norm(dim=1).max().item()
     for ours, naive, exact in zip(result, plain(dtype), plain(torch.float64), strict=True):
         assert_as_good_as(ours, naive, exact, scale=4 * size)
-
-
-def test_logits_held_are_a_part_of_all():
-    """At the sizes of the bench's largest case, and where all logits are few."""
-    rows = linear_zloss_cuda.rows_a_chunk(32_768, 65_536, 2)
-    assert rows * 65_536 * 2 == 2**29
-    assert linear_zloss_cuda.rows_a_chunk(100, 1_000, 2) == 100 and linear_zloss_cuda.rows_a_chunk(0, 1_000, 2) == 0

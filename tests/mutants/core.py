@@ -52,23 +52,25 @@ MUTANTS = [
     Mutant(
         "a target across two documents",
         "packing.py",
-        "targets[r, start : end - 1] = following",
-        "targets[r, start : end] = np.append(following, ids[0])",
+        "targets[s, start : end - 1] = next_tokens",
+        "targets[s, start : end] = np.append(next_tokens, doc[0])",
         "test_packing.py",
     ),
-    Mutant("a document is lost", "packing.py", "rows[row].append(ids)", "rows[row][:1] = [ids]", "test_packing.py"),
+    Mutant(
+        "a document is lost", "packing.py", "sequences[s].append(doc)", "sequences[s][:1] = [doc]", "test_packing.py"
+    ),
     Mutant(
         "prompts are learnt as well",
         "packing.py",
-        "np.where(answer_mask(ids, assistant_eot)[1:], following, IGNORE)",
-        "following",
+        "np.where(answer_mask(doc, assistant_eot)[1:], next_tokens, IGNORE)",
+        "next_tokens",
         "test_packing.py",
     ),
     Mutant(
         "an answer's end is not learnt",
         "packing.py",
-        "np.concatenate([[0], turns[:-1]]) % 2 == 1",
-        "turns % 2 == 1",
+        "np.concatenate([[0], turns_ended[:-1]]) % 2 == 1",
+        "turns_ended % 2 == 1",
         "test_packing.py",
     ),
     Mutant(
@@ -151,15 +153,15 @@ MUTANTS = [
     Mutant(
         "a mean of means",
         "losses.py",
-        "(self.cross_entropy + z_loss * self.z) / count",
-        "(self.cross_entropy + z_loss * self.z) / self.count",
+        "z_loss * log_z.square().sum()) / normalizer",
+        "z_loss * log_z.square().sum()) / len(log_z)",
         "test_losses.py",
     ),
     Mutant(
         "padding enters the z-loss",
         "losses.py",
-        "z=log_z.square().sum()",
-        "z=logits.logsumexp(-1).square().sum()",
+        "log_z_squared=log_z.square().sum()",
+        "log_z_squared=log_z.square().sum() + (targets < 0).sum()",
         "test_losses.py",
     ),
     Mutant(
@@ -224,16 +226,16 @@ MUTANTS = [
     Mutant("a folder called ~", "cli.py", "os.path.expanduser(value)", "value", "test_cli.py"),
     Mutant(
         "log Z is that of the rank's own columns",
-        "losses.py",
+        "parallel/vocab_parallel.py",
         "log_z = largest + total.log()",
-        "log_z = part + 0 * total",
+        "log_z = local_lse + 0 * total",
         "parallel/test_mesh.py",
     ),
     Mutant(
-        "each rank's part of log Z has the whole gradient",
-        "losses.py",
-        "return g * (part - log_z).exp(), h, None",
-        "return g, h, None",
+        "each rank takes a target for its own",
+        "parallel/vocab_parallel.py",
+        "torch.where(in_shard, local_target, logits.shape[1])",
+        "torch.where(in_shard, local_target, 0)",
         "parallel/test_mesh.py",
     ),
 ]

@@ -18,7 +18,7 @@ MUTANTS = [
         "data/test_prepared.py",
     ),
     Mutant(
-        "an answer that goes on is right",
+        "an answer with more after it is correct",
         "evaluate/alignment.py",
         "if len(said) != len(exchange.answer):",
         "said = said[: len(exchange.answer)]\n    if len(said) != len(exchange.answer):",

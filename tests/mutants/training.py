@@ -18,7 +18,7 @@ MUTANTS = [
         "training/test_image_targets.py",
     ),
     Mutant(
-        "noise depends on the rows beside it",
+        "noise depends on the rest of the batch",
         "training/image_targets.py",
         "int(sample_indices[row])",
         "row",
@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     Mutant(
         "any tensors in a checkpoint's folder are read",
-        "training/checkpoint.py",
+        "training/restore.py",
         "reader.fs.ls = lambda folder: files",
         "pass",
         "training/test_checkpoint.py",
@@ -68,7 +68,7 @@ MUTANTS = [
     ),
     Mutant(
         "the optimizer forgets",
-        "training/checkpoint.py",
+        "training/restore.py",
         "[field] = tensor.clone()",
         "[field] = torch.zeros_like(tensor)",
         "training/test_checkpoint.py",
@@ -109,7 +109,7 @@ MUTANTS = [
         "test_faults.py",
     ),
     Mutant(
-        "a run that is killed early decides its precision anew",
+        "a run that is killed early decides its precision again",
         "training/run_folder.py",
         '"auto" if cfg.overwrite else precision_so_far(cfg.folder)',
         '"auto"',
@@ -165,7 +165,7 @@ MUTANTS = [
         "training/test_flops.py",
     ),
     Mutant(
-        "a stopped study goes on",
+        "a stopped study continues",
         "training/stability.py",
         "except GaveUp as error:",
         "except Exception as error:",

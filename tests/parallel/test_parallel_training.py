@@ -9,6 +9,7 @@ from torch import nn
 
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import read_metrics
+from nanochameleon.training.restore import stored_shapes
 from nanochameleon.transformer import Block
 from nanochameleon.weights.model_folder import open_model_files
 from nanochameleon.weights.tensor_files import ShardedSafetensors
@@ -105,6 +106,6 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(way, prepared, tmp_pa
         stopped = trained(prepared, tmp_path / "stopped", ranks, until, **parallel)
     assert curve(stopped) == curve(whole)
     ends = [checkpoint.newest(folder) for folder in (stopped, whole)]
-    names = checkpoint.stored_shapes(ends[1]).keys()
+    names = stored_shapes(ends[1]).keys()
     tensors, expected = (ShardedSafetensors(sorted(end.glob("*.safetensors")), names) for end in ends)
     assert [name for name in names if not torch.equal(tensors[name], expected[name])] == [] and len(names) > 60

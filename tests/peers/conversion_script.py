@@ -4,9 +4,9 @@
     python tests/peers/conversion_script.py peer/bin/python
 
 The script (models/chameleon/convert_chameleon_weights_to_hf.py, last in transformers 4.46.3) runs unchanged up to the
-end of its conversion. It asks for 65,536 ids and 1 shard ("7B") or 4 ("30B"), and its formulas for grouped queries hold
-for n_heads = n_kv_heads^2 alone, so the small models here keep to that. When its files are written it downloads an
-image to try the model on; it is ended there, since in 4.46.3 that part always fails: it hands the processor
+end of its conversion. It asks for 65,536 tokens and 1 shard ("7B") or 4 ("30B"). Its formulas for grouped queries hold
+only for n_heads = n_kv_heads^2, so the small models here have those sizes. Once its files are written it downloads an
+image to try the model on. It is ended there, since that part of 4.46.3 fails in any case: it gives the processor
 `images` twice (TypeError).
 """
 
@@ -37,7 +37,7 @@ SCRIPT = """
     import runpy, sys
     import requests
 
-    requests.get = lambda *words, **more: sys.exit(0)  # all files are written by then
+    requests.get = lambda *words, **more: sys.exit(0)  # its files are written
     name = "transformers.models.chameleon.convert_chameleon_weights_to_hf"
     sys.argv = [name, "--input_dir", sys.argv[1], "--model_size", sys.argv[2], "--output_dir", sys.argv[3]]
     runpy.run_module(name, run_name="__main__")
@@ -47,9 +47,9 @@ LOGITS = """
     from transformers import ChameleonForConditionalGeneration
 
     model = ChameleonForConditionalGeneration.from_pretrained(sys.argv[1]).double().eval()
-    ids = torch.load(sys.argv[2])
+    tokens = torch.load(sys.argv[2])
     with torch.no_grad():
-        torch.save(model(ids).logits, sys.argv[3])
+        torch.save(model(tokens).logits, sys.argv[3])
     print(transformers.__version__)
 """
 VQ = VQGANConfig(ch=32, n_res_blocks=1)
@@ -80,21 +80,21 @@ def random_model(cfg: ModelConfig) -> Chameleon:
 
 
 def check(size: str, python: str, place: Path) -> bool:
-    """The script's tensors against our own export's, bit by bit, and its model's text logits against ours."""
+    """Compare the script's tensors with our own export bit by bit, and its model's text logits with ours."""
     model, vqgan, tokenizer = random_model(MODELS[size]), VQGAN(VQ), TextTokenizer([], Vocab())
     nano = nano_folder(place / "nano", model, vqgan, tokenizer=tokenizer)
     meta, hf = (convert(Args(nano, place / to, to)) for to in ("meta", "hf"))
     (meta / "models" / "nano").rename(meta / "models" / size.lower())
     run(python, SCRIPT, meta, size, place / "peer")
-    mine, peers = load_file(hf / "model.safetensors"), load_file(place / "peer" / "model.safetensors")
-    equal = mine.keys() == peers.keys() and all(torch.equal(mine[name], peers[name]) for name in mine)
-    ids = torch.randint(0, 65_536, (1, 20))
-    torch.save(ids, place / "ids.pt")
-    version = run(python, LOGITS, place / "peer", place / "ids.pt", place / "logits.pt").strip()
+    ours, peers = load_file(hf / "model.safetensors"), load_file(place / "peer" / "model.safetensors")
+    equal = ours.keys() == peers.keys() and all(torch.equal(ours[name], peers[name]) for name in ours)
+    tokens = torch.randint(0, 65_536, (1, 20))
+    torch.save(tokens, place / "tokens.pt")
+    version = run(python, LOGITS, place / "peer", place / "tokens.pt", place / "logits.pt").strip()
     text = slice(Vocab().first_text, None)
     with torch.no_grad():
-        ours = model.double().logits(model(ids))[..., text]
-    error = float((ours - torch.load(place / "logits.pt")[..., text]).abs().max() / ours.abs().max())
+        logits = model.double().logits(model(tokens))[..., text]
+    error = float((logits - torch.load(place / "logits.pt")[..., text]).abs().max() / logits.abs().max())
     read = open_model_files(place / "peer")
     config = json.loads((place / "peer" / "config.json").read_text())
     sizes = dataclasses.replace(model_from_hf(config), multiple_of=8, qk_norm_groups=MODELS[size].qk_norm_groups)

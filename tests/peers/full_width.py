@@ -1,8 +1,8 @@
-"""A layer of the 7B and of the 34B in full width, the image tokenizer in its released size, beside transformers.
+"""Compare a layer of the 7B and of the 34B in full width, and the image tokenizer in full size, with transformers.
 
     python tests/peers/full_width.py            about 6 GB of memory and some minutes on two cores
 
-Too large for `make test`; prints a row for each and ends with 1 if one is off by more than its bound.
+This is too large for `make test`. It prints a line for each and exits with 1 if one exceeds its bound.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ LENGTH = 64
 
 @torch.no_grad()
 def layer(cfg) -> float:
-    """Largest difference of a layer's output to transformers', over the largest output."""
+    """Return the largest difference from transformers' output of one layer, relative to the largest output."""
     torch.manual_seed(0)
     cfg = dataclasses.replace(cfg, n_layers=1, dropout=0.0)
     with torch.device("meta"):
@@ -64,8 +64,10 @@ def layer(cfg) -> float:
 
 @torch.no_grad()
 def image_tokenizer() -> tuple[bool, float]:
-    """Are the codes of an image equal? And the largest difference of the pixels that they decode to: transformers'
-    encoder with the weights of our export, and the decoder that open_model finds beside them, against our own."""
+    """Whether the codes of an image are equal, and the largest difference of the pixels decoded from them.
+
+    Compares transformers' encoder with the weights of our export, and the decoder that open_model finds next to them,
+    with our own."""
     torch.manual_seed(0)
     cfg = chameleon_7b().vqgan
     vqgan = VQGAN(cfg).eval()

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or does not count, and a run that goes on from one is the run that never stopped."""
+"""A checkpoint is whole or does not count, and a run that resumes from one is the run that never stopped."""
 
 import json
 import math
@@ -23,12 +23,11 @@ from nanochameleon.training.checkpoint import (
     damage,
     keep_last,
     load,
-    load_optimizer,
     newest,
-    optimizer_tensors,
     save,
     sweep,
 )
+from nanochameleon.training.restore import load_optimizer, optimizer_tensors, restore, stored_shapes
 
 TENSORS = {
     "model": {"a.weight": torch.arange(6.0).view(2, 3).bfloat16(), "b": torch.tensor(3)},
@@ -47,7 +46,7 @@ def names(run_dir):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# going on (invariant 21)
+# Resuming
 
 
 @torch.random.fork_rng()
@@ -237,7 +236,7 @@ def test_old_checkpoints_go_only_once_k_newer_ones_are_whole(tmp_path_factory, b
 
 @given(st.lists(st.none() | st.floats(0.1, 9) | st.just(math.nan), min_size=3, max_size=6), st.integers(1, 3))
 @settings(max_examples=20)
-def test_the_checkpoint_of_the_least_loss_stays_beside_the_last_ones(losses, k):
+def test_the_checkpoint_of_the_least_loss_stays_with_the_last_ones(losses, k):
     with tempfile.TemporaryDirectory() as place:
         run_dir = Path(place)
         for step, loss in enumerate(losses):
@@ -274,7 +273,7 @@ def test_what_is_no_run_folder_is_refused_in_words(tmp_path):
 
 
 def mend(path: Path, **content: bytes) -> Path:
-    """Writes files and a manifest that agrees with them, as whoever wishes harm would. "__" stands for a dot."""
+    """Writes files and a manifest that agrees with them, as an attacker would. "__" means a dot."""
     for name, data in content.items():
         (path / name.replace("__", ".")).write_bytes(data)
     files = (file for file in path.iterdir() if file.name != "manifest.json")
@@ -357,10 +356,10 @@ def test_tensors_in_a_file_that_the_manifest_does_not_list_are_never_read(name, 
     save_file({key: torch.full_like(x, 7) for key, x in expected.items()}, path / name)
     (path / "more.safetensors").write_bytes(b"no tensors")
     model, optimizer = a_model()
-    assert damage(path) is None and checkpoint.restore(newest(tmp_path), model, optimizer) == {"step": 3}
+    assert damage(path) is None and restore(newest(tmp_path), model, optimizer) == {"step": 3}
     found = model.state_dict() | optimizer_tensors(optimizer, model)
     assert all(torch.equal(found[key], x) for key, x in expected.items())
-    assert load(path)[0].keys() == {"weights", "optim"} and checkpoint.stored_shapes(path).keys() == expected.keys()
+    assert load(path)[0].keys() == {"weights", "optim"} and stored_shapes(path).keys() == expected.keys()
 
 
 def in_two(path: Path, tensors: dict[str, torch.Tensor], first: int = 1, second: int = 1) -> Path:
@@ -382,7 +381,7 @@ def test_of_a_sharded_checkpoint_too_only_listed_files_are_read(tmp_path):
     shutil.copy(path / "shard-00002.safetensors", path / "shard-00003.safetensors")
     save_file({key: torch.full_like(x, 7) for key, x in expected.items()}, path / "weights.safetensors")
     model, optimizer = a_model()
-    checkpoint.restore(newest(tmp_path), model, optimizer)
+    restore(newest(tmp_path), model, optimizer)
     found = model.state_dict() | optimizer_tensors(optimizer, model)
     assert all(torch.equal(found[key], x) for key, x in expected.items())
 
@@ -392,7 +391,7 @@ def test_shards_that_do_not_make_whole_tensors_are_refused(edges, tmp_path):
     path = in_two(tmp_path / "step-000003", save_model(tmp_path, 3), *edges)
     assert damage(path) is None
     with pytest.raises(UserError, match=r"step-000003 has \d+ of the \d+ elements of .*: delete .*step-000003"):
-        checkpoint.restore(path, *a_model())
+        restore(path, *a_model())
 
 
 def test_a_state_that_lacks_a_part_of_the_optimizer_is_refused(tmp_path):
@@ -401,7 +400,7 @@ def test_a_state_that_lacks_a_part_of_the_optimizer_is_refused(tmp_path):
     content = file.read_bytes().replace(b"0.weight.exp_avg_sq", b"0.weight.exp_avg_sx")
     mend(file.parent, optim__safetensors=content)
     with pytest.raises(UserError, match="the checkpoint's optimizer lacks a part of its state"):
-        checkpoint.restore(file.parent, *a_model())
+        restore(file.parent, *a_model())
 
 
 def test_numbers_of_a_kind_that_torch_does_not_know_are_one_sentence(tmp_path):
@@ -412,7 +411,7 @@ def test_numbers_of_a_kind_that_torch_does_not_know_are_one_sentence(tmp_path):
     path = save(tmp_path, 3, {"optim": optimizer_tensors(optimizer, model)}, {})
     weights = {"0.weight": dict(dtype="F6_E2M3", shape=[2, 4], data_offsets=[0, 6])}
     mend(path, weights__safetensors=header(**weights) + bytes(6))
-    for use in (lambda: checkpoint.restore(path, model, optimizer), lambda: load(path)):
+    for use in (lambda: restore(path, model, optimizer), lambda: load(path)):
         with pytest.raises(UserError, match=r"step-000003 does not hold what it should .*: delete it, and the same"):
             use()
 

@@ -40,7 +40,7 @@ def by_hand(model: Chameleon, batch) -> list[float]:
 
 @given(model_configs(vocab_size=VOCAB.size), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 9))
 @settings(max_examples=12)
-def test_attention_peaks_are_the_largest_scores_that_a_query_sees(cfg, lengths, seed):
+def test_attention_logits_are_the_largest_scores_that_a_query_sees(cfg, lengths, seed):
     torch.manual_seed(seed)
     model = Chameleon(cfg).eval()
     for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def test_attention_peaks_are_the_largest_scores_that_a_query_sees(cfg, lengths, 
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_without_qk_norm_the_peaks_grow_with_the_weights_and_with_it_they_do_not():
+def test_without_qk_norm_the_logits_grow_with_the_weights_and_with_it_they_do_not():
     batch = pack([[0, 20, 30, 40, 25]], 5, VOCAB.pad)
     for normed, factor in ((False, 9.0), (True, 1.0)):
         model = tiny_model(qk_norm=normed, n_layers=1)
@@ -69,8 +69,8 @@ def test_without_qk_norm_the_peaks_grow_with_the_weights_and_with_it_they_do_not
 def test_gradient_norms_are_of_each_modality_s_rows():
     model, vocab = tiny_model(), VOCAB
     docs = [[0, 20, 30, vocab.boi, 4, 5, 6, 7, vocab.eoi, 25, 2]]
-    sums = Objective(model, vocab, "fp32")(pack(docs, 11, vocab.pad), None)
-    sums.parts.total(1e-5, 1.0).backward()
+    sums = Objective(model, vocab, "fp32")(pack(docs, 11, vocab.pad), None, 1e-5)
+    sums.next_token.loss.backward()
     found = gradient_norms(model, vocab)
     squares = model.tok_embeddings.weight.grad.square().sum(1) + model.output.weight.grad.square().sum(1)
     kinds = [vocab.modality(i) for i in range(vocab.size)]

@@ -1,4 +1,4 @@
-"""Drawing from words: what noise may touch, how much of it there is, and that a row has it whatever is beside it."""
+"""Drawing from words: what noise may change, how much there is, and that the rest of the batch has no say in it."""
 
 import numpy as np
 import torch
@@ -78,14 +78,14 @@ def test_a_code_is_that_of_the_rows_next_image_at_the_same_place():
     assert ((found == codes) | (found == codes.roll(-1, 0))).all() and (found != codes).any()
 
 
-def test_each_image_has_its_own_share_up_to_the_most():
-    """A share drawn from 0 to 0.8: mean 0.4, and images differ by more than 16 draws of 0.4 would."""
+def test_each_image_has_its_own_fraction_up_to_the_largest():
+    """A fraction drawn from 0 to 0.8: mean 0.4, and images differ by more than 16 draws of 0.4 would."""
     batch = drawings(2, 400)
     read = corrupt_image_tokens(batch, 0.8, N, VOCAB, 0, range(400))
     kinds = VOCAB.is_image(batch.tokens)
     shares = (read.tokens != batch.tokens)[kinds].view(-1, N).float().mean(1)
     assert abs(shares.mean() - 0.4) < 0.03
-    assert 0.22 < shares.std() < 0.29  # uniform 0.23 and the draws' 0.12; a fixed share would have 0.12 alone
+    assert 0.22 < shares.std() < 0.29  # uniform 0.23 and the draws' 0.12; a fixed fraction would have 0.12 alone
     assert torch.equal(corrupt_image_tokens(batch, 0.0, N, VOCAB, 0, range(400)).tokens, batch.tokens)
 
 

@@ -22,7 +22,7 @@ from nanochameleon.training.run import CONFIG, read_config
 from nanochameleon.weights.model_folder import open_model_files
 
 
-def test_a_run_begins_with_the_sizes_tokenizers_and_weights_of_another(finished, tmp_path):
+def test_a_run_starts_with_the_sizes_tokenizers_and_weights_of_another(finished, tmp_path):
     """From a run and from our layout; the context and all sizes are the other's, dropout and steps the new run's."""
     nano = convert(Args(finished, tmp_path / "nano", "nano"))
     cfg = training_config(tmp_path / "more", train=replace(training_config(tmp_path).train, steps=1, save_every=1))
@@ -61,7 +61,7 @@ def other_model(place: Path, layout: str) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["hf", "hf-encoder", "meta"])
-def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layout, tmp_path, capsys):
+def test_a_run_starts_from_a_model_in_another_layout_and_resumes_without_it(layout, tmp_path, capsys):
     source, run = other_model(tmp_path, layout), tmp_path / "run"
     parts, few = open_model_files(source), training_config(tmp_path).train
     train_cfg = replace(few, steps=2, save_every=1, seq_len=256)
@@ -87,7 +87,7 @@ def test_a_run_begins_with_a_model_in_another_layout_and_goes_on_without_it(layo
     assert (run / "step-000002").is_dir()
 
 
-def test_a_run_does_not_overwrite_what_it_is_to_begin_with(finished, tmp_path):
+def test_a_run_does_not_overwrite_the_model_it_starts_from(finished, tmp_path):
     run = tmp_path / "run"
     inside = convert(Args(finished, run / "nano", "nano"))
     (run / CONFIG).write_text((finished / CONFIG).read_text())

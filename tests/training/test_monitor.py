@@ -62,7 +62,7 @@ def test_a_full_disk_costs_no_step_and_lines_come_once_there_is_room(tmp_path, c
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 1.0]
 
 
-def test_speed_and_time_are_of_training_alone_and_go_on_after_a_resume(tmp_path):
+def test_speed_and_time_are_of_training_alone_and_continue_after_a_resume(tmp_path):
     """Two ticks of the clock a step: 100 tokens in 2 s. The 1,000 s between the runs do not count."""
     times = iter(range(0, 2_000, 2))
     run(tmp_path, 4, 1, 0, 2, lambda: next(times))

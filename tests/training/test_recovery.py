@@ -17,12 +17,15 @@ from nanochameleon.training import checkpoint, recovery
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.objective import Objective
-from nanochameleon.training.run import TEXT_TOKENIZER, open_image_tokenizer
+from nanochameleon.training.run import TEXT_TOKENIZER
+from nanochameleon.training.train_tokenizers import open_image_tokenizer
 from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 
 BROKEN = {
-    "nan": lambda parts: parts._replace(cross_entropy=parts.cross_entropy * math.nan),
-    "infinite, with a finite gradient": lambda parts: parts._replace(cross_entropy=parts.cross_entropy + math.inf),
+    "nan": lambda sums: sums._replace(loss=sums.loss * math.nan, cross_entropy=sums.cross_entropy * math.nan),
+    "infinite, with a finite gradient": lambda sums: sums._replace(
+        loss=sums.loss + math.inf, cross_entropy=sums.cross_entropy + math.inf
+    ),
 }
 
 
@@ -30,12 +33,12 @@ def break_losses(monkeypatch, kind: str, broken: Callable[[int], bool]) -> list[
     """Breaks the loss of those forward passes, counted from 1; -> a list that gets the weights at each of them."""
     real, weights = Objective.forward, []
 
-    def forward(self, batch, keys, *expected):
-        if not torch.is_grad_enabled():  # a look at the attention logits
-            return real(self, batch, keys, *expected)
+    def forward(self, *inputs):
+        if not torch.is_grad_enabled():  # for the attention logits
+            return real(self, *inputs)
         weights.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
-        sums = real(self, batch, keys, *expected)
-        return sums._replace(parts=BROKEN[kind](sums.parts)) if broken(len(weights)) else sums
+        sums = real(self, *inputs)
+        return sums._replace(next_token=BROKEN[kind](sums.next_token)) if broken(len(weights)) else sums
 
     monkeypatch.setattr(Objective, "forward", forward)
     monkeypatch.setattr(train, "make_report", lambda *_: None)
@@ -43,7 +46,7 @@ def break_losses(monkeypatch, kind: str, broken: Callable[[int], bool]) -> list[
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind, before_transformer, monkeypatch):
+def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_dumped(kind, before_transformer, monkeypatch):
     broken = range(2, 11)  # nine in a row
     weights = break_losses(monkeypatch, kind, lambda call: call in broken)
     cfg = training_config(before_transformer)
@@ -53,7 +56,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_and_its_batch_is_set_aside(kind
     assert read_metrics(before_transformer / "metrics.jsonl")[1]["loss"] is None
     kept = sorted((before_transformer / "bad").iterdir())
     assert [path.name for path in kept] == [f"step-{call - 1:06d}-rank-0.safetensors" for call in broken]
-    image_tokenizer = open_image_tokenizer(before_transformer, cfg, torch.device("cpu"))
+    image_tokenizer = open_image_tokenizer(before_transformer, cfg.vqgan, torch.device("cpu"))
     text = load_text_tokenizer(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = mask_targets(loader.batch(1), cfg.train.image_loss, 16, text.vocab)
@@ -100,7 +103,7 @@ def test_failures_long_after_a_checkpoint_end_a_run_as_well(before_transformer, 
     assert checkpoint.load(before_transformer)[1]["step"] == 5
 
 
-def test_a_save_that_falls_into_a_streak_of_failures_is_made_up_for_behind_it(before_transformer, monkeypatch):
+def test_a_save_that_was_due_in_a_streak_of_failures_happens_after_it(before_transformer, monkeypatch):
     break_losses(monkeypatch, "nan", lambda call: call in (5, 6))
     cfg = training_config(before_transformer)
     train.main(replace(cfg, train=replace(cfg.train, save_every=5, keep_checkpoints=9)))

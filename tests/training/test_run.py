@@ -70,7 +70,7 @@ configs = drawn(
 @given(configs)
 def test_a_configuration_comes_back_as_it_was(cfg):
     again = config_from_json(config_to_json(cfg))
-    assert again == cfg and repr(again) == repr(cfg)  # repr: 1 and 1.0, (1,) and [1] are told apart
+    assert again == cfg and repr(again) == repr(cfg)  # repr: 1 and 1.0, (1,) and [1] are distinguished
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -191,7 +191,7 @@ def test_a_script_is_named_by_the_folder_of_the_program_that_was_started(tmp_pat
     assert same_command() == command("train.py", "toy")
 
 
-def test_under_a_launcher_the_same_command_is_said_in_words(monkeypatch):
+def test_under_a_launcher_the_command_to_resume_is_a_phrase(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     for words, said in (["toy"], "the same command"), (["toy", "--overwrite"], "the same command, without --overwrite"):
         monkeypatch.setattr("sys.argv", ["train.py", *words])

@@ -20,7 +20,7 @@ def test_seconds_add_up_over_interruptions(tmp_path):
 
 
 @pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_file_begins_from_zero_with_a_warning(content, tmp_path, capsys):
+def test_a_damaged_file_starts_from_zero_with_a_warning(content, tmp_path, capsys):
     (tmp_path / "seconds.json").write_text(content)
     laps = StageTimer(tmp_path)
     assert laps.seconds == {} and "seconds.json is damaged" in capsys.readouterr().err
@@ -49,7 +49,7 @@ def heard_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_stop_is_heard_where_nothing_can_be_said_of_it(heard_ctrl_c, monkeypatch):
+def test_a_stop_is_recorded_where_nothing_can_be_printed(heard_ctrl_c, monkeypatch):
     def fail(*_):
         raise BrokenPipeError
 

@@ -86,7 +86,7 @@ def test_the_study_runs_each_variant_once_on_the_first_one_s_tokenizers_and_data
     assert not calls and "stability 3/3" in capsys.readouterr().out
 
 
-def test_a_study_that_is_stopped_ends_without_results_and_one_that_gave_up_goes_on(tmp_path):
+def test_a_stopped_study_ends_without_results_and_a_variant_that_gave_up_does_not_stop_it(tmp_path):
     begun, cfg = [], training_config(tmp_path / "study")
 
     def stops(one):

@@ -47,7 +47,7 @@ def test_a_run_stopped_in_four_places_ends_with_the_same_bits(finished, tmp_path
             interrupt_in_call(patch, owner, name, number)
             train_until_stopped(cfg)
         assert steps_of(cfg.folder / where) == steps
-        again = command("train.py", "toy", "--out", "a b")  # --overwrite would start anew
+        again = command("train.py", "toy", "--out", "a b")  # --overwrite would start again
         assert f"to resume: {again}\n" in capsys.readouterr().out
     train.main(cfg)
     assert_same_weights(cfg.folder, finished)
@@ -100,7 +100,7 @@ def test_a_run_goes_to_its_end_when_nothing_can_be_printed(number, before_transf
     assert_same_weights(before_transformer, finished)
 
 
-def test_a_stop_while_documents_are_tokenized_is_heard_and_leaves_no_half_of_them(before_transformer, monkeypatch):
+def test_a_stop_while_documents_are_tokenized_leaves_no_half_of_them(before_transformer, monkeypatch):
     shutil.rmtree(before_transformer / "data")
     before = set(contents(before_transformer))
     monkeypatch.setattr(prepare, "CHUNK", 8)
@@ -109,7 +109,7 @@ def test_a_stop_while_documents_are_tokenized_is_heard_and_leaves_no_half_of_the
     assert set(contents(before_transformer)) == before
 
 
-def test_a_stop_in_the_last_step_is_heard_before_the_report(before_transformer, monkeypatch):
+def test_a_stop_in_the_last_step_comes_before_the_report(before_transformer, monkeypatch):
     monkeypatch.setattr(train, "make_report", None)
     interrupt_in_call(monkeypatch, train, "forward_backward", 12)
     train_until_stopped(training_config(before_transformer))
@@ -117,10 +117,10 @@ def test_a_stop_in_the_last_step_is_heard_before_the_report(before_transformer, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_in_the_report_ends_it_at_once_and_says_how_to_go_on(number, copy, monkeypatch, capsys):
+def test_a_stop_in_the_report_ends_it_at_once_and_prints_how_to_resume(number, copy, monkeypatch, capsys):
     def interrupted(*_):
         signal.raise_signal(number)
-        raise AssertionError("the report goes on")
+        raise AssertionError("the report continues")
 
     monkeypatch.setattr(train, "make_report", interrupted)
     train_until_stopped(training_config(copy), 128 + number)
@@ -128,7 +128,7 @@ def test_a_stop_in_the_report_ends_it_at_once_and_says_how_to_go_on(number, copy
 
 
 @pytest.mark.parametrize("stage", [".", "image_tokenizer"])
-def test_where_all_checkpoints_are_damaged_nothing_starts_anew_by_itself(stage, copy):
+def test_where_all_checkpoints_are_damaged_nothing_starts_again_by_itself(stage, copy):
     for folder in checkpoint.checkpoints(copy / stage):
         (folder / "state.json").write_text("cut")
     before = contents(copy)
@@ -138,7 +138,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_anew_by_itself(stage, 
     assert contents(copy) | written == before | written
 
 
-def test_the_precision_is_decided_once_before_any_stage_and_told(tmp_path, monkeypatch, capsys):
+def test_the_precision_is_decided_once_before_any_stage_and_printed(tmp_path, monkeypatch, capsys):
     """Also where a kill came before the first checkpoint, and another machine would decide otherwise; but where it came
     before anything was made, as on a machine without the GPU, the next start decides."""
     cfg = training_config(tmp_path / "run")

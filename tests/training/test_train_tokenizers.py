@@ -13,7 +13,8 @@ from tiny import SHAPES_VQGAN, training_config
 
 from nanochameleon.data import Mixture, RawImage
 from nanochameleon.data.build import mixture
-from nanochameleon.data.sources.shapes import ShapesSource, World, draw, scenes
+from nanochameleon.data.sources.scenes import World, draw, scenes
+from nanochameleon.data.sources.shapes import ShapesSource
 from nanochameleon.errors import UserError
 from nanochameleon.images.losses import PerceptualLoss
 from nanochameleon.images.quantizer import nearest_code
@@ -21,10 +22,11 @@ from nanochameleon.images.tokenizer import to_pixels
 from nanochameleon.images.vqgan import VQGAN, split_windows
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training import checkpoint, train_tokenizers
-from nanochameleon.training.run import IMAGE_TOKENIZER, open_image_tokenizer
+from nanochameleon.training.run import IMAGE_TOKENIZER
 from nanochameleon.training.train_tokenizers import (
     Adversary,
     images,
+    open_image_tokenizer,
     reconstruction_loss,
     start_codebook,
     step_seed,
@@ -52,11 +54,11 @@ def training(**changes):
 def test_the_text_tokenizer_is_trained_once_and_read_afterwards(tmp_path, monkeypatch):
     cfg = training_config(tmp_path)
     docs = mixture(cfg, tmp_path)
-    trained = train_text_tokenizer(cfg, docs, tmp_path)
+    trained = train_text_tokenizer(cfg.tokenizers, cfg.vqgan.n_codes, docs, tmp_path)
     assert len(trained.merges) == 64 and trained.vocab.size == cfg.model.vocab_size
     assert len(trained.encode("a big red circle above a small blue star")) < 20  # it has seen such words
     monkeypatch.setattr(TextTokenizer, "train", None)
-    assert train_text_tokenizer(cfg, docs, tmp_path).merges == trained.merges
+    assert train_text_tokenizer(cfg.tokenizers, cfg.vqgan.n_codes, docs, tmp_path).merges == trained.merges
 
 
 @given(*[st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 10**6))] * 2)
@@ -120,7 +122,7 @@ def test_a_kill_costs_the_steps_since_the_last_save_alone(tmp_path, few_images, 
     assert [path.name for path in checkpoint.checkpoints(tmp_path / IMAGE_TOKENIZER)] == ["step-000004"]
 
 
-def test_a_loss_that_is_not_finite_moves_nothing_and_many_in_a_row_end_it(tmp_path, few_images, monkeypatch):
+def test_a_loss_that_is_not_finite_changes_nothing_and_many_in_a_row_end_it(tmp_path, few_images, monkeypatch):
     real, calls, broken = train_tokenizers.tokenizer_loss, itertools.count(1), {1, 4, 5}
 
     def loss(*args):
@@ -147,10 +149,10 @@ def test_a_finished_one_is_left_alone(tmp_path, few_images, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_moving_averages_stand_still_at_the_end_so_that_the_decoder_can_follow(tmp_path, few_images):
+def test_moving_averages_are_frozen_at_the_end_so_that_the_decoder_can_adapt(tmp_path, few_images):
     cfg, stops = variant("window", tmp_path), itertools.chain([False] * 4, [True], itertools.repeat(False))
     books = []
-    for _ in range(2):  # stopped after step 5 of 6; the codebook stands from 0.8 of the steps on
+    for _ in range(2):  # stopped after step 5 of 6; the codebook is frozen from 0.8 of the steps on
         train_image_tokenizer(cfg, SOURCE, tmp_path, CPU, lambda: next(stops))
         books.append(checkpoint.load(tmp_path / IMAGE_TOKENIZER)[0]["model"])
     assert torch.equal(*(book["quantize.embedding.weight"] for book in books))
@@ -179,7 +181,7 @@ def test_it_learns_to_draw_images_it_has_not_seen(tmp_path, few_images):
     tokenizers = training(steps=120, warmup_steps=40, batch_size=8, disc_weight=0.0, optim=optim)
     cfg = training_config(tmp_path, vqgan=vqgan, tokenizers=tokenizers)
     train_image_tokenizer(cfg, Quarters(0), tmp_path, CPU, lambda: False)
-    image_tokenizer, clean = open_image_tokenizer(tmp_path, cfg, CPU), images(Quarters(1), 0, 64)
+    image_tokenizer, clean = open_image_tokenizer(tmp_path, cfg.vqgan, CPU), images(Quarters(1), 0, 64)
     codes = image_tokenizer.encode(clean)
     error = np.abs(clean.astype(float) - image_tokenizer.decode(codes)).mean()
     assert error < 0.6 * np.abs(clean - clean.mean(0)).mean()  # that of the mean image

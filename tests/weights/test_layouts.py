@@ -1,4 +1,4 @@
-"""One tensor in three layouts: what the permutations mean, how shards are cut, what configurations say."""
+"""Three layouts: what the permutations mean, how shards are cut, and that configurations convert both ways."""
 
 import dataclasses
 
@@ -66,7 +66,7 @@ def test_shards_come_back(cfg, seed, n):
 
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 50), st.integers(0, 99))
 def test_turning_halves_of_the_permuted_is_turning_neighbours(heads, half, position, seed):
-    """What the permutation is for: rotating x's halves as transformers does gives the permuted result."""
+    """The permutation has a purpose: rotating x's halves as transformers does gives the permuted result."""
     e = 2 * half
     x = torch.randn(1, heads, 1, e, generator=torch.Generator().manual_seed(seed)).double()
     table = compute_freqs_cis(torch.tensor([[position]]), e, 10_000.0)
@@ -180,7 +180,7 @@ def test_a_tokenizers_file_comes_back_and_means_the_same():
 
 
 def released_json() -> dict:
-    """In the release's form: 65,536 ids, no note of ours, merges as strings, text ids in another order, sentinels."""
+    """Return a file in the form of the release: no note of ours, merges as strings, text tokens in another order."""
     vocab = Vocab()
     content = to_json(TextTokenizer([(b"a", b" "), (b"t", b"a")], vocab))
     del content["model"][NOTE]
@@ -206,8 +206,8 @@ def test_the_released_tokenizers_file_loads(layout):
     assert vocab == Vocab() and (vocab.boi, vocab.eoi, vocab.eot) == (8_197, 8_196, 8_710)
     names = content["model"]["vocab"]
     for code in (0, 9, 53, 8_191):
-        assert names[Vocab.name_of_code(code)] == vocab.code_to_token(code) == code + 4
-        assert vocab.token_to_code(names[Vocab.name_of_code(code)]) == code
+        assert names[Vocab.code_to_name(code)] == vocab.code_to_token(code) == code + 4
+        assert vocab.token_to_code(names[Vocab.code_to_name(code)]) == code
     assert tokenizer.decode(tokenizer.encode("taa <s> IMGIMGFDZ")) == "taa <s> IMGIMGFDZ"
     assert all(vocab.is_text(token) for token in tokenizer.encode("<s> IMGIMGFDZ <sentinel:0>"))
     assert tokenizer.encode("ta ") == [names["ta"], names["Ġ"]]

@@ -103,7 +103,7 @@ def without_decoder(folders, place: Path) -> Path:
 
 
 def test_another_file_gives_the_image_decoder_that_transformers_drops(folders, tmp_path):
-    """To Meta's layout and back to its very bits, and as a run begins."""
+    """The decoder comes back bit for bit in Meta's layout, and a run can start from such a model."""
     hf = without_decoder(folders, tmp_path / "hf")
     for i, file in enumerate((folders["meta"] / "tokenizer/vqgan.ckpt", folders["hf"] / "vqgan_decoder.safetensors")):
         meta = convert(Args(hf, tmp_path / str(i), "meta", vqgan=file))
@@ -164,7 +164,7 @@ def with_nan(x: torch.Tensor) -> torch.Tensor:
 
 
 def edit_header(change):
-    """The header's text goes through `change`, which keeps its length."""
+    """Apply `change` to the text of the header."""
 
     def damage(folder: Path) -> None:
         path = folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""The same numbers as transformers' Chameleon, on random models written in its layout. A test dependency alone.
+"""Our numbers equal those of transformers' Chameleon, on random models in its layout. transformers is for tests only.
 
 Its RMSNorm computes in float32 whatever the model's type, and its forward pass sets the logits of image codes to the
 least number; both are bypassed where that is said. Everything else is transformers as it comes.
@@ -108,7 +108,7 @@ def test_greedy_text_is_the_same_ids(vqgan, seed):
 
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
 def test_five_steps_of_training_have_the_same_losses(vqgan, norm_order):
-    """A QK-norm vector for every head, since transformers trains those apart. RawImage ids are targets, too."""
+    """A QK-norm vector for every head, since transformers trains those apart. Image tokens are targets, too."""
     cfg = dict(dim=24, n_heads=4, qk_norm_groups=4, norm_order=norm_order)
     model = released_model(0, torch.float64, **cfg)
     ids = torch.randint(2, VOCAB.size, (3, 24), generator=torch.Generator().manual_seed(0))

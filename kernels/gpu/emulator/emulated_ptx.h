@@ -1,4 +1,4 @@
-// The functions of kernels/gpu/ptx.cuh for the emulator, each by the text of NVIDIA's "PTX ISA" that its name stands for.
+// The functions of kernels/gpu/ptx.cuh for the emulator, each written after NVIDIA's "PTX ISA".
 
 #define PTX_CUH
 #define INLINE inline
@@ -7,19 +7,19 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-inline u16 narrow(float x) {
+inline u16 to_bf16(float x) {
   u32 bits = __float_as_uint(x);
   if (x != x) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-inline u32 pack(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
-inline float power(float x) { return exp2f(x); }
-inline float number(u32 word, int half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); }
+inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+inline float exp2_approx(float x) { return exp2f(x); }
+inline float half_to_float(u32 word, int half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); }
 
 inline void* dynamic_shared() { return dynamic_memory; }
 
-inline void want_aligned(const void* p, unsigned n, const char* what) {
-  if ((uintptr_t)p % n) fail("%s at an address that is no multiple of %u", what, n);
+inline void check_aligned(const void* p, unsigned n, const char* what) {
+  if ((uintptr_t)p % n) fail("%s at an address that is not a multiple of %u", what, n);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -30,30 +30,30 @@ inline void arrive(const Copy& c) {
   memset((char*)c.to + c.bytes, 0, c.of - c.bytes);
 }
 
-inline void copy_async(void* shared, const void* global, u32 bytes) {
-  want_aligned(shared, 16, "cp.async to");
-  want_aligned(global, 16, "cp.async from");
+inline void cp_async(void* shared, const void* global, u32 bytes) {
+  check_aligned(shared, 16, "cp.async to");
+  check_aligned(global, 16, "cp.async from");
   Copy copy = {shared, global, bytes, 16, nullptr};
   if (!descending) return arrive(copy);
   if (me->groups.empty()) me->groups.emplace_back();
   me->groups.back().push_back(copy);
 }
 
-inline void copies_commit() {
+inline void cp_async_commit() {
   if (me->groups.empty()) me->groups.emplace_back();
   me->groups.emplace_back();
 }
 
-template <int N> void copies_wait() {
+template <int N> void cp_async_wait() {
   while (me->groups.size() > N + 1) {  // the last group is not committed
     for (const Copy& copy : me->groups.front()) arrive(copy);
     me->groups.erase(me->groups.begin());
   }
 }
 
-inline void load_matrices(u32 (&r)[4], const void* row, bool transposed) {
-  want_aligned(row, 16, "ldmatrix");
-  const void* const* rows = exchange(row, 32, "ldmatrix");
+inline void ldmatrix(u32 (&r)[4], const void* row, bool transposed) {
+  check_aligned(row, 16, "ldmatrix");
+  const void* const* rows = exchange(row, "ldmatrix");
   int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
   for (int i = 0; i < 4; i++) {
     auto at = [&](int line, int column) -> u32 { return ((const u16*)rows[8 * i + line])[column]; };
@@ -61,15 +61,15 @@ inline void load_matrices(u32 (&r)[4], const void* row, bool transposed) {
                       : at(group, 2 * member) | at(group, 2 * member + 1) << 16;
   }
 }
-inline void load_matrices(u32 (&r)[4], const void* row) { load_matrices(r, row, false); }
-inline void load_matrices_transposed(u32 (&r)[4], const void* row) { load_matrices(r, row, true); }
+inline void ldmatrix(u32 (&r)[4], const void* row) { ldmatrix(r, row, false); }
+inline void ldmatrix_trans(u32 (&r)[4], const void* row) { ldmatrix(r, row, true); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // mma.m16n8k16, bfloat16: "Matrix fragments for mma.m16n8k16 with floating point type"
 
 inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   struct Operands { u32 a[4], b[2]; };
-  const Operands* all = exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, 32, "mma");
+  const Operands* all = exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, "mma");
   int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
   for (int i = 0; i < 4; i++) {
     int row = i < 2 ? group : group + 8, column = member * 2 + (i & 1);
@@ -77,28 +77,27 @@ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     for (int k = 0; k < 16; k++) {
       u32 left = all[row % 8 * 4 + k % 8 / 2].a[(row >= 8) + 2 * (k >= 8)];
       u32 right = all[column * 4 + k % 8 / 2].b[k >= 8];
-      sum += number(left, k % 2) * number(right, k % 2);
+      sum += half_to_float(left, k % 2) * half_to_float(right, k % 2);
     }
     c[i] += sum;
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// mbarrier: bits 0-19 arrivals that this phase still waits for, 20-39 how many each phase has, 40-62 bytes, 63 the
-// phase
+// mbarrier: bits 0-19 arrivals this phase still waits for, 20-39 arrivals of a phase, 40-62 bytes, 63 the phase
 
 inline void pass(u64* barrier, u32 arrivals, long long bytes) {
   u64 left = *barrier & 0xfffff, all = *barrier >> 20 & 0xfffff;
   u64 due = (*barrier >> 40 & 0x7fffff) + bytes, phase = *barrier >> 63;
-  if (arrivals > left) fail("more arrive at a barrier than it was made for");
+  if (arrivals > left) fail("more threads arrive at a barrier than it was made for");
   left -= arrivals;
   if (!left && !due) left = all, phase ^= 1;
   *barrier = left | all << 20 | due << 40 | phase << 63;
 }
 
-inline void barrier_init(u64* barrier, u32 arrivals) { *barrier = arrivals | (u64)arrivals << 20; }
+inline void mbarrier_init(u64* barrier, u32 arrivals) { *barrier = arrivals | (u64)arrivals << 20; }
 
-inline void barrier_expect(u64* barrier, u32 bytes) {
+inline void mbarrier_expect_tx(u64* barrier, u32 bytes) {
   *barrier += (u64)bytes << 40;
   pass(barrier, 1, 0);
 }
@@ -108,10 +107,10 @@ inline void arrive_bulk(const Copy& copy) {
   pass(copy.barrier, 0, -(long long)copy.bytes);
 }
 
-inline void barrier_wait(u64* barrier, u32 parity) {
+inline void mbarrier_wait(u64* barrier, u32 parity) {
   while (*barrier >> 63 == parity) {
     if (bulk.empty()) {
-      meet(POLL, "a barrier's phase");
+      sync(POLL, "a barrier's phase");
     } else {
       arrive_bulk(bulk.front());
       bulk.erase(bulk.begin());
@@ -119,72 +118,10 @@ inline void barrier_wait(u64* barrier, u32 parity) {
   }
 }
 
-inline void bulk_copy(void* shared, const void* global, u32 bytes, u64* barrier) {
-  want_aligned(shared, 16, "a bulk copy to");
-  want_aligned(global, 16, "a bulk copy from");
-  if (bytes % 16) fail("a bulk copy of %u bytes, no multiple of 16", bytes);
+inline void cp_async_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
+  check_aligned(shared, 16, "a bulk copy to");
+  check_aligned(global, 16, "a bulk copy from");
+  if (bytes % 16) fail("a bulk copy of %u bytes, not a multiple of 16", bytes);
   Copy copy = {shared, global, bytes, bytes, barrier};
   descending ? bulk.push_back(copy) : arrive_bulk(copy);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// wgmma.m64n64k16 on tiles with 128-byte swizzling: "Asynchronous Warpgroup Level Matrix Instructions". `descending`
-// lets a product be done as late as it may. A thread makes its own part of D: its rows of A come from its warp.
-
-inline u64 descriptor(const void* tile) {
-  return (u64)((char*)tile - dynamic_memory) >> 4 | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-
-// The number at a tile's row and column, where descriptor d says: an atom is 8 rows of 128 bytes, and bits 7-9 of an
-// address are added to bits 4-6. In rows of K, d may start inside of a row.
-inline float swizzled(u64 d, int row, int column) {
-  u32 at = ((d & 0x3fff) << 4) + row / 8 * ((d >> 32 & 0x3fff) << 4) + row % 8 * 128 + 2 * column;
-  if (d >> 62 != 1) fail("a descriptor of another layout than 128-byte swizzling");
-  return number(*(const u16*)(dynamic_memory + (at ^ (at >> 7 & 7) << 4)), 0);
-}
-
-inline void pin(float (&)[8][4]) {}
-inline void shared_is_written() {}
-inline void wgmma_begin() { meet(128, "wgmma.fence"); }
-
-inline void product(std::function<void()> work) {
-  if (descending) me->products.push_back(work);
-  else work();
-}
-
-template <class Left, class Right> void multiply(float (&d)[8][4], Left left, Right right, bool add) {
-  int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
-  for (int n = 0; n < 8; n++)
-    for (int i = 0; i < 4; i++) {
-      float sum = 0;
-      for (int k = 0; k < 16; k++) sum += left(i < 2 ? group : group + 8, k) * right(k, 8 * n + member * 2 + (i & 1));
-      d[n][i] = add ? d[n][i] + sum : sum;
-    }
-}
-
-inline void wgmma_rows(float (&d)[8][4], u64 a, u64 b, int add) {
-  meet(128, "wgmma");
-  int warp = threadIdx.x % 128 / 32;
-  product([&d, a, b, add, warp] {
-    auto left = [&](int row, int k) { return swizzled(a, 16 * warp + row, k); };
-    multiply(d, left, [&](int k, int n) { return swizzled(b, n, k); }, add);
-  });
-}
-
-inline void wgmma_columns(float (&d)[8][4], const u32 (&a)[4], u64 b) {
-  struct Operand { u32 a[4]; };
-  const Operand* all = exchange(Operand{{a[0], a[1], a[2], a[3]}}, 128, "wgmma");
-  std::vector<Operand> mine(all + threadIdx.x % 128 / 32 * 32, all + threadIdx.x % 128 / 32 * 32 + 32);
-  product([&d, mine, b] {
-    auto left = [&](int row, int k) {
-      return number(mine[row % 8 * 4 + k % 8 / 2].a[(row >= 8) + 2 * (k >= 8)], k % 2);
-    };
-    multiply(d, left, [&](int k, int n) { return swizzled(b, k, n); }, true);
-  });
-}
-
-inline void wgmma_end() {
-  meet(128, "wgmma.wait_group");
-  for (auto& work : me->products) work();
-  me->products.clear();
 }

@@ -1,3 +1,3 @@
-"""Optional. Buys fast generation on a CPU (`python -m nanochameleon.bench engine`): a whole decode step in compiled
-code. Skip on a first reading.
+"""Optional. Buys fast generation on a CPU: compiled decode steps (`python -m nanochameleon.bench engine`). Skip on a
+first reading.
 """

@@ -1,7 +1,7 @@
-"""The next id of a row, chosen from its logits: the filters, the draw and the grammar of sampling.py once more, for one
-row at a time and in compiled code. Those are the reference; tests hold the two together, id by id.
+"""Compiled sampling of one slot's next token: the filters, the draw and the grammar of sampling.py a second time.
 
-The logits of the ids that may come are first gathered in one line, in the ids' order: nothing else is ever looked at.
+sampling.py is the reference; the tests compare the two token by token. The logits of the tokens that may come are
+first gathered in one line, in the tokens' order: the others are never computed.
 """
 
 import math
@@ -11,105 +11,106 @@ import numpy as np
 from numba import types
 
 from nanochameleon.generation.cpu.memory import bools, call_at, doubles, floats, inner, ints, ints32, map_at
+from nanochameleon.generation.decoder import IMAGE_TOKENS_LEFT, INDEX, N_SAMPLED, TOKENS_LEFT
 from nanochameleon.generation.sampling import (
-    BY_RULES,
-    CLOSE,
-    COUNT,
+    AT_EOI,
+    COND,
+    CONTINUE,
     DONE,
-    FULL,
-    GOES_ON,
     GUIDANCE,
-    GUIDANCE_IMAGE,
-    IMAGE,
-    IMAGES,
-    LEFT,
+    IMAGE_COND,
+    IMAGE_GUIDANCE,
+    IN_IMAGE,
     MIN_P,
-    NOTHING,
-    OPEN,
     PENALTY,
-    ROOM,
-    SHUT,
-    STOPS,
+    STOP,
     TEMPERATURE,
+    TEXT,
+    TEXT_NO_IMAGE,
     TOP_K,
     TOP_P,
+    UNCOND,
 )
 from nanochameleon.kernels.cpu.launch import compiled
 from nanochameleon.kernels.cpu.simd import address, count, instruction
 
-LEAST_HEAT = 1e-30  # as in temperature()
+SMALLEST_TEMPERATURE = 1e-30  # as in temperature()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The draw
 
 
 @inner
-def before(line, i, j):
+def ahead(line, i, j):
     """Is i ahead of j: larger, or the first of equal ones?"""
     return line[i] > line[j] or (line[i] == line[j] and i < j)
 
 
 @inner
-def sink(line, heap, at, size):
-    """Entry `at` goes down until nothing below it is ahead of it."""
+def sift_down(line, heap, at, size):
+    """Move entry `at` of the heap down until nothing below it is ahead of it."""
     child = 2 * at + 1
     while child < size:
-        if child + 1 < size and before(line, heap[child + 1], heap[child]):
+        if child + 1 < size and ahead(line, heap[child + 1], heap[child]):
             child += 1
-        if before(line, heap[at], heap[child]):
+        if ahead(line, heap[at], heap[child]):
             return
         heap[at], heap[child] = heap[child], heap[at]
         at, child = child, 2 * child + 1
 
 
 @inner
-def keep_top(line, weights, n, k, p, heap):
-    """As top(): the k largest, and of those the fewest that together reach p; the weights of the others become 0.
+def top_k_top_p(line, weights, n, k, p, heap):
+    """Set the weights of all tokens to 0 that top_k_top_p() of sampling.py removes.
 
-    The largest ones come out of a heap one by one, to its end. Of all that are rarer than (1 - p) / n on the average
-    nobody can be needed for p.
+    A heap yields the largest tokens one by one and keeps them at its end, which is faster than a sort when few are
+    needed. Without top-k, a token whose weight is below (1 - p) / n of the sum cannot be needed to reach p.
     """
-    mass, size, few = 0.0, 0, k < n
+    mass, size, limited = 0.0, 0, k < n
     for i in range(n):
         mass += weights[i]
+    # 1. Build a heap of the candidates
     for i in range(n):
-        if few or weights[i] * n >= (1 - p) * mass:
+        if limited or weights[i] * n >= (1 - p) * mass:
             heap[size] = i
             size += 1
     for at in range(size // 2 - 1, -1, -1):
-        sink(line, heap, at, size)
+        sift_down(line, heap, at, size)
+    # 2. Take out the largest: k of them or, without top-k, until they reach p
     end, taken = size, 0.0
-    while size > 0 and (size == end or (end - size < k if few else taken < p * mass)):
+    while size > 0 and (size == end or (end - size < k if limited else taken < p * mass)):
         size -= 1
         heap[0], heap[size] = heap[size], heap[0]
-        sink(line, heap, 0, size)
+        sift_down(line, heap, 0, size)
         taken += weights[heap[size]]
-    if few and p < 1:
+    # 3. With both, top-p counts among the k
+    if limited and p < 1:
         mass, taken, size = taken, 0.0, end
         while size == end or taken < p * mass:
             size -= 1
             taken += weights[heap[size]]
+    # 4. heap[size] is the last token kept: remove all that it is ahead of
     for i in range(n):
-        if before(line, heap[size], i):
+        if ahead(line, heap[size], i):
             weights[i] = 0
 
 
 @inner
-def pick(line, n, t, k, p, share, uniform, weights, heap):
-    """Greedy where t is 0, else temperature(), top(), min_p() and pick() of sampling.py."""
+def sample(line, n, t, k, p, min_p, uniform, weights, heap):
+    """Greedy where t is 0; else temperature(), top_k_top_p(), min_p() and sample() of sampling.py."""
     best = 0
     for i in range(1, n):
         if line[i] > line[best]:
             best = i
     if t == 0:
         return best
-    largest, heat = line[best], np.float32(max(t, LEAST_HEAT))
+    largest, divisor = line[best], np.float32(max(t, SMALLEST_TEMPERATURE))
     for i in range(n):
-        line[i] = (line[i] - largest) / heat
+        line[i] = (line[i] - largest) / divisor
         weights[i] = math.exp(line[i])
     if k < n or p < 1:
-        keep_top(line, weights, n, k, p, heap)
-    least, s = np.float32(math.log(share) if share > 0 else -math.inf), 0.0
+        top_k_top_p(line, weights, n, k, p, heap)
+    least, s = np.float32(math.log(min_p) if min_p > 0 else -math.inf), 0.0
     for i in range(n):
         if line[i] < least:
             weights[i] = 0
@@ -127,47 +128,47 @@ def pick(line, n, t, k, p, share, uniform, weights, heap):
 
 
 @inner
-def number(m, name, row):
-    return ints(m.numbers, 6 * m.n_rows)[name * m.n_rows + row]
+def slot_state(m, name, slot):
+    return ints(m.slot_state, 6 * m.n_slots)[name * m.n_slots + slot]
 
 
 @inner
-def done(m, row):
-    return bools(m.done, m.n_rows)[row]
+def done(m, slot):
+    return bools(m.done, m.n_slots)[slot]
 
 
 @inner
-def option(m, name, row):
-    return doubles(m.options, 11 * m.n_rows)[name * m.n_rows + row]
+def param(m, name, slot):
+    return doubles(m.params, 11 * m.n_slots)[name * m.n_slots + slot]
 
 
 @inner
-def branch(m, reads, row):
-    """The row that reads this of a row's sample."""
-    return ints(m.sample, 3 * m.n_rows)[reads * m.n_rows + row]
+def branch_slot(m, branch, slot):
+    """The slot of this guidance branch of a slot's request."""
+    return ints(m.branch_slots, 3 * m.n_slots)[branch * m.n_slots + slot]
 
 
 @inner
-def seen_by(m, row):
+def context_mask(m, slot):
     """(V,) bool"""
-    return bools(m.seen + row * m.vocab_size, m.vocab_size)
+    return bools(m.context_mask + slot * m.vocab_size, m.vocab_size)
 
 
 @inner
-def logits_of(m, row):
-    """(V,) float32, of which those that may come have been made."""
-    return floats(m.logits + 4 * ints(m.places, m.n_rows)[row] * m.vocab_size, m.vocab_size)
+def logits_of(m, slot):
+    """(V,) float32; only those of tokens that may come have been computed."""
+    return floats(m.logits + 4 * ints(m.logit_rows, m.n_slots)[slot] * m.vocab_size, m.vocab_size)
 
 
 @inner
-def kind(m, row):
-    """As Grammar.kinds."""
-    if done(m, row):
+def state(m, slot):
+    """As Grammar.state."""
+    if done(m, slot):
         return DONE
-    left = number(m, LEFT, row)
+    left = slot_state(m, IMAGE_TOKENS_LEFT, slot)
     if left >= 0:
-        return IMAGE if left > 0 else CLOSE
-    return OPEN if number(m, ROOM, row) >= m.codes_each + 2 else SHUT
+        return IN_IMAGE if left > 0 else AT_EOI
+    return TEXT if slot_state(m, TOKENS_LEFT, slot) >= m.image_len + 2 else TEXT_NO_IMAGE
 
 
 @inner
@@ -178,58 +179,59 @@ def penalised(logit, seen, penalty):
 
 
 @inner
-def gather_text(m, row, what, line, ends):
-    """Outside of an image -> how many ids that may come are none of text, and how many in all."""
-    logits, seen, penalty = logits_of(m, row), seen_by(m, row), np.float32(option(m, PENALTY, row))
-    may, n = bools(m.may + (number(m, BY_RULES, row) * 5 + what) * m.vocab_size, m.vocab_size), 0
-    for end in (m.eos, m.boi, m.eot):
-        if may[end]:
-            ends[n], line[n] = end, penalised(logits[end], seen[end], penalty)
+def gather_text(m, slot, state, line, specials):
+    """Gather the logits that may come outside an image -> the number of special tokens among them, and of all."""
+    logits, seen, penalty = logits_of(m, slot), context_mask(m, slot), np.float32(param(m, PENALTY, slot))
+    row, n = slot_state(m, INDEX, slot) * 5 + state, 0
+    allowed = bools(m.allowed + row * m.vocab_size, m.vocab_size)
+    for token in (m.eos, m.boi, m.eot):
+        if allowed[token]:
+            specials[n], line[n] = token, penalised(logits[token], seen[token], penalty)
             n += 1
-    behind = n
-    for token in range(m.first_text, m.vocab_size if may[m.first_text] else 0):
+    n_specials = n
+    for token in range(m.first_text, m.vocab_size if allowed[m.first_text] else 0):
         line[n] = penalised(logits[token], seen[token], penalty)
         n += 1
-    return behind, n
+    return n_specials, n
 
 
 @inner
-def gather_codes(m, row, line):
-    """As guide()."""
-    by_text, by_image = np.float32(option(m, GUIDANCE, row)), np.float32(option(m, GUIDANCE_IMAGE, row))
-    full, image = logits_of(m, branch(m, FULL, row)), logits_of(m, branch(m, IMAGES, row))
-    nothing, plain = logits_of(m, branch(m, NOTHING, row)), by_text == 1 and by_image == 1
+def gather_image_tokens(m, slot, line):
+    """As classifier_free_guidance()."""
+    by_text, by_image = np.float32(param(m, GUIDANCE, slot)), np.float32(param(m, IMAGE_GUIDANCE, slot))
+    cond, image_cond = logits_of(m, branch_slot(m, COND, slot)), logits_of(m, branch_slot(m, IMAGE_COND, slot))
+    uncond, unguided = logits_of(m, branch_slot(m, UNCOND, slot)), by_text == 1 and by_image == 1
     for i in range(m.eoi - m.first_code):
         token = m.first_code + i
-        x, y, z = full[token], image[token], nothing[token]
-        line[i] = x if plain else z + by_image * (y - z) + by_text * (x - y)
+        x, y, z = cond[token], image_cond[token], uncond[token]
+        line[i] = x if unguided else z + by_image * (y - z) + by_text * (x - y)
 
 
 @inner
-def choice(m, row, member):
-    """-> the next id, where more than one may come."""
-    what, v = kind(m, row), m.vocab_size
-    line, weights = floats(m.lines + 4 * member * v, v), doubles(m.weights + 8 * member * v, v)
-    heap = ints(m.heaps + 8 * member * (v + 3), v)
-    ends = ints(m.heaps + 8 * (member * (v + 3) + v), 3)
-    if what == IMAGE:
-        gather_codes(m, row, line)
-        behind, n, column, first = 0, m.eoi - m.first_code, 1, m.first_code
+def sample_allowed(m, slot, thread):
+    """Sample the next token of a slot where more than one may come."""
+    now, v = state(m, slot), m.vocab_size
+    line, weights = floats(m.lines + 4 * thread * v, v), doubles(m.weights + 8 * thread * v, v)
+    heap = ints(m.heaps + 8 * thread * (v + 3), v)
+    specials = ints(m.heaps + 8 * (thread * (v + 3) + v), 3)
+    if now == IN_IMAGE:
+        gather_image_tokens(m, slot, line)
+        n_specials, n, image, first = 0, m.eoi - m.first_code, 1, m.first_code
     else:
-        behind, n = gather_text(m, row, what, line, ends)
-        column, first = 0, m.first_text
-    count = min(number(m, COUNT, row), m.context - 1)
-    at = pick(
-        line, n, option(m, TEMPERATURE + column, row), option(m, TOP_K + column, row), option(m, TOP_P + column, row),
-        option(m, MIN_P + column, row), doubles(m.uniforms + 8 * row * m.context, m.context)[count], weights, heap,
+        n_specials, n = gather_text(m, slot, now, line, specials)
+        image, first = 0, m.first_text
+    column = min(slot_state(m, N_SAMPLED, slot), m.context - 1)
+    at = sample(
+        line, n, param(m, TEMPERATURE + image, slot), param(m, TOP_K + image, slot), param(m, TOP_P + image, slot),
+        param(m, MIN_P + image, slot), doubles(m.uniforms + 8 * slot * m.context, m.context)[column], weights, heap,
     )  # fmt: skip
-    return ends[at] if at < behind else first + at - behind
+    return specials[at] if at < n_specials else first + at - n_specials
 
 
-def choose(where, row, member):
-    """The next id of a row that reads everything, into m.chosen; `where` m lies."""
-    m = map_at(where)
-    ints(m.chosen, m.n_rows)[row] = m.eoi if kind(m, row) == CLOSE else choice(m, row, member)
+def choose(m_address, slot, thread):
+    """Write the next token of a COND slot to m.chosen."""
+    m = map_at(m_address)
+    ints(m.chosen, m.n_slots)[slot] = m.eoi if state(m, slot) == AT_EOI else sample_allowed(m, slot, thread)
 
 
 @cache
@@ -238,8 +240,8 @@ def choose_address() -> int:
 
 
 @instruction(types.void, address, address, count, count)
-def call_choose(b, function, where, row, member):
-    call_at(b, function, where, row, member)
+def call_choose(b, function, m_address, slot, thread):
+    call_at(b, function, m_address, slot, thread)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,13 +249,13 @@ def call_choose(b, function, where, row, member):
 
 
 @inner
-def advance(m, row, token):
-    """As Grammar.after, in place."""
-    numbers, n = ints(m.numbers, 6 * m.n_rows), m.n_rows
-    left, at = numbers[LEFT * n + row], number(m, BY_RULES, row) * m.vocab_size + token
-    turn = ints32(m.turns + 4 * at, 1)[0]
-    numbers[LEFT * n + row] = left - 1 if left >= 0 else max(turn, GOES_ON)
-    numbers[ROOM * n + row] -= 1
-    numbers[COUNT * n + row] += 1
-    seen_by(m, row)[token] = True
-    bools(m.done, n)[row] = turn == STOPS or numbers[ROOM * n + row] <= 0
+def advance(m, slot, token):
+    """As Grammar.advance, in place; also the token's count and the context mask."""
+    state, n = ints(m.slot_state, 6 * m.n_slots), m.n_slots
+    left, at = state[IMAGE_TOKENS_LEFT * n + slot], slot_state(m, INDEX, slot) * m.vocab_size + token
+    transition = ints32(m.transitions + 4 * at, 1)[0]
+    state[IMAGE_TOKENS_LEFT * n + slot] = left - 1 if left >= 0 else max(transition, CONTINUE)
+    state[TOKENS_LEFT * n + slot] -= 1
+    state[N_SAMPLED * n + slot] += 1
+    context_mask(m, slot)[token] = True
+    bools(m.done, n)[slot] = transition == STOP or state[TOKENS_LEFT * n + slot] <= 0

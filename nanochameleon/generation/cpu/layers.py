@@ -1,10 +1,10 @@
-"""The layers of one step: new ids at places (row, position) of the cache -> their rows' hidden states.
+"""The layers of one compiled step: queued tokens at (slot, position) -> the hidden states of their slots.
 
-Ids of many rows, one each, are a step of decoding; many ids of one row are a prompt being read; any mixture of both is
-the same work. It is cut into phases, a phase for each product and for what lies between two of them: PHASES of each
-layer. A phase is blocks that can be done at once, in any order, by anybody; team.py says who does which.
+One token of each of many slots is a decode step. Many tokens of one slot are prefill. Any mixture is the same work.
+The work is cut into phases: PHASES per layer, one for each matmul, and one for the work between two matmuls. A phase is
+cut into blocks, which any thread may do, in any order; threads.py shares them out.
 
-Activations are rows of float32, filled up with zeros to whole registers; see memory.py for m and the letters.
+Activations are rows of float32, padded with zeros to whole registers. See memory.py for `m` and the letters.
 """
 
 import math
@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numba import types
 
-from nanochameleon.generation.cpu.matmul import call_product
+from nanochameleon.generation.cpu.matmul import call_matmul
 from nanochameleon.generation.cpu.memory import call_at, inner, map_at, padded
 from nanochameleon.kernels.attention.cpu import LOG2E, NEG_INF
 from nanochameleon.kernels.block.swiglu_cpu import sigmoid
@@ -44,72 +44,72 @@ from nanochameleon.kernels.cpu.simd import (
 )
 
 ONE = np.float32(1)
-SLOTS = 20  # numbers of a layer, at m.layers
-WQ, WK, WV, WO, W1, W3, W2 = range(0, 14, 2)  # a matrix and, behind it, its scales
+FIELDS = 20  # addresses per layer, at m.layers
+WQ, WK, WV, WO, W1, W3, W2 = range(0, 14, 2)  # a matrix and, in the next field, its scales
 ATTENTION_NORM, FFN_NORM, Q_NORM, K_NORM, KEYS, VALUES = range(14, 20)  # (D'), (groups, 2, E'), (N, G, context, E)
-PHASES = 8  # of a layer
-PROJECT, REMEMBER, ATTEND, OUT, JOIN, GATE, DOWN, JOIN_AGAIN = range(PHASES)
+PHASES = 8  # per layer
+QKV, WRITE_CACHE, ATTEND, OUT, ADD_ATTENTION, GATE_UP, DOWN, ADD_FFN = range(PHASES)
 
 
 @inner
-def slot(m, layer, which):
-    return load1_int(m.layers + 8 * (SLOTS * layer + which))
+def field(m, layer, which):
+    return load1_int(m.layers + 8 * (FIELDS * layer + which))
 
 
 @inner
-def row_of(m, i):
-    """Of the i-th id in the queue."""
-    return load1_int(m.queue + 8 * (m.ids + i))
+def slot_of(m, i):
+    """The slot of the i-th token in the queue."""
+    return load1_int(m.queue + 8 * (m.queue_size + i))
 
 
 @inner
 def position_of(m, i):
-    return load1_int(m.queue + 8 * (2 * m.ids + i))
+    return load1_int(m.queue + 8 * (2 * m.queue_size + i))
 
 
 @inner
 def width(m, n):
-    """How many outputs of n a block has: some blocks for each member, whole registers."""
-    return max(padded((n + 4 * m.members - 1) // (4 * m.members)), W)
+    """Outputs per block, out of n: about four blocks per thread, in whole registers."""
+    return max(padded((n + 4 * m.n_threads - 1) // (4 * m.n_threads)), W)
 
 
 @inner
 def outputs(m, phase):
-    """Of all products of a phase."""
-    if phase == PROJECT:
+    """The number of outputs of a matmul phase."""
+    if phase == QKV:
         return (m.n_heads + 2 * m.kv_heads) * m.head_dim
-    return m.ffn_dim if phase == GATE else m.dim
+    return m.ffn_dim if phase == GATE_UP else m.dim
 
 
 @inner
-def pieces(m, phase, n):
-    """Of a phase that is no product, with n ids."""
-    return n * m.kv_heads if phase in (REMEMBER, ATTEND) else n
+def items(m, phase, n):
+    """The number of independent items in a phase that is not a matmul, with n tokens."""
+    return n * m.kv_heads if phase in (WRITE_CACHE, ATTEND) else n
 
 
 @inner
 def each_block(m, phase, n):
-    """Outputs of a product, or pieces: some blocks for each member, since taking one costs a part of a microsecond."""
-    if phase in (REMEMBER, ATTEND, JOIN, JOIN_AGAIN):
-        return (pieces(m, phase, n) + 4 * m.members - 1) // (4 * m.members)
+    """Outputs or items per block: few blocks per thread, since taking one costs a fraction of a microsecond."""
+    if phase in (WRITE_CACHE, ATTEND, ADD_ATTENTION, ADD_FFN):
+        return (items(m, phase, n) + 4 * m.n_threads - 1) // (4 * m.n_threads)
     return width(m, outputs(m, phase))
 
 
 @inner
 def blocks(m, phase, n):
-    """Of a phase with n ids."""
-    whole = pieces(m, phase, n) if phase in (REMEMBER, ATTEND, JOIN, JOIN_AGAIN) else outputs(m, phase)
+    """The number of blocks in a phase with n tokens."""
+    whole = items(m, phase, n) if phase in (WRITE_CACHE, ATTEND, ADD_ATTENTION, ADD_FFN) else outputs(m, phase)
     each = each_block(m, phase, n)
     return (whole + each - 1) // each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows, between two products
+# Between two matmuls
 
 
 @inner
 def norm(x, n, weight, eps, out):
-    """RMSNorm of one row."""
+    """RMSNorm of one row of n."""
     factor = splat(np.float32(ONE / math.sqrt(dot_rows(x, x, padded(n)) / np.float32(n) + eps)))
     for i in range(0, n, W):
         store(out + 4 * i, load(x + 4 * i) * factor * load(weight + 4 * i))
@@ -117,29 +117,31 @@ def norm(x, n, weight, eps, out):
 
 @inner
 def embed(m, i):
-    """Id i's row of x, and what the first product reads."""
+    """Token i's row of x, and its norm, which the first matmul reads."""
     at = 4 * i * padded(m.dim)
     read_row(m.embeddings + 4 * load1_int(m.queue + 8 * i) * m.dim, 4, m.dim, m.x + at)
-    if m.pre:
-        norm(m.x + at, m.dim, slot(m, 0, ATTENTION_NORM), m.eps, m.normed + at)
+    if m.pre_norm:
+        norm(m.x + at, m.dim, field(m, 0, ATTENTION_NORM), m.eps, m.normed + at)
 
 
 @inner
-def join(m, layer, phase, i, n, scratch):
-    """Id i's branch joins x, and what reads x next is made: the next product's input or, at the end, the hidden state
-    of id i's row, unless the next of the n ids is of the same row."""
+def add_branch(m, layer, phase, i, n, scratch):
+    """Add token i's branch to x, then norm x for the next matmul.
+
+    After the last layer, the norm is the slot's hidden state; only the last of a slot's tokens writes it.
+    """
     at = 4 * i * padded(m.dim)
-    x, branch, own = m.x + at, m.branch + at, ATTENTION_NORM if phase == JOIN else FFN_NORM
-    if not m.pre:
-        norm(branch, m.dim, slot(m, layer, own), m.eps, branch)
+    x, branch, own = m.x + at, m.branch + at, ATTENTION_NORM if phase == ADD_ATTENTION else FFN_NORM
+    if not m.pre_norm:
+        norm(branch, m.dim, field(m, layer, own), m.eps, branch)
     for d in range(0, m.dim, W):
         store(x + 4 * d, load(x + 4 * d) + load(branch + 4 * d))
-    if phase == JOIN_AGAIN and layer + 1 == m.n_layers:
-        if i + 1 == n or row_of(m, i + 1) != row_of(m, i):
+    if phase == ADD_FFN and layer + 1 == m.n_layers:
+        if i + 1 == n or slot_of(m, i + 1) != slot_of(m, i):
             norm(x, m.dim, m.norm, m.eps, scratch)
-            write_row(m.hidden + 4 * row_of(m, i) * m.dim, 4, m.dim, scratch, ONE)
-    elif m.pre:
-        follows = slot(m, layer, FFN_NORM) if phase == JOIN else slot(m, layer + 1, ATTENTION_NORM)
+            write_row(m.hidden + 4 * slot_of(m, i) * m.dim, 4, m.dim, scratch, ONE)
+    elif m.pre_norm:
+        follows = field(m, layer, FFN_NORM) if phase == ADD_ATTENTION else field(m, layer + 1, ATTENTION_NORM)
         norm(x, m.dim, follows, m.eps, m.normed + at)
 
 
@@ -148,20 +150,20 @@ def join(m, layer, phase, i, n, scratch):
 
 
 @inner
-def cached(m, layer, which, row, g):
-    """Where the keys or values of a row and key head begin."""
-    return slot(m, layer, which) + 4 * (row * m.kv_heads + g) * m.context * m.head_dim
+def cache_at(m, layer, which, slot, g):
+    """The address of the keys or values of a slot and key head."""
+    return field(m, layer, which) + 4 * (slot * m.kv_heads + g) * m.context * m.head_dim
 
 
 @inner
-def projected(m, i, h):
-    """Where head h of id i begins among queries, keys and values, which follow each other."""
+def head_at(m, i, h):
+    """The address of head h of token i; queries, keys and values follow each other."""
     return m.qkv + 4 * (i * (m.n_heads + 2 * m.kv_heads) + h) * m.head_dim
 
 
 @inner
-def centre(x, e):
-    """One head (E'), in place: mean 0, zeros behind it -> its variance."""
+def subtract_mean(x, e):
+    """Subtract the mean of one head (E') in place, keeping the padding 0 -> its variance."""
     s = splat(ZERO)
     for d in range(0, e, W):
         s += load(x + 4 * d)
@@ -174,12 +176,12 @@ def centre(x, e):
 
 
 @inner
-def turned(m, norms, group, source, position, factor, out):
-    """Norm and turn of one head -> out (E'), times factor."""
+def norm_and_rope(m, norms, group, source, position, factor, out):
+    """QK-norm and RoPE of one head, times factor -> out (E')."""
     e, wide = m.head_dim, padded(m.head_dim)
-    weight, table = norms + 8 * group * wide, m.rotations + 4 * position * wide
+    weight, table = norms + 8 * group * wide, m.freqs_cis + 4 * position * wide
     read_row(source, 4, e, out)
-    scale = splat(np.float32(ONE / math.sqrt(centre(out, e) + m.eps)) if m.groups > 0 else ONE)
+    scale = splat(np.float32(ONE / math.sqrt(subtract_mean(out, e) + m.eps)) if m.groups > 0 else ONE)
     for d in range(0, 4 * e, 4 * W):
         y = load(out + d)
         if m.groups > 0:
@@ -188,19 +190,20 @@ def turned(m, norms, group, source, position, factor, out):
 
 
 @inner
-def remember(m, layer, i, g, scratch):
-    """Keys and values of id i and key head g go into the cache."""
-    row, position, at = row_of(m, i), position_of(m, i), 4 * position_of(m, i) * m.head_dim
+def write_cache(m, layer, i, g, scratch):
+    """Write the keys and values of token i and key head g into the cache."""
+    slot, position = slot_of(m, i), position_of(m, i)
+    at = 4 * position * m.head_dim
     group = g * m.groups // m.kv_heads
-    turned(m, slot(m, layer, K_NORM), group, projected(m, i, m.n_heads + g), position, ONE, scratch)
-    write_row(cached(m, layer, KEYS, row, g) + at, 4, m.head_dim, scratch, ONE)
-    read_row(projected(m, i, m.n_heads + m.kv_heads + g), 4, m.head_dim, scratch)
-    write_row(cached(m, layer, VALUES, row, g) + at, 4, m.head_dim, scratch, ONE)
+    norm_and_rope(m, field(m, layer, K_NORM), group, head_at(m, i, m.n_heads + g), position, ONE, scratch)
+    write_row(cache_at(m, layer, KEYS, slot, g) + at, 4, m.head_dim, scratch, ONE)
+    read_row(head_at(m, i, m.n_heads + m.kv_heads + g), 4, m.head_dim, scratch)
+    write_row(cache_at(m, layer, VALUES, slot, g) + at, 4, m.head_dim, scratch, ONE)
 
 
 @inner
-def soften(scores, n):
-    """n scores, as powers of two -> weights 2^(score - largest), zeros up to the next whole register -> their sum."""
+def softmax_weights(scores, n):
+    """Replace n scores by 2^(score - largest), and the padding by zeros -> their sum."""
     most, s = splat(NEG_INF), splat(ZERO)
     for t in range(0, n, W):
         most = vmax(blend_first(load(scores + 4 * t), n - t, splat(NEG_INF)), most)
@@ -213,90 +216,90 @@ def soften(scores, n):
 
 
 @inner
-def times_values(weights, across, heads, n, values, e, out):
-    """out (heads, E') = weights (heads, n) times values (n, E)."""
+def weights_times_values(weights, stride, heads, n, values, e, out):
+    """out (heads, E') = weights (heads, n) @ values (n, E)."""
     wide, whole = padded(e), e // W * W
     clear(out, heads * wide)
     if whole > 0:
-        matmul_add(heads, whole, weights, across, 1, values, e, out, wide, n)
+        matmul_add(heads, whole, weights, stride, 1, values, e, out, wide, n)
     for h in range(heads):
         for d in range(whole, e):
             s = ZERO
             for t in range(n):
-                s += load1(weights + 4 * (h * across + t)) * load1(values + 4 * (t * e + d))
+                s += load1(weights + 4 * (h * stride + t)) * load1(values + 4 * (t * e + d))
             store1(out + 4 * (h * wide + d), s)
 
 
 @inner
 def attend(m, layer, i, g, scratch):
-    """The query heads of id i that share key head g, over all ids up to its own."""
+    """Attention of token i's query heads that share key head g, over all positions up to its own."""
     e, wide, each = m.head_dim, padded(m.head_dim), m.n_heads // m.kv_heads
-    row, n = row_of(m, i), position_of(m, i) + 1
-    across, out, scores = padded(n), scratch + 4 * each * wide, scratch + 8 * each * wide
+    slot, n = slot_of(m, i), position_of(m, i) + 1
+    stride, out, scores = padded(n), scratch + 4 * each * wide, scratch + 8 * each * wide
     factor = LOG2E / np.float32(math.sqrt(np.float32(e)))
     for h in range(each):
         group = (g * each + h) * m.groups // m.n_heads
-        source = projected(m, i, g * each + h)
-        turned(m, slot(m, layer, Q_NORM), group, source, n - 1, factor, scratch + 4 * h * wide)
-    call_product(m.product_fp32, scratch, each, wide, cached(m, layer, KEYS, row, g), e, 0, 0, n, scores, across)
+        source = head_at(m, i, g * each + h)
+        norm_and_rope(m, field(m, layer, Q_NORM), group, source, n - 1, factor, scratch + 4 * h * wide)
+    call_matmul(m.matmul_fp32, scratch, each, wide, cache_at(m, layer, KEYS, slot, g), e, 0, 0, n, scores, stride)
     for h in range(each):
-        store1(scratch + 4 * h, ONE / soften(scores + 4 * h * across, n))  # over queries that are no longer needed
-    times_values(scores, across, each, n, cached(m, layer, VALUES, row, g), e, out)
+        store1(scratch + 4 * h, ONE / softmax_weights(scores + 4 * h * stride, n))  # overwrites queries, which are done
+    weights_times_values(scores, stride, each, n, cache_at(m, layer, VALUES, slot, g), e, out)
     for h in range(each):
         to = m.heads + 4 * (i * m.n_heads + g * each + h) * e
         write_row(to, 4, e, out + 4 * h * wide, load1(scratch + 4 * h))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products
+# Matmuls
 
 
 @inner
-def part(m, layer, which, x, across, k, n, start, count, first, last, out, across_out):
-    """Of a matrix whose outputs are start .. start + count - 1 among several, those among first .. last - 1."""
+def part_of_linear(m, layer, which, x, stride, k, n, start, count, first, last, out, out_stride):
+    """Those of a phase's outputs first .. last - 1 that are of one matrix, whose own are start .. start + count - 1."""
     low, high = max(first - start, 0), min(last - start, count)
     if low < high:
-        w, scale = slot(m, layer, which), slot(m, layer, which + 1)
-        call_product(m.product, x, n, across, w, k, scale, low, high, out + 4 * start, across_out)
+        w, scale = field(m, layer, which), field(m, layer, which + 1)
+        call_matmul(m.matmul, x, n, stride, w, k, scale, low, high, out + 4 * start, out_stride)
 
 
 @inner
-def multiply(m, layer, phase, n, first, last):
-    """Outputs first .. last - 1 of a phase, for n ids."""
-    x, dim, ffn, heads = m.normed if m.pre else m.x, padded(m.dim), padded(m.ffn_dim), m.n_heads * m.head_dim
-    if phase == PROJECT:  # one after the other
-        keys, all_heads = m.kv_heads * m.head_dim, outputs(m, PROJECT)
-        part(m, layer, WQ, x, dim, m.dim, n, 0, heads, first, last, m.qkv, all_heads)
-        part(m, layer, WK, x, dim, m.dim, n, heads, keys, first, last, m.qkv, all_heads)
-        part(m, layer, WV, x, dim, m.dim, n, heads + keys, keys, first, last, m.qkv, all_heads)
+def linears(m, layer, phase, n, first, last):
+    """Outputs first .. last - 1 of a matmul phase, for n tokens."""
+    x, dim, ffn, heads = m.normed if m.pre_norm else m.x, padded(m.dim), padded(m.ffn_dim), m.n_heads * m.head_dim
+    if phase == QKV:  # three matrices, one after the other
+        keys, all_heads = m.kv_heads * m.head_dim, outputs(m, QKV)
+        part_of_linear(m, layer, WQ, x, dim, m.dim, n, 0, heads, first, last, m.qkv, all_heads)
+        part_of_linear(m, layer, WK, x, dim, m.dim, n, heads, keys, first, last, m.qkv, all_heads)
+        part_of_linear(m, layer, WV, x, dim, m.dim, n, heads + keys, keys, first, last, m.qkv, all_heads)
     elif phase == OUT:
-        part(m, layer, WO, m.heads, heads, heads, n, 0, m.dim, first, last, m.branch, dim)
+        part_of_linear(m, layer, WO, m.heads, heads, heads, n, 0, m.dim, first, last, m.branch, dim)
     elif phase == DOWN:
-        part(m, layer, W2, m.up, ffn, m.ffn_dim, n, 0, m.dim, first, last, m.branch, dim)
-    else:  # side by side: silu(w1 x) * w3 x
-        part(m, layer, W1, x, dim, m.dim, n, 0, m.ffn_dim, first, last, m.up, ffn)
-        part(m, layer, W3, x, dim, m.dim, n, 0, m.ffn_dim, first, last, m.gate, ffn)
+        part_of_linear(m, layer, W2, m.up, ffn, m.ffn_dim, n, 0, m.dim, first, last, m.branch, dim)
+    else:  # GATE_UP: silu(w1 x) * w3 x
+        part_of_linear(m, layer, W1, x, dim, m.dim, n, 0, m.ffn_dim, first, last, m.up, ffn)
+        part_of_linear(m, layer, W3, x, dim, m.dim, n, 0, m.ffn_dim, first, last, m.gate, ffn)
         for at in range(n):
             for f in range(first, last, W):
                 up, gate = m.up + 4 * (at * ffn + f), m.gate + 4 * (at * ffn + f)
                 store(up, load(up) * sigmoid(load(up)) * load(gate))
 
 
-def do_block(where, layer, phase, block, n, scratch):
-    """One block of a phase with n ids; `where` m lies."""
-    m = map_at(where)
+def do_block(m_address, layer, phase, block, n, scratch):
+    """Do one block of a phase with n tokens."""
+    m = map_at(m_address)
     each = each_block(m, phase, n)
     first, last = block * each, (block + 1) * each
-    if phase in (REMEMBER, ATTEND, JOIN, JOIN_AGAIN):
-        for piece in range(first, min(last, pieces(m, phase, n))):
-            if phase == REMEMBER:
-                remember(m, layer, piece // m.kv_heads, piece % m.kv_heads, scratch)
+    if phase in (WRITE_CACHE, ATTEND, ADD_ATTENTION, ADD_FFN):
+        for item in range(first, min(last, items(m, phase, n))):
+            if phase == WRITE_CACHE:
+                write_cache(m, layer, item // m.kv_heads, item % m.kv_heads, scratch)
             elif phase == ATTEND:
-                attend(m, layer, piece // m.kv_heads, piece % m.kv_heads, scratch)
+                attend(m, layer, item // m.kv_heads, item % m.kv_heads, scratch)
             else:
-                join(m, layer, phase, piece, n, scratch)
+                add_branch(m, layer, phase, item, n, scratch)
     else:
-        multiply(m, layer, phase, n, first, min(last, outputs(m, phase)))
+        linears(m, layer, phase, n, first, min(last, outputs(m, phase)))
 
 
 @cache
@@ -305,5 +308,5 @@ def do_block_address() -> int:
 
 
 @instruction(types.void, address, address, count, count, count, count, address)
-def call_do_block(b, function, where, layer, phase, block, n, scratch):
-    call_at(b, function, where, layer, phase, block, n, scratch)
+def call_do_block(b, function, m_address, layer, phase, block, n, scratch):
+    call_at(b, function, m_address, layer, phase, block, n, scratch)

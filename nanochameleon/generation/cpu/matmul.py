@@ -1,10 +1,10 @@
-"""Rows of activations times rows of weights, both as they lie in memory: out[r, n] = scale[n] sum_k x[r, k] w[n, k].
+"""Matmul of activations and weights, both as they are in memory: out[r, n] = scale[n] * sum_k x[r, k] w[n, k].
 
-A tile is up to ROWS rows by OUTS outputs, each with one register of sums that runs along k; at the end a tree adds up
-the lanes of all of them at once. So weights need no other order, a few rows cost as little as one (all wait for the
-weights), and a result's bits depend on its own row and weights alone, never on the rows or the tile beside it.
+A tile is up to ROWS rows by OUTS outputs. Each pair has one register of partial sums that runs along k; at the end a
+tree adds up the lanes of all registers at once. So the weights need no other layout, and a few rows cost as much as
+one, since all wait for the weights. A result's bits depend on its own row and weights alone, never on the other rows.
 
-Weights are float32, or int8 with a scale for each output.
+Weights are float32, or int8 with one scale per output.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ from nanochameleon.kernels.cpu.simd import (
     W,
     address,
     butterfly,
-    cgutils,
+    call_of,
     constant,
     count,
     f32,
@@ -33,39 +33,39 @@ from nanochameleon.kernels.cpu.simd import (
     pointer,
 )
 
-ROWS, OUTS = 4, W // 4  # as many sums as a register has lanes
-AHEAD = 2 * OUTS  # rows of weights: how far ahead they are fetched while rows of x are many
+ROWS, OUTS = 4, W // 4  # as many registers of sums as a register has lanes
+AHEAD = 2 * OUTS  # rows of weights: how far ahead they are prefetched
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces of LLVM
 
 
-def masked(b, p, mask, kind, name: str):
-    """The lanes of the mask from an address, the others 0 and not touched."""
-    of = ir.FunctionType(kind, [kind.as_pointer(), i32, mask.type, kind])
-    load = cgutils.get_or_insert_function(b.module, of, f"llvm.masked.load.v{W}{name}.p0")
-    return b.call(load, [b.inttoptr(p, kind.as_pointer()), i32(1), mask, ir.Constant(kind, [0] * W)])
+def masked_load(b, p, mask, kind, name: str):
+    """Load the lanes of the mask; the others are 0, and their memory is not touched."""
+    zeros = ir.Constant(kind, [0] * W)
+    return call_of(b, f"llvm.masked.load.v{W}{name}.p0", kind, b.inttoptr(p, kind.as_pointer()), i32(1), mask, zeros)
 
 
 def read(b, p, size: int, mask):
-    """W numbers of 4 bytes (float32) or 1 (int8, widened)."""
+    """Load W numbers of 4 bytes (float32) or of 1 byte (int8, converted to float32)."""
     if size == 4:
-        return load_at(b, p) if mask is None else masked(b, p, mask, V, "f32")
+        return load_at(b, p) if mask is None else masked_load(b, p, mask, V, "f32")
     kind = ir.VectorType(ir.IntType(8), W)
-    codes = b.load(b.inttoptr(p, kind.as_pointer()), align=1) if mask is None else masked(b, p, mask, kind, "i8")
+    codes = b.load(b.inttoptr(p, kind.as_pointer()), align=1) if mask is None else masked_load(b, p, mask, kind, "i8")
     return b.sitofp(b.sext(codes, VI), V)
 
 
-def fetch(b, p) -> None:
-    """Asks for a cache line early."""
-    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), i32, i32, i32])
-    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch")
-    b.call(function, [b.inttoptr(p, ir.IntType(8).as_pointer()), i32(0), i32(3), i32(1)])
+def prefetch(b, p) -> None:
+    """Request a cache line early."""
+    byte = ir.IntType(8).as_pointer()
+    call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(3), i32(1))
 
 
-def totals(b, sums: list):
-    """Up to W registers -> one of their totals, in order. Halves of ever smaller blocks are added, those of two
-    registers at a time; each total is added up in the same order, however many there are."""
+def hsums(b, sums: list):
+    """Up to W registers -> one register of their horizontal sums, in order.
+
+    Each level adds the halves of blocks of two registers at a time, so every sum is added up in the same order.
+    """
     sums, d = [sums[i % len(sums)] for i in range(W)], W // 2
     while d:
         low, high = butterfly(d)
@@ -76,7 +76,7 @@ def totals(b, sums: list):
 
 
 def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
-    """A register of sums for each row of x and each row of w; `ahead` is fetched along the way."""
+    """One register of partial sums for each pair of a row of x and a row of w; prefetches from `ahead`."""
     whole, zero, n = b.and_(k, i64(-W)), i64(0), len(xs) * len(ws)
 
     def step(at, sums, mask):
@@ -97,7 +97,7 @@ def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
     b.cbranch(b.icmp_signed(">", whole, zero), loop, rest)
     b.position_at_end(loop)
     at, sums = b.phi(i64), phis((nothing, before))
-    fetch(b, b.add(ahead, b.mul(at, i64(size))))
+    prefetch(b, b.add(ahead, b.mul(at, i64(size))))
     new, following = step(at, sums, None), b.add(at, i64(W))
     for phi, first, value in [(at, zero, following), *zip(sums, nothing, new, strict=True)]:
         if phi is at:
@@ -114,35 +114,34 @@ def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
     return phis((sums, rest), (new, tail))
 
 
-def emit_tile(b, size: int, rows: int, outs: int, x, across_x, w, k, scale, out, across_out, ahead) -> None:
-    xs = [b.add(x, b.mul(across_x, i64(r))) for r in range(rows)]
+def emit_tile(b, size: int, rows: int, outs: int, x, stride_x, w, k, scale, out, stride_out, ahead) -> None:
+    xs = [b.add(x, b.mul(stride_x, i64(r))) for r in range(rows)]
     ws = [b.add(w, b.mul(k, i64(size * j))) for j in range(outs)]
-    total = totals(b, sums_along_k(b, xs, ws, k, size, ahead))
+    total = hsums(b, sums_along_k(b, xs, ws, k, size, ahead))
     kind = ir.VectorType(f32, outs)
     for r in range(rows):
         order = ir.Constant(ir.VectorType(i32, outs), [r * outs + j for j in range(outs)])
         part = b.shuffle_vector(total, total, order)
         if size == 1:
             part = b.fmul(part, b.load(pointer(b, scale, kind), align=4))
-        b.store(part, b.inttoptr(b.add(out, b.mul(across_out, i64(r))), kind.as_pointer()), align=4)
+        b.store(part, b.inttoptr(b.add(out, b.mul(stride_out, i64(r))), kind.as_pointer()), align=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The product
+# The matmul
 
-ARGUMENTS = 10  # of a product, all int64
+ARGUMENTS = 10  # of the matmul, all int64
 
 
 def make_tile(size: int):
-    """-> tile(...): up to ROWS rows and OUTS outputs, or one and one, with weights of `size` bytes a number; strides in
-    bytes."""
+    """Make tile(...): up to ROWS rows and OUTS outputs, or 1 and 1. Weights have `size` bytes, strides are in bytes."""
 
     @instruction(types.void, count, count, address, count, address, count, address, address, count, address)
-    def tile(b, rows, outs, x, across_x, w, k, scale, out, across_out, ahead):
-        where = x, across_x, w, k, scale, out, across_out, ahead  # Numba counts the parameters
+    def tile(b, rows, outs, x, stride_x, w, k, scale, out, stride_out, ahead):
+        rest = x, stride_x, w, k, scale, out, stride_out, ahead  # no *args: Numba counts the parameters
         for r, j in [*((r, OUTS) for r in range(1, ROWS + 1)), (1, 1)]:
             with b.if_then(b.and_(b.icmp_signed("==", rows, i64(r)), b.icmp_signed("==", outs, i64(j)))):
-                emit_tile(b, size, r, j, *where)
+                emit_tile(b, size, r, j, *rest)
 
     return tile
 
@@ -151,29 +150,29 @@ tile_fp32, tile_int8 = make_tile(4), make_tile(1)
 
 
 @cache
-def product_address(size: int) -> int:
-    """Of the compiled product for weights of `size` bytes a number."""
+def matmul_address(size: int) -> int:
+    """The address of the compiled matmul for weights of `size` bytes a number."""
 
-    def product(x, rows, across_x, w, k, scale, first, last, out, across_out):
-        """Outputs first .. last - 1 of `rows` rows. Addresses; rows of x and out are so many floats apart, w (N, k)."""
-        for some in range(0, rows, 4 * ROWS):  # rows of x that stay in cache while the weights pass by
+    def matmul(x, rows, stride_x, w, k, scale, first, last, out, stride_out):
+        """Outputs first .. last - 1 of `rows` rows; x, w (N, k), scale and out are addresses, strides in floats."""
+        for some in range(0, rows, 4 * ROWS):  # as many rows of x as stay in the L1 cache while all weights pass by
             most = min(some + 4 * ROWS, rows)
             n = first
             while n < last:
                 outs, each = (OUTS, ROWS) if n + OUTS <= last else (1, 1)
                 for r in range(some, most, each):
-                    from_x, from_w, ahead = x + 4 * r * across_x, w + size * n * k, n + AHEAD + (r - some) // ROWS
-                    to, ahead, rows_now = out + 4 * (r * across_out + n), w + size * ahead * k, min(each, most - r)
+                    from_x, from_w, ahead = x + 4 * r * stride_x, w + size * n * k, n + AHEAD + (r - some) // ROWS
+                    to, ahead, rows_now = out + 4 * (r * stride_out + n), w + size * ahead * k, min(each, most - r)
                     if size == 4:
-                        tile_fp32(rows_now, outs, from_x, 4 * across_x, from_w, k, 0, to, 4 * across_out, ahead)
+                        tile_fp32(rows_now, outs, from_x, 4 * stride_x, from_w, k, 0, to, 4 * stride_out, ahead)
                     else:
                         scales = scale + 4 * n
-                        tile_int8(rows_now, outs, from_x, 4 * across_x, from_w, k, scales, to, 4 * across_out, ahead)
+                        tile_int8(rows_now, outs, from_x, 4 * stride_x, from_w, k, scales, to, 4 * stride_out, ahead)
                 n += outs
 
-    return compiled(product, ARGUMENTS).address
+    return compiled(matmul, ARGUMENTS).address
 
 
 @instruction(types.void, *[address] * (1 + ARGUMENTS))
-def call_product(b, function, x, rows, across_x, w, k, scale, first, last, out, across_out):
-    call_at(b, function, x, rows, across_x, w, k, scale, first, last, out, across_out)
+def call_matmul(b, function, x, rows, stride_x, w, k, scale, first, last, out, stride_out):
+    call_at(b, function, x, rows, stride_x, w, k, scale, first, last, out, stride_out)

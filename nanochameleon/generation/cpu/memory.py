@@ -1,8 +1,7 @@
-"""Where everything lies that a compiled step reads or writes: one record of sizes and addresses, MAP.
+"""One record of sizes and addresses, MAP: everything that a compiled step reads or writes.
 
-Functions take it as `m`, one pointer, so that it costs nothing to pass on. D = dim, F = ffn_dim, H query
-heads, G key heads, E = head_dim; D', F', E' are rounded up to whole registers, and what fills a row up is 0. N rows of
-the batch, V ids.
+Functions take it as `m`, one pointer, so that passing it on costs nothing. N slots of the batch, V tokens, D = dim,
+F = ffn_dim, H query heads, G key heads, E = head_dim. D', F' and E' are rounded up to whole registers; zeros fill up.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from nanochameleon.kernels.cpu.simd import W, address, instruction
 
 
 def inner(function: Callable):
-    """What only compiled code calls: no wrappers for Python, and one version whatever constants it is called with."""
+    """Compile a function that only compiled code calls: without wrappers for Python, and once for all constants."""
     made = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")(function)
     version_for = made.get_call_template
     made.get_call_template = lambda args, kws: version_for([types.unliteral(kind) for kind in args], kws)
@@ -24,58 +23,58 @@ def inner(function: Callable):
 
 SIZES = (
     "dim", "ffn_dim", "n_heads", "kv_heads", "head_dim", "n_layers", "vocab_size",
-    "context",  # ids that a row of the cache holds
-    "groups",  # of QK-norm; 0 is without
-    "pre",  # 1: a norm before each branch; 0: behind it
-    "n_rows",  # of the batch
-    "members",  # of the team
+    "context",  # tokens that a slot's cache holds
+    "groups",  # of QK-norm; 0: no QK-norm
+    "pre_norm",  # 1: a norm before each branch; 0: after it
+    "n_slots",  # of the batch
+    "n_threads",
 )  # fmt: skip
-IDS = ("eos", "pad", "eot", "boi", "eoi", "first_code", "first_text", "codes_each")  # the vocabulary's; codes an image
+TOKENS = ("eos", "pad", "eot", "boi", "eoi", "first_code", "first_text", "image_len")  # of the vocabulary
 WEIGHTS = (
-    "product",
-    "product_fp32",  # functions: products.py for weights of the model's type, and for those of 4 bytes
+    "matmul",
+    "matmul_fp32",  # functions: matmul.py for weights of the model's type, and for float32
     "do_block",  # layers.py
     "choose",  # choose.py
     "embeddings",  # (V, D)
     "norm",  # (D')
     "output",  # (V, D)
     "output_scale",  # (V,)
-    "rotations",  # (context, E'): cos and sin of each pair in turn
-    "layers",  # (L, SLOTS) int64: see layers.py
+    "freqs_cis",  # (context, E'): cos and sin of each pair in turn
+    "layers",  # (L, FIELDS) int64, see layers.py
 )
-ACTIVATIONS = (  # one line for each id that is being read, except the last three
-    "queue",  # (3, ids) int64: ids to be read, their rows and positions
-    "ids",  # how many that are at most
-    "x", "normed", "branch",  # (ids, D')
-    "qkv",  # (ids, (H + 2 G) E)
-    "heads",  # (ids, H E)
-    "up", "gate",  # (ids, F')
-    "scratch",  # (members, floats)
-    "floats",
-    "hidden",  # (N, D): the outcome, a row's newest
+ACTIVATIONS = (  # one line for each queued token, except the last three
+    "queue",  # (3, queue_size) int64: tokens that the model reads next, their slots and positions
+    "queue_size",
+    "x", "normed", "branch",  # (queue_size, D')
+    "qkv",  # (queue_size, (H + 2 G) E)
+    "heads",  # (queue_size, H E)
+    "up", "gate",  # (queue_size, F')
+    "scratch",  # (n_threads, scratch_size)
+    "scratch_size",
+    "hidden",  # (N, D): the result, at each slot's newest token
 )  # fmt: skip
-ROWS = (  # decoder.py's tensors
-    "numbers",  # (6, N) int64: BY_RULES .. LENGTH
+SLOTS = (  # decoder.py's tensors
+    "slot_state",  # (6, N) int64: INDEX .. LENGTH
     "done",  # (N,) bool
-    "may",
-    "turns",  # the grammar's tables
-    "options",  # (11, N) float64
-    "seen",  # (N, V) bool
+    "allowed",
+    "transitions",  # the grammar's tables
+    "params",  # (11, N) float64
+    "context_mask",  # (N, V) bool
     "uniforms",  # (N, context) float64
-    "sample",  # (3, N) int64
-    "log",  # (steps, N) int64
+    "branch_slots",  # (3, N) int64
+    "token_buffer",  # (steps, N) int64
 )
-CHOICE = (  # a place is a row's among those whose logits are wanted
-    "asking",  # (N, D'): hidden states by place, those of text first
-    "logits",  # (N, V) by place
-    "places",  # (N,) int64: of each row
-    "leads",  # (N,) int64: the rows whose id is chosen
-    "chosen",  # (N,) int64: ids, by row
-    "lines",  # (members, V) float32
-    "weights",  # (members, V) float64
-    "heaps",  # (members, V + 3) int64
+SAMPLING = (  # of the slots whose logits are needed in a step, those in text come first
+    "logit_inputs",  # (N, D'): their hidden states
+    "logits",  # (N, V)
+    "logit_rows",  # (N,) int64: each slot's row in these two
+    "cond_slots",  # (N,) int64: the slots that sample
+    "chosen",  # (N,) int64: their tokens, by slot
+    "lines",  # (n_threads, V) float32
+    "weights",  # (n_threads, V) float64
+    "heaps",  # (n_threads, V + 3) int64
 )
-NAMES = ("board", *SIZES, *IDS, *WEIGHTS, *ACTIVATIONS, *ROWS, *CHOICE)
+NAMES = ("board", *SIZES, *TOKENS, *WEIGHTS, *ACTIVATIONS, *SLOTS, *SAMPLING)
 MAP = np.dtype([*((name, np.int64) for name in NAMES), ("eps", np.float64)])
 
 
@@ -89,7 +88,7 @@ def map_at(b, p):
 
 
 def call_at(b, function, *arguments) -> None:
-    """Calls a function by its address: what is called so is compiled once, on its own, and not with each caller."""
+    """Call a function by its address, so that it is compiled once on its own instead of with each caller."""
     kind = ir.FunctionType(ir.VoidType(), [x.type for x in arguments])
     b.call(b.inttoptr(function, kind.as_pointer()), arguments)
 
@@ -115,7 +114,7 @@ _int, _int32 = (pointer_to(kind) for kind in (types.int64, types.int32))
 
 @inner
 def floats(p, n):
-    """n float32 at an address, as an array; the others alike."""
+    """n float32 at an address, as an array; likewise the functions below."""
     return carray(_float(p), n)
 
 
