@@ -54,7 +54,7 @@ def parse(tokens: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document
     inside an image or without an end.
     """
     doc: Document = []
-    text: list[int] = []
+    text: list[int] = []  # text tokens that are not in `doc` yet: one letter may span several
     codes: list[int] | None = None  # of the image being read; None outside an image
 
     def close_text():
@@ -70,7 +70,7 @@ def parse(tokens: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document
             else:
                 codes.append(vocab.token_to_code(token))  # raises for any other token
         elif token == vocab.eos:
-            break
+            break  # whatever follows </s> belongs to no document
         elif token == vocab.boi:
             close_text()
             codes = []

@@ -46,11 +46,12 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
     Several processes may do so at once, on several machines.
     """
+    # A random name, since several processes may write; next to the file, since a rename across disks is a copy.
     aside = path.with_name(f".tmp-{os.urandom(6).hex()}-{path.name}")
     try:
         with open(aside, "wb") as file:
             yield file
-        fsync(aside)
+        fsync(aside)  # else a crash soon after the rename could leave an empty file
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -72,7 +73,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand
         raise UserError(f"{path} is damaged: {shown(error, 120)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it is not a JSON object")

@@ -99,14 +99,15 @@ class Muon(torch.optim.Optimizer):
 
     def step_matrices(self, parameters: list[nn.Parameter], group: dict) -> None:
         """Matrices of one shape go through the iteration together; sharded ones are first gathered on every rank."""
+        # Small matrices one by one would leave the processor idle, so those of one shape are stacked.
         by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
         for parameter in parameters:
             by_shape.setdefault((len(parameter), parameter.shape[1:].numel()), []).append(parameter)
         for shape, same in by_shape.items():
             updates = torch.stack([full_tensor(self.momentum(p, group["momentum"])).reshape(shape) for p in same])
-            rate = group["lr"] * 0.2 * max(shape) ** 0.5
+            rate = group["lr"] * 0.2 * max(shape) ** 0.5  # an update as large as AdamW's
             for parameter, update in zip(same, orthogonalize(updates), strict=True):
-                if group["weight_decay"]:
+                if group["weight_decay"]:  # decoupled, as in AdamW
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(shard_like(update.view(parameter.shape), parameter), alpha=-rate)
 

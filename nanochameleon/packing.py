@@ -100,6 +100,7 @@ def collate(
     shape = len(sequences), seq_len
     tokens, targets = np.full(shape, pad, np.int64), np.full(shape, IGNORE, np.int64)
     doc_ids, positions = np.full(shape, NO_DOCUMENT, np.int64), np.zeros(shape, np.int64)
+    # What no document overwrites stays padding in all four.
     for s, docs in enumerate(sequences):
         start = 0
         for doc_id, doc in enumerate(docs):
@@ -110,7 +111,7 @@ def collate(
             tokens[s, start:end] = doc
             targets[s, start : end - 1] = next_tokens  # the last token of a document predicts nothing
             doc_ids[s, start:end] = doc_id
-            positions[s, start:end] = np.arange(end - start)
+            positions[s, start:end] = np.arange(end - start)  # each document starts at 0, as it will in sampling
             start = end
     return Batch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids, positions)))
 
@@ -123,7 +124,7 @@ def pack(docs: Sequence[Sequence[int]], seq_len: int, pad: int, assistant_eot: i
     """
     sequences: list[list[Sequence[int]]] = []
     for doc, s in zip(docs, best_fit([len(doc) for doc in docs], seq_len).tolist(), strict=True):
-        if s == len(sequences):
+        if s == len(sequences):  # best_fit numbers sequences in the order in which it opens them
             sequences.append([])
         sequences[s].append(doc)
     return collate(sequences, seq_len, pad, assistant_eot)

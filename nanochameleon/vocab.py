@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 N_BYTES = 256
+# The release spells the digits of an image code as letters: 53 is IMGIMGFDZ.
 CODE_NAME = str.maketrans("0123456789", "ABCDEFGHIJ")
 CODE_DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 
@@ -31,6 +32,7 @@ class Vocab:
     n_reserved: int = 8_192  # R, tokens after the codes: end and begin of image, then reserved ones
     eot_slot: int = 514  # which of those R ends a turn (8710 - 8196)
 
+    # The first four tokens are the same in every layout.
     bos = 0
     pad = 1
     eos = 2
@@ -50,19 +52,19 @@ class Vocab:
 
     @property
     def eoi(self) -> int:
-        return self.first_code + self.n_codes
+        return self.first_code + self.n_codes  # first of the R tokens after the codes
 
     @property
     def boi(self) -> int:
-        return self.eoi + 1
+        return self.eoi + 1  # in the release, too, the end of an image comes before its begin
 
     @property
     def eot(self) -> int:
-        return self.eoi + self.eot_slot
+        return self.eoi + self.eot_slot  # one of the reserved tokens
 
     @property
     def first_text(self) -> int:
-        return self.eoi + self.n_reserved
+        return self.eoi + self.n_reserved  # the bytes, then the merges
 
     @property
     def n_text(self) -> int:
@@ -79,6 +81,7 @@ class Vocab:
     def modality(self, token: int) -> str:
         """'text', 'image' (a code) or 'special'. Raises ValueError outside [0, V)."""
         self._checked(token, 0, self.size, "token")
+        # From the top: text, then the R tokens of the layout, then image codes, then the first four.
         if token >= self.first_text:
             return "text"
         return "image" if self.first_code <= token < self.eoi else "special"
@@ -115,6 +118,7 @@ class Vocab:
     @staticmethod
     def name_to_code(name: str) -> int:
         """'IMGIMGFDZ' -> 53. Raises ValueError for any other form, leading zeros included."""
+        # Compare with the only right spelling, so that IMGIMGAFDZ is not a second name of code 53.
         digits = name.removeprefix("IMGIMG").removesuffix("Z").translate(CODE_DIGITS)
         if not (digits.isascii() and digits.isdigit()) or Vocab.code_to_name(int(digits)) != name:
             raise ValueError(f"{name!r} is not the name of an image code")
