@@ -65,7 +65,8 @@ from nanochameleon.training.diagnostics import compute_metrics, gradient_norms, 
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.init_from import InitFrom, resolve_init
 from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_metrics
-from nanochameleon.training.objective import Objective, Sums, autocast
+from nanochameleon.training.objective import Objective, Sums
+from nanochameleon.training.precision import autocast
 from nanochameleon.training.recovery import Progress, Recovery, oom_message
 from nanochameleon.training.run import TEXT_TOKENIZER, Run, pick_device
 from nanochameleon.training.run_folder import claim, decide_precision, same_command, start_folder

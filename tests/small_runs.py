@@ -19,8 +19,9 @@ def config(out: Path, **parallel) -> RunConfig:
     "optim" and "precision"."""
     cfg = training_config(out)
     model = replace(cfg.model, dim=32, n_heads=4, n_layers=2, qk_norm_groups=2, norm_order="post")
-    precision = parallel.pop("precision", "fp32")
-    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100, precision=precision)
+    precision, fused = parallel.pop("precision", "fp32"), parallel.pop("fused_output", "auto")
+    train = replace(cfg.train, batch_size=4, log_every=1, save_every=4, sample_every=100)
+    train = replace(train, precision=precision, fused_output=fused)
     optim = replace(cfg.optim, name=parallel.pop("optim", "adamw"))
     return replace(cfg, model=model, train=train, optim=optim, parallel=ParallelConfig(**parallel))
 

@@ -26,7 +26,8 @@ from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch
 from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
-from nanochameleon.training.objective import Objective, autocast
+from nanochameleon.training.objective import Objective
+from nanochameleon.training.precision import autocast
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 

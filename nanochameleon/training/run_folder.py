@@ -14,7 +14,7 @@ import torch
 from nanochameleon.config import RunConfig
 from nanochameleon.errors import UserError, say, warn
 from nanochameleon.files import write_file
-from nanochameleon.training.objective import pick_precision
+from nanochameleon.training.precision import pick_precision
 from nanochameleon.training.run import CONFIG, command, config_to_json, read_config
 
 try:

@@ -9,7 +9,7 @@ from nanochameleon.kernels.dispatch import VARIABLE, explain
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.training.flops import flops_per_token, peak_flops
-from nanochameleon.training.objective import matmul_flops
+from nanochameleon.training.precision import matmul_flops
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.read_layouts import ModelFiles
 

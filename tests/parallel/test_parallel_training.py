@@ -37,8 +37,8 @@ def alone(request, prepared, tmp_path_factory) -> Path:
 WAYS = {
     "2 ranks": (2, {}),
     "4 ranks": (4, {}),
-    "2 ranks, micro-batches of one sequence": (2, {"micro_batch": 1}),
-    "fsdp 2": (2, {"data_parallel": "fsdp"}),
+    "2 ranks, micro-batches of one sequence, fused output": (2, {"micro_batch": 1, "fused_output": "on"}),
+    "fsdp 2, fused output": (2, {"data_parallel": "fsdp", "fused_output": "on"}),
     "fsdp 4, micro-batches, activation checkpointing": (
         4,
         {"data_parallel": "fsdp", "micro_batch": 1, "activation_checkpointing": True},
