@@ -39,7 +39,7 @@ SMALL_TOY = (
 
 
 def small(folder: Path, **parallel):
-    """That of small_runs.py, in the precision that is the presets' and with sheets of samples."""
+    """The configuration of small_runs.py in the presets' precision and with sample sheets."""
     from dataclasses import replace
 
     from small_runs import config
@@ -49,7 +49,7 @@ def small(folder: Path, **parallel):
 
 
 def configuration(folder: Path, changes: dict):
-    """Of a program: the small toy where changes have "whole", else one that saves after every step."""
+    """The configuration of `program`: the small toy if changes have "whole", else one that saves after every step."""
     from dataclasses import replace
 
     from nanochameleon.cli import parse_run
@@ -61,9 +61,11 @@ def configuration(folder: Path, changes: dict):
 
 
 def program(folder: Path, changes: dict) -> None:
-    """What the processes run: all stages but the report. changes: "parallel", the fields of ParallelConfig; "whole",
-    see configuration; "pause", seconds before each step, so that there is a moment to be killed in; "hangs", a rank
-    that does so in step 5."""
+    """Run all stages but the report, in each process.
+
+    changes: "parallel", fields of ParallelConfig; "whole", see configuration; "pause", seconds before each step, so
+    that there is time to be killed in; "hangs", a rank that hangs in step 5.
+    """
     import train
     from nanochameleon.errors import exit_on_user_error
 
@@ -80,7 +82,7 @@ def program(folder: Path, changes: dict) -> None:
 
 
 def as_process(folder: Path, changes: dict, environment: dict[str, str]) -> None:
-    """program, in a session of its own, its words in FOLDER.log."""
+    """Run `program` in a session of its own; its output goes to FOLDER.log."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -92,8 +94,8 @@ def as_process(folder: Path, changes: dict, environment: dict[str, str]) -> None
 
 
 class Launched:
-    """A run at work. ranks 1 or more: processes forked from one that has all modules loaded, which saves seconds each;
-    torchrun: started by it, with so many restarts."""
+    """A running training: ranks forked from one that has all modules loaded, which saves seconds each; or started by
+    torchrun with so many restarts."""
 
     def __init__(self, folder: Path, ranks: int, torchrun: int | None = None, **changes):
         os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
@@ -113,14 +115,14 @@ class Launched:
 
     @property
     def pids(self) -> list[int]:
-        """Of the ranks, in their order."""
+        """Process ids of the ranks, in their order."""
         if self.torchrun is None:
             return [process.pid for process in self.processes]
         children = Path(f"/proc/{self.torchrun.pid}/task/{self.torchrun.pid}/children").read_text().split()
         return sorted(map(int, children))
 
     def send(self, number: int) -> None:
-        """To all processes, as a terminal or a scheduler does."""
+        """Send a signal to all processes, as a terminal or a scheduler does."""
         if self.torchrun:
             os.killpg(self.torchrun.pid, number)
             return
@@ -129,7 +131,7 @@ class Launched:
                 os.kill(process.pid, number)
 
     def wait(self, which: slice = slice(None)) -> int:
-        """The exit code, 0 where all ended well, or these ranks. Raises TimeoutError."""
+        """Wait for all ranks, or these; returns 0 or the first other exit code. Raises TimeoutError."""
         if self.torchrun:
             return self.torchrun.wait(PATIENCE)
         for process in self.processes[which]:
@@ -159,7 +161,7 @@ def said(folder: Path) -> str:
 
 
 def wait_for(condition, seconds: float = PATIENCE) -> None:
-    """Raises TimeoutError where it does not come true."""
+    """Wait until condition() is true. Raises TimeoutError."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -173,7 +175,7 @@ def lines(folder: Path) -> int:
 
 
 def kill(run: Launched, ranks: int, chance: random.Random) -> bool:
-    """Kills the whole group, or one rank of it, of which the others notice; -> whether that was before the end."""
+    """Kill all ranks, or one, which the others notice; returns whether that was before the end."""
     if ranks > 1 and chance.random() < 0.5 and not run.ended():
         with suppress(ProcessLookupError):
             os.kill(chance.choice(run.pids), signal.SIGKILL)
@@ -201,8 +203,8 @@ CLOCKS = ("seconds", "tokens_per_second", "mfu", "memory_gib")
 
 
 def end_of(folder: Path) -> dict:
-    """What a run has come to, by name: the last step and all tensors of the newest whole checkpoint; tokenizers, data
-    and sheets of samples as bytes; the log without its clocks."""
+    """The results of a run by name: the last step and all tensors of the newest whole checkpoint; tokenizers, data and
+    sample sheets as bytes; the log without its clocks."""
     from nanochameleon.training import checkpoint
     from nanochameleon.training.monitor import read_metrics
     from nanochameleon.training.restore import stored_shapes
@@ -220,7 +222,7 @@ def end_of(folder: Path) -> dict:
 
 
 def differences(one: dict, other: dict) -> list[str]:
-    """Names of what is not the same, bit for bit."""
+    """Names of the results that are not bitwise the same."""
     import torch
 
     names = one.keys() & other.keys()
@@ -240,12 +242,12 @@ STAGES = {
 
 
 def stage_of(folder: Path) -> str:
-    """How far a run has come: the last stage of which there is something."""
+    """How far a run has come: the last stage that has made something."""
     return next((stage for stage, made in reversed(STAGES.items()) if any(folder.glob(made))), "start")
 
 
 def at_work(run: Launched, folder: Path) -> bool:
-    """Have its ranks met? Before that, one that is left alone waits for the others as long as parallel.timeout."""
+    """Whether its ranks have met. Before that, a rank whose peer was killed waits for parallel.timeout."""
     lock = folder / ".lock"
     return lock.exists() and lock.read_text() == str(run.pids[0])
 
