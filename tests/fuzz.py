@@ -6,8 +6,8 @@
 
 A reader may return what it reads, or raise UserError. Everything else is a finding: any other exception, a crash, more
 than SECONDS of a processor, more than MEMORY above the start, a sentence that does not fit a line, and, where files
-have checksums, content that is not what was written. The exit code is 1 if there is a finding. Files are read in processes
-that a parent watches; an input is a function of the reader's name and a seed.
+have checksums, content that is not what was written. The exit code is 1 if there is a finding. Files are read in
+processes that a parent watches; an input is a function of the reader's name and a seed.
 """
 
 import argparse
