@@ -1,7 +1,7 @@
-"""Small lies about a file: bytes that are flipped, cut or put in, lengths that are wrong, odd values in JSON, and what
-mends the checksums around them, so that a reader meets the lie itself.
+"""Damage to a file: flipped, cut or inserted bytes, wrong lengths, odd values in JSON. Checksums around the damage are
+made right again, so that the damage reaches the reader.
 
-Every mutator is (data, rng) -> data; `mutated` picks one that suits the file's kind.
+Every mutator is (data, rng) -> data; `mutated` picks one for the file's kind.
 """
 
 import io

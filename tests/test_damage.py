@@ -1,5 +1,5 @@
-"""A changed byte, a cut or an exchange in any file of a run or of prepared data: the same command comes to the same, or
-says one sentence; never a traceback, and never another result without a word.
+"""Damage in any file of a run or of prepared data: the same command gives the same result, or one sentence; never a
+traceback, and never another result without a warning.
 
 The commands' readers are called, not the commands: a whole training for each example would take too long.
 """
@@ -52,7 +52,7 @@ def digest(*values) -> str:
 
 
 def trained(folder: Path):
-    """The model and its optimizer as a run that goes on has them."""
+    """The model and its optimizer as a resumed run has them."""
     model = tiny_model()
     optimizer = make_optimizer(model, tiny_config().optim)
     for parameter in model.parameters():
@@ -93,7 +93,7 @@ def run(tmp_path_factory) -> tuple[Path, str, str]:
 
 
 def come_to(folder: Path) -> str:
-    """What the same command goes on from."""
+    """A digest of what the same command resumes from."""
     cfg = config(folder)
     start_folder(cfg)
     StageTimer(folder)
@@ -130,7 +130,7 @@ def come_to_with(data: Path, folder: Path) -> str:
 
 
 def damage(draw, folder: Path) -> None:
-    """Changes one file, or exchanges two."""
+    """Change one file, or exchange two."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     file, other = draw(st.sampled_from(files)), draw(st.sampled_from(files))
     content = bytearray(file.read_bytes())
@@ -154,30 +154,30 @@ def damage(draw, folder: Path) -> None:
 
 @settings(max_examples=60)
 @given(st.data())
-def test_damage_in_a_run_is_told_or_changes_nothing(run, capsys, data):
-    """Of two checkpoints the newest is passed over with a warning where it is damaged."""
+def test_damage_in_a_run_is_reported_or_changes_nothing(run, capsys, data):
+    """A newest checkpoint that is damaged is skipped with a warning."""
     folder, newest, before = run
     with tempfile.TemporaryDirectory() as place:
         folder = Path(shutil.copytree(folder, Path(place) / "run"))
         damage(data.draw, folder)
         capsys.readouterr()
-        found = told(lambda: come_to(folder))
+        found = result_or_none(lambda: come_to(folder))
         assert found in (None, before if "passing over" in capsys.readouterr().err else newest)
 
 
 @settings(max_examples=60)
 @given(st.data(), st.booleans())
-def test_damage_in_prepared_data_is_told_or_changes_nothing(prepared, data, begun):
+def test_damage_in_prepared_data_is_reported_or_changes_nothing(prepared, data, begun):
     """Before a run on it begins, and afterwards."""
     with tempfile.TemporaryDirectory() as place:
         folder, out = Path(shutil.copytree(prepared, Path(place) / "data")), Path(place) / "run"
         expected = come_to_with(folder, out if begun else Path(place) / "another")
         damage(data.draw, folder)
-        assert told(lambda: come_to_with(folder, out)) in (None, expected)
+        assert result_or_none(lambda: come_to_with(folder, out)) in (None, expected)
 
 
-def told(use: Callable[[], str]) -> str | None:
-    """What it comes to; None where it says one sentence."""
+def result_or_none(use: Callable[[], str]) -> str | None:
+    """The result; None if the error is one sentence."""
     try:
         return use()
     except UserError as error:

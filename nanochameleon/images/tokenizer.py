@@ -141,8 +141,8 @@ class ImageTokenizer:
     def decode(self, codes: Tensor, batch_size: int | None = None) -> np.ndarray:
         """Codes (B, n) -> uint8 (B, R, R, 3), `batch_size` images at a time.
 
-        An image that is still being drawn has fewer than n codes; its first code stands for the missing ones, as in
-        Chameleon's viewer. Raises ValueError for no codes or more than n, UserError without a decoder.
+        An image that is still being drawn has fewer than n codes; its first code fills the rest, as in Chameleon's
+        viewer. Raises ValueError for no codes or more than n, UserError without a decoder.
         """
         if not self.can_draw:
             raise UserError(NO_DECODER)

@@ -53,7 +53,7 @@ def test_questions_about_words_have_the_answer_that_counting_and_reading_give():
 
 
 def run_program(text: str, world: World) -> Scene | None:
-    """A program of the drawing language as the caption it stands for, by an interpreter of its own."""
+    """The caption of what a program draws, by an independent interpreter."""
 
     def term(text: str) -> tuple[str, list]:
         name, _, inside = text.removesuffix(")").partition("(")

@@ -82,7 +82,7 @@ def test_what_is_see_through_becomes_white(prepared):
 
 
 def test_an_emoji_that_a_vendor_lacks_is_left_out_not_drawn_wrong():
-    unknown = "🐶\u200d🚗"  # no vendor joins these; a font would draw a dog beside a car
+    unknown = "🐶\u200d🚗"  # no vendor joins these; a font would draw a dog next to a car
     for draw in (draw_twemoji, draw_openmoji):
         assert [text for text, _ in draw({unknown: "dog car", DOG: "dog face"}, 16)] == [DOG]
 

@@ -80,7 +80,7 @@ def test_straight_through_of_a_code_far_away():
 
 
 def test_each_loss_pulls_one_side_only():
-    """beta stands before the commitment term: that is the one which moves the encoder, by 2 (v - q) / n."""
+    """beta multiplies the commitment term, the one that moves the encoder, by 2 (v - q) / n."""
     v, q = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([4.0, 0.0], requires_grad=True)
     for loss, moves, stays in ((commitment_loss, v, q), (codebook_loss, q, v)):
         v.grad = q.grad = None
@@ -173,7 +173,7 @@ def test_revival_is_repeatable():
     st.integers(1, 12), st.integers(1, 4), st.integers(1, 5), st.sampled_from([1e-6, 1.0, 1e4]), st.integers(0, 1_000)
 )
 def test_with_as_many_different_vectors_as_codes_each_becomes_one(k, e, repeats, size, seed):
-    """However often each vector stands there, and however small they are."""
+    """However often each vector occurs, and however small they are."""
     different = size * torch.randn(k, e, generator=rng(seed))
     quantizer = Quantizer(k, e)
     quantizer.init_kmeans(different.repeat(repeats, 1), 3, rng(seed))
