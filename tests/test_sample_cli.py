@@ -8,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
 from nanochameleon.documents import Text
-from nanochameleon.generation.prompts import read_segments
+from nanochameleon.generation.prompts import MODALITY, Mode, read_segments
 from nanochameleon.images.output import ImageOutput
 from nanochameleon.training.run import CONFIG, config_to_json, read_config
 from nanochameleon.training.train_tokenizers import open_image_tokenizer
@@ -136,6 +137,10 @@ def test_an_image_alone_is_asked_what_it_shows(run, image):
     from nanochameleon.data.sources.questions import ASK_CAPTION
 
     assert main(Args(run, (image,))) == main(Args(run, (image, ASK_CAPTION)))
+
+
+def test_the_modes_of_the_command_line_are_those_of_prompts():
+    assert get_args(get_type_hints(Args)["mode"]) == ("auto", *get_args(Mode)) == ("auto", *MODALITY)
 
 
 def test_free_mode_mixes_words_and_images(run, tmp_path):
