@@ -26,7 +26,7 @@ fuzz: .venv/.dev  ## damages files of every kind for a minute and reads them; AR
 mutants: .venv/.dev  ## plants known bugs one by one; every one must turn a test red
 	cd tests && ../$(BIN)/python -m mutants
 
-peers: .venv/.dev  ## full-width layers beside transformers (6 GB of memory); tests/peers holds one more
+peers: .venv/.dev  ## full-width layers next to transformers (6 GB of memory); tests/peers holds one more
 	$(BIN)/python tests/peers/full_width.py
 
 lint: .venv/.dev  ## style

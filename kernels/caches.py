@@ -1,7 +1,7 @@
-"""Where compiled code is kept: the first folder that can be written.
+"""Chooses where compiled code is cached: in the first folder that can be written.
 
-To load such code is to run it, and Numba's cache is pickle. So in the temporary folder, which all users share, only a
-folder is taken that belongs to this user and that nobody else can open.
+Loading such code runs it, and Numba's cache is pickle. All users share the temporary folder, so there only a folder
+counts that belongs to this user and that no other user can open.
 """
 
 import logging
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def writable(folder: Path) -> bool:
-    """Makes the folder, and says whether a file can be made in it."""
+    """Make the folder, and return whether a file can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -24,7 +24,7 @@ def writable(folder: Path) -> bool:
 
 
 def home() -> Path | None:
-    """This user's cache, or None for a user without a home."""
+    """This user's cache folder, or None for a user without a home."""
     try:
         return Path.home() / ".cache" / "nanochameleon"
     except RuntimeError:
@@ -32,13 +32,13 @@ def home() -> Path | None:
 
 
 def private() -> Path | None:
-    """This user's own folder in the temporary one, or None where it could be anyone's. On Windows homes are private."""
+    """This user's own temporary folder, or None if another user could own it. On Windows homes are private anyway."""
     if not hasattr(os, "getuid"):
         return None
     try:
         folder = Path(tempfile.gettempdir()) / f"nanochameleon-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()  # of a link itself, which another user may have made
+        found = folder.lstat()  # lstat: another user may have made it a link
     except OSError:
         return None
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
@@ -47,23 +47,25 @@ def private() -> Path | None:
 
 @cache
 def say(line: str) -> None:
-    """Writes a line to stderr, once, on rank 0. A stderr that is closed or full costs the line alone."""
+    """Log a line once, on rank 0. If stderr is closed or full, only the line is lost."""
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("nanochameleon").warning(line)
 
 
 @cache
-def cache_folder(variable: str, wished: str, usual: Path | None = None, name: str = "") -> Path | None:
-    """A folder of this name in the first one that can be written: the one `wished` by an environment variable, else the
-    usual one; this user's cache; a private temporary folder. None where none of them can.
+def cache_folder(variable: str, requested: str, default: Path | None = None, name: str = "") -> Path | None:
+    """A folder of this name in the first one that can be written, or None if none can.
 
-    Says a line where it is not the one that was wished for, or may not last.
+    Tried in this order: `requested` (by the environment `variable`), else `default`; this user's cache; a private
+    temporary folder. Logs a line if the folder is not the expected one, or may not last.
     """
-    expected = [Path(wished)] if wished else [folder for folder in (usual, home()) if folder]
-    places = chain(expected, (find() for find in (home, private)))  # the private one is made where nothing else will do
+    expected = [Path(requested)] if requested else [folder for folder in (default, home()) if folder]
+    places = chain(
+        expected, (find() for find in (home, private))
+    )  # lazily: the private folder is only made if nothing else works
     chosen = next((folder for folder in places if folder and writable(folder / name)), None)
     if chosen not in expected:
-        where = f"are kept in {chosen}" if chosen else "are not kept, so each process compiles them"
+        where = f"are cached in {chosen}" if chosen else "are not cached, so each process compiles them"
         why = f"{' and '.join(map(str, expected))} cannot be written" if expected else "this user has no home"
-        say(f"compiled kernels {where}, since {why}: {variable} names another folder")
+        say(f"compiled kernels {where}, because {why}: set {variable} to another folder")
     return chosen / name if chosen else None

@@ -21,7 +21,7 @@ from written import lines, prepare
 
 from nanochameleon.config import DataConfig
 from nanochameleon.data import write_shards
-from nanochameleon.data.build import checksum_of, open_loader
+from nanochameleon.data.build import open_loader, tokenizer_checksum
 from nanochameleon.data.prepared import open_prepared
 from nanochameleon.errors import UserError
 from nanochameleon.optim import make_optimizer
@@ -74,7 +74,7 @@ def run(tmp_path_factory) -> tuple[Path, str, str]:
     shutil.rmtree(folder / "step-000001")
     for name, first in (("pairs", 20), ("text", 30)):
         docs = [[first + n % 7] * (3 + n % 5) for n in range(12)]
-        write_shards(folder / "data" / name, docs, 40, {TEXT_TOKENIZER: checksum_of(TOKENIZER)})
+        write_shards(folder / "data" / name, docs, 40, {TEXT_TOKENIZER: tokenizer_checksum(TOKENIZER)})
     model, optimizer = trained(folder)
     for step in (1, 2):
         torch.nn.init.constant_(model.output.weight, step)

@@ -1,4 +1,4 @@
-"""Documents of text and images become ids and come back; what no document renders to is refused."""
+"""Documents of text and images become tokens and come back; what no document renders to is refused."""
 
 import pytest
 from hypothesis import given
@@ -34,20 +34,20 @@ def normal(doc):
 def test_parse_inverts_render(case, end, padding):
     doc, tokenizer = case
     vocab = tokenizer.vocab
-    ids = render(doc, tokenizer, vocab, end)
-    assert parse(ids + [vocab.pad] * padding, tokenizer, vocab) == normal(doc)
+    tokens = render(doc, tokenizer, vocab, end)
+    assert parse(tokens + [vocab.pad] * padding, tokenizer, vocab) == normal(doc)
 
 
 @given(documents())
-def test_special_ids_come_from_segments_alone(case):
+def test_special_tokens_come_from_segments_alone(case):
     doc, tokenizer = case
     vocab = tokenizer.vocab
-    ids = render(doc, tokenizer, vocab)
+    tokens = render(doc, tokenizer, vocab)
     images = [segment.codes for segment in doc if isinstance(segment, Image)]
-    assert ids.count(vocab.bos) == ids.count(vocab.eos) == 1 and (ids[0], ids[-1]) == (vocab.bos, vocab.eos)
-    assert ids.count(vocab.boi) == ids.count(vocab.eoi) == len(images)
-    assert ids.count(vocab.eot) == doc.count(EndOfTurn())
-    assert sum(vocab.modality(token) == "image" for token in ids) == sum(map(len, images))
+    assert tokens.count(vocab.bos) == tokens.count(vocab.eos) == 1 and (tokens[0], tokens[-1]) == (vocab.bos, vocab.eos)
+    assert tokens.count(vocab.boi) == tokens.count(vocab.eoi) == len(images)
+    assert tokens.count(vocab.eot) == doc.count(EndOfTurn())
+    assert sum(vocab.modality(token) == "image" for token in tokens) == sum(map(len, images))
 
 
 VOCAB = Vocab.toy(16, 0)
@@ -55,7 +55,7 @@ PLAIN = TextTokenizer([], VOCAB)
 A = VOCAB.first_text + ord("a")
 
 
-def test_the_order_of_ids():
+def test_the_order_of_tokens():
     doc = [Text("a"), Image((3, 0)), EndOfTurn(), Text("b")]
     expected = [0, A, VOCAB.boi, 4 + 3, 4 + 0, VOCAB.eoi, VOCAB.eot, A + 1, 2]
     assert render(doc, PLAIN, VOCAB) == expected

@@ -1,4 +1,4 @@
-"""A mistake is said once, and never by no one."""
+"""A mistake is printed once, and never by no rank."""
 
 import os
 
@@ -35,7 +35,7 @@ def said(environment: dict[str, str], capsys, error: UserError, each: bool = Fal
 @example({"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "h"})
 @example({"RANK": "1", "WORLD_SIZE": "2"})
 @example({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"})
-def test_only_a_rank_that_torchrun_has_started_beside_rank_0_leaves_the_sentence_to_it(capsys, environment):
+def test_only_ranks_of_torchrun_other_than_0_leave_the_sentence_to_rank_0(capsys, environment):
     others = environment.get("WORLD_SIZE") in ("2", "7") and "MASTER_ADDR" in environment
     silent = others and environment.get("RANK") in ("1", "2", "7")
     assert said(environment, capsys, UserError("wrong: mend it")) == ("" if silent else "error: wrong: mend it\n")

@@ -1,11 +1,12 @@
-"""The fuzzers work: a few inputs of every reader, and each kind of fault is found where it is planted."""
+"""The fuzzers work: a few inputs of every reader, and each kind of planted fault is found."""
 
 import mmap
 import random
 
 import fuzz
+import fuzz_readers
 import pytest
-from fuzz import READERS, Reader
+from fuzz_readers import READERS, Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutators import KINDS, mutated
@@ -25,12 +26,12 @@ def burn() -> None:
 
 
 def test_the_reader_of_texts_opens_the_images_of_every_form(tmp_path, monkeypatch):
-    fuzz.make_texts(tmp_path)
+    fuzz_readers.make_texts(tmp_path)
     opened = []
-    monkeypatch.setattr(fuzz, "pixels_of", opened.append)
-    for name, n in {"a.jsonl": 5, "b.txt": 0, "c.csv": 2}.items():
+    monkeypatch.setattr(fuzz_readers, "pixels_of", opened.append)
+    for name, n in {"a.jsonl": 4, "b.txt": 0, "c.csv": 2}.items():
         opened.clear()
-        fuzz.read_texts(tmp_path, tmp_path / name)
+        fuzz_readers.read_texts(tmp_path, tmp_path / name)
         assert len(opened) == n, name
 
 
@@ -51,7 +52,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("verdict", FAULTS)
-def test_a_planted_fault_is_found_and_the_rest_goes_on(verdict, monkeypatch):
+def test_a_planted_fault_is_found_and_the_rest_continues(verdict, monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 0.1)
     monkeypatch.setattr(fuzz, "MEMORY", 2**24)
 

@@ -133,7 +133,7 @@ def test_an_image_is_cropped_as_in_training_or_padded_on_request(image):
 
 
 def test_an_image_alone_is_asked_what_it_shows(run, image):
-    from nanochameleon.data.sources.shapes import ASK_CAPTION
+    from nanochameleon.data.sources.questions import ASK_CAPTION
 
     assert main(Args(run, (image,))) == main(Args(run, (image, ASK_CAPTION)))
 

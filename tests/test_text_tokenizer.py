@@ -1,4 +1,4 @@
-"""Text <-> ids: nothing is lost, nothing special can be spelled, and `tokenizers` agrees on the same file."""
+"""Text <-> tokens: nothing is lost, nothing special can be spelled, and `tokenizers` agrees on the same file."""
 
 from collections import Counter
 from itertools import pairwise
@@ -86,7 +86,7 @@ def test_training_depends_on_counts_alone(texts, random):
     assert train(shuffled, 20) == train(texts, 20)
 
 
-def test_too_small_a_corpus_gives_fewer_merges_and_leaves_ids_unused():
+def test_too_small_a_corpus_gives_fewer_merges_and_leaves_tokens_unused():
     vocab = Vocab.toy(4, n_merges=100)
     for texts, n in (([], 0), ([""], 0), (["a", "b"], 0), (["abc abc"], 2)):  # " abc" stands only once
         tokenizer = TextTokenizer.train(texts, vocab, progress=False)
@@ -122,16 +122,16 @@ def test_lone_surrogates_become_the_replacement_character(tokenizer, text):
 
 
 @given(tokenizers(), st.data())
-def test_ids_cut_anywhere_still_decode(tokenizer, data):
+def test_tokens_cut_anywhere_still_decode(tokenizer, data):
     """Sampling may stop inside a letter: bytes are exact, text never raises."""
-    ids = tokenizer.encode(data.draw(any_text))
-    cut = data.draw(st.integers(0, len(ids)))
-    assert tokenizer.decode_bytes(ids[:cut]) + tokenizer.decode_bytes(ids[cut:]) == tokenizer.decode_bytes(ids)
-    assert isinstance(tokenizer.decode(ids[:cut]), str)
+    tokens = tokenizer.encode(data.draw(any_text))
+    cut = data.draw(st.integers(0, len(tokens)))
+    assert tokenizer.decode_bytes(tokens[:cut]) + tokenizer.decode_bytes(tokens[cut:]) == tokenizer.decode_bytes(tokens)
+    assert isinstance(tokenizer.decode(tokens[:cut]), str)
 
 
 @given(tokenizers())
-def test_ids_that_are_not_text_are_refused(tokenizer):
+def test_tokens_that_are_not_text_are_refused(tokenizer):
     vocab = tokenizer.vocab
     for token in (-1, vocab.bos, vocab.boi, vocab.eot, vocab.first_text - 1, vocab.size):
         with pytest.raises(ValueError, match="not text"):
@@ -157,9 +157,9 @@ def test_merging_takes_the_lowest_rank_first_and_the_leftmost_of_equals(merges, 
 def test_a_word_of_200_000_letters():
     merges = [(b"a", b"a"), (b"aa", b"aa"), (b"aaaa", b"a")]
     tokenizer = TextTokenizer(merges, Vocab.toy(4, 3))
-    ids = tokenizer.encode("a" * 200_001)
-    assert tokenizer.decode(ids) == "a" * 200_001
-    assert len(ids) == 50_000  # aaaa 49,999 times, then one of five
+    tokens = tokenizer.encode("a" * 200_001)
+    assert tokenizer.decode(tokens) == "a" * 200_001
+    assert len(tokens) == 50_000  # aaaa 49,999 times, then one of five
     assert not tokenizer.cache
 
 
@@ -177,29 +177,29 @@ def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
 
 
 @given(tokenizers(), st.data())
-def test_encode_makes_text_ids_only(tokenizer, data):
+def test_encode_makes_text_tokens_only(tokenizer, data):
     names = st.sampled_from([*tokenizer.vocab.names(), *HOSTILE])
     text = data.draw(st.lists(names | any_text).map("".join))
-    ids = tokenizer.encode(text)
-    assert all(tokenizer.vocab.modality(token) == "text" for token in ids)
-    assert tokenizer.decode(ids) == text
+    tokens = tokenizer.encode(text)
+    assert all(tokenizer.vocab.modality(token) == "text" for token in tokens)
+    assert tokenizer.decode(tokens) == text
 
 
-def test_a_piece_named_like_a_special_id_is_refused():
+def test_a_piece_named_like_a_special_token_is_refused():
     with pytest.raises(ValueError, match="<s>"):
         TextTokenizer([(b"<", b"s"), (b"<s", b">")], Vocab.toy(4, 2))
 
 
 @pytest.mark.parametrize(
-    "merges, ids",
+    "merges, tokens",
     [
         ([(b"ab", b"c")], None),  # ab has not been made
         ([(b"a", b"b"), (b"b", b"c"), (b"c", b"d")], None),  # no room for three
         ([], {piece: 16 + min(i, 254) for i, piece in enumerate(BYTES)}),  # an id for two bytes
-        ([], {piece: i for i, piece in enumerate(BYTES)}),  # text over special ids
+        ([], {piece: i for i, piece in enumerate(BYTES)}),  # text over special tokens
         ([], {piece: 16 + i for i, piece in enumerate(BYTES[1:])}),  # a byte without id
     ],
 )
-def test_merges_and_ids_that_cannot_belong_together_are_refused(merges, ids):
+def test_merges_and_tokens_that_cannot_belong_together_are_refused(merges, tokens):
     with pytest.raises(ValueError):
-        TextTokenizer(merges, Vocab.toy(4, 2), ids)
+        TextTokenizer(merges, Vocab.toy(4, 2), tokens)

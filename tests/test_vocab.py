@@ -1,4 +1,4 @@
-"""One id space: each id is exactly one thing, and images and ids map one to one."""
+"""One space of tokens: each token is exactly one thing, and image codes and tokens map one to one."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from strategies import vocabs
 from nanochameleon.vocab import N_BYTES, Vocab
 
 
-def test_ids_of_the_release():
+def test_tokens_of_the_release():
     vocab = Vocab()
     assert (vocab.bos, vocab.pad, vocab.eos, vocab.unk) == (0, 1, 2, 3)
     assert (vocab.code_to_token(0), vocab.code_to_token(8191)) == (4, 8195)
@@ -22,7 +22,7 @@ def test_ids_of_the_release():
 
 
 @given(vocabs())
-def test_text_image_and_special_ids_partition_the_space(vocab):
+def test_text_image_and_special_tokens_partition_the_space(vocab):
     kinds = {kind: [t for t in range(vocab.size) if vocab.modality(t) == kind] for kind in ("text", "image", "special")}
     assert sum(map(len, kinds.values())) == vocab.size
     assert kinds["image"] == [vocab.code_to_token(code) for code in range(vocab.n_codes)]
@@ -57,10 +57,10 @@ KINDS = {
 def test_codes_of_any_integer_type(kind, codes):
     """uint8 is the trap: code 255 + 4 would wrap round to 3, a special id."""
     vocab, values = Vocab.toy(256, 0), KINDS[kind](codes)
-    ids = vocab.code_to_token(values)
-    assert ids.tolist() == [code + 4 for code in codes]
-    assert vocab.token_to_code(ids).tolist() == codes
-    assert ids.shape == (len(codes),) and isinstance(ids, torch.Tensor) == isinstance(values, torch.Tensor)
+    tokens = vocab.code_to_token(values)
+    assert tokens.tolist() == [code + 4 for code in codes]
+    assert vocab.token_to_code(tokens).tolist() == codes
+    assert tokens.shape == (len(codes),) and isinstance(tokens, torch.Tensor) == isinstance(values, torch.Tensor)
 
 
 @given(vocabs(), st.data())

@@ -1,7 +1,7 @@
-"""CUDA C -> cubins, by NVIDIA's runtime compiler alone: no GPU, driver or toolkit is needed, so tests can compile too.
+"""Compiles CUDA C to cubins with NVRTC alone: no GPU, driver or toolkit is needed, so tests can compile too.
 
-The library comes from PyPI (nvidia-cuda-nvrtc) and is called through ctypes. Results lie in a cache on disk, named by
-source, headers, architecture and compiler. Running them is gpu.py's.
+The library comes from PyPI (nvidia-cuda-nvrtc) and is called through ctypes. Cubins are cached on disk, named by
+source, headers, architecture and compiler. launch.py runs them.
 """
 
 import ctypes
@@ -24,25 +24,25 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
 @dataclass(frozen=True)
 class Cubin:
     code: bytes
-    log: str  # of the assembler: registers and spills of each kernel
+    log: str  # of the assembler, with registers and spills of each kernel
 
     def spills(self) -> dict[str, int]:
-        """Bytes of registers that each kernel must put aside in memory."""
+        """Bytes of registers that each kernel spills to memory."""
         kernels = re.split(r"Compiling entry function '", self.log)[1:]
         stores = (re.search(r"(\d+) bytes spill stores", part) for part in kernels)
         return {part.split("'")[0]: int(found[1]) for part, found in zip(kernels, stores, strict=True)}
 
 
 def library_file(cuda: str | None) -> Path:
-    """The compiler of the packages in `nvidia`, for torch.version.cuda, such as "12.6". None takes the newest.
+    """Find NVRTC in the packages of `nvidia` for torch.version.cuda, such as "12.6"; None takes the newest.
 
-    Raises ModuleNotFoundError, naming the package, where there is none.
+    Raises ModuleNotFoundError, naming the missing package.
     """
     nvidia = find_spec("nvidia")
     folders = [Path(place) for place in nvidia.submodule_search_locations] if nvidia else []
     found = {}
     for path in (path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))):
-        found.setdefault(int(path.suffix[1:]), path)  # the folder that Python would import from, as for any package
+        found.setdefault(int(path.suffix[1:]), path)  # the first folder wins, as in an import
     wanted = int(cuda.split(".")[0]) if cuda else max(found, default=13)
     if wanted not in found:
         package = f"nvidia-cuda-nvrtc{'' if wanted >= 13 else f'-cu{wanted}'}"
@@ -52,10 +52,10 @@ def library_file(cuda: str | None) -> Path:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiler, loaded. Raises ModuleNotFoundError where there is none for torch's CUDA."""
+    """Load NVRTC. Raises ModuleNotFoundError if there is none for torch's CUDA."""
     path = library_file(torch.version.cuda)
     for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(builtins))  # some releases look for it in the system's folders alone, unless it is loaded
+        ctypes.CDLL(str(builtins))  # some releases search only the system's folders for it
     return ctypes.CDLL(str(path))
 
 
@@ -68,12 +68,12 @@ def _text(size_of: str, get: str, program: ctypes.c_void_p) -> bytes:
 
 
 def headers() -> dict[str, str]:
-    """What a .cu file may include, by name."""
+    """The headers that a .cu file may include, by name."""
     return {path.name: path.read_text() for path in sorted(Path(__file__).parent.glob("*.cuh"))}
 
 
 def compile_source(source: str, name: str, architecture: str) -> Cubin:
-    """Raises RuntimeError with the compiler's messages."""
+    """Compile one .cu file. Raises RuntimeError with the compiler's messages."""
     program, included = ctypes.c_void_p(), headers()
     strings = ctypes.c_char_p * len(included)
     names, texts = (strings(*(x.encode() for x in part)) for part in (included, included.values()))
@@ -90,13 +90,13 @@ def compile_source(source: str, name: str, architecture: str) -> Cubin:
 
 
 def cubin_file(source: Path, architecture: str) -> Path:
-    """The compiled file of a .cu, made where it is not in the cache (NANOCHAMELEON_CACHE, or see caches.py)."""
+    """The cubin of a .cu file, compiled unless it is in the cache (NANOCHAMELEON_CACHE, or see caches.py)."""
     text = source.read_text()
     version = [ctypes.c_int(), ctypes.c_int()]
     library().nvrtcVersion(*(ctypes.byref(number) for number in version))
     key = f"{text}{headers()}{architecture}{[number.value for number in version]}"
-    wished = os.environ.get("NANOCHAMELEON_CACHE", "")
-    folder = cache_folder("NANOCHAMELEON_CACHE", wished) or Path(tempfile.mkdtemp())  # CuPy loads files alone
+    requested = os.environ.get("NANOCHAMELEON_CACHE", "")
+    folder = cache_folder("NANOCHAMELEON_CACHE", requested) or Path(tempfile.mkdtemp())  # CuPy loads only files
     path = folder / f"{source.stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
     if not path.exists():
         aside = path.with_suffix(f".{os.getpid()}")

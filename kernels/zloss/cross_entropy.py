@@ -28,6 +28,7 @@ from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, KERNEL_DTYPES,
 
 
 def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Values alone."""
     valid, index = targets >= 0, targets.clamp(min=0).long()  # (N,)
     x = logits if logits.dtype == torch.float64 else logits.float()  # bfloat16 sums would stop growing
     log_z = x.logsumexp(-1)  # (N,)
@@ -35,19 +36,40 @@ def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tens
     return torch.where(valid, log_z - target_logit, 0), torch.where(valid, log_z, 0)
 
 
-def zloss_gradient_reference(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float) -> Tensor:
-    """The gradient (N, V), float32 or wider; follow it term by term, for one row:"""
-    # d log Z / dx_v = exp(x_v) / Z = p_v, the softmax
-    gradient = (logits - log_z[:, None]).exp_()  # (N, V)
-    # loss = scale (log Z - x_y + z_loss (log Z)^2)
-    # d loss / dx_v = scale (1 + 2 z_loss log Z) p_v - scale [v = y]
-    gradient *= (scale * (1 + 2 * z_loss * log_z))[:, None]
-    # A target from V on belongs to another part of the vocabulary, and only the first term is left.
-    n_columns = logits.shape[1]
-    here = (targets >= 0) & (targets < n_columns)
-    at_target = torch.where(here, -scale, 0.0).to(gradient.dtype)  # (N,)
-    gradient.scatter_add_(-1, targets.clamp(0, n_columns - 1).long()[:, None], at_target[:, None])
-    return gradient.masked_fill_((targets < 0)[:, None], 0)
+def zloss_cross_entropy_reference_(
+    logits: Tensor, targets: Tensor, z_loss: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Overwrites the logits with their gradient; the powers are made once for both."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    # log Z = m + log sum_v exp(x_v - m): with the largest m taken off, no power overflows
+    largest = x.amax(-1, keepdim=True)  # (N, 1)
+    powers = (x - largest).exp_()  # (N, V)
+    total = powers.sum(-1, keepdim=True)  # (N, 1)
+    log_z = (largest + total.log())[:, 0]
+    cross_entropy = log_z - x.gather(-1, targets.clamp(min=0).long()[:, None])[:, 0]
+    logits.copy_(gradient_of_powers_(powers, total, targets, log_z, z_loss, scale))
+    return torch.where(targets >= 0, cross_entropy, 0), torch.where(targets >= 0, log_z, 0)
+
+
+def zloss_gradient_reference_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float) -> None:
+    shift = torch.where(targets >= 0, log_z, logits.amax(-1))[:, None]  # an ignored row has no log Z
+    powers = (logits - shift).exp_()
+    logits.copy_(gradient_of_powers_(powers, torch.ones_like(shift), targets, log_z, z_loss, scale))
+
+
+def gradient_of_powers_(
+    powers: Tensor, total: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float
+) -> Tensor:
+    """powers (N, V), float32 or wider, become the gradient; total (N, 1). For one row:"""
+    # d log Z / dx_v = exp(x_v) / Z = powers_v / total = p_v, the softmax
+    # d loss / dx_v = scale (p_v + 2 z_loss log Z p_v - [v = y])
+    factor = torch.where(targets >= 0, scale * (1 + 2 * z_loss * log_z), 0)  # (N,)
+    powers *= factor[:, None] / total
+    # [v = y]: subtracted before the one rounding to the logits' type. A target from V on is in another part of the
+    # vocabulary.
+    n_columns = powers.shape[1]
+    at_target = torch.where((targets >= 0) & (targets < n_columns), -scale, 0.0).to(powers.dtype)  # (N,)
+    return powers.scatter_add_(-1, targets.clamp(0, n_columns - 1).long()[:, None], at_target[:, None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,9 +99,7 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, scale: 
     name = implementation(logits)
     expect_overwritable(logits, targets, name)
     if name == "reference":
-        cross_entropy, log_z = zloss_cross_entropy_reference(logits, targets)
-        logits.copy_(zloss_gradient_reference(logits, targets, log_z, z_loss, scale))
-        return cross_entropy, log_z
+        return zloss_cross_entropy_reference_(logits, targets, z_loss, scale)
     torch.autograd.graph.increment_version(logits)  # so that autograd notices where another op has saved them
     targets = targets.long().resolve_neg().contiguous()
     if name == "cuda":
@@ -96,7 +116,7 @@ def zloss_gradient_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: floa
     expect_overwritable(logits, targets, name)
     expect("zloss_gradient_", logits, targets.shape, FLOAT_DTYPES, log_z=log_z)
     if name == "reference":
-        logits.copy_(zloss_gradient_reference(logits, targets, log_z, z_loss, scale))
+        zloss_gradient_reference_(logits, targets, log_z, z_loss, scale)
         return
     torch.autograd.graph.increment_version(logits)
     targets, log_z = targets.long().resolve_neg().contiguous(), log_z.float().resolve_neg().contiguous()

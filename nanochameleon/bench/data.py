@@ -20,10 +20,10 @@ from nanochameleon.bench.measure import median_seconds
 from nanochameleon.bench.rows import Row, make_row
 from nanochameleon.cli import complete
 from nanochameleon.config import RunConfig, VQGANConfig
-from nanochameleon.data import Loader, Rows, Shards, write_shards
+from nanochameleon.data import Loader, PackedDocuments, Shards, write_shards
 from nanochameleon.data.build import mixture, open_loader
 from nanochameleon.data.prepare import tokenizing
-from nanochameleon.data.prepare.units import plan
+from nanochameleon.data.sources.units import plan
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.presets import toy
@@ -59,7 +59,7 @@ def loader_rows(
     rng, n = np.random.default_rng(0), (2_000_000 if quick else 20_000_000) // lengths[0]
     path = folder / f"documents-{lengths[0]}"
     write_shards(path, (rng.integers(4, 65_536, size) for size in rng.integers(*lengths, n)))
-    packed = Rows("all", Shards(path), seq_len, 0)
+    packed = PackedDocuments("all", Shards(path), seq_len, 0)
     loader = Loader({"all": packed}, [(0, {"all": 1.0})], batch_size, seq_len, 0, Vocab.pad)
     steps = iter(range(10**9))
 
@@ -111,9 +111,9 @@ def prepare_rows(
     with tempfile.TemporaryDirectory() as folder:
         numbers = iter(range(10**9))
 
-        def prepare() -> tokenizing.Job:
+        def prepare() -> tokenizing.PrepareJob:
             to = Path(folder) / str(next(numbers))
-            job = tokenizing.Job(to, form, 4_096, 0, text, image_tokenizer, "", plan([source], form))
+            job = tokenizing.PrepareJob(to, form, 4_096, 0, text, image_tokenizer, "", *plan([source], form))
             tokenizing.run(
                 job, 0, 1, 1 if image_tokenizer.device.type == "cpu" else min(16, os.cpu_count() or 1), quiet=True
             )

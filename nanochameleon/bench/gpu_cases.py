@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.bench.kernels import Z_LOSS, Case, attention_case, check, linear_case, with_kernels, zloss_case
+from nanochameleon.kernels.attention.cuda import document_bounds
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
 from nanochameleon.kernels.attention.reference import attention, attention_reference, visible
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.transformer import compute_freqs_cis
 
-NARROW = torch.bfloat16
+BF16 = torch.bfloat16
 
 # The rows of docs/results/gpu.md. The first of each list is measured with --quick.
 ATTENTION = [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]  # (B, T, H, E)
@@ -43,21 +44,21 @@ def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
     if op in ("all", "attention"):
         for t in CHECKED_LENGTHS:
             for b, h, e in [(2, 4, 64), (1, 2, 128), (2, 3, 48)]:
-                check(attention_case(b, t, h, e, NARROW, True, device))
+                check(attention_case(b, t, h, e, BF16, True, device))
         check_own_attention(device)
     for b, t, h, e in wanted("attention", ATTENTION):
-        yield with_parts(attention_case(b, t, h, e, NARROW, False, device))
+        yield with_parts(attention_case(b, t, h, e, BF16, False, device))
     if op in ("all", "zloss"):
         for v in CHECKED_WIDTHS:
-            for dtype in (NARROW, torch.float32):
+            for dtype in (BF16, torch.float32):
                 check(zloss_case(40, v, dtype, device))
                 check_in_place(40, v, dtype, device)
     for n, v in wanted("zloss", ZLOSS):
-        yield zloss_case(n, v, NARROW, device)
+        yield zloss_case(n, v, BF16, device)
     if op in ("all", "linear_zloss"):
-        check(linear_case(100, 1_000, 64, NARROW, device))
+        check(linear_case(100, 1_000, 64, BF16, device))
     for n, v, d in wanted("linear_zloss", LINEAR):
-        yield linear_case(n, v, d, NARROW, device)
+        yield linear_case(n, v, d, BF16, device)
     if op in ("all", "decode"):
         for sizes in ((2, 6, 2, 70, 64), (1, 4, 4, 600, 128)):
             check_decoding(sizes, device)
@@ -70,43 +71,42 @@ def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
 
 
 def random(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device, dtype=NARROW)
+    return torch.randn(shape, device=device, dtype=BF16)
 
 
 def with_parts(case: Case) -> Case:
     """Add attention without norm and rotation: our versions and torch's."""
     q, k, v = (x.detach() for x in case.inputs[:3])
-    first = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-    last = torch.full_like(first, q.shape[1] - 1)
-    out, lse = gpu.attention(q, k, v, first)
+    bounds = document_bounds(None, q)
+    out, lse = gpu.attention(q, k, v, bounds[0])
     heads = [x.transpose(1, 2) for x in (q, k, v)]
-    case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, first)
-    case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, first, simple=True)
+    case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, bounds[0])
+    case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, bounds[0], simple=True)
     case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
-    case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, first, last)
+    case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, *bounds)
     return case
 
 
-def decode_inputs(n: int, h: int, g: int, places: int, e: int, device: torch.device) -> tuple:
+def decode_inputs(n: int, h: int, g: int, cache_len: int, e: int, device: torch.device) -> tuple:
     """Return inputs of a decode step whose sequences have filled their cache except for the last position."""
-    heads, keys, values = random(n, 1, h + 2 * g, e, device=device), *random(2, n, g, places, e, device=device)
-    positions = torch.full((n, 1), places - 1, device=device)
+    heads, keys, values = random(n, 1, h + 2 * g, e, device=device), *random(2, n, g, cache_len, e, device=device)
+    positions = torch.full((n, 1), cache_len - 1, device=device)
     norm = torch.ones(h + g, e, device=device), torch.zeros(h + g, e, device=device)
-    bias = torch.zeros(n, 1, places, device=device, dtype=NARROW)
+    bias = torch.zeros(n, 1, cache_len, device=device, dtype=BF16)
     return heads, compute_freqs_cis(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions, bias
 
 
-def decode_case(n: int, h: int, g: int, places: int, e: int, device: torch.device) -> Case:
-    inputs = decode_inputs(n, h, g, places, e, device)
+def decode_case(n: int, h: int, g: int, cache_len: int, e: int, device: torch.device) -> Case:
+    inputs = decode_inputs(n, h, g, cache_len, e, device)
     queries, keys, values, positions = random(n, 1, h, e, device=device), *inputs[4:7]
     rows = queries.view(n, g, h // g, e)
     variants = {
         "reference": lambda: decode_attention_reference_(*inputs),
         "cuda": with_kernels("cuda", lambda: decode_attention_(*inputs)),
-        "attention alone": lambda: gpu.decode_attention(queries, keys, values, positions, places),
+        "attention alone": lambda: gpu.decode_attention(queries, keys, values, positions, cache_len),
         "attention alone, vendor": lambda: F.scaled_dot_product_attention(rows, keys, values),
     }
-    return Case(f"decode B{n} H{h} G{g} S{places} D{e} bf16", [], variants)
+    return Case(f"decode B{n} H{h} G{g} S{cache_len} D{e} bf16", [], variants)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def check_own_attention(device: torch.device) -> None:
     for t, heads, key_heads, e in ((17, 2, 2, 64), (CHECKED_LENGTHS[0], 4, 2, 64), (CHECKED_LENGTHS[1], 4, 1, 128)):
         q, k, v, d_out = (random(2, t, h, e, device=device) for h in (heads, key_heads, key_heads, heads))
         docs = torch.randint(0, 3, (2, t), device=device)
-        truth, plain = (reference_results(q, k, v, d_out, docs, kind) for kind in (torch.float64, NARROW))
+        truth, plain = (reference_results(q, k, v, d_out, docs, kind) for kind in (torch.float64, BF16))
         first, last = gpu.document_bounds(docs)
         for simple in (False, True):
             out, lse = gpu.attention(q, k, v, first, simple)
@@ -166,7 +166,7 @@ def check_decoding(sizes: tuple, device: torch.device) -> None:
         cache = [x.to(kind, copy=True) for x in (keys, values)]
         return function(heads.to(kind), freqs_cis, norm, eps, *cache, positions, bias.to(kind)), *cache
 
-    truth, plain = (run(decode_attention_reference_, kind) for kind in (torch.float64, NARROW))
-    result = run(with_kernels("cuda", decode_attention_), NARROW)
+    truth, plain = (run(decode_attention_reference_, kind) for kind in (torch.float64, BF16))
+    result = run(with_kernels("cuda", decode_attention_), BF16)
     for name, *each in zip(("out", "keys", "values"), result, plain, truth, strict=True):
         compare(f"{name} of decode {sizes}", *each)

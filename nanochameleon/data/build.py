@@ -1,7 +1,7 @@
-"""From a configuration to what is trained on: sources of raw documents, and token shards for the transformer.
+"""From a configuration to training data: sources of raw documents, token shards, the loader.
 
-The made-up worlds are endless and need nothing; emoji and folders are first stored as images (emoji.py, folder.py);
-prepared data has shards already (prepared.py).
+The drawn worlds are endless and need no files. Emoji and folders are first stored as images (sources/emoji.py,
+sources/folder.py). Prepared data has its shards already (prepared.py).
 """
 
 import json
@@ -12,14 +12,27 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanochameleon.config import DataConfig, RunConfig
-from nanochameleon.data import Live, Loader, Mixture, Rows, Shards, Source, fuse, in_epochs, write_shards
+from nanochameleon.data import (
+    Loader,
+    Mixture,
+    OnTheFly,
+    PackedDocuments,
+    Shards,
+    Source,
+    fuse,
+    in_epochs,
+    stored_images,
+    write_shards,
+)  # fmt: skip
+from nanochameleon.data.image_store import index_of
 from nanochameleon.data.index import read_index
 from nanochameleon.data.prepared import sources as prepared_sources
 from nanochameleon.data.reading import SKIPPED
 from nanochameleon.data.sources.alignment import CATEGORIES, AlignmentSource
 from nanochameleon.data.sources.emoji import EmojiSource, prepare_emoji
 from nanochameleon.data.sources.folder import FolderSource, prepare_folder
-from nanochameleon.data.sources.shapes import ShapesSource, World
+from nanochameleon.data.sources.scenes import World
+from nanochameleon.data.sources.shapes import ShapesSource
 from nanochameleon.documents import render
 from nanochameleon.errors import Interrupted, UserError, say
 from nanochameleon.files import write_file
@@ -36,31 +49,16 @@ def world(data: DataConfig) -> World | None:
     return {"shapes": World(), "shapes_rich": World.rich()}.get(data.source)
 
 
-def store_images(cfg: RunConfig, folder: Path) -> None:
-    """Reads emoji or a folder into folder/images, unless they are there, and says what was skipped.
-
-    Raises UserError where a split is empty: now, and not when the first images of the test split are drawn.
-    """
-    check_sources(cfg)
-    stored = folder / "pictures"
-    if world(cfg.data) or cfg.data.source == "prepared":
-        return
-    if not (stored / "pictures.json").exists():
-        store(cfg, stored)
-    for split in ("train", "test"):
-        open_sources(cfg, folder, split)("pairs")
-
-
-def kind_of(data: DataConfig) -> type[Source]:
+def source_class(data: DataConfig) -> type[Source]:
     if world(data):
         return ShapesSource
     return EmojiSource if data.source == "emoji" else FolderSource
 
 
 def check_sources(cfg: RunConfig) -> None:
-    """Raises UserError for a name in a stage's weights that this data has not."""
+    """Raise UserError for a name in a stage's weights that this data does not have."""
     prepared = cfg.data.source == "prepared"
-    names = prepared_sources(cfg.data.path) if prepared else kind_of(cfg.data).FORMS
+    names = prepared_sources(cfg.data.path) if prepared else source_class(cfg.data).FORMS
     names = [*names, *CATEGORIES] if world(cfg.data) else names
     for number, stage in enumerate(cfg.stages):
         for name, _ in stage.weights:
@@ -69,14 +67,25 @@ def check_sources(cfg: RunConfig) -> None:
                 raise UserError(f"stages.{number}.weights names {name!r}; {has}")
 
 
-def store(cfg: RunConfig, stored: Path) -> None:
-    if cfg.data.source == "emoji":
-        prepare_emoji(stored, cfg.vqgan.resolution)
-    elif cfg.data.path is None:
-        raise UserError("source folder needs --data.path, the folder with the images and their captions")
-    else:
-        report = prepare_folder(cfg.data.path, stored, cfg.vqgan.resolution)
-        say(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
+def store_images(cfg: RunConfig, folder: Path) -> None:
+    """Store the images of emoji or of a folder in the run's folder, unless they are there; print what was skipped.
+
+    Raises UserError where a split is empty: now, and not when the first images of the test split are drawn.
+    """
+    check_sources(cfg)
+    if world(cfg.data) or cfg.data.source == "prepared":
+        return
+    stored = stored_images(folder)
+    if not index_of(stored).exists():
+        if cfg.data.source == "emoji":
+            prepare_emoji(stored, cfg.vqgan.resolution)
+        elif cfg.data.path is None:
+            raise UserError("source folder needs --data.path, the folder with the images and their captions")
+        else:
+            report = prepare_folder(cfg.data.path, stored, cfg.vqgan.resolution)
+            say(f"{report}; listed in {stored / SKIPPED}" if report.skipped else report)
+    for split in ("train", "test"):
+        open_sources(cfg, folder, split)("pairs")
 
 
 def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable[[str], Source]:
@@ -91,21 +100,21 @@ def open_sources(cfg: RunConfig, folder: Path, split: str = "train") -> Callable
             )
         test = split == "test"
         return lambda form: (AlignmentSource if form in CATEGORIES else ShapesSource)(shapes, form, cfg.seed, test)
-    opened = kind_of(cfg.data)
-    return lambda form: opened(folder / "pictures", split, cfg.seed, form)
+    opened = source_class(cfg.data)
+    return lambda form: opened(stored_images(folder), split, cfg.seed, form)
 
 
 def mixture(cfg: RunConfig, folder: Path, split: str = "train") -> Mixture:
-    """Documents of all forms, each in its share over all stages."""
+    """Documents of all forms, each in its fraction over all stages."""
     source = open_sources(cfg, folder, split)
-    return Mixture({form: (source(form), share) for form, share in cfg.mixture.items()}, cfg.seed)
+    return Mixture({form: (source(form), fraction) for form, fraction in cfg.mixture.items()}, cfg.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Documents of ids
+# Documents of tokens
 
 
-class Epochs:
+class InEpochs:
     """A source as an endless one: document i shows each item once before any comes again."""
 
     size = None
@@ -117,10 +126,13 @@ class Epochs:
         return self.source.document(in_epochs(i, self.source.size, self.seed, self.name))
 
 
-def token_lists(
-    docs: Epochs, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, stopped: Callable[[], bool] = lambda: False
+def tokenize(
+    docs: InEpochs,
+    image_tokenizer: ImageTokenizer,
+    tokenizer: TextTokenizer,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[int]]:
-    """Documents 0, 1, 2, ... as ids, without end; each image of a finite source is encoded once."""
+    """Yield documents 0, 1, 2, ... as tokens, without end; each image of a finite source is encoded once."""
     known = None if docs.source.size is None else {}
     start = 0
     while True:
@@ -133,12 +145,15 @@ def token_lists(
 
 
 def amounts(cfg: RunConfig) -> dict[str, tuple[int, int | None]]:
-    """For each source how many ids the run reads of it, and how many documents were asked for instead, if any."""
+    """For each source: how many tokens the run reads of it, and how many documents it may have, if that is set."""
     total = cfg.train.steps * cfg.train.batch_size * cfg.train.seq_len
-    wish = cfg.data.n_documents
+    requested = cfg.data.n_documents
     return {
-        name: (round(share * total) + cfg.train.seq_len, None if wish is None else max(1, round(share * wish)))
-        for name, share in cfg.mixture.items()
+        name: (
+            round(fraction * total) + cfg.train.seq_len,
+            None if requested is None else max(1, round(fraction * requested)),
+        )
+        for name, fraction in cfg.mixture.items()
     }
 
 
@@ -149,75 +164,79 @@ def write_tokens(
     folder: Path,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Writes folder/data/SOURCE for each source unless it is there: as many documents as the run reads, so that none
-    comes twice.
+    """Write folder/data/SOURCE for each source, unless it is there: as many documents as the run reads, each once.
 
-    `stopped` is asked before every CHUNK of documents; when it says so, that source is not written, and Interrupted
-    raised.
+    `stopped` is called before every CHUNK of documents. When it returns True, that source is not written and
+    Interrupted is raised.
     """
     if cfg.data.source == "prepared":
         return
-    source, notes = open_sources(cfg, folder), {TEXT_TOKENIZER: checksum_of(tokenizer)}
-    for name, (n_ids, n_documents) in amounts(cfg).items():
+    source, notes = open_sources(cfg, folder), {TEXT_TOKENIZER: tokenizer_checksum(tokenizer)}
+    for name, (n_tokens, n_documents) in amounts(cfg).items():
         if not (folder / "data" / name).exists():
-            docs = Epochs(source(name), cfg.seed, name)
-            lists = token_lists(docs, image_tokenizer, tokenizer, stopped)
-            write_shards(folder / "data" / name, enough(lists, n_ids, n_documents, name), notes=notes)
+            docs = tokenize(InEpochs(source(name), cfg.seed, name), image_tokenizer, tokenizer, stopped)
+            write_shards(folder / "data" / name, take(docs, n_tokens, n_documents, name), notes=notes)
 
 
-def enough(lists: Iterator[list[int]], n_tokens: int, n_documents: int | None, name: str) -> Iterator[list[int]]:
-    """The first documents, until they hold n_tokens ids or, if given, are n_documents; with a progress bar."""
+def take(docs: Iterator[list[int]], n_tokens: int, n_documents: int | None, name: str) -> Iterator[list[int]]:
+    """The first documents, until they hold n_tokens tokens or, if given, are n_documents; with a progress bar."""
     total, done = n_documents or n_tokens, 0  # the bar does not count where it is switched off
-    unit = "doc" if n_documents else "id"
+    unit = "doc" if n_documents else "token"
     with tqdm(total=total, desc=f"tokenizing {name}", unit=unit, unit_scale=True) as bar:
         while done < total:
-            ids = next(lists)
-            yield ids
-            new = 1 if n_documents else len(ids)
+            tokens = next(docs)
+            yield tokens
+            new = 1 if n_documents else len(tokens)
             done += new
             bar.update(new)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The loader
+
+
 def open_loader(cfg: RunConfig, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Loader:
-    """What the transformer is trained on. Raises UserError where nothing of a source fits in a row."""
+    """The transformer's batches. Raises UserError where no document of a source fits in a sequence."""
     t = cfg.train
-    rows = {name: rows_of(name, cfg, image_tokenizer, tokenizer, folder) for name in cfg.mixture}
+    sources = {name: packed_source(name, cfg, image_tokenizer, tokenizer, folder) for name in cfg.mixture}
     stages = [(start, dict(stage.weights)) for start, stage in zip(cfg.stage_starts, cfg.stages, strict=True)]
     vocab = tokenizer.vocab
     return Loader(
-        rows, stages, t.batch_size, t.seq_len, cfg.seed, vocab.pad, vocab.eot if t.assistant_only_loss else None
+        sources, stages, t.batch_size, t.seq_len, cfg.seed, vocab.pad, vocab.eot if t.assistant_only_loss else None
     )
 
 
-def rows_of(name: str, cfg: RunConfig, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, folder: Path) -> Rows:
-    """One source's rows; how they are packed is kept in the run's folder."""
+def packed_source(
+    name: str, cfg: RunConfig, image_tokenizer: ImageTokenizer, tokenizer: TextTokenizer, folder: Path
+) -> PackedDocuments:
+    """One source's documents, packed into sequences; the packing is kept in the run's folder."""
     seq_len, place, size = cfg.train.seq_len, folder / "data" / name, tokenizer.vocab.size
     if cfg.data.tokenize_on_the_fly:
-        docs = Epochs(open_sources(cfg, folder)(name), cfg.seed, name)
-        return Rows(name, Live(docs, image_tokenizer, tokenizer, *amounts(cfg)[name]), seq_len, cfg.seed)
-    if cfg.data.source != "prepared":
+        docs = InEpochs(open_sources(cfg, folder)(name), cfg.seed, name)
+        documents = OnTheFly(docs, image_tokenizer, tokenizer, *amounts(cfg)[name])
+        return PackedDocuments(name, documents, seq_len, cfg.seed)
+    if cfg.data.source == "prepared":
+        shards = Shards(cfg.data.path / name, size)
+        check_unchanged(cfg.data.path / name / Shards.INDEX, place / Shards.INDEX)
+    else:
         shards = Shards(place, size)
-        made_by = shards.index.get(TEXT_TOKENIZER)  # None of an older version
-        if made_by not in (None, checksum_of(tokenizer)):
+        if shards.index.get(TEXT_TOKENIZER) != tokenizer_checksum(tokenizer):
             why = f"{folder / TEXT_TOKENIZER} is not the one that made {place}"
             raise UserError(f"{why}: delete the former, and the same command makes it again")
-        return Rows(name, shards, seq_len, cfg.seed, place)
-    shards = Shards(cfg.data.path / name, size)
-    same_as_before(cfg.data.path / name / Shards.INDEX, place / Shards.INDEX)
-    return Rows(name, shards, seq_len, cfg.seed, place)
+    return PackedDocuments(name, shards, seq_len, cfg.seed, place)
 
 
-def checksum_of(tokenizer: TextTokenizer) -> int:
+def tokenizer_checksum(tokenizer: TextTokenizer) -> int:
     return zlib.crc32(json.dumps(to_json(tokenizer)).encode())
 
 
-def same_as_before(index: Path, kept: Path) -> None:
-    """Keeps a copy of a prepared source's index. Raises UserError where it differs from the one kept earlier: rows
-    would not be those that this run has begun with."""
+def check_unchanged(index: Path, kept: Path) -> None:
+    """Keep a copy of a prepared source's index. Raises UserError if it differs from the copy that was kept earlier: the
+    sequences would not be those that this run began with."""
     content = index.read_bytes()
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_file(kept, content)
     elif kept.read_bytes() != content:
-        read_index(kept.parent, kept.name, Shards.FORMAT, files=False)  # says so where it is the copy that is damaged
-        raise UserError(f"{index.parent} has changed since this run began: start anew with --overwrite")
+        read_index(kept.parent, kept.name, Shards.FORMAT, files=False)  # raises if the copy is the damaged one
+        raise UserError(f"{index.parent} has changed since this run began: start over with --overwrite")

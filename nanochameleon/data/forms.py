@@ -1,8 +1,8 @@
-"""What a raw document is, the forms it takes, and how its images become codes.
+"""Raw documents: text and pixels in any order, the forms they take, and how their images become codes.
 
-    source.document(i)  ->  [Text, RawImage, ...]  -fuse->  [Text, Image, ...]  -render (documents.py)->  ids
+    source.document(i) -> [Text, RawImage, ...]  --fuse-->  [Text, Image, ...]  --render (documents.py)-->  tokens
 
-Every draw is a pure function of (seed, index). The sources are shapes.py, alignment.py, emoji.py and folder.py.
+Every draw is a pure function of (seed, index). The sources are in sources/.
 """
 
 import hashlib
@@ -24,16 +24,15 @@ class RawImage:
 
 
 RawDocument = list[Text | RawImage | EndOfTurn]
-# What the documents of a source look like, see below: pairs, questions and interleaved documents; text alone; captions
-# that are followed by their image, never the other way round.
+# What a source's documents look like, see below. "text": captions alone. "drawings": a caption, then its image.
 FORMS = ("pairs", "questions", "interleaved", "text", "drawings")
 
 
 class Source(Protocol):
-    """Where raw documents come from. `size` counts the items of a finite source and is None for an endless one.
+    """Where raw documents come from. `size` is the number of items of a finite source, None for an endless one.
 
-    document(index) takes any index >= 0: a finite source shows item index % size, and draws everything else (which
-    comes first, which question) from the index, so that the next time round the item looks different.
+    document(index) takes any index >= 0. A finite source shows item index % size, and draws everything else (which
+    comes first, which question) from the index, so that the item looks different in every epoch.
     """
 
     size: int | None
@@ -41,7 +40,7 @@ class Source(Protocol):
     def document(self, index: int) -> RawDocument: ...
 
     def captions(self, n: int) -> Iterable[str]:
-        """n texts of the kind that its documents hold, for training a text tokenizer."""
+        """n texts as its documents hold them, for training a text tokenizer."""
         ...
 
 
@@ -63,7 +62,7 @@ def captioned(form: str, caption: str, pixels: np.ndarray, rng: np.random.Genera
 
 
 def question_answer(pixels: np.ndarray, qas: Sequence[tuple[str, str]]) -> RawDocument:
-    """Image, question, end of turn, answer; before each further question another end of turn."""
+    """Image, question, end of turn, answer; an end of turn also precedes each further question."""
     doc: RawDocument = [RawImage(pixels)]
     for number, (question, answer) in enumerate(qas):
         doc += [EndOfTurn()] if number else []
@@ -79,9 +78,9 @@ def interleaved(pairs: Sequence[tuple[str, np.ndarray]]) -> RawDocument:
 def fuse(
     docs: Sequence[RawDocument], image_tokenizer: ImageTokenizer, known: dict[bytes, Image] | None = None
 ) -> list[Document]:
-    """Raw documents -> documents with codes in place of pixels; all their images, of one size, go in one batch.
+    """Encode the images of raw documents: codes take the place of pixels. All images, of one size, go in one batch.
 
-    `known` holds codes by a digest of the pixels and grows: with it a finite source's images are encoded only once.
+    `known` is a cache, codes by a digest of the pixels, and grows: a finite source's images are encoded only once.
     """
     known = {} if known is None else known
     pixels = {digest(s.pixels): s.pixels for doc in docs for s in doc if isinstance(s, RawImage)}

@@ -1,9 +1,8 @@
-"""Folders of several files that are whole or not there, and files that are mapped instead of read.
+"""Folders of several files that are whole or not there, each with an index and checksums.
 
-The last file that is written is the index, a JSON object. It says what the folder holds, and it has a checksum of each
-file that is read as a whole, and of itself, checked when the folder is opened. A large file has a checksum for
-each of its items instead, which is checked whenever the item is read, so that a terabyte of tokens is not read twice.
-Folders of older versions have no checksums and open without.
+The index is the file that is written last, a JSON object. It says what the folder holds. It has a checksum of each file
+that is read as a whole, and one of itself; both are checked when the folder is opened. A large file has a checksum for
+each of its items instead, which is checked when the item is read, so that a terabyte of tokens is not read twice.
 """
 
 import json
@@ -19,21 +18,18 @@ import numpy as np
 from nanochameleon.errors import UserError
 from nanochameleon.files import is_safe_name, write_file
 
-CHECKED = ", with checksums"  # follows the format's name in an index; an older index lacks it, and all checksums
+CHECKED = ", with checksums"  # the end of every format's name in an index
 
 
 @contextmanager
-def aside(directory: Path, index: str) -> Iterator[Path]:
-    """A new directory to write in; it takes the place of `directory` when the block ends, and is gone if it fails.
+def replacing_folder(directory: Path, index: str) -> Iterator[Path]:
+    """Yield a new directory to write in. It replaces `directory` when the block ends; if the block fails, it goes.
 
-    Raises UserError if `directory` holds anything but an earlier one of its kind (known by its file `index`).
+    Raises UserError if `directory` holds anything but an earlier folder of this kind (known by its file `index`).
     """
     directory = Path(directory)
-    if (
-        directory.exists()
-        and not (directory / index).is_file()
-        and not (directory.is_dir() and not any(directory.iterdir()))
-    ):
+    empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not (directory / index).is_file() and not empty:
         raise UserError(
             f"{directory} is in the way: it was not written by nanochameleon; move it or choose another place"
         )
@@ -63,34 +59,32 @@ def damaged(path: Path, why: str, kind: type[UserError] = UserError) -> UserErro
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file's content: 3 GB a second where it lies in memory."""
+    """CRC-32 of a file's content: 3 GB a second where the file is in memory."""
     return zlib.crc32(np.memmap(path, np.uint8, "r")) if path.stat().st_size else 0
 
 
 def write_index(directory: Path, index: str, what: str, content: dict, files: Iterable[str] = ()) -> None:
-    """Writes directory/index with `content`, the checksums of `files`, which are complete, and its own checksum."""
+    """Write directory/index: `content`, the checksums of `files`, which are complete, and the index's own checksum."""
     content = {"format": what + CHECKED} | content | {"files": {name: checksum(directory / name) for name in files}}
-    write_file(directory / index, json.dumps(content | {"checksum": _own(content)}).encode())
+    write_file(directory / index, json.dumps(content | {"checksum": _own_checksum(content)}).encode())
 
 
-def _own(content: dict) -> int:
-    """The checksum of an index, of which itself is left out."""
+def _own_checksum(content: dict) -> int:
+    """The checksum of an index, without its field "checksum"."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def read_index(directory: Path, index: str, what: str, files: bool = True) -> dict:
-    """The JSON object in directory/index; its "files" are those that have checksums, none in an older one. They are
-    checked too, unless the index is to be read alone.
+    """Read the JSON object in directory/index, and check the files that it has checksums of unless `files` is False.
 
-    Raises UserError: `directory` is no such thing, or the index or a file that it has a checksum of is damaged.
+    Raises UserError if `directory` is not `what`, or if the index or one of those files is damaged.
     """
     path = Path(directory) / index
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        checked = content["format"] == what + CHECKED
-        whole = content["checksum"] == _own(content) if checked else content["format"] == what
-        content |= {"files": dict(content["files"]) if checked else {}}
+        whole = content["format"] == what + CHECKED and content["checksum"] == _own_checksum(content)
+        content["files"] = dict(content["files"])
     except OSError:
         raise UserError(f"{directory} is not {what}: it has no readable {index}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -103,7 +97,7 @@ def read_index(directory: Path, index: str, what: str, files: bool = True) -> di
 
 
 def check_file(path: Path, expected: int) -> None:
-    """Raises UserError where a file's checksum is another one."""
+    """Raise UserError if the file's checksum is not the expected one."""
     if not path.is_file():
         raise damaged(path, "is missing")
     if checksum(path) != expected:
@@ -111,7 +105,7 @@ def check_file(path: Path, expected: int) -> None:
 
 
 def map_file(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A file of exactly this type and shape, memory-mapped for reading. Raises UserError for one of any other size."""
+    """Memory-map a file of exactly this type and shape for reading. Raises UserError for one of any other size."""
     expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
     found = path.stat().st_size if path.is_file() else -1
     if found != expected:

@@ -1,9 +1,9 @@
 """A folder of prepared data: token shards by name, and the two tokenizers that made them.
 
-    prepared.json             sizes, and a digest of what decides the ids
+    prepared.json             sizes, and a digest of what decides the tokens
     text_tokenizer.json, image_tokenizer/
     NAME/                     token shards (data/shards.py) of one source, once its index.json is there
-    test/                     the same, never trained on: what the report measures
+    test/                     the same for the report, never trained on
 
 `python -m nanochameleon.data.prepare` writes it, `train.py --data.source prepared --data.path FOLDER` trains on it.
 """
@@ -27,7 +27,7 @@ INDEX, FORMAT, TEST = "prepared.json", "a folder of prepared data", "test"
 
 
 def open_prepared(folder: Path) -> Tokenizers:
-    """The tokenizers of prepared data. Raises UserError for a folder of anything else, or a damaged one."""
+    """The tokenizers of prepared data. Raises UserError for a damaged folder, or any other one."""
     index = read_index(folder, INDEX, FORMAT)
     try:
         vqgan = build(VQGANConfig, index["vqgan"], "vqgan")
@@ -36,28 +36,33 @@ def open_prepared(folder: Path) -> Tokenizers:
     except (KeyError, ValueError, TypeError, AttributeError):
         same = False
     if not same:
-        raise UserError(f"the tokenizers in {folder} are not those that prepared its data: prepare it again elsewhere")
+        raise UserError(
+            f"the tokenizers in {folder} are not the ones that prepared its data: prepare it again in another folder"
+        )
     return found
 
 
 def store_prepared(folder: Path, tokenizers: Tokenizers) -> None:
-    """Writes the tokenizers into the folder, unless they are there. Several processes may do so at once.
+    """Write the tokenizers into the folder, unless they are there. Several processes may do so at once.
 
-    Raises UserError where others are there, or the folder holds something else. Removes what killed processes left.
+    Raises UserError if the folder holds other tokenizers or anything else. Removes what killed processes left.
     """
-    aside = f".new-{platform.node()}"  # with the machine's name: no other one knows which of its processes live
+    aside = f".new-{platform.node()}"  # with the machine's name, since process ids are the machine's
     if not (folder / INDEX).exists():
         write_prepared(folder, tokenizers, folder / f"{aside}-{os.getpid()}")
     elif read_index(folder, INDEX, FORMAT).get("digest") != tokenizers.digest():
-        raise UserError(f"{folder} holds data of other tokenizers, whose ids mean other things: choose another --out")
+        raise UserError(
+            f"{folder} holds data of other tokenizers, whose tokens mean other things: choose another --out"
+        )
     remove_stale(folder, aside)
 
 
 def write_prepared(folder: Path, tokenizers: Tokenizers, aside: Path) -> None:
     ours = (IMAGE_TOKENIZER, TEXT_TOKENIZER)
-    left = (INDEX, *ours), (".new-", ".tmp-")  # by a process that does the same, or was killed in it
-    if folder.exists() and any(p.name not in left[0] and not p.name.startswith(left[1]) for p in folder.iterdir()):
-        raise UserError(f"{folder} is in the way: it holds no prepared data; choose another --out")
+    # files of other processes that do the same, or were killed while they did
+    known, temporary = (INDEX, *ours), (".new-", ".tmp-")
+    if folder.exists() and any(p.name not in known and not p.name.startswith(temporary) for p in folder.iterdir()):
+        raise UserError(f"{folder} is in the way: it does not hold prepared data; choose another --out")
     write_tokenizers(tokenizers, aside)
     for name in ours:
         try:
@@ -71,8 +76,8 @@ def write_prepared(folder: Path, tokenizers: Tokenizers, aside: Path) -> None:
 
 
 def write_tokenizers(tokenizers: Tokenizers, folder: Path) -> None:
-    """As a run has its own, unless they are there. The text tokenizer's file is taken over as it is, with names that we
-    have no use for."""
+    """Write tokenizers as a run has them, unless they are there. The text tokenizer's file is copied as it is, with the
+    names that nanochameleon does not use."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / TEXT_TOKENIZER).exists():
         content = json.dumps(tokenizers.tokenizer_json, ensure_ascii=False, indent=1)
@@ -82,5 +87,5 @@ def write_tokenizers(tokenizers: Tokenizers, folder: Path) -> None:
 
 
 def sources(folder: Path) -> list[str]:
-    """Names of the finished sources that may be trained on."""
+    """Names of the finished sources that can be trained on."""
     return sorted(path.parent.name for path in Path(folder).glob(f"*/{Shards.INDEX}") if path.parent.name != TEST)

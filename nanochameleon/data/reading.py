@@ -1,8 +1,8 @@
-"""Items read from outside: captioned images that may be bad, rules for captions, and the count of what was skipped.
+"""Reading data from outside: items that may be bad, files of a folder, lines of a file.
 
-What cannot be used is skipped, counted and listed with its place and reason, and never stops the rest. Every file, row
-and member ends as an item or as a `Bad`. Two things are left out without a line: hidden files (their name begins with a
-dot), and images that no row names.
+Data that cannot be used is skipped, counted and listed with its place and reason; it never stops the rest. Every file,
+row and tar member ends as a `RawItem` or as a `Bad`. Two things are left out without a line in the list: hidden files
+(their name begins with a dot), and images that no row names.
 """
 
 import json
@@ -10,22 +10,23 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.errors import UserError
-from nanochameleon.images.tokenizer import load_square
+from nanochameleon.images.tokenizer import Fit, load_square
 
 T = TypeVar("T")
 TEXT_KEYS = ("text", "caption")  # of a JSON object or a table that holds a text
 MAX_CAPTION = 1_000  # characters
 MAX_LINE = 2**25  # bytes; a longer line is skipped
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-SKIPPED = "skipped.jsonl"  # beside what was prepared
+SKIPPED = "skipped.jsonl"  # next to the prepared data
 NOT_READ = "files that are not read"
 
 
@@ -39,13 +40,13 @@ class Bad:
 
 
 @dataclass(frozen=True, eq=False)
-class File:
+class ImageFile:
     """An image that is not decoded: a file, or bytes that were read from a place called `name`."""
 
     name: str
     path: Path | None = None
     data: bytes | None = None
-    fit: Literal["crop", "pad"] = "crop"  # pad: of a prompt
+    fit: Fit = "crop"  # "pad" for an image in a prompt
 
     def pixels(self, resolution: int) -> np.ndarray:
         """uint8 (R, R, 3). Raises UserError, as load_image does."""
@@ -53,32 +54,27 @@ class File:
 
 
 @dataclass(frozen=True, eq=False)
-class Captioned:
-    """An image with a caption of at most MAX_CAPTION characters; `cut`: it was longer."""
+class RawItem:
+    """A document whose images are not decoded yet."""
 
     where: str
-    caption: str
-    image: File
-    cut: bool = False
+    doc: list[Text | ImageFile | EndOfTurn]
+    captioned: bool = False  # doc is a caption and its image
+    cut: bool = False  # part of a text was left out
+    mended: bool = False  # bytes that are not UTF-8 became U+FFFD
 
 
-@dataclass
-class Report:
-    """What reading came to."""
+Item = RawItem | Bad
 
-    images: int = 0
-    captions: int = 0
-    cut: int = 0  # captions shortened to the limit
-    skipped: list[Bad] = field(default_factory=list)
 
-    def skip(self, where: str, reason: str, detail: str = "") -> None:
-        self.skipped.append(Bad(where, reason, detail))
+def captioned_item(where: str, caption: str, image: ImageFile) -> RawItem:
+    """A caption, cut to MAX_CAPTION characters, and its image."""
+    text = Text(caption[:MAX_CAPTION].rstrip())
+    return RawItem(where, [text, image], captioned=True, cut=len(caption) > MAX_CAPTION)
 
-    def __str__(self) -> str:
-        text = f"{self.images:,} images with {self.captions:,} captions"
-        if self.cut:
-            text += f", {self.cut:,} of them cut"
-        return text + (f"; {reasons(Counter(bad.reason for bad in self.skipped))}" if self.skipped else "")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was skipped
 
 
 def reasons(counts: Counter[str]) -> str:
@@ -93,28 +89,8 @@ def first_few(skipped: Iterable[Bad]) -> str:
 
 
 def as_line(bad: Bad) -> bytes:
-    """Of skipped.jsonl."""
+    """A line of skipped.jsonl."""
     return (json.dumps(asdict(bad)) + "\n").encode()
-
-
-def first_text(row: dict, keys: tuple[str, ...]) -> str:
-    """The first value under one of the keys that is a text with something in it, stripped; '' if none is."""
-    values = (row.get(key) for key in keys)
-    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
-
-
-def is_utf8(text: str) -> bool:
-    """False for bytes that were none in the file, and for half a surrogate pair that JSON may spell."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def shortened(caption: str) -> tuple[str, bool]:
-    """The caption within MAX_CAPTION, and whether it was longer."""
-    return caption[:MAX_CAPTION].rstrip(), len(caption) > MAX_CAPTION
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,41 +100,41 @@ def shortened(caption: str) -> tuple[str, bool]:
 def walk(folder: Path) -> tuple[list[Path], list[Bad]]:
     """All files of a folder and its subfolders in order, and what else is there that cannot be read.
 
-    Hidden files and images are in neither list. Links are followed, to files and to folders; a folder that a link
-    reaches a second time is not read again. Raises UserError where `folder` itself cannot be read.
+    Hidden files and images are in neither list. Links to files and folders are followed; a folder that a link reaches a
+    second time is not read again. Raises UserError where `folder` itself cannot be read.
     """
-    files, left, seen, todo = [], [], set(), deque([folder])
+    files, unread, seen, todo = [], [], set(), deque([folder])
     while todo:
         place = todo.popleft()
         name, real = str(place.relative_to(folder)), os.path.realpath(place)
         if real in seen:
-            left.append(Bad(name, "links to folders that are read already"))
+            unread.append(Bad(name, "links to folders that are read already"))
             continue
         seen.add(real)
-        for entry in visible(place, name, left):
+        for entry in visible(place, name, unread):
             kind, path = kind_of(entry), place / entry.name
             if kind == "folder":
                 (todo.append if entry.is_symlink() else todo.appendleft)(path)  # links come last
             elif not is_image(entry.name):
                 files += [path] if kind == "file" else []
-                left += [Bad(str(path.relative_to(folder)), "neither files nor folders")] if not kind else []
-    return sorted(files), sorted(left, key=lambda bad: bad.where)
+                unread += [Bad(str(path.relative_to(folder)), "neither files nor folders")] if not kind else []
+    return sorted(files), sorted(unread, key=lambda bad: bad.where)
 
 
-def visible(place: Path, name: str, left: list[Bad]) -> list[os.DirEntry]:
-    """The entries of a folder that are not hidden, by name; of one that may not be read none, and a note in `left`."""
+def visible(place: Path, name: str, unread: list[Bad]) -> list[os.DirEntry]:
+    """The entries of a folder that are not hidden, by name. A folder without permission gives none and is noted."""
     try:
         with os.scandir(place) as entries:
             return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
         if name == "." or not isinstance(error, PermissionError):
             raise UserError(f"cannot read the folder {place}: {error.strerror}") from error
-        left.append(Bad(name, "folders that may not be read"))
+        unread.append(Bad(name, "folders that may not be read"))
         return []
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """ "folder", "file", or "" for what is neither, such as a link that leads nowhere."""
+    """ "folder", "file", or "" for anything else, such as a broken link."""
     try:
         return "folder" if entry.is_dir() else "file" if entry.is_file() else ""
     except OSError:
@@ -166,7 +142,7 @@ def kind_of(entry: os.DirEntry) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, -1 where that may not be known."""
+    """Bytes of a file, -1 if that may not be known."""
     try:
         return os.path.getsize(path)
     except OSError:
@@ -178,28 +154,22 @@ def is_image(name: str) -> bool:
 
 
 def near(folder: Path, files: Iterable[Path]) -> list[Path]:
-    """The files in the folder itself, then those in each of its subfolders."""
+    """The files in the folder itself, then the files in each of its direct subfolders."""
     places = (path for path in files if folder in (path.parent, path.parent.parent))
     return sorted(places, key=lambda path: (path.parent, path))
 
 
-def not_read(folder: Path, files: Iterable[Path], chosen: Iterable[Path]) -> list[Bad]:
-    """The files of a folder that are not among the chosen ones."""
-    chosen = set(chosen)
-    return [Bad(str(path.relative_to(folder)), NOT_READ) for path in files if path not in chosen]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What is in a file
+# Content of a file
 
 
 class NotUTF8(Exception):
-    """A file whose first bytes are those of another encoding."""
+    """The first bytes of a file are those of another encoding."""
 
 
 def accounted(found: Iterable[T], path: Path, name: str, whole: bool = True) -> Iterator[T | Bad]:
-    """What was found in a file. One that may not be read, is in another encoding or, if it is the whole file, has
-    nothing in it is bad itself.
+    """Yield what was found in a file. The file itself is bad if it may not be read, is in another encoding, or has
+    nothing in it (if `found` covers the whole file).
 
     Raises UserError, which names the file, where the disk fails: a later try may read it.
     """
@@ -214,15 +184,15 @@ def accounted(found: Iterable[T], path: Path, name: str, whole: bool = True) -> 
         yield Bad(name, "files not in UTF-8", str(error))
     except OSError as error:
         why = f"cannot read {path}: {error.strerror or error}"
-        raise UserError(f"{why}; once that is mended, the same command goes on") from error
+        raise UserError(f"{why}; once that is mended, the same command resumes") from error
     else:
         if empty:
             yield Bad(name, "empty files")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """A file of text in UTF-8, as bytes. Raises NotUTF8 where its first bytes show another encoding."""
+def open_utf8(path: Path) -> Iterator[BinaryIO]:
+    """Open a text file as bytes. Raises NotUTF8 if its first bytes show another encoding."""
     with open(path, "rb") as file:
         encoding = json.detect_encoding(file.read(4))
         if not encoding.startswith("utf-8"):
@@ -232,10 +202,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def text_lines(file: BinaryIO, start: int, end: float, longest: int = MAX_LINE) -> Iterator[tuple[int, bytes | None]]:
-    r"""(where it begins, line with its end) of bytes start .. end-1; None for a line of more than `longest` bytes.
-
-    Lines end with \n, \r\n or \r.
-    """
+    r"""Yield (start, line with its end) of the lines that begin in bytes start .. end-1; None for a line of more than
+    `longest` bytes. Lines end with \n, \r\n or \r."""
     file.seek(start)
     while (place := file.tell()) < end and (block := file.readline(longest)):
         lines = block.splitlines(keepends=True)
@@ -243,7 +211,7 @@ def text_lines(file: BinaryIO, start: int, end: float, longest: int = MAX_LINE) 
             if len(lines) == 1:
                 skip_line(file, longest)
                 lines = [None]
-            else:  # after a \r the last line may go on
+            else:  # the last line, after a \r, may be longer than the block
                 file.seek(-len(lines.pop()), os.SEEK_CUR)
         for line in lines:
             yield place, line
@@ -251,13 +219,18 @@ def text_lines(file: BinaryIO, start: int, end: float, longest: int = MAX_LINE) 
 
 
 def skip_line(file: BinaryIO, longest: int) -> None:
-    """Moves to where the next line begins."""
+    """Move to where the next line begins."""
     while rest := file.readline(longest):
         if (ending := rest.find(b"\r")) >= 0:
             file.seek(ending + 1 - len(rest), os.SEEK_CUR)
             return
         if rest.endswith(b"\n"):
             return
+
+
+def is_blank(line: bytes | None) -> bool:
+    """Whether a line holds white space alone, or a byte order mark."""
+    return line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf")
 
 
 def json_row(line: bytes, errors: str = "surrogateescape") -> dict | None:
@@ -269,6 +242,16 @@ def json_row(line: bytes, errors: str = "surrogateescape") -> dict | None:
     return row if isinstance(row, dict) else None
 
 
-def is_blank(line: bytes | None) -> bool:
-    """Whether a line holds white space alone, or a byte order mark."""
-    return line is not None and not line.strip(b" \t\r\n\xef\xbb\xbf")
+def first_text(row: dict, keys: tuple[str, ...]) -> str:
+    """The first non-blank text under one of the keys, stripped; '' if there is none."""
+    values = (row.get(key) for key in keys)
+    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
+
+
+def is_utf8(text: str) -> bool:
+    """False for bytes that were not UTF-8 in the file, and for half a surrogate pair, which JSON may spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,10 +1,10 @@
-"""Token shards: documents of ids as uint16 files, which hold 65,536 ids exactly, mapped into memory.
+"""Token shards: documents as files of uint16 tokens, memory-mapped. 16 bits hold 65,536 tokens, the paper's vocabulary.
 
-write_shards(folder, lists of ids)  ->  shard-00000.bin, shard-00001.bin, ..., offsets.bin, checksums.bin, index.json
+    write_shards(folder, lists of tokens)  ->  shard-00000.bin, ..., offsets.bin, checksums.bin, index.json
 
-offsets.bin (uint64) is where each document begins, and the end; checksums.bin (uint32) the CRC-32 of each document.
-Shards are not checked when they are opened: a rank needs documents from all of them in its first steps, and reading
-1 TB takes 17 minutes at 1 GB/s. A document is checked whenever it is read, for about a microsecond.
+offsets.bin (uint64) holds where each document begins, and the end; checksums.bin (uint32) the CRC-32 of each document.
+Opening a folder checks no shard: a rank needs documents of all shards in its first steps, and reading 1 TB takes 17
+minutes at 1 GB/s. Instead a document is checked whenever it is read, which takes about a microsecond.
 """
 
 import zlib
@@ -14,17 +14,40 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochameleon.data.index import aside, damaged, map_file, read_index, write_index
+from nanochameleon.data.index import damaged, map_file, read_index, replacing_folder, write_index
 from nanochameleon.errors import OwnError
+from nanochameleon.files import atomic_open
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
 
 
-def shard_sized(docs: Iterable[Sequence[int]], shard_tokens: int) -> Iterator[list[np.ndarray]]:
-    """Groups of successive documents, each of at most shard_tokens ids or of a single document."""
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.bin"
+
+
+def write_shards(
+    directory: Path, docs: Iterable[Sequence[int]], shard_tokens: int = 2**24, notes: Mapping | None = None
+) -> None:
+    """Write documents of tokens 0..65535 as shards of at most `shard_tokens` tokens (uint16, little-endian).
+
+    No document is split between shards. notes: further fields of the index. Raises ValueError for an empty document or
+    a token that 16 bits do not hold; then, as after Ctrl-C, nothing is left.
+    """
+    with replacing_folder(directory, Shards.INDEX) as new:
+        shards = (
+            write_shard(new / shard_name(number), group) for number, group in enumerate(grouped(docs, shard_tokens))
+        )
+        write_shards_index(new, write_offsets(new, shards), dict(notes or {}))
+
+
+def grouped(docs: Iterable[Sequence[int]], shard_tokens: int) -> Iterator[list[np.ndarray]]:
+    """Group successive documents, at most shard_tokens tokens or a single document each."""
     group, size = [], 0
-    for number, ids in enumerate(docs):
-        array = np.asarray(ids)
+    for number, tokens in enumerate(docs):
+        array = np.asarray(tokens)
         if not array.size or array.min() < 0 or array.max() > 0xFFFF:
-            raise ValueError(f"document {number} is empty or has ids outside 0..65535")
+            raise ValueError(f"document {number} is empty or has tokens outside 0..65535")
         if group and size + array.size > shard_tokens:
             yield group
             group, size = [], 0
@@ -34,36 +57,41 @@ def shard_sized(docs: Iterable[Sequence[int]], shard_tokens: int) -> Iterator[li
         yield group
 
 
-def write_shards(
-    directory: Path, docs: Iterable[Sequence[int]], shard_tokens: int = 2**24, notes: Mapping | None = None
-) -> None:
-    """Documents of ids 0..65535 -> shard-00000.bin, ... of at most `shard_tokens` ids (uint16, little-endian).
-
-    No document is split between shards. notes: what else the index is to hold. Raises ValueError for an empty document
-    or an id that 16 bits do not hold; then, as after Ctrl-C, nothing is left.
-    """
-    with aside(directory, Shards.INDEX) as new:
-        lengths, checksums, per_shard = [np.zeros(1, "<u8")], [np.zeros(0, "<u4")], []
-        for number, group in enumerate(shard_sized(docs, shard_tokens)):
-            np.concatenate(group).tofile(new / f"shard-{number:05d}.bin")
-            lengths.append(np.array([len(ids) for ids in group], "<u8"))
-            checksums.append(np.array([zlib.crc32(ids) for ids in group], "<u4"))
-            per_shard.append(len(group))
-        np.concatenate(lengths).cumsum(dtype="<u8").tofile(new / Shards.OFFSETS)
-        np.concatenate(checksums).tofile(new / Shards.CHECKSUMS)
-        write_shards_index(new, {"documents_per_shard": per_shard} | (notes or {}))
+def write_shard(path: Path, docs: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Write one shard of uint16 documents. Returns their lengths and their checksums."""
+    with atomic_open(path) as file:
+        file.writelines(doc.data for doc in docs)
+    return [len(doc) for doc in docs], [zlib.crc32(doc) for doc in docs]
 
 
-def write_shards_index(directory: Path, content: dict) -> None:
-    """The last file of token shards. content: "documents_per_shard", and what else is to be noted."""
+def write_offsets(directory: Path, shards: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[int]:
+    """Write offsets.bin and checksums.bin from each shard's lengths and checksums. Returns its document counts."""
+    counts, total = [], 0
+    with atomic_open(directory / Shards.OFFSETS) as offsets, atomic_open(directory / Shards.CHECKSUMS) as checksums:
+        offsets.write(bytes(8))
+        for lengths, sums in shards:
+            offsets.write((total + np.cumsum(lengths, dtype=np.int64)).astype("<u8").tobytes())
+            checksums.write(np.array(sums, "<u4").tobytes())
+            counts.append(len(lengths))
+            total += sum(lengths)
+    return counts
+
+
+def write_shards_index(directory: Path, documents_per_shard: list[int], notes: dict) -> None:
+    """Write the index, the last file of token shards."""
+    content = {"documents_per_shard": documents_per_shard} | notes
     write_index(directory, Shards.INDEX, Shards.FORMAT, content, (Shards.OFFSETS, Shards.CHECKSUMS))
 
 
-class Shards:
-    """Reads what write_shards wrote, memory-mapped: a sequence of documents, each a uint16 array of its ids.
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
-    vocab_size: no id may be that or more. Raises UserError for a directory that is not one, or of which a file is
-    missing or not as it was written.
+
+class Shards:
+    """Reads what write_shards wrote, memory-mapped: a sequence of documents, each a uint16 array of its tokens.
+
+    vocab_size: every token must be below it. Raises UserError for a directory that is not one, or of which a file is
+    missing or damaged.
     """
 
     FORMAT, INDEX = "a folder of token shards", "index.json"
@@ -80,47 +108,45 @@ class Shards:
         self.offsets = map_file(self.directory / self.OFFSETS, "<u8", (n_docs + 1,))
         if self.offsets[0] or not all((self.sizes(first, last) > 0).all() for first, last in self.groups):
             raise damaged(self.directory / self.OFFSETS, "is not in order")
-        checked = self.index["files"]  # none in data of an older version
-        self.checksums = map_file(self.directory / self.CHECKSUMS, "<u4", (n_docs,)) if checked else None
+        self.checksums = map_file(self.directory / self.CHECKSUMS, "<u4", (n_docs,))
         starts = self.offsets[self.firsts].astype(np.int64)
         sizes = enumerate(np.diff(starts).tolist())
-        self.shards = [map_file(self.shard(number), "<u2", (size,)) for number, size in sizes]
+        self.shards = [map_file(self.path(number), "<u2", (size,)) for number, size in sizes]
 
     @property
     def groups(self) -> list[tuple[int, int]]:
-        """First document of each shard, and the first behind it."""
+        """First and last + 1 document of each shard."""
         return list(pairwise(self.firsts.tolist()))
 
     def sizes(self, first: int, last: int) -> np.ndarray:
-        """Ids of documents first .. last-1, int64."""
+        """Tokens of documents first .. last-1, int64."""
         return np.diff(self.offsets[first : last + 1]).astype(np.int64)
 
     def fetch(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        """Several documents, in the order asked for; their places are looked up together.
+        """Several documents, in the order asked for; their offsets are looked up together.
 
-        Raises OwnError for one that is not as it was written.
+        Raises OwnError for a document that has changed since it was written.
         """
-        first = np.asarray(numbers, np.int64)
-        shards = np.searchsorted(self.firsts, first, side="right") - 1
+        numbers = np.asarray(numbers, np.int64)
+        shards = np.searchsorted(self.firsts, numbers, side="right") - 1
         before = self.offsets[self.firsts[shards]]
-        starts, ends = ((self.offsets[first + k] - before).tolist() for k in (0, 1))
+        starts, ends = ((self.offsets[numbers + k] - before).tolist() for k in (0, 1))
         docs = [self.shards[shard][a:b] for shard, a, b in zip(shards.tolist(), starts, ends, strict=True)]
-        self.check(first, shards, docs)
+        self.check(numbers, shards, docs)
         return docs
 
     def check(self, numbers: np.ndarray, shards: np.ndarray, docs: list[np.ndarray]) -> None:
-        """Raises OwnError for a document that is not as it was written."""
-        if self.checksums is not None:
-            for shard, ids, expected in zip(shards, docs, self.checksums[numbers].tolist(), strict=True):
-                if zlib.crc32(ids) != expected:
-                    raise damaged(self.shard(shard), "has changed since it was written", OwnError)
+        for shard, tokens, expected in zip(shards, docs, self.checksums[numbers].tolist(), strict=True):
+            if zlib.crc32(tokens) != expected:
+                raise damaged(self.path(shard), "has changed since it was written", OwnError)
+        # a checksum does not tell tokens of another, larger vocabulary
         if docs and (largest := np.concatenate(docs).max()) >= self.vocab_size:
-            shard = next(shard for shard, ids in zip(shards, docs, strict=True) if largest in ids)
-            why = f"has the id {largest}, which a vocabulary of {self.vocab_size} has not"
-            raise damaged(self.shard(shard), why, OwnError)
+            shard = next(shard for shard, tokens in zip(shards, docs, strict=True) if largest in tokens)
+            why = f"has the token {largest}, which is outside a vocabulary of {self.vocab_size}"
+            raise damaged(self.path(shard), why, OwnError)
 
-    def shard(self, number: int) -> Path:
-        return self.directory / f"shard-{number:05d}.bin"
+    def path(self, number: int) -> Path:
+        return self.directory / shard_name(number)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

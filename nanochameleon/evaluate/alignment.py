@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nanochameleon.data.sources.alignment import AlignmentSource, Exchange, drawn
-from nanochameleon.data.sources.shapes import Scene, World
+from nanochameleon.data.sources.scenes import Scene, World
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, parse
 from nanochameleon.evaluate.oracle import judge
 from nanochameleon.evaluate.shapes import SCENE_SEED

@@ -2,7 +2,7 @@
 
 import re
 
-from nanochameleon.data.sources.shapes import NUMBERS, OPPOSITE, RELATIONS, SIZES, Scene, Thing, World, plural
+from nanochameleon.data.sources.scenes import NUMBERS, OPPOSITE, RELATIONS, SIZES, Scene, Thing, World, plural
 
 
 def parse_caption(text: str, world: World) -> Scene | None:

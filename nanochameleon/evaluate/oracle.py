@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from nanochameleon.data.sources.shapes import BACKGROUNDS, CELL, COLOURS, SIZES, Scene, Thing, World, coverage
+from nanochameleon.data.sources.scenes import BACKGROUNDS, CELL, COLOURS, SIZES, Scene, Thing, World, coverage
 
 # Largest unexplained fraction of an object's energy. Half an object leaves 0.49 and the luckiest noise 0.28. The two
 # most similar objects differ by 0.08.

@@ -15,7 +15,7 @@ from nanochameleon.data.build import open_sources
 from nanochameleon.data.build import world as world_of
 from nanochameleon.data.prepared import TEST
 from nanochameleon.data.sources.alignment import CATEGORIES
-from nanochameleon.data.sources.shapes import World, draw
+from nanochameleon.data.sources.scenes import World, draw
 from nanochameleon.documents import Text
 from nanochameleon.errors import say
 from nanochameleon.evaluate import alignment, shapes

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from nanochameleon.data import RawImage
-from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, World, draw, questions, scenes
+from nanochameleon.data.sources.questions import ASK_CAPTION, questions
+from nanochameleon.data.sources.scenes import Scene, World, draw, scenes
 from nanochameleon.documents import Text, parse
 from nanochameleon.evaluate.captions import score_caption
 from nanochameleon.evaluate.oracle import judge

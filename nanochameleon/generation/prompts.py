@@ -7,7 +7,7 @@ from typing import Literal
 from nanochameleon.config import RunConfig
 from nanochameleon.data import RawDocument, RawImage, fuse
 from nanochameleon.data.sources.emoji import WHAT
-from nanochameleon.data.sources.shapes import ASK_CAPTION
+from nanochameleon.data.sources.questions import ASK_CAPTION
 from nanochameleon.documents import Text, render
 from nanochameleon.errors import UserError
 from nanochameleon.generation.sampling import Modality

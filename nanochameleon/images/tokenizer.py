@@ -59,6 +59,7 @@ def crop(image: Image.Image, side: int) -> Image.Image:
     short = min(w, h)
     width, height = round(w * side / short), round(h * side / short)  # of the whole image, if it were resized
     left, top = (width - side) // 2, (height - side) // 2
+    # the same square in the image's own pixels
     box = (left * w / width, top * h / height, (left + side) * w / width, (top + side) * h / height)
     return lanczos(image, (side, side), box)
 
@@ -102,7 +103,7 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 def to_images(pixels: Tensor) -> np.ndarray:
     """Floats (B, 3, R, R) -> uint8 (B, R, R, 3), clamped to [-1, 1] and rounded: the inverse of to_pixels."""
-    levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+    levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()  # 0 .. 255, still (B, 3, R, R)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -124,7 +125,7 @@ class ImageTokenizer:
     @property
     def batch_size(self) -> int:
         """Images at a time: 4 of the release's on a CPU, which need 134 MB for each layer and image."""
-        pixels = 2**20 if self.device.type == "cpu" else 2**23
+        pixels = 2**20 if self.device.type == "cpu" else 2**23  # of a batch
         return min(256, max(1, pixels // self.vqgan.cfg.resolution**2))
 
     def encode(self, images: np.ndarray, batch_size: int | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """The image tokenizer's network: encoder, quantizer, decoder, in the layout (and with the names) of the release.
 
 An image (3, R, R) becomes a grid of R/f x R/f vectors, each replaced by its nearest codebook vector, and back
-(VQGAN, arXiv 2012.09841; sizes of the release in config.VQGANConfig). Losses live in image_losses.py, pixels and files
-in image_tokenizer.py.
+(VQGAN, arXiv 2012.09841; config.VQGANConfig has the release's sizes). Losses are in losses.py, pixels and files in
+tokenizer.py.
 
 Shapes: B images, C channels, H = W the side at that level.
 """
@@ -49,12 +49,12 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))  # (B,1,HW,C)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
         return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):
-    """Halves the side: one row and column of zeros at the bottom right, then a 3x3 convolution with stride 2."""
+    """Halve the side: one row and column of zeros at the bottom right, then a 3x3 convolution with stride 2."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -65,7 +65,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side: nearest neighbour, then a 3x3 convolution."""
+    """Double the side: nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -94,6 +94,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg: VQGANConfig):
         super().__init__()
         self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
+        # plain modules with the release's parameter names: down.0.block.0.conv1.weight, ...
         self.down = nn.ModuleList()
         channels = cfg.ch
         for i, mult in enumerate(cfg.ch_mult):
@@ -113,7 +114,8 @@ class Encoder(nn.Module):
         for level in self.down:
             for block in level.block:
                 h = block(h)
-            h = level.downsample(h)
+            h = level.downsample(h)  # the last level keeps its side
+        # (B, ch * ch_mult[-1], R/f, R/f) from here on
         return self.conv_out(F.silu(self.norm_out(run_middle(self.mid, h))))
 
 
@@ -129,11 +131,11 @@ class Decoder(nn.Module):
         for i, mult in reversed(list(enumerate(cfg.ch_mult))):
             level = nn.Module()
             level.block = nn.ModuleList()
-            for _ in range(cfg.n_res_blocks + 1):
+            for _ in range(cfg.n_res_blocks + 1):  # one more than the encoder, as in the release
                 level.block.append(ResnetBlock(channels, cfg.ch * mult, cfg.n_groups))
                 channels = cfg.ch * mult
             level.upsample = Upsample(channels) if i > 0 else nn.Identity()
-            levels.insert(0, level)
+            levels.insert(0, level)  # built from the last level to the first, stored in the encoder's order
         self.up = nn.ModuleList(levels)
         self.norm_out = group_norm(channels, cfg.n_groups)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
@@ -150,12 +152,14 @@ class Decoder(nn.Module):
 def split_windows(x: Tensor, side: int) -> Tensor:
     """(B, C, H, W) -> its windows of `side` x `side` in raster order: (B * H/side * W/side, C, side, side)."""
     b, c, h, w = x.shape
+    # (B, C, H/s, s, W/s, s) -> (B, H/s, W/s, C, s, s)
     return x.view(b, c, h // side, side, w // side, side).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, side, side)
 
 
 def join_windows(windows: Tensor, across: int) -> Tensor:
-    """Inverse of cut for square images of `across` x `across` windows."""
+    """Inverse of split_windows for square images of `across` x `across` windows."""
     _, c, side, _ = windows.shape
+    # (B, H/s, W/s, C, s, s) -> (B, C, H/s, s, W/s, s)
     x = windows.view(-1, across, across, c, side, side).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(-1, c, across * side, across * side)
 
@@ -163,9 +167,9 @@ def join_windows(windows: Tensor, across: int) -> Tensor:
 class VQGAN(nn.Module):
     """Image -> codes -> image. Pixels are float in [-1, 1], codes int64 (B, codes_per_image) in raster order.
 
-    With `cfg.window` set, the encoder sees one window at a time, so a code depends on its own pixels alone. Seeing the
-    whole image, as the release does, lets the surroundings leak into each code (GroupNorm's statistics alone do
-    that): 4 of 7 bits of every code were such noise in the toy world, which a transformer then has to predict
+    With `cfg.window` set, the encoder sees one window at a time, so a code depends on its own pixels alone. An encoder
+    that sees the whole image, as the release's does, lets the surroundings leak into each code; GroupNorm's statistics
+    alone do that. In the toy world 4 of 7 bits of every code were such noise, which a transformer then has to predict
     (docs/log.md). The decoder always sees the whole grid.
     """
 
@@ -180,8 +184,8 @@ class VQGAN(nn.Module):
 
     @staticmethod
     def from_state(cfg: VQGANConfig, state: dict[str, Tensor]) -> "VQGAN":
-        """With these weights. Where they are of an encoder alone, as transformers keeps it, `decoder` is None."""
-        with torch.device("meta"):  # no random weights that these would replace
+        """A VQGAN with these weights. Without a decoder's weights, as transformers saves it, `decoder` is None."""
+        with torch.device("meta"):  # no time for random weights that are replaced at once
             vqgan = VQGAN(cfg)
         if not any(name.startswith("decoder.") for name in state):
             vqgan.decoder = None
@@ -193,8 +197,8 @@ class VQGAN(nn.Module):
         """(B, 3, R, R) -> the vectors to be quantized (B, embed_dim, grid, grid)."""
         if self.cfg.window is None:
             return self.quant_conv(self.encoder(pixels))
-        windows = split_windows(pixels, self.cfg.window)
-        # Drawn images repeat themselves: each different window goes through the encoder once.
+        windows = split_windows(pixels, self.cfg.window)  # (B * windows, 3, side, side)
+        # Drawn images repeat themselves, so each different window goes through the encoder once.
         different, which = torch.unique(windows.flatten(1), dim=0, return_inverse=True)
         latents = self.quant_conv(self.encoder(different.view(-1, *windows.shape[1:])))
         return join_windows(latents[which], pixels.shape[-1] // self.cfg.window)
@@ -214,5 +218,6 @@ class VQGAN(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> reconstruction (B, 3, R, R), latents (B, E, g, g), their quantized vectors, codes (B, g*g)."""
         latents = self.latents(pixels)
+        # `passed` has the quantized values and the latents' gradient
         passed, codes, quantized = self.quantize(latents)
         return self.pixels(passed), latents, quantized, codes

@@ -1,1 +1,1 @@
-"""What a training run needs around the model: objective, checkpoints, logs, signals, the tokenizers' training."""
+"""Everything a training run needs around the model: objective, checkpoints, recovery, logs, signals, tokenizers."""

@@ -37,9 +37,9 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
         raise UserError(f"{VARIABLE}: {error}") from None
     if not mesh.is_rank0:
         return
-    for name, rows in loader.rows.items():
-        if rows.n_too_long:
-            say(f"{rows.n_too_long:,} documents of {name} are longer than {loader.seq_len} tokens and left out")
+    for name, source in loader.sources.items():
+        if source.n_too_long:
+            say(f"{source.n_too_long:,} documents of {name} are longer than {loader.seq_len} tokens and left out")
     grid = f"{mesh.dp_size} x {mesh.tp_size}, {parallel.data_parallel}"
     ranks = f", {mesh.world_size} ranks ({grid})" if mesh.world_size > 1 else ""
     size = sum(p.numel() for p in model.parameters())

@@ -12,7 +12,7 @@ from tiny import training_config
 
 from nanochameleon.data import RawImage, digest, fuse
 from nanochameleon.data.sources.alignment import CATEGORIES, REFUSAL, AlignmentSource, Exchange, program
-from nanochameleon.data.sources.shapes import NUMBERS, Scene, World, draw, scenes
+from nanochameleon.data.sources.scenes import NUMBERS, Scene, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.evaluate import alignment
 from nanochameleon.evaluate.captions import facts, parse_caption

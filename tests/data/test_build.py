@@ -19,16 +19,16 @@ from nanochameleon.data import FORMS, RawImage, Shards, digest
 from nanochameleon.data import build as prepare
 from nanochameleon.data.build import (
     CHUNK,
-    Epochs,
-    enough,
+    InEpochs,
     mixture,
     open_loader,
     open_sources,
     store_images,
-    token_lists,
+    take,
+    tokenize,
     write_tokens,
 )
-from nanochameleon.data.sources.shapes import World
+from nanochameleon.data.sources.scenes import World
 from nanochameleon.documents import Image, Text, parse
 from nanochameleon.errors import UserError
 from nanochameleon.presets import mixed
@@ -37,7 +37,7 @@ from nanochameleon.vocab import Vocab
 
 
 class Mosaic:
-    """Stands for a trained image tokenizer: the code of each 8 x 8 patch is its mean brightness. Counts images."""
+    """An image tokenizer for tests: the code of each 8 x 8 patch is its mean brightness. Counts images."""
 
     def __init__(self):
         self.n_images = 0
@@ -64,25 +64,25 @@ def write(folder: Path, tokenizer: TextTokenizer, cfg=CFG, image_tokenizer=None)
     return {name: Shards(folder / "data" / name) for name in cfg.mixture}
 
 
-def test_there_are_enough_ids_of_each_source_and_not_one_document_more(tmp_path, tokenizer):
+def test_there_are_enough_tokens_of_each_source_and_not_one_document_more(tmp_path, tokenizer):
     written = write(tmp_path, tokenizer)
-    for name, share in CFG.mixture.items():
-        sizes, needed = written[name].sizes(0, len(written[name])), round(share * 12 * 2 * 192) + 192
+    for name, fraction in CFG.mixture.items():
+        sizes, needed = written[name].sizes(0, len(written[name])), round(fraction * 12 * 2 * 192) + 192
         assert sizes[:-1].sum() < needed <= sizes.sum()
 
 
-def test_no_row_is_read_twice_whatever_the_stages(tmp_path, tokenizer):
+def test_no_sequence_is_read_twice_whatever_the_stages(tmp_path, tokenizer):
     first = StageConfig("first", 0.8, (("pairs", 1.0), ("text", 2.0)))
     last = StageConfig("last", 0.2, (("drawings", 0.9), ("text", 0.1)))
     cfg = replace(CFG, stages=(first, last), train=replace(CFG.train, steps=100))
     write(tmp_path, tokenizer, cfg)
     loader = open_loader(cfg, Mosaic(), tokenizer, tmp_path)
     counts = Counter(loader.place(row)[0] for row in range(200))
-    assert all(counts[name] <= len(loader.rows[name]) for name in counts)
+    assert all(counts[name] <= len(loader.sources[name]) for name in counts)
     assert {loader.place(row)[0] for row in range(160)} == {"pairs", "text"}
 
 
-def test_live_rows_are_those_of_the_shards(tmp_path, tokenizer):
+def test_batches_tokenized_on_the_fly_are_those_of_the_shards(tmp_path, tokenizer):
     write(tmp_path, tokenizer)
     loaders = [
         open_loader(replace(CFG, data=replace(CFG.data, tokenize_on_the_fly=live)), Mosaic(), tokenizer, tmp_path)
@@ -97,16 +97,16 @@ def test_a_number_of_documents_is_kept_to(tmp_path, tokenizer):
     assert len(write(tmp_path, tokenizer, cfg)["pairs"]) == CHUNK + 7
 
 
-def test_enough_stops_at_once():
-    assert len(list(enough(itertools.repeat([1, 2, 3]), 10, None, "x"))) == 4
-    assert len(list(enough(itertools.repeat([1, 2, 3]), 9, None, "x"))) == 3
-    assert len(list(enough(itertools.repeat([1, 2, 3]), 9, 5, "x"))) == 5
+def test_take_stops_at_once():
+    assert len(list(take(itertools.repeat([1, 2, 3]), 10, None, "x"))) == 4
+    assert len(list(take(itertools.repeat([1, 2, 3]), 9, None, "x"))) == 3
+    assert len(list(take(itertools.repeat([1, 2, 3]), 9, 5, "x"))) == 5
 
 
-def test_enough_stops_without_a_bar_too(monkeypatch):
+def test_take_stops_without_a_bar_too(monkeypatch):
     monkeypatch.setattr(prepare, "tqdm", partial(tqdm, disable=True))
-    lists = itertools.chain(itertools.repeat([1, 2, 3], 9), iter(lambda: pytest.fail("it goes on and on"), None))
-    assert len(list(enough(lists, 10, None, "x"))) == 4 and len(list(enough(lists, 9, 5, "x"))) == 5
+    lists = itertools.chain(itertools.repeat([1, 2, 3], 9), iter(lambda: pytest.fail("it does not stop"), None))
+    assert len(list(take(lists, 10, None, "x"))) == 4 and len(list(take(lists, 9, 5, "x"))) == 5
 
 
 def images_with_captions(folder: Path, n: int) -> None:
@@ -124,7 +124,7 @@ def test_an_empty_split_is_found_at_once_and_the_list_of_what_was_skipped_is_nam
             images_with_captions(path, n)
         cfg = replace(CFG, data=replace(CFG.data, source="folder", path=path), stages=mixed(pairs=1.0))
         store_images(cfg, tmp_path / f"run{n}")
-        return tmp_path / f"run{n}" / "pictures" / "skipped.jsonl"
+        return tmp_path / f"run{n}" / "images" / "skipped.jsonl"
 
     listed = store(2)
     assert f"1 missing images; listed in {listed}\n" in capsys.readouterr().out and listed.is_file()
@@ -162,7 +162,7 @@ def test_every_document_parses_back_to_what_the_source_gave(tmp_path, tokenizer)
             assert parse(shards[i].tolist(), tokenizer, VOCAB) == expected
 
 
-def test_the_mixture_has_its_shares_over_all_stages():
+def test_the_mixture_has_its_fractions_over_all_stages():
     stages = (StageConfig("a", 3.0, (("pairs", 1.0), ("text", 1.0))), StageConfig("b", 1.0, (("questions", 5.0),)))
     docs = mixture(replace(CFG, stages=stages), Path())
     counts = Counter(docs.names[docs.draw(i)[0]] for i in range(1_000))
@@ -190,7 +190,7 @@ def test_an_image_of_a_finite_source_is_encoded_once():
 
     image_tokenizer = Mosaic()
     text = TextTokenizer([], VOCAB)
-    lists = list(itertools.islice(token_lists(Epochs(Five(), 0, "x"), image_tokenizer, text), 2 * CHUNK + 5))
+    lists = list(itertools.islice(tokenize(InEpochs(Five(), 0, "x"), image_tokenizer, text), 2 * CHUNK + 5))
     assert image_tokenizer.n_images == 5
     said = [int(parse(ids, text, VOCAB)[1].text) for ids in lists]
     assert sorted(said) == list(range(2 * CHUNK + 5)) or sorted(said[:-5]) == list(range(2 * CHUNK - 2))

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nanochameleon.data import RawImage
-from nanochameleon.data.reading import Report
-from nanochameleon.data.sources.folder import FolderSource, is_test, prepare_folder, read_captions
+from nanochameleon.data.sources.folder import FolderSource, Report, find_units, is_test, prepare_folder, read_images
 from nanochameleon.documents import Text
 from nanochameleon.errors import UserError
 
@@ -106,11 +105,11 @@ def test_no_bytes_in_a_caption_file_stop_the_good_lines(noise):
         save(folder / "good.png")
         (folder / "captions.jsonl").write_bytes(noise + b"\n" + line("good.png", "red"))
         report = Report()
-        found = read_captions(folder, [folder / "captions.jsonl"], report)
+        found = [item["captions"] for _, item in read_images(folder, find_units(folder, report), 16, report)]
         if not json.detect_encoding(noise[:4] + b"\n{").startswith("utf-8"):
-            assert found == {} and [bad.reason for bad in report.skipped] == ["files not in UTF-8"]
+            assert found == [] and [bad.reason for bad in report.skipped] == ["files not in UTF-8"]
             return
-        assert found == {folder / "good.png": ["red"]}
+        assert found == [["red"]]
         assert len(report.skipped) == sum(bool(part.strip(BLANK)) for part in noise.splitlines())
 
 
@@ -126,7 +125,7 @@ def test_a_folder_with_nothing_to_use_is_refused_and_leaves_nothing(content, fol
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_folder_that_is_none_or_empty_is_refused(tmp_path):
+def test_a_path_that_is_no_folder_or_an_empty_one_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     for name in ("absent", "file", "empty"):
@@ -225,7 +224,7 @@ def test_documents_pair_each_image_with_its_own_captions(form, source, tmp_path)
         "text": {"Text"}, "drawings": {"Text RawImage"},
     }  # fmt: skip
     assert set(orders) == expected[form] and min(orders.values()) > 70
-    assert {source.caption(i)[-1] for i in (0, 4, 8)} == {"a", "b", "c"}  # another caption each time round
+    assert {source.caption(i)[-1] for i in (0, 4, 8)} == {"a", "b", "c"}  # another caption in every epoch
 
 
 def test_captions_show_every_one_before_any_twice(source):
@@ -244,7 +243,7 @@ def test_a_document_depends_on_the_index_alone(source, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Nothing is passed over in silence
+# Nothing is skipped in silence
 
 
 def said(folder: Path, prepared: Path) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:

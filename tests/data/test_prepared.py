@@ -125,21 +125,21 @@ def test_data_that_changes_under_a_run_is_refused(data, tmp_path):
     assert (opened().batch(3).tokens == first).all()
     shutil.rmtree(tmp_path / "data" / "words")
     prepare(tmp_path / "data", "words", lines(tmp_path / "b.jsonl", {"text": "something else"}), "text")
-    with pytest.raises(UserError, match="words has changed since this run began: start anew with --overwrite"):
+    with pytest.raises(UserError, match="words has changed since this run began: start over with --overwrite"):
         opened()
 
 
-def test_more_ids_than_there_are_mean_further_epochs(data, tmp_path):
+def test_a_run_longer_than_its_data_reads_further_epochs(data, tmp_path):
     cfg, _ = resolve_init(config(tmp_path / "run", data))
     loader = open_loader(cfg, None, TOKENIZER, tmp_path)
-    rows = loader.rows["words"]
-    seen = [tuple(rows.documents(i)) for i in range(3 * len(rows))]
-    epochs = [seen[e * len(rows) : (e + 1) * len(rows)] for e in range(3)]
+    words = loader.sources["words"]
+    seen = [tuple(words.sequence(i)) for i in range(3 * len(words))]
+    epochs = [seen[e * len(words) : (e + 1) * len(words)] for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and epochs[0] != epochs[1]
 
 
-def test_a_digest_knows_what_decides_ids_and_nothing_else(model):
-    """A model that came without its image decoder has the same ids; any other encoder, codebook or merge has not."""
+def test_a_digest_depends_on_what_decides_tokens_and_nothing_else(model):
+    """A model without its image decoder gives the same tokens; another encoder, codebook or merge does not."""
     whole = open_tokenizers(model)
     encoder = {name: x for name, x in whole.vq.meta.items() if not name.startswith(DECODER)}
     assert len(encoder) < len(whole.vq.meta)
@@ -162,7 +162,7 @@ BROKEN = {
     ),
     "another text tokenizer": (
         lambda d: (d / TEXT_TOKENIZER).write_text((d / TEXT_TOKENIZER).read_text().replace('"re"', '"er"')),
-        "are not those that prepared its data",
+        "are not the ones that prepared its data",
     ),
     "a damaged image tokenizer": (
         lambda d: (d / "image_tokenizer" / "step-000000" / "state.json").write_text("{}"), "no whole checkpoint"

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochameleon.data import FORMS, RawImage
-from nanochameleon.data.sources.shapes import (
-    ASK_CAPTION,
+from nanochameleon.data.sources.questions import ASK_CAPTION, questions
+from nanochameleon.data.sources.scenes import (
     BACKGROUNDS,
     CELL,
     COLOURS,
@@ -18,17 +18,15 @@ from nanochameleon.data.sources.shapes import (
     SHAPES,
     SIZES,
     Scene,
-    ShapesSource,
     Thing,
     World,
-    caption,
     draw,
     draw_scene,
-    questions,
     random_scene,
     scenes,
     source_seed,
 )
+from nanochameleon.data.sources.shapes import ShapesSource, caption
 from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.evaluate.oracle import read
 

@@ -26,9 +26,10 @@ from written import lines, write_tar
 from nanochameleon.data import Shards
 from nanochameleon.data.prepare import tokenizing
 from nanochameleon.data.prepare.__main__ import Args, main
-from nanochameleon.data.prepare.tokenizing import Job, Outcome, fit, run, tokenize
-from nanochameleon.data.prepare.units import Unit, left_out, plan
+from nanochameleon.data.prepare.fit import fit
+from nanochameleon.data.prepare.tokenizing import PrepareJob, UnitResult, run, tokenize
 from nanochameleon.data.reading import MAX_CAPTION
+from nanochameleon.data.sources.units import Unit, plan
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
 from nanochameleon.errors import UserError
 from nanochameleon.text_tokenizer import TextTokenizer
@@ -36,7 +37,7 @@ from nanochameleon.training.run import TEXT_TOKENIZER
 
 
 class Levels:
-    """Stands for an image tokenizer: the 4 codes of an image are the red of its 2 x 2 pixels, over 32."""
+    """Takes the place of an image tokenizer: the 4 codes of an image are the red of its 2 x 2 pixels, over 32."""
 
     vqgan = SimpleNamespace(cfg=SimpleNamespace(resolution=2))
 
@@ -44,8 +45,8 @@ class Levels:
         return torch.from_numpy(images[..., 0].reshape(len(images), 4) // 32).long()
 
 
-def job(directory: Path, form: str, sources: list[Path], most: int = 64, seed: int = 0) -> Job:
-    return Job(directory, form, most, seed, TOKENIZER, Levels(), "digest", plan(sources, form), left_out(sources, form))
+def job(directory: Path, form: str, sources: list[Path], most: int = 64, seed: int = 0) -> PrepareJob:
+    return PrepareJob(directory, form, most, seed, TOKENIZER, Levels(), "digest", *plan(sources, form))
 
 
 def prepare(directory: Path, form: str, sources: list[Path], **more) -> list[list]:
@@ -112,8 +113,8 @@ def test_a_chat_is_prompts_and_answers(tmp_path):
 
 
 @given(st.lists(any_text.filter(str.strip), min_size=1, max_size=6), st.integers(3, 60))
-def test_no_text_injects_an_id_and_none_of_it_is_lost(tmp_path_factory, written, most):
-    """Row 12 of the fault table: any text, spellings of special ids among them, becomes text ids alone."""
+def test_no_text_injects_a_special_token_and_none_of_it_is_lost(tmp_path_factory, written, most):
+    """Row 12 of the fault table: any text, spellings of special tokens among them, becomes text tokens alone."""
     written = [text.strip() for text in (*written, *SNIPPETS) if text.strip()]
     place = tmp_path_factory.mktemp("text")
     run(job(place / "out", "text", [lines(place / "a.jsonl", *({"text": t} for t in written))], most), 0, 1, 1)
@@ -125,8 +126,8 @@ def test_no_text_injects_an_id_and_none_of_it_is_lost(tmp_path_factory, written,
     assert given_back.decode() == "".join(written)
 
 
-def test_captions_that_spell_special_ids_add_no_image_and_no_turn(tmp_path):
-    """The same beside images, where such ids are expected."""
+def test_captions_that_spell_special_tokens_add_no_image_and_no_turn(tmp_path):
+    """The same next to images, where such tokens are expected."""
     image = encoded(PILImage.new("RGB", (2, 2), (96, 0, 0)))
     spelled = [VOCAB.name(i) for i in range(VOCAB.first_text)] + ["<image>", "<boi>"]
     members = [m for n, word in enumerate(spelled) for m in ((f"{n}.png", image), (f"{n}.txt", word.encode()))]
@@ -143,14 +144,10 @@ words = st.integers(0, 40).map(lambda n: Text("x" * n))
 image = st.just(Image((1, 2, 3, 4)))
 
 
-def a_job(form: str, most: int) -> Job:
-    return Job(Path(), form, most, 0, TOKENIZER, Levels(), "", [])
-
-
 @given(words, st.booleans(), st.integers(9, 60))
 def test_a_caption_that_is_too_long_loses_its_end_and_never_its_image(text, first, most):
     doc = [text, Image((1, 2, 3, 4))] if first else [Image((1, 2, 3, 4)), text]
-    (ids,), cut = fit(doc, a_job("pairs", most))
+    (ids,), cut = fit(doc, "pairs", most, TOKENIZER)
     kept = text.text[: most - 8]
     assert ids == render([Text(kept) if isinstance(s, Text) else s for s in doc], TOKENIZER, VOCAB)
     assert cut == (kept != text.text) and len(ids) <= most
@@ -158,7 +155,7 @@ def test_a_caption_that_is_too_long_loses_its_end_and_never_its_image(text, firs
 
 @given(st.lists(words | image, min_size=1, max_size=6), st.integers(9, 80))
 def test_a_document_that_is_too_long_ends_before_the_image_that_does_not_fit(doc, most):
-    lists, cut = fit(doc, a_job("interleaved", most))
+    lists, cut = fit(doc, "interleaved", most, TOKENIZER)
     whole = render(doc, TOKENIZER, VOCAB)
     assert cut == (len(whole) > most and bool(lists))
     for ids in lists:
@@ -173,7 +170,7 @@ def test_a_document_that_is_too_long_ends_before_the_image_that_does_not_fit(doc
 @given(st.lists(st.tuples(words, words | image), min_size=1, max_size=5), st.integers(9, 90))
 def test_a_chat_that_is_too_long_keeps_whole_turns(pairs, most):
     doc = [s for number, (a, b) in enumerate(pairs) for s in ([EndOfTurn()] * (number > 0) + [a, EndOfTurn(), b])]
-    lists, _ = fit(doc, a_job("chat", most))
+    lists, _ = fit(doc, "chat", most, TOKENIZER)
     sizes = [len(render(doc[: 4 * n - 1], TOKENIZER, VOCAB)) for n in range(1, len(pairs) + 1)]
     fitting = [n for n, size in enumerate(sizes, 1) if size <= most]
     assert lists == ([render(doc[: 4 * fitting[-1] - 1], TOKENIZER, VOCAB)] if fitting else [])
@@ -236,7 +233,7 @@ def test_what_is_done_is_not_done_again_and_nothing_is_there_before_all_is(tars,
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"lengths": [3], "skipped": []}'])
-def test_a_unit_whose_outcome_is_damaged_is_done_again(content, tars, tmp_path, monkeypatch):
+def test_a_unit_whose_result_is_damaged_is_done_again(content, tars, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "finish", lambda job: "stopped before its end")
     run(job(tmp_path / "out", "pairs", [tars]), 0, 1, 2)
     monkeypatch.undo()
@@ -271,7 +268,7 @@ def test_torchrun_and_one_process_write_the_same_folder(tars, model, tmp_path):
     }  # fmt: skip
 
 
-def test_a_process_killed_at_any_moment_goes_on_to_the_same_bytes(tars, model, tmp_path):
+def test_a_process_killed_at_any_moment_resumes_to_the_same_bytes(tars, model, tmp_path):
     def start(out: Path):
         words = tars, "--form", "pairs", "--tokenizers", model, "--out", out, "--name", "web"
         return subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -303,9 +300,7 @@ def test_a_hundred_bad_items_in_a_row_end_it_and_ninety_nine_do_not(tmp_path):
         PILImage.new("RGB", (2, 2)).save(tmp_path / where / "a.png")
         lines(tmp_path / where / "captions.jsonl", *rows, {"file_name": "a.png", "text": "a"}, *rows[:99])
     assert len(prepare(tmp_path / "a", "pairs", [tmp_path / "fine"])) == 1
-    with pytest.raises(
-        UserError, match=r"100 items in a row cannot be used, the last one wrong/captions\.jsonl at byte"
-    ):
+    with pytest.raises(UserError, match=r"100 items in a row cannot be used, the last one wrong/captions\.jsonl:"):
         prepare(tmp_path / "b", "pairs", [tmp_path / "wrong"])
 
 
@@ -318,14 +313,14 @@ def test_what_is_in_no_unit_is_counted_and_listed(model, tmp_path, capsys):
     assert "3 skipped: 1 broken lines, 1 files that are not read, 1 empty files" in capsys.readouterr().out
     listed = (tmp_path / "out" / "web" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(bad)["where"] for bad in listed] == [
-        "mine/a.jsonl at byte 18", "mine/more.jsonl.gz", "mine/b.txt"
+        "mine/a.jsonl:2", "mine/more.jsonl.gz", "mine/b.txt"
     ]  # fmt: skip
     assert json.loads((tmp_path / "out" / "web" / "index.json").read_text())["skipped"] == 3
 
 
 def test_nothing_usable_is_one_sentence_and_no_index(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"nothing": 1}, b"[]\n")
-    with pytest.raises(UserError, match=r"nothing of .*out can be used: a\.jsonl at byte 0 \(without a text: its"):
+    with pytest.raises(UserError, match=r"nothing of .*out can be used: a\.jsonl:1 \(without a text: its"):
         prepare(tmp_path / "out", "text", [path])
     assert not (tmp_path / "out" / "index.json").exists()
     (tmp_path / "empty.txt").write_bytes(b"")
@@ -341,7 +336,7 @@ def test_other_sources_or_options_are_refused_for_the_same_name(tars, tmp_path):
             run(other, 0, 1, 1)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="was not written by this"):
+    with pytest.raises(UserError, match="was not written by this program"):
         run(job(tmp_path / "notes", "pairs", [tars]), 0, 1, 1)
     assert contents(tmp_path).items() >= before.items()
 
@@ -363,7 +358,7 @@ def test_a_second_source_needs_the_same_tokenizers_and_need_not_name_them(tars, 
 WRONG = {
     "a name with a slash": ({"name": "../up"}, "--name must be"),
     "the tokenizers' name": ({"name": "image_tokenizer"}, "--name must be"),
-    "no ids": ({"seq_len": 0}, "--seq-len must be at least 1"),
+    "no tokens": ({"seq_len": 0}, "--seq-len must be at least 1"),
     "no room for an image": ({"seq_len": 8}, "--seq-len must be at least 9 for this form"),
     "no threads": ({"threads": 0}, "--threads must be"),
     "a negative seed": ({"seed": -1}, "--seed must be"),
@@ -394,9 +389,9 @@ def test_the_program_ends_with_code_2_and_one_sentence(model, tmp_path):
     assert done.returncode == 2 and "nothing to prepare as text" in done.stderr
 
 
-def test_outcomes_come_back_as_they_were(tmp_path, tars):
-    unit = plan([tars], "pairs")[0]
+def test_a_unit_writes_as_many_images_as_documents(tmp_path, tars):
+    unit = plan([tars], "pairs")[0][0]
     made = dataclasses.replace(job(tmp_path, "pairs", [tars]), units=[unit])
     with ThreadPoolExecutor(1) as pool:
-        outcome = tokenize(0, made, pool, tqdm(disable=True))
-    assert isinstance(unit, Unit) and isinstance(outcome, Outcome) and outcome.images == len(outcome.lengths) == 19
+        result = tokenize(0, made, pool, tqdm(disable=True))
+    assert isinstance(unit, Unit) and isinstance(result, UnitResult) and result.images == len(result.lengths) == 19

@@ -1,4 +1,4 @@
-"""Units: together they are the sources, each item once, whatever bytes stand there; what cannot be used says why."""
+"""Units: together they are the sources, each item once, whatever bytes they hold; what cannot be used says why."""
 
 import csv
 import errno
@@ -17,17 +17,16 @@ from PIL import Image
 from strategies import any_text
 from written import IMAGE, lines, write_tar
 
-from nanochameleon.data.prepare import units
-from nanochameleon.data.prepare.units import Loose, items, left_out, plan
-from nanochameleon.data.reading import MAX_CAPTION, Bad, File, Report, text_lines, walk
-from nanochameleon.data.sources.folder import read_captions
+from nanochameleon.data.reading import MAX_CAPTION, Bad, ImageFile, RawItem, text_lines, walk
+from nanochameleon.data.sources import units
+from nanochameleon.data.sources.units import items, plan
 from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.errors import UserError
 
 
 def found(source: Path, form: str) -> list:
     """All items of all units."""
-    return [item for unit in plan([source], form) for item, _ in items(unit, form)]
+    return [item for unit in plan([source], form)[0] for item, _ in items(unit, form)]
 
 
 def texts(source: Path) -> list[str]:
@@ -55,10 +54,10 @@ def test_every_line_is_in_one_unit_however_long_units_are(written, stretch):
         patch.setitem(units.STRETCH, "text", stretch)
         path = lines(Path(name) / "a.jsonl", *({"text": text} for text in written))
         if not written:
-            assert plan([path], "text") == []
+            assert plan([path], "text")[0] == []
             return
         assert texts(path) == [text.strip().encode("utf-8", "replace").decode() for text in written]
-        cut = plan([path], "text")
+        cut = plan([path], "text")[0]
         assert [unit.end for unit in cut[:-1]] == [unit.start for unit in cut[1:]]
         for unit in cut:
             assert [end for _, end in items(unit, "text")][-1:] in ([], [unit.end - unit.start])
@@ -89,11 +88,11 @@ def test_no_bytes_stop_a_text(noise, stretch):
             path = Path(name) / f"a.{ending}"
             path.write_bytes(b"# " + noise.replace(b"\0", b"") + b'\n{"text": "the end"}\n')
             last = found(path, "text")[-1]
-            assert isinstance(last, Loose) and last.doc[0].text.rstrip().endswith(("the end", '"}'))
+            assert isinstance(last, RawItem) and last.doc[0].text.rstrip().endswith(("the end", '"}'))
             last.doc[0].text.encode()
 
 
-def test_bytes_that_are_no_utf_8_are_mended_and_counted_in_texts(tmp_path):
+def test_bytes_that_are_not_utf_8_are_mended_and_counted_in_texts(tmp_path):
     bad = '{"text": "caf\xe9"}\n'.encode("latin-1")
     half = {"text": "half \ud83d"}
     first, second, third = found(lines(tmp_path / "a.jsonl", bad, half, {"text": "\ufffd is written so"}), "text")
@@ -129,14 +128,14 @@ def test_captions_come_with_their_images_from_lines_and_tables(mine, tmp_path):
     assert first.doc[0] == Text("red") and tuple(first.doc[1].pixels(8)[4, 4]) == (255, 0, 0)
     assert second.cut and len(second.doc[0].text) == MAX_CAPTION and not first.cut
     assert (out.reason, gone.reason) == ("outside the folder", "missing images")
-    assert first.where == "mine/captions.jsonl at byte 0" and out.where == "mine/test/metadata.csv:2"
+    assert first.where == "mine/captions.jsonl:1" and out.where == "mine/test/metadata.csv:2"
 
 
 def test_a_chat_has_its_prompts_padded_and_its_answers_cropped(mine):
     first = [[{"text": "and this?"}, {"image": "red.png"}], [{"text": "red"}]]
     (item,) = found(lines(mine / "a.jsonl", {"turns": [*first, [{"text": "draw"}], [{"image": "blue.png"}]]}), "chat")
     text, shown, *_, drawn = item.doc
-    assert [type(s) for s in item.doc] == [Text, File, EndOfTurn, Text, EndOfTurn, Text, EndOfTurn, File]
+    assert [type(s) for s in item.doc] == [Text, ImageFile, EndOfTurn, Text, EndOfTurn, Text, EndOfTurn, ImageFile]
     assert text == Text("and this?")
     assert shown.pixels(8)[0].min() == 255 and tuple(shown.pixels(8)[4, 0]) == (0, 0, 0)  # a border above it
     assert (drawn.pixels(8) == (0, 0, 255)).all()  # and the sides of this one are gone
@@ -169,7 +168,7 @@ BROKEN_CHATS = {
 def test_a_broken_chat_is_bad_and_the_next_one_comes(kind, mine):
     good = {"turns": [[{"text": "a"}], [{"text": "b"}]]}
     bad, item = found(lines(mine / "a.jsonl", BROKEN_CHATS[kind], good), "chat")
-    assert isinstance(bad, Bad) and bad.where == "a.jsonl at byte 0"
+    assert isinstance(bad, Bad) and bad.where == "a.jsonl:1"
     assert item.doc == [Text("a"), EndOfTurn(), Text("b")]
 
 
@@ -204,7 +203,7 @@ def mixture(*kinds: str) -> st.SearchStrategy[list[tuple[str, str]]]:
 
 def shown(found: list) -> tuple[list[str], int]:
     """(texts of what is good, number of what is bad)."""
-    good = [item.doc[0].text for item in found if isinstance(item, Loose)]
+    good = [item.doc[0].text for item in found if isinstance(item, RawItem)]
     return good, sum(isinstance(item, Bad) for item in found)
 
 
@@ -213,15 +212,13 @@ def expected(drawn: list[tuple[str, str]]) -> tuple[list[str], int]:
     return good, len(drawn) - len(good)
 
 
-def both(folder: Path) -> list[tuple[list[str], int]]:
-    """A folder of captions as each of the two readers of caption files shows it."""
+def captions_of(folder: Path) -> tuple[list[str], int]:
+    """What a folder of captions of one image has."""
     (folder / "a.png").write_bytes(IMAGE)
-    files, report = [path for path in walk(folder)[0]], Report()
-    captions = read_captions(folder, files, report)
-    assert set(captions) <= {folder / "a.png"} and not left_out([folder], "pairs")
-    again = found(folder, "pairs")
-    assert all(item.doc[1].path == folder / "a.png" for item in again if isinstance(item, Loose))
-    return [(captions.get(folder / "a.png", []), len(report.skipped)), shown(again)]
+    assert plan([folder], "pairs")[1] == []
+    made = found(folder, "pairs")
+    assert all(item.doc[1].path == folder / "a.png" for item in made if isinstance(item, RawItem))
+    return shown(made)
 
 
 BAD_ROWS = {
@@ -234,12 +231,12 @@ BAD_ROWS = {
 
 
 @given(mixture(*BAD_ROWS), st.sampled_from(["captions.jsonl", "metadata.jsonl", "Captions.JSONL"]), st.data())
-def test_each_row_of_a_caption_file_is_a_caption_or_a_bad_one_in_both_readers(drawn, name, data):
+def test_each_row_of_a_caption_file_is_a_caption_or_a_bad_one(drawn, name, data):
     rows = [BAD_ROWS.get(kind) or json.dumps({"file_name": "a.png", "text": text}) for kind, text in drawn]
     with tempfile.TemporaryDirectory() as place:
         content = "".join(row + data.draw(ROW_ENDS) * data.draw(st.integers(1, 2)) for row in rows)
         (Path(place) / name).write_bytes(data.draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + content.encode())
-        assert both(Path(place)) == [expected(drawn)] * 2
+        assert captions_of(Path(place)) == expected(drawn)
 
 
 BAD_TABLE_ROWS = {
@@ -250,7 +247,7 @@ BAD_TABLE_ROWS = {
 
 
 @given(mixture(*BAD_TABLE_ROWS), st.sampled_from(["metadata.csv", "Metadata.CSV"]), ROW_ENDS, st.booleans())
-def test_each_row_of_a_table_is_a_caption_or_a_bad_one_in_both_readers(drawn, name, end, quoted):
+def test_each_row_of_a_table_is_a_caption_or_a_bad_one(drawn, name, end, quoted):
     file = io.StringIO(newline="")
     write = csv.writer(file, lineterminator=end, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL).writerow
     write(["file_name", "text"])
@@ -258,7 +255,7 @@ def test_each_row_of_a_table_is_a_caption_or_a_bad_one_in_both_readers(drawn, na
         file.write(BAD_TABLE_ROWS[kind] + end) if kind in BAD_TABLE_ROWS else write(["a.png", text])
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / name).write_bytes(file.getvalue().encode(errors="surrogateescape"))
-        assert both(Path(place)) == [expected(drawn)] * 2
+        assert captions_of(Path(place)) == expected(drawn)
 
 
 BAD_CHATS = {
@@ -289,7 +286,7 @@ GOOD_SAMPLES = {
     "empty text": lambda key, text: [
         (f"{key}.jpg", IMAGE), (f"{key}.json", json.dumps({"caption": text.decode()}).encode()), (f"{key}.txt", b" "),
     ],
-    "beside a Mac's": lambda key, text: [
+    "next to a Mac's": lambda key, text: [
         (f"._{key}.jpg", b"Mac OS X"), (f"{key}.jpg", IMAGE), (f".ipynb_checkpoints/{key}.txt", b"no"),
         (f"{key}.txt", text),
     ],
@@ -324,7 +321,7 @@ def test_each_sample_of_a_tar_is_a_captioned_image_or_a_bad_one(drawn, how, same
             path.write_bytes(path.read_bytes() + (Path(place) / "other").read_bytes())
         made = found(path, "pairs")
         assert shown(made) == (texts, bad + joined)
-        assert all(item.doc[1].data == IMAGE for item in made if isinstance(item, Loose))
+        assert all(item.doc[1].data == IMAGE for item in made if isinstance(item, RawItem))
 
 
 GOOD_FILES = {
@@ -362,7 +359,7 @@ def test_each_file_of_a_folder_of_texts_is_a_text_or_a_bad_one(drawn, how):
             path.write_bytes(GOOD_FILES[path.suffix](text).encode())
         made, bad = shown(found(mine, "text"))
         assert made == [good[path] for path in sorted(good)]
-        assert bad + len(left_out([mine], "text")) == expected(drawn)[1]
+        assert bad + len(plan([mine], "text")[1]) == expected(drawn)[1]
 
 
 @given(st.binary(max_size=60), st.integers(1, 12))
@@ -396,7 +393,7 @@ def test_a_folder_is_read_once_whatever_links_lead_to_it(tmp_path):
 
 @pytest.fixture
 def locked():
-    """Good texts and captions beside a folder and a file that may not be read; seen by a user who is not root."""
+    """Good texts and captions next to a folder and a file that may not be read; seen by a user who is not root."""
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as name:
         mine = Path(name) / "mine"
@@ -418,13 +415,10 @@ def locked():
 
 @pytest.mark.parametrize("form, texts", [("pairs", ["a"]), ("text", ["a text", "a"])])
 def test_what_may_not_be_read_is_bad_and_the_rest_comes(form, texts, locked):
-    made, left, report = found(locked, form), left_out([locked], form), Report()
+    made, unread = found(locked, form), plan([locked], form)[1]
     assert shown(made) == (texts, 1)
     assert Bad("mine/sub/captions.jsonl", "files that may not be read") in made
-    assert Bad("mine/lost+found", "folders that may not be read") in left
-    files = [locked / "captions.jsonl", locked / "sub" / "captions.jsonl"]
-    assert list(read_captions(locked, files, report).values()) == [["a"]]
-    assert report.skipped == [Bad("sub/captions.jsonl", "files that may not be read")]
+    assert Bad("mine/lost+found", "folders that may not be read") in unread
     locked.chmod(0)
     with pytest.raises(UserError, match=r"cannot read the folder .*mine: Permission denied"):
         plan([locked], form)
@@ -433,9 +427,9 @@ def test_what_may_not_be_read_is_bad_and_the_rest_comes(form, texts, locked):
 @pytest.mark.parametrize(
     "name, form", [("a.jsonl", "text"), ("a.txt", "text"), ("metadata.csv", "pairs"), ("0.tar", "pairs")]
 )
-def test_a_fault_of_the_disk_is_told_of_the_source_and_loses_nothing(name, form, tmp_path, monkeypatch):
+def test_a_fault_of_the_disk_names_the_source_and_loses_nothing(name, form, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(b"some words")
-    unit = plan([tmp_path / name], form)[0]
+    unit = plan([tmp_path / name], form)[0][0]
 
     def fails(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -19,19 +19,23 @@ from image_bytes import bad_images, encoded, odd_images
 from PIL import Image
 from written import IMAGE, write_tar
 
-from nanochameleon.data.reading import MAX_CAPTION, Bad, Captioned, walk
+from nanochameleon.data.reading import MAX_CAPTION, Bad, RawItem, walk
 from nanochameleon.data.sources.folder import FolderSource, prepare_folder
-from nanochameleon.data.sources.webdataset import MAX_IMAGE, MAX_JSON, captioned, tars_in
+from nanochameleon.data.sources.webdataset import MAX_IMAGE, MAX_JSON, captioned_images, tars_in
 from nanochameleon.errors import UserError
 
 
-def read(path: Path) -> list[Captioned | Bad]:
-    return [found for found, _ in captioned(path, path.name)]
+def read(path: Path) -> list[RawItem | Bad]:
+    return [found for found, _ in captioned_images(path, path.name)]
+
+
+def caption(item: RawItem) -> str:
+    return item.doc[0].text
 
 
 def said(path: Path) -> list[tuple]:
     """(caption,) of what can be used, (where, reason) of what cannot."""
-    return [(f.where, f.reason) if isinstance(f, Bad) else (f.caption,) for f in read(path)]
+    return [(f.where, f.reason) if isinstance(f, Bad) else (caption(f),) for f in read(path)]
 
 
 @pytest.mark.parametrize("ending", ["jpg", "JPG", "jpeg", "png", "webp"])
@@ -41,8 +45,8 @@ def test_a_sample_is_what_shares_a_name_up_to_its_first_dot(ending, tmp_path):
         m, (f"a.b/{n:09d}.txt", f"caption {n}".encode()), (f"a.b/{n:09d}.seg.npy", b"x" * 9)
     )]  # fmt: skip
     found = read(write_tar(tmp_path / "0.tar", members))
-    assert [(f.caption, f.where) for f in found] == [(f"caption {n}", f"0.tar:a.b/{n:09d}") for n in range(3)]
-    assert all(f.image.pixels(32).shape == (32, 32, 3) for f in found if ending != "webp")
+    assert [(caption(f), f.where) for f in found] == [(f"caption {n}", f"0.tar:a.b/{n:09d}") for n in range(3)]
+    assert all(f.doc[1].pixels(32).shape == (32, 32, 3) for f in found if ending != "webp")
 
 
 def test_the_caption_is_the_txt_else_that_of_the_json(tmp_path):
@@ -72,7 +76,7 @@ def test_half_a_surrogate_pair_and_a_huge_json_are_bad_and_a_huge_text_is_cut(tm
     members = [("a.jpg", IMAGE), ("a.json", half), ("b.jpg", IMAGE), ("b.json", large), ("c.jpg", IMAGE)]
     found = read(write_tar(tmp_path / "0.tar", [*members, ("c.txt", b" " + long)]))
     assert [f.reason for f in found[:2]] == ["not in UTF-8", "members too large"]
-    assert found[2].caption == "é" * MAX_CAPTION and found[2].cut
+    assert caption(found[2]) == "é" * MAX_CAPTION and found[2].cut
 
 
 def test_links_are_not_followed_and_folders_are_no_samples(tmp_path):
@@ -99,7 +103,7 @@ def test_a_tar_that_is_cut_off_gives_what_came_before_the_cut(cut):
         path = Path(name) / "cut.tar"
         path.write_bytes(data[: min(cut * size // 1_000, 4 * size)])
         found, length = read(path), path.stat().st_size
-        whole = [f.caption for f in found if isinstance(f, Captioned)]
+        whole = [caption(f) for f in found if isinstance(f, RawItem)]
         assert len(whole) in (length // size, (length + 511) // size)  # a text's padding may be missing
         assert whole == [str(i) for i in range(len(whole))]
         assert found[-1].reason == "cut off or broken tars" and found[-1].where == "cut.tar"
@@ -123,7 +127,7 @@ def test_a_header_that_claims_gigabytes_is_not_believed(kind, claimed, tmp_path)
     header = info.tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "0.tar").write_bytes(whole_tar(tmp_path)[: -2 * 512 * 10] + header + bytes(4_096))
     found = read(tmp_path / "0.tar")
-    assert [f.caption for f in found if isinstance(f, Captioned)][:3] == ["0", "1", "2"] and isinstance(found[-1], Bad)
+    assert [caption(f) for f in found if isinstance(f, RawItem)][:3] == ["0", "1", "2"] and isinstance(found[-1], Bad)
 
 
 def test_long_names_are_read(tmp_path):
@@ -144,7 +148,7 @@ def sample(key: str, caption: str) -> list[tuple[str, bytes]]:
 TARS = {
     "keys with dots": (sample("photo.2021.01", "a") + sample("photo.2021.02", "b"), ["a", "b"], []),
     "keys with dots among others": (sample("a", "a") + sample("photo.v2", "b") + sample("z", "c"), ["a", "b", "c"], []),
-    "a sample whose name goes on": (sample("a", "a") + sample("a.small", "b") + sample("b", "c"), ["b", "a", "c"], []),
+    "a sample inside another": (sample("a", "a") + sample("a.small", "b") + sample("b", "c"), ["b", "a", "c"], []),
     "several images of one sample": (
         [("s.input.jpg", IMAGE), ("s.target.jpg", IMAGE)], [],
         [("s.input", "without a caption"), ("s.target", "without a caption")],
@@ -153,13 +157,13 @@ TARS = {
     "one member twice": ([("a.jpg", IMAGE), *sample("a", "a")], ["a"], [("a", "without a caption")]),
     "sorted by kind": (
         [("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.txt", b"a"), ("b.txt", b"b")], [],
-        [(key, f"without a {what}") for what in ("caption", "image") for key in "ab"],
+        [(key, f"without {what}") for what in ("a caption", "an image") for key in "ab"],
     ),
     "what is no sample": (
         [("README", b"a"), ("clip.mp4", b"a"), ("jpg", b"a"), ("dir/00.npy", b"a")], [],
         [(key, "without an image") for key in ("README", "clip", "jpg", "dir/00")],
     ),
-    "an empty text beside a good caption": ([*sample("a", " "), ("a.json", b'{"text": "a"}')], ["a"], []),
+    "an empty text next to a good caption": ([*sample("a", " "), ("a.json", b'{"text": "a"}')], ["a"], []),
     "captions that are none": (
         [m for key, text in (("a", b"null"), ("b", b"NaN"), ("c", b'["a"]')) for m in (
             (f"{key}.jpg", IMAGE), (f"{key}.json", b'{"caption": %s}' % text))], [],
@@ -174,15 +178,15 @@ TARS = {
 
 
 @pytest.mark.parametrize("kind", TARS)
-def test_every_member_is_part_of_a_sample_that_is_told(kind, tmp_path):
+def test_every_member_is_part_of_a_sample_that_is_used_or_listed(kind, tmp_path):
     tar, captions, bad = TARS[kind]
-    told = said(write_tar(tmp_path / "0.tar", tar))
-    assert [each[0] for each in told if len(each) == 1] == captions
-    assert [each for each in told if len(each) == 2] == [(f"0.tar:{key}", reason) for key, reason in bad]
+    listed = said(write_tar(tmp_path / "0.tar", tar))
+    assert [each[0] for each in listed if len(each) == 1] == captions
+    assert [each for each in listed if len(each) == 2] == [(f"0.tar:{key}", reason) for key, reason in bad]
 
 
 @pytest.mark.parametrize("gap", [0, 9_728, 3_000_000])
-def test_joined_tars_are_told(gap, tmp_path):
+def test_joined_tars_are_listed(gap, tmp_path):
     parts = [write_tar(tmp_path / name, sample(name, name)).read_bytes() for name in "ab"]
     (tmp_path / "0.tar").write_bytes(bytes(gap).join(parts))
     assert said(tmp_path / "0.tar") == [("a",), ("0.tar", "cut off or broken tars")]
@@ -192,7 +196,7 @@ def test_joined_tars_are_told(gap, tmp_path):
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_a_packed_tar_is_told_by_its_kind(pack, tmp_path):
+def test_a_compressed_tar_is_listed_with_its_kind(pack, tmp_path):
     (tmp_path / "0.tar").write_bytes(pack(whole_tar(tmp_path)))
     assert said(tmp_path / "0.tar") == [("0.tar", "compressed tars")]
     assert read(tmp_path / "0.tar")[0].detail.endswith(": unpack it first")

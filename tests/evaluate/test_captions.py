@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.data.sources.shapes import OPPOSITE, Scene, Thing, World, draw_scene
+from nanochameleon.data.sources.scenes import OPPOSITE, Scene, Thing, World, draw_scene
 from nanochameleon.evaluate.captions import facts, parse_caption, score_caption
 
 WORLDS = {"toy": World(), "rich": World.rich()}

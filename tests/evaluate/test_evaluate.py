@@ -13,7 +13,8 @@ from tiny import TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run, training_c
 from nanochameleon.config import DataConfig
 from nanochameleon.data import write_images
 from nanochameleon.data.sources.emoji import WHAT, WHICH, concepts, held_out_styles, prepare_emoji
-from nanochameleon.data.sources.shapes import ASK_CAPTION, Scene, Thing, World, draw, scenes
+from nanochameleon.data.sources.questions import ASK_CAPTION
+from nanochameleon.data.sources.scenes import Scene, Thing, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.evaluate import report, samples, shapes
 from nanochameleon.evaluate.likelihood import bits
@@ -243,7 +244,7 @@ def test_emoji_are_asked_about_in_the_words_of_their_training_and_of_the_test_sp
     both = [{"emoji": text, "style": style} for text in concepts() for style in ("flat", "outlined")]
     chosen = list(held_out_styles(both))[:4]
     names = {text: name for text, name in concepts().items() if text in chosen}
-    prepare_emoji(tmp_path / "pictures", 4, names)
+    prepare_emoji(tmp_path / "images", 4, names)
     stages = mixed(pairs=0.8, questions=questions) if questions else mixed(pairs=1.0)
     asking = replace(run, cfg=tiny_config(data=DataConfig("emoji"), stages=stages))
     talks = report.asked_about(asking, Path(tmp_path), 3)
@@ -263,8 +264,8 @@ def test_captions_too_long_for_an_image_are_not_drawn_and_what_needs_an_oracle_i
         items = [{"file": str(i), "captions": [text], "folder": "test", "luck": i} for i, text in enumerate(texts)]
         items.append({"file": "x", "captions": ["a"], "folder": "x", "luck": 9})
         pixels = np.random.default_rng(0).integers(0, 256, (len(items), 4, 4, 3), np.uint8)
-        (tmp_path / name / "pictures").mkdir(parents=True)
-        write_images(tmp_path / name / "pictures", zip(pixels, items, strict=True), 4)
+        (tmp_path / name / "images").mkdir(parents=True)
+        write_images(tmp_path / name / "images", zip(pixels, items, strict=True), 4)
         figures, sheet, talks = report.images_report(shown, tmp_path / name)
         assert [caption for caption, _, _ in sheet] == (["red"] if name == "some" else []) and len(talks) == 2
         samples.write_sample_sheet(shown, tmp_path / name / "samples" / "step-000001.png")

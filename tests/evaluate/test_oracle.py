@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.data.sources.shapes import BACKGROUNDS, CELL, OPPOSITE, Scene, Thing, World, draw, draw_scene, scenes
+from nanochameleon.data.sources.scenes import BACKGROUNDS, CELL, OPPOSITE, Scene, Thing, World, draw, draw_scene, scenes
 from nanochameleon.evaluate.oracle import judge, read
 
 TOY, RICH = World(), World.rich()

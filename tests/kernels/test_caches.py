@@ -26,7 +26,7 @@ def chosen(wished: Path | str, usual: Path | None) -> Path | None:
     return caches.cache_folder("SOME_DIR", str(wished), usual, "name")
 
 
-def test_what_was_wished_for_and_what_is_usual_are_taken_without_a_word(places, monkeypatch, caplog):
+def test_the_requested_folder_or_the_default_is_taken_without_a_word(places, monkeypatch, caplog):
     assert chosen(places / "wished", places / "usual") == places / "wished" / "name"
     assert chosen("", places / "usual") == places / "usual" / "name"
     monkeypatch.setenv("HOME", str(places / "home"))
@@ -38,13 +38,13 @@ def test_what_was_wished_for_and_what_is_usual_are_taken_without_a_word(places, 
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows keeps homes private, and has no such folder")
-def test_where_nothing_else_can_be_written_a_private_folder_is_taken_and_said(places, caplog):
+def test_a_private_folder_is_taken_and_logged_where_nothing_else_can_be_written(places, caplog):
     folder = chosen("", places / "file" / "usual")
     assert folder == places / "temporary" / f"nanochameleon-{os.getuid()}" / "name" and folder.is_dir()
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert chosen("", places / "file" / "usual") == folder  # it may be there already
     (line,) = caplog.messages
-    assert f"are kept in {folder.parent}" in line and "SOME_DIR" in line and len(line) < 500
+    assert f"are cached in {folder.parent}" in line and "SOME_DIR" in line and len(line) < 500
 
 
 def others_can_write(folder: Path):
@@ -62,7 +62,7 @@ def a_link(folder: Path):
 def test_a_folder_that_another_user_could_have_made_is_not_taken(places, caplog, prepared):
     prepared(places / "temporary" / f"nanochameleon-{os.getuid()}")
     assert chosen("", places / "file" / "usual") is None
-    assert "are not kept" in caplog.text and "SOME_DIR" in caplog.text
+    assert "are not cached" in caplog.text and "SOME_DIR" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows keeps homes private, and has no such folder")

@@ -106,7 +106,7 @@ def test_what_the_compiler_needs_is_loaded_first(compilers, monkeypatch):
     assert {Path(name).parent for name in loaded} == {compilers / "cuda_nvrtc/lib"}
 
 
-def test_inline_ptx_stands_in_one_file():
-    """So that the emulator, which stands in for that file, leaves out nothing."""
+def test_all_inline_ptx_is_in_one_file():
+    """The emulator replaces that file, so it leaves out nothing."""
     sources = {path.name: path.read_text() for path in [*FILES, *gpu.KERNELS.rglob("*.cuh")]}
     assert [name for name, text in sources.items() if "asm" in text] == ["ptx.cuh"]

@@ -1,4 +1,4 @@
-"""The emulator itself: what it must see, each in a kernel of a few lines that does just that."""
+"""The emulator itself: each mistake it must find, in a kernel of a few lines that makes it."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
 
 def launch(body: str, *tensors: torch.Tensor, block: int = 64, shared: int = 0, generation: int = 90) -> None:
-    """Runs `extern "C" __global__ void k(float* x, float* y)` with this body, one block."""
+    """Run `extern "C" __global__ void k(float* x, float* y)` with this body, one block."""
     names = ", ".join(f"float* {name}" for name in "xyz"[: len(tensors)])
     source = f'#include "tiles.cuh"\nextern "C" __global__ void k({names}) {{ int i = threadIdx.x; {body} }}'
     found = emulator.compiled(source, emulator.HEADERS, generation)
@@ -28,14 +28,14 @@ def test_threads_meet_at_barriers_and_shuffles():
 
 MISTAKES = {
     "a missing barrier": ("__shared__ float s[64]; s[i] = x[i]; x[i] = s[63 - i];", "order of its threads"),
-    "memory that nobody has written": ("__shared__ float s[64]; __syncthreads(); x[i] = s[i];", None),
+    "memory that no thread has written": ("__shared__ float s[64]; __syncthreads(); x[i] = s[i];", None),
     "a barrier that some do not reach": ("if (i < 40) return; __syncwarp();", "has left, but __syncwarp"),
     "a barrier in a branch": ("if (i % 32 < 16) __syncthreads(); else __syncwarp();", "waits at __syncthreads, where"),
     "two places at once": ("if (i % 32 < 7) __syncwarp(); else __shfl_xor_sync(~0u, 1, 1);", "it is at"),
-    "an address behind a tensor": ("x[i + 1024] = 1;", "nobody's"),
-    "an address in front of one": ("if (i == 0) x[-1000] = 1;", "nobody's"),
-    "a write just behind a tensor": ("x[i + 2] = 1;", "nobody's|writes beside"),
-    "too little shared memory": ("((float*)dynamic_shared())[i + 1] = 1;", "behind the 256 bytes"),
+    "an address after a tensor": ("x[i + 1024] = 1;", "outside every tensor"),
+    "an address before a tensor": ("if (i == 0) x[-1000] = 1;", "outside every tensor"),
+    "a write just after a tensor": ("x[i + 2] = 1;", "outside every tensor|writes outside"),
+    "too little shared memory": ("((float*)dynamic_shared())[i + 1] = 1;", "after the 256 bytes"),
     "an index beyond an array": ("__shared__ float s[64]; s[i + 1] = 0;", "array's index"),
     "an odd address of 16 bytes": ("*(uint4*)(x + 4 * (i % 2) + 1) = make_uint4(0, 0, 0, 0);", "alignment"),
     "a copy that nobody waits for": (
@@ -48,7 +48,9 @@ MISTAKES = {
         "for ever"),
     "more arrivals than expected": (
         "__shared__ u64 b; if (i == 0) mbarrier_init(&b, 1); __syncthreads();"
-        "if (i == 0) { mbarrier_expect_tx(&b, 32); mbarrier_expect_tx(&b, 32); } mbarrier_wait(&b, 0);", "more arrive"),
+        "if (i == 0) { mbarrier_expect_tx(&b, 32); mbarrier_expect_tx(&b, 32); } mbarrier_wait(&b, 0);",
+        "more threads arrive",
+    ),
 }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from nanochameleon.kernels.zloss.cross_entropy import (
     zloss_cross_entropy,
     zloss_cross_entropy_,
     zloss_gradient_,
-    zloss_gradient_reference,
 )
 
 SMALL = list(range(1, 12))
@@ -39,9 +38,9 @@ def test_values_are_those_of_torch_and_never_narrower_than_float32(dtype, proble
 @given(problem=problems(SMALL), **FACTORS)
 def test_the_gradient_is_the_derivative_of_the_loss(problem, z_loss, scale):
     logits, targets = problem
-    _, log_z, expected = by_autograd(logits, targets, z_loss, scale)
-    gradient = zloss_gradient_reference(logits, targets, log_z, z_loss, scale)
-    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    expected = by_autograd(logits, targets, z_loss, scale)
+    result = overwriting("reference")(logits, targets, z_loss, scale)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
 
 
 @given(problem=problems(SMALL), **FACTORS)
@@ -71,14 +70,15 @@ def test_a_vocabulary_in_parts_has_the_same_gradient(kernels, problem, cut, z_lo
     _, log_z, expected = overwriting(kernels)(logits, targets, z_loss, scale)
     parts = []
     for start, stop in ((0, cut), (cut, logits.shape[1])):
-        part, local = logits[:, start:stop].contiguous(), targets - start
+        part, local = logits[:, start:stop].clone(memory_format=torch.contiguous_format), targets - start
         local = torch.where((local < 0) | (local >= stop - start), stop - start, local).masked_fill(targets < 0, -1)
         with use_kernels(kernels):
             if stop > start:
                 zloss_gradient_(part, local, log_z, z_loss, scale)
         parts.append(part)
-    size = 1 + logits.abs().max().item() if logits.numel() else 1
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-6 * size * scale)
+    # log Z is rounded to float32, and each power changes by as much
+    error = 1e-6 * (1 + logits.abs().max().item() if logits.numel() else 1)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=error, atol=2 * error * scale * (1 + 2_000 * z_loss))
 
 
 @pytest.mark.parametrize("kernels", ["reference", "numba"])

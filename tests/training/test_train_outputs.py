@@ -17,7 +17,7 @@ from train_helpers import REPORT, assert_shape, contents, steps_of
 
 import train
 from nanochameleon.config import DataConfig, RunConfig
-from nanochameleon.data.sources.shapes import World, draw, draw_scene
+from nanochameleon.data.sources.scenes import World, draw, draw_scene
 from nanochameleon.errors import UserError
 from nanochameleon.presets import mixed
 from nanochameleon.training.monitor import read_metrics
@@ -98,7 +98,7 @@ def test_a_folder_of_images_goes_all_the_way_and_bad_ones_are_counted(tmp_path, 
     (mine / "captions.jsonl").write_text("\n".join(lines))
     train.main(cfg)
     assert "12 images with 12 captions; 5 skipped: 3 unreadable images" in capsys.readouterr().out
-    skipped = [json.loads(line) for line in (tmp_path / "run" / "pictures" / "skipped.jsonl").read_text().splitlines()]
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "images" / "skipped.jsonl").read_text().splitlines()]
     assert [item["where"] for item in skipped] == ["captions.jsonl:1", "captions.jsonl:2", "12.png", "13.png", "14.png"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["bits_per_code"] > 0 and 0 <= report["tokenizer"]["mean_absolute_error"] <= 1

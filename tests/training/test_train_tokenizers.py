@@ -13,7 +13,8 @@ from tiny import SHAPES_VQGAN, training_config
 
 from nanochameleon.data import Mixture, RawImage
 from nanochameleon.data.build import mixture
-from nanochameleon.data.sources.shapes import ShapesSource, World, draw, scenes
+from nanochameleon.data.sources.scenes import World, draw, scenes
+from nanochameleon.data.sources.shapes import ShapesSource
 from nanochameleon.errors import UserError
 from nanochameleon.images.losses import PerceptualLoss
 from nanochameleon.images.quantizer import nearest_code

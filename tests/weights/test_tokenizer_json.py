@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tokenizers")
 
 
-def test_not_even_after_training_on_the_names(folder):
+def test_training_on_the_names_of_special_tokens_gives_text_tokens_only(folder):
     vocab = Vocab.toy(60, 400)
     names = list(vocab.names())
     tokenizer = TextTokenizer.train([" ".join(names) * 3, "".join(names)] + names * 5, vocab, progress=False)
@@ -40,23 +40,23 @@ def test_not_even_after_training_on_the_names(folder):
     save_text_tokenizer(tokenizer, folder / "names.json")
     theirs = loaded_by_tokenizers(folder / "names.json")
     for text in [*names, *HOSTILE, "".join(names), " ".join(names)]:
-        ids = tokenizer.encode(text)
-        assert min(ids) >= vocab.first_text
-        assert ids == theirs.encode(text).ids
+        tokens = tokenizer.encode(text)
+        assert min(tokens) >= vocab.first_text
+        assert tokens == theirs.encode(text).ids
 
 
 @given(tokenizers(), settled_text)
-def test_tokenizers_gives_the_same_ids_on_the_same_file(folder, tokenizer, text):
+def test_tokenizers_gives_the_same_tokens_on_the_same_file(folder, tokenizer, text):
     save_text_tokenizer(tokenizer, folder / "same.json")
     theirs = loaded_by_tokenizers(folder / "same.json")
-    ids = tokenizer.encode(text)
-    assert theirs.encode(text).ids == ids
-    assert theirs.decode(ids) == text
+    tokens = tokenizer.encode(text)
+    assert theirs.encode(text).ids == tokens
+    assert theirs.decode(tokens) == text
     assert all(theirs.token_to_id(name) == token for name, token in tokenizer.vocab.names().items())
 
 
 @given(st.lists(settled_text, max_size=4), settled_text)
-def test_tokenizers_gives_the_same_ids_after_training(folder, texts, text):
+def test_tokenizers_gives_the_same_tokens_after_training(folder, texts, text):
     tokenizer = TextTokenizer.train(texts, Vocab.toy(4, 30), progress=False)
     save_text_tokenizer(tokenizer, folder / "trained.json")
     theirs = loaded_by_tokenizers(folder / "trained.json")
@@ -94,7 +94,7 @@ def test_the_vocab_of_the_release_survives_a_file(folder):
 
 @given(tokenizers(), settled_text, st.randoms())
 def test_a_file_made_elsewhere(folder, tokenizer, text, random):
-    """Text ids in any order, merges as strings, no note of ours."""
+    """Text tokens in any order, merges as strings, no note of ours."""
     path = folder / "elsewhere.json"
     save_text_tokenizer(tokenizer, path)
     content = json.loads(path.read_text("utf-8"))
@@ -129,9 +129,9 @@ def test_tokens_that_were_added_are_matched_as_tokenizers_does(folder, tokenizer
     theirs.save(str(path))
     ours = load_text_tokenizer(path)
     for each in (text, text + "<verbatim> the red<my_tag><special> cat<s>"):
-        ids = ours.encode(each)
-        assert ids == theirs.encode(each).ids and ours.decode(ids) == each
-        assert all(ours.vocab.is_text(token) for token in ids) and theirs.token_to_id("<special>") not in ids
+        tokens = ours.encode(each)
+        assert tokens == theirs.encode(each).ids and ours.decode(tokens) == each
+        assert all(ours.vocab.is_text(token) for token in tokens) and theirs.token_to_id("<special>") not in tokens
     again = from_json(to_json(ours))
     assert same(again, ours) and again.encode(text) == ours.encode(text)
 
@@ -193,7 +193,7 @@ OTHER_IDS = {
 
 
 @pytest.mark.parametrize("why", OTHER_IDS)
-def test_what_decides_ids_and_is_not_computed_is_named(folder, monkeypatch, why):
+def test_what_decides_tokens_and_is_not_computed_is_named(folder, monkeypatch, why):
     monkeypatch.setattr("nanochameleon.weights.tokenizer_json.SECONDS", 0.2)
     content = to_json(TextTokenizer([], Vocab.toy(4, 3)))
     OTHER_IDS[why](content)
@@ -236,7 +236,7 @@ BROKEN = {
     "no byte": lambda content: without(content, "model", "vocab", "a"),
     "an id twice": lambda content: content["model"]["vocab"].update(a=content["model"]["vocab"]["b"]),
     "an id as text": lambda content: content["model"]["vocab"].update(a="17"),
-    "text over special ids": lambda content: content["model"]["vocab"].update(a=5),
+    "text over special tokens": lambda content: content["model"]["vocab"].update(a=5),
     "an unknown letter": lambda content: content["model"]["vocab"].update({"日": 299}),
     "a merge of three": lambda content: content["model"]["merges"].append(["a", "b", "c"]),
     "an unknown piece": lambda content: content["model"]["merges"].append(["zz", "z"]),

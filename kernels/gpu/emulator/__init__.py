@@ -1,1 +1,1 @@
-"""Runs the same .cu files on a CPU: g++ compiles them, threads are fibres."""
+"""Optional. Buys tests of the .cu files without a GPU (tests/kernels/test_emulator.py). Skip on a first reading."""

@@ -1,4 +1,4 @@
-// The functions of kernels/gpu/ptx.cuh for the emulator, each by the text of NVIDIA's "PTX ISA" that its name stands for.
+// The functions of kernels/gpu/ptx.cuh for the emulator, each written after NVIDIA's "PTX ISA".
 
 #define PTX_CUH
 #define INLINE inline
@@ -14,12 +14,12 @@ inline u16 to_bf16(float x) {
 }
 inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 inline float exp2_approx(float x) { return exp2f(x); }
-inline float number(u32 word, int half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); }
+inline float half_to_float(u32 word, int half) { return __uint_as_float(half ? word & 0xffff0000u : word << 16); }
 
 inline void* dynamic_shared() { return dynamic_memory; }
 
-inline void want_aligned(const void* p, unsigned n, const char* what) {
-  if ((uintptr_t)p % n) fail("%s at an address that is no multiple of %u", what, n);
+inline void check_aligned(const void* p, unsigned n, const char* what) {
+  if ((uintptr_t)p % n) fail("%s at an address that is not a multiple of %u", what, n);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -31,8 +31,8 @@ inline void arrive(const Copy& c) {
 }
 
 inline void cp_async(void* shared, const void* global, u32 bytes) {
-  want_aligned(shared, 16, "cp.async to");
-  want_aligned(global, 16, "cp.async from");
+  check_aligned(shared, 16, "cp.async to");
+  check_aligned(global, 16, "cp.async from");
   Copy copy = {shared, global, bytes, 16, nullptr};
   if (!descending) return arrive(copy);
   if (me->groups.empty()) me->groups.emplace_back();
@@ -52,7 +52,7 @@ template <int N> void cp_async_wait() {
 }
 
 inline void ldmatrix(u32 (&r)[4], const void* row, bool transposed) {
-  want_aligned(row, 16, "ldmatrix");
+  check_aligned(row, 16, "ldmatrix");
   const void* const* rows = exchange(row, "ldmatrix");
   int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
   for (int i = 0; i < 4; i++) {
@@ -77,20 +77,19 @@ inline void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     for (int k = 0; k < 16; k++) {
       u32 left = all[row % 8 * 4 + k % 8 / 2].a[(row >= 8) + 2 * (k >= 8)];
       u32 right = all[column * 4 + k % 8 / 2].b[k >= 8];
-      sum += number(left, k % 2) * number(right, k % 2);
+      sum += half_to_float(left, k % 2) * half_to_float(right, k % 2);
     }
     c[i] += sum;
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// mbarrier: bits 0-19 arrivals that this phase still waits for, 20-39 how many each phase has, 40-62 bytes, 63 the
-// phase
+// mbarrier: bits 0-19 arrivals this phase still waits for, 20-39 arrivals of a phase, 40-62 bytes, 63 the phase
 
 inline void pass(u64* barrier, u32 arrivals, long long bytes) {
   u64 left = *barrier & 0xfffff, all = *barrier >> 20 & 0xfffff;
   u64 due = (*barrier >> 40 & 0x7fffff) + bytes, phase = *barrier >> 63;
-  if (arrivals > left) fail("more arrive at a barrier than it was made for");
+  if (arrivals > left) fail("more threads arrive at a barrier than it was made for");
   left -= arrivals;
   if (!left && !due) left = all, phase ^= 1;
   *barrier = left | all << 20 | due << 40 | phase << 63;
@@ -111,7 +110,7 @@ inline void arrive_bulk(const Copy& copy) {
 inline void mbarrier_wait(u64* barrier, u32 parity) {
   while (*barrier >> 63 == parity) {
     if (bulk.empty()) {
-      meet(POLL, "a barrier's phase");
+      sync(POLL, "a barrier's phase");
     } else {
       arrive_bulk(bulk.front());
       bulk.erase(bulk.begin());
@@ -120,9 +119,9 @@ inline void mbarrier_wait(u64* barrier, u32 parity) {
 }
 
 inline void cp_async_bulk(void* shared, const void* global, u32 bytes, u64* barrier) {
-  want_aligned(shared, 16, "a bulk copy to");
-  want_aligned(global, 16, "a bulk copy from");
-  if (bytes % 16) fail("a bulk copy of %u bytes, no multiple of 16", bytes);
+  check_aligned(shared, 16, "a bulk copy to");
+  check_aligned(global, 16, "a bulk copy from");
+  if (bytes % 16) fail("a bulk copy of %u bytes, not a multiple of 16", bytes);
   Copy copy = {shared, global, bytes, bytes, barrier};
   descending ? bulk.push_back(copy) : arrive_bulk(copy);
 }

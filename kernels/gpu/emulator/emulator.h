@@ -1,15 +1,15 @@
-// Runs CUDA kernels on a CPU: g++ compiles an unchanged .cu file behind this header (see emulator.py). Made for finding
-// mistakes, not for speed; one block after the other.
+// Runs CUDA kernels on a CPU: g++ compiles an unchanged .cu file after this header (see emulator.py). It finds mistakes
+// and is slow; blocks run one after the other.
 //
-// A thread of a block is a fibre, a stack of its own, that gives way only where CUDA's threads meet: at __syncthreads,
-// and where a warp does something together. What stands there:
-//   - Threads that do not meet, or meet at different places, end the launch with a sentence instead of hanging.
-//   - A warp runs as far as it can before another does. Two orders: ascending, where asynchronous copies arrive at
-//     once, and descending, where they arrive only when somebody waits for them. A missing barrier or wait then shows
-//     in one of the two.
-//   - Shared memory begins as NaN in each block, and what lies behind the dynamic part must stay as it is.
-//   - Addresses that the instruction wants aligned must be; an address that is nobody's ends the launch.
-// Left out: clusters, textures, cooperative launches, denormals' flushing, and all timing.
+// A thread of a block is a fibre with a stack of its own. It yields only where CUDA's threads synchronise: at
+// __syncthreads, and at operations that a warp does together. What this finds:
+//   - Threads that do not synchronise, or do so at different places, end the launch with a sentence instead of hanging.
+//   - A warp runs as far as it can before another warp does, in two orders. Ascending: asynchronous copies arrive at
+//     once. Descending: they arrive only when a thread waits for them. A missing barrier or wait shows in one
+//     of the two.
+//   - Shared memory starts as NaN in each block, and bytes after the dynamic part must not change.
+//   - Misaligned addresses and addresses outside every tensor end the launch.
+// Left out: clusters, textures, cooperative launches, flushing of denormals, and all timing.
 
 #include <math.h>
 #include <setjmp.h>
@@ -26,7 +26,7 @@
 #include <vector>
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The words of CUDA C
+// CUDA C
 
 #define __global__ __attribute__((used))
 #define __device__
@@ -53,23 +53,23 @@ template <class T> void __stcs(T* p, T x) { *p = x; }
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads
 
-uint3 threadIdx, blockIdx, blockDim, gridDim;  // not static: every meeting may change them
+uint3 threadIdx, blockIdx, blockDim, gridDim;  // not static: every synchronisation may change them
 
 struct Copy {
   void* to;
   const void* from;
-  unsigned bytes, of;  // read, and written: what is more are zeros
+  unsigned bytes, of;  // bytes read, and bytes written; the difference is zeros
   unsigned long long* barrier;
 };
 
 struct Thread {
   jmp_buf at;
   ucontext_t start;
-  bool begun, done;
-  unsigned meets;     // how many neighbours it waits for: 0 while it runs, POLL while it looks again and again
+  bool started, done;
+  unsigned waits_for;  // neighbours to synchronise with; 0 while it runs, POLL while it polls
   const char* where;
-  int turn;           // which of two places its operand of an exchange goes to
-  std::vector<std::vector<Copy>> groups;  // of asynchronous copies, not arrived; the last is open
+  int parity;  // which of two buffers its next operand of an exchange goes to
+  std::vector<std::vector<Copy>> groups;  // asynchronous copies in flight; the last group is open
 };
 
 const unsigned POLL = ~0u;
@@ -78,7 +78,7 @@ inline std::vector<Thread> threads;
 inline Thread* me;
 inline jmp_buf scheduler, launcher;
 inline bool descending;
-inline std::vector<Copy> bulk;  // not arrived
+inline std::vector<Copy> bulk;  // bulk copies in flight
 inline char message[400], *stacks, operands[2][1024 * 64];
 inline std::function<void()> body;
 
@@ -89,26 +89,26 @@ template <class... A> [[noreturn]] void fail(const char* format, A... a) {
   _longjmp(launcher, 1);
 }
 
-__attribute__((noinline)) inline void meet(unsigned n, const char* where) {  // returns when n neighbours are here
-  me->meets = n;
+__attribute__((noinline)) inline void sync(unsigned n, const char* where) {  // returns when n neighbours are here
+  me->waits_for = n;
   me->where = where;
   if (!_setjmp(me->at)) _longjmp(scheduler, 1);
 }
 
-inline void __syncthreads() { meet(blockDim.x, "__syncthreads"); }
-inline void __syncwarp(unsigned = ~0u) { meet(32, "__syncwarp"); }
+inline void __syncthreads() { sync(blockDim.x, "__syncthreads"); }
+inline void __syncwarp(unsigned = ~0u) { sync(32, "__syncwarp"); }
 
 // The operands of all 32 lanes for an operation that the warp does together, in the order of the lanes
 template <class T> const T* exchange(const T& mine, const char* where) {
-  static_assert(sizeof(T) <= 64, "larger than its place");
-  T* place = (T*)(operands[me->turn ^= 1] + threadIdx.x / 32 * 32 * 64);
-  memcpy(place + threadIdx.x % 32, &mine, sizeof mine);
-  meet(32, where);
-  return place;  // until the operation after the next
+  static_assert(sizeof(T) <= 64, "larger than its slot");
+  T* slots = (T*)(operands[me->parity ^= 1] + threadIdx.x / 32 * 32 * 64);
+  memcpy(slots + threadIdx.x % 32, &mine, sizeof mine);
+  sync(32, where);
+  return slots;  // valid until the operation after the next
 }
 
 template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes) {
-  if (mask != ~0u) fail("a shuffle of a part of a warp is not emulated");
+  if (mask != ~0u) fail("a shuffle of part of a warp is not emulated");
   return exchange(x, "__shfl_xor_sync")[threadIdx.x % 32 ^ lanes];
 }
 
@@ -122,8 +122,8 @@ inline void resume(unsigned i) {
   me = &threads[i];
   threadIdx = {i, 0, 0};
   if (_setjmp(scheduler)) return;
-  if (me->begun) _longjmp(me->at, 1);
-  me->begun = true;
+  if (me->started) _longjmp(me->at, 1);
+  me->started = true;
   getcontext(&me->start);
   me->start.uc_stack.ss_sp = stacks + i * STACK;
   me->start.uc_stack.ss_size = STACK;
@@ -131,37 +131,37 @@ inline void resume(unsigned i) {
   setcontext(&me->start);
 }
 
-// Lets the neighbours that i belongs to go on, if all of them are where it is
+// Resume thread i and its neighbours if all of them wait at the same place
 inline bool release(unsigned i) {
   Thread& first = threads[i];
-  unsigned n = first.meets, begin = i / n * n;
+  unsigned n = first.waits_for, begin = i / n * n;
   for (unsigned j = begin; j < begin + n; j++) {
     Thread& other = threads[j];
-    if (other.done && n == blockDim.x) continue;  // who has left is not waited for by __syncthreads
+    if (other.done && n == blockDim.x) continue;  // __syncthreads does not wait for threads that have left
     threadIdx.x = j;
     if (other.done) fail("it has left, but %s of thread %u needs it", first.where, i);
-    if (!other.meets || other.meets == POLL) return false;
-    if (other.meets < n) return false;  // it waits for fewer, and may come yet
-    if (other.meets == n && other.where != first.where)
+    if (!other.waits_for || other.waits_for == POLL) return false;
+    if (other.waits_for < n) return false;  // it waits for fewer threads, and may still come
+    if (other.waits_for == n && other.where != first.where)
       fail("it is at %s, thread %u at %s", other.where, i, first.where);
-    if (other.meets > n) fail("it waits at %s, where thread %u's %s needs it", other.where, i, first.where);
+    if (other.waits_for > n) fail("it waits at %s, where thread %u's %s needs it", other.where, i, first.where);
   }
-  for (unsigned j = begin; j < begin + n; j++) threads[j].meets = 0;
+  for (unsigned j = begin; j < begin + n; j++) threads[j].waits_for = 0;
   return true;
 }
 
-// Runs a warp until all of its threads wait for other warps. Returns whether any got further.
+// Run a warp until all of its threads wait for other warps. Returns whether any thread advanced.
 inline bool run_warp(unsigned first) {
   bool moved = false, again = true;
   while (again) {
     again = false;
     for (unsigned n = 0; n < 32; n++) {
       unsigned i = first + (descending ? 31 - n : n);
-      if (threads[i].done || threads[i].meets) continue;
+      if (threads[i].done || threads[i].waits_for) continue;
       resume(i);
-      moved |= threads[i].meets != POLL;
+      moved |= threads[i].waits_for != POLL;
     }
-    for (unsigned i = first; i < first + 32; i++) again |= !threads[i].done && threads[i].meets == 32 && release(i);
+    for (unsigned i = first; i < first + 32; i++) again |= !threads[i].done && threads[i].waits_for == 32 && release(i);
   }
   return moved;
 }
@@ -174,8 +174,8 @@ inline void run_block() {
     for (unsigned n = 0; n < blockDim.x; n += 32) moved |= run_warp(descending ? blockDim.x - 32 - n : n);
     for (unsigned i = 0; i < blockDim.x; i++) {
       Thread& t = threads[i];
-      if (t.meets == POLL) t.meets = 0;
-      else if (t.meets && !t.done) moved |= release(i);
+      if (t.waits_for == POLL) t.waits_for = 0;
+      else if (t.waits_for && !t.done) moved |= release(i);
     }
     unsigned waits = 0;
     while (waits < blockDim.x && threads[waits].done) waits++;
@@ -194,7 +194,7 @@ const size_t DYNAMIC = 256 << 10;
 alignas(16) inline char dynamic_memory[DYNAMIC];
 
 inline void on_signal(int number) {
-  fail(number == SIGILL ? "an array's index or an address's alignment is wrong" : "an address is nobody's");
+  fail(number == SIGILL ? "an array's index or an address's alignment is wrong" : "an address is outside every tensor");
 }
 
 template <class... A, size_t... I> void call(void (*kernel)(A...), void** at, std::index_sequence<I...>) {
@@ -232,7 +232,7 @@ template <class... A> const char* launch(void (*kernel)(A...), const char* kinds
           if (__start_block_memory) memset(__start_block_memory, 0xff, __stop_block_memory - __start_block_memory);
           run_block();
           for (size_t i = sizes[4]; i < DYNAMIC; i++)
-            if (dynamic_memory[i] != (char)0xff) fail("it writes behind the %d bytes of shared memory", sizes[4]);
+            if (dynamic_memory[i] != (char)0xff) fail("it writes after the %d bytes of shared memory", sizes[4]);
         }
   for (int i = 0; i < 4; i++) sigaction(signals[i], before + i, nullptr);
   return failed ? message : nullptr;

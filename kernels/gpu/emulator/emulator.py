@@ -1,11 +1,10 @@
-"""Runs the launches of gpu.py without a GPU: the .cu files compiled by g++ behind emulator.h, on tensors of the CPU.
+"""Runs the launches of gpu/launch.py without a GPU: g++ compiles the .cu files after emulator.h, tensors are the CPU's.
 
     with emulated(): ...    launches run kernels here
 
-Every launch is made twice, in ascending and in descending order of threads (emulator.h says what that finds), and both
-must leave the same bits in every tensor. Tensors have fences around them. What this cannot show is speed, and that the
-manual's fragments are the hardware's: for that, `python -m nanochameleon.bench kernels --device cuda` checks every case
-before it times it.
+Every launch runs twice, in ascending and in descending order of threads (emulator.h says what that finds), and both
+must leave the same bits in every tensor. Tensors have fences around them. The emulator shows neither speed nor that the
+hardware follows the manual: `python -m nanochameleon.bench kernels --device cuda` checks every case before timing it.
 """
 
 import ctypes
@@ -27,16 +26,14 @@ from nanochameleon.kernels.gpu import launch as gpu
 HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
 ALIGNMENT = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
 COMPILE = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE", *ALIGNMENT, "-x", "c++"]
-
-
 PAGE = mmap.PAGESIZE
 
 
 class Address(int):
-    """Where a tensor lies."""
+    """The address of a tensor."""
 
 
-# as emulator.h names them, and as C has them
+# argument kinds: the letter of emulator.h and the C type
 KINDS = {
     int: ("i", ctypes.c_int32),
     gpu.Long: ("l", ctypes.c_int64),
@@ -46,11 +43,11 @@ KINDS = {
 
 
 class EmulatorError(Exception):
-    """What a kernel did that a GPU would not survive."""
+    """A kernel did what a GPU would not survive."""
 
 
 def compiled(source: str, folder: Path, generation: int) -> ctypes.CDLL:
-    """CUDA C (which may include files of `folder`) as a library with launch_NAME for each kernel."""
+    """Compile CUDA C, which may include files of `folder`, to a library with launch_NAME for each kernel."""
     headers = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
     headers += f"#define __CUDA_ARCH__ {generation}0\n"
     expand = [*COMPILE, f"-I{folder}", "-E", "-P", "-"]
@@ -83,7 +80,7 @@ def contents(x: torch.Tensor) -> bytes:
 
 
 class Fence:
-    """A copy of a tensor whose neighbours are nobody's: touching them ends a launch."""
+    """A copy of a tensor between two closed pages: touching them ends a launch."""
 
     def __init__(self, x: torch.Tensor):
         self.x, self.size = x, x.numel() * x.element_size()
@@ -93,7 +90,7 @@ class Fence:
         for page in (first, first + PAGE + inside):
             if ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), PAGE, 0):
                 raise OSError("mprotect")
-        slack = -(self.size + x.data_ptr()) % 16  # behind the end, for the tensor's own alignment
+        slack = -(self.size + x.data_ptr()) % 16  # after the end, for the tensor's own alignment
         self.at, self.end = PAGE + inside - self.size - slack, PAGE + inside
         self.address = first + self.at
 
@@ -104,12 +101,12 @@ class Fence:
     def contents(self) -> bytes:
         around = self.memory[PAGE : self.at] + self.memory[self.at + self.size : self.end]
         if around.strip(b"\xff"):
-            raise EmulatorError("the kernel writes beside a tensor")
+            raise EmulatorError("the kernel writes outside a tensor")
         return self.memory[self.at : self.at + self.size]
 
 
 def run(found: ctypes.CDLL, name: str, sizes: tuple, arguments: list) -> None:
-    """arguments: addresses, or numbers as gpu.start takes them. Raises EmulatorError."""
+    """Run one launch. arguments: addresses, or numbers as gpu.start takes them. Raises EmulatorError."""
     values = [KINDS[type(x)][1](x) for x in arguments]
     kinds = "".join(KINDS[type(x)][0] for x in arguments)
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
@@ -120,7 +117,7 @@ def run(found: ctypes.CDLL, name: str, sizes: tuple, arguments: list) -> None:
 
 
 def start(found: ctypes.CDLL, name: str, grid: tuple, block: int, *arguments, shared: int = 0) -> None:
-    """As gpu.start; writes into the tensors what both orders of threads leave in them."""
+    """As gpu.start. Tensors get what both orders of threads leave in them."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     assert all(x.is_contiguous() for x in tensors)
     fences = {x.data_ptr(): Fence(x) for x in tensors}
@@ -135,15 +132,15 @@ def start(found: ctypes.CDLL, name: str, grid: tuple, block: int, *arguments, sh
         run(found, name, (*grid, *(1,) * (3 - len(grid)), block, shared, descending), values)
         outcomes.append([fence.contents() for fence in fences.values()])
     if outcomes[0] != outcomes[1]:
-        raise EmulatorError(f"{name}: the order of its threads decides what it computes")
+        raise EmulatorError(f"{name}: its result depends on the order of its threads")
     for fence, content in zip(fences.values(), outcomes[0], strict=True):
-        if content != contents(fence.x):  # what is only read stays as it is for autograd, too
+        if content != contents(fence.x):  # a tensor that is only read is not touched, for autograd
             fence.x.view(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
 
 @contextmanager
 def emulated(generation: int = 80) -> Iterator[None]:
-    """Launches run here, as on a GPU of this generation: 80 or 90."""
+    """Inside, launches run on the CPU as on a GPU of this generation: 80 or 90."""
     before = gpu.start, gpu.shared_kilobytes
     gpu.start = lambda file, *rest, **more: start(library(file, generation), *rest, **more)
     gpu.shared_kilobytes = lambda device: {80: 163, 90: 227}[generation]

@@ -1,1 +1,1 @@
-"""Where raw documents come from: two made-up worlds, emoji, folders, and tars of captioned images."""
+"""Where raw documents come from: two drawn worlds, emoji, your own folders, and tars of captioned images."""

@@ -9,8 +9,8 @@
                              -> the first caption, its image, the second one, its image
     align_safety             requests to do harm -> a refusal
 
-Every answer is exact. What is unseen is kept apart by the images' own split (shapes.py), where there are none by a
-checksum of the prompt. In the paper these are sets of people's work; real ones are read from .jsonl (units.py).
+Every answer is exact. The test split is the images' own (scenes.py); without images a checksum of the prompt decides.
+The paper's data was written by people; such data is read from .jsonl (units.py).
 """
 
 import zlib
@@ -20,26 +20,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanochameleon.data import FORMS, RawDocument, RawImage
-from nanochameleon.data.sources.shapes import (
-    ASK_CAPTION,
-    NUMBERS,
-    Scene,
-    World,
-    draw,
-    draw_scene,
-    questions,
-    random_scene,
-    source_seed,
-)
+from nanochameleon.data.sources.questions import ASK_CAPTION, questions
+from nanochameleon.data.sources.scenes import NUMBERS, Scene, World, draw, draw_scene, random_scene, source_seed
 from nanochameleon.documents import EndOfTurn, Text
 
-TEST_SHARE = 8  # one prompt of words in this many is never trained on
+TEST_ONE_IN = 8  # one prompt without an image in this many is never trained on
 REFUSAL = "I can't help with that."
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and its answer. A Scene stands for its image."""
+    """A prompt and its answer. A Scene takes the place of its image."""
 
     prompt: tuple[Text | Scene, ...]
     answer: tuple[Text | Scene, ...]
@@ -49,7 +40,7 @@ class Exchange:
         shown = [s for s in (*self.prompt, *self.answer) if isinstance(s, Scene)]
         if shown:
             return shown[0].for_test
-        return zlib.crc32("".join(s.text for s in self.prompt).encode()) % TEST_SHARE == 0
+        return zlib.crc32("".join(s.text for s in self.prompt).encode()) % TEST_ONE_IN == 0
 
 
 def talk(prompt: str, answer: str) -> list[Exchange]:
@@ -69,7 +60,7 @@ def words_of(world: World) -> list[str]:
 
 
 def text(world: World, rng: np.random.Generator) -> list[Exchange]:
-    """About two to four different words."""
+    """A question about two to four different words."""
     known = words_of(world)
     order = rng.permutation(len(known))
     words = [known[i] for i in order[: rng.integers(2, 5)]]
@@ -121,7 +112,7 @@ WHOM = ("my neighbour", "a stranger", "my boss", "an old man", "a child", "the t
 
 
 def safety(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchange]:
-    """One in four with an image."""
+    """A request to do harm, one in four with an image."""
     request = Text(f"{one_of(OPENERS, rng)} {one_of(HARMS, rng)} {one_of(WHOM, rng)}")
     prompt = (scene, request) if rng.random() < 0.25 else (request,)
     return [Exchange(prompt, (Text(REFUSAL),))]

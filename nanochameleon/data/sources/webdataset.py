@@ -2,11 +2,12 @@
 
     00000.tar   000000012.jpg  000000012.txt  000000012.json  000000013.jpg ...
 
-Members that follow each other and share their name up to the first dot of its last part are one sample; up to the last
-dot, where only so the ending is one that is read (photo.2021.01.jpg). An ending that comes again begins another sample
-of the same name. The caption is the .txt, else "text" or "caption" of the .json. Nothing is unpacked onto the disk, no
-member is read beyond a limit. Left out: hidden members (._a.jpg), what else a sample may hold, a second image of it.
-Compressed or joined tars, links, and samples that are not whole are bad items.
+A sample is a run of successive members that share their key: their name up to the first dot of its last part. Where
+that leaves an ending that is not read, the key ends at the last dot (photo.2021.01.jpg). An ending that comes a second
+time begins another sample of the same key. The caption is the .txt, else "text" or "caption" of the .json.
+
+Nothing is unpacked onto the disk, and no member is read beyond a limit. Left out: hidden members (._a.jpg), a sample's
+second image and its other members. Compressed or joined tars, links, and samples that are not whole are bad items.
 """
 
 import codecs
@@ -23,25 +24,25 @@ from nanochameleon.data.reading import (
     MAX_CAPTION,
     TEXT_KEYS,
     Bad,
-    Captioned,
-    File,
+    ImageFile,
+    Item,
     accounted,
+    captioned_item,
     first_text,
     is_utf8,
     near,
-    shortened,
-)
+)  # fmt: skip
 from nanochameleon.errors import UserError
 
 MAX_IMAGE = 2**25  # bytes of an image; a larger one is skipped
 MAX_JSON = 2**22  # bytes
-MAX_TEXT = 4 * MAX_CAPTION + 4  # bytes of a .txt that are read: enough to see that it is too long
-MAX_HEADER = 2**16  # bytes of a header beyond its 512: long names
+MAX_TEXT = 4 * MAX_CAPTION + 4  # bytes of a .txt that are read: enough to know that it is too long
+MAX_HEADER = 2**16  # bytes of a header beyond the usual 512: long names
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 
 
 def tars_in(folder: Path, files: Iterable[Path]) -> list[Path]:
-    """Of the files (reading.walk): tars in the folder, then those in each of its subfolders, each by name."""
+    """Of the files (reading.walk): tars in the folder, then the tars in each of its subfolders, by name."""
     return [path for path in near(folder, files) if path.suffix.lower() == ".tar"]
 
 
@@ -50,7 +51,7 @@ def tars_in(folder: Path, files: Iterable[Path]) -> list[Path]:
 
 
 class Bounded:
-    """A file for tarfile that gives only as much at once as we ask for: a header may claim gigabytes."""
+    """A file for tarfile that refuses large reads: a header may claim gigabytes."""
 
     def __init__(self, file):
         self.file, self.tell, self.seek = file, file.tell, file.seek
@@ -62,38 +63,38 @@ class Bounded:
 
 
 def limit(ending: str) -> int | None:
-    """How many bytes of such a member are read; None for one that is passed over."""
+    """How many bytes of a member with this ending are read; None if it is skipped."""
     return {"json": MAX_JSON, "txt": MAX_TEXT}.get(ending, MAX_IMAGE if ending in IMAGE_ENDINGS else None)
 
 
 def members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, int]]:
-    """(tar, member, bytes of the tar up to its end). Raises tarfile.TarError where the tar is cut off or broken."""
+    """Yield (tar, member, bytes of the tar up to its end). Raises tarfile.TarError if the tar is cut off or broken."""
     with open(path, "rb") as file, tarfile.open(fileobj=Bounded(file), mode="r:") as tar:
         end = -1
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep them all
+            tar.members.clear()  # tarfile would keep them all
             if member.size < 0 or tar.offset <= end:
                 raise tarfile.ReadError("a header of a size below 0")
             end = tar.offset
             yield tar, member, end
         file.seek(tar.offset)
-        if file.read(512) != bytes(512):  # the end that every tar is given
+        if file.read(512) != bytes(512):  # the end of every whole tar
             raise tarfile.ReadError("unexpected end of data")
         while rest := file.read(2**20):
             if rest.strip(b"\0"):
-                raise tarfile.ReadError("data after its end: if it was joined from several tars, give them apart")
+                raise tarfile.ReadError("data after its end: if it was joined from several tars, give them separately")
 
 
 @dataclass
 class Sample:
     key: str
     first: str  # name of its first member
-    members: dict[str, bytes] = field(default_factory=dict)  # by ending; of several images the first
-    too_large: str = ""  # which member is over its limit
+    members: dict[str, bytes] = field(default_factory=dict)  # by ending; the first of several images
+    too_large: str = ""  # a member over its limit
 
     @property
     def image(self) -> str | None:
-        """The ending of its image."""
+        """The ending of the sample's image."""
         return next((ending for ending in IMAGE_ENDINGS if ending in self.members), None)
 
     @property
@@ -104,7 +105,7 @@ class Sample:
         if ending in IMAGE_ENDINGS and self.image:
             return
         most = limit(ending)
-        if too_large := member.size > most and ending != "txt":  # a text will be cut
+        if too_large := member.size > most and ending != "txt":  # a longer text is cut
             self.too_large = f"{member.name!a} has {member.size:,} bytes"
         self.members[ending] = b"" if too_large else tar.extractfile(member).read(min(member.size, most))
 
@@ -115,7 +116,7 @@ def is_hidden(name: str) -> bool:
 
 
 def key_of(name: str, begun: list[Sample]) -> tuple[str, str]:
-    """The key of a member that follows the samples `begun`, and its ending; '' for one that is not read."""
+    """The key of a member that follows the samples `begun`, and its ending; '' if it is not read."""
     place, last = os.path.split(name)
     stem, _, ending = last.partition(".")
     key = os.path.join(place, stem)
@@ -128,12 +129,12 @@ def key_of(name: str, begun: list[Sample]) -> tuple[str, str]:
 
 
 def begin(begun: list[Sample], name: str, key: str, ending: str) -> Iterator[Sample]:
-    """Makes the sample that the member `name` belongs to the last one of `begun`; yields those that end before it.
+    """Make the member's sample the last one of `begun`; yield the samples that end before it.
 
-    Inside sample 7 there may be one called 7.small: if it is not whole, it is something else that 7 holds.
+    Inside sample 7 there may be one called 7.small: if that is not whole, its members are other members of 7.
     """
     if begun and not begun[-1].members and begun[-1].first.startswith(f"{key}."):
-        begun[-1].key = key  # its name was a guess
+        begun[-1].key = key  # the first name had left the key open
     while begun and (begun[-1].key != key or ending in begun[-1].members):
         if len(begun) == 1 and begun[0].members and key.startswith(f"{begun[0].key}."):
             break
@@ -145,7 +146,7 @@ def begin(begun: list[Sample], name: str, key: str, ending: str) -> Iterator[Sam
 
 
 def samples(path: Path) -> Iterator[tuple[Sample | Bad, int]]:
-    """(sample, bytes of the tar so far), then what is wrong with the tar, if anything is."""
+    """Yield (sample, bytes of the tar so far), then what is wrong with the tar, if anything is."""
     begun, end, damage = [], 0, []
     try:
         for tar, member, position in members(path):
@@ -158,17 +159,17 @@ def samples(path: Path) -> Iterator[tuple[Sample | Bad, int]]:
                 begun[-1].read(tar, member, ending)
             end = position
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a size in a header may lead to
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which an odd size in a header causes
             raise
-        damage = [(damaged(path, error), os.path.getsize(path))]
+        damage = [(broken_tar(path, error), os.path.getsize(path))]
     for number, sample in enumerate(begun):
         if number == 0 or sample.is_whole:
             yield sample, end
     yield from damage
 
 
-def damaged(path: Path, error: Exception) -> Bad:
-    """What a tar that raised `error` is."""
+def broken_tar(path: Path, error: Exception) -> Bad:
+    """Why a tar raised `error`."""
     with open(path, "rb") as file:
         head = file.read(8)
     packed = [kind for start, kind in PACKED.items() if head.startswith(start)]
@@ -182,7 +183,7 @@ def damaged(path: Path, error: Exception) -> Bad:
 
 
 def caption_of(sample: Sample) -> tuple[str, str]:
-    """(caption, '') or ('', why there is none)."""
+    """Return (caption, '') or ('', why there is none)."""
     data = sample.members.get("txt", b"")
     whole = len(data) < MAX_TEXT  # else the last letter may be cut
     try:
@@ -202,8 +203,8 @@ def caption_of(sample: Sample) -> tuple[str, str]:
     return text, "" if text else "without a caption"
 
 
-def captioned(path: Path, name: str) -> Iterator[tuple[Captioned | Bad, int]]:
-    """The captioned images of a tar that is called `name`, and what is not one; each with the bytes read so far.
+def captioned_images(path: Path, name: str) -> Iterator[tuple[Item, int]]:
+    """Yield the captioned images of a tar, called `name`, and its bad items, each with the bytes read so far.
 
     Raises UserError for a tar that cannot be opened.
     """
@@ -211,10 +212,10 @@ def captioned(path: Path, name: str) -> Iterator[tuple[Captioned | Bad, int]]:
         raise UserError(f"{path} is not there or is not a file")
     for found in accounted(samples(path), path, name):
         sample, end = found if isinstance(found, tuple) else (found, 0)
-        yield usable(sample, name), end
+        yield read_sample(sample, name), end
 
 
-def usable(sample: Sample | Bad, name: str) -> Captioned | Bad:
+def read_sample(sample: Sample | Bad, name: str) -> Item:
     if isinstance(sample, Bad):
         return Bad(name, sample.reason, sample.detail)
     where = f"{name}:{ascii(sample.key)[1:-1]}"
@@ -225,5 +226,4 @@ def usable(sample: Sample | Bad, name: str) -> Captioned | Bad:
     caption, problem = caption_of(sample)
     if problem:
         return Bad(where, problem, f"its first member is {sample.first[:200]!a}")
-    caption, cut = shortened(caption)
-    return Captioned(where, caption, File(f"{where}.{sample.image}", data=sample.members[sample.image]), cut)
+    return captioned_item(where, caption, ImageFile(f"{where}.{sample.image}", data=sample.members[sample.image]))

@@ -1,6 +1,6 @@
-"""Documents that are tokenized when a batch asks for them: no shards, at the price of encoding images in training.
+"""Documents that are tokenized when a batch asks for them: no shards on disk, but images are encoded during training.
 
-What a row holds must be known before: texts are tokenized once for their lengths, and every image has as many ids.
+Packing needs every document's length in advance: texts are tokenized once for it, and every image has as many tokens.
 """
 
 from collections.abc import Sequence
@@ -13,33 +13,36 @@ from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.text_tokenizer import TextTokenizer
 
 
-class Live:
-    """Documents 0, 1, 2, ... of a source, until they hold `n_ids` ids or, if given, are `n_documents`."""
+class OnTheFly:
+    """Documents 0, 1, 2, ... of a source, until they hold `n_tokens` tokens or, if given, are `n_documents`.
+
+    Reads like Shards (loader.Documents).
+    """
 
     def __init__(
         self,
         source: Source,
         image_tokenizer: ImageTokenizer,
         tokenizer: TextTokenizer,
-        n_ids: int,
+        n_tokens: int,
         n_documents: int | None,
     ):
         self.source, self.image_tokenizer, self.tokenizer = source, image_tokenizer, tokenizer
         lengths, total = [], 0
-        while len(lengths) < n_documents if n_documents else total < n_ids:
+        while len(lengths) < n_documents if n_documents else total < n_tokens:
             lengths.append(self.length(source.document(len(lengths))))
             total += lengths[-1]
         self.lengths = np.array(lengths, np.int64)
         self.groups = [(0, len(lengths))]
 
     def length(self, doc: RawDocument) -> int:
-        """Ids of a document, <s> and </s> included."""
-        image = self.image_tokenizer.n_codes_per_image + 2
-        ids = (
+        """Tokens of a document, <s> and </s> included."""
+        image = self.image_tokenizer.n_codes_per_image + 2  # <boi> and <eoi>
+        tokens = (
             len(self.tokenizer.encode(s.text)) if isinstance(s, Text) else image if isinstance(s, RawImage) else 1
             for s in doc
         )
-        return 2 + sum(ids)
+        return 2 + sum(tokens)
 
     def sizes(self, first: int, last: int) -> np.ndarray:
         return self.lengths[first:last]
