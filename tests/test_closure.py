@@ -38,3 +38,8 @@ def test_lines_with_a_comment_are_counted_once(tmp_path):
 def test_the_report_names_each_question(capsys):
     report = closure.report()
     assert all(question in report for question in closure.ENTRIES) and "comment lines in the core" in report
+
+
+def test_no_file_is_longer_than_500_lines():
+    source = closure.tracked("*.py", "*.cu", "*.cuh", "*.h")
+    assert [path.name for path in source if closure.lines([path]) > 500] == []
