@@ -5,6 +5,8 @@ complete(run, "a red circle")[0].save("circle.png")
 complete(run, "circle.png", "what shape is it?")    ->  ["a circle"]
 """
 
+from dataclasses import replace
+
 import PIL.Image
 import torch
 
@@ -26,9 +28,10 @@ def complete(run: Run, *prompt: str, mode: Mode | None = None, seed: int = 0) ->
     if MODALITY[mode] != "text" and not run.image_tokenizer.can_draw:
         raise UserError(NO_DECODER)
     image_len, stops = run.image_tokenizer.n_codes_per_image, stop_tokens(mode, run.vocab)
+    params = replace(run.cfg.sample, max_new_tokens=image_len + 1) if mode == "draw" else run.cfg.sample  # with <eoi>
     tokens, modality = prompt_tokens(segments, run, mode), MODALITY[mode]
     parts: list[str | PIL.Image.Image] = []
-    for event in stream(run.model, tokens, run.tokenizer, image_len, run.cfg.sample, modality, seed, stops=stops):
+    for event in stream(run.model, tokens, run.tokenizer, image_len, params, modality, seed, stops=stops):
         if isinstance(event, Image):
             pixels = run.image_tokenizer.decode(torch.tensor([event.codes]))[0]  # uint8 (R, R, 3)
             parts.append(PIL.Image.fromarray(pixels))
