@@ -88,7 +88,7 @@ def test_without_a_test_folder_the_report_says_so_and_claims_nothing(data, tmp_p
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "test")
     run = train.main(config(tmp_path / "run", tmp_path / "data"))
-    assert "has no source called test, so nothing unseen is measured" in capsys.readouterr().out
+    assert "has no source called test: no figure on unseen data is measured" in capsys.readouterr().out
     found = json.loads((run / "report.json").read_text())
     assert found["bits_per_code"] is None and found["bits_per_byte"] is None and (run / "report.html").is_file()
     assert set(found["tokenizer"].values()) == {None} and found["tokens_per_second"] > 0
