@@ -43,7 +43,7 @@ MAX_SAMPLES = 1_000_000
 
 @dataclass(frozen=True)
 class Args:
-    """Generate text and images with a trained run. None as a default below means: as the run's configuration says."""
+    """Generate text and images with a trained run. None means the run's own value, unless an option says otherwise."""
 
     run: tyro.conf.Positional[Path]
     """Folder that train.py wrote, such as runs/toy, or a model in our, Hugging Face's or Meta's layout."""

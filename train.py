@@ -1,24 +1,24 @@
 """Train nanochameleon: one script from raw captions and images to a model that writes and draws, and its report.
 
     python train.py toy                                   the shapes world, minutes on two CPU cores
-    python train.py toy_long                              the same scenes with an hour
-    python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
+    python train.py toy_long                              the same scenes, 2.8 times as many steps
+    python train.py emoji                                 real emoji from PyPI, with .[data] installed (docs/install.md)
     python train.py folder --data.path=images             your own images with captions.jsonl or metadata.csv
     python train.py stability                             the paper's ablations at a small size: a table and a plot
     python train.py folder --init-from chameleon-7b       start from a run or a model in any layout: its sizes,
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
     torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
-    torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.data-parallel fsdp --parallel.compile
+    torchrun --nproc-per-node 8 train.py 1b --data.path=prepared --parallel.data-parallel fsdp --parallel.compile
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
         --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
-        train.py chameleon_34b --data.path=tokens --parallel.data-parallel fsdp --parallel.tensor-parallel 8 \\
+        train.py chameleon_34b --data.path=prepared --parallel.data-parallel fsdp --parallel.tensor-parallel 8 \\
         --parallel.activation-checkpointing
 
 The stages are: text tokenizer, image tokenizer, tokens, transformer, report. A stage whose result is in the run's
 folder is skipped. Ctrl-C and SIGTERM save and end with code 130 and 143; the same command resumes, on any number of
-processes. config.py documents every number. The environment variable above lets the ranks meet again when torchrun
-restarts them after one has died (pytorch issue 167288).
+processes. config.py documents every number. The environment variable above lets the ranks find each other again after
+torchrun has restarted them because one died (pytorch issue 167288).
 
 This file holds the loop and the order of the stages. Left out: recovery from bad losses (training/recovery.py),
 checkpoints (training/saver.py), the tokenizers' training (training/train_tokenizers.py), parallelism (parallel/).
@@ -193,7 +193,7 @@ def train_loop(
 
 
 def draw_samples(run: Run, saver: Saver, step: int) -> None:
-    """Draw the curves so far and a few captions. A failure to write them stops no run."""
+    """Plot the curves so far and draw images for a few captions. A failure to write them does not stop the run."""
     try:
         plot_curves(read_metrics(saver.folder / METRICS), saver.folder / "curves.png")
         if run.image_tokenizer.can_draw and not saver.sharded:  # no rank has the whole of a sharded model
