@@ -15,7 +15,7 @@ from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
 from nanochameleon.parallel.sharding import full_tensor, shard_like
 
-MAX_NONFINITE_STEPS = 10  # a run gives up after so many steps in a row without a finite loss
+MAX_NONFINITE_STEPS = 10  # after so many in a row a run returns to its last checkpoint (training/recovery.py)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -71,11 +71,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update for each matrix is orthogonalized (Keller Jordan's Muon, 2024), AdamW for the rest.
 
-    All directions of a matrix move equally far, where Adam follows the few strong ones. In the toy world the image
-    tokenizer needs a tenth of AdamW's steps (docs/log.md). Convolutions (out, in, h, w) are matrices (out, in*h*w).
-    The update is scaled by 0.2 sqrt(longer side) (Moonlight, arXiv 2502.16982), so that it is as large as AdamW's and
-    both share one learning rate. Embeddings and the output layer, whose rows are independent, take AdamW without decay:
-    `weight_decay` applies to the other matrices only.
+    All directions of a matrix move equally far, where Adam follows the few strong ones. After 300 steps the toy's image
+    autoencoder has a squared error of 0.005, and of 0.038 with AdamW at its best rate (docs/log.md). Convolutions
+    (out, in, h, w) are matrices (out, in*h*w). The update is scaled by 0.2 sqrt(longer side) (Moonlight, arXiv
+    2502.16982). So it is as large as AdamW's, and both share one learning rate. Embeddings and the output layer, whose
+    rows are independent, take AdamW without decay: `weight_decay` applies to the other matrices only.
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig, momentum: float = 0.95):

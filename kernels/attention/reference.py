@@ -1,9 +1,10 @@
 """Plain references: causal attention within documents with grouped keys, QK-norm, RoPE, and the three as one op.
 
-    attention      out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(E)) v[b, g, j],   g = h // (H / G),
-                   over the keys j that query i may see
-    layer_norm     each head of q or k normalised, times weight plus bias
-    rotary         pairs (x[2i], x[2i+1]) as complex numbers, times freqs_cis: Meta's and Llama's order of pairs
+    attention           out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(E)) v[b, g, j],
+                        g = h // (H / G), over the keys j that query i may see
+    layer_norm          each head of q or k normalised, times weight plus bias
+    apply_rotary_emb    pairs (x[2i], x[2i+1]) as complex numbers, times freqs_cis. The pairs are Meta's: Hugging Face
+                        pairs x[i] with x[i + E/2] instead
 
 `attention` runs torch's fused version, `attention_reference` the formula. Not here: projections (transformer.py).
 
