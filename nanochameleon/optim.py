@@ -1,7 +1,7 @@
 """AdamW as the paper uses it (section 2.3), and Muon for small budgets: weight decay, learning rate, clipping.
 
-The loop is not here. train.py sets the learning rate before each step, as a pure function of the step, so there is no
-scheduler whose state would have to be saved.
+The loop is not here. train.py sets the learning rate before each step, as a pure function of the step. So there is no
+scheduler state to save.
 """
 
 import math
@@ -19,7 +19,7 @@ MAX_NONFINITE_STEPS = 10  # after so many in a row a run returns to its last che
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and convolutions, not to norms and biases.
+    """Whether weight decay applies: to matrices and convolutions, but not to norms and biases.
 
     The shape alone cannot tell: QK-norm vectors are (groups, head_dim), two dimensions, and must stay free.
     """
@@ -36,7 +36,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether torch has AdamW as a single call for these.
+    """Whether torch has a fused AdamW for these.
 
     On one CPU core a step over 2M parameters took 1.8 ms, the plain loop 5.4 ms and the foreach version 7.7 ms.
     """
@@ -58,7 +58,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values are at most 1
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):  # everything has its dtype already; it would check each matmul
+    with torch.autocast(kind, enabled=False):  # all have their dtype already; autocast would check each matmul
         for _ in range(steps):
             # Three matmuls: X X^T, then b A + c A A, then a X + (b A + c A A) X. The smaller side is squared, so that
             # tall matrices need no transposed copy.
@@ -151,7 +151,7 @@ def make_adamw(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     """The learning rate of step 0 .. total_steps - 1: the peak at step `warmup_steps`, min_lr_ratio * peak at the last.
 
-    A run shorter than its warm-up stays in it. Raises UserError where an exponential would have to reach zero.
+    A run shorter than its warm-up never reaches the peak. Raises UserError where an exponential would have to reach 0.
     """
     if cfg.schedule == "exponential" and cfg.min_lr_ratio <= 0:
         raise UserError(
