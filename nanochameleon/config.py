@@ -27,7 +27,7 @@ class VQGANConfig:
 
     @property
     def factor(self) -> int:
-        """Side in pixels of the square that one code stands for."""
+        """Side in pixels of the square that one code represents."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -126,7 +126,7 @@ class TokenizerTraining:
         "muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup_steps=20, schedule="cosine", grad_clip=100.0
     )
     commitment_weight: float = 0.25  # weight of the commitment loss
-    codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: by moving averages or by the codebook loss
+    codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: by moving averages, or by the codebook loss
     ema_decay: float = 0.95  # of the moving averages, a step
     dead_code_threshold: float = 0.03  # a code with a lower moving average of uses per step is reset
     perceptual_weight: float = 0.1  # weight of the perceptual loss (images/losses.py)
@@ -147,7 +147,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage of the transformer's training with its own mixture (paper section 2.2: two stages, 80% and 20%)."""
+    """A stage of the transformer's training with its own mixture (paper section 2.2: two stages, 80% and 20%).
+
+    Not to be confused with the stages of train.py, of which the transformer is one.
+    """
 
     name: str = "all"  # in the log
     fraction: float = 1.0  # part of train.steps, relative to the sum over all stages
@@ -163,8 +166,8 @@ class TrainConfig:
     batch_size: int = 8  # sequences a step
     seq_len: int = 256  # tokens a sequence; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
-    # which image tokens are learnt. drawn: none of an image that opens a document, since nothing predicts it.
-    # none: no image token at all (figure 6b)
+    # images whose tokens are learnt. drawn: those that words precede, since nothing predicts an image that opens a
+    # document. none: no image at all (figure 6b)
     image_loss: Literal["all", "drawn", "none"] = "all"
     assistant_only_loss: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     image_token_noise: float = 0.0  # largest part of a drawn image's tokens to corrupt: training/image_targets.py
@@ -174,7 +177,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints
-    keep_checkpoints: int = 2  # newest checkpoints to keep, and the one of the least loss
+    keep_checkpoints: int = 2  # newest checkpoints to keep; the one with the lowest loss is kept, too
     tensorboard: bool = False  # also write the log for TensorBoard, into tensorboard/
 
 
@@ -188,7 +191,7 @@ class ParallelConfig:
     micro_batch: int | None = None  # sequences that a rank runs at a time; None is all of its batch
     activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
     compile: bool = False  # torch.compile each block; faster on GPUs
-    timeout: int = 600  # seconds after which a rank that gets no answer gives up
+    timeout: int = 600  # seconds that a rank waits for the others before it gives up
     save_in_background: bool = True  # write checkpoints during training, from a copy in host memory
 
 
