@@ -65,7 +65,10 @@ class Quantizer(nn.Module):
         return self.embedding(codes).view(len(codes), grid, grid, -1).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, E, h, w) -> its codebook vectors with z's gradient, codes (B, h*w), the same with the codebook's gradient."""
+        """z (B, E, h, w) -> its codebook vectors, codes (B, h*w), the vectors again.
+
+        The first output passes its gradient to z, the last one to the codebook.
+        """
         codes = self.codes(z.detach())
         quantized = self.lookup(codes, z.shape[-1])
         return straight_through(z, quantized), codes, quantized
