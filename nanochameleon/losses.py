@@ -44,7 +44,7 @@ def next_token_loss(
     Both terms are masked by the targets, so padding and document ends do not enter the z-loss. No supervised token at
     all gives zeros, not NaN.
 
-    overwrite_logits: write the gradient over the logits, which saves a copy. The caller must not read them afterwards.
+    overwrite_logits: write the gradient over the logits, which saves a copy; the caller must not read them again.
     """
 
     def loss_and_gradient(logits: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -40,7 +40,7 @@ from nanochameleon.kernels.dispatch import same_kernels
 
 def fused_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Apply several linear layers to x. In training, plain `nn.Linear`s are fused into a single matmul."""
-    # quantization and tensor parallelism replace nn.Linear by classes of their own, which must be called
+    # quantization and tensor parallelism replace nn.Linear with classes whose forward must be called
     if torch.is_grad_enabled() and all(type(layer) is nn.Linear for layer in layers):
         return linear(x, [layer.weight for layer in layers])
     return tuple(layer(x) for layer in layers)
