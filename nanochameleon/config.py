@@ -126,7 +126,7 @@ class TokenizerTraining:
         "muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup_steps=20, schedule="cosine", grad_clip=100.0
     )
     commitment_weight: float = 0.25  # weight of the commitment loss
-    codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: by moving averages, or by the codebook loss
+    codebook: Literal["ema", "loss"] = "ema"  # how the codebook learns: by moving averages or by the codebook loss
     ema_decay: float = 0.95  # of the moving averages, a step
     dead_code_threshold: float = 0.03  # a code with a lower moving average of uses per step is reset
     perceptual_weight: float = 0.1  # weight of the perceptual loss (images/losses.py)
@@ -149,7 +149,7 @@ class DataConfig:
 class StageConfig:
     """A stage of the transformer's training with its own mixture (paper section 2.2: two stages, 80% and 20%).
 
-    Not to be confused with the stages of train.py, of which the transformer is one.
+    The stages that train.py runs are something else: the transformer is one of those.
     """
 
     name: str = "all"  # in the log

@@ -126,7 +126,7 @@ class Vocab:
 
     @staticmethod
     def _checked(values, low: int, high: int, what: str):
-        """Check that all are in [low, high). Arrays and tensors become int64: a sum of uint8 codes would wrap round."""
+        """Check that all are in [low, high). Arrays and tensors become int64: uint8 codes + 4 could wrap round."""
         if isinstance(values, int):
             smallest = largest = values
         elif hasattr(values, "numel"):  # a torch tensor, recognised without importing torch

@@ -60,7 +60,7 @@ def zloss_gradient_reference_(logits: Tensor, targets: Tensor, log_z: Tensor, z_
 def gradient_of_powers_(
     powers: Tensor, total: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float
 ) -> Tensor:
-    """powers (N, V) = exp(x - m), float32 or wider, become the gradient. total (N, 1) is their sum. For one row:"""
+    """powers (N, V) = exp(x - shift), float32 or wider, become the gradient; total (N, 1) = Z / exp(shift). A row:"""
     # d log Z / dx_v = exp(x_v) / Z = powers_v / total = p_v, the softmax
     # d loss / dx_v = scale (p_v + 2 z_loss log Z p_v - [v = y])
     factor = torch.where(targets >= 0, scale * (1 + 2 * z_loss * log_z), 0)  # (N,)
@@ -137,7 +137,7 @@ def zloss_gradient_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: floa
 
 
 def implementation(logits: Tensor) -> str:
-    """The name that `dispatch.choose` gives. Tensors that torch.compile traces have no memory: reference."""
+    """The name that `dispatch.choose` gives; "reference" for tensors that torch.compile traces: they have no memory."""
     traced = torch.compiler.is_compiling() or not is_plain_tensor(logits)
     return "reference" if traced else choose("zloss_cross_entropy", logits)
 
