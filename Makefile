@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment in .venv the first time; all it needs is python 3.11 or newer and make.
+# All targets share the virtual environment .venv, made the first time. They need only python 3.11 or newer and make.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -11,7 +11,7 @@ help:  ## this list
 demo: .venv/.run  ## from nothing to a model that draws, writes and answers: runs/toy
 	$(BIN)/python train.py toy
 
-demo-long: .venv/.run  ## the same scenes with an hour: runs/toy_long
+demo-long: .venv/.run  ## the same scenes, 2.8 times as many steps: runs/toy_long
 	$(BIN)/python train.py toy_long
 
 emoji: .venv/.data  ## real emoji from PyPI: runs/emoji

@@ -9,8 +9,8 @@
     python sample.py chameleon-7b "a red star" --guidance-scale 3 --dtype bf16    a released model, in any layout
 
 An argument that is a file, or ends as images do (.png, .jpg, ...), is an image; a folder or a pipe is refused.
-Images are saved and, in terminals that can, shown. Existing files are never overwritten, and an output that breaks off
-does not stop the saving. Left out: chat over several turns.
+Images are saved and, in terminals that can, shown. Existing files are never overwritten. If stdout is closed early,
+images are still saved. Left out: chat over several turns.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ MAX_SAMPLES = 1_000_000
 
 @dataclass(frozen=True)
 class Args:
-    """Generate text and images with a trained run. None as a default below means: as the run's configuration says."""
+    """Generate text and images with a trained run. None means the run's own value, unless an option says otherwise."""
 
     run: tyro.conf.Positional[Path]
     """Folder that train.py wrote, such as runs/toy, or a model in our, Hugging Face's or Meta's layout."""
@@ -56,7 +56,7 @@ class Args:
     n: int = 1
     """Number of samples."""
     temperature: float | None = None
-    """Of text and images; 0 takes the likeliest token at each step."""
+    """Temperature of text and images; 0 takes the likeliest token at each step."""
     top_p: float | None = None
     """Sample from the smallest set of tokens that holds this probability."""
     top_k: int | None = None
@@ -66,7 +66,7 @@ class Args:
     image_guidance_scale: float | None = None
     """Guidance of images by the prompt's images alone; None is the same as --guidance-scale where that is given."""
     repetition_penalty: float | None = None
-    """Of text: above 1 makes tokens less likely that are in the context already."""
+    """For text: above 1, tokens that the context holds already become less likely."""
     max_new_tokens: int | None = None
     """The most tokens to generate."""
     fit: Literal["crop", "pad"] = "crop"
@@ -77,12 +77,12 @@ class Args:
     out: Path | None = None
     """Folder for images; None is RUN/out."""
     scale: int | None = None
-    """Times that saved images are enlarged, without smoothing; None makes the side at least 256 pixels."""
+    """Factor by which saved images are enlarged, without smoothing; None makes the side at least 256 pixels."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """Type of the transformer's weights; auto is that of its files. int8 is made after loading, so the peak of memory
-    is that of loading."""
+    """Type of the transformer's weights; auto keeps that of its files. int8 is made after loading, so it does not lower
+    the peak memory."""
     vqgan: Path | None = None
     """A file with the image decoder, for a model from transformers, which drops it: Meta's vqgan.ckpt or a
     vqgan_decoder.safetensors."""

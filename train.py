@@ -1,24 +1,24 @@
 """Train nanochameleon: one script from raw captions and images to a model that writes and draws, and its report.
 
     python train.py toy                                   the shapes world, minutes on two CPU cores
-    python train.py toy_long                              the same scenes with an hour
-    python train.py emoji                                 real emoji from PyPI, with .[data] installed (README)
+    python train.py toy_long                              the same scenes, 2.8 times as many steps
+    python train.py emoji                                 real emoji from PyPI, with .[data] installed (docs/install.md)
     python train.py folder --data.path=images             your own images with captions.jsonl or metadata.csv
     python train.py stability                             the paper's ablations at a small size: a table and a plot
     python train.py folder --init-from chameleon-7b       start from a run or a model in any layout: its sizes,
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
     torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
-    torchrun --nproc-per-node 8 train.py 1b --data.path=tokens --parallel.data-parallel fsdp --parallel.compile
+    torchrun --nproc-per-node 8 train.py 1b --data.path=prepared --parallel.data-parallel fsdp --parallel.compile
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
         --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
-        train.py chameleon_34b --data.path=tokens --parallel.data-parallel fsdp --parallel.tensor-parallel 8 \\
+        train.py chameleon_34b --data.path=prepared --parallel.data-parallel fsdp --parallel.tensor-parallel 8 \\
         --parallel.activation-checkpointing
 
 The stages are: text tokenizer, image tokenizer, tokens, transformer, report. A stage whose result is in the run's
 folder is skipped. Ctrl-C and SIGTERM save and end with code 130 and 143; the same command resumes, on any number of
-processes. config.py documents every number. The environment variable above lets the ranks meet again when torchrun
-restarts them after one has died (pytorch issue 167288).
+processes. config.py documents every number. The environment variable above lets the ranks find each other again after
+torchrun has restarted them because one died (pytorch issue 167288).
 
 This file holds the loop and the order of the stages. Left out: recovery from bad losses (training/recovery.py),
 checkpoints (training/saver.py), the tokenizers' training (training/train_tokenizers.py), parallelism (parallel/).
@@ -88,12 +88,12 @@ def forward_backward(
 ) -> tuple[Sums, float]:
     """Add this rank's gradients of the batch to p.grad, one micro-batch at a time; dropout_seeds is (B,).
 
-    Returns sums over this rank's sequences, and the supervised tokens of the whole batch, by which all ranks divide.
+    Returns sums over this rank's sequences, and the number of supervised tokens in the whole batch.
     """
     mesh, n_sequences, total = model.mesh, len(batch.tokens), None
-    # The loss is a mean over the whole batch, so its divisor is known before the first micro-batch runs.
+    # The loss is a mean over the whole batch, so its divisor must be known before the first micro-batch runs.
     (n_supervised,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
-    normalizer = max(n_supervised, 1.0) / mesh.dp_size  # DDP and FSDP average over ranks, but the sum is wanted
+    normalizer = max(n_supervised, 1.0) / mesh.dp_size  # cancels the average over ranks that DDP and FSDP take
     size = micro_batch or n_sequences
     for first in range(0, n_sequences, size):
         part = slice(first, first + size)
@@ -123,8 +123,8 @@ def train_loop(
 ) -> None:  # fmt: skip
     """Run the updates from progress.step up to cfg.train.steps. Raises Interrupted once a stop is saved.
 
-    All ranks run the same steps; only rank 0 has a monitor. Every random draw is a pure function of the seed and the
-    indices of the batch's samples, so there is no generator whose state would have to be saved.
+    All ranks run the same steps; only rank 0 has a monitor. Every random draw is a pure function of the seed and of the
+    indices of the batch's samples. So there is no generator state to save.
     """
     t, mesh, n_codes = cfg.train, model.mesh, cfg.vqgan.codes_per_image
     rows = mesh.batch_slice(t.batch_size)  # this rank's slice of every batch
@@ -134,11 +134,11 @@ def train_loop(
     while progress.step < t.steps:
         step = progress.step
         if monitor and step and step % t.sample_every == 0:
-            draw_samples(run, saver, step)  # before the step, so that a run that was stopped here draws when resumed
+            draw_samples(run, saver, step)  # before the step: a run stopped here draws when it resumes
 
         # 1. The batch. After a rollback, the batches that made the loss diverge are skipped.
         number = step + progress.skipped_batches
-        sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,), in the whole training
+        sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,), counted over the whole run
         batch = mask_targets(loader.batch(number, rows), t.image_loss, n_codes, run.vocab)
         batch = corrupt_image_tokens(batch, t.image_token_noise, n_codes, run.vocab, cfg.seed, sample_indices)
         batch, dropout_seeds = batch.to(mesh.device), fold_in(sample_indices, cfg.seed).to(mesh.device)
@@ -148,7 +148,7 @@ def train_loop(
         optimizer.zero_grad()
         sums, n_supervised = forward_backward(model, batch, dropout_seeds, t.z_loss, cfg.parallel.micro_batch)
 
-        # 3. Clip the gradient's global norm. What is logged are the norms before it.
+        # 3. Clip the gradient's global norm. The log gets the norms before clipping.
         log_due = step % t.log_every == 0 or step == t.steps - 1
         norms = gradient_norms(model.model, run.vocab) if log_due else {}
         norms["grad_norm"] = clip_gradients(model.model.parameters(), cfg.optim.grad_clip)
@@ -157,7 +157,7 @@ def train_loop(
         finite = math.isfinite(norms["grad_norm"]) and math.isfinite(float(sums.next_token.loss))
         bad, stop = mesh.all_reduce_max(float(not finite), float(stopped()))
 
-        # 5. Update. The learning rate is a pure function of the step: no scheduler has a state.
+        # 5. Update, unless a number was not finite.
         lr = learning_rate(step, t.steps, cfg.optim)
         if bad:
             recovery.dump_batch(batch, number, step)
@@ -185,7 +185,7 @@ def train_loop(
             monitor.progress(step)
         done = progress.step == t.steps
         save_pending |= progress.step % t.save_every == 0
-        if done or stop or (save_pending and not progress.nonfinite_streak):  # in a streak the weights may be to blame
+        if done or stop or (save_pending and not progress.nonfinite_streak):  # in a streak the weights may be bad
             saver.save(asdict(progress.with_loss(losses)), last=bool(done or stop))
             losses, save_pending = [], False
         if stop and not done:
@@ -193,7 +193,7 @@ def train_loop(
 
 
 def draw_samples(run: Run, saver: Saver, step: int) -> None:
-    """Draw the curves so far and a few captions. A failure to write them stops no run."""
+    """Plot the curves so far and draw images for a few captions. A failure to write them does not stop the run."""
     try:
         plot_curves(read_metrics(saver.folder / METRICS), saver.folder / "curves.png")
         if run.image_tokenizer.can_draw and not saver.sharded:  # no rank has the whole of a sharded model
@@ -206,8 +206,10 @@ def draw_samples(run: Run, saver: Saver, step: int) -> None:
 def train_transformer(
     cfg: RunConfig, run: Run, init: InitFrom, loader: Loader, folder: Path, mesh: Mesh, stopped: Callable[[], bool]
 ) -> None:
-    """Train run.model, which is still on the meta device, from the newest checkpoint, or from init's weights, or from
-    random ones. Raises Interrupted once a stop is saved."""
+    """Train run.model, which is still on the meta device. Raises Interrupted once a stop is saved.
+
+    It starts from the newest checkpoint, else from init's weights, else from random ones.
+    """
     t, model, path = cfg.train, run.model, latest_checkpoint(folder, mesh)
     objective = Objective(model, run.vocab, t.precision, mesh.tp_group, t.fused_output)
     parallelize(objective, mesh, cfg.parallel)  # before there are weights, so that no rank ever holds all of them
@@ -234,11 +236,11 @@ def train_transformer(
 def main(cfg: RunConfig, with_report: bool = True) -> Path:
     """Run every stage that is not done yet; returns the run's folder.
 
-    Raises UserError for what the user can mend, and Interrupted after a stop, once the command to resume is printed.
+    Raises UserError for what the user can fix, and Interrupted after a stop, once the command to resume is printed.
     """
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
-    if env_int("TORCHELASTIC_RESTART_COUNT", 0):  # the folder holds this very run, from before the restart
+    if env_int("TORCHELASTIC_RESTART_COUNT", 0):  # the folder holds this run already: resume it
         cfg = replace(cfg, overwrite=False)
     with init_mesh(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
         mesh.run_on_rank0(lambda: held.enter_context(claim(cfg.folder)))
@@ -255,7 +257,7 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
 
 
 def run_all(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, with_report: bool) -> Interrupted | None:
-    """Run all stages and the report. Returns the exception of a stop, None without one."""
+    """Run all stages and the report. Returns the Interrupted of a stop, else None."""
     timer, stop = StageTimer(folder), Interrupted()
     with GracefulShutdown() as stopped:
         try:
@@ -272,7 +274,7 @@ def run_all(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, with_repor
             return stop
         except OSError as error:  # a full disk, a folder that may not be written
             why = f"cannot continue in {folder}: {error}"
-            raise UserError(f"{why}; once that is mended, the same command without --overwrite resumes") from error
+            raise UserError(f"{why}; once that is fixed, the same command without --overwrite resumes") from error
 
 
 def run_stages(
@@ -300,7 +302,7 @@ def run_stages(
 def prepare(
     cfg: RunConfig, init: InitFrom, folder: Path, device: torch.device, timer: StageTimer, stopped: GracefulShutdown
 ) -> None:
-    """Run the stages before the transformer; rank 0 does so for all. Raises Interrupted once a stop is saved."""
+    """Run the stages before the transformer, on rank 0 alone. Raises Interrupted once a stop is saved."""
     # 1. The text tokenizer. If init has tokenizers, both are copied and neither is trained.
     store_images(cfg, folder)
     if init.tokenizers:
@@ -336,7 +338,7 @@ def report(run: Run, folder: Path, mesh: Mesh, timer: StageTimer) -> None:
 
 
 if __name__ == "__main__":
-    tune_malloc()  # it changes the whole process, so main, which others import, leaves it out
+    tune_malloc()  # not in main, which others import: it changes the whole process
     if CONFIG.name == "stability":
         exit_on_user_error(lambda: run_ablations(CONFIG, lambda cfg: main(cfg, with_report=False)))
     else:

@@ -15,13 +15,8 @@ class VQGANConfig:
 
     resolution: int = 512  # pixels a side; 512 in the release
     ch: int = 128  # channels at full resolution
-    ch_mult: tuple[int, ...] = (
-        1,
-        1,
-        2,
-        2,
-        4,
-    )  # channels of each level, in units of ch; every level but the last halves the side
+    # channels of each level, in units of ch; every level but the last halves the side
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     n_res_blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
     z_channels: int = 256  # channels between encoder and quantizer
     embed_dim: int = 256  # length of a codebook vector
@@ -32,7 +27,7 @@ class VQGANConfig:
 
     @property
     def factor(self) -> int:
-        """Side in pixels of the square that one code stands for."""
+        """Side in pixels of the square that one code represents."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @property
@@ -63,9 +58,8 @@ class ModelConfig:
     n_heads: int = 32  # query heads
     n_kv_heads: int | None = None  # key-value heads; None means n_heads (no GQA); 8 in the 34B
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = (
-        None  # scales the feed-forward width before rounding; None in both released sizes
-    )
+    # scales the feed-forward width before rounding; None in both released sizes
+    ffn_dim_multiplier: float | None = None
     max_seq_len: int = 4_096  # tokens of context
     norm_eps: float = 1e-5  # RMSNorm and QK-norm
     rope_theta: float = 10_000.0  # base of the rotary embedding
@@ -107,16 +101,15 @@ class ModelConfig:
 class OptimConfig:
     """Optimizer, learning rate schedule and clipping (paper section 2.3 and Table 1)."""
 
-    name: Literal["adamw", "muon"] = (
-        "adamw"  # muon is not the paper's: orthogonal updates for matrices, AdamW for the rest
-    )
+    # muon is not the paper's: orthogonal updates for matrices, AdamW for the rest
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4  # peak learning rate; 1e-4 for both sizes
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-5  # AdamW; larger than usual, as in the paper
     weight_decay: float = 0.1  # on matrices, not on norms and biases
     warmup_steps: int = 4_000  # steps of linear warm-up
     schedule: Literal["exponential", "cosine", "constant"] = "exponential"  # after the warm-up; cosine in alignment
-    min_lr_ratio: float = 0.01  # last learning rate over the peak; the paper gives no value
+    min_lr_ratio: float = 0.01  # last rate over the peak; the paper says 0, which an exponential never reaches
     grad_clip: float = 1.0  # largest global gradient norm
 
 
@@ -154,7 +147,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage of the transformer's training with its own mixture (paper section 2.2: two stages, 80% and 20%)."""
+    """A stage of the transformer's training with its own mixture (paper section 2.2: two stages, 80% and 20%).
+
+    The stages that train.py runs are something else: the transformer is one of those.
+    """
 
     name: str = "all"  # in the log
     fraction: float = 1.0  # part of train.steps, relative to the sum over all stages
@@ -170,8 +166,8 @@ class TrainConfig:
     batch_size: int = 8  # sequences a step
     seq_len: int = 256  # tokens a sequence; documents are packed whole
     z_loss: float = 1e-5  # coefficient of (log Z)^2 (paper 2.3)
-    # which image tokens are learnt. drawn: none of an image that opens a document, since nothing predicts it.
-    # none: no image token at all (figure 6b)
+    # images whose tokens are learnt. drawn: those that words precede, since nothing predicts an image that opens a
+    # document. none: no image at all (figure 6b)
     image_loss: Literal["all", "drawn", "none"] = "all"
     assistant_only_loss: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     image_token_noise: float = 0.0  # largest part of a drawn image's tokens to corrupt: training/image_targets.py
@@ -181,7 +177,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     sample_every: int = 400  # steps between sample grids in samples/
     save_every: int = 400  # steps between checkpoints
-    keep_checkpoints: int = 2  # newest checkpoints to keep, and the one of the least loss
+    keep_checkpoints: int = 2  # newest checkpoints to keep; the one with the lowest loss is kept, too
     tensorboard: bool = False  # also write the log for TensorBoard, into tensorboard/
 
 
@@ -189,14 +185,13 @@ class TrainConfig:
 class ParallelConfig:
     """How the ranks of torchrun share the work. None of it changes what is learnt, up to rounding."""
 
-    data_parallel: Literal["ddp", "fsdp"] = (
-        "ddp"  # each rank holds the whole model (ddp) or a shard of every tensor (fsdp)
-    )
+    # each rank holds the whole model (ddp) or a shard of every tensor (fsdp)
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"
     tensor_parallel: int = 1  # ranks that share each layer; more than 1 implies fsdp
     micro_batch: int | None = None  # sequences that a rank runs at a time; None is all of its batch
     activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
     compile: bool = False  # torch.compile each block; faster on GPUs
-    timeout: int = 600  # seconds after which a rank that gets no answer gives up
+    timeout: int = 600  # seconds that a rank waits for the others before it gives up
     save_in_background: bool = True  # write checkpoints during training, from a copy in host memory
 
 
@@ -244,9 +239,8 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run or a model in any layout: its sizes, tokenizers and weights
-    init_vqgan: Path | None = (
-        None  # image decoder for an init_from without one: vqgan.ckpt or vqgan_decoder.safetensors
-    )
+    # image decoder for an init_from without one: vqgan.ckpt or vqgan_decoder.safetensors
+    init_vqgan: Path | None = None
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one

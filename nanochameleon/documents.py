@@ -70,7 +70,7 @@ def parse(tokens: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document
             else:
                 codes.append(vocab.token_to_code(token))  # raises for any other token
         elif token == vocab.eos:
-            break  # whatever follows </s> belongs to no document
+            break  # what follows </s> belongs to no document
         elif token == vocab.boi:
             close_text()
             codes = []
@@ -80,7 +80,7 @@ def parse(tokens: list[int], tokenizer: TextTokenizer, vocab: Vocab) -> Document
         elif vocab.modality(token) == "text":
             text.append(token)
         elif token not in (vocab.bos, vocab.pad):
-            raise ValueError(f"token {token} at position {position} may not be outside an image")
+            raise ValueError(f"token {token} at position {position} is only valid inside an image")
     if codes is not None:
         raise ValueError("the last image has no end")
     close_text()

@@ -3,7 +3,7 @@
     loss = sum_i (cross_entropy_i + z_loss * (log Z_i)^2) / normalizer
 
 Everything is a SUM over tokens. Means of micro-batches or ranks with different numbers of tokens do not combine; sums
-do. So the normalizer is the number of supervised tokens of the whole global batch, and the caller counts them.
+do. The caller passes the normalizer: the number of supervised tokens in the whole global batch.
 
 Shapes: N tokens, V the vocabulary, D the model's width. A negative target (packing.IGNORE) has no loss.
 """
@@ -44,7 +44,7 @@ def next_token_loss(
     Both terms are masked by the targets, so padding and document ends do not enter the z-loss. No supervised token at
     all gives zeros, not NaN.
 
-    overwrite_logits: the caller reads its logits no more, and their memory becomes their gradient. That spares a copy.
+    overwrite_logits: write the gradient over the logits, which saves a copy; the caller must not read them again.
     """
 
     def loss_and_gradient(logits: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -69,7 +69,7 @@ def next_token_loss(
 def fused_next_token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab: Vocab, z_loss: float = 0.0, normalizer: float = 1.0
 ) -> LossSums:
-    """next_token_loss of the logits hidden @ weight.T, made and used up a chunk of rows at a time.
+    """next_token_loss of the logits hidden @ weight.T, of which only a chunk of rows exists at a time.
 
     hidden (N, D), weight (V, D). With a large vocabulary all logits would be most of the memory of a training step.
     """
@@ -83,7 +83,10 @@ def fused_next_token_loss(
 
 
 class GradientInForward(torch.autograd.Function):
-    """compute(*inputs) -> cross-entropy and log Z (N,), and the gradient of the loss for each input."""
+    """An autograd node for compute(*inputs) -> cross-entropy (N,), log Z (N,) and the gradient of each input.
+
+    The forward pass makes the gradients, and the backward pass only hands them on.
+    """
 
     @staticmethod
     def forward(ctx, compute: Callable, z_loss: float, normalizer: float, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -105,12 +108,12 @@ class GradientInForward(torch.autograd.Function):
 
 
 def with_total(cross_entropy: Tensor, log_z: Tensor, z_loss: float, normalizer: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (0-dim) before the terms (N,) that it is made of."""
+    """Put the loss (0-dim), the sum of these terms (N,), in front of them."""
     return (cross_entropy.sum() + z_loss * log_z.square().sum()) / normalizer, cross_entropy, log_z
 
 
 def sum_by_modality(loss: Tensor, cross_entropy: Tensor, log_z: Tensor, targets: Tensor, vocab: Vocab) -> LossSums:
-    """cross_entropy and log_z (N,) are zero where a target is ignored, so plain sums leave those tokens out."""
+    """Add up the tokens. cross_entropy and log_z (N,) are 0 where a target is ignored, so sums leave those out."""
     image = vocab.is_image(targets)  # (N,)
     return LossSums(
         loss=loss,

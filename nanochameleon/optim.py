@@ -1,7 +1,7 @@
 """AdamW as the paper uses it (section 2.3), and Muon for small budgets: weight decay, learning rate, clipping.
 
-The loop is not here. train.py sets the learning rate before each step, as a pure function of the step, so there is no
-scheduler whose state would have to be saved.
+The loop is not here. train.py sets the learning rate before each step, as a pure function of the step. So there is no
+scheduler state to save.
 """
 
 import math
@@ -15,11 +15,11 @@ from nanochameleon.config import OptimConfig
 from nanochameleon.errors import UserError
 from nanochameleon.parallel.sharding import full_tensor, shard_like
 
-MAX_NONFINITE_STEPS = 10  # a run gives up after so many steps in a row without a finite loss
+MAX_NONFINITE_STEPS = 10  # after so many in a row a run returns to its last checkpoint (training/recovery.py)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and convolutions, not to norms and biases.
+    """Whether weight decay applies: to matrices and convolutions, but not to norms and biases.
 
     The shape alone cannot tell: QK-norm vectors are (groups, head_dim), two dimensions, and must stay free.
     """
@@ -36,7 +36,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether torch has AdamW as a single call for these.
+    """Whether torch has a fused AdamW for these.
 
     On one CPU core a step over 2M parameters took 1.8 ms, the plain loop 5.4 ms and the foreach version 7.7 ms.
     """
@@ -58,7 +58,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values are at most 1
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):  # everything has its dtype already; it would check each matmul
+    with torch.autocast(kind, enabled=False):  # all have their dtype already; autocast would check each matmul
         for _ in range(steps):
             # Three matmuls: X X^T, then b A + c A A, then a X + (b A + c A A) X. The smaller side is squared, so that
             # tall matrices need no transposed copy.
@@ -71,11 +71,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update for each matrix is orthogonalized (Keller Jordan's Muon, 2024), AdamW for the rest.
 
-    All directions of a matrix move equally far, where Adam follows the few strong ones. In the toy world the image
-    tokenizer needs a tenth of AdamW's steps (docs/log.md). Convolutions (out, in, h, w) are matrices (out, in*h*w).
-    The update is scaled by 0.2 sqrt(longer side) (Moonlight, arXiv 2502.16982), so that it is as large as AdamW's and
-    both share one learning rate. Embeddings and the output layer, whose rows are independent, take AdamW without decay:
-    `weight_decay` applies to the other matrices only.
+    All directions of a matrix move equally far, where Adam follows the few strong ones. After 300 steps the toy's image
+    autoencoder has a squared error of 0.005, and of 0.038 with AdamW at its best rate (docs/log.md). Convolutions
+    (out, in, h, w) are matrices (out, in*h*w). The update is scaled by 0.2 sqrt(longer side) (Moonlight, arXiv
+    2502.16982). So it is as large as AdamW's, and both share one learning rate. Embeddings and the output layer, whose
+    rows are independent, take AdamW without decay: `weight_decay` applies to the other matrices only.
     """
 
     def __init__(self, model: nn.Module, cfg: OptimConfig, momentum: float = 0.95):
@@ -151,7 +151,7 @@ def make_adamw(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
     """The learning rate of step 0 .. total_steps - 1: the peak at step `warmup_steps`, min_lr_ratio * peak at the last.
 
-    A run shorter than its warm-up stays in it. Raises UserError where an exponential would have to reach zero.
+    A run shorter than its warm-up never reaches the peak. Raises UserError where an exponential would have to reach 0.
     """
     if cfg.schedule == "exponential" and cfg.min_lr_ratio <= 0:
         raise UserError(

@@ -2,7 +2,7 @@
 
     seq_len 8, documents [a b c] [d e f g] [h i]:
 
-    tokens     a b c h i . . .      d e f g . . . .
+    tokens     a b c h i . . .      d e f g . . . .        . is <pad>
     targets    b c - i - - - -      e f g - - - - -        - is IGNORE
     doc_ids    0 0 0 1 1 x x x      0 0 0 0 x x x x        x is NO_DOCUMENT
     positions  0 1 2 0 1 0 0 0      0 1 2 3 0 0 0 0
@@ -44,14 +44,16 @@ class Batch:
 def best_fit(lengths: Sequence[int], seq_len: int) -> np.ndarray:
     """Assign each document to a sequence: (n,) int64, sequences numbered from 0 without a gap.
 
-    Best fit: a document goes to the sequence that it fills most, or to a new one. For documents of 72 to 94 tokens and
-    sequences of 256 this fills 96% of the positions; closing a sequence at the first misfit fills 87%.
+    Best fit: a document goes to the sequence with the least room that still holds it, or to a new one. For documents
+    of 72 to 94 tokens and sequences of 256 this fills 96% of the positions. Closing a sequence at the first document
+    that does not fit fills 87%.
+
     Raises ValueError for a document that is empty or longer than seq_len.
     """
     assigned = np.empty(len(lengths), np.int64)
     with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # sequences by the room they have left
-    # Bit r is set if with_room[r] is not empty, so that a shift finds the smallest room that is large enough:
-    # 1,000,000 documents take half a second.
+    # Bit r is set if with_room[r] is not empty. So a shift finds the smallest room that is large enough, and 1,000,000
+    # documents take half a second.
     rooms = 0
     n_sequences = 0
     for i, length in enumerate(np.asarray(lengths, np.int64).tolist()):
@@ -119,8 +121,8 @@ def collate(
 def pack(docs: Sequence[Sequence[int]], seq_len: int, pad: int, assistant_eot: int | None = None) -> Batch:
     """Pack documents by best fit: each document whole, exactly once, and in the order given within its sequence.
 
-    assistant_eot: as in collate.
-    Raises ValueError for a document that is empty or longer than seq_len: the caller cuts or counts those.
+    assistant_eot: as in collate. Raises ValueError for a document that is empty or longer than seq_len: the caller cuts
+    or counts those.
     """
     sequences: list[list[Sequence[int]]] = []
     for doc, s in zip(docs, best_fit([len(doc) for doc in docs], seq_len).tolist(), strict=True):

@@ -1,8 +1,8 @@
 """Byte-level BPE: text <-> tokens, and learning the merges from a corpus.
 
-The file climbs: split text into words, learn merges from word counts, merge one word, and then TextTokenizer, which
-gives pieces their tokens in the Vocab. weights/tokenizer_json.py saves it as a file of the `tokenizers` library, which
-gives the same tokens from the same file.
+From top to bottom: split text into words, learn merges from word counts, and merge one word. Then TextTokenizer gives
+each piece its token in the Vocab. weights/tokenizer_json.py saves it as JSON for the `tokenizers` library, which then
+encodes to the same tokens.
 
 Left out on purpose: special tokens. encode() returns text tokens only, whatever the text spells, so nothing that a user
 types can begin an image or end a document; special tokens come from segments (documents.py). There is no normalisation
@@ -144,7 +144,7 @@ def train(texts: Iterable[str], n_merges: int, forbidden: Collection[bytes] = ()
 
 
 def merge_word(word: bytes, ranks: dict[Pair, int]) -> list[bytes]:
-    """Bytes -> pieces: always merge the neighbours of lowest rank first, the leftmost of several.
+    """Bytes -> pieces: always merge the neighbours of lowest rank first; among equal ranks, the leftmost.
 
     A queue of candidates over a linked list, O(n log n), so that a word of a million letters does not hang.
     """
@@ -228,6 +228,7 @@ class TextTokenizer:
         return tokens
 
     def _split_word(self, word: bytes) -> list[bytes]:
+        """A word's pieces. tokenizer_json.py overrides this, for files that look up whole words first."""
         return merge_word(word, self.ranks)
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:

@@ -40,7 +40,7 @@ from nanochameleon.kernels.dispatch import same_kernels
 
 def fused_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Apply several linear layers to x. In training, plain `nn.Linear`s are fused into a single matmul."""
-    # quantization and tensor parallelism replace nn.Linear by classes of their own, which must be called
+    # quantization and tensor parallelism replace nn.Linear with classes whose forward must be called
     if torch.is_grad_enabled() and all(type(layer) is nn.Linear for layer in layers):
         return linear(x, [layer.weight for layer in layers])
     return tuple(layer(x) for layer in layers)
@@ -66,7 +66,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class QKNorm(nn.Module):
-    """LayerNorm over each head's E values, with mean and bias. Without it the 7B diverges (paper, figure 5b).
+    """LayerNorm over each head's E values, not RMSNorm. Without it the 7B diverges (paper, figure 5b).
 
     The heads of one group share a weight and a bias. The 34B has 4 groups, because it was trained on 4 shards that each
     learned its own.
@@ -118,7 +118,7 @@ class KVCache:
         max_len = self.keys.shape[3]
         if kv_len > max_len:
             raise ValueError(f"a cache of {max_len} tokens cannot hold {kv_len}: create it with a larger max_len")
-        # causal, and beyond its newest token a slot still holds what earlier sequences left there
+        # Causal. The mask also hides what earlier sequences left in a slot after its newest token.
         mask = torch.arange(kv_len, device=positions.device) <= positions[:, :, None]  # (B, T, kv_len)
         keys, values = self.keys[:, slots], self.values[:, slots]
         return [CacheView(keys[layer], values[layer], positions, mask) for layer in range(len(keys))]
@@ -172,9 +172,10 @@ class Attention(nn.Module):
             out = qknorm_rope_attention(q, k, v, freqs_cis, doc_ids, *norms, self.norm_eps)  # (B, T, H, E)
             # 3. back to the width of the model
             return fused_linear(out.reshape(b, t, -1), self.wo)[0]  # (B, T, D)
-        # 2. the same op by op, since keys and values enter the cache between rotation and attention
+        # 2. the same in separate steps, since keys and values enter the cache between rotation and attention
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, E)
-        # after QK-norm, whose weights scale the two values of a pair differently, which would undo a rotation
+        # RoPE comes after QK-norm: the norm's weights scale the two values of a pair differently, so they would distort
+        # a rotation made before.
         q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
         k, v = cache.update(k, v)  # (B, G, kv_len, E)
         out = attention(q, k, v, cache.mask)  # (B, H, T, E)
@@ -211,8 +212,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Add an attention and a feed-forward branch to the residual stream.
 
-        The residual stream is kept as a pair (x, branch), (B, T, D) each, whose sum is formed inside the next fused
-        add-norm, saving a pass over memory.
+        The residual stream is a pair (x, branch), each (B, T, D), and so is the result. The next norm adds the two and
+        normalises in one op, which saves a pass over memory. In the 34B's order the branch is None.
         """
         if self.norm_order == "pre":  # 7B: x + f(norm(x))
             x, h = self.attention_norm.add_norm(x, branch)
@@ -267,7 +268,7 @@ class Chameleon(nn.Module):
                 parameter.copy_(self.init_tensor(name, parameter.shape, seed, parameter.device))
 
     def init_tensor(self, name: str, shape: torch.Size, seed: int, device: torch.device) -> Tensor:
-        """The full initial tensor of this name, a function of (seed, name): ranks that hold parts of it agree.
+        """The full initial tensor of this name. It is a function of (seed, name), so ranks that hold parts of it agree.
 
         seed: 0 to 2^32 - 1; each gives different weights. The paper does not state its initialization; this is GPT-2's,
         scaled by width.
@@ -276,7 +277,7 @@ class Chameleon(nn.Module):
         |------------------------|---------------------------------|
         | embeddings             | 0.02                            |
         | matrices               | 1 / sqrt(fan in)                |
-        | wo, w2 (close a branch)| 1 / sqrt(fan in * 2 * n_layers) |
+        | wo, w2 (end a branch)  | 1 / sqrt(fan in * 2 * n_layers) |
         | output                 | 0, so the first loss is log V   |
         | norms                  | weight 1, bias 0                |
         """

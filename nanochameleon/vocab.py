@@ -1,4 +1,4 @@
-"""One space of tokens for words and images: which token means what.
+"""One vocabulary for text and images: which token means what.
 
 Early fusion IS this file: text pieces and image codes are rows of one embedding table and columns of one softmax.
 The layout is that of the released Chameleon (paper section 2.1), scaled down for toys:
@@ -6,7 +6,7 @@ The layout is that of the released Chameleon (paper section 2.1), scaled down fo
     0 <s>   1 <pad>   2 </s>   3 <unk>
     4 .. 4+K-1              image codes, token = code + 4        (K = 8,192 in the release: 4 .. 8195)
     4+K      <eoss>         end of image                           (8196)
-    4+K+1    <racm3:break>  begin of image: larger than its end!   (8197)
+    4+K+1    <racm3:break>  begin of image, one above its end       (8197)
     4+K+2 .. 4+K+R-1        <reservedNNNNN>, token = NNNNN + 4; one of them ends a turn (8710 = <reserved08706>)
     4+K+R .. V-1            text pieces: 256 bytes first, then BPE merges
 
@@ -81,7 +81,7 @@ class Vocab:
     def modality(self, token: int) -> str:
         """'text', 'image' (a code) or 'special'. Raises ValueError outside [0, V)."""
         self._checked(token, 0, self.size, "token")
-        # From the top: text, then the R tokens of the layout, then image codes, then the first four.
+        # From the top of the vocabulary: text, the R tokens after the codes, image codes, the first four.
         if token >= self.first_text:
             return "text"
         return "image" if self.first_code <= token < self.eoi else "special"
@@ -126,10 +126,10 @@ class Vocab:
 
     @staticmethod
     def _checked(values, low: int, high: int, what: str):
-        """Check the range. Arrays and tensors become int64: adding to uint8 codes would wrap into special tokens."""
+        """Check that all are in [low, high). Arrays and tensors become int64: uint8 codes + 4 could wrap round."""
         if isinstance(values, int):
             smallest = largest = values
-        elif hasattr(values, "numel"):  # a torch tensor; torch need not be imported to know it
+        elif hasattr(values, "numel"):  # a torch tensor, recognised without importing torch
             if values.is_floating_point() or values.is_complex():
                 raise ValueError(f"{what} must be whole, got {values.dtype}")
             values = values.long()

@@ -1,11 +1,12 @@
 """Plain references: causal attention within documents with grouped keys, QK-norm, RoPE, and the three as one op.
 
-    attention      out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(E)) v[b, g, j],   g = h // (H / G),
-                   over the keys j that query i may see
-    layer_norm     each head of q or k normalised, times weight plus bias
-    rotary         pairs (x[2i], x[2i+1]) as complex numbers, times freqs_cis: Meta's and Llama's order of pairs
+    attention           out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(E)) v[b, g, j],
+                        g = h // (H / G), over the keys j that query i may see
+    layer_norm          each head of q or k normalised, times weight plus bias
+    apply_rotary_emb    pairs (x[2i], x[2i+1]) as complex numbers, times freqs_cis. The pairs are Meta's: Hugging Face
+                        pairs x[i] with x[i + E/2] instead
 
-`attention` runs torch's fused version, `attention_reference` the formula. Not here: projections (transformer.py).
+`attention` runs torch's fused version, `attention_reference` the formula. Not here: the projections (transformer.py).
 
 Shapes: `attention` takes q (B, H, T, E) and k, v (B, G, S, E) with G key heads dividing H. The queries are the last T
 of the S positions. The whole op takes heads after positions, as projections give them: see qknorm_rope_attention.py.
@@ -69,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def per_head(norm: Norm | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """(groups, E) -> (heads, E). Raises ValueError unless the groups divide the heads."""
+    """Repeat weight and bias: (groups, E) -> (heads, E). Raises ValueError unless the groups divide the heads."""
     if norm is None:
         return None, None
     if any(not p.dim() or not len(p) or heads % len(p) for p in norm):
@@ -80,7 +81,7 @@ def per_head(norm: Norm | None, heads: int) -> tuple[Tensor | None, Tensor | Non
 
 
 def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
-    """(B, T, heads, E) -> the same, each head normalised."""
+    """(B, T, heads, E) -> the same with each head normalised, times weight plus bias. norm None changes nothing."""
     if norm is None:
         return x
     if len(norm[0]) == len(norm[1]) == 1:

@@ -1,14 +1,14 @@
-"""The first rung of the ladder: attention's forward pass as plain loops in Numba, to read before the fast versions.
+"""Step 1 of the fast kernels: attention's forward pass as plain loops in Numba, to read before the other steps.
 
 step                                                        what it buys (docs/results has figures of 1 and 5)
-1. these loops                                              no intermediate arrays: a number is read when needed
-2. 2^x as a polynomial (../cpu/exp2.py), four sums at once  LLVM calls a scalar exp; one sum waits for itself
+1. these loops                                              no intermediate arrays: a number is read when used
+2. 2^x as a polynomial (../cpu/exp2.py), four sums at once  no call of exp per number; additions run in parallel
 3. registers as values (../cpu/simd.py)                     W numbers an instruction, whatever the loop looks like
 4. matmul tiles in registers (../cpu/matmul.py)             each number that is loaded is used 4 to 64 times
 5. tiles of scores in cache, no row maximum, unseen tiles   one pass, and half the work of a full square
    skipped (cpu.py)
 
-The same ladder for the loss starts in ../zloss/steps.py. Not here: QK-norm, RoPE and the gradient.
+The same steps for the loss: ../zloss/steps.py. Not here: QK-norm, RoPE and the gradient.
 """
 
 import math

@@ -2,13 +2,13 @@
 
     loss = scale * sum_i (log Z_i - x_i[y_i] + z_loss * (log Z_i)^2),   log Z_i = log sum_v exp x_i[v]
 
-The softmax cannot see a shift of all logits. The second term (paper section 2.3) keeps them from drifting.
+The softmax does not change if all logits shift. The z-loss (paper section 2.3) keeps them from drifting.
 
     zloss_cross_entropy(logits, targets)                    cross-entropy and log Z of each row
     zloss_cross_entropy_(logits, targets, z_loss, scale)    the same; the gradient overwrites the logits
     zloss_gradient_(logits, targets, log_z, z_loss, scale)  the gradient from log Z, for a vocabulary in parts
 
-The caller knows z_loss and scale before it has the loss, so one pass over memory makes both. Nothing here is recorded
+The caller knows z_loss and scale in advance, so one pass makes loss and gradient. Nothing here is recorded
 by autograd: nanochameleon/losses.py connects loss and gradient.
 
 Shapes: logits (N, V) of any float type; targets (N,) integers below V; cross-entropy and log Z (N,), float32 or wider.
@@ -28,7 +28,7 @@ from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, KERNEL_DTYPES,
 
 
 def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Values alone."""
+    """Cross-entropy and log Z (N,), without a gradient."""
     valid, index = targets >= 0, targets.clamp(min=0).long()  # (N,)
     x = logits if logits.dtype == torch.float64 else logits.float()  # bfloat16 sums would stop growing
     log_z = x.logsumexp(-1)  # (N,)
@@ -39,9 +39,9 @@ def zloss_cross_entropy_reference(logits: Tensor, targets: Tensor) -> tuple[Tens
 def zloss_cross_entropy_reference_(
     logits: Tensor, targets: Tensor, z_loss: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Overwrites the logits with their gradient; the powers are made once for both."""
+    """The same, and overwrites the logits with their gradient. Both use the same exponentials."""
     x = logits if logits.dtype == torch.float64 else logits.float()
-    # log Z = m + log sum_v exp(x_v - m): with the largest m taken off, no power overflows
+    # log Z = m + log sum_v exp(x_v - m): with the largest logit m subtracted, no exponential overflows
     largest = x.amax(-1, keepdim=True)  # (N, 1)
     powers = (x - largest).exp_()  # (N, V)
     total = powers.sum(-1, keepdim=True)  # (N, 1)
@@ -60,13 +60,13 @@ def zloss_gradient_reference_(logits: Tensor, targets: Tensor, log_z: Tensor, z_
 def gradient_of_powers_(
     powers: Tensor, total: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float
 ) -> Tensor:
-    """powers (N, V), float32 or wider, become the gradient; total (N, 1). For one row:"""
+    """powers (N, V) = exp(x - shift), float32 or wider, become the gradient; total (N, 1) = Z / exp(shift). A row:"""
     # d log Z / dx_v = exp(x_v) / Z = powers_v / total = p_v, the softmax
     # d loss / dx_v = scale (p_v + 2 z_loss log Z p_v - [v = y])
     factor = torch.where(targets >= 0, scale * (1 + 2 * z_loss * log_z), 0)  # (N,)
     powers *= factor[:, None] / total
-    # [v = y]: subtracted before the one rounding to the logits' type. A target from V on is in another part of the
-    # vocabulary.
+    # [v = y] is subtracted here, so that the gradient is rounded once, to the logits' type. A target of V or more is in
+    # another part of the vocabulary.
     n_columns = powers.shape[1]
     at_target = torch.where((targets >= 0) & (targets < n_columns), -scale, 0.0).to(powers.dtype)  # (N,)
     return powers.scatter_add_(-1, targets.clamp(0, n_columns - 1).long()[:, None], at_target[:, None])
@@ -79,8 +79,8 @@ def gradient_of_powers_(
 def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and log Z of each row.
 
-    Raises ValueError for shapes or types that do not fit, and on a CPU IndexError for a target from V on. On a GPU the
-    loss of such a row is NaN.
+    Raises ValueError for shapes or types that do not fit. For a target of V or more it raises IndexError on a CPU; on a
+    GPU the loss of its row is NaN.
     """
     name = implementation(logits)
     expect_rows(logits, targets, FLOAT_DTYPES if name == "reference" else KERNEL_DTYPES)
@@ -110,8 +110,11 @@ def zloss_cross_entropy_(logits: Tensor, targets: Tensor, z_loss: float, scale: 
 
 
 def zloss_gradient_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: float, scale: float) -> None:
-    """Overwrite contiguous logits with the gradient. They may be some columns of all logits, of which log_z (N,) then
-    is; a target from V on is in another column."""
+    """Overwrite contiguous logits with the gradient.
+
+    They may be some columns of a larger vocabulary. log_z (N,) is then that of all columns, and a target of V or more
+    is in another part.
+    """
     name = implementation(logits)
     expect_overwritable(logits, targets, name)
     expect("zloss_gradient_", logits, targets.shape, FLOAT_DTYPES, log_z=log_z)
@@ -134,7 +137,7 @@ def zloss_gradient_(logits: Tensor, targets: Tensor, log_z: Tensor, z_loss: floa
 
 
 def implementation(logits: Tensor) -> str:
-    """The name that `dispatch.choose` gives. What torch.compile traces has no memory, so the reference serves it."""
+    """The name that `dispatch.choose` gives; "reference" for tensors that torch.compile traces: they have no memory."""
     traced = torch.compiler.is_compiling() or not is_plain_tensor(logits)
     return "reference" if traced else choose("zloss_cross_entropy", logits)
 

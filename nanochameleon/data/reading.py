@@ -184,7 +184,7 @@ def accounted(found: Iterable[T], path: Path, name: str, whole: bool = True) -> 
         yield Bad(name, "files not in UTF-8", str(error))
     except OSError as error:
         why = f"cannot read {path}: {error.strerror or error}"
-        raise UserError(f"{why}; once that is mended, the same command resumes") from error
+        raise UserError(f"{why}; once that is fixed, the same command resumes") from error
     else:
         if empty:
             yield Bad(name, "empty files")

@@ -37,7 +37,7 @@ class Slot:
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request at work, on one to three slots; the first is COND."""
+    """A request that holds slots: one, or up to three with guidance. The first is COND."""
 
     request_id: int
     request: Request
@@ -59,7 +59,7 @@ class RequestOutput:
 @dataclass
 class Engine:
     """A running batch. add() queues a request. Each step() prefills a chunk of the waiting prompts, runs some decode
-    steps and returns their outputs. The model must be in eval mode, and its weights must not change meanwhile."""
+    steps and returns their outputs. The model must be in eval mode, and its weights must stay as they are."""
 
     model: nn.Module  # a Chameleon
     vocab: Vocab
@@ -67,8 +67,8 @@ class Engine:
     n_slots: int = 16  # rows of the batch; a request takes one, with guidance up to three
     context: int | None = None  # tokens that a slot can hold; None: the model's
     prefill_chunk: int = 512  # tokens of prompts to read between two rounds of decode steps
-    max_steps_between_syncs: int | None = None  # None: no limit but what is known to come
-    steps_between_syncs: int = 16  # text steps between syncs, if no request waits and the decoder sees ends by itself
+    max_steps_between_syncs: int | None = None  # None: no limit of its own
+    steps_between_syncs: int = 16  # text steps between syncs, if none waits and the decoder notices ends itself
     waiting: deque[tuple[int, Request]] = field(default_factory=deque, init=False)
     running: list[RunningRequest] = field(default_factory=list, init=False)
     prefilling: dict[tuple[int, ...], list[Slot]] = field(default_factory=dict, init=False)  # prompt -> who needs it
@@ -126,7 +126,7 @@ class Engine:
             request_id, request = self.waiting[0]
             branches = cfg_branches(request, self.vocab)
             if self.n_live + len(branches) > self.n_slots:
-                return  # a later request that needs fewer slots waits, too: none is overtaken for ever
+                return  # later requests wait, too, even if they would fit: so none waits for ever
             self.waiting.popleft()
             slots = [Slot(self.n_live + i, *branch) for i, branch in enumerate(branches.items())]
             self.n_live += len(slots)
@@ -184,9 +184,9 @@ class Engine:
         self.assign_slots()
 
     def assign_slots(self) -> None:
-        """Write down for each slot the three slots of its request, by guidance branch.
+        """Tell the decoder which slots hold the three guidance branches of each slot's request.
 
-        A branch that does not exist reuses the nearest one that does, so its term in the guidance sum is zero.
+        A branch that was left out points to another one, so that its term in the guidance sum is zero.
         """
         branch_slots = torch.arange(self.n_slots).repeat(3, 1)  # (3, N)
         for running in self.running:
@@ -208,10 +208,10 @@ class Engine:
         """Decode until the host must sync. Inside images, the number of tokens left is known."""
         decoding = [running for running in self.running if running.prefilled]
         inside = [running.image_tokens_left >= 0 for running in decoding]
-        # 1. How many steps? If all are inside an image, to the end of the first one: <eoi> is its last token.
-        #    In text each token may be a stop, so the host syncs after every step,
+        # 1. How many steps? If all are inside an image: until the first of these images has its <eoi>. In text each
+        #    token may be a stop, so the host syncs after every step.
         steps = min(running.image_tokens_left for running in decoding) + 1 if all(inside) else 1
-        #    unless steps notice the end by themselves and no other request could use a free slot.
+        #    More if the decoder notices ends itself and no other request could use a freed slot.
         if self.decoder.sees_ends and not self.waiting and not self.prefilling:
             steps = max(steps, self.steps_between_syncs)
         steps = min(steps, self.max_steps_between_syncs or steps, len(self.decoder.token_buffer))
@@ -256,7 +256,7 @@ def generate(
     """Generate the new tokens of each prompt, stop token included, on the model's device.
 
     image_len: tokens per image. modality: "text", "image" (one image) or "both", see Grammar. Prompt i draws from the
-    seed (seed, i), whatever batch_size, the number of slots, is. stops: tokens that end a sample, by default </s>.
+    seed (seed, i). batch_size: slots at most; draws do not depend on it. stops: tokens that end a sample; None: </s>.
     progress: the name of a progress bar to show. Raises UserError for a prompt that does not fit, before any work.
     """
     context = model.cfg.max_seq_len
@@ -269,7 +269,7 @@ def generate(
     n_branches = [len(cfg_branches(request, vocab)) for request in requests]
     was_training, new = model.training, [[] for _ in requests]
     try:
-        # 3. How much of the cache is read? That of the longest request.
+        # Slots need only hold the longest request, which may be far shorter than the model's context.
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine = Engine(model.eval(), vocab, image_len, max(min(batch_size, sum(n_branches)), *n_branches, 1), longest)
         for request in requests:

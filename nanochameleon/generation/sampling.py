@@ -3,8 +3,8 @@
     guidance -> grammar mask -> repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
 
 All are pure functions of logits (N, V): N rows of a batch, V tokens, and every row has its own parameters (N,).
-A logit of -inf is a token that cannot come. `Grammar` replaces the stack of logits processors of the released code:
-it is one table, which a test can prove. No shape depends on a value, so that a GPU can capture a whole step
+A token whose logit is -inf cannot be drawn. `Grammar` replaces the stack of logits processors of the released code: it
+is one table, which a test can check in full. No shape depends on a value, so that a CUDA graph can capture a whole step
 (graphs.py). This file runs no model.
 """
 
@@ -30,7 +30,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 
 def temperature(logits: Tensor, t: Tensor) -> Tensor:
-    """Divide by t (N,); t = 0 leaves only the largest logit, as good as greedy."""
+    """Divide by t (N,). With t = 0 only the largest logit keeps any probability, so the draw is greedy."""
     smallest = 1e-30  # the smallest divisor: in float32, 0 / 0 would be NaN
     # The maximum moves to 0 first, so that dividing by a small t cannot overflow.
     return (logits - logits.amax(-1, keepdim=True)) / t[:, None].clamp(min=smallest).to(logits.dtype)
@@ -39,7 +39,8 @@ def temperature(logits: Tensor, t: Tensor) -> Tensor:
 def top_k_top_p(logits: Tensor, k: Tensor, p: Tensor) -> Tensor:
     """Keep the k largest logits and, of those, the fewest that together reach p (arXiv 1904.09751).
 
-    Keeps exactly min(k, V) under ties, the first of equal ones, and always one. k = inf and p = 1 keep everything.
+    Of equal logits the first are kept, so top-k keeps exactly min(k, V). The largest logit always stays. k = inf and
+    p = 1 keep everything.
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # (N, V) each
     keep = torch.arange(logits.shape[-1], device=logits.device) < k[:, None]  # (N, V), in sorted order
@@ -51,7 +52,7 @@ def top_k_top_p(logits: Tensor, k: Tensor, p: Tensor) -> Tensor:
 
 
 def min_p(logits: Tensor, threshold: Tensor) -> Tensor:
-    """Keep tokens at least `threshold` (N,) times as probable as the likeliest (arXiv 2407.01082); 0 keeps all."""
+    """Keep tokens with at least `threshold` (N,) of the likeliest one's probability (arXiv 2407.01082); 0 keeps all."""
     least = threshold.log()[:, None].to(logits.dtype)
     return logits.masked_fill(logits - logits.amax(-1, keepdim=True) < least, -torch.inf)
 
@@ -103,7 +104,7 @@ def required_filters(params: Sequence[SamplingParams]) -> tuple[bool, bool, bool
 
 
 def apply_filters(logits: Tensor, params: SamplingTensors, in_image: Tensor, sorts: bool = True) -> Tensor:
-    """Apply the filters for image tokens where in_image (N,), else for text, in the released code's order."""
+    """Apply temperature, top-k and top-p (if `sorts`) and min-p: images' where in_image (N,), else text's."""
     t, k, p, threshold = (params.select(name, in_image) for name in (TEMPERATURE, TOP_K, TOP_P, MIN_P))
     logits = temperature(logits, t)
     return min_p(top_k_top_p(logits, k, p) if sorts else logits, threshold)
@@ -116,7 +117,7 @@ def apply_filters(logits: Tensor, params: SamplingTensors, in_image: Tensor, sor
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token per row, (N,), by inverse CDF at each row's uniform number in [0, 1), (N,) float64.
 
-    One number per row keeps a row's tokens independent of the other rows in the batch.
+    Each row has its own number, so its tokens do not depend on the other rows.
     """
     probs = probabilities(logits)
     cdf = probs.cumsum(-1)  # (N, V)
@@ -141,7 +142,7 @@ def classifier_free_guidance(
     """
     by_text, by_image = (scale[:, None].to(cond.dtype) for scale in (text_scale, image_scale))
     guided = uncond + by_image * (image_cond - uncond) + by_text * (cond - image_cond)
-    return torch.where((by_text == 1) & (by_image == 1), cond, guided)  # bit for bit, which the sum is not
+    return torch.where((by_text == 1) & (by_image == 1), cond, guided)  # bit for bit; the sum would round
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ MODALITIES = ("text", "image", "both")
 TEXT, TEXT_NO_IMAGE, IN_IMAGE, AT_EOI, DONE = range(5)
 CONTINUE, STOP = -1, -2  # values of Grammar.transitions
 
-# Names of Grammar's tensors that differ per row and change with each token.
+# Names of Grammar's tensors with one entry per row; the tables are the same for all rows.
 GRAMMAR_STATE = ("index", "image_tokens_left", "tokens_left", "done")
 
 
@@ -194,7 +195,7 @@ class Grammar:
     vocab: Vocab
     image_len: int  # tokens per image
     allowed: Tensor  # (24 * 5, V) bool: by grammar_index and state, which tokens may come
-    transitions: Tensor  # (24, V) int32: outside an image, a token means CONTINUE, STOP, or so many image tokens follow
+    transitions: Tensor  # (24, V) int32: where a token leads: CONTINUE, STOP, or image_len for <boi>
     index: Tensor  # (N,) grammar_index
     image_tokens_left: Tensor  # (N,) tokens that the open image lacks; -1 outside an image
     tokens_left: Tensor  # (N,) tokens that may still be written

@@ -1,9 +1,10 @@
 """Vector quantization: each vector becomes the nearest of K codebook vectors (VQ-VAE, arXiv 1711.00937).
 
 The codebook learns by exponential moving averages of the vectors assigned to each code (appendix A.1 there). Codes
-that no vector uses are moved onto vectors of the batch, so that the whole codebook is in use. The VQ-VAE's alternative
-is `codebook_loss`, by gradient. The commitment loss pulls the encoder to its codes. beta multiplies the COMMITMENT term
-as in the paper; taming-transformers and Hugging Face multiply the other one, a known slip.
+that no vector uses are moved onto vectors of the batch, so that the whole codebook is in use. The alternative is the
+VQ-VAE's `codebook_loss`, by gradient. The commitment loss pulls the encoder's vectors to their codes. Its weight is
+beta (tokenizers.commitment_weight), as in the paper; taming-transformers and Hugging Face multiply the codebook loss
+instead, a known bug.
 
 Shapes: B images, h x w vectors each, E their size, N = B * h * w, K codes.
 """
@@ -24,7 +25,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def straight_through(vectors: Tensor, quantized: Tensor) -> Tensor:
-    """The value of `quantized` with the gradient of `vectors`: argmin has none, so it is copied through."""
+    """The value of `quantized` with the gradient of `vectors`, since argmin passes no gradient."""
     return vectors + (quantized - vectors).detach()
 
 
@@ -34,7 +35,7 @@ def codebook_loss(vectors: Tensor, quantized: Tensor) -> Tensor:
 
 
 def commitment_loss(vectors: Tensor, quantized: Tensor) -> Tensor:
-    """Pull the encoder's vectors to their codes, which get no gradient: mean |v - sg(q)|^2; times beta in the total."""
+    """Pull the encoder's vectors to their codes, which get no gradient: mean |v - sg(q)|^2."""
     return F.mse_loss(vectors, quantized.detach())
 
 
@@ -64,7 +65,10 @@ class Quantizer(nn.Module):
         return self.embedding(codes).view(len(codes), grid, grid, -1).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, E, h, w) -> straight-through quantized (B, E, h, w), codes (B, h*w), q (with codebook gradient)."""
+        """z (B, E, h, w) -> its codebook vectors, codes (B, h*w), the vectors again.
+
+        The first output passes its gradient to z, the last one to the codebook.
+        """
         codes = self.codes(z.detach())
         quantized = self.lookup(codes, z.shape[-1])
         return straight_through(z, quantized), codes, quantized
@@ -100,7 +104,7 @@ class Quantizer(nn.Module):
         nearest = torch.full((len(flat),), torch.inf)
         for _ in range(len(self.counts) - 1):
             nearest = torch.minimum(nearest, (flat - flat[picks[-1]]).square().sum(1))
-            weights = nearest if nearest.any() else torch.ones(len(flat))  # all vectors are picked already
+            weights = nearest if nearest.any() else torch.ones(len(flat))  # all different ones are picked
             picks.append(int(torch.multinomial(weights, 1, generator=generator)))
         # 2. k-means; a code without vectors keeps its place.
         codebook = flat[picks]  # (K, E)

@@ -33,12 +33,11 @@ NO_DECODER = (
 def load_square(path: str | Path, resolution: int, fit: Fit, data: bytes | None = None) -> np.ndarray:
     """preprocess(load_image(path, data), resolution, fit): uint8 (resolution, resolution, 3).
 
-    However many threads call it, their images stay within one memory budget (files.py). Raises UserError as
-    load_image does.
+    All threads share one memory budget for their images (files.py). Raises UserError as load_image does.
     """
     with open_rgb(path, data) as image:
         square = preprocess(image, resolution, fit)
-        image.close()  # now: its memory must be free before its part of the budget is
+        image.close()  # free its memory before open_rgb frees its part of the budget
         return square
 
 
@@ -83,7 +82,7 @@ def lanczos(image: Image.Image, size: tuple[int, int], box: tuple[float, float, 
     Up to rounding, this equals resizing the whole image and cropping afterwards.
     """
     (width, height), (left, top, right, bottom) = size, box
-    # Horizontally first, then vertically: Pillow's own order differs between its versions, and the order shows where
+    # Horizontally first, then vertically: Pillow's own order differs between its versions. The order matters where
     # the first pass clips an overshoot.
     across = image.resize((width, image.height), Image.Resampling.LANCZOS, box=(left, 0, right, image.height))
     return across.resize((width, height), Image.Resampling.LANCZOS, box=(0, top, width, bottom))
@@ -124,14 +123,14 @@ class ImageTokenizer:
 
     @property
     def batch_size(self) -> int:
-        """Images at a time: 4 of the release's on a CPU, which need 134 MB for each layer and image."""
+        """Images at a time. On a CPU 4 of the release's, since one takes 134 MB in a layer."""
         pixels = 2**20 if self.device.type == "cpu" else 2**23  # of a batch
         return min(256, max(1, pixels // self.vqgan.cfg.resolution**2))
 
     def encode(self, images: np.ndarray, batch_size: int | None = None) -> Tensor:
         """uint8 (B, R, R, 3) -> codes int64 (B, n) on the CPU, `batch_size` images at a time."""
         batch_size = batch_size or self.batch_size
-        # allocated outside of inference mode, since autograd refuses tensors that were made in it
+        # allocated outside inference mode, since autograd refuses tensors made in it
         codes = torch.empty(len(images), self.n_codes_per_image, dtype=torch.int64)
         with torch.inference_mode():
             for i in range(0, len(images), batch_size):

@@ -1,8 +1,8 @@
 """The image tokenizer's network: encoder, quantizer, decoder, in the layout (and with the names) of the release.
 
-An image (3, R, R) becomes a grid of R/f x R/f vectors, each replaced by its nearest codebook vector, and back
-(VQGAN, arXiv 2012.09841; config.VQGANConfig has the release's sizes). Losses are in losses.py, pixels and files in
-tokenizer.py.
+An image (3, R, R) becomes a grid of R/f x R/f vectors. Each is replaced by its nearest codebook vector, and the decoder
+makes an image from these (VQGAN, arXiv 2012.09841). config.VQGANConfig has the release's sizes. Losses are in
+losses.py, pixels and files in tokenizer.py.
 
 Shapes: B images, C channels, H = W the side at that level.
 """
@@ -76,7 +76,7 @@ class Upsample(nn.Module):
 
 
 def middle(channels: int, cfg: VQGANConfig) -> nn.Module:
-    """The block between the levels and the latent: residual, attention (if configured), residual."""
+    """The blocks at the lowest resolution: residual, attention (if cfg.mid_attention), residual."""
     mid = nn.Module()
     mid.block_1 = ResnetBlock(channels, channels, cfg.n_groups)
     mid.attn_1 = AttnBlock(channels, cfg.n_groups) if cfg.mid_attention else nn.Identity()
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, R/f, R/f) -> (B, 3, R, R). `up[i]` is level i, so it runs from the last to the first."""
+    """(B, z_channels, R/f, R/f) -> (B, 3, R, R). `up[i]` is level i, so forward runs `up` backwards."""
 
     def __init__(self, cfg: VQGANConfig):
         super().__init__()
@@ -169,8 +169,8 @@ class VQGAN(nn.Module):
 
     With `cfg.window` set, the encoder sees one window at a time, so a code depends on its own pixels alone. An encoder
     that sees the whole image, as the release's does, lets the surroundings leak into each code; GroupNorm's statistics
-    alone do that. In the toy world 4 of 7 bits of every code were such noise, which a transformer then has to predict
-    (docs/log.md). The decoder always sees the whole grid.
+    alone do that. In the toy world 4.3 of the 7.4 bits of a code were such noise, which a transformer then has to
+    predict (docs/log.md). The decoder always sees the whole grid.
     """
 
     def __init__(self, cfg: VQGANConfig):
@@ -185,7 +185,7 @@ class VQGAN(nn.Module):
     @staticmethod
     def from_state(cfg: VQGANConfig, state: dict[str, Tensor]) -> "VQGAN":
         """A VQGAN with these weights. Without a decoder's weights, as transformers saves it, `decoder` is None."""
-        with torch.device("meta"):  # no time for random weights that are replaced at once
+        with torch.device("meta"):  # random weights would be replaced at once
             vqgan = VQGAN(cfg)
         if not any(name.startswith("decoder.") for name in state):
             vqgan.decoder = None
@@ -216,8 +216,8 @@ class VQGAN(nn.Module):
         return self.pixels(self.quantize.lookup(codes, math.isqrt(codes.shape[1])))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> reconstruction (B, 3, R, R), latents (B, E, g, g), their quantized vectors, codes (B, g*g)."""
+        """(B, 3, R, R) -> reconstruction (B, 3, R, R), latents (B, E, g, g), their codebook vectors, codes (B, g*g)."""
         latents = self.latents(pixels)
-        # `passed` has the quantized values and the latents' gradient
+        # `passed` has the codebook's values and passes the gradient to the latents
         passed, codes, quantized = self.quantize(latents)
         return self.pixels(passed), latents, quantized, codes

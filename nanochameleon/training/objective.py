@@ -15,11 +15,11 @@ from nanochameleon.training.precision import autocast
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
 
-FUSED_FROM = 32_768  # vocabulary: all logits of a micro-batch would be most of the memory of its step
+FUSED_FROM = 32_768  # tokens of vocabulary: from here on the logits would be most of a step's memory
 
 
 class Sums(NamedTuple):
-    """Sums over a batch: of the loss, and of the last block's output over its tokens (paper figure 5a)."""
+    """Sums over a batch: the loss's, and the norms of the last block's output (paper figure 5a)."""
 
     next_token: LossSums
     output_norm: Tensor  # Euclidean norms
@@ -27,10 +27,11 @@ class Sums(NamedTuple):
 
 
 class Objective(nn.Module):
-    """tp_group: the process group that shares each layer, None without tensor parallelism.
+    """The model and its loss as one module, since DDP and FSDP act where a module is called.
 
-    fused_output: output layer and loss in one op that never holds all logits; "auto" is from FUSED_FROM tokens of
-    vocabulary up. Tensor parallelism has its own loss on a slice of the vocabulary instead.
+    tp_group: the process group that shares each layer, None without tensor parallelism.
+    fused_output: output layer and loss in one op that never holds all logits. "auto" turns it on for a vocabulary of
+    FUSED_FROM tokens or more. Tensor parallelism has its own loss on a slice of the vocabulary instead.
     """
 
     def __init__(self, model: Chameleon, vocab: Vocab, precision: str, tp_group=None, fused_output: str = "auto"):
@@ -47,7 +48,7 @@ class Objective(nn.Module):
             inputs = batch.tokens, batch.positions, batch.doc_ids
             features = self.model.forward_features(*inputs, dropout_seeds=dropout_seeds)  # (B, T, D)
             hidden = self.model.norm(features).flatten(0, 1)  # (N, D), N = B T
-            # the fused op gets what autocast would give the output layer
+            # the fused op runs outside autocast, so its input gets autocast's dtype here
             x = hidden.to(matmul_dtype(hidden)) if fused else self.model.logits(hidden)  # (N, D) or (N, V)
         loss = self.fused_loss if fused else self.loss_of_logits
         norms = features.detach().float().norm(dim=-1)  # (B, T)
@@ -58,7 +59,7 @@ class Objective(nn.Module):
         return fused_next_token_loss(hidden, self.model.output.weight, targets, self.vocab, z_loss, normalizer)
 
     def loss_of_logits(self, logits: Tensor, targets: Tensor, z_loss: float, normalizer: float) -> LossSums:
-        """Nobody reads the logits afterwards, so their gradient overwrites them."""
+        """The loss of logits (N, V), which are not read afterwards: their gradient overwrites them."""
         if self.tp_group is None:
             return next_token_loss(logits, targets, self.vocab, z_loss, normalizer, overwrite_logits=True)
         from nanochameleon.parallel.vocab_parallel import vocab_parallel_cross_entropy

@@ -435,5 +435,5 @@ def test_a_fault_of_the_disk_names_the_source_and_loses_nothing(name, form, tmp_
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("builtins.open", fails)
-    with pytest.raises(UserError, match=rf"cannot read .*{name}: Input/output error; once that is mended"):
+    with pytest.raises(UserError, match=rf"cannot read .*{name}: Input/output error; once that is fixed"):
         list(items(unit, form))

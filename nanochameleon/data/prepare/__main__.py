@@ -99,7 +99,7 @@ def guarded(args: Args) -> None:
         main(args)
     except OSError as error:  # a full disk, a folder that may not be written
         why = f"cannot write to {args.out}: {error}"
-        raise UserError(f"{why}; once that is mended, the same command resumes") from error
+        raise UserError(f"{why}; once that is fixed, the same command resumes") from error
 
 
 if __name__ == "__main__":
