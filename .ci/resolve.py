@@ -1,4 +1,4 @@
-"""Resolves what the README installs, for each Python and system that it names: python .ci/resolve.py
+"""Resolves what README and docs/install.md install, for each Python and system that they name: python .ci/resolve.py
 
 A machine may hide that the pins cannot go together, since its pip is configured to find other wheels. So this asks the
 public index alone, whatever is configured, and takes wheels alone. uv resolves for other Pythons and systems than those

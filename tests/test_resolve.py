@@ -1,4 +1,4 @@
-"""What CI resolves from the public index is all that the README installs, and no failure passes for a success."""
+"""What CI resolves from the public index is all that the pages install, and no failure passes for a success."""
 
 import ast
 import importlib.util
@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = "\n".join(
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/install.md", "docs/presets.md")
+)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 spec = importlib.util.spec_from_file_location("resolve", ROOT / ".ci" / "resolve.py")
 resolve = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(resolve)
 
 
-def test_every_install_line_of_the_readme_is_resolved_on_every_system_it_names():
-    commands = re.findall(r"pip install [^\n`]*", README)
-    named = {extra for extra in re.findall(r"'?\.\[(\w+)\]", README)}
+def test_every_install_line_of_the_pages_is_resolved_on_every_system_they_name():
+    commands = re.findall(r"pip install [^\n`]*", PAGES)
+    named = {extra for extra in re.findall(r"'?\.\[(\w+)\]", PAGES)}
     assert commands and all("-c constraints.txt -e" in command for command in commands)
     assert named <= set(EXTRAS)
     on_linux = {(python, extra) for system, python, extra in resolve.lines() if system.startswith("Linux")}
@@ -29,7 +31,7 @@ def test_every_install_line_of_the_readme_is_resolved_on_every_system_it_names()
     elsewhere = {extra for system, _, extra in resolve.lines() if not system.startswith("Linux")}
     assert elsewhere == {"", *EXTRAS} - set(resolve.LINUX_ALONE)
     for word in [*resolve.PYTHONS, *(word for system in resolve.SYSTEMS for word in system.split())]:
-        assert word in README
+        assert word in PAGES
 
 
 def test_it_runs_without_what_configures_pip_on_this_machine(monkeypatch):
