@@ -28,6 +28,8 @@ WRONG = {
     "an unknown option": (["toy", "--train.stepz", "3"], "--train.stepz"),
     "an option of another part": (["toy", "--steps", "3"], "--steps"),
     "an option under its older name": (["toy", "--train.keep=3"], "--train.keep is now --train.keep-checkpoints"),
+    "a switch under its older name": (["toy", "--data.no-live"], "--data.no-live is now --data.no-tokenize-on-the-fly"),
+    "an older name with a hyphen": (["toy", "--sample.max-new=3"], "--sample.max-new is now --sample.max-new-tokens"),
     "a stage's option under its older name": (["toy", "--stages.0.share", "1"], "is now --stages.0.fraction"),
     "a word for a number": (["toy", "--train.steps", "many"], "--train.steps"),
     "half a step": (["toy", "--train.steps", "1.5"], "--train.steps"),
