@@ -15,13 +15,8 @@ class VQGANConfig:
 
     resolution: int = 512  # pixels a side; 512 in the release
     ch: int = 128  # channels at full resolution
-    ch_mult: tuple[int, ...] = (
-        1,
-        1,
-        2,
-        2,
-        4,
-    )  # channels of each level, in units of ch; every level but the last halves the side
+    # channels of each level, in units of ch; every level but the last halves the side
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     n_res_blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
     z_channels: int = 256  # channels between encoder and quantizer
     embed_dim: int = 256  # length of a codebook vector
@@ -63,9 +58,7 @@ class ModelConfig:
     n_heads: int = 32  # query heads
     n_kv_heads: int | None = None  # key-value heads; None means n_heads (no GQA); 8 in the 34B
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
-    ffn_dim_multiplier: float | None = (
-        None  # scales the feed-forward width before rounding; None in both released sizes
-    )
+    ffn_dim_multiplier: float | None = None  # scales the feed-forward width before rounding; None in both releases
     max_seq_len: int = 4_096  # tokens of context
     norm_eps: float = 1e-5  # RMSNorm and QK-norm
     rope_theta: float = 10_000.0  # base of the rotary embedding
@@ -107,9 +100,8 @@ class ModelConfig:
 class OptimConfig:
     """Optimizer, learning rate schedule and clipping (paper section 2.3 and Table 1)."""
 
-    name: Literal["adamw", "muon"] = (
-        "adamw"  # muon is not the paper's: orthogonal updates for matrices, AdamW for the rest
-    )
+    # muon is not the paper's: orthogonal updates for matrices, AdamW for the rest
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4  # peak learning rate; 1e-4 for both sizes
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     eps: float = 1e-5  # AdamW; larger than usual, as in the paper
@@ -189,9 +181,8 @@ class TrainConfig:
 class ParallelConfig:
     """How the ranks of torchrun share the work. None of it changes what is learnt, up to rounding."""
 
-    data_parallel: Literal["ddp", "fsdp"] = (
-        "ddp"  # each rank holds the whole model (ddp) or a shard of every tensor (fsdp)
-    )
+    # each rank holds the whole model (ddp) or a shard of every tensor (fsdp)
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"
     tensor_parallel: int = 1  # ranks that share each layer; more than 1 implies fsdp
     micro_batch: int | None = None  # sequences that a rank runs at a time; None is all of its batch
     activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
@@ -244,9 +235,8 @@ class RunConfig:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     init_from: Path | None = None  # a run or a model in any layout: its sizes, tokenizers and weights
-    init_vqgan: Path | None = (
-        None  # image decoder for an init_from without one: vqgan.ckpt or vqgan_decoder.safetensors
-    )
+    # image decoder for an init_from without one: vqgan.ckpt or vqgan_decoder.safetensors
+    init_vqgan: Path | None = None
     out: Path | None = None  # folder of the run; None is runs/NAME
     seed: int = 0  # of every random draw
     device: str = "auto"  # cpu, cuda, ...; auto takes a GPU if there is one

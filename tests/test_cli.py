@@ -1,6 +1,7 @@
 """The command line: a wrong word ends with its name and code 2, before torch is imported and without a traceback."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,15 @@ def test_help_of_a_preset_explains_its_fields_and_shows_their_values(capsys):
     assert stop.value.code == 0
     assert "--vqgan.resolution INT pixels a side; 512 in the release (default: 48)" in text
     assert "--model.norm-order {pre,post} pre: x + f(norm(x)), 7B" in text
+
+
+def test_every_option_of_a_preset_has_words_in_its_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_run(["toy", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    kind = r"(?:[A-Z]+|\{\S*\}(?:\|[A-Z]+)?)"  # INT, {None}|FLOAT, {ddp,fsdp}
+    without = re.findall(rf"(--[a-z][\w.-]*)(?: {kind})* \(default", text)
+    assert "--seed INT" in text and without == []
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -269,7 +269,6 @@ def generate(
     n_branches = [len(cfg_branches(request, vocab)) for request in requests]
     was_training, new = model.training, [[] for _ in requests]
     try:
-        # 3. How much of the cache is read? That of the longest request.
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         engine = Engine(model.eval(), vocab, image_len, max(min(batch_size, sum(n_branches)), *n_branches, 1), longest)
         for request in requests:
