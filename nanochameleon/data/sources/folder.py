@@ -100,6 +100,7 @@ def read_images(folder: Path, units: list[Unit], resolution: int, report: Report
             else:  # in a tar, where captions follow their image
                 bar.update()
                 yield from decode(image, item.where, [text.text], resolution, report)
+        bar.total = bar.n + len(captions)
         for path, texts in captions.items():
             bar.update()
             yield from decode(ImageFile(str(path), path), str(path.relative_to(folder)), texts, resolution, report)
