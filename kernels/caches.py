@@ -60,9 +60,8 @@ def cache_folder(variable: str, requested: str, default: Path | None = None, nam
     temporary folder. Logs a line if the folder is not the expected one, or may not last.
     """
     expected = [Path(requested)] if requested else [folder for folder in (default, home()) if folder]
-    places = chain(
-        expected, (find() for find in (home, private))
-    )  # lazily: the private folder is only made if nothing else works
+    # lazily: the private folder is only made if nothing else works
+    places = chain(expected, (find() for find in (home, private)))
     chosen = next((folder for folder in places if folder and writable(folder / name)), None)
     if chosen not in expected:
         where = f"are cached in {chosen}" if chosen else "are not cached, so each process compiles them"

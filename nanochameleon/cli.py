@@ -31,16 +31,19 @@ def parse(kind: type[T], args: Sequence[str] | None = None, **more) -> T:
 def check_names(args: Sequence[str] | None) -> None:
     """Raises UserError with today's name for an option under its older one, such as --train.keep."""
     for word in sys.argv[1:] if args is None else args:
-        option = word.partition("=")[0].replace("-", "_")
-        *sections, name = option.removeprefix("__").split(".")
-        if option.startswith("__") and (new := RENAMED.get(class_of(sections), {}).get(name)):
-            raise UserError(f"--{'.'.join([*sections, name])} is now --{'.'.join([*sections, new]).replace('_', '-')}")
+        option = word.partition("=")[0]
+        *sections, name = option.removeprefix("--").split(".")
+        off = "no-" if name.startswith("no-") else ""  # tyro's --no-FLAG
+        older = name.removeprefix("no-").replace("-", "_")
+        if option.startswith("--") and (new := RENAMED.get(class_of(sections), {}).get(older)):
+            today = ".".join([*sections, off + new.replace("_", "-")])
+            raise UserError(f"{option} is now --{today}")
 
 
 def class_of(sections: list[str]) -> str:
     """The class that holds an option of these sections: train.keep is in TrainConfig. sample.py has no sections."""
     kind = RunConfig if sections else SamplingParams
-    for section in sections:
+    for section in (section.replace("-", "_") for section in sections):
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         kind = StageConfig if section.isdecimal() else fields.get(section, object)
     return getattr(kind, "__name__", "")

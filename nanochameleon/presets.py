@@ -25,9 +25,8 @@ TOY_VQGAN = VQGANConfig(
 )  # fmt: skip
 # a base of 100: with the paper's 10,000, half of the pairs of dimensions hardly rotate within 256 tokens
 TOY_MODEL = ModelConfig(dim=192, n_layers=6, n_heads=6, multiple_of=64, rope_theta=100.0)
-PLAIN = SamplingParams(
-    repetition_penalty=1.0, guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=256
-)  # guidance hurts a model this small
+# guidance hurts a model this small
+PLAIN = SamplingParams(repetition_penalty=1.0, guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=256)
 TOY_SAMPLE = dataclasses.replace(PLAIN, image_temperature=0.5)
 TOY_OPTIM = OptimConfig(
     "muon", lr=5e-3, eps=1e-8, weight_decay=0.0, warmup_steps=30, schedule="cosine", min_lr_ratio=0.02

@@ -1,6 +1,7 @@
 """The command line: a wrong word ends with its name and code 2, before torch is imported and without a traceback."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ WRONG = {
     "an unknown option": (["toy", "--train.stepz", "3"], "--train.stepz"),
     "an option of another part": (["toy", "--steps", "3"], "--steps"),
     "an option under its older name": (["toy", "--train.keep=3"], "--train.keep is now --train.keep-checkpoints"),
+    "a switch under its older name": (["toy", "--data.no-live"], "--data.no-live is now --data.no-tokenize-on-the-fly"),
+    "an older name with a hyphen": (["toy", "--sample.max-new=3"], "--sample.max-new is now --sample.max-new-tokens"),
     "a stage's option under its older name": (["toy", "--stages.0.share", "1"], "is now --stages.0.fraction"),
     "a word for a number": (["toy", "--train.steps", "many"], "--train.steps"),
     "half a step": (["toy", "--train.steps", "1.5"], "--train.steps"),
@@ -100,6 +103,15 @@ def test_help_of_a_preset_explains_its_fields_and_shows_their_values(capsys):
     assert stop.value.code == 0
     assert "--vqgan.resolution INT pixels a side; 512 in the release (default: 48)" in text
     assert "--model.norm-order {pre,post} pre: x + f(norm(x)), 7B" in text
+
+
+def test_every_option_of_a_preset_has_words_in_its_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_run(["toy", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    kind = r"(?:[A-Z]+|\{\S*\}(?:\|[A-Z]+)?)"  # INT, {None}|FLOAT, {ddp,fsdp}
+    without = re.findall(rf"(--[a-z][\w.-]*)(?: {kind})* \(default", text)
+    assert "--seed INT" in text and without == []
 
 
 @pytest.mark.parametrize("name", PRESETS)

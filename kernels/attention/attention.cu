@@ -9,7 +9,7 @@
 //
 // Documents: doc_start (B, T) is the first position of i's document, so query i attends to keys j <= i with
 // doc_start[j] == doc_start[i]. Keys before the first document of a block are never loaded.
-// lse (B, H, T), for the gradient: log2 of the sum of 2^score, scores in units of log 2.
+// lse2 (B, H, T), for the gradient: log2 of the sum of 2^score, scores in units of log 2.
 
 #include "tiles.cuh"
 
@@ -17,7 +17,7 @@
 // 1. One thread per query. q, out (B, T, H, E); k, v (B, T, G, E); grid (ceil(T / 64), H, B), 64 threads.
 
 template <int E>
-__device__ void attention_simple(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse,
+__device__ void attention_simple(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2,
                                  int t, int heads, int kv_heads) {
   int i = blockIdx.x * 64 + threadIdx.x, h = blockIdx.y, b = blockIdx.z, g = h / (heads / kv_heads);
   if (i >= t) return;
@@ -45,14 +45,14 @@ __device__ void attention_simple(const u32* q, const u32* k, const u32* v, const
   }
   u32* out_row = out + (((long long)b * t + i) * heads + h) * (E / 2);
   for (int d = 0; d < E / 2; d++) out_row[d] = pack_bf16(o[2 * d] / row_sum, o[2 * d + 1] / row_sum);
-  lse[((long long)b * heads + h) * t + i] = row_max + __log2f(row_sum);
+  lse2[((long long)b * heads + h) * t + i] = row_max + __log2f(row_sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. On tensor cores: grid (ceil(T / 64), H, B), 128 threads, 5 tiles of dynamic shared memory: q, and k and v twice.
 
 template <int E>
-__device__ void attention(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse, int t,
+__device__ void attention(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2, int t,
                           int heads, int kv_heads) {
   const int KEYS = 64, WORDS = KEYS * TileRow<E>::words;  // of a tile
   u32 *q_tile = (u32*)dynamic_shared(), *k_tiles = q_tile + WORDS, *v_tiles = k_tiles + 2 * WORDS;
@@ -118,21 +118,21 @@ __device__ void attention(const u32* q, const u32* k, const u32* v, const int* d
     row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 1);
     row_sum[r] += __shfl_xor_sync(~0u, row_sum[r], 2);
     factor[r] = 1.f / row_sum[r];
-    if (member == 0 && q_pos[r] < t) lse[((long long)b * heads + h) * t + q_pos[r]] = row_max[r] + __log2f(row_sum[r]);
+    if (member == 0 && q_pos[r] < t) lse2[((long long)b * heads + h) * t + q_pos[r]] = row_max[r] + __log2f(row_sum[r]);
   }
   store_tile<E>(out + ((long long)b * t * heads + h) * (E / 2), q_stride, q_begin + warp * 16, t, o, factor);
 }
 
 #define EXPORT(E)                                                                                                      \
   extern "C" __global__ void __launch_bounds__(64)                                                                     \
-      attention_simple_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse,       \
+      attention_simple_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2,      \
                            int t, int heads, int kv_heads) {                                                           \
-    attention_simple<E>(q, k, v, doc_start, out, lse, t, heads, kv_heads);                                             \
+    attention_simple<E>(q, k, v, doc_start, out, lse2, t, heads, kv_heads);                                            \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      attention_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse, int t,       \
+      attention_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2, int t,      \
                     int heads, int kv_heads) {                                                                         \
-    attention<E>(q, k, v, doc_start, out, lse, t, heads, kv_heads);                                                    \
+    attention<E>(q, k, v, doc_start, out, lse2, t, heads, kv_heads);                                                   \
   }
 
 EXPORT(64)

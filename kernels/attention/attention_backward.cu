@@ -1,6 +1,6 @@
 // Attention's gradient on a GPU, bfloat16 in and out, float32 inside; shapes and documents as in attention.cu.
 //
-// With weights P = 2^(s - lse), s the scores in units of log 2, and dO the gradient of out:
+// With weights P = 2^(s - lse2), s the scores in units of log 2, and dO the gradient of out:
 //     dv = P^T dO,   dP = dO v^T,   dS = P * (dP - delta),   delta_i = dO_i . out_i,   dq = dS k / sqrt(E),
 //     dk = dS^T q / sqrt(E)
 //
@@ -8,7 +8,7 @@
 // 2. attention_backward_simple_E: one warp per position, first as a query and then as a key: the formulas, one pair at
 //    a time.
 // 3. attention_backward_q_E, attention_backward_kv_E: FlashAttention-2's backward pass on tensor cores. P is recomputed
-//    from lse, tile by tile, and never stored. A block of the first has 64 queries and walks over keys with dq in
+//    from lse2, tile by tile, and never stored. A block of the first has 64 queries and walks over keys with dq in
 //    registers. A block of the second has 64 keys and walks over the queries of all heads that read them, with dk and
 //    dv in registers and all matmuls transposed, so that the weights are again an operand as they are.
 //    FlashAttention-2 sums dq in the second kernel with atomics: 5 matmuls where this takes 7. But then the order of
@@ -73,7 +73,7 @@ INLINE void add(LanePart<E>& sum, float factor, const LanePart<E>& x) {
 }
 
 template <int E>
-__device__ void attention_backward_simple(const u32* d_out, const u32* q, const u32* k, const u32* v, const float* lse,
+__device__ void attention_backward_simple(const u32* d_out, const u32* q, const u32* k, const u32* v, const float* lse2,
                                           const float* delta, const int* doc_start, const int* doc_end, u32* d_q,
                                           u32* d_k, u32* d_v, int t, int heads, int kv_heads) {
   const int here = blockIdx.x, g = blockIdx.y, b = blockIdx.z, group_size = heads / kv_heads;
@@ -89,7 +89,7 @@ __device__ void attention_backward_simple(const u32* d_out, const u32* q, const 
     for (int j = doc_start[here]; j <= here; j++) {
       if (doc_start[j] != doc_start[here]) continue;
       LanePart<E> k_row = read_part<E>(k + key(j));
-      float p = exp2_approx(dot(q_row, k_row) * inv_sqrt_d * LOG2E - lse[row(here, h)]);
+      float p = exp2_approx(dot(q_row, k_row) * inv_sqrt_d * LOG2E - lse2[row(here, h)]);
       add(dq, p * (dot(do_row, read_part<E>(v + key(j))) - delta[row(here, h)]), k_row);
     }
     write_part(d_q + query(here, h), dq, inv_sqrt_d);
@@ -100,7 +100,7 @@ __device__ void attention_backward_simple(const u32* d_out, const u32* q, const 
     for (int i = here; i <= doc_end[(long long)b * t + here]; i++) {
       if (doc_start[i] != doc_start[here]) continue;
       LanePart<E> q_row = read_part<E>(q + query(i, h)), do_row = read_part<E>(d_out + query(i, h));
-      float p = exp2_approx(dot(k_row, q_row) * inv_sqrt_d * LOG2E - lse[row(i, h)]);
+      float p = exp2_approx(dot(k_row, q_row) * inv_sqrt_d * LOG2E - lse2[row(i, h)]);
       add(dv, p, do_row);
       add(dk, p * (dot(do_row, v_row) - delta[row(i, h)]), q_row);
     }
@@ -119,7 +119,7 @@ struct OtherSide {
 
 // dq: grid (ceil(T / 64), H, B); shared: tiles of 64 of q and dO, and OtherSide<E>::rows of k and v twice
 template <int E>
-__device__ void attention_backward_q(const u32* d_out, const u32* q, const u32* k, const u32* v, const float* lse,
+__device__ void attention_backward_q(const u32* d_out, const u32* q, const u32* k, const u32* v, const float* lse2,
                                      const float* delta, const int* doc_start, u32* d_q, int t, int heads,
                                      int kv_heads) {
   const int N = OtherSide<E>::rows, OWN_WORDS = 64 * TileRow<E>::words, WORDS = N * TileRow<E>::words;
@@ -146,7 +146,7 @@ __device__ void attention_backward_q(const u32* d_out, const u32* q, const u32* 
     bool in = q_pos[r] < t;
     long long at = ((long long)b * heads + h) * t + q_pos[r];
     q_doc[r] = in ? doc_start[q_pos[r]] : -1;
-    row_lse[r] = in ? lse[at] : 0.f;
+    row_lse[r] = in ? lse2[at] : 0.f;
     row_delta[r] = in ? delta[at] : 0.f;
   }
   auto load_kv = [&](int stage, int j) {
@@ -189,7 +189,7 @@ __device__ void attention_backward_q(const u32* d_out, const u32* q, const u32* 
 
 // dk and dv: grid (ceil(T / 64), G, B); shared: tiles of 64 of k and v, and OtherSide<E>::rows of q and dO twice
 template <int E>
-__device__ void attention_backward_kv(const u32* d_out, const u32* q, const u32* k, const u32* v, const float* lse,
+__device__ void attention_backward_kv(const u32* d_out, const u32* q, const u32* k, const u32* v, const float* lse2,
                                       const float* delta, const int* doc_start, const int* doc_end, u32* d_k, u32* d_v,
                                       int t, int heads, int kv_heads) {
   const int N = OtherSide<E>::rows, OWN_WORDS = 64 * TileRow<E>::words, WORDS = N * TileRow<E>::words;
@@ -220,7 +220,7 @@ __device__ void attention_backward_kv(const u32* d_out, const u32* q, const u32*
     load_tile_async<E, N>(do_tiles + stage * WORDS, d_out + at, q_stride, from, t);
     if (threadIdx.x < N) {
       q_doc[stage][threadIdx.x] = i < t ? doc_start[i] : -2;
-      row_lse[stage][threadIdx.x] = i < t ? lse[row] : 0.f;
+      row_lse[stage][threadIdx.x] = i < t ? lse2[row] : 0.f;
       row_delta[stage][threadIdx.x] = i < t ? delta[row] : 0.f;
     }
   };
@@ -264,21 +264,21 @@ __device__ void attention_backward_kv(const u32* d_out, const u32* q, const u32*
 }
 
 #define INPUTS                                                                                                         \
-  const u32 *d_out, const u32 *q, const u32 *k, const u32 *v, const float *lse, const float *delta,                    \
+  const u32 *d_out, const u32 *q, const u32 *k, const u32 *v, const float *lse2, const float *delta,                   \
       const int *doc_start
 #define EXPORT(E)                                                                                                      \
   extern "C" __global__ void __launch_bounds__(32)                                                                     \
       attention_backward_simple_##E(INPUTS, const int* doc_end, u32* d_q, u32* d_k, u32* d_v, int t, int heads,        \
                                     int kv_heads) {                                                                    \
-    attention_backward_simple<E>(d_out, q, k, v, lse, delta, doc_start, doc_end, d_q, d_k, d_v, t, heads, kv_heads);   \
+    attention_backward_simple<E>(d_out, q, k, v, lse2, delta, doc_start, doc_end, d_q, d_k, d_v, t, heads, kv_heads);  \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       attention_backward_q_##E(INPUTS, u32* d_q, int t, int heads, int kv_heads) {                                     \
-    attention_backward_q<E>(d_out, q, k, v, lse, delta, doc_start, d_q, t, heads, kv_heads);                           \
+    attention_backward_q<E>(d_out, q, k, v, lse2, delta, doc_start, d_q, t, heads, kv_heads);                          \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       attention_backward_kv_##E(INPUTS, const int* doc_end, u32* d_k, u32* d_v, int t, int heads, int kv_heads) {      \
-    attention_backward_kv<E>(d_out, q, k, v, lse, delta, doc_start, doc_end, d_k, d_v, t, heads, kv_heads);            \
+    attention_backward_kv<E>(d_out, q, k, v, lse2, delta, doc_start, doc_end, d_k, d_v, t, heads, kv_heads);           \
   }
 
 EXPORT(64)

@@ -122,15 +122,15 @@ def _(q, k, v, doc_start, doc_end):
 
 @torch.library.custom_op("nanochameleon::attention_cuda_backward", mutates_args=())
 def _attention_backward(
-    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, doc_end: Tensor
+    d_out: Tensor, out: Tensor, lse2: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, doc_end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_attention(q, k, v, doc_start, doc_end, d_out=d_out, out=out)
     d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
-    return gpu.attention_backward(d_out, out, lse, q, k, v, doc_start, doc_end)
+    return gpu.attention_backward(d_out, out, lse2, q, k, v, doc_start, doc_end)
 
 
 @_attention_backward.register_fake
-def _(d_out, out, lse, q, k, v, doc_start, doc_end):
+def _(d_out, out, lse2, q, k, v, doc_start, doc_end):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 

@@ -156,28 +156,28 @@ def document_bounds(docs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, simple: bool = False) -> tuple[Tensor, Tensor]:
-    """q, k, v after norm and rotation, bfloat16, E in HEAD_DIMS -> out like q, and lse (B, H, T) for the gradient."""
+    """q, k, v after norm and rotation, bfloat16, E in HEAD_DIMS -> out like q, and lse2 (B, H, T) for the gradient."""
     b, t, heads, e = q.shape
-    out, lse = torch.empty_like(q), torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
+    out, lse2 = torch.empty_like(q), torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
     if q.numel():
         name, block, shared = ("attention_simple", TILE, 0) if simple else ("attention", 128, tile_bytes(5 * TILE, e))
-        arguments = q, k, v, doc_start, out, lse, t, heads, k.shape[2]
+        arguments = q, k, v, doc_start, out, lse2, t, heads, k.shape[2]
         start("attention/attention", f"{name}_{e}", (-(-t // TILE), heads, b), block, *arguments, shared=shared)
-    return out, lse
+    return out, lse2
 
 
 def attention_backward(
-    d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, doc_end: Tensor,
+    d_out: Tensor, out: Tensor, lse2: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, doc_end: Tensor,
     simple: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v."""
     (b, t, heads, e), kv_heads = q.shape, k.shape[2]
-    d_q, d_k, d_v, delta = *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(lse)
+    d_q, d_k, d_v, delta = *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(lse2)
     if not q.numel():
         return d_q, d_k, d_v
     sizes = b, t, heads, e // 2
     start(BACKWARD, "attention_delta", (-(-b * t * heads // 8),), 256, d_out, out, delta, *sizes)
-    inputs, sizes = (d_out, q, k, v, lse, delta, doc_start), (t, heads, kv_heads)
+    inputs, sizes = (d_out, q, k, v, lse2, delta, doc_start), (t, heads, kv_heads)
     if simple:
         name = f"attention_backward_simple_{e}"
         start(BACKWARD, name, (t, kv_heads, b), 32, *inputs, doc_end, d_q, d_k, d_v, *sizes)

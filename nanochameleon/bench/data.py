@@ -72,7 +72,7 @@ def loader_rows(
     return rows(case, batches, {"tokens/s": n_tokens}, consumers, torch.device("cpu"))
 
 
-def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> list[Row]:
+def on_the_fly_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokenizer) -> list[Row]:
     """Measure documents of the toy that are made, tokenized and packed when a batch needs them."""
     cfg = replace(cfg, data=replace(cfg.data, tokenize_on_the_fly=True, n_documents=2_000))
     loader = open_loader(cfg, image_tokenizer, text, Path())
@@ -81,7 +81,9 @@ def live_rows(cfg: RunConfig, image_tokenizer: ImageTokenizer, text: TextTokeniz
         iter(range(8, 10**9)),
     )
     job = lambda: loader.batch(next(steps))  # noqa: E731
-    return rows("live documents of the toy", job, {"tokens/s": n_tokens}, ("toy step",), image_tokenizer.device)
+    return rows(
+        "documents of the toy, tokenized on the fly", job, {"tokens/s": n_tokens}, ("toy step",), image_tokenizer.device
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def bench(device: torch.device, quick: bool) -> Iterator[Row]:
         folder = Path(name)
         yield from loader_rows(folder, (72, 95), 256, 8, ("toy step", "H100 288M"), quick)
         yield from loader_rows(folder, (1_071, 1_072), 4_096, 8, ("H100 1.4B", "H100 288M"), quick)
-        yield from live_rows(cfg, small, text)
+        yield from on_the_fly_rows(cfg, small, text)
         tar = tar_of_images(folder / "small.tar", 500, (48, 40))
         yield from prepare_rows("prepare pairs, the toy's tokenizers", tar, "pairs", small, text, ("toy step",))
         words = folder / "words.txt"

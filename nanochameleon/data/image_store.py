@@ -16,6 +16,7 @@ from nanochameleon.data.index import damaged, map_file, read_index, write_index
 from nanochameleon.errors import OwnError
 
 OLDER = "pictures"  # earlier runs have pictures/, pictures.bin and pictures.json
+OLDER_FORMAT = "a folder of prepared pictures"  # as their index names it
 
 
 def stored_images(run: Path) -> Path:
@@ -58,7 +59,7 @@ class ImageStore:
 
     def __init__(self, directory: Path):
         path = index_of(directory)
-        index = read_index(directory, path.name, self.FORMAT)
+        index = read_index(directory, path.name, self.FORMAT if path.name == self.INDEX else OLDER_FORMAT)
         self.path, self.resolution, self.items = path.with_suffix(".bin"), index["resolution"], index["items"]
         self.checksums = index["checksums"]
         self.pixels = map_file(self.path, "u1", (len(self.items), self.resolution, self.resolution, 3))

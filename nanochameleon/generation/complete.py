@@ -22,14 +22,17 @@ def complete(run: Run, *prompt: str, mode: Mode | None = None, seed: int = 0) ->
     """Return what the model generates after a prompt, in order: strings and images of resolution x resolution pixels.
 
     prompt: words and paths of image files, in any order. mode: what to ask for; None decides as sample.py does. Raises
-    UserError for an image that cannot be read and for a model without an image decoder.
+    UserError for an unknown mode, an image that cannot be read, and a model without an image decoder.
     """
+    if mode not in (None, *MODALITY):
+        raise UserError(f"mode is one of {', '.join(MODALITY)}, not {mode!r}")
     mode, segments = resolve_mode(mode or "auto", read_segments(prompt, run.cfg.vqgan.resolution, "crop"), run.cfg)
     if MODALITY[mode] != "text" and not run.image_tokenizer.can_draw:
         raise UserError(NO_DECODER)
     image_len, stops = run.image_tokenizer.n_codes_per_image, stop_tokens(mode, run.vocab)
-    params = replace(run.cfg.sample, max_new_tokens=image_len + 1) if mode == "draw" else run.cfg.sample  # with <eoi>
-    tokens, modality = prompt_tokens(segments, run, mode), MODALITY[mode]
+    tokens, params, modality = prompt_tokens(segments, run, mode), run.cfg.sample, MODALITY[mode]
+    if mode == "draw":  # an image is an image, whatever the run's limit of tokens
+        params = replace(params, max_new_tokens=image_len + 1)  # with <eoi>
     parts: list[str | PIL.Image.Image] = []
     for event in stream(run.model, tokens, run.tokenizer, image_len, params, modality, seed, stops=stops):
         if isinstance(event, Image):

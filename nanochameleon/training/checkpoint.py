@@ -30,9 +30,8 @@ from nanochameleon.files import fsync, is_safe_name
 
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
 ODD = (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what odd content raises
-STEP_FOLDER = re.compile(
-    r"step-(\d{6,})(\.old)?"
-)  # .old: the earlier save of a step that is saved again, until the rename
+# .old: the earlier save of a step that is saved again, until the rename
+STEP_FOLDER = re.compile(r"step-(\d{6,})(\.old)?")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The manifest

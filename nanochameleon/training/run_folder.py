@@ -124,7 +124,9 @@ def same_command() -> str:
 # The same run or another one
 
 MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation", "parallel")
-MAY_CHANGE_IN_TRAIN = ("log_every", "sample_every", "save_every", "keep_checkpoints", "precision", "tensorboard")
+MAY_CHANGE_IN_TRAIN = (
+    "log_every", "sample_every", "save_every", "keep_checkpoints", "precision", "fused_output", "tensorboard",
+)  # fmt: skip
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:

@@ -22,7 +22,7 @@ def init_or_load_weights(model: Chameleon, loaded: ModelFiles | None, seed: int)
             target.copy_(shard_like(full, target))
 
 
-def matmul_dtype(precision: str) -> torch.dtype:
+def precision_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
@@ -32,7 +32,7 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
     Raises UserError, on every rank, if NANOCHAMELEON_KERNELS asks for some that this precision does not have.
     """
     try:
-        kernels = explain(mesh.device, matmul_dtype(precision))
+        kernels = explain(mesh.device, precision_dtype(precision))
     except ValueError as error:
         raise UserError(f"{VARIABLE}: {error}") from None
     if not mesh.is_rank0:
@@ -52,7 +52,7 @@ def mfu_per_token(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> float |
 
     The peak of a CPU is what a plain matmul reaches, measured now.
     """
-    dtype = matmul_dtype(train.precision)
+    dtype = precision_dtype(train.precision)
     if mesh.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(mesh.device)) if dtype == torch.bfloat16 else None
     else:

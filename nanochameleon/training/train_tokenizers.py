@@ -50,6 +50,12 @@ def train_text_tokenizer(cfg: TokenizerTraining, n_codes: int, docs: Mixture, fo
     return load_text_tokenizer(path)
 
 
+def in_training_order(source: Source, seed: int) -> Mixture:
+    """The documents of a source in the order in which the image tokenizer is trained on them."""
+    # The name decides the order of a finite source: with another one, an older run would not resume exactly.
+    return Mixture({"pictures": (source, 1.0)}, seed)
+
+
 def images(source: Source, start: int, n: int) -> np.ndarray:
     """Stack the images of documents start .. start+n-1 of a source of pairs: uint8 (n, R, R, 3)."""
     docs = (source.document(i) for i in range(start, start + n))
@@ -127,7 +133,7 @@ def train_image_tokenizer(
     optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.disc_weight else None
     start = load_tokenizer(directory, vqgan, optimizer, adversary)
     generator, perceptual, nonfinite_streak = torch.Generator(), PerceptualLoss().to(device), 0
-    shuffled = Mixture({"images": (source, 1.0)}, cfg.seed)
+    shuffled = in_training_order(source, cfg.seed)
     bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
     for step in bar:
         # 1. The batch. Every draw depends on the step alone, so a resumed run is exact.

@@ -1,10 +1,13 @@
 """Stored images: what is stored comes back, and damage is found and named."""
 
+import zlib
+
 import numpy as np
 import pytest
 from written import flip
 
 from nanochameleon.data import ImageStore, stored_images, write_images
+from nanochameleon.data.index import write_index
 from nanochameleon.errors import OwnError, UserError
 
 
@@ -30,11 +33,12 @@ def test_stored_images_come_back_with_their_objects(tmp_path):
 def test_images_of_an_earlier_run_are_found_under_their_older_names(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
     assert stored_images(tmp_path) == tmp_path / "images"
-    (tmp_path / "pictures").mkdir()
-    write_images(tmp_path / "pictures", ((p, {}) for p in pixels), 4)
-    for ending in ("bin", "json"):
-        (tmp_path / "pictures" / f"images.{ending}").rename(tmp_path / "pictures" / f"pictures.{ending}")
+    older = tmp_path / "pictures"
+    older.mkdir()
+    (older / "pictures.bin").write_bytes(pixels.tobytes())
+    index = {"resolution": 4, "items": [{}] * 3, "checksums": [zlib.crc32(p.tobytes()) for p in pixels]}
+    write_index(older, "pictures.json", "a folder of prepared pictures", index)
     assert (ImageStore(stored_images(tmp_path))[2] == pixels[2]).all()
-    flip(tmp_path / "pictures" / "pictures.bin", 0)
+    flip(older / "pictures.bin", 0)
     with pytest.raises(OwnError, match=r"pictures\.bin has changed since it was written"):
         ImageStore(stored_images(tmp_path))[0]

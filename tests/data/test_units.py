@@ -19,7 +19,7 @@ from written import IMAGE, lines, write_tar
 
 from nanochameleon.data.reading import MAX_CAPTION, Bad, ImageFile, RawItem, text_lines, walk
 from nanochameleon.data.sources import units
-from nanochameleon.data.sources.units import items, plan
+from nanochameleon.data.sources.units import CAPTIONED, items, plan
 from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.errors import UserError
 
@@ -143,8 +143,16 @@ def test_a_chat_has_its_prompts_padded_and_its_answers_cropped(mine):
 
 def test_documents_of_segments_come_as_they_are(mine):
     segments = [{"text": "see "}, {"image": "red.png"}, {"text": "\n"}]
-    (item,) = found(lines(mine / "a.jsonl", {"segments": segments}), "interleaved")
-    assert item.doc[::2] == [Text("see "), Text("\n")] and item.doc[1].fit == "crop" and not item.captioned
+    for form in ("interleaved", "pairs"):
+        (item,) = found(lines(mine / "a.jsonl", {"segments": segments}), form)
+        assert item.doc[::2] == [Text("see "), Text("\n")] and item.doc[1].fit == "crop" and not item.captioned
+
+
+def test_for_a_folders_images_segments_are_no_caption(mine):
+    row = {"image": "red.png", "caption": "red", "segments": [{"text": "see "}, {"image": "blue.png"}]}
+    (unit,), _ = plan([lines(mine / "captions.jsonl", row)], "pairs")
+    ((item, _),) = items(unit, CAPTIONED)
+    assert item.doc[0] == Text("red") and item.captioned
 
 
 BROKEN_CHATS = {

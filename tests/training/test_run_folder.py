@@ -40,7 +40,7 @@ def test_what_does_not_touch_the_training_may_change(copy):
             cfg,
             evaluation=EvalConfig(1, 1, 1),
             device="auto",
-            train=replace(cfg.train, log_every=1, keep_checkpoints=1),
+            train=replace(cfg.train, log_every=1, keep_checkpoints=1, fused_output="on"),
         )
     )
     assert read_config(copy).evaluation == EvalConfig(1, 1, 1)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import SHAPES_VQGAN, training_config
 
-from nanochameleon.data import Mixture, RawImage
+from nanochameleon.data import RawImage
 from nanochameleon.data.build import mixture
 from nanochameleon.data.sources.scenes import World, draw, scenes
 from nanochameleon.data.sources.shapes import ShapesSource
@@ -26,6 +27,7 @@ from nanochameleon.training.run import IMAGE_TOKENIZER
 from nanochameleon.training.train_tokenizers import (
     Adversary,
     images,
+    in_training_order,
     open_image_tokenizer,
     reconstruction_loss,
     start_codebook,
@@ -191,8 +193,20 @@ def test_it_learns_to_draw_images_it_has_not_seen(tmp_path, few_images):
 # --- its parts -------------------------------------------------------------------------------------------------------
 
 
+def test_a_finite_source_keeps_the_order_of_older_runs():
+    class Five:
+        size = 5
+
+        def document(self, i: int) -> int:
+            return i
+
+    order = in_training_order(Five(), 3)
+    expected = np.random.default_rng((3, 0, zlib.crc32(b"pictures"))).permutation(5)
+    assert [order.document(i) for i in range(5)] == expected.tolist()
+
+
 def test_images_are_those_of_the_documents_in_their_order():
-    shuffled = Mixture({"images": (SOURCE, 1.0)}, 3)
+    shuffled = in_training_order(SOURCE, 3)
     shown = images(shuffled, 5, 4)
     assert shown.shape == (4, 32, 32, 3) and shown.dtype == np.uint8
     for i, image in enumerate(shown):

@@ -29,7 +29,7 @@ from nanochameleon.data import (
     write_images,
 )  # fmt: skip
 from nanochameleon.data.reading import SKIPPED, Bad, ImageFile, as_line, first_few, reasons, size_of
-from nanochameleon.data.sources.units import Unit, items, survey
+from nanochameleon.data.sources.units import CAPTIONED, Unit, items, survey
 from nanochameleon.errors import UserError
 
 TEST_FOLDERS = {"test", "validation", "valid", "val", "dev"}
@@ -89,7 +89,7 @@ def read_images(folder: Path, units: list[Unit], resolution: int, report: Report
     """Yield (pixels, item) of every image that can be read, one at a time; note the others in `report`."""
     captions: dict[Path, list[str]] = {}  # an image file may have several, in any order
     with tqdm(desc="images", unit="images") as bar:
-        for item in (item for unit in units for item, _ in items(unit, "pairs")):
+        for item in (item for unit in units for item, _ in items(unit, CAPTIONED)):
             if isinstance(item, Bad):
                 report.skipped.append(item)
                 continue
@@ -100,6 +100,7 @@ def read_images(folder: Path, units: list[Unit], resolution: int, report: Report
             else:  # in a tar, where captions follow their image
                 bar.update()
                 yield from decode(image, item.where, [text.text], resolution, report)
+        bar.total = bar.n + len(captions)
         for path, texts in captions.items():
             bar.update()
             yield from decode(ImageFile(str(path), path), str(path.relative_to(folder)), texts, resolution, report)

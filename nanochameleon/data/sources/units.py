@@ -47,6 +47,7 @@ from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.errors import UserError
 
 FORMS = ("pairs", "drawings", "interleaved", "text", "chat")
+CAPTIONED = "captioned"  # of folder.py: each row is an image and its caption, whatever else it holds
 STRETCH = {"text": 2**26, "pairs": 2**20, "drawings": 2**20, "interleaved": 2**21, "chat": 2**21}  # bytes, about
 BLOCK = 2**20  # bytes of a .txt that are one item
 
@@ -203,7 +204,7 @@ def read_item(row: Row, where: str, folder: Path, form: str) -> Item:
         text = first_text(row, TEXT_KEYS)
         whole = text.encode("utf-8", "replace").decode() == text  # False for half a surrogate pair
         return RawItem(where, [Text(text)], mended=not whole) if text else Bad(where, "without a text", fields_of(row))
-    if form == "chat" or (form == "interleaved" and "segments" in row):
+    if form == "chat" or ("segments" in row and form != CAPTIONED):
         return conversation(row, where, folder, form)
     return read_row(row, where, folder)
 
