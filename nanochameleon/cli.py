@@ -101,6 +101,8 @@ def check_together(cfg: RunConfig) -> None:
         raise UserError(
             "data.tokenize_on_the_fly and data.n_documents are for documents made here: prepared data does without"
         )
+    if cfg.train.fused_output == "on" and cfg.parallel.tensor_parallel > 1:
+        raise UserError("train.fused_output on needs whole rows of logits: leave it auto with parallel.tensor_parallel")
     if cfg.init_vqgan and not cfg.init_from:
         raise UserError("init_vqgan gives an image decoder to the model of init_from: set --init-from, too")
     if not sizes_come_later(cfg):

@@ -67,6 +67,9 @@ WRONG = {
     "fewer documents of prepared data": (["1b", "--data.n-documents", "3"], "and data.n_documents are for"),
     "no prompts to measure": (["align", "--evaluation.alignment", "0"], "evaluation.alignment must be at least 1"),
     "rows too short for an image": (["toy", "--train.seq-len", "68"], "train.seq_len must be at least 69"),
+    "a fused output layer in parts": (
+        ["toy", "--train.fused-output", "on", "--parallel.tensor-parallel", "2"], "train.fused_output on needs"
+    ),
     "an image decoder of no model": (["toy", "--init-vqgan", "x"], "init_vqgan gives an image decoder to the model"),
     "an epsilon that hides all": (["toy", "--model.norm-eps", "1e30"], "model.norm_eps must be above 0 and at most 1"),
     "more ids than a shard can hold": (["toy", "--vqgan.n-codes", "70000"], "vqgan.n_codes"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.errors import exit_on_user_error, say
+from nanochameleon.kernels.zloss.linear import rows_per_chunk
 from nanochameleon.presets import chameleon_7b, chameleon_34b
 from nanochameleon.training.flops import PEAK_FLOPS, count_parameters, flops_per_token
 
@@ -49,7 +50,9 @@ def memory_bytes(cfg: ModelConfig, cluster: Cluster) -> dict[str, float]:
     inside = tokens * (8.0 * cfg.dim + 2.0 * (2 * cfg.dim + (heads + 3 * cfg.ffn_dim) / cluster.tp_size))
     checkpointed = cfg.n_layers * tokens * 4.0 * cfg.dim + inside
     activations = checkpointed if cluster.activation_checkpointing else cfg.n_layers * inside
-    logits = 6.0 * tokens * cfg.vocab_size / cluster.tp_size  # bf16, and their gradient in fp32
+    # bf16 logits, which their gradient overwrites; the fused output layer holds a chunk of rows at a time
+    rows = tokens if cluster.tp_size > 1 else rows_per_chunk(tokens, "cuda")
+    logits = 2.0 * rows * cfg.vocab_size / cluster.tp_size
     parts = {"state": state, "gathered": gathered, "activations": activations, "logits": logits}
     return parts | {"total": sum(parts.values())}
 

@@ -35,7 +35,7 @@ def test_peak_memory_is_what_is_held_at_once():
 
 def test_an_eighth_of_the_logits_is_held(monkeypatch):
     """Next to the gradients of hidden and weight, which are small here."""
-    monkeypatch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(linear, "MIN_ROWS", {"cpu": 1})
     hidden, weight, targets = torch.randn(200, 4), torch.randn(8_192, 4), torch.arange(200)
     with use_kernels("numba"):
         peak = peak_bytes(lambda: linear_zloss_cross_entropy(hidden, weight, targets, 1e-5, 1.0), CPU)

@@ -124,7 +124,7 @@ def test_the_output_layer_in_chunks(dtype, n, v, d, seed):
         return [loss.detach(), log_z.detach(), *torch.autograd.grad(total, (x, w))]
 
     with pytest.MonkeyPatch.context() as patch, use_kernels("cuda"):
-        patch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})
+        patch.setattr(linear, "MIN_ROWS", {"cpu": 1})
         result = linear_zloss_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, z_loss, scale)
     size = 1 + hidden.norm(dim=1).max().item() * weight.norm(dim=1).max().item()
     for ours, naive, exact in zip(result, plain(dtype), plain(torch.float64), strict=True):

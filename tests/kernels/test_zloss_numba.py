@@ -117,7 +117,7 @@ def test_the_output_layer_in_chunks_is_as_good_as_in_two_steps(dtype, problem, d
     generator = torch.Generator().manual_seed(logits.numel())
     inputs = [torch.randn(rows, d, generator=generator).bfloat16().double() for rows in logits.shape]
     with pytest.MonkeyPatch.context() as patch, use_kernels("numba"):
-        patch.setattr(linear, "CHUNK_BYTES", {"cpu": 0})
+        patch.setattr(linear, "MIN_ROWS", {"cpu": 1})
         result = linear_zloss_cross_entropy(*(x.to(dtype) for x in inputs), targets, z_loss, scale)
     naive, truth = (
         layer_by_autograd(*(x.to(kind) for x in inputs), targets, z_loss, scale) for kind in (dtype, torch.float64)
@@ -137,10 +137,10 @@ def test_a_wide_weight_gets_its_gradient_in_its_own_type():
 
 
 def test_a_chunk_is_a_part_of_all_logits():
-    """At the sizes of the bench's largest case, and where all logits are few."""
-    assert linear.rows_per_chunk(32_768, 65_536, 2, "cuda") * 65_536 * 2 == 2**29
-    assert linear.rows_per_chunk(2_048, 65_536, 4, "cpu") * 65_536 * 4 == 2**26
-    assert linear.rows_per_chunk(100, 1_000, 2, "cpu") == 100 and linear.rows_per_chunk(0, 1_000, 2, "cpu") == 0
+    """An eighth of many rows, and no chunk of so few rows that its matmuls are slow."""
+    assert linear.rows_per_chunk(32_768, "cuda") == 4_096 and linear.rows_per_chunk(8_192, "cuda") == 2_048
+    assert linear.rows_per_chunk(4_096, "cpu") == 512 and linear.rows_per_chunk(1_024, "cpu") == 256
+    assert linear.rows_per_chunk(100, "cpu") == 100 and linear.rows_per_chunk(0, "cpu") == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
