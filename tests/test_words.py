@@ -64,7 +64,7 @@ def test_every_file_that_is_named_exists():
 def test_line_counts_in_the_readme_are_right_within_a_tenth():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, stated in re.findall(r"((?:[\w-]+/)*[\w-]+\.py)[^\n]*?([\d,]+) lines", readme):
-        lines = closure.lines([ROOT / next(known for known in FILES if f"/{known}".endswith(f"/{name}"))])
+        lines = closure.lines([ROOT / min((known for known in FILES if f"/{known}".endswith(f"/{name}")), key=len)])
         assert abs(int(stated.replace(",", "")) - lines) <= lines / 10, f"{name} has {lines} lines, not {stated}"
 
 

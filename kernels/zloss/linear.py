@@ -31,7 +31,7 @@ MIN_ROWS = {
 
 
 def rows_per_chunk(n: int, device: str) -> int:
-    return min(n, max(-(-n // CHUNKS), MIN_ROWS.get(device, MIN_ROWS["cuda"])))
+    return min(n, max(-(-n // CHUNKS), MIN_ROWS["cpu" if device == "cpu" else "cuda"]))
 
 
 def linear_zloss_cross_entropy(
