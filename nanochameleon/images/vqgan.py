@@ -33,8 +33,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
+        h = self.conv2(F.silu(self.norm2(h)))  # (B, c_out, H, W)
         return self.nin_shortcut(x) + h
 
 
@@ -47,7 +47,8 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
+        h = self.norm(x)  # (B, C, H, W)
+        # each position is a token of C values; the 1x1 convolutions are its linear layers
         q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))  # (B,1,HW,C)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
         return x + self.proj_out(out.squeeze(1).transpose(1, 2).reshape(x.shape))
@@ -61,7 +62,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        # padding on two sides only, as the release's weights expect; padding=1 would shift every level by half a pixel
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
 
 
 class Upsample(nn.Module):
@@ -72,7 +74,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # a transposed convolution would leave a checkerboard, since its windows overlap unevenly
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
 
 
 def middle(channels: int, cfg: VQGANConfig) -> nn.Module:
@@ -110,12 +113,14 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, cfg.z_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        h = self.conv_in(pixels)
+        # 1. To ch channels at full resolution
+        h = self.conv_in(pixels)  # (B, ch, R, R)
+        # 2. Level by level: residual blocks, then half the side
         for level in self.down:
             for block in level.block:
-                h = block(h)
+                h = block(h)  # (B, ch * ch_mult[i], R / 2^i, R / 2^i)
             h = level.downsample(h)  # the last level keeps its side
-        # (B, ch * ch_mult[-1], R/f, R/f) from here on
+        # 3. The middle sees the whole grid, if it has attention; then to z_channels
         return self.conv_out(F.silu(self.norm_out(run_middle(self.mid, h))))
 
 
@@ -141,11 +146,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = run_middle(self.mid, self.conv_in(z))
+        # 1. The middle, at the lowest resolution
+        h = run_middle(self.mid, self.conv_in(z))  # (B, ch * ch_mult[-1], R/f, R/f)
+        # 2. Level by level, from the last to the first: residual blocks, then twice the side
         for level in reversed(self.up):
             for block in level.block:
-                h = block(h)
-            h = level.upsample(h)
+                h = block(h)  # (B, ch * ch_mult[i], R / 2^i, R / 2^i)
+            h = level.upsample(h)  # level 0 keeps its side
+        # 3. To pixels
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
