@@ -29,7 +29,7 @@ def test_the_reader_of_texts_opens_the_images_of_every_form(tmp_path, monkeypatc
     fuzz_readers.make_texts(tmp_path)
     opened = []
     monkeypatch.setattr(fuzz_readers, "pixels_of", opened.append)
-    for name, n in {"a.jsonl": 4, "b.txt": 0, "c.csv": 2}.items():
+    for name, n in {"a.jsonl": 5, "b.txt": 0, "c.csv": 2}.items():
         opened.clear()
         fuzz_readers.read_texts(tmp_path, tmp_path / name)
         assert len(opened) == n, name
