@@ -1,4 +1,4 @@
-"""A fake CUDA device: tensors of `cuda:0` without a GPU and without memory, so that tests can watch what a GPU would run.
+"""A fake CUDA device: tensors of `cuda:0` without a GPU and without memory, so tests can watch what a GPU would run.
 
     harness.run_on_fake_cuda(function, ...)   calls function(...) in a child process whose torch has such a device
     recorder.Recorder                         notes host syncs, ops that mix devices, and bytes
