@@ -179,6 +179,27 @@ MUTANTS = [
         "test_optim.py",
     ),
     Mutant(
+        "step counts stay on the CPU",
+        "optim.py",
+        'device=parameter.device if group["fused"] else "cpu")',
+        'device="cpu")',
+        "test_optim.py",
+    ),
+    Mutant(
+        "a GPU waits for the forward pass to read a number that is 1",
+        "losses.py",
+        'upstream.device.type != "cpu" or ',
+        "",
+        "training/test_host_sync.py",
+    ),
+    Mutant(
+        "a GPU waits for the number of image tokens",
+        "losses.py",
+        "cross_entropy.masked_fill(~image, 0.0).sum()",
+        "cross_entropy[image].sum()",
+        "training/test_host_sync.py",
+    ),
+    Mutant(
         "warm-up reaches the peak too soon",
         "optim.py",
         "(step + 1) / (cfg.warmup_steps + 1)",
