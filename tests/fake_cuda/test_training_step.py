@@ -1,0 +1,36 @@
+"""A step of train.py on the fake device: each precision, optimizer and set of kernels, eager and compiled."""
+
+import pytest
+
+from fake_cuda.harness import run_on_fake_cuda
+from fake_cuda.training_step import training_steps
+
+EAGER = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "bf16, Muon, all logits, dropout": {"precision": "bf16", "optim": "muon", "fused_output": "off", "dropout": 0.1},
+    "bf16, activation checkpointing": {"precision": "bf16", "activation_checkpointing": True},
+    "bf16, reference": {"precision": "bf16", "kernels": "reference"},
+    "bf16, vendor": {"precision": "bf16", "kernels": "vendor"},
+    "bf16, cuda": {"precision": "bf16", "kernels": "cuda"},
+}
+COMPILED = {
+    "fp32": {"precision": "fp32", "compile": True},
+    "bf16": {"precision": "bf16", "compile": True},
+    "bf16, activation checkpointing": {"precision": "bf16", "compile": True, "activation_checkpointing": True},
+    "bf16, cuda": {"precision": "bf16", "compile": True, "kernels": "cuda"},
+}
+READS = ("clip_gradients: _local_scalar_dense", "between: _local_scalar_dense")  # the norm and the loss, at the end
+
+
+@pytest.mark.parametrize("cases", [EAGER, COMPILED], ids=["eager", "compiled"])
+def test_a_step_waits_for_nothing_and_keeps_all_on_the_gpu(cases):
+    found = run_on_fake_cuda(training_steps, cases=cases)
+    for name, step in found.items():
+        assert [line for line in step["syncs"] if not line.startswith(READS)] == [], name
+        assert len(step["syncs"]) == len(READS), name
+        assert step["mixed"] == [], name
+        assert step["misplaced"] == [], name  # of the optimizer's state, after a step and after loading
+        assert step["dense"] == [], name  # no mask (T, T)
+        # one graph for the first block, which has no branch to add yet, and one for all others
+        assert (step["graphs"], step["graph_breaks"]) == (2 if cases is COMPILED else 0, 0), name
