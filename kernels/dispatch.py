@@ -28,8 +28,8 @@ MAIN_PID = os.getpid()  # the process that owns torch's OpenMP threads; launch.p
 
 ENGINE = "on a CPU the engine compiles whole decode steps (generation/cpu/)"
 
-# op -> what runs on a CPU in float32 and bfloat16, and what `python -m nanochameleon.bench kernels` measured. Other dtypes
-# fall back to PyTorch, and so do GPUs until `python -m nanochameleon.bench prove` has run there.
+# op -> what runs on a CPU in float32 and bfloat16, and what `python -m nanochameleon.bench kernels` measured. Other
+# dtypes fall back to PyTorch, and so do GPUs until `python -m nanochameleon.bench prove` has run there.
 AUTO: dict[str, tuple[str, str]] = {
     "qknorm_rope_attention": ("numba", "2 to 3 times torch's norm, rotation and fused attention"),
     "zloss_cross_entropy": ("numba", "1.3 to 2 times torch.compile, 3 to 5 times torch"),
@@ -234,7 +234,7 @@ def choose(op: str, x: Tensor) -> str:
 
 
 def proven_head_dim(x: Tensor) -> int | None:
-    """The last size of x if proofs exist for it. Comparing makes a size that torch.compile keeps variable a constant."""
+    """The last size of x if proofs exist for it. The comparison makes a symbolic size a constant."""
     return next((size for size in proof.HEAD_DIMS if x.shape[-1] == size), None)
 
 

@@ -1,9 +1,10 @@
-"""Which CUDA kernels were proven on this GPU: what "auto" may run there. `python -m nanochameleon.bench prove` finds out.
+"""Reads which CUDA kernels are proven on this GPU: those that "auto" may run. `python -m nanochameleon.bench prove`
+writes it.
 
-A proof is a JSON file, `proven-KEY.json`, in the cache folder (NANOCHAMELEON_CACHE, or see caches.py). KEY is a digest of
-what the kernels' results and times depend on: their sources, the GPU, its driver, and the versions of what compiles and
-launches them. After a change of any of these the file is no longer found, so the kernels have to be proven again. A
-table may also be part of the repository, in `proven/`: it counts for every driver, and any edit of the sources ends it.
+A proof is a JSON file, `proven-KEY.json`, in the cache folder (NANOCHAMELEON_CACHE, or see caches.py). KEY is a digest
+of what the kernels' results and times depend on: their sources, the GPU, its driver, and the versions of what compiles
+and launches them. After a change of any of these the file is no longer found, so the kernels have to be proven again. A
+table may also be part of the repository, in `proven/`. It holds for every driver, until any source is edited.
 
 Nothing here raises: a damaged file is no proof, and training runs on PyTorch's operations.
 """
@@ -87,7 +88,7 @@ def entry_name(op: str, dtype: torch.dtype, head_dim: int | None, implementation
 
 
 def sources_digest() -> str:
-    """Digest of all CUDA files and of the Python that launches them. The emulator and CPU kernels are not part of it."""
+    """Digest of all CUDA files and of the Python that launches them, without the emulator and the kernels for CPUs."""
     digest = hashlib.sha256()
     for path in sorted(path for name in ("attention", "gpu", "zloss") for path in (KERNELS / name).rglob("*")):
         if path.suffix in (".cu", ".cuh", ".py") and "emulator" not in path.parts and "cpu" not in path.name:

@@ -33,7 +33,7 @@ class Bands:
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
-        """Inside, what Python code allocates without values has bands. Other threads see this, too: autograd has some."""
+        """Inside, new memory of Python code has bands, in every thread, since autograd has some of its own."""
 
         def empty(*shape, dtype=None, device=None, fill=POISON):
             shape = shape[0] if shape and not isinstance(shape[0], int) else shape

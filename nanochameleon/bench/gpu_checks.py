@@ -8,7 +8,7 @@ The emulator in kernels/gpu/emulator/ shows on a CPU that the kernels are correc
 hardware can show that they are correct on the hardware.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -100,6 +100,16 @@ def same_bits(problem: Problem, times: int, device: torch.device) -> None:
                 raise CheckFailed(f"{differing[0]} of {problem.name}: run {number + 1} differs from the first, a race")
 
 
+def check_all(problems: Iterable[Problem], dtype: torch.dtype, times: int, device: torch.device) -> dict[str, float]:
+    """Check each problem and repeat it. Return the largest error of each result, as a share of what is allowed."""
+    errors = {}
+    for problem in problems:
+        for name, error in check(problem, dtype).items():
+            errors[name] = max(error, errors.get(name, 0.0))
+        same_bits(problem, times, device)
+    return errors
+
+
 @contextmanager
 def busy(device: torch.device) -> Iterator[Callable[[], None]]:
     """Yield a function that gives another stream of the GPU some milliseconds of work."""
@@ -141,7 +151,9 @@ def attention_problem(
 
     def outcome(function: Callable, x: Tensors, dtype: torch.dtype) -> Tensors:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        leaves = {n: y.detach().to(wide if "_" in n else dtype).requires_grad_() for n, y in x.items() if n not in others}
+        leaves = {
+            n: y.detach().to(wide if "_" in n else dtype).requires_grad_() for n, y in x.items() if n not in others
+        }
         q, k, v, *norms = leaves.values()
         out = function(q, k, v, table, x.get("doc_ids"), norms[:2], norms[2:], EPS)
         gradients = torch.autograd.grad(out, list(leaves.values()), x["d_out"].to(dtype))
@@ -172,7 +184,7 @@ def own_attention_problem(
         return {"out": out, "lse2": lse2, "dq": dq, "dk": dk, "dv": dv}
 
     def reference(x: Tensors, dtype: torch.dtype) -> Tensors:
-        leaves = [x[name].to(dtype).requires_grad_() for name in "qkv"]
+        leaves = [x[name].detach().to(dtype).requires_grad_() for name in "qkv"]
         q, k, v = (y.transpose(1, 2) for y in leaves)
         mask = visible(x["doc_ids"], x["doc_ids"])
         out = attention_reference(q, k, v, mask).transpose(1, 2)
@@ -244,7 +256,7 @@ def loss_problem(n: int, v: int, dtype: torch.dtype, overwrite: bool, device: to
         return {"loss": loss, "log Z": log_z, "gradient": logits}
 
     def reference(x: Tensors, kind: torch.dtype) -> Tensors:
-        logits = x["logits"].to(kind).requires_grad_()
+        logits = x["logits"].detach().to(kind).requires_grad_()
         loss, log_z = zloss_cross_entropy_reference(logits, x["targets"])
         (gradient,) = torch.autograd.grad((loss + Z_LOSS * log_z.square()).sum() / n, logits)
         return {"loss": loss.detach(), "log Z": log_z.detach(), "gradient": gradient}
@@ -268,7 +280,7 @@ def linear_problem(n: int, v: int, d: int, dtype: torch.dtype, device: torch.dev
         return dict(zip(results, found, strict=True))
 
     def reference(x: Tensors, kind: torch.dtype) -> Tensors:
-        leaves = [x[name].to(kind).requires_grad_() for name in ("hidden", "weight")]
+        leaves = [x[name].detach().to(kind).requires_grad_() for name in ("hidden", "weight")]
         loss, log_z = zloss_cross_entropy_reference(F.linear(*leaves), x["targets"])
         gradients = torch.autograd.grad((loss + Z_LOSS * log_z.square()).sum() / n, leaves)
         return dict(zip(results, (loss.detach(), log_z.detach(), *gradients), strict=True))
