@@ -17,7 +17,7 @@ from torch import Tensor
 from nanochameleon.bench.measure import median_seconds, peak_bytes
 from nanochameleon.bench.rows import Row, rows_against_one
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.kernels import qknorm_rope_attention, use_kernels
+from nanochameleon.kernels import dispatch, qknorm_rope_attention, use_kernels
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops
@@ -55,8 +55,9 @@ def with_kernels(name: str, function: Callable) -> Callable:
 
 
 def own(device: torch.device) -> str:
-    """The name of our own kernels on this device."""
-    return "cuda" if device.type == "cuda" else "numba"
+    """The name of our own kernels on this device. The emulator makes a CPU a GPU."""
+    emulated = dispatch.why_cuda_unavailable("zloss_cross_entropy", device, torch.bfloat16) is None
+    return "cuda" if device.type == "cuda" or emulated else "numba"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
         return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * upstream).float().sum()
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
-    names = ("cuda", "vendor") if device.type == "cuda" else (own(device),)
+    names = ("cuda", "vendor") if own(device) == "cuda" else (own(device),)
     if why_amx_unavailable(device, dtype) is None:
         names += ("amx",)
     ours = {name: of(with_kernels(name, qknorm_rope_attention)) for name in names}
