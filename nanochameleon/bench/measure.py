@@ -32,9 +32,10 @@ def seconds_of(job: Job, device: torch.device) -> float:
         job()
         return clock() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
     job()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return start.elapsed_time(end) / 1e3
 

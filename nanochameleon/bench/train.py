@@ -166,12 +166,12 @@ def one_by_one(
     for name, make in jobs.items():
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         try:
             taken |= median_seconds({name: make()}, rounds, device, max_seconds)
         except torch.OutOfMemoryError:
             say(f"{name} does not fit into the memory")
-        peak[name] = torch.cuda.max_memory_allocated() / 2**30
+        peak[name] = torch.cuda.max_memory_allocated(device) / 2**30
     return taken, peak
 
 
