@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanochameleon.bench.kernels import Z_LOSS, Case, attention_case, check, linear_case, with_kernels, zloss_case
 from nanochameleon.kernels.attention.cuda import document_bounds
-from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.reference import attention, attention_reference, visible
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
@@ -92,12 +92,12 @@ def decode_inputs(n: int, h: int, g: int, cache_len: int, e: int, device: torch.
     heads, keys, values = random(n, 1, h + 2 * g, e, device=device), *random(2, n, g, cache_len, e, device=device)
     positions = torch.full((n, 1), cache_len - 1, device=device)
     norm = torch.ones(h + g, e, device=device), torch.zeros(h + g, e, device=device)
-    bias = torch.zeros(n, 1, cache_len, device=device, dtype=BF16)
-    return heads, compute_freqs_cis(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions, bias
+    return heads, compute_freqs_cis(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions
 
 
 def decode_case(n: int, h: int, g: int, cache_len: int, e: int, device: torch.device) -> Case:
     inputs = decode_inputs(n, h, g, cache_len, e, device)
+    inputs += (see_cache(inputs[6], inputs[4], cache_len),)
     queries, keys, values, positions = random(n, 1, h, e, device=device), *inputs[4:7]
     rows = queries.view(n, g, h // g, e)
     variants = {
@@ -160,11 +160,12 @@ def check_in_place(n: int, v: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def check_decoding(sizes: tuple, device: torch.device) -> None:
-    heads, freqs_cis, norm, eps, keys, values, positions, bias = decode_inputs(*sizes, device)
+    heads, freqs_cis, norm, eps, keys, values, positions = decode_inputs(*sizes, device)
 
     def run(function, kind: torch.dtype) -> tuple[Tensor, ...]:
         cache = [x.to(kind, copy=True) for x in (keys, values)]
-        return function(heads.to(kind), freqs_cis, norm, eps, *cache, positions, bias.to(kind)), *cache
+        seen = see_cache(positions, cache[0], keys.shape[2])
+        return function(heads.to(kind), freqs_cis, norm, eps, *cache, positions, seen), *cache
 
     truth, plain = (run(decode_attention_reference_, kind) for kind in (torch.float64, BF16))
     result = run(with_kernels("cuda", decode_attention_), BF16)
