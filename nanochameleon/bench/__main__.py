@@ -1,5 +1,9 @@
-"""python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE], see --help"""
+"""python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE], see --help
 
+python -m nanochameleon.bench gpu measures all of them, and more, on a GPU.
+"""
+
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,5 +93,13 @@ def write_files(args: Args, measured: list) -> None:
             rows.plot(measured, args.plot)
 
 
+def dispatch(args: list[str]) -> None:
+    if args[:1] == ["gpu"]:
+        from nanochameleon.bench.gpu import run
+
+        return run.main(parse(run.GPUArgs, args[1:]))
+    main(parse(Args, args, description=__doc__))
+
+
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(parse(Args, description=__doc__)))
+    exit_on_user_error(lambda: dispatch(sys.argv[1:]))

@@ -6,6 +6,7 @@ error is at most twice that of torch's own bfloat16, as in the tests.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,49 +22,59 @@ from nanochameleon.transformer import compute_freqs_cis
 
 BF16 = torch.bfloat16
 
-# The rows of docs/results/gpu.md. The first of each list is measured with --quick.
-ATTENTION = [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]  # (B, T, H, E)
-ZLOSS = [(8_192, 4_096), (65_536, 4_096), (32_768, 65_536)]  # (tokens, vocabulary)
-LINEAR = [(8_192, 65_536, 1_024), (8_192, 65_536, 4_096), (32_768, 65_536, 4_096)]  # (tokens, vocabulary, dim)
-DECODE = [
-    (16, 32, 32, 2_048, 128),
-    (1, 32, 32, 2_048, 128),
-    (16, 64, 8, 4_096, 128),
-]  # (B, heads, KV heads, cache length, E)
 
-CHECKED_LENGTHS = (70, 300)  # with documents
-CHECKED_WIDTHS = (33, 940, 4_096, 65_536)
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: the rows of docs/results/gpu.md. And at which sizes kernels are checked before."""
+
+    attention: tuple[tuple[int, ...], ...] = ((16, 1_024, 16, 64), (4, 4_096, 32, 128))  # (B, T, H, E)
+    # (tokens, vocabulary)
+    zloss: tuple[tuple[int, ...], ...] = ((65_536, 4_096), (32_768, 65_536))
+    # (tokens, vocabulary, dim)
+    linear: tuple[tuple[int, ...], ...] = ((32_768, 65_536, 4_096),)
+    # (B, heads, KV heads, cache length, E)
+    decode: tuple[tuple[int, ...], ...] = (
+        (16, 32, 32, 2_048, 128), (1, 32, 32, 2_048, 128), (16, 64, 8, 4_096, 128),
+    )  # fmt: skip
+    checked_lengths: tuple[int, ...] = (70, 300)  # with documents
+    checked_widths: tuple[int, ...] = (33, 940, 4_096, 65_536)
 
 
-def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
-    """Check each kernel at small sizes, then yield the cases to time."""
-
-    def wanted(name: str, sizes: list[tuple]) -> list[tuple]:
-        return [] if op not in ("all", name) else sizes[:1] if quick else sizes
-
+def cases(device: torch.device, quick: bool, op: str, sizes: Sizes | None = None) -> Iterator[Case]:
+    """Check each kernel at small sizes, then yield the cases to time. quick leaves out the simple kernels."""
+    sizes = sizes or Sizes()
+    check_all(device, op, sizes)
+    if op in ("all", "zloss"):
+        for n, v in sizes.zloss:
+            yield zloss_case(n, v, BF16, device)
+    if op in ("all", "decode"):
+        for each in sizes.decode:
+            yield decode_case(*each, device)
     if op in ("all", "attention"):
-        for t in CHECKED_LENGTHS:
+        for b, t, h, e in sizes.attention:
+            yield with_parts(attention_case(b, t, h, e, BF16, False, device), not quick)
+    if op in ("all", "linear_zloss"):
+        for n, v, d in sizes.linear:
+            yield linear_case(n, v, d, BF16, device)
+
+
+def check_all(device: torch.device, op: str, sizes: Sizes) -> None:
+    """Raise AssertionError for an op, or one of all, whose error exceeds twice that of torch's own bfloat16."""
+    if op in ("all", "attention"):
+        for t in sizes.checked_lengths:
             for b, h, e in [(2, 4, 64), (1, 2, 128), (2, 3, 48)]:
                 check(attention_case(b, t, h, e, BF16, True, device))
-        check_own_attention(device)
-    for b, t, h, e in wanted("attention", ATTENTION):
-        yield with_parts(attention_case(b, t, h, e, BF16, False, device))
+        check_own_attention(device, sizes.checked_lengths)
     if op in ("all", "zloss"):
-        for v in CHECKED_WIDTHS:
+        for v in sizes.checked_widths:
             for dtype in (BF16, torch.float32):
                 check(zloss_case(40, v, dtype, device))
                 check_in_place(40, v, dtype, device)
-    for n, v in wanted("zloss", ZLOSS):
-        yield zloss_case(n, v, BF16, device)
     if op in ("all", "linear_zloss"):
         check(linear_case(100, 1_000, 64, BF16, device))
-    for n, v, d in wanted("linear_zloss", LINEAR):
-        yield linear_case(n, v, d, BF16, device)
     if op in ("all", "decode"):
-        for sizes in ((2, 6, 2, 70, 64), (1, 4, 4, 600, 128)):
-            check_decoding(sizes, device)
-    for sizes in wanted("decode", DECODE):
-        yield decode_case(*sizes, device)
+        for each in ((2, 6, 2, 70, 64), (1, 4, 4, 600, 128)):
+            check_decoding(each, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,14 +85,15 @@ def random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=BF16)
 
 
-def with_parts(case: Case) -> Case:
-    """Add attention without norm and rotation: our versions and torch's."""
+def with_parts(case: Case, simple: bool) -> Case:
+    """Add attention without norm and rotation: our versions, torch's, and the simple kernel where that is wanted."""
     q, k, v = (x.detach() for x in case.inputs[:3])
     bounds = document_bounds(None, q)
     out, lse = gpu.attention(q, k, v, bounds[0])
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, bounds[0])
-    case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, bounds[0], simple=True)
+    if simple:  # up to a second a launch
+        case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, bounds[0], simple=True)
     case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
     case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, *bounds)
     return case
@@ -119,9 +131,9 @@ def compare(name: str, result: Tensor, plain: Tensor, truth: Tensor) -> None:
         raise AssertionError(f"{name} is off by {error:.2g}, torch's own by {allowed:.2g}")
 
 
-def check_own_attention(device: torch.device) -> None:
+def check_own_attention(device: torch.device, lengths: tuple[int, ...]) -> None:
     """Check both kernels and their gradients, with grouped KV heads and documents in any order."""
-    for t, heads, key_heads, e in ((17, 2, 2, 64), (CHECKED_LENGTHS[0], 4, 2, 64), (CHECKED_LENGTHS[1], 4, 1, 128)):
+    for t, heads, key_heads, e in ((17, 2, 2, 64), (lengths[0], 4, 2, 64), (lengths[1], 4, 1, 128)):
         q, k, v, d_out = (random(2, t, h, e, device=device) for h in (heads, key_heads, key_heads, heads))
         docs = torch.randint(0, 3, (2, t), device=device)
         truth, plain = (reference_results(q, k, v, d_out, docs, kind) for kind in (torch.float64, BF16))

@@ -21,7 +21,7 @@ from nanochameleon.kernels import qknorm_rope_attention, use_kernels
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
+from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable, why_cuda_unavailable
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.steps import zloss_loops
 from nanochameleon.losses import fused_next_token_loss, next_token_loss
@@ -54,8 +54,9 @@ def with_kernels(name: str, function: Callable) -> Callable:
 
 
 def own(device: torch.device) -> str:
-    """The name of our own kernels on this device."""
-    return "cuda" if device.type == "cuda" else "numba"
+    """The name of our own kernels on this device. In the emulator CUDA kernels run on a CPU, too."""
+    in_emulator = why_cuda_unavailable("zloss_cross_entropy", device, torch.bfloat16) is None
+    return "cuda" if device.type == "cuda" or in_emulator else "numba"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,19 +71,19 @@ def documents(b: int, t: int) -> Tensor:
 
 
 def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: bool, device: torch.device) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(b, t, h, e, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+    generator = torch.Generator(device).manual_seed(0)
+    heads = [torch.randn(b, t, h, e, generator=generator, device=device).to(dtype) for _ in range(4)]
+    q, k, v = (x.requires_grad_() for x in heads[:3])
     norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
     table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
     docs = documents(b, t).to(device) if packed else None
-    upstream = torch.randn(b, t, h, e, generator=generator).to(device, dtype)
 
     def of(function: Callable) -> Callable:
-        return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * upstream).float().sum()
+        return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * heads[3]).float().sum()
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
-    names = ("cuda", "vendor") if device.type == "cuda" else (own(device),)
-    if why_amx_unavailable(device, dtype) is None:
+    names = ("cuda", "vendor") if own(device) == "cuda" else ("numba",)
+    if names == ("numba",) and why_amx_unavailable(device, dtype) is None:
         names += ("amx",)
     ours = {name: of(with_kernels(name, qknorm_rope_attention)) for name in names}
     variants, plain = {"reference": of(qknorm_rope_attention_reference), **ours}, {}
@@ -93,9 +94,9 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
 
 
 def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(n, v, generator=generator).to(device, dtype).requires_grad_()
-    targets = torch.randint(v, (n,), generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(n, v, generator=generator, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=generator, device=device)
 
     def ours(logits: Tensor, overwrite_logits: bool = False) -> Tensor:
         return next_token_loss(logits, targets, VOCAB, Z_LOSS, 1.0, overwrite_logits).loss
@@ -125,10 +126,10 @@ def reference_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=generator) * d**-0.5).to(device, dtype).requires_grad_()
-    targets = torch.randint(v, (n,), generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator, device=device) * d**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=generator, device=device)
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         return fused_next_token_loss(hidden, weight, targets, VOCAB, Z_LOSS, 1.0).loss

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from nanochameleon.kernels import dispatch
 from nanochameleon.kernels.gpu import launch as gpu
 
 HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
@@ -148,3 +149,15 @@ def emulated(generation: int = 80) -> Iterator[None]:
         yield
     finally:
         gpu.start, gpu.shared_kilobytes = before
+
+
+@contextmanager
+def emulated_gpu(generation: int = 80) -> Iterator[None]:
+    """The same, and dispatch takes tensors of the CPU for those of a GPU."""
+    before = dispatch.why_cuda_unavailable
+    dispatch.why_cuda_unavailable = lambda op, device, dtype: None
+    try:
+        with emulated(generation):
+            yield
+    finally:
+        dispatch.why_cuda_unavailable = before
