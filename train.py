@@ -88,7 +88,8 @@ def forward_backward(
 ) -> tuple[Sums, float]:
     """Add this rank's gradients of the batch to p.grad, one micro-batch at a time; dropout_seeds is (B,).
 
-    Returns sums over this rank's sequences, and the number of supervised tokens in the whole batch.
+    The batch is on the CPU. Nothing here waits for the GPU, so micro-batches queue up and it never idles. Returns sums
+    over this rank's sequences, and the number of supervised tokens in the whole batch.
     """
     mesh, n_sequences, total = model.mesh, len(batch.tokens), None
     # The loss is a mean over the whole batch, so its divisor must be known before the first micro-batch runs.
@@ -98,7 +99,8 @@ def forward_backward(
     for first in range(0, n_sequences, size):
         part = slice(first, first + size)
         with model.gradient_sync(first + size >= n_sequences):  # ranks sum their gradients once, after the last part
-            sums = model.wrapped(batch[part], dropout_seeds[part], z_loss, normalizer)
+            inputs = batch[part].to(mesh.device), dropout_seeds[part].to(mesh.device, non_blocking=True)
+            sums = model.wrapped(*inputs, z_loss, normalizer)
             sums.next_token.loss.backward()
         sums = tree_map(torch.Tensor.detach, sums)  # frees the graph
         total = sums if total is None else tree_map(torch.add, total, sums)
@@ -141,7 +143,7 @@ def train_loop(
         sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,), counted over the whole run
         batch = mask_targets(loader.batch(number, rows), t.image_loss, n_codes, run.vocab)
         batch = corrupt_image_tokens(batch, t.image_token_noise, n_codes, run.vocab, cfg.seed, sample_indices)
-        batch, dropout_seeds = batch.to(mesh.device), fold_in(sample_indices, cfg.seed).to(mesh.device)
+        dropout_seeds = fold_in(sample_indices, cfg.seed)  # (B,); like the batch, on the CPU
 
         # 2. Forward and backward over micro-batches; gradients add up in p.grad.
         model.model.train()  # draw_samples leaves it in eval mode

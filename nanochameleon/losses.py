@@ -100,9 +100,10 @@ class GradientInForward(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("backward was called twice on a loss that holds one gradient: compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None  # from here on their memory belongs to autograd
-        # Training calls loss.backward(), where upstream is 1. Reading it makes a GPU wait for the forward pass, which
-        # costs less than one more pass over all logits.
-        if torch.compiler.is_compiling() or float(upstream) != 1:
+        # Training calls loss.backward(), where upstream is 1. A CPU reads it and saves a pass over the gradients. A GPU
+        # would have to finish the forward pass first, so it multiplies: with the fused output layer the gradients are
+        # those of hidden and weight, far smaller than the logits.
+        if torch.compiler.is_compiling() or upstream.device.type != "cpu" or float(upstream) != 1:
             gradients = [gradient.mul_(upstream) for gradient in gradients]
         return None, None, None, *gradients
 
@@ -121,6 +122,6 @@ def sum_by_modality(loss: Tensor, cross_entropy: Tensor, log_z: Tensor, targets:
         log_z_squared=log_z.square().sum(),
         log_z=log_z.sum(),
         count=(targets >= 0).sum().float(),
-        image_cross_entropy=cross_entropy[image].sum(),
+        image_cross_entropy=cross_entropy.masked_fill(~image, 0.0).sum(),  # cross_entropy[image] would sync a GPU
         image_count=image.sum().float(),
     )

@@ -84,7 +84,9 @@ class Muon(torch.optim.Optimizer):
             if parameter.requires_grad:
                 independent_rows = name.startswith(("tok_embeddings", "output")) or "embedding" in name
                 (matrices if decays(name, parameter) and not independent_rows else rest).append(parameter)
-        groups = [{"params": matrices, "orthogonal": True}, {"params": rest, "orthogonal": False}]
+        # torch's load_state_dict moves AdamW's step counts to the device only where a group says that it is fused
+        adam = {"params": rest, "orthogonal": False, "fused": can_fuse(rest)}
+        groups = [{"params": matrices, "orthogonal": True}, adam]
         defaults = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "momentum": momentum}
         super().__init__(groups, defaults | {"weight_decay": cfg.weight_decay})
 
@@ -124,11 +126,12 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                self.state[parameter] |= {"step": torch.zeros(()), "mean": mean, "square": square}
+                step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")  # as torch's AdamW does
+                self.state[parameter] |= {"step": step, "mean": mean, "square": square}
         states = [self.state[parameter] for parameter in parameters]
         means, squares, steps = ([state[key] for state in states] for key in ("mean", "square", "step"))
         adamw(
-            parameters, [p.grad for p in parameters], means, squares, [], steps, fused=can_fuse(parameters),
+            parameters, [p.grad for p in parameters], means, squares, [], steps, fused=group["fused"],
             beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=0.0, eps=group["eps"],
             amsgrad=False, maximize=False,
         )  # fmt: skip

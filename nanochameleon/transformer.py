@@ -87,14 +87,14 @@ class QKNorm(nn.Module):
 
 
 def compute_freqs_cis(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """positions (B, T) -> rotations (B, 1, T, E/2): unit complex numbers exp(i * position * theta^(-2 pair / E)).
+    """positions (B, T) -> rotations (B, 1, T, E/2, 2) float32: cos and sin of position * theta^(-2 pair / E).
 
-    Rotary embedding (RoFormer, arXiv 2104.09864): `apply_rotary_emb` multiplies each pair of neighbouring values by its
-    rotation, so the score of a query and a key depends only on their distance.
+    Rotary embedding (RoFormer, arXiv 2104.09864): `apply_rotary_emb` rotates each pair of neighbouring values by its
+    angle, so the score of a query and a key depends only on their distance.
     """
     freqs = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # Llama's rounding
     angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
-    return torch.complex(angles.cos(), angles.sin())  # torch.polar rounds differently
+    return torch.stack((angles.cos(), angles.sin()), -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class Chameleon(nn.Module):
             raise ValueError("training with dropout needs dropout_seeds, one for each sequence")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)  # (B, T)
-        freqs_cis = compute_freqs_cis(positions, self.cfg.head_dim, self.cfg.rope_theta)  # (B, 1, T, E/2)
+        freqs_cis = compute_freqs_cis(positions, self.cfg.head_dim, self.cfg.rope_theta)  # (B, 1, T, E/2, 2)
         x, branch = self.tok_embeddings(tokens), None  # (B, T, D)
         # recomputing must run the kernels that the forward pass ran; a compiled graph has chosen them already
         options = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}

@@ -1,5 +1,6 @@
 """Who decays, what the learning rate is at each step, that AdamW is the one of the paper and Muon the one it says."""
 
+import importlib
 import math
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from nanochameleon import optim
 from nanochameleon.config import ModelConfig, OptimConfig, VQGANConfig
 from nanochameleon.errors import UserError
 from nanochameleon.images.vqgan import VQGAN
@@ -286,3 +288,24 @@ def test_muon_continues_bitwise_from_its_saved_state(tmp_path):
 def test_the_name_of_the_optimizer_decides():
     assert isinstance(make_optimizer(Mixed(), MUON), Muon)
     assert isinstance(make_optimizer(Mixed(), OptimConfig()), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("cfg", [MUON, OptimConfig()], ids=lambda cfg: cfg.name)
+def test_all_state_is_on_its_parameter_s_device_after_a_step_and_after_loading(cfg, monkeypatch):
+    """The meta device stands in for a GPU, where the fused AdamW refuses a step count on the CPU."""
+    monkeypatch.setattr(optim, "can_fuse", lambda _: True)
+    monkeypatch.setattr(optim, "orthogonalize", lambda matrices: matrices)  # autocast does not know this device
+    monkeypatch.setattr(
+        importlib.import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None
+    )
+    on_cpu, on_meta = Mixed(), Mixed().to("meta")
+    optimizers = [make_optimizer(model, cfg) for model in (on_cpu, on_meta, on_meta)]
+    take_step(optimizers[0], on_cpu, 0, 1e-2)
+    for parameter in on_meta.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers[1].step()
+    load_optimizer(optimizers[2], on_meta, optimizer_tensors(optimizers[0], on_cpu))
+    for optimizer in optimizers:
+        fields = [(p, x) for p, state in optimizer.state.items() for x in state.values()]
+        assert len(fields) > 10 and all(x.device == p.device for p, x in fields)
+        optimizer.step()  # none is left on the CPU that the fused update would refuse

@@ -5,7 +5,7 @@ qknorm_rope_attention.py. Not here: which tokens are new, and sampling (generati
 
 Shapes: N slots of a batch with T new tokens each (one, or few), H heads, G key heads. The cache has S positions, of
 which the first `kv_len` are attended to. qkv (N, T, H + 2 G, E): queries, keys, values, as the projections give them.
-freqs_cis (N, T, E/2) complex. norm: weight and bias (H + G, E), or None. keys, values (N, G, S, E). positions (N, T)
+freqs_cis (N, T, E/2, 2). norm: weight and bias (H + G, E), or None. keys, values (N, G, S, E). positions (N, T)
 int64 below kv_len. mask (N, T, kv_len) is 0 where a token sees a position, else -infinity; all layers share it.
 """
 
@@ -29,9 +29,8 @@ def decode_attention_(
     """
     if choose("decode_attention", qkv) != "cuda" or qkv.shape[-1] not in gpu.HEAD_DIMS:
         return decode_attention_reference_(qkv, freqs_cis, norm, eps, keys, values, positions, mask)
-    cos_sin = torch.view_as_real(freqs_cis.resolve_conj()).flatten(-2)  # (N, T, E): a pair's cos, its sin
     op, kv_len = torch.ops.nanochameleon.decode_attention, mask.shape[-1]
-    return op(qkv, cos_sin, *(norm or (None, None)), eps, keys, values, positions, kv_len)
+    return op(qkv, freqs_cis.flatten(-2), *(norm or (None, None)), eps, keys, values, positions, kv_len)
 
 
 def qknorm_rope(x: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:

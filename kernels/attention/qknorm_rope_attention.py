@@ -13,8 +13,8 @@ A rotation is orthogonal, so its gradient g is the rotation by the opposite angl
 u = g * weight:
     d weight = sum g n,   d bias = sum g,   d row = (u - mean(u) - n mean(u n)) / deviation
 
-Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); freqs_cis (B or 1, 1, T, E/2)
-complex; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) consecutive heads.
+Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); freqs_cis (B or 1, 1, T,
+E/2, 2); doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) consecutive heads.
 Not here: the reference (reference.py), and the compiled kernels (cpu.py, cuda.py, ../cpu/amx/).
 """
 
@@ -44,10 +44,9 @@ def qknorm_rope_attention(
     if name == "reference" or not q.numel():
         return qknorm_rope_attention_reference(q, k, v, freqs_cis, doc_ids, q_norm, k_norm, eps)
     expect_heads(NAME, q, k, heads=2)
-    if freqs_cis.dim() != 4 or freqs_cis.shape[1] != 1 or not freqs_cis.is_complex():
-        shape = f"{tuple(freqs_cis.shape)}, {freqs_cis.dtype}"
-        raise ValueError(f"{NAME}: freqs_cis must be (B, 1, T, E/2), complex; it is {shape}")
-    cos_sin = torch.view_as_real(freqs_cis[:, 0].resolve_conj()).flatten(-2)  # (B or 1, T, E): a pair's cos, its sin
+    if freqs_cis.dim() != 5 or freqs_cis.shape[1] != 1 or freqs_cis.shape[-1] != 2:
+        raise ValueError(f"{NAME}: freqs_cis must be (B, 1, T, E/2, 2); it is {tuple(freqs_cis.shape)}")
+    cos_sin = freqs_cis[:, 0].flatten(-2)  # (B or 1, T, E): a pair's cos, its sin
     norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
     if name in ("cuda", "vendor"):
         return qknorm_rope_attention_cuda(q, k, v, cos_sin, doc_ids, *norms, eps, own=name == "cuda")

@@ -3,8 +3,8 @@
     attention           out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(E)) v[b, g, j],
                         g = h // (H / G), over the keys j that query i may see
     layer_norm          each head of q or k normalised, times weight plus bias
-    apply_rotary_emb    pairs (x[2i], x[2i+1]) as complex numbers, times freqs_cis. The pairs are Meta's: Hugging Face
-                        pairs x[i] with x[i + E/2] instead
+    apply_rotary_emb    each pair (x[2i], x[2i+1]) rotated by its angle. The pairs are Meta's: Hugging Face pairs x[i]
+                        with x[i + E/2] instead
 
 `attention` runs torch's fused version, `attention_reference` the formula. Not here: the projections (transformer.py).
 
@@ -91,10 +91,15 @@ def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E) by freqs_cis (B or 1, 1, T, E/2), complex."""
+    """Rotate neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E) by freqs_cis (B or 1, 1, T, E/2, 2): cos and sin.
+
+    A pair (a, b) is the number a + ib, and multiplying by cos + i sin rotates it by that angle:
+        (a + ib) (cos + i sin) = (a cos - b sin) + i (a sin + b cos)
+    The two parts are written out, because torch.compile has no code for tensors of such numbers.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())  # (B, H, T, E/2)
-    return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
+    (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), freqs_cis.unbind(-1)  # (B, H, T, E/2) each
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
 
 def qknorm_rope_attention_reference(

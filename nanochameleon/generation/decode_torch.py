@@ -90,7 +90,7 @@ class FusedStep:
         self.model, cfg = model, model.cfg
         self.blocks = [FusedBlock(block, cfg) for block in model.layers]
         positions = torch.arange(context, device=model.output.weight.device)[None]
-        self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2)
+        self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2, 2)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: list[CacheView]) -> Tensor:
         """One token (n,) per slot at its position (n,), a CacheView per layer -> hidden states (n, D)."""

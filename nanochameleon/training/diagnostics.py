@@ -22,8 +22,8 @@ from nanochameleon.vocab import Vocab
 
 def compute_metrics(sums: Sums, mesh: Mesh, z_loss_weight: float) -> dict[str, float]:
     """Means per token of each modality over the whole batch; monitor.FIELDS explains the names."""
-    _, cross_entropy, z, log_z, n, of_images, n_images = mesh.all_reduce_sum(*map(float, sums.next_token))
-    output_norm, n_tokens = mesh.all_reduce_sum(float(sums.output_norm), float(sums.n_tokens))
+    local = torch.stack([*sums.next_token, sums.output_norm, sums.n_tokens]).tolist()  # one read of the GPU
+    _, cross_entropy, z, log_z, n, of_images, n_images, output_norm, n_tokens = mesh.all_reduce_sum(*local)
     z_loss, n_text = z_loss_weight * z / max(n, 1.0), n - n_images
     return {
         "loss": cross_entropy / max(n, 1.0) + z_loss,
@@ -74,7 +74,7 @@ def local_max_logits(objective: Objective, batch: Batch, dropout_seeds: Tensor |
 def max_attention_logits(model: ParallelModel, batch: Batch, dropout_seeds: Tensor) -> list[float]:
     """The largest attention logit of each layer on the first sequence of the whole batch, over all ranks."""
     mesh = model.mesh
-    found = local_max_logits(model.objective, batch[:1], dropout_seeds[:1])
+    found = local_max_logits(model.objective, batch[:1].to(mesh.device), dropout_seeds[:1].to(mesh.device))
     has_first = mesh.batch_slice(len(batch.tokens) * mesh.dp_size).start == 0
     return mesh.all_reduce_max(*(found if has_first else [-math.inf] * len(found)))
 
@@ -83,8 +83,8 @@ def gradient_norms(model: Chameleon, vocab: Vocab) -> dict[str, float]:
     """{"grad_norm_text", "grad_norm_image"}: the gradient's norm over the rows of embedding and output layer that
     belong to text, or to image codes. Every rank of a sharded model has to take part."""
     rows = sum(full_tensor(m.weight.grad.square().sum(1)) for m in (model.tok_embeddings, model.output))  # (V,)
-    image, text = rows[vocab.first_code : vocab.eoi].sum(), rows[vocab.first_text :].sum()
-    return {"grad_norm_text": float(text.sqrt()), "grad_norm_image": float(image.sqrt())}
+    text, image = rows[vocab.first_text :].sum(), rows[vocab.first_code : vocab.eoi].sum()
+    return dict(zip(("grad_norm_text", "grad_norm_image"), torch.stack([text, image]).sqrt().tolist(), strict=True))
 
 
 def memory_gib(device: torch.device) -> float | None:

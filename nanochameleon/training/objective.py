@@ -52,7 +52,7 @@ class Objective(nn.Module):
             x = hidden.to(matmul_dtype(hidden)) if fused else self.model.logits(hidden)  # (N, D) or (N, V)
         loss = self.fused_loss if fused else self.loss_of_logits
         norms = features.detach().float().norm(dim=-1)  # (B, T)
-        n_tokens = torch.tensor(float(norms.numel()), device=norms.device)
+        n_tokens = torch.full((), float(norms.numel()), device=norms.device)  # torch.tensor would copy it from the CPU
         return Sums(loss(x, batch.targets.flatten(), z_loss, normalizer), norms.sum(), n_tokens)
 
     def fused_loss(self, hidden: Tensor, targets: Tensor, z_loss: float, normalizer: float) -> LossSums:

@@ -78,7 +78,7 @@ class Recovery:
         where = f"its batch is in {path.parent}"
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file({name: x.cpu() for name, x in vars(batch).items()}, path)
+            save_file({name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}, path)
         except (SafetensorError, OSError) as error:  # safetensors reports a full disk by its own error
             where = f"its batch could not be kept: {error}"
         if mesh.is_rank0:

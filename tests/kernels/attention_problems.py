@@ -48,7 +48,6 @@ def outcome(function, problem, dtype) -> list[torch.Tensor]:
     norm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     x = {n: t.to(norm_dtype if "_" in n else dtype).requires_grad_() for n, t in tensors.items()}
     norms = [(x[f"{n}_weight"], x[f"{n}_bias"]) if f"{n}_weight" in x else None for n in "qk"]
-    freqs_cis = freqs_cis.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
     out = function(x["q"], x["k"], x["v"], freqs_cis, docs, *norms, EPS)
     return [out.detach(), *torch.autograd.grad(out, list(x.values()), upstream.to(dtype))]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from attention_problems import EPS, generator, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotation import rotated
 from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
@@ -87,8 +88,7 @@ def test_the_decoding_reference_is_the_formula(step):
     qk, v = qkv[:, :, :-groups], qkv[:, :, -groups:]
     if norm is not None:
         qk = F.layer_norm(qk, qk.shape[-1:], eps=EPS) * norm[0] + norm[1]
-    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)).contiguous()) * freqs_cis[:, :, None]
-    x = torch.cat([torch.view_as_real(pairs).flatten(-2), v], 2)
+    x = torch.cat([rotated(qk, freqs_cis[:, :, None]), v], 2)
     for i in range(n):
         for j in range(t):
             place = int(positions[i, j])
@@ -128,15 +128,16 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
 @pytest.mark.parametrize(
     ("wrong", "shape"),
     [("keys", (2, 2, 7, 32)), ("keys", (1, 2, 7, 64)), ("values", (2, 1, 7, 64)), ("values", (2, 2, 6, 64)),
-     ("positions", (1, 3)), ("positions", (2, 2)), ("freqs_cis", (2, 2, 32)), ("weight", (4, 64)), ("bias", (2, 3, 8))],
+     ("positions", (1, 3)), ("positions", (2, 2)), ("freqs_cis", (2, 2, 32, 2)), ("weight", (4, 64)),
+     ("bias", (2, 3, 8))],
 )  # fmt: skip
 def test_inputs_that_do_not_fit_raise(monkeypatch, wrong, shape):
     monkeypatch.setattr(gpu, "start", None)
     cache = (2, 2, 7, 64)
-    shapes = {"keys": cache, "values": cache, "positions": (2, 3), "freqs_cis": (2, 3, 32), "weight": (6, 64),
+    shapes = {"keys": cache, "values": cache, "positions": (2, 3), "freqs_cis": (2, 3, 32, 2), "weight": (6, 64),
               "bias": (2, 3, 7)} | {wrong: shape}  # fmt: skip
     keys, values, weight, bias = (torch.zeros(shapes[key]).to(NARROW) for key in ("keys", "values", "weight", "bias"))
-    freqs_cis, positions = torch.zeros(shapes["freqs_cis"]).to(torch.complex64), torch.zeros(shapes["positions"]).long()
+    freqs_cis, positions = torch.zeros(shapes["freqs_cis"]), torch.zeros(shapes["positions"]).long()
     qkv = torch.zeros(2, 3, 8, 64).to(NARROW)
     with use_kernels("cuda"), pytest.raises(ValueError, match=r"decode_attention"):
         decode_attention_(qkv, freqs_cis, (weight, weight), EPS, keys, values, positions, bias)

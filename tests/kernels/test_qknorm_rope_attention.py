@@ -130,7 +130,7 @@ def test_the_sums_that_the_gradient_needs_have_none_themselves():
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 6, requires_grad=True)
-    freqs_cis = torch.ones(shape[0], 1, shape[1], 3, dtype=torch.complex64)
+    freqs_cis = torch.ones(shape[0], 1, shape[1], 3, 2)
     with use_kernels("numba"):
         out = qknorm_rope_attention(x, x, x, freqs_cis, None, None, None, EPS)
     assert out.shape == x.shape
@@ -145,7 +145,7 @@ def test_an_output_lies_between_the_least_and_the_largest_value_that_is_seen(nam
     tensors, freqs_cis, docs, _ = problem
     q, k, v = (tensors[n].to(dtype) for n in "qkv")
     with use_kernels(name):
-        out = qknorm_rope_attention(q, k, v, freqs_cis.to(torch.complex64), docs, None, None, EPS)
+        out = qknorm_rope_attention(q, k, v, freqs_cis, docs, None, None, EPS)
     docs = torch.zeros(q.shape[:2]) if docs is None else docs
     v, unseen = v.repeat_interleave(q.shape[2] // v.shape[2], 2)[:, None], ~visible(docs, docs)[..., None, None]
     low, high = v.masked_fill(unseen, torch.inf).amin(2), v.masked_fill(unseen, -torch.inf).amax(2)
@@ -160,7 +160,7 @@ def test_only_distances_count_and_one_vector_on_all_unrotated_keys_does_not(name
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 70, heads, e, generator=generator).to(dtype) for heads in (2, 1, 1))
     shift = torch.randn(e, generator=generator).to(dtype)
-    places, still = torch.arange(70)[None], torch.ones(1, 1, 70, e // 2, dtype=torch.complex64)
+    places, still = torch.arange(70)[None], torch.tensor([1.0, 0.0]).expand(1, 1, 70, e // 2, 2)
     with use_kernels(name):
         rotations = [compute_freqs_cis(p, e, 1e4) for p in (places, places + by)]
         here, there = (qknorm_rope_attention(q, k, v, freqs_cis, None, None, None, EPS) for freqs_cis in rotations)
@@ -174,7 +174,7 @@ def test_gradcheck():
     """What every implementation is compared with: its gradient by differences, in float64."""
     q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
     norms = [torch.rand(1, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    freqs_cis = compute_freqs_cis(torch.arange(5).expand(1, 5), 4, 1e4).to(torch.complex128)
+    freqs_cis = compute_freqs_cis(torch.arange(5).expand(1, 5), 4, 1e4).double()
     docs = torch.tensor([[0, 0, 0, 1, 1]])
 
     def run(q, k, v, *n):

@@ -13,7 +13,7 @@ def test_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 70, 2, 6).unbind()
     docs = torch.randint(0, 2, (2, 70))
-    still = torch.ones(2, 1, 70, 3, dtype=torch.complex64)
+    still = torch.tensor([1.0, 0.0]).expand(2, 1, 70, 3, 2)
     out = torch.empty_like(q)
     attention_loops(q.numpy(), k.numpy(), v.numpy(), docs.numpy(), out.numpy())
     with use_kernels("numba"):

@@ -88,6 +88,13 @@ MUTANTS = [
         "test_transformer.py",
     ),
     Mutant(
+        "queries and keys rotate backwards",
+        "kernels/attention/reference.py",
+        "a * cos - b * sin, a * sin + b * cos",
+        "a * cos + b * sin, b * cos - a * sin",
+        "test_transformer.py",
+    ),
+    Mutant(
         "queries are not normalised",
         "transformer.py",
         "for norm in (self.q_norm, self.k_norm)]",
@@ -177,6 +184,27 @@ MUTANTS = [
         "betas=cfg.betas, eps=cfg.eps, fused",
         "betas=cfg.betas, fused",
         "test_optim.py",
+    ),
+    Mutant(
+        "step counts stay on the CPU",
+        "optim.py",
+        'device=parameter.device if group["fused"] else "cpu")',
+        'device="cpu")',
+        "test_optim.py",
+    ),
+    Mutant(
+        "a GPU waits for the forward pass to read a number that is 1",
+        "losses.py",
+        'upstream.device.type != "cpu" or ',
+        "",
+        "training/test_host_sync.py",
+    ),
+    Mutant(
+        "a GPU waits for the number of image tokens",
+        "losses.py",
+        "cross_entropy.masked_fill(~image, 0.0).sum()",
+        "cross_entropy[image].sum()",
+        "training/test_host_sync.py",
     ),
     Mutant(
         "warm-up reaches the peak too soon",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotation import rotated_pairs
 from strategies import model_configs
 from tiny import VOCAB, tiny_model
 
@@ -25,7 +26,7 @@ def by_hand(model: Chameleon, batch) -> list[float]:
         read = block.attention_norm(stream) if cfg.norm_order == "pre" else stream
         q, k = a.wq(read).unflatten(-1, (-1, cfg.head_dim)), a.wk(read).unflatten(-1, (-1, cfg.head_dim))
         q, k = a.q_norm(q), a.k_norm(k)
-        q, k = (torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) * table[:, 0, :, None] for y in (q, k))
+        q, k = (rotated_pairs(y, table[:, 0, :, None]) for y in (q, k))
         peak = -math.inf
         for row, docs in enumerate(batch.doc_ids.tolist()):
             pairs = [(i, j) for j in range(len(docs)) for i in range(j + 1) if docs[i] == docs[j]]
