@@ -17,11 +17,11 @@ from torch import Tensor
 from nanochameleon.bench.measure import median_seconds, peak_bytes
 from nanochameleon.bench.rows import Row, rows_against_one
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.kernels import qknorm_rope_attention, use_kernels
+from nanochameleon.kernels import dispatch, qknorm_rope_attention, use_kernels
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable, why_cuda_unavailable
+from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.steps import zloss_loops
 from nanochameleon.losses import fused_next_token_loss, next_token_loss
@@ -55,7 +55,7 @@ def with_kernels(name: str, function: Callable) -> Callable:
 
 def own(device: torch.device) -> str:
     """The name of our own kernels on this device. In the emulator CUDA kernels run on a CPU, too."""
-    in_emulator = why_cuda_unavailable("zloss_cross_entropy", device, torch.bfloat16) is None
+    in_emulator = dispatch.why_cuda_unavailable("zloss_cross_entropy", device, torch.bfloat16) is None
     return "cuda" if device.type == "cuda" or in_emulator else "numba"
 
 

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanochameleon.bench.gpu.context import Context
 from nanochameleon.bench.measure import Job, median_seconds
 from nanochameleon.bench.rows import Row
+from nanochameleon.errors import say
 from nanochameleon.kernels.attention.reference import visible
 from nanochameleon.kernels.gpu import launch as gpu
 
@@ -82,6 +83,9 @@ def run(context: Context) -> Iterator[Row]:
     inputs = tuple(torch.randn(b, h, t, e, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     docs = (torch.arange(t, device=device) // (t // N_DOCUMENTS)).expand(b, t)
     for name, way in WAYS.items():
+        if way is varlen and context.plan.dry:
+            say("varlen: torch has it for GPUs alone")
+            continue
         with context.guard(f"attention, {name}"):
             for which, job in passes(way, inputs, docs).items():
                 seconds = median_seconds({"": job}, 10, device)[""]

@@ -32,6 +32,7 @@ def same_with_graphs(context: Context, model: Chameleon) -> None:
     """Compare four texts with graphs and without: with 4 slots both run the same shapes. Raises AssertionError."""
     vocab, found = context.plan.vocab, []
     prompts = torch.randint(vocab.first_text, vocab.size, (4, 16), generator=torch.Generator().manual_seed(0))
+    prompts[:, 0] = vocab.bos
     for graphs in (False, True):
         engine = Engine(model, vocab, 64, 4, 16 + context.plan.text_tokens)
         engine.decoder.graphs.enabled = graphs and model.output.weight.is_cuda
@@ -47,7 +48,9 @@ def requests() -> list[tuple[list[int], SamplingParams, str]]:
     for i in range(16):
         prompt = [TOY_VOCAB.bos, *range(TOY_VOCAB.first_text + i, TOY_VOCAB.first_text + 3 + 4 * i)]
         modality = "text" if i % 3 == 0 else "image"
-        found.append((prompt, replace(GREEDY if i % 3 == 0 else GUIDED, max_new_tokens=IMAGE_LEN + 2 + i % 5), modality))
+        found.append(
+            (prompt, replace(GREEDY if i % 3 == 0 else GUIDED, max_new_tokens=IMAGE_LEN + 2 + i % 5), modality)
+        )
     return found
 
 

@@ -1,4 +1,7 @@
-"""Part `machine`: versions, the speed of memory and of matmuls, and whether every kernel compiles and loads."""
+"""Part `machine`: versions, the speed of memory and of matmuls, and whether every kernel compiles.
+
+python -m nanochameleon.bench.gpu.machine     prints the extra to install for the GPU at hand, cuda or cuda12
+"""
 
 import platform
 import subprocess
@@ -12,7 +15,7 @@ import torch
 from nanochameleon.bench.gpu.context import Context
 from nanochameleon.bench.measure import median_seconds
 from nanochameleon.bench.rows import Row, commit
-from nanochameleon.errors import UserError, say
+from nanochameleon.errors import UserError, exit_on_user_error, say
 from nanochameleon.kernels.dispatch import architecture, cuda_extra
 from nanochameleon.kernels.gpu import nvrtc
 from nanochameleon.kernels.gpu.launch import KERNELS
@@ -95,3 +98,12 @@ def run(context: Context) -> Iterator[Row]:
         return say("nvidia-cuda-nvrtc is not installed: nothing is compiled for a GPU")
     with context.guard("compiling the kernels"):
         compile_kernels(context)
+
+
+def print_extra() -> None:
+    check_gpu()
+    say(cuda_extra())
+
+
+if __name__ == "__main__":
+    exit_on_user_error(print_extra)

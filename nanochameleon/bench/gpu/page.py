@@ -83,17 +83,17 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def fill(page: str, rows: Sequence[Row], figures: dict[str, tuple[str, str, str]], day: str) -> str:
+def fill(page: str, measured: Sequence[tuple[Row, str]], figures: dict[str, tuple[str, str, str]]) -> str:
     """Write each measured figure into its cell, with the machine and the day. Other cells stay as they are.
 
-    Raises KeyError for a cell whose figure does not exist.
+    measured: rows, each with its day. Raises KeyError for a cell whose figure does not exist.
     """
-    found = {(row.case, row.variant): row for row in rows}
+    found = {(row.case, row.variant): (row, day) for row, day in measured}
 
     def cell(match: re.Match) -> str:
         case, variant, unit = figures[match[1]]
-        row = found.get((case, variant))
-        if row is None or (unit and row.unit != unit):
+        row, day = found.get((case, variant), (None, ""))
+        if row is None or unit not in ("", row.unit):
             return match[0]
         return f" {number(row.value)} {row.unit} ({row.device}, {day}) <!-- {match[1]} --> "
 

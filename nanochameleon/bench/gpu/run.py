@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -25,6 +26,7 @@ from nanochameleon.bench.gpu.plan import DRY, ON_GPU
 from nanochameleon.bench.rows import Row, commit, device_name
 from nanochameleon.errors import UserError, say
 from nanochameleon.files import check_writable, read_json, write_file
+from nanochameleon.kernels.dispatch import cuda_extra, missing_cuda_package
 
 # part -> seconds at most, and what it does
 PARTS = {
@@ -39,6 +41,7 @@ PARTS = {
 }
 LEAST = 15.0  # seconds that a part needs to be worth starting
 STATE, LOG = "parts.json", "log.txt"
+COMMAND = [sys.executable, "-u", "-m", "nanochameleon.bench.gpu.part"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class Log:
         self.file.write(line + "\n")
         self.file.flush()
 
+    def copy(self, stream: BinaryIO) -> None:
+        """Log every line of a process; of a progress bar only its last state."""
+        for line in stream:
+            self(line.decode(errors="replace").rstrip().rpartition("\r")[2])
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One part
@@ -78,11 +86,9 @@ class Log:
 
 def run_part(words: list[str], seconds: float, log: Log) -> str:
     """Run a process, log what it prints, and return "done", "failed" or "out of time" (then it was killed)."""
-    command = [sys.executable, "-u", "-m", "nanochameleon.bench.gpu.part", *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    more = {"text": True, "errors": "replace", "cwd": ROOT, "start_new_session": True}
-    with subprocess.Popen(command, **streams, **more) as process:
-        reader = threading.Thread(target=lambda: [log(line.rstrip("\n")) for line in process.stdout], daemon=True)
+    with subprocess.Popen([*COMMAND, *words], **streams, cwd=ROOT, start_new_session=True) as process:
+        reader = threading.Thread(target=log.copy, args=(process.stdout,), daemon=True)
         reader.start()
         try:
             code = process.wait(seconds)
@@ -114,16 +120,16 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def saved_rows(folder: Path) -> list[Row]:
-    """The rows of all parts so far."""
-    found = [folder / f"{name}.json" for name in PARTS]
-    return [Row(**row) for path in found if path.exists() for row in json.loads(path.read_text())]
+def saved_rows(folder: Path, state: dict) -> list[tuple[Row, str]]:
+    """The rows of all parts so far, each with the day of its measurement."""
+    found = [(folder / f"{name}.json", part["date"]) for name, part in state.items()]
+    return [(Row(**row), day) for path, day in found if path.exists() for row in json.loads(path.read_text())]
 
 
-def write_page(args: GPUArgs, day: str) -> None:
+def write_page(args: GPUArgs, state: dict) -> None:
     """Fill in the page of results from the rows: the one in docs, or in a dry run a copy next to the log."""
     target, plan = ROOT / "docs" / "results" / "gpu.md", DRY if args.dry else ON_GPU
-    text = page.fill(target.read_text(encoding="utf-8"), saved_rows(args.folder), page.figures(plan), day)
+    text = page.fill(target.read_text(encoding="utf-8"), saved_rows(args.folder, state), page.figures(plan))
     if args.dry:
         text = page.DRY_NOTE + text
     else:
@@ -163,7 +169,7 @@ def run_all(args: GPUArgs, log: Log) -> list[str]:
         unfinished += [name] * (result != "done")
         state[name] = {"result": result, "key": key, "date": str(date.today())}
         write_file(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
-        write_page(args, str(date.today()))
+        write_page(args, state)
     return unfinished
 
 
@@ -171,6 +177,8 @@ def main(args: GPUArgs) -> None:
     """Raises UserError without a GPU or a folder to write to. Exits with 1 if a part did not finish."""
     if not args.dry:
         check_gpu()
+        if missing := missing_cuda_package():
+            raise UserError(f"{missing} is missing: pip install -e '.[{cuda_extra()}]', or run make gpu")
     elif shutil.which("g++") is None:
         raise UserError("a dry run compiles the CUDA kernels for the CPU: install g++ first")
     try:
