@@ -31,10 +31,10 @@ def threads():
 
 @pytest.fixture
 def emulated_gpu():
-    """Kernels run on the CPU, and dispatch takes tensors of the CPU for those of a GPU. Skips where g++ is missing."""
+    """Kernels run on the CPU. Skips where g++ is missing."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is missing, so no CUDA kernel is run here")
     from nanochameleon.kernels.gpu.emulator import emulator
 
-    with emulator.emulated_gpu():
+    with emulator.emulated():
         yield

@@ -103,7 +103,7 @@ def text_batch(case: Case, packed: bool) -> Batch:
     if not packed:
         return pack(text_tokens(case, torch.device("cpu")).tolist(), case.t, case.vocab.pad)
     generator = torch.Generator().manual_seed(0)
-    lengths = case.t / 64 ** torch.rand(64 * case.batch, generator=generator)
+    lengths = (case.t / 64 ** torch.rand(16 * case.batch, generator=generator)).clamp(min=2)
     tokens = text_tokens(replace(case, batch=len(lengths)), torch.device("cpu")).tolist()
     docs = [row[: int(n)] for row, n in zip(tokens, lengths, strict=True)]
     return pack(docs, case.t, case.vocab.pad)[: case.batch]

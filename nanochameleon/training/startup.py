@@ -4,8 +4,8 @@ import torch
 
 from nanochameleon.config import ModelConfig, ParallelConfig, TrainConfig
 from nanochameleon.data import Loader
-from nanochameleon.errors import UserError, say
-from nanochameleon.kernels.dispatch import VARIABLE, explain
+from nanochameleon.errors import say
+from nanochameleon.kernels.dispatch import explain
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.training.flops import flops_per_token, peak_flops
@@ -27,14 +27,7 @@ def precision_dtype(precision: str) -> torch.dtype:
 
 
 def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, parallel: ParallelConfig) -> None:
-    """Print the sizes of the model and the mesh, and which kernels run.
-
-    Raises UserError, on every rank, if NANOCHAMELEON_KERNELS asks for some that this precision does not have.
-    """
-    try:
-        kernels = explain(mesh.device, precision_dtype(precision))
-    except ValueError as error:
-        raise UserError(f"{VARIABLE}: {error}") from None
+    """Print the sizes of the model and the mesh, and which kernels run."""
     if not mesh.is_rank0:
         return
     for name, source in loader.sources.items():
@@ -44,7 +37,7 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
     ranks = f", {mesh.world_size} ranks ({grid})" if mesh.world_size > 1 else ""
     size = sum(p.numel() for p in model.parameters())
     say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
-    say(kernels)
+    say(explain(mesh.device, precision_dtype(precision)))
 
 
 def mfu_per_token(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> float | None:

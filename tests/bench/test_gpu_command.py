@@ -66,7 +66,7 @@ def test_the_page_is_no_other_text_after_it_is_filled():
 
 @pytest.fixture
 def fake_parts(tmp_path, monkeypatch):
-    """Three parts: one that writes a row, one that hangs after a row, one that fails. Returns the arguments of a run."""
+    """Three parts: one that writes a row, one that hangs after a row, one that fails. Returns a run's arguments."""
     script = tmp_path / "part.py"
     script.write_text(
         "import json, sys, time\n"

@@ -141,23 +141,12 @@ def start(found: ctypes.CDLL, name: str, grid: tuple, block: int, *arguments, sh
 
 @contextmanager
 def emulated(generation: int = 80) -> Iterator[None]:
-    """Inside, launches run on the CPU as on a GPU of this generation: 80 or 90."""
-    before = gpu.start, gpu.shared_kilobytes
+    """Inside, launches run on the CPU as on a GPU of this generation: 80 or 90. Dispatch takes the CPU for that GPU."""
+    before = gpu.start, gpu.shared_kilobytes, dispatch.why_cuda_unavailable
     gpu.start = lambda file, *rest, **more: start(library(file, generation), *rest, **more)
     gpu.shared_kilobytes = lambda device: {80: 163, 90: 227}[generation]
+    dispatch.why_cuda_unavailable = lambda op, device, dtype: None
     try:
         yield
     finally:
-        gpu.start, gpu.shared_kilobytes = before
-
-
-@contextmanager
-def emulated_gpu(generation: int = 80) -> Iterator[None]:
-    """The same, and dispatch takes tensors of the CPU for those of a GPU."""
-    before = dispatch.why_cuda_unavailable
-    dispatch.why_cuda_unavailable = lambda op, device, dtype: None
-    try:
-        with emulated(generation):
-            yield
-    finally:
-        dispatch.why_cuda_unavailable = before
+        gpu.start, gpu.shared_kilobytes, dispatch.why_cuda_unavailable = before

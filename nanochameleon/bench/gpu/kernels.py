@@ -4,20 +4,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 from nanochameleon.bench import kernels as bench
 from nanochameleon.bench.gpu.context import ROOT, Context
-from nanochameleon.bench.gpu_cases import cases, check_all
+from nanochameleon.bench.gpu_cases import cases
 from nanochameleon.bench.rows import Row
+from nanochameleon.bench.subjects import DRY, check_all
 from nanochameleon.errors import say
 
 TOOLS = ("memcheck", "racecheck")
 SECONDS = 90.0  # of each tool, at most
+PROVE_SECONDS = 300.0
 
 
 def prove(context: Context) -> Iterator[Row]:
     """Let `auto` take the kernels that pass (bench prove): later parts measure what a user would get."""
+    words = ["-m", "nanochameleon.bench", "prove", "--quick"]
+    with context.guard("bench prove"):
+        context.run("bench prove", [*words, *["--dry"] * context.plan.dry], PROVE_SECONDS)
     yield from ()
 
 
@@ -37,7 +41,7 @@ def times(context: Context) -> Iterator[Row]:
 
 def checks(context: Context) -> Iterator[Row]:
     """Run every kernel at small sizes. compute-sanitizer watches this."""
-    check_all(context.device, "all", replace(context.plan.kernels, checked_lengths=(70, 130), checked_widths=(33, 940)))
+    check_all(context.device, "all", DRY)
     yield from ()
 
 

@@ -13,7 +13,7 @@ from nanochameleon.bench.gpu import attention, generation, kernels, machine, ste
 from nanochameleon.bench.gpu.context import Context
 from nanochameleon.bench.gpu.plan import DRY, ON_GPU
 from nanochameleon.errors import exit_on_user_error, say
-from nanochameleon.kernels.gpu.emulator.emulator import emulated_gpu
+from nanochameleon.kernels.gpu.emulator.emulator import emulated
 
 PARTS: dict[str, Callable[[Context], Iterator[rows.Row]]] = {
     "machine": machine.run, "toy": toy.run, "prove": kernels.prove, "attention": attention.run, "steps": steps.run,
@@ -26,7 +26,7 @@ def main(name: str, folder: Path, dry: bool) -> None:
     context, measured = Context(DRY if dry else ON_GPU, folder), []
     with ExitStack() as stack:
         if dry:
-            stack.enter_context(emulated_gpu())
+            stack.enter_context(emulated())
         for row in PARTS[name](context):
             rows.show(row)
             measured.append(row)
