@@ -10,7 +10,7 @@ from torch import Tensor
 from nanochameleon.bench.gpu_checks import check, own_attention_problem
 from nanochameleon.bench.kernels import Case, attention_case, linear_case, with_kernels, zloss_case
 from nanochameleon.kernels.attention.cuda import document_bounds
-from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.reference import attention
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.transformer import compute_freqs_cis
@@ -81,12 +81,12 @@ def decode_inputs(n: int, h: int, g: int, cache_len: int, e: int, device: torch.
     heads, keys, values = random(n, 1, h + 2 * g, e, device=device), *random(2, n, g, cache_len, e, device=device)
     positions = torch.full((n, 1), cache_len - 1, device=device)
     norm = torch.ones(h + g, e, device=device), torch.zeros(h + g, e, device=device)
-    bias = torch.zeros(n, 1, cache_len, device=device, dtype=BF16)
-    return heads, compute_freqs_cis(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions, bias
+    return heads, compute_freqs_cis(positions, e, 10_000.0)[:, 0], norm, 1e-5, keys, values, positions
 
 
 def decode_case(n: int, h: int, g: int, cache_len: int, e: int, device: torch.device) -> Case:
     inputs = decode_inputs(n, h, g, cache_len, e, device)
+    inputs += (see_cache(inputs[6], inputs[4], cache_len),)
     queries, keys, values, positions = random(n, 1, h, e, device=device), *inputs[4:7]
     rows = queries.view(n, g, h // g, e)
     variants = {
