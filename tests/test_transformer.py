@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from nanochameleon.config import ModelConfig
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
@@ -122,7 +123,9 @@ def test_causality_by_gradient(seed, n, with_mask, data):
     t, model = data.draw(st.integers(0, n - 1)), random_model(seed)
     embedded = []
     model.tok_embeddings.register_forward_hook(lambda module, inputs, out: embedded.append(out))
-    hidden = model(tokens(seed, 1, n), doc_ids=torch.zeros(1, n, dtype=torch.long) if with_mask else None)
+    hidden = model(
+        tokens(seed, 1, n), documents=Documents.of(torch.zeros(1, n, dtype=torch.long)) if with_mask else None
+    )
     (gradient,) = torch.autograd.grad((hidden[0, t] * torch.randn_like(hidden[0, t])).sum(), embedded[0])
     size = gradient[0].abs().sum(-1)
     assert (size[t + 1 :] == 0).all() and (size[: t + 1] > 0).all()
@@ -136,7 +139,7 @@ def test_a_packed_sequence_equals_its_documents_alone(lengths, seq_len, seed, no
     model = random_model(seed, norm_order=norm_order)
     docs = [(tokens(seed + i, n) % 38 + 2).tolist() for i, n in enumerate(lengths)]
     batch = pack(docs, seq_len, pad=1)
-    hidden = model(batch.tokens, batch.positions, batch.doc_ids)
+    hidden = model(batch.tokens, batch.positions, Documents.of(batch.doc_ids))
     found = [
         (batch.tokens[row][mine].tolist(), hidden[row][mine])
         for row in range(len(hidden))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
@@ -103,12 +104,12 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 
 def qknorm_rope_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, doc_ids: Tensor | None, q_norm: Norm | None,
+    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, documents: Documents | None, q_norm: Norm | None,
     k_norm: Norm | None, eps: float,
 ) -> Tensor:  # fmt: skip
     """One step after the other, in torch's own operations; arguments as for `qknorm_rope_attention`."""
     q, k = (layer_norm(x, norm, eps).transpose(1, 2) for x, norm in ((q, q_norm), (k, k_norm)))  # (B, H, T, E)
     # The norm comes before the rotation, which keeps the lengths that the norm fixed.
     q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
-    mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+    mask = None if documents is None else visible(documents.ids, documents.ids)
     return attention(q, k, v.transpose(1, 2), mask).transpose(1, 2)  # (B, T, H, E)

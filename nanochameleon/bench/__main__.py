@@ -39,7 +39,7 @@ def measure(args: Args) -> Iterator[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: leave out --device")
     device = torch.device(args.device)
-    check_kernels(device)
+    check_kernels(device, *([torch.float32, torch.bfloat16] if args.bench == "train" else []))
     if args.bench != "kernels" and (args.op != "all" or args.plot):
         raise UserError("--op and --plot belong to the bench `kernels`: leave them out")
     if args.bench != "kernels":

@@ -27,6 +27,7 @@ from nanochameleon.kernels import (
     rms_norm,
     swiglu,
 )
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.block.dropout import dropout, keep_mask
 from nanochameleon.kernels.block.linear import linear_reference
@@ -56,7 +57,7 @@ def numbers(*shape: int) -> Tensor:
 
 
 def normed(function, q, k, v, freqs_cis, docs, q_weight, q_bias, k_weight, k_bias):
-    return function(q, k, v, freqs_cis, docs, (q_weight, q_bias), (k_weight, k_bias), EPS)
+    return function(q, k, v, freqs_cis, Documents(docs, None, 9), (q_weight, q_bias), (k_weight, k_bias), EPS)
 
 
 def plainly_attended(function, q, k, v, freqs_cis):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 import nanochameleon.kernels.attention.decode  # noqa: F401 - registers its op
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels
@@ -111,4 +112,4 @@ def test_what_does_not_fit_is_refused(monkeypatch, name, wrong, shape):
     table, docs = torch.ones(shapes["table"]), torch.zeros(shapes["docs"]).long()
     q = torch.randn(2, 5, 4, 64).to(NARROW)
     with use_kernels(name), pytest.raises((ValueError, RuntimeError)):
-        qknorm_rope_attention(q, k, v, table, docs, (weight, weight), None, EPS)
+        qknorm_rope_attention(q, k, v, table, Documents(docs, None, 5), (weight, weight), None, EPS)

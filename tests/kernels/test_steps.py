@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from nanochameleon.kernels import qknorm_rope_attention, use_kernels
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 from nanochameleon.kernels.zloss.steps import zloss_loops
@@ -18,7 +19,7 @@ def test_attention():
     attention_loops(q.numpy(), k.numpy(), v.numpy(), docs.numpy(), out.numpy())
     with use_kernels("numba"):
         torch.testing.assert_close(
-            qknorm_rope_attention(q, k, v, still, docs, None, None, 1e-5), out, rtol=0, atol=1e-5
+            qknorm_rope_attention(q, k, v, still, Documents.of(docs), None, None, 1e-5), out, rtol=0, atol=1e-5
         )
 
 

@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant(
         "the document mask is dropped",
         "transformer.py",
-        "freqs_cis, doc_ids, *norms",
+        "freqs_cis, documents, *norms",
         "freqs_cis, None, *norms",
         "test_transformer.py",
     ),

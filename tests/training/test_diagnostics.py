@@ -10,6 +10,7 @@ from rotation import rotated_pairs
 from strategies import model_configs
 from tiny import VOCAB, tiny_model
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
 from nanochameleon.training.diagnostics import gradient_norms, local_max_logits
@@ -35,7 +36,7 @@ def by_hand(model: Chameleon, batch) -> list[float]:
                     pair = q[row, t, head] * k[row, s, head * cfg.kv_heads // cfg.n_heads].conj()
                     peak = max(peak, pair.real.sum().item() / math.sqrt(cfg.head_dim))
         peaks.append(peak)
-        x, branch = block(x, branch, table, batch.doc_ids, None, None)
+        x, branch = block(x, branch, table, Documents.of(batch.doc_ids), None, None)
     return peaks
 
 
