@@ -215,13 +215,9 @@ def decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | No
         return "reference", ENGINE
     if name == "amx" and op not in AMX_OPS:
         name = "numba"
-    if (
-        op == "decode_attention"
-        and device.type == "cuda"
-        and name in ("cuda", "vendor")
-        and dtype not in CUDA_DTYPES[op]
-    ):
-        return "reference", why_cuda_unavailable(op, device, dtype)  # tokens are sampled in the dtype of the weights
+    samples = op == "decode_attention" and device.type == "cuda"  # tokens are sampled in the dtype of the weights
+    if name in ("cuda", "vendor") and samples and dtype not in CUDA_DTYPES[op]:
+        return "reference", why_cuda_unavailable(op, device, dtype)
     if problem := unsupported(name, op, device, dtype):
         raise ValueError(f"the {name} kernels were requested for {op}, but {problem}")
     if name != "auto":
