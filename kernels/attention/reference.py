@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.attention.by_documents import attention_by_documents, has_flash, kernel_for
+from nanochameleon.kernels.attention.by_documents import attention_by_documents, kernel_for
 from nanochameleon.kernels.attention.documents import Documents
+from nanochameleon.kernels.attention.flash import flash_available
 from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, expect, matmul_dtype
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
@@ -61,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         raise ValueError(f"{q.shape[2]} queries on {k.shape[2]} keys need a mask")
     # Flash attention reads shared key heads as they are. No other kernel for GPUs does, so with enable_gqa torch would
     # fall back to its slow formula. On a CPU enable_gqa would change the bits of the gradients.
-    shares = mask is None and has_flash(q.device, matmul_dtype(q), q.shape[-1])
+    shares = mask is None and flash_available(q.device, matmul_dtype(q), q.shape[-1])
     if k.shape[1] != q.shape[1] and not shares:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

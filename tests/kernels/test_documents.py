@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.kernels.attention import by_documents, reference
+from nanochameleon.kernels.attention import by_documents, flash, reference
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import attention_reference, visible
 from nanochameleon.kernels.gpu import launch as gpu
@@ -26,14 +26,9 @@ def document_by_document(q, k, v, cu_seqlens, longest):
     return torch.cat(outs)
 
 
-def varlen_2_12(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
     assert window_size == (-1, 0) and enable_gqa and cu_q is cu_k and max_q == max_k
-    k, v = (by_documents.repeat_heads(x, q.shape[1]) for x in (k, v))
-    return document_by_document(q, k, v, cu_q, max_q)
-
-
-def varlen_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal and cu_q is cu_k and max_q == max_k
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return document_by_document(q, k, v, cu_q, max_q)
 
 
@@ -43,16 +38,13 @@ def efficient(q, k, v, bias, cu_q, cu_k, max_q, max_k, dropout, mask, log_sum_ex
     return document_by_document(q[0], k[0], v[0], cu_q, max_q)[None], *[None] * 5
 
 
-@pytest.fixture(params=["2.12", "2.10", "efficient"])
+@pytest.fixture(params=["flash", "efficient"])
 def kernel(request, monkeypatch):
     """The name of a kernel whose place a formula takes."""
-    from torch.nn.attention import varlen
-
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_2_10 if request.param == "2.10" else varlen_2_12)
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
-    by_documents.varlen_options.cache_clear()
-    yield "efficient" if request.param == "efficient" else "flash"
-    by_documents.varlen_options.cache_clear()
+    return request.param
 
 
 @st.composite
@@ -126,7 +118,7 @@ def test_no_mask_is_made_where_a_kernel_reads_documents(kernel, monkeypatch):
 )
 def test_which_kernel_takes_which_heads(monkeypatch, capability, dtype, e, torch_has_varlen, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(by_documents, "varlen_options", lambda: {} if torch_has_varlen else None)
+    monkeypatch.setattr(flash, "find_varlen_attn", lambda: varlen_attn if torch_has_varlen else None)
     assert by_documents.kernel_for(torch.device("cuda"), dtype, e) == expected
     assert by_documents.kernel_for(torch.device("cpu"), dtype, e) is None
 
