@@ -6,6 +6,7 @@ from nanochameleon.config import ModelConfig, ParallelConfig, TrainConfig
 from nanochameleon.data import Loader
 from nanochameleon.errors import UserError, say
 from nanochameleon.kernels.dispatch import VARIABLE, explain
+from nanochameleon.parallel.compile import choose_compile
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.training.flops import flops_per_token, peak_flops
@@ -27,7 +28,7 @@ def precision_dtype(precision: str) -> torch.dtype:
 
 
 def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, parallel: ParallelConfig) -> None:
-    """Print the sizes of the model and the mesh, and which kernels run.
+    """Print the sizes of the model and the mesh, which kernels run, and whether blocks are compiled.
 
     Raises UserError, on every rank, if NANOCHAMELEON_KERNELS asks for some that this precision does not have.
     """
@@ -45,6 +46,8 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
     size = sum(p.numel() for p in model.parameters())
     say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
     say(kernels)
+    compiled, why = choose_compile(parallel.compile, mesh.device)
+    say(f"{'torch.compile':27} {'on' if compiled else 'off':10} {why}")
 
 
 def mfu_per_token(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> float | None:
