@@ -130,8 +130,11 @@ def main(args: Args) -> list[list[str | Path]]:
     from nanochameleon.weights.model_folder import open_model
 
     # 1. The model
-    check_kernels(pick_device(args.device))
+    check_kernels(device := pick_device(args.device))
     run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
+    check_kernels(
+        device, run.model.tok_embeddings.weight.dtype, ops=("rms_norm",)
+    )  # an op of every decoder but the CPU's
     if args.dtype == "int8":
         quantize_(run.model)
     # 2. The prompt

@@ -73,7 +73,7 @@ from nanochameleon.training.run_folder import claim, decide_precision, same_comm
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.stability import run_ablations
-from nanochameleon.training.startup import init_or_load_weights, log_setup, mfu_per_token
+from nanochameleon.training.startup import init_or_load_weights, log_setup, mfu_per_token, precision_dtype
 from nanochameleon.training.train_tokenizers import open_image_tokenizer, train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.model_folder import open_model
@@ -249,6 +249,7 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
         if mesh.tp_size > 1:
             check_tensor_parallel(cfg.model, mesh.tp_size)
         cfg = mesh.run_on_rank0(lambda: decide_precision(cfg, mesh.device))
+        check_kernels(device, precision_dtype(cfg.train.precision))  # now, not after the image tokenizer's hours
         folder = mesh.run_on_rank0(lambda: start_folder(cfg))
         stop = run_all(cfg, init, folder, mesh, with_report)
     if stop:  # raised out here, so that all ranks end together

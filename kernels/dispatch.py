@@ -2,7 +2,7 @@
 
     with use_kernels("reference"): ...          for a block of code, in this thread
     NANOCHAMELEON_KERNELS=reference python ...  for a process
-    otherwise "auto"                            the fastest one measured for this device and dtype (AUTO)
+    otherwise "auto"                            the fastest one: on a CPU by AUTO, on a GPU by its proof (gpu/proof.py)
 
 A request that cannot be met raises ValueError with the reason. Inputs that only PyTorch's rules combine (broadcast
 shapes, mixed dtypes, empty tensors) run on the reference, whatever was requested. Not here: the implementations.
@@ -20,14 +20,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from nanochameleon.kernels.gpu import proof
+
 NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 MAIN_PID = os.getpid()  # the process that owns torch's OpenMP threads; launch.py may be imported only after a fork
 
 ENGINE = "on a CPU the engine compiles whole decode steps (generation/cpu/)"
 
-# op -> what runs on a CPU in float32 and bfloat16, and what `python -m nanochameleon.bench kernels` measured. Anything
-# else falls back to PyTorch: other devices and dtypes, and GPUs until someone has measured there.
+# op -> what runs on a CPU in float32 and bfloat16, and what `python -m nanochameleon.bench kernels` measured. Other
+# dtypes fall back to PyTorch, and so do GPUs until `python -m nanochameleon.bench prove` has run there.
 AUTO: dict[str, tuple[str, str]] = {
     "qknorm_rope_attention": ("numba", "2 to 3 times torch's norm, rotation and fused attention"),
     "zloss_cross_entropy": ("numba", "1.3 to 2 times torch.compile, 3 to 5 times torch"),
@@ -54,10 +56,11 @@ TRAINING_OPS = tuple(op for op in OPS if op != "decode_attention")
 
 
 class _Override(threading.local):
-    """What use_kernels requests in this thread. torch.compile sees a change of it, but not of a ContextVar."""
+    """What this thread is to run. torch.compile sees a change of the name, but not of a ContextVar."""
 
     def __init__(self):
-        self.name: str | None = None
+        self.name: str | None = None  # of use_kernels
+        self.proofs: proof.Proofs | None = None  # of use_proofs
 
 
 _override = _Override()
@@ -78,9 +81,26 @@ def use_kernels(name: str | None) -> Iterator[None]:
         _override.name = before
 
 
+@contextmanager
+def use_proofs(proofs: proof.Proofs | None) -> Iterator[None]:
+    """Take these proofs, in this thread, in place of those of its GPU: ranks that train together agree on some."""
+    before, _override.proofs = _override.proofs, proofs
+    try:
+        yield
+    finally:
+        _override.proofs = before
+
+
 def same_kernels() -> tuple[AbstractContextManager, AbstractContextManager]:
     """For torch.utils.checkpoint's `context_fn`: recomputation runs the kernels of the forward pass, in any thread."""
-    return nullcontext(), use_kernels(_override.name)
+    name, proofs = _override.name, _override.proofs
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with use_kernels(name), use_proofs(proofs):
+            yield
+
+    return nullcontext(), again()
 
 
 def _check(name: str) -> None:
@@ -173,8 +193,21 @@ def unsupported(name: str, op: str, device: torch.device, dtype: torch.dtype) ->
     return why_cuda_unavailable(op, device, dtype) if name in ("cuda", "vendor") else None
 
 
-def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, reason). Raises ValueError for a request that cannot be met."""
+@torch.compiler.assume_constant_result
+def proven(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> tuple[str, str]:
+    """(implementation, reason) on a GPU where nothing is requested."""
+    if op not in CUDA_DTYPES:
+        return "reference", "it has no CUDA kernel"
+    if dtype not in CUDA_DTYPES[op]:
+        return "reference", f"the CUDA kernels do not take {str(dtype).removeprefix('torch.')}"
+    return (_override.proofs or proof.load(device)).choose(op, dtype, head_dim)
+
+
+def decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> tuple[str, str]:
+    """(implementation, reason). Raises ValueError for a request that cannot be met.
+
+    head_dim: of attention, for which kernels are proven one by one.
+    """
     name, reason = requested(), why_numba_unavailable(device, dtype)
     if name in ("cuda", "vendor") and op not in CUDA_DTYPES:
         return "reference", "it has no CUDA kernel"
@@ -182,11 +215,16 @@ def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
         return "reference", ENGINE
     if name == "amx" and op not in AMX_OPS:
         name = "numba"
+    samples = op == "decode_attention" and device.type == "cuda"  # tokens are sampled in the dtype of the weights
+    if name in ("cuda", "vendor") and samples and dtype not in CUDA_DTYPES[op]:
+        return "reference", why_cuda_unavailable(op, device, dtype)
     if problem := unsupported(name, op, device, dtype):
         raise ValueError(f"the {name} kernels were requested for {op}, but {problem}")
     if name != "auto":
         return name, "requested"
     if reason:
+        if device.type == "cuda":
+            return proven(op, device, dtype, head_dim)
         return "reference", f"numba kernels cannot run: {reason}"
     if op in AMX_OPS and why_amx_unavailable(device, dtype) is None:
         return "amx", AMX_OPS[op]
@@ -194,11 +232,16 @@ def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]
 
 
 def choose(op: str, x: Tensor) -> str:
-    """The implementation of `op` for tensors like x."""
-    return decide(op, x.device, x.dtype)[0]
+    """The implementation of `op` for tensors like x, (..., head_dim) for attention."""
+    return decide(op, x.device, x.dtype, proven_head_dim(x) if x.is_cuda else None)[0]
 
 
-def explain(device: torch.device, dtype: torch.dtype) -> str:
+def proven_head_dim(x: Tensor) -> int | None:
+    """The last size of x if proofs exist for it. The comparison makes a symbolic size a constant."""
+    return next((size for size in proof.HEAD_DIMS if x.shape[-1] == size), None)
+
+
+def explain(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
     """One line for each op of a training step: what would run here, and why."""
-    lines = [f"{op:27} {name:10} {why}" for op, (name, why) in ((op, decide(op, device, dtype)) for op in TRAINING_OPS)]
-    return "\n".join(lines)
+    decided = ((op, decide(op, device, dtype, head_dim)) for op in TRAINING_OPS)
+    return "\n".join(f"{op:27} {name:10} {why}" for op, (name, why) in decided)

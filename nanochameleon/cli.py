@@ -61,15 +61,19 @@ def expanded(value: T) -> T:
     return value
 
 
-def check_kernels(device) -> None:
-    """Raise UserError if NANOCHAMELEON_KERNELS names unknown kernels, or kernels that cannot run here."""
+def check_kernels(device, *dtypes, ops: Sequence[str] = ()) -> None:
+    """Raise UserError if NANOCHAMELEON_KERNELS names unknown kernels, or kernels that cannot run here.
+
+    dtypes: what the ops will read; none means bfloat16, which all kernels take. ops: what will run; none means all.
+    """
     import torch
 
     from nanochameleon.kernels.dispatch import OPS, VARIABLE, decide
 
     try:
-        for op in OPS:
-            decide(op, device, torch.bfloat16)  # which all kernels take
+        for dtype in dtypes or (torch.bfloat16,):
+            for op in ops or OPS:
+                decide(op, device, dtype)
     except ValueError as error:
         raise UserError(f"{VARIABLE}: {error}") from None
 

@@ -17,24 +17,29 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from nanochameleon.kernels.attention.documents import Documents
+
 IGNORE = -100  # a target that no loss counts; torch's own default
 NO_DOCUMENT = -1  # doc_id of padding
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Four int64 tensors (B, T), as in the table above."""
+    """Four int64 tensors (B, T), as in the table above, and where their documents begin once the batch was moved."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     doc_ids: torch.Tensor
     positions: torch.Tensor
+    documents: Documents | None = None
 
     def to(self, device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self._all()))
+        """Move the batch. The CPU still knows where documents begin; a GPU would have to be waited for."""
+        documents = self.documents or Documents.of(self.doc_ids)
+        return Batch(*(t.to(device, non_blocking=True) for t in self._all()), documents.to(device))
 
     def __getitem__(self, sequences: slice) -> "Batch":
-        """Some of its sequences: a micro-batch, or one rank's part."""
+        """Some of its sequences: a micro-batch, or one rank's part. Slice before you move: documents are dropped."""
         return Batch(*(t[sequences] for t in self._all()))
 
     def _all(self) -> tuple[torch.Tensor, ...]:

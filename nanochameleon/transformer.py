@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochameleon.config import ModelConfig
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, attention, layer_norm
 from nanochameleon.kernels.block.dropout import dropout, fold_in
@@ -87,14 +88,14 @@ class QKNorm(nn.Module):
 
 
 def compute_freqs_cis(positions: Tensor, head_dim: int, theta: float) -> Tensor:
-    """positions (B, T) -> rotations (B, 1, T, E/2): unit complex numbers exp(i * position * theta^(-2 pair / E)).
+    """positions (B, T) -> rotations (B, 1, T, E/2, 2) float32: cos and sin of position * theta^(-2 pair / E).
 
-    Rotary embedding (RoFormer, arXiv 2104.09864): `apply_rotary_emb` multiplies each pair of neighbouring values by its
-    rotation, so the score of a query and a key depends only on their distance.
+    Rotary embedding (RoFormer, arXiv 2104.09864): `apply_rotary_emb` rotates each pair of neighbouring values by its
+    angle, so the score of a query and a key depends only on their distance.
     """
     freqs = 1 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # Llama's rounding
     angles = positions[:, None, :, None].float() * freqs  # (B, 1, T, E/2)
-    return torch.complex(angles.cos(), angles.sin())  # torch.polar rounds differently
+    return torch.stack((angles.cos(), angles.sin()), -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class Attention(nn.Module):
         self.q_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = QKNorm(cfg.qk_norm_groups, cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, doc_ids: Tensor | None, cache: CacheView | None) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, documents: Documents | None, cache: CacheView | None) -> Tensor:
         """Causal attention of x (B, T, D) within documents or, with a cache, to all that the cache holds."""
         b, t, _ = x.shape
         # 1. project; H query heads share G key and value heads
@@ -169,7 +170,7 @@ class Attention(nn.Module):
         if cache is None:
             # 2. QK-norm, rotation and causal attention in one op
             norms = [norm.affine() if self.qk_norm else None for norm in (self.q_norm, self.k_norm)]
-            out = qknorm_rope_attention(q, k, v, freqs_cis, doc_ids, *norms, self.norm_eps)  # (B, T, H, E)
+            out = qknorm_rope_attention(q, k, v, freqs_cis, documents, *norms, self.norm_eps)  # (B, T, H, E)
             # 3. back to the width of the model
             return fused_linear(out.reshape(b, t, -1), self.wo)[0]  # (B, T, D)
         # 2. the same in separate steps, since keys and values enter the cache between rotation and attention
@@ -207,7 +208,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, freqs_cis: Tensor, doc_ids: Tensor | None, cache: CacheView | None,
+        self, x: Tensor, branch: Tensor | None, freqs_cis: Tensor, documents: Documents | None, cache: CacheView | None,
         seeds: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Add an attention and a feed-forward branch to the residual stream.
@@ -217,11 +218,11 @@ class Block(nn.Module):
         """
         if self.norm_order == "pre":  # 7B: x + f(norm(x))
             x, h = self.attention_norm.add_norm(x, branch)
-            branch = self.drop(self.attention(h, freqs_cis, doc_ids, cache), seeds, 0)
+            branch = self.drop(self.attention(h, freqs_cis, documents, cache), seeds, 0)
             x, h = self.ffn_norm.add_norm(x, branch)
             return x, self.drop(self.feed_forward(h), seeds, 1)
         # 34B: x + norm(f(x)), the order of Swin Transformer, where the norm bounds what a branch adds
-        x = self.add_normed(x, self.attention_norm, self.attention(x, freqs_cis, doc_ids, cache), seeds, 0)
+        x = self.add_normed(x, self.attention_norm, self.attention(x, freqs_cis, documents, cache), seeds, 0)
         return self.add_normed(x, self.ffn_norm, self.feed_forward(x), seeds, 1), None
 
     def add_normed(self, x: Tensor, norm: RMSNorm, branch: Tensor, seeds: Tensor | None, index: int) -> Tensor:
@@ -291,20 +292,20 @@ class Chameleon(nn.Module):
         return torch.randn(shape, generator=generator, device=device) * std
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, documents: Documents | None = None,
         cache: list[CacheView] | None = None, dropout_seeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens (B, T) -> hidden states (B, T, D) after the final norm; see forward_features for the arguments."""
-        return self.norm(self.forward_features(tokens, positions, doc_ids, cache, dropout_seeds))
+        return self.norm(self.forward_features(tokens, positions, documents, cache, dropout_seeds))
 
     def forward_features(
-        self, tokens: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, documents: Documents | None = None,
         cache: list[CacheView] | None = None, dropout_seeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """tokens (B, T) -> the last block's output (B, T, D), whose norm warns of divergence (paper, figure 5a).
 
         positions (B, T): of each token in its document; None counts from 0.
-        doc_ids (B, T): attention stays within a document; None means one document for each sequence.
+        documents: attention stays within a document; None means one document for each sequence.
         cache: KVCache.view, which takes the new keys and values; each slot holds one document.
         dropout_seeds (B,): one for each sequence. Training with dropout raises ValueError without them.
         """
@@ -312,13 +313,13 @@ class Chameleon(nn.Module):
             raise ValueError("training with dropout needs dropout_seeds, one for each sequence")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)  # (B, T)
-        freqs_cis = compute_freqs_cis(positions, self.cfg.head_dim, self.cfg.rope_theta)  # (B, 1, T, E/2)
+        freqs_cis = compute_freqs_cis(positions, self.cfg.head_dim, self.cfg.rope_theta)  # (B, 1, T, E/2, 2)
         x, branch = self.tok_embeddings(tokens), None  # (B, T, D)
         # recomputing must run the kernels that the forward pass ran; a compiled graph has chosen them already
         options = {} if torch.compiler.is_compiling() else {"context_fn": same_kernels}
         for layer, block in enumerate(self.layers):
             seeds = None if dropout_seeds is None else fold_in(dropout_seeds, layer)  # (B,)
-            inputs = x, branch, freqs_cis, doc_ids, None if cache is None else cache[layer], seeds
+            inputs = x, branch, freqs_cis, documents, None if cache is None else cache[layer], seeds
             if self.activation_checkpointing and self.training:
                 # dropout is a function of its seeds, so there is no generator state to restore
                 x, branch = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nanochameleon.bench import __main__ as bench
 from nanochameleon.cli import parse, parse_run, sizes_come_later
 from nanochameleon.convert import Args as ConvertArgs
 from nanochameleon.data.prepare.__main__ import Args as DataArgs
-from nanochameleon.errors import exit_on_user_error
+from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -203,3 +204,10 @@ def test_kernels_that_are_not_there_are_refused_at_the_start(program, wish, why,
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: NANOCHAMELEON_KERNELS: ")
     assert why in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_bench_of_two_precisions_asks_for_kernels_of_both(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_unavailable", lambda: None)
+    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "amx")
+    with pytest.raises(UserError, match=r"NANOCHAMELEON_KERNELS: the amx .* take bfloat16, not float32"):
+        list(bench.measure(bench.Args("train")))

@@ -14,6 +14,7 @@ from tiny import training_config
 
 from nanochameleon.bench.measure import peak_bytes
 from nanochameleon.kernels import use_kernels
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.losses import GradientInForward, LossSums, fused_next_token_loss, next_token_loss
 from nanochameleon.packing import IGNORE, pack
 from nanochameleon.parallel.apply import ParallelModel
@@ -118,7 +119,7 @@ def test_micro_batches_over_the_global_count_are_the_full_batch(lengths, size, s
         model.zero_grad()
         count = max(float((batch.targets != IGNORE).sum()), 1.0)
         for part in parts:
-            logits = model.logits(model(part.tokens, part.positions, part.doc_ids)).flatten(0, 1)
+            logits = model.logits(model(part.tokens, part.positions, Documents.of(part.doc_ids))).flatten(0, 1)
             next_token_loss(logits, part.targets.flatten(), vocab, 1e-2, count).loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 

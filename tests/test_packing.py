@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.packing import IGNORE, NO_DOCUMENT, best_fit, collate, pack
 
 PAD = 1
@@ -100,3 +101,42 @@ def test_only_the_answers_of_a_conversation_are_learnt_up_to_their_end(turns):
     assert targets[targets != IGNORE].tolist() == learnt
     everything = collate([[tokens]], 40, PAD).targets[0]
     assert torch.equal(targets[targets != IGNORE], everything[targets != IGNORE])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where documents begin
+
+
+@given(st.lists(st.lists(st.integers(1, 7), max_size=4), min_size=1, max_size=5), st.integers(28, 40))
+def test_documents_are_runs_of_one_id(lengths, seq_len):
+    batch = collate([[[9] * n for n in row] for row in lengths], seq_len, PAD)
+    ids, cu_seqlens, max_len = batch.to("cpu").documents
+    expected = [seq_len * row + a for row, of_row in enumerate(batch.doc_ids.numpy()) for _, a, _ in runs(of_row)]
+    assert torch.equal(ids, batch.doc_ids) and cu_seqlens.dtype == torch.int32
+    assert cu_seqlens.tolist()[: len(expected)] == expected
+    assert set(cu_seqlens.tolist()[len(expected) :]) == {len(lengths) * seq_len}  # where the last one ends
+    longest = int(cu_seqlens.diff().max())
+    assert longest <= max_len <= min(2 * longest, seq_len) and int(cu_seqlens.diff().sum()) == ids.numel()
+    one_each = len(expected) == len(lengths)
+    assert batch.to("cpu").documents.one_a_sequence() == one_each
+    for number in [] if one_each else [len(cu_seqlens)] + [max_len] * (max_len < seq_len):
+        assert number & (number - 1) == 0  # a power of two: few shapes, so a compiled model is compiled few times
+
+
+def test_documents_follow_their_batch():
+    batch = pack([[5] * 3, [6] * 5, [7] * 6], 8, PAD)
+    assert batch.documents is None  # nobody has asked yet
+    moved = batch.to("cpu")
+    assert moved.to("cpu").documents is not None and moved[:1].documents is None  # they would be the whole batch's
+    assert moved[:1].to("cpu").documents.cu_seqlens.tolist() == [0, 3, 8, 8]
+
+
+def test_an_id_that_comes_back_needs_a_mask():
+    assert Documents.of(torch.tensor([[0, 1, 0], [2, 2, 2]])).cu_seqlens is None
+    assert Documents.of(torch.tensor([[0, 0, 1], [1, 0, 0]])).cu_seqlens.tolist() == [0, 2, 3, 4, 6, 6, 6, 6]
+
+
+def test_ids_elsewhere_are_not_read():
+    """Reading them would wait for the GPU."""
+    documents = Documents.of(torch.zeros(2, 8, dtype=torch.long, device="meta"))
+    assert documents.cu_seqlens is None and documents.max_len == 8

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, tiny_model, tiny_run
+from tiny import N_CODES, TOKENIZER, VOCAB, nano_folder, released_model, tiny_model, tiny_run
 
 from nanochameleon.convert import Args as convert_args
 from nanochameleon.convert import convert
@@ -177,6 +177,16 @@ def test_several_samples_share_one_engine_and_are_shown_in_order(mode, run, tmp_
     several = said(main(args))
     assert len(made) == 1 and len(several) == 5
     assert several[0] == said(main(dataclasses.replace(args, n=1)))[0]
+
+
+def test_kernels_that_the_weights_dtype_does_not_have_are_refused(tmp_path, monkeypatch, capsys):
+    folder = nano_folder(tmp_path / "half", released_model(dtype=torch.float16))
+    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "numba")
+    said = refused([str(folder), "a", "--mode", "text", "--device", "cpu"], capsys)
+    assert said.startswith("error: NANOCHAMELEON_KERNELS: ") and said.endswith("bfloat16, not float16\n")
+    assert said.count("\n") == 1
+    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "reference")
+    assert main(Args(folder, ("a",), "text", device="cpu", max_new_tokens=3))
 
 
 def test_int8_answers_and_draws(run, image, tmp_path, monkeypatch):

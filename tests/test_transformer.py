@@ -2,15 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotation import rotated
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from nanochameleon.config import ModelConfig
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.block.dropout import fold_in
+from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
 from nanochameleon.transformer import Chameleon, KVCache, QKNorm, apply_rotary_emb, compute_freqs_cis
 
@@ -117,7 +123,9 @@ def test_causality_by_gradient(seed, n, with_mask, data):
     t, model = data.draw(st.integers(0, n - 1)), random_model(seed)
     embedded = []
     model.tok_embeddings.register_forward_hook(lambda module, inputs, out: embedded.append(out))
-    hidden = model(tokens(seed, 1, n), doc_ids=torch.zeros(1, n, dtype=torch.long) if with_mask else None)
+    hidden = model(
+        tokens(seed, 1, n), documents=Documents.of(torch.zeros(1, n, dtype=torch.long)) if with_mask else None
+    )
     (gradient,) = torch.autograd.grad((hidden[0, t] * torch.randn_like(hidden[0, t])).sum(), embedded[0])
     size = gradient[0].abs().sum(-1)
     assert (size[t + 1 :] == 0).all() and (size[: t + 1] > 0).all()
@@ -131,7 +139,7 @@ def test_a_packed_sequence_equals_its_documents_alone(lengths, seq_len, seed, no
     model = random_model(seed, norm_order=norm_order)
     docs = [(tokens(seed + i, n) % 38 + 2).tolist() for i, n in enumerate(lengths)]
     batch = pack(docs, seq_len, pad=1)
-    hidden = model(batch.tokens, batch.positions, batch.doc_ids)
+    hidden = model(batch.tokens, batch.positions, Documents.of(batch.doc_ids))
     found = [
         (batch.tokens[row][mine].tolist(), hidden[row][mine])
         for row in range(len(hidden))
@@ -207,6 +215,23 @@ def test_rotary_keeps_norms_and_scores_depend_on_distance_alone(seed, i, j, shif
     torch.testing.assert_close(score, moved, rtol=0, atol=2e-4)  # angles are float32
 
 
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.sampled_from([2, 6, 10, 16, 32, 48, 64, 128]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.booleans(), st.integers(0, 999),
+)  # fmt: skip
+def test_rotary_is_the_complex_product_and_so_is_its_gradient(b, heads, t, e, dtype, shared, seed):
+    """The same bits where head dimensions fill torch's vectors; elsewhere its complex product rounds once less."""
+    numbers = torch.Generator().manual_seed(seed)
+    x, upstream = (torch.randn(b, t, heads, e, generator=numbers).to(dtype).transpose(1, 2) for _ in range(2))
+    freqs_cis = compute_freqs_cis(torch.randint(5_000, (1 if shared else b, t), generator=numbers), e, 10_000.0)
+    ours, products = (f(x.requires_grad_(), freqs_cis) for f in (apply_rotary_emb, rotated))
+    gradient, expected = (torch.autograd.grad(y, x, upstream)[0] for y in (ours, products))
+    whole = e % 16 == 0 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    room = 0.0 if whole else 4 * torch.finfo(dtype).eps * max(y.abs().max().item() for y in (x, upstream))
+    torch.testing.assert_close(ours, products, rtol=0, atol=room)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=room)
+
+
 @given(st.integers(0, 500), st.integers(0, 3))
 def test_rotary_rotates_neighbouring_pairs_by_powers_of_theta(position, pair):
     x = torch.zeros(1, 1, 1, 8).double()
@@ -216,6 +241,24 @@ def test_rotary_rotates_neighbouring_pairs_by_powers_of_theta(position, pair):
     expected = torch.zeros(8).double()
     expected[2 * pair], expected[2 * pair + 1] = math.cos(angle), math.sin(angle)
     torch.testing.assert_close(turned, expected, rtol=0, atol=5e-5)
+
+
+def test_a_compiled_block_holds_no_complex_tensor():
+    """Inductor has no code for complex tensors: it leaves them to eager operations between its kernels."""
+    dtypes, model = [], random_model().float()
+
+    def record(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        values = (node.meta.get("val") for node in graph.graph.nodes)
+        dtypes.append({x.dtype for x in values if isinstance(x, torch.Tensor)})
+        return make_boxed_func(graph.forward)
+
+    block, x = model.layers[0], torch.randn(2, 5, 16, requires_grad=True)
+    freqs_cis = compute_freqs_cis(torch.arange(5).expand(2, 5), 4, 10_000.0)
+    with use_kernels("reference"):
+        run = torch.compile(block, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+        sum(run(x, None, freqs_cis, None, None, None)).sum().backward()
+    assert len(dtypes) == 2 and all(torch.float32 in found for found in dtypes)  # forward and backward
+    assert not any(dtype.is_complex for found in dtypes for dtype in found)
 
 
 def test_order_matters_only_through_positions():

@@ -7,13 +7,14 @@ torch's. Formulas and shapes are those of qknorm_rope_attention.py. All take bfl
 import torch
 from torch import Tensor
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import attention, expect_heads, visible
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 
 def qknorm_rope_attention_cuda(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, doc_ids: Tensor | None, q_weight: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, documents: Documents | None, q_weight: Tensor | None,
     q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, own: bool,
 ) -> Tensor:  # fmt: skip
     """Returns (B, T, H, E). own: run our attention where it is written for E, else torch's, a vendor's.
@@ -25,15 +26,15 @@ def qknorm_rope_attention_cuda(
     qknorm_rope, v = torch.ops.nanochameleon.qknorm_rope_cuda, v.to(q.dtype)
     q, k = qknorm_rope(q, cos_sin, q_weight, q_bias, eps), qknorm_rope(k.to(q.dtype), cos_sin, k_weight, k_bias, eps)
     if own and q.shape[-1] in gpu.HEAD_DIMS:
-        return torch.ops.nanochameleon.attention_cuda(q, k, v, *document_bounds(doc_ids, q))[0]
-    mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+        return torch.ops.nanochameleon.attention_cuda(q, k, v, *document_bounds(documents, q))[0]
+    mask = None if documents is None else visible(documents.ids, documents.ids)
     return attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
 
 
-def document_bounds(doc_ids: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+def document_bounds(documents: Documents | None, q: Tensor) -> tuple[Tensor, Tensor]:
     """First and last position of each position's document, (B, T) int32 each; None is one document a sequence."""
-    if doc_ids is not None:
-        return gpu.document_bounds(doc_ids)
+    if documents is not None:
+        return gpu.document_bounds(documents.ids)
     doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
     return doc_start, torch.full_like(doc_start, q.shape[1] - 1)
 

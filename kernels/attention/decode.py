@@ -5,33 +5,45 @@ qknorm_rope_attention.py. Not here: which tokens are new, and sampling (generati
 
 Shapes: N slots of a batch with T new tokens each (one, or few), H heads, G key heads. The cache has S positions, of
 which the first `kv_len` are attended to. qkv (N, T, H + 2 G, E): queries, keys, values, as the projections give them.
-freqs_cis (N, T, E/2) complex. norm: weight and bias (H + G, E), or None. keys, values (N, G, S, E). positions (N, T)
-int64 below kv_len. mask (N, T, kv_len) is 0 where a token sees a position, else -infinity; all layers share it.
+freqs_cis (N, T, E/2, 2). norm: weight and bias (H + G, E), or None. keys, values (N, G, S, E). positions (N, T)
+int64 below kv_len. seen: the result of `see_cache`, which all layers share.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochameleon.kernels.attention.decode_flash import CacheLengths, flash_available, flash_decode_attention
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, expect_heads
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 
+def see_cache(positions: Tensor, keys: Tensor, kv_len: int) -> Tensor | CacheLengths:
+    """What new tokens see of a cache: all entries up to their own, of the first kv_len.
+
+    A mask (N, T, kv_len), 0 where a token sees an entry, else -infinity; or lengths, where flash attention takes them.
+    """
+    if positions.shape[1] == 1 and flash_available(keys.device, keys.dtype, keys.shape[3]):
+        return CacheLengths.of(positions, keys, kv_len)
+    unseen = torch.arange(kv_len, device=positions.device) > positions[..., None]
+    return torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
+
+
 def decode_attention_(
     qkv: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, keys: Tensor, values: Tensor,
-    positions: Tensor, mask: Tensor,
+    positions: Tensor, seen: Tensor | CacheLengths,
 ) -> Tensor:  # fmt: skip
     """(N, T, H, E), by the implementation that `dispatch.choose` names; changes keys and values.
 
     On a GPU nothing checks that positions are below kv_len.
     """
     if choose("decode_attention", qkv) != "cuda" or qkv.shape[-1] not in gpu.HEAD_DIMS:
-        return decode_attention_reference_(qkv, freqs_cis, norm, eps, keys, values, positions, mask)
-    cos_sin = torch.view_as_real(freqs_cis.resolve_conj()).flatten(-2)  # (N, T, E): a pair's cos, its sin
-    op, kv_len = torch.ops.nanochameleon.decode_attention, mask.shape[-1]
-    return op(qkv, cos_sin, *(norm or (None, None)), eps, keys, values, positions, kv_len)
+        return decode_attention_reference_(qkv, freqs_cis, norm, eps, keys, values, positions, seen)
+    kv_len = seen.kv_len if isinstance(seen, CacheLengths) else seen.shape[-1]
+    op = torch.ops.nanochameleon.decode_attention
+    return op(qkv, freqs_cis.flatten(-2), *(norm or (None, None)), eps, keys, values, positions, kv_len)
 
 
 def qknorm_rope(x: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
@@ -45,18 +57,26 @@ def qknorm_rope(x: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None
 
 def decode_attention_reference_(
     qkv: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, keys: Tensor, values: Tensor,
-    positions: Tensor, mask: Tensor,
+    positions: Tensor, seen: Tensor | CacheLengths,
 ) -> Tensor:  # fmt: skip
-    """A few of torch's operations. Query heads that share a key head become rows of one attention: no key is copied."""
-    (n, t, n_heads, e), groups, kv_len = qkv.shape, keys.shape[1], mask.shape[-1]
-    shared = (n_heads - 2 * groups) // groups  # query heads for each key head
+    """A few of torch's operations; arguments as for `decode_attention_`."""
+    n_heads, groups = qkv.shape[2], keys.shape[1]
     # 1. Norm and rotate queries and keys.
     qk, v = qkv.split([n_heads - groups, groups], 2)
     q, k = qknorm_rope(qk, freqs_cis, norm, eps).split([n_heads - 2 * groups, groups], 2)
     # 2. Append keys and values to the cache.
-    slots = torch.arange(n, device=qkv.device)[:, None]
+    slots = torch.arange(len(qkv), device=qkv.device)[:, None]
     keys[slots, :, positions], values[slots, :, positions] = k.to(keys.dtype), v.to(values.dtype)
     # 3. Attend.
+    if isinstance(seen, CacheLengths):
+        return flash_decode_attention(q, keys, values, seen)
+    return masked_attention(q, keys, values, seen)
+
+
+def masked_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """q (N, T, H, E) -> the same. Query heads that share a key head become rows of one attention: no key is copied."""
+    (n, t, n_heads, e), groups, kv_len = q.shape, keys.shape[1], mask.shape[-1]
+    shared = n_heads // groups  # query heads for each key head
     q = q.reshape(n, t, groups, shared, e).transpose(1, 2).reshape(n, groups, t * shared, e)
     mask = mask[:, None] if t == 1 else mask[:, None].repeat_interleave(shared, 2)
     out = F.scaled_dot_product_attention(q, keys[:, :, :kv_len], values[:, :, :kv_len], attn_mask=mask)

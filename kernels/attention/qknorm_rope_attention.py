@@ -13,9 +13,9 @@ A rotation is orthogonal, so its gradient g is the rotation by the opposite angl
 u = g * weight:
     d weight = sum g n,   d bias = sum g,   d row = (u - mean(u) - n mean(u n)) / deviation
 
-Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); freqs_cis (B or 1, 1, T, E/2)
-complex; doc_ids (B, T) or None; weights and biases (groups, E), each for H / groups (G / groups) consecutive heads.
-Not here: the reference (reference.py), and the compiled kernels (cpu.py, cuda.py, ../cpu/amx/).
+Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); freqs_cis (B or 1, 1, T,
+E/2, 2); weights and biases (groups, E), each for H / groups (G / groups) consecutive heads. Documents None means one
+document for each sequence. Not here: the reference (reference.py), the compiled kernels (cpu.py, cuda.py, ../cpu/amx/).
 """
 
 from types import ModuleType
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.attention.cuda import qknorm_rope_attention_cuda
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import Norm, expect_heads, per_head, qknorm_rope_attention_reference
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, KERNEL_DTYPES, expect, register_op
@@ -33,7 +34,7 @@ NAME = "qknorm_rope_attention"
 
 
 def qknorm_rope_attention(
-    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, doc_ids: Tensor | None, q_norm: Norm | None,
+    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, documents: Documents | None, q_norm: Norm | None,
     k_norm: Norm | None, eps: float,
 ) -> Tensor:  # fmt: skip
     """(B, T, H, E) in the dtype of q, by the implementation that `dispatch.choose` names.
@@ -42,15 +43,15 @@ def qknorm_rope_attention(
     """
     name = choose(NAME, q)
     if name == "reference" or not q.numel():
-        return qknorm_rope_attention_reference(q, k, v, freqs_cis, doc_ids, q_norm, k_norm, eps)
+        return qknorm_rope_attention_reference(q, k, v, freqs_cis, documents, q_norm, k_norm, eps)
     expect_heads(NAME, q, k, heads=2)
-    if freqs_cis.dim() != 4 or freqs_cis.shape[1] != 1 or not freqs_cis.is_complex():
-        shape = f"{tuple(freqs_cis.shape)}, {freqs_cis.dtype}"
-        raise ValueError(f"{NAME}: freqs_cis must be (B, 1, T, E/2), complex; it is {shape}")
-    cos_sin = torch.view_as_real(freqs_cis[:, 0].resolve_conj()).flatten(-2)  # (B or 1, T, E): a pair's cos, its sin
+    if freqs_cis.dim() != 5 or freqs_cis.shape[1] != 1 or freqs_cis.shape[-1] != 2:
+        raise ValueError(f"{NAME}: freqs_cis must be (B, 1, T, E/2, 2); it is {tuple(freqs_cis.shape)}")
+    cos_sin = freqs_cis[:, 0].flatten(-2)  # (B or 1, T, E): a pair's cos, its sin
     norms = *per_head(q_norm, q.shape[2]), *per_head(k_norm, k.shape[2])
     if name in ("cuda", "vendor"):
-        return qknorm_rope_attention_cuda(q, k, v, cos_sin, doc_ids, *norms, eps, own=name == "cuda")
+        return qknorm_rope_attention_cuda(q, k, v, cos_sin, documents, *norms, eps, own=name == "cuda")
+    doc_ids = None if documents is None else documents.ids
     return qknorm_rope_attention_op(q, k, v, cos_sin, doc_ids, *norms, eps, name == "amx")[0]
 
 

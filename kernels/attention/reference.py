@@ -3,8 +3,8 @@
     attention           out[b, h, i] = sum_j softmax_j(q[b, h, i] . k[b, g, j] / sqrt(E)) v[b, g, j],
                         g = h // (H / G), over the keys j that query i may see
     layer_norm          each head of q or k normalised, times weight plus bias
-    apply_rotary_emb    pairs (x[2i], x[2i+1]) as complex numbers, times freqs_cis. The pairs are Meta's: Hugging Face
-                        pairs x[i] with x[i + E/2] instead
+    apply_rotary_emb    each pair (x[2i], x[2i+1]) rotated by its angle. The pairs are Meta's: Hugging Face pairs x[i]
+                        with x[i + E/2] instead
 
 `attention` runs torch's fused version, `attention_reference` the formula. Not here: the projections (transformer.py).
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
@@ -91,19 +92,24 @@ def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E) by freqs_cis (B or 1, 1, T, E/2), complex."""
+    """Rotate neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E) by freqs_cis (B or 1, 1, T, E/2, 2): cos and sin.
+
+    A pair (a, b) is the number a + ib, and multiplying by cos + i sin rotates it by that angle:
+        (a + ib) (cos + i sin) = (a cos - b sin) + i (a sin + b cos)
+    The two parts are written out, because torch.compile has no code for tensors of such numbers.
+    """
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())  # (B, H, T, E/2)
-    return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
+    (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), freqs_cis.unbind(-1)  # (B, H, T, E/2) each
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
 
 def qknorm_rope_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, doc_ids: Tensor | None, q_norm: Norm | None,
+    q: Tensor, k: Tensor, v: Tensor, freqs_cis: Tensor, documents: Documents | None, q_norm: Norm | None,
     k_norm: Norm | None, eps: float,
 ) -> Tensor:  # fmt: skip
     """One step after the other, in torch's own operations; arguments as for `qknorm_rope_attention`."""
     q, k = (layer_norm(x, norm, eps).transpose(1, 2) for x, norm in ((q, q_norm), (k, k_norm)))  # (B, H, T, E)
     # The norm comes before the rotation, which keeps the lengths that the norm fixed.
     q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
-    mask = None if doc_ids is None else visible(doc_ids, doc_ids)
+    mask = None if documents is None else visible(documents.ids, documents.ids)
     return attention(q, k, v.transpose(1, 2), mask).transpose(1, 2)  # (B, T, H, E)

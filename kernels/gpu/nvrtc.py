@@ -59,6 +59,13 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def version() -> str:
+    """Such as "13.0". Raises ModuleNotFoundError as library() does."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
 def _text(size_of: str, get: str, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
     getattr(library(), size_of)(program, ctypes.byref(size))
@@ -92,9 +99,7 @@ def compile_source(source: str, name: str, architecture: str) -> Cubin:
 def cubin_file(source: Path, architecture: str) -> Path:
     """The cubin of a .cu file, compiled unless it is in the cache (NANOCHAMELEON_CACHE, or see caches.py)."""
     text = source.read_text()
-    version = [ctypes.c_int(), ctypes.c_int()]
-    library().nvrtcVersion(*(ctypes.byref(number) for number in version))
-    key = f"{text}{headers()}{architecture}{[number.value for number in version]}"
+    key = f"{text}{headers()}{architecture}{version()}"
     requested = os.environ.get("NANOCHAMELEON_CACHE", "")
     folder = cache_folder("NANOCHAMELEON_CACHE", requested) or Path(tempfile.mkdtemp())  # CuPy loads only files
     path = folder / f"{source.stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"

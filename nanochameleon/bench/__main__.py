@@ -1,4 +1,4 @@
-"""python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE], see --help"""
+"""python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE]; or prove"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ from nanochameleon.files import check_writable
 class Args:
     """Measure ours next to the peers that are installed, and print a row for each figure."""
 
-    bench: tyro.conf.Positional[Literal["kernels", "engine", "train", "data"]]
-    """What to measure."""
+    bench: tyro.conf.Positional[Literal["kernels", "engine", "train", "data", "prove"]]
+    """What to measure. prove: check the CUDA kernels on this GPU, and let `auto` take those that are right and fast."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to measure it."""
     quick: bool = False
@@ -26,7 +26,9 @@ class Args:
     json: Path | None = None
     """Write the rows to this file."""
     op: Literal["all", "attention", "zloss", "linear_zloss", "decode", "step"] = "all"
-    """For kernels: only this op's cases. The cases of decode need a GPU."""
+    """For kernels and prove: only this op's cases. The cases of decode need a GPU."""
+    dry: bool = False
+    """For prove: tiny shapes in the emulator on a CPU, to see that the command works."""
     plot: Path | None = None
     """For kernels: draw the ratios into this file (PNG)."""
 
@@ -37,7 +39,7 @@ def measure(args: Args) -> Iterator[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: leave out --device")
     device = torch.device(args.device)
-    check_kernels(device)
+    check_kernels(device, *([torch.float32, torch.bfloat16] if args.bench == "train" else []))
     if args.bench != "kernels" and (args.op != "all" or args.plot):
         raise UserError("--op and --plot belong to the bench `kernels`: leave them out")
     if args.bench != "kernels":
@@ -46,16 +48,25 @@ def measure(args: Args) -> Iterator[dict]:
         return {"engine": engine, "train": train, "data": data}[args.bench].bench(device, args.quick)
     if args.op == "decode" and args.device == "cpu":
         raise UserError("decode has cases for a GPU only: add --device cuda, or run the bench `engine`")
-    from nanochameleon.bench import gpu_cases, kernels
+    from nanochameleon.bench import kernels, subjects
 
     what = device, args.quick, args.op
-    found = gpu_cases.cases(*what) if args.device == "cuda" else kernels.checked(kernels.cases(*what))
+    found = subjects.checked_cases(*what) if args.device == "cuda" else kernels.checked(kernels.cases(*what))
     return kernels.bench(found, *what)
 
 
 def main(args: Args) -> None:
     from nanochameleon.bench import rows
 
+    if args.bench == "prove":
+        from nanochameleon.bench import prove
+
+        if args.op in ("linear_zloss", "step") or args.json or args.plot:
+            raise UserError("prove takes --op attention, zloss or decode, --quick and --dry: leave out the others")
+        prove.main(args.op, args.quick, args.dry)
+        return
+    if args.dry:
+        raise UserError("--dry belongs to prove: leave it out")
     with writing():
         for path in filter(None, (args.json, args.plot)):  # before an hour of measuring
             check_writable(path.parent)

@@ -17,7 +17,8 @@ from torch import Tensor
 from nanochameleon.bench.measure import median_seconds, peak_bytes
 from nanochameleon.bench.rows import Row, rows_against_one
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.kernels import qknorm_rope_attention, use_kernels
+from nanochameleon.kernels import dispatch, qknorm_rope_attention, use_kernels
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
@@ -54,8 +55,9 @@ def with_kernels(name: str, function: Callable) -> Callable:
 
 
 def own(device: torch.device) -> str:
-    """The name of our own kernels on this device."""
-    return "cuda" if device.type == "cuda" else "numba"
+    """The name of our own kernels on this device. The emulator makes a CPU a GPU."""
+    emulated = dispatch.why_cuda_unavailable("zloss_cross_entropy", device, torch.bfloat16) is None
+    return "cuda" if device.type == "cuda" or emulated else "numba"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,20 +76,20 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
     q, k, v = (torch.randn(b, t, h, e, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
     norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
     table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
-    docs = documents(b, t).to(device) if packed else None
+    docs = Documents.of(documents(b, t)).to(device) if packed else None
     upstream = torch.randn(b, t, h, e, generator=generator).to(device, dtype)
 
     def of(function: Callable) -> Callable:
         return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * upstream).float().sum()
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
-    names = ("cuda", "vendor") if device.type == "cuda" else (own(device),)
+    names = ("cuda", "vendor") if own(device) == "cuda" else (own(device),)
     if why_amx_unavailable(device, dtype) is None:
         names += ("amx",)
     ours = {name: of(with_kernels(name, qknorm_rope_attention)) for name in names}
     variants, plain = {"reference": of(qknorm_rope_attention_reference), **ours}, {}
     if device.type == "cpu" and dtype == torch.float32 and packed:
-        arrays = [x.detach().numpy() for x in (q, k, v, docs, torch.empty_like(q))]
+        arrays = [x.detach().numpy() for x in (q, k, v, docs.ids, torch.empty_like(q))]
         plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and rotation
     return Case(name, [q, k, v, *norms], variants, extra_forward=plain)
 
@@ -224,7 +226,7 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
     torch.manual_seed(0)
     model = Chameleon(cfg).to(device)
     optimizer = make_optimizer(model, OptimConfig("adamw"))
-    tokens, docs = torch.randint(940, (8, 256), device=device), documents(8, 256).to(device)
+    tokens, docs = torch.randint(940, (8, 256), device=device), Documents.of(documents(8, 256)).to(device)
     positions = torch.arange(256, device=device).expand(8, 256)
 
     def step(name: str) -> None:

@@ -72,13 +72,11 @@ def text_tokens(case: Case, device: torch.device) -> Tensor:
 
 def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> Step:
     device = model.output.weight.device
-    tokens = text_tokens(case, device)
+    tokens = text_tokens(case, torch.device("cpu"))
     targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
-    positions = torch.arange(case.t, device=device).expand(tokens.shape)
-    batch, objective = (
-        Batch(tokens, targets, torch.zeros_like(tokens), positions),
-        Objective(model, case.vocab, precision),
-    )
+    positions = torch.arange(case.t).expand(tokens.shape)
+    batch = Batch(tokens, targets, torch.zeros_like(tokens), positions).to(device)
+    objective = Objective(model, case.vocab, precision)
     optimizer, count = make_adamw(model.train(), OptimConfig()), float((targets >= 0).sum())
     if compiled:
         for block in model.layers:

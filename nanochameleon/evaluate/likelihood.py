@@ -28,7 +28,7 @@ def bits(run: Run, documents: Sequence[Sequence[int]], batch_size: int = 16) -> 
     for start in range(0, len(packed.tokens), batch_size):
         batch = packed[start : start + batch_size].to(run.device)
         with use_kernels("auto"):  # in the weights' dtype, for which the kernels requested for training may not exist
-            logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.doc_ids).flatten(0, 1))
+            logits = run.model.logits(run.model(batch.tokens, batch.positions, batch.documents).flatten(0, 1))
             sums = next_token_loss(logits, batch.targets.flatten(), run.vocab)
         image_sum += float(sums.image_cross_entropy)
         image_count += float(sums.image_count)

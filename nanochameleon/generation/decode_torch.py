@@ -5,7 +5,7 @@
 
 Equals `Chameleon.forward` with a cache, up to rounding. What makes it fewer operations:
 - Linear layers with the same input are one matmul on concatenated weights.
-- Queries and keys are normed and rotated together. freqs_cis and the mask are computed once for all layers.
+- Queries and keys are normed and rotated together. freqs_cis, and what slots see, are computed once for all layers.
 - Query heads that share a key head are rows of one attention, so no key is copied.
 - The matmul that ends a branch adds its result to the residual stream.
 """
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decoder import Decoder
-from nanochameleon.kernels.attention.decode import decode_attention_
+from nanochameleon.kernels.attention.decode import CacheLengths, decode_attention_, see_cache
 from nanochameleon.kernels.attention.reference import per_head
-from nanochameleon.transformer import Block, CacheView, Chameleon, compute_freqs_cis
+from nanochameleon.transformer import Block, Chameleon, KVCache, compute_freqs_cis
 
 
 def concat_weights_(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -65,10 +65,12 @@ class FusedBlock:
                  ((a.q_norm, cfg.n_heads), (a.k_norm, cfg.kv_heads))] if cfg.qk_norm else []  # fmt: skip
         self.qk_norm = tuple(at_least_float32(torch.cat(parts).detach()) for parts in zip(*norms, strict=True)) or None
 
-    def __call__(self, x: Tensor, freqs_cis: Tensor, positions: Tensor, bias: Tensor, *cache: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, freqs_cis: Tensor, positions: Tensor, seen: Tensor | CacheLengths, *cache: Tensor
+    ) -> Tensor:
         """x (n, D), changed in place where that is possible; cache: keys and values (n, G, S, E)."""
         attn_norm, ffn_norm = self.block.attention_norm, self.block.ffn_norm
-        branch = self.attention(x if self.post_norm else attn_norm(x), freqs_cis, positions, bias, *cache)
+        branch = self.attention(x if self.post_norm else attn_norm(x), freqs_cis, positions, seen, *cache)
         x = self.add_branch(x, branch, self.wo, attn_norm)
         gate, up = linear(x if self.post_norm else ffn_norm(x), *self.w13).chunk(2, -1)
         return self.add_branch(x, F.silu(gate).mul_(up), self.w2, ffn_norm)
@@ -78,9 +80,11 @@ class FusedBlock:
             return x.add_(norm(linear(branch, *weight)))
         return x.add_(linear(branch, *weight)) if weight[1] is not None else x.addmm_(branch, weight[0].T)
 
-    def attention(self, x: Tensor, freqs_cis: Tensor, positions: Tensor, bias: Tensor, *cache: Tensor) -> Tensor:
+    def attention(
+        self, x: Tensor, freqs_cis: Tensor, positions: Tensor, seen: Tensor | CacheLengths, *cache: Tensor
+    ) -> Tensor:
         heads = linear(x, *self.wqkv).view(len(x), 1, -1, self.head_dim)  # (n, 1, H + 2 G, E)
-        return decode_attention_(heads, freqs_cis, self.qk_norm, self.eps, *cache, positions, bias).flatten(1)
+        return decode_attention_(heads, freqs_cis, self.qk_norm, self.eps, *cache, positions, seen).flatten(1)
 
 
 class FusedStep:
@@ -90,16 +94,15 @@ class FusedStep:
         self.model, cfg = model, model.cfg
         self.blocks = [FusedBlock(block, cfg) for block in model.layers]
         positions = torch.arange(context, device=model.output.weight.device)[None]
-        self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2)
+        self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2, 2)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: list[CacheView]) -> Tensor:
-        """One token (n,) per slot at its position (n,), a CacheView per layer -> hidden states (n, D)."""
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache, kv_len: int) -> Tensor:
+        """One token (n,) for each of the first n slots at its position (n,), below kv_len -> hidden states (n, D)."""
         x, positions = self.model.tok_embeddings(tokens), positions[:, None]
-        mask = cache[0].mask  # (n, 1, kv_len), the same in all layers
-        bias = torch.full_like(mask, -torch.inf, dtype=x.dtype).masked_fill_(mask, 0.0)
-        freqs_cis = self.freqs_cis[positions]
-        for block, layer in zip(self.blocks, cache, strict=True):
-            x = block(x, freqs_cis, positions, bias, layer.keys, layer.values)
+        keys, values = cache.keys[:, : len(x)], cache.values[:, : len(x)]  # (L, n, G, S, E)
+        seen, freqs_cis = see_cache(positions, keys[0], kv_len), self.freqs_cis[positions]
+        for block, *layer in zip(self.blocks, keys, values, strict=True):
+            x = block(x, freqs_cis, positions, seen, *layer)
         return self.model.norm(x)
 
 
@@ -111,4 +114,4 @@ class FusedDecoder(Decoder):
         self.fused_step = FusedStep(model, self.context)
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_len: int) -> Tensor:
-        return self.fused_step(tokens, positions, self.cache.view(slice(0, len(tokens)), positions[:, None], kv_len))
+        return self.fused_step(tokens, positions, self.cache, kv_len)

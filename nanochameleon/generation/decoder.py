@@ -67,7 +67,7 @@ class Decoder:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.tok_embeddings.weight.dtype
         self.cache = model.empty_cache(n_slots, context, dtype)
-        self.hidden = torch.zeros(n_slots, model.cfg.dim, device=device, dtype=dtype)  # (N, D) at the newest token
+        self.hidden = torch.zeros(n_slots, model.cfg.dim, device=device, dtype=dtype)  # (N, D) at the newest token read
         self.slot_state = torch.zeros(6, n_slots, dtype=torch.long, device=device)  # rows: INDEX .. LENGTH
         self.n_sampled, self.length = self.slot_state[N_SAMPLED], self.slot_state[LENGTH]  # length: tokens in the cache
         tables = (table.to(device) for table in grammar_tables(vocab, image_len))
@@ -217,7 +217,8 @@ class Decoder:
     def forward_step(self, n: int, tokens: Tensor, kv_len: int) -> None:
         """Feed the sampled token to every slot whose branch conditions on it.
 
-        The other slots run, too, since shapes are fixed; what they write to their cache is overwritten later.
+        The other slots run, too, since shapes are fixed. What they write to their cache is overwritten later, and they
+        keep their hidden state: a slot that has read its prompt may wait while its request's other branches read.
         """
         vocab, branch, length = self.vocab, self.slot_state[CFG_BRANCH, :n], self.length[:n]
         of_image = (tokens >= vocab.first_code) & (tokens <= vocab.boi)  # image tokens, <eoi> and <boi>
@@ -226,7 +227,7 @@ class Decoder:
         positions = torch.where(restarts, 1, length).clamp(max=self.context - 1)  # (n,)
         reads = ((branch == COND) | of_image) & (tokens != vocab.pad)
         length.copy_(torch.where(reads, positions + 1, length))
-        self.hidden[:n] = self.forward(tokens, positions, kv_len)
+        self.hidden[:n] = torch.where(reads[:, None], self.forward(tokens, positions, kv_len), self.hidden[:n])
 
     def forward(self, tokens: Tensor, positions: Tensor, kv_len: int) -> Tensor:
         """Run the model on one token (n,) per slot at its position (n,) -> hidden states (n, D)."""

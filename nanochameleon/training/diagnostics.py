@@ -10,6 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, visible
 from nanochameleon.packing import Batch
 from nanochameleon.parallel.apply import ParallelModel
@@ -36,7 +37,7 @@ def compute_metrics(sums: Sums, mesh: Mesh, z_loss_weight: float) -> dict[str, f
     }
 
 
-def largest_logit(attention: Attention, x: Tensor, freqs_cis: Tensor, doc_ids: Tensor) -> Tensor:
+def largest_logit(attention: Attention, x: Tensor, freqs_cis: Tensor, documents: Documents) -> Tensor:
     """The attention's input x (B, T, D) -> the largest score that a query sees, over the heads of this rank."""
     b, t, _ = x.shape
     q, k = (w(x).view(b, t, -1, attention.head_dim) for w in (attention.wq, attention.wk))  # (B, T, H, E), (B, T, G, E)
@@ -46,7 +47,7 @@ def largest_logit(attention: Attention, x: Tensor, freqs_cis: Tensor, doc_ids: T
     )
     k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, E)
     scores = q.float() @ k.mT / math.sqrt(attention.head_dim)  # (B, H, T, T)
-    return scores.masked_fill(~visible(doc_ids, doc_ids)[:, None], -math.inf).amax()
+    return scores.masked_fill(~visible(documents.ids, documents.ids)[:, None], -math.inf).amax()
 
 
 @torch.no_grad()

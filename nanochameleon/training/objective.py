@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.ops import matmul_dtype
 from nanochameleon.losses import LossSums, fused_next_token_loss, next_token_loss
 from nanochameleon.packing import Batch
@@ -45,7 +46,7 @@ class Objective(nn.Module):
         """batch: B sequences of T tokens. dropout_seeds (B,): one for each sequence."""
         fused = self.fused and torch.is_grad_enabled()
         with autocast(self.precision, batch.tokens.device):
-            inputs = batch.tokens, batch.positions, batch.doc_ids
+            inputs = batch.tokens, batch.positions, batch.documents or Documents.of(batch.doc_ids)
             features = self.model.forward_features(*inputs, dropout_seeds=dropout_seeds)  # (B, T, D)
             hidden = self.model.norm(features).flatten(0, 1)  # (N, D), N = B T
             # the fused op runs outside autocast, so its input gets autocast's dtype here

@@ -4,8 +4,8 @@ import torch
 
 from nanochameleon.config import ModelConfig, ParallelConfig, TrainConfig
 from nanochameleon.data import Loader
-from nanochameleon.errors import UserError, say
-from nanochameleon.kernels.dispatch import VARIABLE, explain
+from nanochameleon.errors import say
+from nanochameleon.kernels.dispatch import explain
 from nanochameleon.parallel.compile import choose_compile
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like
@@ -28,14 +28,7 @@ def precision_dtype(precision: str) -> torch.dtype:
 
 
 def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, parallel: ParallelConfig) -> None:
-    """Print the sizes of the model and the mesh, which kernels run, and whether blocks are compiled.
-
-    Raises UserError, on every rank, if NANOCHAMELEON_KERNELS asks for some that this precision does not have.
-    """
-    try:
-        kernels = explain(mesh.device, precision_dtype(precision))
-    except ValueError as error:
-        raise UserError(f"{VARIABLE}: {error}") from None
+    """Print the sizes of the model and the mesh, which kernels run, and whether blocks are compiled."""
     if not mesh.is_rank0:
         return
     for name, source in loader.sources.items():
@@ -45,7 +38,7 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
     ranks = f", {mesh.world_size} ranks ({grid})" if mesh.world_size > 1 else ""
     size = sum(p.numel() for p in model.parameters())
     say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
-    say(kernels)
+    say(explain(mesh.device, precision_dtype(precision)))
     compiled, why = choose_compile(parallel.compile, mesh.device)
     say(f"{'torch.compile':27} {'on' if compiled else 'off':10} {why}")
 

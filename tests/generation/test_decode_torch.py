@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from plain_varlen import plain_varlen
 from tiny import TINY_MODEL, released_model, tiny_model
 
 from nanochameleon.generation.decode_torch import FusedStep, concat_weights_
 from nanochameleon.generation.quantize import quantize_
+from nanochameleon.kernels.attention import decode, decode_flash
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.transformer import Chameleon, KVCache
 
@@ -20,11 +22,15 @@ def both(model: Chameleon, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]
     """
     tokens = torch.randint(TINY_MODEL.vocab_size, (3, 6), generator=torch.Generator().manual_seed(0))
     first, results = torch.tensor([0, 4, 9]), []
-    for step in (FusedStep(model, 20), lambda x, at, cache: model(x[:, None], at[:, None], cache=cache)[:, 0]):
+
+    def forward(x: torch.Tensor, at: torch.Tensor, cache: KVCache, kv_len: int) -> torch.Tensor:
+        return model(x[:, None], at[:, None], cache=cache.view(slice(0, len(x)), at[:, None], kv_len))[:, 0]
+
+    for step in (FusedStep(model, 20), forward):
         cache, hidden = KVCache.empty(model.cfg, 4, 20, CPU, dtype), []
         for t, column in enumerate(tokens.T):
             positions = first + t
-            hidden.append(step(column, positions, cache.view(slice(0, 3), positions[:, None], 16)).clone())
+            hidden.append(step(column, positions, cache, 16).clone())
         results.append((torch.stack(hidden, 1), cache.keys, cache.values))
     return results
 
@@ -35,6 +41,18 @@ def both(model: Chameleon, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]
 def test_the_step_is_the_forward_pass(changes, int8):
     model = released_model(1, torch.float64, **changes)
     for ours, theirs in zip(*both(quantize_(model) if int8 else model, torch.float64), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_the_step_by_flash_attention_makes_no_mask(monkeypatch, changes):
+    model = released_model(1, torch.float64, **changes)
+    masked = both(model, torch.float64)[0]
+    monkeypatch.setattr(decode, "flash_available", lambda *_: True)
+    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: plain_varlen)
+    monkeypatch.setattr(decode, "masked_attention", None)
+    for ours, theirs in zip(both(model, torch.float64)[0], masked, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 

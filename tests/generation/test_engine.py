@@ -12,7 +12,8 @@ from tiny import N_CODES, TOKENIZER, VOCAB, random_request, tiny_model
 from nanochameleon.config import SamplingParams
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
 from nanochameleon.errors import UserError
-from nanochameleon.generation.decoder import uniforms
+from nanochameleon.generation.decode_torch import FusedDecoder
+from nanochameleon.generation.decoder import Decoder, uniforms
 from nanochameleon.generation.engine import Engine, generate
 from nanochameleon.generation.events import stream
 from nanochameleon.generation.sampling import MODALITIES, Grammar, SamplingTensors, apply_filters, sample
@@ -125,6 +126,25 @@ def test_any_mixture_of_requests_that_join_and_leave_equals_plain_loops(requests
     assert engine.n_live == 0 and not engine.prefilling
 
 
+@pytest.mark.parametrize("decoder", [Decoder, FusedDecoder])
+@settings(max_examples=15)
+@given(st.integers(5, 12), st.booleans(), st.integers(1, 12), st.integers(0, 99))
+def test_a_guided_request_waits_for_its_branches_while_others_decode(decoder, n_words, has_image, chunk, seed):
+    """Its prompt is longer than a chunk, so some of its branches have been read before the others."""
+    words = range(VOCAB.first_text, VOCAB.first_text + n_words)
+    image = [VOCAB.boi, *(VOCAB.code_to_token((seed + i) % 8) for i in range(N_CODES)), VOCAB.eoi]
+    prompt = [VOCAB.bos, *words, *(image if has_image else ()), *words, VOCAB.boi]
+    params, modality = replace(PARAMS, guidance_scale=2.5, image_guidance_scale=1.7), ("image", "both")[seed % 2]
+    engine = Engine(GROUPED, VOCAB, N_CODES, 4, prefill_chunk=chunk)
+    with torch.inference_mode():
+        engine.decoder = decoder(GROUPED, VOCAB, N_CODES, 4, engine.context)
+    engine.add([VOCAB.bos], replace(PARAMS, max_new_tokens=60), "text", (9,))
+    engine.step()
+    guided = engine.add(prompt, params, modality, (seed,))
+    tokens = [token for output in engine.run() if output.request_id == guided for token in output.tokens]
+    assert tokens == plain(GROUPED, prompt, params, modality, (seed,))
+
+
 @pytest.mark.parametrize("model", [MODEL, SINGLE], ids=["double", "single"])
 def test_guided_images_that_begin_between_words_equal_plain_loops(model):
     rows = [[VOCAB.bos, VOCAB.first_text + i] for i in range(6)]
@@ -159,8 +179,6 @@ def test_a_sample_is_the_same_alone_and_in_a_batch_in_float32():
 
 def counted(monkeypatch, name):
     """Calls of a method of Decoder, by their arguments."""
-    from nanochameleon.generation.decoder import Decoder
-
     calls, method = [], getattr(Decoder, name)
     monkeypatch.setattr(Decoder, name, lambda self, *args: calls.append(args) or method(self, *args))
     return calls

@@ -3,6 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.transformer import compute_freqs_cis
 
 EPS = 1e-5
@@ -19,7 +20,7 @@ def generator(seed: int) -> torch.Generator:
 
 @st.composite
 def problems(draw, lengths=LENGTHS, head_dims=HEAD_DIMS):
-    """(tensors in float64 whose values bfloat16 holds, freqs_cis, doc_ids, gradient of the output)."""
+    """(tensors in float64 whose values bfloat16 holds, freqs_cis, documents, gradient of the output)."""
     b, t = draw(st.integers(1, 2)), draw(st.sampled_from(lengths))
     shared, key_heads = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
     e = draw(st.sampled_from(head_dims))
@@ -38,18 +39,18 @@ def problems(draw, lengths=LENGTHS, head_dims=HEAD_DIMS):
             tensors[f"{name}_bias"] = 0.3 * numbers(groups, e)
     kind = draw(st.sampled_from(["none", "packed", "any"]))
     docs = torch.randint(-1, 3, (b, t), generator=generator)
-    docs = {"none": None, "packed": docs.sort(1, descending=True).values, "any": docs}[kind]
-    return tensors, compute_freqs_cis(torch.arange(t).expand(b, t), e, 10_000.0), docs, numbers(b, t, heads, e)
+    docs = docs.sort(1, descending=True).values if kind == "packed" else docs
+    documents = None if kind == "none" else Documents.of(docs)
+    return tensors, compute_freqs_cis(torch.arange(t).expand(b, t), e, 10_000.0), documents, numbers(b, t, heads, e)
 
 
 def outcome(function, problem, dtype) -> list[torch.Tensor]:
     """The output and the gradients of all tensors; q, k and v of this type, the norms float32 at least."""
-    tensors, freqs_cis, docs, upstream = problem
+    tensors, freqs_cis, documents, upstream = problem
     norm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     x = {n: t.to(norm_dtype if "_" in n else dtype).requires_grad_() for n, t in tensors.items()}
     norms = [(x[f"{n}_weight"], x[f"{n}_bias"]) if f"{n}_weight" in x else None for n in "qk"]
-    freqs_cis = freqs_cis.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
-    out = function(x["q"], x["k"], x["v"], freqs_cis, docs, *norms, EPS)
+    out = function(x["q"], x["k"], x["v"], freqs_cis, documents, *norms, EPS)
     return [out.detach(), *torch.autograd.grad(out, list(x.values()), upstream.to(dtype))]
 
 

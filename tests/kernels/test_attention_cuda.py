@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
 import nanochameleon.kernels.attention.decode  # noqa: F401 - registers its op
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import attention_reference, qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels
@@ -87,27 +88,28 @@ def test_torch_knows_the_ops():
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 64, dtype=NARROW, requires_grad=True)
-    table = torch.ones(shape[0], 1, shape[1], 32, dtype=torch.complex64)
+    table = torch.ones(shape[0], 1, shape[1], 32, 2)
     with use_kernels("cuda"):
         out = qknorm_rope_attention(x, x, x, table, None, None, None, EPS)
     out.sum().backward()
     assert out.shape == x.shape == x.grad.shape
 
 
-SHAPES = {"k": (2, 5, 2, 64), "v": (2, 5, 2, 64), "table": (2, 1, 5, 32), "docs": (2, 5), "weight": (2, 64)}
+SHAPES = {"k": (2, 5, 2, 64), "v": (2, 5, 2, 64), "table": (2, 1, 5, 32, 2), "docs": (2, 5), "weight": (2, 64)}
 
 
 @pytest.mark.parametrize("name", ["cuda", "vendor"])
 @pytest.mark.parametrize(
     ("wrong", "shape"),
     [("k", (2, 3, 2, 64)), ("v", (2, 3, 2, 64)), ("v", (1, 5, 2, 64)), ("k", (2, 5, 3, 64)), ("k", (2, 5, 2, 32)),
-     ("table", (2, 1, 3, 32)), ("table", (2, 1, 5, 16)), ("docs", (2, 3)), ("weight", (3, 64)), ("weight", (2, 16))],
+     ("table", (2, 1, 3, 32, 2)), ("table", (2, 1, 5, 16, 2)), ("table", (2, 1, 5, 64)), ("docs", (2, 3)),
+     ("weight", (3, 64)), ("weight", (2, 16))],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(monkeypatch, name, wrong, shape):
     monkeypatch.setattr(gpu, "start", lambda file, kernel, grid, block, *x, **more: None)
     shapes = SHAPES | {wrong: shape}
     k, v, weight = (torch.randn(shapes[key]).to(NARROW) for key in ("k", "v", "weight"))
-    table, docs = torch.polar(torch.ones(shapes["table"]), torch.zeros(1)), torch.zeros(shapes["docs"]).long()
+    table, docs = torch.ones(shapes["table"]), torch.zeros(shapes["docs"]).long()
     q = torch.randn(2, 5, 4, 64).to(NARROW)
     with use_kernels(name), pytest.raises((ValueError, RuntimeError)):
-        qknorm_rope_attention(q, k, v, table, docs, (weight, weight), None, EPS)
+        qknorm_rope_attention(q, k, v, table, Documents(docs, None, 5), (weight, weight), None, EPS)

@@ -3,17 +3,23 @@
 Run on a CPU through the very calls that launch the kernels on a GPU: see emulator.py.
 """
 
+import inspect
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_problems import EPS, generator, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_varlen import plain_varlen
+from rotation import rotated
 from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decode_torch import FusedStep
-from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.attention import decode, decode_flash
+from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.kernels.gpu import launch as gpu
@@ -24,11 +30,11 @@ NARROW = torch.bfloat16
 
 
 @st.composite
-def steps(draw):
+def steps(draw, lengths=(1, 2, 3)):
     """New tokens' qkv, freqs_cis, norm, a filled cache, positions: float64 whose values bfloat16 holds."""
     n, t, groups, each = (
         draw(st.integers(1, 2)),
-        draw(st.integers(1, 3)),
+        draw(st.sampled_from(lengths)),
         draw(st.integers(1, 2)),
         draw(st.sampled_from([1, 3, 4])),
     )
@@ -58,9 +64,8 @@ def decoded(function, step, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     norm = norm and tuple(x.to(wide) for x in norm)
     qkv, keys, values = (x.to(dtype, copy=True) for x in (qkv, keys, values))
-    unseen = torch.arange(kv_len) > positions[..., None]
-    bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
-    return function(qkv, freqs_cis, norm, EPS, keys, values, positions, bias), keys, values
+    seen = see_cache(positions, keys, kv_len)
+    return function(qkv, freqs_cis, norm, EPS, keys, values, positions, seen), keys, values
 
 
 @settings(max_examples=25)
@@ -87,8 +92,7 @@ def test_the_decoding_reference_is_the_formula(step):
     qk, v = qkv[:, :, :-groups], qkv[:, :, -groups:]
     if norm is not None:
         qk = F.layer_norm(qk, qk.shape[-1:], eps=EPS) * norm[0] + norm[1]
-    pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)).contiguous()) * freqs_cis[:, :, None]
-    x = torch.cat([torch.view_as_real(pairs).flatten(-2), v], 2)
+    x = torch.cat([rotated(qk, freqs_cis[:, :, None]), v], 2)
     for i in range(n):
         for j in range(t):
             place = int(positions[i, j])
@@ -101,6 +105,68 @@ def test_the_decoding_reference_is_the_formula(step):
     old = torch.ones(keys.shape[2], dtype=torch.bool)
     old[positions.flatten()] = False
     assert torch.equal(new_keys[:, :, old], keys[:, :, old]) and torch.equal(new_values[:, :, old], values[:, :, old])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flash attention by lengths
+
+
+@settings(max_examples=25)
+@given(steps(lengths=[1]))
+def test_lengths_see_what_the_mask_sees(step):
+    """Entries that no token sees are NaN, which a mask of -infinity would let through."""
+    qkv, freqs_cis, norm, keys, values, positions, kv_len = step
+    expected, *cache = decoded(decode_attention_reference_, step, torch.float64)
+    unseen = torch.arange(keys.shape[2]) > positions  # (N, S)
+    poisoned = [x.masked_fill(unseen[:, None, :, None], torch.nan) for x in (keys, values)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "flash_available", lambda *_: True)
+        patch.setattr(decode_flash, "find_varlen_attn", lambda: plain_varlen)
+        result = decoded(
+            decode_attention_reference_, (qkv, freqs_cis, norm, *poisoned, positions, kv_len), torch.float64
+        )
+    torch.testing.assert_close(result[0], expected)
+    for x, whole in zip(result[1:], cache, strict=True):
+        assert torch.equal(x.masked_fill(unseen[:, None, :, None], 0), whole.masked_fill(unseen[:, None, :, None], 0))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "capability", "available"),
+    [
+        ("cuda", torch.bfloat16, 128, (8, 0), True), ("cuda", torch.float16, 64, (9, 0), True),
+        ("cpu", torch.bfloat16, 128, (8, 0), False), ("cuda", torch.float32, 128, (9, 0), False),
+        ("cuda", torch.float16, 128, (7, 5), False), ("cuda", torch.bfloat16, 36, (9, 0), False),
+        ("cuda", torch.bfloat16, 264, (9, 0), False),
+    ],
+)  # fmt: skip
+def test_flash_takes_what_torch_s_kernel_takes(monkeypatch, device, dtype, head_dim, capability, available):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: plain_varlen)
+    assert decode_flash.flash_available(torch.device(device), dtype, head_dim) == available
+    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: None)
+    assert not decode_flash.flash_available(torch.device(device), dtype, head_dim)
+
+
+def test_several_new_tokens_of_a_slot_need_a_mask(monkeypatch):
+    monkeypatch.setattr(decode, "flash_available", lambda *_: True)
+    keys, positions = torch.zeros(2, 3, 9, 8), torch.tensor([[1, 2], [4, 5]])
+    assert isinstance(see_cache(positions[:, :1], keys, 7), decode_flash.CacheLengths)
+    assert torch.equal(see_cache(positions, keys, 7) == 0, torch.arange(7) <= positions[..., None])
+
+
+def test_varlen_attn_is_taken_only_where_it_takes_lengths(monkeypatch):
+    find = decode_flash.find_varlen_attn.__wrapped__
+    if (varlen := pytest.importorskip("torch.nn.attention.varlen")) and find():
+        names = list(inspect.signature(find()).parameters)
+        assert names[:7] == list(inspect.signature(plain_varlen).parameters)[:7]
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
+    assert find() is None
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert find() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a model
 
 
 @torch.inference_mode()
@@ -117,7 +183,7 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
         step, cache = FusedStep(model.to(dtype), 16), KVCache.empty(cfg, 2, 16, torch.device("cpu"), dtype)
         with use_kernels(name):
             places = [torch.tensor([t, t + 5]) for t in range(4)]
-            found = [step(tokens[:, t], at, cache.view(slice(0, 2), at[:, None], 9)) for t, at in enumerate(places)]
+            found = [step(tokens[:, t], at, cache, 9) for t, at in enumerate(places)]
         return torch.stack(found).double()
 
     ours, theirs = hidden("cuda", NARROW), hidden("reference", NARROW)
@@ -128,15 +194,16 @@ def test_a_model_s_step_by_the_kernels(qk_norm):
 @pytest.mark.parametrize(
     ("wrong", "shape"),
     [("keys", (2, 2, 7, 32)), ("keys", (1, 2, 7, 64)), ("values", (2, 1, 7, 64)), ("values", (2, 2, 6, 64)),
-     ("positions", (1, 3)), ("positions", (2, 2)), ("freqs_cis", (2, 2, 32)), ("weight", (4, 64)), ("bias", (2, 3, 8))],
+     ("positions", (1, 3)), ("positions", (2, 2)), ("freqs_cis", (2, 2, 32, 2)), ("weight", (4, 64)),
+     ("bias", (2, 3, 8))],
 )  # fmt: skip
 def test_inputs_that_do_not_fit_raise(monkeypatch, wrong, shape):
     monkeypatch.setattr(gpu, "start", None)
     cache = (2, 2, 7, 64)
-    shapes = {"keys": cache, "values": cache, "positions": (2, 3), "freqs_cis": (2, 3, 32), "weight": (6, 64),
+    shapes = {"keys": cache, "values": cache, "positions": (2, 3), "freqs_cis": (2, 3, 32, 2), "weight": (6, 64),
               "bias": (2, 3, 7)} | {wrong: shape}  # fmt: skip
     keys, values, weight, bias = (torch.zeros(shapes[key]).to(NARROW) for key in ("keys", "values", "weight", "bias"))
-    freqs_cis, positions = torch.zeros(shapes["freqs_cis"]).to(torch.complex64), torch.zeros(shapes["positions"]).long()
+    freqs_cis, positions = torch.zeros(shapes["freqs_cis"]), torch.zeros(shapes["positions"]).long()
     qkv = torch.zeros(2, 3, 8, 64).to(NARROW)
     with use_kernels("cuda"), pytest.raises(ValueError, match=r"decode_attention"):
         decode_attention_(qkv, freqs_cis, (weight, weight), EPS, keys, values, positions, bias)

@@ -122,6 +122,22 @@ def test_cuda_must_be_requested_and_says_what_is_missing(monkeypatch):
         assert decide("zloss_cross_entropy", gpu, torch.bfloat16)[0] == "reference"  # until it was measured
 
 
+@pytest.mark.parametrize("name", ["cuda", "vendor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_samples_are_drawn_from_weights_of_any_dtype_whatever_was_requested(monkeypatch, name, dtype):
+    """A training in bfloat16 draws samples from its float32 weights, hours after it has begun."""
+    monkeypatch.setattr(dispatch, "missing_cuda_package", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    with use_kernels(name):
+        chosen, reason = decide("decode_attention", gpu, dtype)
+        assert (chosen, reason) == ("reference", f"they do not take {str(dtype).removeprefix('torch.')}")
+        assert {decide(op, gpu, dtype)[0] for op in ("rms_norm", "linear", "swiglu")} == {"reference"}
+        assert decide("decode_attention", gpu, torch.bfloat16) == (name, "requested")
+        with pytest.raises(ValueError, match="tensors are on cpu"):
+            decide("decode_attention", CPU, dtype)
+
+
 @pytest.mark.parametrize(("value", "works"), [("1", False), ("0", True), ("", True)])
 def test_numba_that_does_not_compile_leaves_all_to_the_reference(monkeypatch, value, works):
     monkeypatch.setenv("NUMBA_DISABLE_JIT", value)

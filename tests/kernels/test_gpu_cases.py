@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochameleon.bench import gpu_cases
+from nanochameleon.bench import gpu_cases, subjects
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
 
@@ -14,9 +14,7 @@ def test_the_bench_s_cases_pass_their_checks_and_run(op, monkeypatch):
     tiny = {"ATTENTION": [(1, 20, 2, 64)], "ZLOSS": [(3, 64)], "LINEAR": [(3, 64, 16)], "DECODE": [(2, 2, 1, 30, 64)]}
     for name, sizes_ in tiny.items():
         monkeypatch.setattr(gpu_cases, name, sizes_)
-    monkeypatch.setattr(gpu_cases, "CHECKED_WIDTHS", (33, 64))
-    monkeypatch.setattr(gpu_cases, "CHECKED_LENGTHS", (20, 33))
-    monkeypatch.setattr("nanochameleon.bench.kernels.own", lambda device: "cuda")
-    for case in gpu_cases.cases(torch.device("cpu"), False, op):
+    monkeypatch.setattr(subjects, "FULL", subjects.DRY)
+    for case in subjects.checked_cases(torch.device("cpu"), False, op):
         for variant in (*case.variants.values(), *case.extra.values(), *case.extra_forward.values()):
             variant(*case.inputs) if variant in case.variants.values() else variant()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_good_as
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference, visible
 from nanochameleon.kernels.dispatch import use_kernels, why_amx_unavailable
@@ -45,7 +46,12 @@ def ordinary_problem(documents: torch.Tensor, e: int):
     tensors = {"q": numbers(b, t, 4, e), "k": numbers(b, t, 2, e), "v": numbers(b, t, 2, e)}
     for name in ("q", "k"):
         tensors |= {f"{name}_weight": 1 + 0.3 * numbers(2, e), f"{name}_bias": 0.3 * numbers(2, e)}
-    return tensors, compute_freqs_cis(torch.arange(t).expand(b, t), e, 100.0), documents, numbers(b, t, 4, e)
+    return (
+        tensors,
+        compute_freqs_cis(torch.arange(t).expand(b, t), e, 100.0),
+        Documents.of(documents),
+        numbers(b, t, 4, e),
+    )
 
 
 @pytest.mark.parametrize("e", [32, 40])
@@ -66,7 +72,8 @@ def test_an_ordinary_problem_is_right_to_a_percent_or_two_in_each_tensor(name, d
 def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype):
     """Every output and every piece of scratch is written before it is read."""
     q, k, v = (torch.randn(2, 70, heads, 20).to(dtype) for heads in (4, 2, 2))
-    freqs_cis, docs = compute_freqs_cis(torch.arange(70).expand(2, 70), 20, 1e4), torch.arange(70).expand(2, 70) // 33
+    freqs_cis = compute_freqs_cis(torch.arange(70).expand(2, 70), 20, 1e4)
+    docs = Documents.of(torch.arange(70).expand(2, 70) // 33)
     norms = [(torch.randn(1, 20), torch.randn(1, 20)) for _ in "qk"]
 
     def run() -> list[torch.Tensor]:
@@ -82,7 +89,8 @@ def test_two_runs_in_memory_full_of_other_garbage_agree(monkeypatch, name, dtype
 def test_any_number_of_threads_computes_the_same_bits(name, dtype):
     generator = torch.Generator().manual_seed(3)
     inputs = [torch.randn(3, 90, heads, 24, generator=generator).to(dtype) for heads in (4, 2, 2)]
-    freqs_cis, docs = compute_freqs_cis(torch.arange(90).expand(3, 90), 24, 1e4), torch.arange(90).expand(3, 90) // 41
+    freqs_cis = compute_freqs_cis(torch.arange(90).expand(3, 90), 24, 1e4)
+    docs = Documents.of(torch.arange(90).expand(3, 90) // 41)
     before, outcomes = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -130,7 +138,7 @@ def test_the_sums_that_the_gradient_needs_have_none_themselves():
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_no_rows_and_no_positions(shape):
     x = torch.zeros(*shape, 2, 6, requires_grad=True)
-    freqs_cis = torch.ones(shape[0], 1, shape[1], 3, dtype=torch.complex64)
+    freqs_cis = torch.ones(shape[0], 1, shape[1], 3, 2)
     with use_kernels("numba"):
         out = qknorm_rope_attention(x, x, x, freqs_cis, None, None, None, EPS)
     assert out.shape == x.shape
@@ -142,11 +150,11 @@ def test_no_rows_and_no_positions(shape):
 @settings(max_examples=15)
 @given(problem=problems())
 def test_an_output_lies_between_the_least_and_the_largest_value_that_is_seen(name, dtype, problem):
-    tensors, freqs_cis, docs, _ = problem
+    tensors, freqs_cis, documents, _ = problem
     q, k, v = (tensors[n].to(dtype) for n in "qkv")
     with use_kernels(name):
-        out = qknorm_rope_attention(q, k, v, freqs_cis.to(torch.complex64), docs, None, None, EPS)
-    docs = torch.zeros(q.shape[:2]) if docs is None else docs
+        out = qknorm_rope_attention(q, k, v, freqs_cis, documents, None, None, EPS)
+    docs = torch.zeros(q.shape[:2]) if documents is None else documents.ids
     v, unseen = v.repeat_interleave(q.shape[2] // v.shape[2], 2)[:, None], ~visible(docs, docs)[..., None, None]
     low, high = v.masked_fill(unseen, torch.inf).amin(2), v.masked_fill(unseen, -torch.inf).amax(2)
     room = 2 * torch.finfo(dtype).eps * v.abs().max()  # values are bfloat16's, the average is rounded
@@ -160,7 +168,7 @@ def test_only_distances_count_and_one_vector_on_all_unrotated_keys_does_not(name
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 70, heads, e, generator=generator).to(dtype) for heads in (2, 1, 1))
     shift = torch.randn(e, generator=generator).to(dtype)
-    places, still = torch.arange(70)[None], torch.ones(1, 1, 70, e // 2, dtype=torch.complex64)
+    places, still = torch.arange(70)[None], torch.tensor([1.0, 0.0]).expand(1, 1, 70, e // 2, 2)
     with use_kernels(name):
         rotations = [compute_freqs_cis(p, e, 1e4) for p in (places, places + by)]
         here, there = (qknorm_rope_attention(q, k, v, freqs_cis, None, None, None, EPS) for freqs_cis in rotations)
@@ -174,8 +182,8 @@ def test_gradcheck():
     """What every implementation is compared with: its gradient by differences, in float64."""
     q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
     norms = [torch.rand(1, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    freqs_cis = compute_freqs_cis(torch.arange(5).expand(1, 5), 4, 1e4).to(torch.complex128)
-    docs = torch.tensor([[0, 0, 0, 1, 1]])
+    freqs_cis = compute_freqs_cis(torch.arange(5).expand(1, 5), 4, 1e4).double()
+    docs = Documents.of(torch.tensor([[0, 0, 0, 1, 1]]))
 
     def run(q, k, v, *n):
         return qknorm_rope_attention(q, k, v, freqs_cis, docs, n[:2], n[2:], EPS)

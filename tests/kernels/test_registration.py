@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochameleon.kernels import qknorm_rope_attention, use_kernels
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.losses import next_token_loss
 from nanochameleon.transformer import compute_freqs_cis
 from nanochameleon.vocab import Vocab
@@ -24,7 +25,7 @@ def attention_inputs(dtype=torch.float32):
 def op_inputs():
     q, k, v, table, docs, norms = attention_inputs()
     return {
-        "qknorm_rope_attention": (q, k, v, torch.view_as_real(table[:, 0]).flatten(-2), docs, *norms, 1e-5, False),
+        "qknorm_rope_attention": (q, k, v, table[:, 0].flatten(-2), docs, *norms, 1e-5, False),
     }
 
 
@@ -39,7 +40,7 @@ def cases():
     targets = torch.arange(T) - 1
 
     def attend(q, k, v, *norms):
-        out = qknorm_rope_attention(q, k, v, table, docs, norms[:2], norms[2:], 1e-5)
+        out = qknorm_rope_attention(q, k, v, table, Documents(docs, None, T), norms[:2], norms[2:], 1e-5)
         return (out * torch.arange(E)).sum()
 
     def score(logits):

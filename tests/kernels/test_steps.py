@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from nanochameleon.kernels import qknorm_rope_attention, use_kernels
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 from nanochameleon.kernels.zloss.steps import zloss_loops
@@ -13,12 +14,12 @@ def test_attention():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 70, 2, 6).unbind()
     docs = torch.randint(0, 2, (2, 70))
-    still = torch.ones(2, 1, 70, 3, dtype=torch.complex64)
+    still = torch.tensor([1.0, 0.0]).expand(2, 1, 70, 3, 2)
     out = torch.empty_like(q)
     attention_loops(q.numpy(), k.numpy(), v.numpy(), docs.numpy(), out.numpy())
     with use_kernels("numba"):
         torch.testing.assert_close(
-            qknorm_rope_attention(q, k, v, still, docs, None, None, 1e-5), out, rtol=0, atol=1e-5
+            qknorm_rope_attention(q, k, v, still, Documents.of(docs), None, None, 1e-5), out, rtol=0, atol=1e-5
         )
 
 

@@ -88,6 +88,13 @@ MUTANTS = [
         "test_transformer.py",
     ),
     Mutant(
+        "queries and keys rotate backwards",
+        "kernels/attention/reference.py",
+        "a * cos - b * sin, a * sin + b * cos",
+        "a * cos + b * sin, b * cos - a * sin",
+        "test_transformer.py",
+    ),
+    Mutant(
         "queries are not normalised",
         "transformer.py",
         "for norm in (self.q_norm, self.k_norm)]",
@@ -97,7 +104,7 @@ MUTANTS = [
     Mutant(
         "the document mask is dropped",
         "transformer.py",
-        "freqs_cis, doc_ids, *norms",
+        "freqs_cis, documents, *norms",
         "freqs_cis, None, *norms",
         "test_transformer.py",
     ),

@@ -53,6 +53,13 @@ MUTANTS = [
         "generation/test_engine.py",
     ),
     Mutant(
+        "a slot that waits forgets what it has read",
+        "generation/decoder.py",
+        "torch.where(reads[:, None], self.forward(tokens, positions, kv_len), self.hidden[:n])",
+        "self.forward(tokens, positions, kv_len)",
+        "generation/test_engine.py",
+    ),
+    Mutant(
         "the branch of images reads text",
         "generation/decoder.py",
         "((branch == COND) | of_image)",

@@ -168,6 +168,13 @@ MUTANTS = [
         "kernels/test_dispatch.py",
     ),
     Mutant(
+        "sampling asks for the kernels of training",
+        "kernels/dispatch.py",
+        "samples and dtype not in CUDA_DTYPES[op]",
+        "False",
+        "kernels/test_dispatch.py",
+    ),
+    Mutant(
         "recomputed activations forget what was requested",
         "kernels/dispatch.py",
         "return nullcontext(), use_kernels(_override.name)",

@@ -95,6 +95,20 @@ MUTANTS = [
         "kernels/test_decode_attention.py",
     ),
     Mutant(
+        "flash attention sees the entry after a token's own",
+        "kernels/attention/decode_flash.py",
+        "(positions[:, 0] + 1).int()",
+        "(positions[:, 0] + 2).int()",
+        "kernels/test_decode_attention.py",
+    ),
+    Mutant(
+        "flash attention reads a slot's entries from where the last one's end",
+        "kernels/attention/decode_flash.py",
+        "starts, starts * size",
+        "starts, starts * kv_len",
+        "kernels/test_decode_attention.py generation/test_decode_torch.py",
+    ),
+    Mutant(
         "every head has the first one's norm",
         "kernels/attention/qknorm_rope.cu",
         "weight += head * pairs;",

@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         "attention logits that nobody sees count",
         "training/diagnostics.py",
-        "~visible(doc_ids, doc_ids)[:, None]",
-        "~visible(doc_ids, doc_ids)[:, None] & False",
+        "~visible(documents.ids, documents.ids)[:, None]",
+        "~visible(documents.ids, documents.ids)[:, None] & False",
         "training/test_diagnostics.py",
     ),
     Mutant(

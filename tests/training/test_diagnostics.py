@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotation import rotated_pairs
 from strategies import model_configs
 from tiny import VOCAB, tiny_model
 
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
 from nanochameleon.training.diagnostics import gradient_norms, local_max_logits
@@ -25,7 +27,7 @@ def by_hand(model: Chameleon, batch) -> list[float]:
         read = block.attention_norm(stream) if cfg.norm_order == "pre" else stream
         q, k = a.wq(read).unflatten(-1, (-1, cfg.head_dim)), a.wk(read).unflatten(-1, (-1, cfg.head_dim))
         q, k = a.q_norm(q), a.k_norm(k)
-        q, k = (torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous()) * table[:, 0, :, None] for y in (q, k))
+        q, k = (rotated_pairs(y, table[:, 0, :, None]) for y in (q, k))
         peak = -math.inf
         for row, docs in enumerate(batch.doc_ids.tolist()):
             pairs = [(i, j) for j in range(len(docs)) for i in range(j + 1) if docs[i] == docs[j]]
@@ -34,7 +36,7 @@ def by_hand(model: Chameleon, batch) -> list[float]:
                     pair = q[row, t, head] * k[row, s, head * cfg.kv_heads // cfg.n_heads].conj()
                     peak = max(peak, pair.real.sum().item() / math.sqrt(cfg.head_dim))
         peaks.append(peak)
-        x, branch = block(x, branch, table, batch.doc_ids, None, None)
+        x, branch = block(x, branch, table, Documents.of(batch.doc_ids), None, None)
     return peaks
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -154,6 +155,22 @@ def test_the_precision_is_decided_once_before_any_stage_and_printed(tmp_path, mo
             train.main(start)
         assert read_config(cfg.folder).train.precision == precision
         assert f"matmuls in {precision}: {why}\n" in capsys.readouterr().out
+
+
+def test_kernels_that_the_precision_does_not_have_are_refused_before_any_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_unavailable", lambda: None)
+    monkeypatch.setattr(run_folder, "pick_precision", lambda *_: ("fp32", "no bf16 here"))
+    monkeypatch.setattr(train, "run_all", killed)
+    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "amx")
+    cfg = training_config(tmp_path / "run")
+    for precision in ("fp32", "auto"):
+        train_until_stopped(replace(cfg, train=replace(cfg.train, precision=precision)), code=2)
+        assert re.fullmatch(
+            r"error: NANOCHAMELEON_KERNELS: the amx .* bfloat16, not float32\n", capsys.readouterr().err
+        )
+        assert not cfg.folder.exists()
+    with pytest.raises(KilledHere):
+        train.main(replace(cfg, train=replace(cfg.train, precision="bf16")))
 
 
 def test_a_state_of_something_else_is_a_sentence(tmp_path):

@@ -72,7 +72,7 @@ def test_turning_halves_of_the_permuted_is_turning_neighbours(heads, half, posit
     table = compute_freqs_cis(torch.tensor([[position]]), e, 10_000.0)
     ours = apply_rotary_emb(x, table)
     theirs = layouts.half_split(x.flatten(), e).view(x.shape)
-    cos, sin = (torch.cat([part, part], -1).double() for part in (table.real, table.imag))
+    cos, sin = (torch.cat([part, part], -1).double() for part in table.unbind(-1))
     turned = torch.cat([-theirs[..., half:], theirs[..., :half]], -1)
     expected = layouts.half_split(ours.flatten(), e).view(x.shape)
     torch.testing.assert_close(theirs * cos + turned * sin, expected, rtol=0, atol=1e-12)

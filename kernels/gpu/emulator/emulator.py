@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from nanochameleon.kernels import dispatch
 from nanochameleon.kernels.gpu import launch as gpu
 
 HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
@@ -140,11 +141,12 @@ def start(found: ctypes.CDLL, name: str, grid: tuple, block: int, *arguments, sh
 
 @contextmanager
 def emulated(generation: int = 80) -> Iterator[None]:
-    """Inside, launches run on the CPU as on a GPU of this generation: 80 or 90."""
-    before = gpu.start, gpu.shared_kilobytes
+    """Inside, launches run on the CPU as on a GPU of this generation: 80 or 90. Dispatch takes the CPU for that GPU."""
+    before = gpu.start, gpu.shared_kilobytes, dispatch.why_cuda_unavailable
     gpu.start = lambda file, *rest, **more: start(library(file, generation), *rest, **more)
     gpu.shared_kilobytes = lambda device: {80: 163, 90: 227}[generation]
+    dispatch.why_cuda_unavailable = lambda op, device, dtype: None
     try:
         yield
     finally:
-        gpu.start, gpu.shared_kilobytes = before
+        gpu.start, gpu.shared_kilobytes, dispatch.why_cuda_unavailable = before

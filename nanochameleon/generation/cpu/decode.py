@@ -134,7 +134,7 @@ class CPUDecoder(Decoder):
             matmul_fp32=matmul_address(4), do_block=do_block_address(), choose=choose_address(),
             embeddings=self.address(model.tok_embeddings.weight.detach().contiguous()),
             norm=vector(model.norm.weight), output=output, output_scale=output_scale,
-            freqs_cis=vector(torch.view_as_real(freqs_cis[0, 0]).flatten(1)), layers=self.address(layers),
+            freqs_cis=vector(freqs_cis[0, 0].flatten(1)), layers=self.address(layers),
         )  # fmt: skip
 
     def activations(self, cfg: ModelConfig) -> dict[str, int]:

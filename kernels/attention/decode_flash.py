@@ -1,0 +1,74 @@
+"""Flash attention of a decode step: a number of visible cache entries for each slot, where others need a mask.
+
+A slot's new token sees all entries up to its own. scaled_dot_product_attention takes no such lengths, and with a mask
+it does not run flash attention. varlen_attn takes them. Each (slot, key head) is one sequence with one new token, whose
+heads are the query heads that share the key head. So the cache is read where it is, and no key is copied.
+
+Shapes: N slots with one new token each, H query heads, G key heads, a cache of S entries. Nothing here waits for the
+GPU or depends on a value, so a step can be captured as a CUDA graph.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@cache
+def find_varlen_attn() -> Callable[..., Tensor] | None:
+    """torch's varlen_attn if it takes the lengths of a cache, which older versions do not, else None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"seqused_k", "enable_gqa"} <= known.keys() else None
+
+
+def flash_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Can varlen_attn read a cache like this?"""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and find_varlen_attn() is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+class CacheLengths(NamedTuple):
+    """The sequences of varlen_attn, one for each (slot, key head). Made once a step, for all layers."""
+
+    kv_len: int  # at least the longest of seqused_k
+    cu_seq_q: Tensor  # (N G + 1,) int32: 0, 1, 2, ..., since each has one token
+    cu_seq_k: Tensor  # (N G + 1,) int32: 0, S, 2 S, ..., where its entries begin
+    seqused_k: Tensor  # (N G,) int32: how many of its entries are seen
+
+    @staticmethod
+    def of(positions: Tensor, keys: Tensor, kv_len: int) -> "CacheLengths":
+        """positions (N, 1) of the new tokens, all below kv_len; keys (N, G, S, E) of any layer."""
+        n, groups, size = keys.shape[:3]
+        starts = torch.arange(n * groups + 1, dtype=torch.int32, device=positions.device)
+        return CacheLengths(kv_len, starts, starts * size, (positions[:, 0] + 1).int().repeat_interleave(groups))
+
+
+def flash_decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: CacheLengths) -> Tensor:
+    """q (N, 1, H, E), keys and values (N, G, S, E), contiguous -> (N, 1, H, E)."""
+    n, groups, size, e = keys.shape
+    rows = q.reshape(n * groups, -1, e)  # (N G, H / G, E)
+    shared = rows.shape[1]
+    if (
+        shared == 1
+    ):  # Flash splits a cache over idle processors only for keys of several heads, so let two ask the same.
+        rows = rows.repeat(1, 2, 1)
+    k, v = (x.view(n * groups * size, 1, e) for x in (keys, values))
+    out = find_varlen_attn()(
+        rows, k, v, lengths.cu_seq_q, lengths.cu_seq_k, 1, lengths.kv_len,
+        seqused_k=lengths.seqused_k, enable_gqa=True,
+    )  # fmt: skip
+    return out[:, :shared].reshape(n, 1, -1, e)

@@ -1,0 +1,58 @@
+"""Where the documents of packed sequences lie, in the forms that attention reads.
+
+    ids          0 0 0 1 1 -1 -1 -1     5 5 5 5 5 5 5 5       2 sequences of 8 tokens
+    cu_seqlens   0 3 5 8 16                                   padded with 16 to 8 numbers
+    max_len      8                                            the longest document, rounded up to a power of two
+
+A mask of (B, T, T) is made from `ids`; kernels that take documents one after the other read `cu_seqlens`, under the
+name that flash attention gave it. Not here: attention, and packing (nanochameleon/packing.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Documents(NamedTuple):
+    """The documents of a batch of B sequences of T tokens, for all layers of the model."""
+
+    ids: Tensor  # (B, T) int64, equal within a document
+    # (n + 1,) int32: each document's first token in the flattened batch, then B * T. Padding counts as a document. None
+    # where nobody has counted: then attention needs a mask.
+    cu_seqlens: Tensor | None
+    max_len: int  # no document has more tokens
+
+    @staticmethod
+    def of(doc_ids: Tensor) -> "Documents":
+        """Find where the documents of (B, T) begin, if that can be known without waiting for a GPU.
+
+        cu_seqlens stays None for ids on another device than the CPU, and where an id comes back in its sequence after
+        another one. It is padded with B * T to a length that is a power of two, and max_len is rounded up to one, so
+        that a compiled model sees few shapes. A batch of one document a sequence keeps its B + 1 numbers.
+        """
+        b, t = doc_ids.shape
+        if doc_ids.device.type != "cpu" or not doc_ids.numel():
+            return Documents(doc_ids, None, t)
+        changes = doc_ids[:, 1:] != doc_ids[:, :-1]
+        starts = F.pad(changes, (1, 0), value=True).flatten().nonzero()[:, 0]
+        if len(torch.stack([starts // t, doc_ids.flatten()[starts]]).unique(dim=1).T) < len(starts):
+            return Documents(doc_ids, None, t)
+        cu_seqlens = F.pad(starts, (0, 1), value=b * t)
+        padding = power_of_two(len(cu_seqlens)) - len(cu_seqlens) if len(starts) > b else 0
+        max_len = min(power_of_two(int(cu_seqlens.diff().max())), t)
+        return Documents(doc_ids, F.pad(cu_seqlens, (0, padding), value=b * t).int(), max_len)
+
+    def to(self, device: torch.device | str) -> "Documents":
+        ids, cu_seqlens = (None if x is None else x.to(device, non_blocking=True) for x in self[:2])
+        return Documents(ids, cu_seqlens, self.max_len)
+
+    def one_a_sequence(self) -> bool:
+        """Whether each sequence is known to be one document, padding included."""
+        return self.cu_seqlens is not None and len(self.cu_seqlens) == len(self.ids) + 1
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

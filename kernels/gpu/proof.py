@@ -1,0 +1,203 @@
+"""Reads which CUDA kernels are proven on this GPU: those that "auto" may run. `python -m nanochameleon.bench prove`
+writes it.
+
+A proof is a JSON file, `proven-KEY.json`, in the cache folder (NANOCHAMELEON_CACHE, or see caches.py). KEY is a digest
+of what the kernels' results and times depend on: their sources, the GPU, its driver, and the versions of what compiles
+and launches them. After a change of any of these the file is no longer found, so the kernels have to be proven again. A
+table may also be part of the repository, in `proven/`. It holds for every driver, until any source is edited.
+
+Nothing here raises: a damaged file is no proof, and training runs on PyTorch's operations.
+"""
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from nanochameleon.kernels.caches import cache_folder
+from nanochameleon.kernels.gpu import nvrtc
+
+COMMAND = "python -m nanochameleon.bench prove"
+HEAD_DIMS = 32, 64, 128  # E that kernels are proven for: the presets' head sizes
+MIN_SPEEDUP = 1.05  # a kernel that gains less is not worth being another one than PyTorch's
+KERNELS = Path(__file__).parents[1]
+SHIPPED = Path(__file__).parent / "proven"
+MAX_BYTES = 2**20  # of a proof file
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a proof holds
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was found about one implementation of an op, for one dtype and head size."""
+
+    ok: bool
+    why: str = ""  # it is not ok
+    errors: Mapping[str, float] = field(default_factory=dict)  # of each check, relative to torch's own error
+    shapes: tuple[str, ...] = ()  # that were timed
+    ms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # at each shape: "own", and "torch", its best
+
+    @property
+    def speedup(self) -> float:
+        """Torch's time divided by ours, at the shape where that is smallest. 0 without a proof."""
+        pairs = zip(self.ms["torch"], self.ms["own"], strict=True) if self.ok else []
+        return min((theirs / ours for theirs, ours in pairs), default=0.0)
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """All entries for one GPU. absent: the reason where there is none, since then PyTorch's operations run."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    gpu: str = ""
+    date: str = ""
+    absent: str = f"not proven on this GPU: run {COMMAND}"
+
+    def choose(self, op: str, dtype: torch.dtype, head_dim: int | None) -> tuple[str, str]:
+        """Return the fastest proven implementation, else "reference", and the reason."""
+        names = {name: entry_name(op, dtype, head_dim, name) for name in ("cuda", "vendor")}
+        found = {name: self.entries[key] for name, key in names.items() if key in self.entries}
+        if not found:
+            return "reference", self.absent
+        best = max(found, key=lambda name: found[name].speedup)
+        if found[best].speedup >= MIN_SPEEDUP:
+            return best, f"proven on this {self.gpu} on {self.date}: {found[best].speedup:.1f} times torch's"
+        if found[best].ok:
+            return "reference", f"proven on this {self.gpu} on {self.date}, but not faster than torch's"
+        return "reference", f"failed on this {self.gpu} on {self.date}: {found[best].why}"
+
+
+def entry_name(op: str, dtype: torch.dtype, head_dim: int | None, implementation: str) -> str:
+    """Such as "qknorm_rope_attention bfloat16 128 vendor"; only attention has a head size."""
+    size = [str(head_dim)] if op.endswith("attention") else []
+    return " ".join([op, str(dtype).removeprefix("torch."), *size, implementation])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a proof is for
+
+
+def sources_digest() -> str:
+    """Digest of all CUDA files and of the Python that launches them, without the emulator and the kernels for CPUs."""
+    digest = hashlib.sha256()
+    for path in sorted(path for name in ("attention", "gpu", "zloss") for path in (KERNELS / name).rglob("*")):
+        if path.suffix in (".cu", ".cuh", ".py") and "emulator" not in path.parts and "cpu" not in path.name:
+            digest.update(path.relative_to(KERNELS).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def driver_version() -> str:
+    """The version of NVIDIA's driver, such as 580.65.06, from the library that nvidia-smi asks; "" without one."""
+    try:
+        library, text = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"), (ctypes.c_char * 80)()
+        wrong = library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(text, len(text))
+    except (OSError, AttributeError):
+        return ""
+    return "" if wrong else text.value.decode()
+
+
+def package_version(*names: str) -> str:
+    """The version of the first package that is installed, else ""."""
+    found = (path.version for name in names for path in metadata.distributions(name=name))
+    return next(found, "")
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """What the kernels' results and times on this device depend on. A CPU stands for the emulator."""
+    gpu, capability = "emulator", ""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return {
+        "sources": sources_digest(), "gpu": gpu, "capability": capability, "driver": driver_version(),
+        "torch": torch.__version__, "nvrtc": nvrtc.version(), "cupy": package_version("cupy-cuda13x", "cupy-cuda12x"),
+    }  # fmt: skip
+
+
+def file_name(identity: Mapping[str, str]) -> str:
+    return f"proven-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}.json"
+
+
+def any_driver(identity: Mapping[str, str]) -> dict[str, str]:
+    """The identity of a table in the repository."""
+    return {name: value for name, value in identity.items() if name != "driver"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def proof_folder() -> Path | None:
+    """Where proofs are kept; None if no folder can be written."""
+    return cache_folder("NANOCHAMELEON_CACHE", os.environ.get("NANOCHAMELEON_CACHE", ""))
+
+
+def read_entry(value: dict) -> Entry:
+    """Raises ValueError, KeyError or TypeError for an entry that `save` did not write."""
+    entry = Entry(
+        value["ok"], value["why"], dict(value["errors"]), tuple(value["shapes"]),
+        {name: tuple(times) for name, times in value["ms"].items()},
+    )  # fmt: skip
+    times = [time for each in entry.ms.values() for time in each]
+    texts = [entry.why, *entry.errors, *entry.shapes]
+    numbers = [*entry.errors.values(), *times]
+    right = type(entry.ok) is bool and all(type(text) is str and len(text) < 1_000 for text in texts)
+    right &= all(type(number) is float and math.isfinite(number) for number in numbers) and min(times, default=1) > 0
+    if entry.ok:
+        right &= set(entry.ms) == {"own", "torch"} and bool(entry.shapes)
+        right &= all(len(each) == len(entry.shapes) for each in entry.ms.values())
+    if not right:
+        raise ValueError("an entry is not as it was written")
+    return entry
+
+
+def read(path: Path, identity: Mapping[str, str]) -> Proofs | None:
+    """The proofs in a file if they are for this identity; None where they are damaged, for another one or missing."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = {name: read_entry(value) for name, value in content["entries"].items()}
+        if content["identity"] != dict(identity) or not re.fullmatch(r"\d{4}-\d\d-\d\d", content["date"]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return Proofs(entries, identity["gpu"], content["date"])
+
+
+def save(path: Path, identity: Mapping[str, str], entries: Mapping[str, Entry], date: str) -> None:
+    """Write the file, whole or not at all. Raises OSError."""
+    content = {"identity": identity, "date": date, "entries": {name: asdict(entry) for name, entry in entries.items()}}
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def load(device: torch.device) -> Proofs:
+    """What is proven on this GPU: found here, else part of the repository, else nothing. Never raises."""
+    index = torch.cuda.current_device() if device.index is None and torch.cuda.is_available() else device.index
+    return _load(index or 0)
+
+
+@cache
+def _load(index: int) -> Proofs:
+    if not torch.cuda.is_available():
+        return Proofs()
+    try:
+        mine = identity(torch.device("cuda", index))
+    except Exception as error:  # a driver in disorder must not end a run that needs no kernel of ours
+        return Proofs(absent=f"not proven, since this GPU cannot be identified: {error}")
+    folder, shipped = proof_folder(), any_driver(mine)
+    places = [(folder / file_name(mine), mine)] if folder else []
+    places.append((SHIPPED / file_name(shipped), shipped))
+    return next(filter(None, (read(path, what) for path, what in places)), Proofs())

@@ -1,0 +1,172 @@
+"""The subjects of `prove`: each implementation of an op on a GPU, for one dtype and head size. How each is checked and
+timed.
+
+The checks are those of gpu_checks.py, at odd sizes, with grouped KV heads and documents. Times are those of the bench
+`kernels`, next to torch's best: its own operations, and the same compiled.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanochameleon.bench import gpu_cases, gpu_checks
+from nanochameleon.bench.gpu_checks import Problem
+from nanochameleon.bench.kernels import Case, attention_case, with_kernels, zloss_case
+from nanochameleon.bench.measure import median_seconds
+from nanochameleon.kernels.dispatch import CUDA_DTYPES
+from nanochameleon.kernels.gpu import launch as gpu
+from nanochameleon.kernels.gpu.emulator.emulator import emulated
+from nanochameleon.kernels.gpu.proof import HEAD_DIMS, Entry, entry_name
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is checked and timed."""
+
+    runs: int  # with the same bits
+    lengths: tuple[int, ...]  # of checked sequences
+    widths: tuple[int, ...]  # of checked logits
+    many: int  # logits that are checked at once
+    rounds: int  # of each timing
+    attention: tuple[tuple[int, int, int], ...]  # timed: sequences, length, heads x head size
+    decode: tuple[tuple[int, int, int, int], ...]  # timed: slots, heads x head size, KV heads x head size, cache
+    zloss: tuple[tuple[int, int], ...]  # timed: tokens, vocabulary
+    compiled: bool  # whether torch.compile is timed, too
+
+    @property
+    def shapes(self) -> dict[str, tuple]:
+        return {
+            "qknorm_rope_attention": self.attention, "decode_attention": self.decode, "zloss_cross_entropy": self.zloss,
+        }  # fmt: skip
+
+
+LENGTHS, WIDTHS = (17, 70, 300), (33, 940, 4_096, 65_536)
+ATTENTION = (16, 1_024, 1_024), (8, 2_048, 2_048), (4, 4_096, 4_096)
+DECODE = (1, 4_096, 4_096, 2_048), (16, 4_096, 4_096, 2_048), (16, 8_192, 1_024, 4_096)
+ZLOSS = (16_384, 4_096), (65_536, 4_096), (16_384, 65_536)
+FULL = Effort(30, LENGTHS, WIDTHS, 2**31, 9, ATTENTION, DECODE, ZLOSS, True)
+QUICK = Effort(30, LENGTHS, WIDTHS, 2**31, 5, ATTENTION[2:], DECODE[1:2], ZLOSS[2:], False)
+DRY = Effort(2, (17, 70), (33, 64), 2**9, 2, ((1, 20, 128),), ((2, 128, 128, 30),), ((3, 64),), False)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One implementation of an op."""
+
+    op: str
+    dtype: torch.dtype
+    head_dim: int | None
+    kernels: str  # "cuda" or "vendor"
+
+    @property
+    def name(self) -> str:
+        return entry_name(self.op, self.dtype, self.head_dim, self.kernels)
+
+    def problems(self, effort: Effort, device: torch.device) -> Iterator[Problem]:
+        e = self.head_dim
+        if self.op == "qknorm_rope_attention":
+            for i, t in enumerate(effort.lengths):
+                heads, kv_heads = ((2, 2), (4, 2), (4, 1))[i % 3]
+                yield gpu_checks.attention_problem(self.kernels, 2, t, heads, kv_heads, e, i > 0, device)
+                if self.kernels == "cuda":
+                    yield gpu_checks.own_attention_problem(t, heads, kv_heads, e, False, device)
+        elif self.op == "decode_attention":
+            for i, places in enumerate(effort.lengths):
+                yield gpu_checks.decode_problem(3, 1 + i, (2, 4, 6)[i % 3], 2, places, e, device)
+        else:
+            for v in effort.widths:
+                for overwrite in (False, True):
+                    yield gpu_checks.loss_problem(40, v, self.dtype, overwrite, device)
+            rows = 3 * 2_048 + 5 if device.type == "cuda" else 7  # several chunks
+            yield gpu_checks.linear_problem(rows, effort.widths[1], 64, self.dtype, device)
+
+    def case(self, shape: tuple, device: torch.device) -> Case:
+        e = self.head_dim
+        if self.op == "qknorm_rope_attention":
+            return attention_case(shape[0], shape[1], shape[2] // e, e, self.dtype, True, device)
+        if self.op == "decode_attention":
+            return gpu_cases.decode_case(shape[0], shape[1] // e, shape[2] // e, shape[3], e, device)
+        return zloss_case(*shape, self.dtype, device)
+
+    def jobs(self, case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
+        """What is timed: the kernels ("own") and torch's operations, where a gradient exists with the gradient."""
+        reference = case.variants["reference"]
+        theirs = {"torch": reference} | ({"compiled": torch.compile(reference)} if compiled else {})
+        if not case.inputs:  # a decode step
+            return theirs | {"own": case.variants["cuda"]}
+        jobs = {name: gradients(function, case) for name, function in theirs.items()}
+        if in_place := case.extra.get("in place"):  # as a training step runs it
+            return jobs | {"torch": with_kernels("reference", in_place), "own": with_kernels(self.kernels, in_place)}
+        return jobs | {"own": with_kernels(self.kernels, gradients(case.variants[self.kernels], case))}
+
+
+def gradients(function: Callable[..., Tensor], case: Case) -> Callable[[], object]:
+    """Forward and backward."""
+    return lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
+
+
+def subjects(op: str = "all") -> list[Subject]:
+    """All of them, or those of an op by the name that the bench `kernels` gives it."""
+    short = {"attention": "qknorm_rope_attention", "decode": "decode_attention", "zloss": "zloss_cross_entropy"}
+    found = []
+    for name, dtypes in CUDA_DTYPES.items():
+        for dtype in dtypes if op in ("all", *(key for key, value in short.items() if value == name)) else ():
+            if name == "zloss_cross_entropy":
+                found.append(Subject(name, dtype, None, "cuda"))
+            for e in HEAD_DIMS if name == "qknorm_rope_attention" else ():
+                found += [
+                    Subject(name, dtype, e, kernels) for kernels in ("vendor", "cuda")[: 1 + (e in gpu.HEAD_DIMS)]
+                ]
+            if name == "decode_attention":
+                found += [Subject(name, dtype, e, "cuda") for e in gpu.HEAD_DIMS]
+    return found
+
+
+def checked_cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
+    """Check the kernels that the bench `kernels` times, then yield its cases."""
+    for subject in subjects("zloss" if op == "linear_zloss" else op):
+        gpu_checks.check_all(subject.problems(FULL, device), subject.dtype, 1, device)
+    yield from gpu_cases.cases(device, quick, op)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One proof, in a process of its own
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """On a CPU, kernels run in the emulator inside."""
+    torch.manual_seed(0)
+    with nullcontext() if device.type == "cuda" else emulated():
+        yield
+
+
+def prove(subject: Subject, effort: Effort, device: torch.device) -> Entry:
+    """Check the subject, then time it. Raises CheckFailed, or whatever a broken kernel makes torch raise."""
+    with on(device):
+        errors = gpu_checks.check_all(subject.problems(effort, device), subject.dtype, effort.runs, device)
+        if subject.op == "zloss_cross_entropy" and subject.dtype == BF16:
+            gpu_checks.check_many_logits(effort.many, effort.widths[-1], device)
+        return time_it(subject, effort, device, errors)
+
+
+def time_it(subject: Subject, effort: Effort, device: torch.device, errors: dict[str, float]) -> Entry:
+    """Time each shape that fits into the memory."""
+    shapes, own, theirs = [], [], []
+    for shape in effort.shapes[subject.op]:
+        try:
+            case = subject.case(shape, device)
+            seconds = median_seconds(subject.jobs(case, effort.compiled), effort.rounds, device, 10.0)
+        except torch.OutOfMemoryError:
+            continue
+        shapes.append(case.name)
+        own.append(1e3 * seconds.pop("own"))
+        theirs.append(1e3 * min(seconds.values()))
+    if not shapes:
+        return Entry(False, "no shape to time fits into the memory")
+    return Entry(True, "", errors, tuple(shapes), {"own": tuple(own), "torch": tuple(theirs)})
