@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-long emoji test fuzz mutants peers lint format size clean clean-runs
+.PHONY: help demo demo-long emoji gpu test fuzz mutants peers lint format size clean clean-runs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -16,6 +16,12 @@ demo-long: .venv/.run  ## the same scenes, 2.8 times as many steps: runs/toy_lon
 
 emoji: .venv/.data  ## real emoji from PyPI: runs/emoji
 	$(BIN)/python train.py emoji
+
+gpu: .venv/.run  ## all that one NVIDIA GPU shows in eight minutes: runs/gpu; ARGS=--dry does it tiny on a CPU
+ifeq (,$(findstring --dry,$(ARGS)))
+	extra=$$($(BIN)/python -m nanochameleon.bench.gpu.machine) && $(INSTALL) -e ".[$$extra]"
+endif
+	$(BIN)/python -m nanochameleon.bench gpu $(ARGS)
 
 test: .venv/.dev  ## all tests
 	$(BIN)/python -m pytest -n auto

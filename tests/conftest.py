@@ -1,6 +1,7 @@
 """One hypothesis profile for every test: the same examples on every machine, no timing."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -26,3 +27,14 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def emulated_gpu():
+    """Kernels run on the CPU. Skips where g++ is missing."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is missing, so no CUDA kernel is run here")
+    from nanochameleon.kernels.gpu.emulator import emulator
+
+    with emulator.emulated():
+        yield

@@ -1,5 +1,9 @@
-"""python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE]; or prove"""
+"""python -m nanochameleon.bench kernels|engine|train|data [--device cpu|cuda] [--quick] [--json FILE]; or prove
 
+python -m nanochameleon.bench gpu runs all that one GPU should show; see its --help.
+"""
+
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,5 +104,14 @@ def write_files(args: Args, measured: list) -> None:
             rows.plot(measured, args.plot)
 
 
+def start(args: list[str]) -> None:
+    """Run `gpu`, which has options of its own, or a single bench."""
+    if args[:1] != ["gpu"]:
+        return main(parse(Args, args, description=__doc__))
+    from nanochameleon.bench.gpu import run
+
+    run.main(parse(run.GPUArgs, args[1:]))
+
+
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(parse(Args, description=__doc__)))
+    exit_on_user_error(lambda: start(sys.argv[1:]))

@@ -75,11 +75,11 @@ def their_tokens(peer, prompts: Tensor, n: int, **options) -> list[list[int]]:
     return out[:, prompts.shape[1] :].tolist()
 
 
-def our_tokens(engine: Engine, prompts: Tensor, n: int) -> list[list[int]]:
+def our_tokens(engine: Engine, prompts: Tensor, n: int, params: SamplingParams = GREEDY) -> list[list[int]]:
     new = [[] for _ in prompts]
     first = engine.n_added
     for prompt in prompts.tolist():
-        engine.add(prompt, replace(GREEDY, max_new_tokens=n), "text")
+        engine.add(prompt, replace(params, max_new_tokens=n), "text")
     for output in engine.run():
         new[output.request_id - first] += output.tokens
     return new
@@ -100,6 +100,8 @@ class Bench:
     rounds: int
     max_seconds: float
     n: int  # tokens of text per request
+    peers: bool  # whether transformers is measured, too
+    image_codes: int  # of an image
 
     @property
     def device(self) -> torch.device:
@@ -118,12 +120,13 @@ def first_token(b: Bench) -> Row:
 
 
 def text_case(b: Bench, batch: int) -> list[Row]:
-    """Greedy text, ours next to transformers' with both of its caches."""
+    """Greedy text, ours next to transformers' with both of its caches; and ours sampled with all default filters."""
     prompts = torch.randint(b.vocab.first_text, b.vocab.size, (batch, 16), device=b.device)
     prompts[:, 0] = b.vocab.bos
     engine = Engine(b.model, b.vocab, 64, batch, 16 + b.n)
     jobs = {"nano": lambda: our_tokens(engine, prompts, b.n)}
-    if find_spec("transformers"):
+    jobs["nano sampled"] = lambda: our_tokens(engine, prompts, b.n, SamplingParams())
+    if b.peers:
         peer = as_transformers(b.model, b.vocab)
         jobs["transformers generate dynamic"] = lambda: their_tokens(peer, prompts, b.n)
         jobs["transformers generate static"] = lambda: their_tokens(peer, prompts, b.n, cache_implementation="static")
@@ -135,7 +138,7 @@ def text_case(b: Bench, batch: int) -> list[Row]:
 
 def image_case(b: Bench) -> list[Row]:
     """One image with three-way guidance, after a prompt of text and an image; the same without guidance."""
-    n_codes = IMAGE_CODES[b.device.type]
+    n_codes = b.image_codes
     shown = [b.vocab.boi, *[b.vocab.first_code] * n_codes, b.vocab.eoi]
     prompt = [b.vocab.bos, *range(b.vocab.first_text, b.vocab.first_text + 8), *shown, b.vocab.boi]
 
@@ -165,9 +168,9 @@ def mixed_case(b: Bench) -> list[Row]:
 
 
 def bench(device: torch.device, quick: bool) -> Iterator[Row]:
-    if not find_spec("transformers"):
+    if not (peers := find_spec("transformers") is not None):
         say("transformers is not installed: skipped")
-    how_long = (2, 2.0, 32) if quick else (9, 60.0, 128)
+    how_long = (*((2, 2.0, 32) if quick else (9, 60.0, 128)), peers, IMAGE_CODES[device.type])
     if device.type == "cpu":
         benches = [Bench("5.9M", random_model(TOY, device, torch.float32), TOY_VOCAB, "tokens/s", *how_long)]
     else:
@@ -175,10 +178,15 @@ def bench(device: torch.device, quick: bool) -> Iterator[Row]:
         benches = [Bench(name, model, Vocab(), "ms a step", *how_long) for name, model in models.items()]
     for b in benches:
         yield first_token(b)
-        with torch.no_grad():  # tokens that are not text never win, as if a grammar forbade them
-            b.model.output.weight[: b.vocab.first_text] *= 1e-3
+        only_text(b)
         for batch in (1, 16):
             yield from text_case(b, batch)
         yield from image_case(b)
         if device.type == "cpu":
             yield from mixed_case(b)
+
+
+def only_text(b: Bench) -> None:
+    """Change the model: tokens that are not text never win, as if a grammar forbade them."""
+    with torch.no_grad():
+        b.model.output.weight[: b.vocab.first_text] *= 1e-3

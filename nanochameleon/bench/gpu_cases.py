@@ -1,6 +1,7 @@
 """The kernel bench's cases for a GPU: what is timed. gpu_checks.py shows that it is right."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +17,41 @@ from nanochameleon.transformer import compute_freqs_cis
 
 BF16 = torch.bfloat16
 
-# The rows of docs/results/gpu.md. The first of each list is measured with --quick.
-ATTENTION = [(16, 1_024, 16, 64), (4, 4_096, 32, 128)]  # (B, T, H, E)
-ZLOSS = [(8_192, 4_096), (65_536, 4_096), (32_768, 65_536)]  # (tokens, vocabulary)
-LINEAR = [(8_192, 65_536, 1_024), (8_192, 65_536, 4_096), (32_768, 65_536, 4_096)]  # (tokens, vocabulary, dim)
-DECODE = [
-    (16, 32, 32, 2_048, 128),
-    (1, 32, 32, 2_048, 128),
-    (16, 64, 8, 4_096, 128),
-]  # (B, heads, KV heads, cache length, E)
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: the rows of docs/results/gpu.md."""
+
+    # (B, T, H, E)
+    attention: tuple[tuple[int, ...], ...] = ((16, 1_024, 16, 64), (4, 4_096, 32, 128))
+    # (tokens, vocabulary)
+    zloss: tuple[tuple[int, ...], ...] = ((65_536, 4_096), (32_768, 65_536))
+    # (tokens, vocabulary, dim)
+    linear: tuple[tuple[int, ...], ...] = ((32_768, 65_536, 4_096),)
+    # (B, heads, KV heads, cache length, E)
+    decode: tuple[tuple[int, ...], ...] = (
+        (16, 32, 32, 2_048, 128), (1, 32, 32, 2_048, 128), (16, 64, 8, 4_096, 128),
+    )  # fmt: skip
 
 
-def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
-    def wanted(name: str, sizes: list[tuple]) -> list[tuple]:
-        return [] if op not in ("all", name) else sizes[:1] if quick else sizes
+PAGE = Sizes()
 
-    for b, t, h, e in wanted("attention", ATTENTION):
-        check(own_attention_problem(70, 4, 2, e, True, device), BF16)  # the simple kernel, which no op runs
-        yield with_parts(attention_case(b, t, h, e, BF16, False, device))
-    for n, v in wanted("zloss", ZLOSS):
-        yield zloss_case(n, v, BF16, device)
-    for n, v, d in wanted("linear_zloss", LINEAR):
-        yield linear_case(n, v, d, BF16, device)
-    for sizes in wanted("decode", DECODE):
-        yield decode_case(*sizes, device)
+
+def cases(device: torch.device, quick: bool, op: str, sizes: Sizes = PAGE) -> Iterator[Case]:
+    """quick leaves out the simple attention kernel, which takes up to a second."""
+    if op in ("all", "zloss"):
+        for n, v in sizes.zloss:
+            yield zloss_case(n, v, BF16, device)
+    if op in ("all", "decode"):
+        for each in sizes.decode:
+            yield decode_case(*each, device)
+    if op in ("all", "attention"):
+        for b, t, h, e in sizes.attention:
+            check(own_attention_problem(70, 4, 2, e, True, device), BF16)  # the simple kernel, which no op runs
+            yield with_parts(attention_case(b, t, h, e, BF16, False, device), not quick)
+    if op in ("all", "linear_zloss"):
+        for n, v, d in sizes.linear:
+            yield linear_case(n, v, d, BF16, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,14 +62,15 @@ def random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=BF16)
 
 
-def with_parts(case: Case) -> Case:
-    """Add attention without norm and rotation: our versions and torch's."""
+def with_parts(case: Case, simple: bool) -> Case:
+    """Add attention without norm and rotation: our versions, torch's, and the simple kernel where that is wanted."""
     q, k, v = (x.detach() for x in case.inputs[:3])
     bounds = document_bounds(None, q)
     out, lse = gpu.attention(q, k, v, bounds[0])
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, bounds[0])
-    case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, bounds[0], simple=True)
+    if simple:
+        case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, bounds[0], simple=True)
     case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
     case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, *bounds)
     return case

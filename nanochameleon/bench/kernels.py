@@ -72,15 +72,15 @@ def documents(b: int, t: int) -> Tensor:
 
 
 def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: bool, device: torch.device) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(b, t, h, e, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+    generator = torch.Generator(device).manual_seed(0)
+    heads = [torch.randn(b, t, h, e, generator=generator, device=device).to(dtype) for _ in range(4)]
+    q, k, v = (x.requires_grad_() for x in heads[:3])
     norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
     table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
     docs = Documents.of(documents(b, t)).to(device) if packed else None
-    upstream = torch.randn(b, t, h, e, generator=generator).to(device, dtype)
 
     def of(function: Callable) -> Callable:
-        return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * upstream).float().sum()
+        return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * heads[3]).float().sum()
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
     names = ("cuda", "vendor") if own(device) == "cuda" else (own(device),)
@@ -95,9 +95,9 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
 
 
 def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(n, v, generator=generator).to(device, dtype).requires_grad_()
-    targets = torch.randint(v, (n,), generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(n, v, generator=generator, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=generator, device=device)
 
     def ours(logits: Tensor, overwrite_logits: bool = False) -> Tensor:
         return next_token_loss(logits, targets, VOCAB, Z_LOSS, 1.0, overwrite_logits).loss
@@ -127,10 +127,10 @@ def reference_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=generator) * d**-0.5).to(device, dtype).requires_grad_()
-    targets = torch.randint(v, (n,), generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator, device=device) * d**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(v, (n,), generator=generator, device=device)
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
         return fused_next_token_loss(hidden, weight, targets, VOCAB, Z_LOSS, 1.0).loss

@@ -127,10 +127,15 @@ def subjects(op: str = "all") -> list[Subject]:
     return found
 
 
+def check_all(device: torch.device, op: str, effort: Effort = FULL) -> None:
+    """Check the kernels of an op, or of all, once. Raises CheckFailed."""
+    for subject in subjects("zloss" if op == "linear_zloss" else op):
+        gpu_checks.check_all(subject.problems(effort, device), subject.dtype, 1, device)
+
+
 def checked_cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
     """Check the kernels that the bench `kernels` times, then yield its cases."""
-    for subject in subjects("zloss" if op == "linear_zloss" else op):
-        gpu_checks.check_all(subject.problems(FULL, device), subject.dtype, 1, device)
+    check_all(device, op)
     yield from gpu_cases.cases(device, quick, op)
 
 

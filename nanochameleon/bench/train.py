@@ -1,9 +1,10 @@
 """Time training steps next to transformers' Chameleon with the same shape and weights.
 
 A step is forward, loss, backward, clipping and AdamW. Ours is the objective as train.py runs it, in each precision, and
-on a GPU also with compiled blocks; the fastest is the row `nano`. Theirs is their forward with labels and the same
-optimizer, eager and compiled, in fp32 and bf16; for bf16 the faster of autocast and bf16 weights counts. All tokens are
-text, since their forward masks the logits of image codes.
+on a GPU also with compiled blocks and with our CUDA kernels; the fastest is the row `nano`. Theirs is their forward
+with labels and the same optimizer, eager and compiled, in fp32 and bf16; for bf16 the faster of autocast and bf16
+weights counts. All tokens are text, since their forward masks the logits of image codes. Each sequence is one document,
+except in our rows `packed`: they have several, as in train.py, and are not compared with transformers.
 
 On a CPU variants alternate, and OMP_NUM_THREADS=1 measures CPU time, for a busy machine. The memory of a GPU does not
 hold all variants at once, so there they run one after the other, and their peak memory is a row, too.
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 
 from nanochameleon.bench.engine import as_transformers, random_model
 from nanochameleon.bench.measure import median_seconds
-from nanochameleon.bench.rows import Row, make_row, rows_against_peers
+from nanochameleon.bench.rows import Row, device_name, make_row, rows_against_peers
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say
+from nanochameleon.kernels import use_kernels
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.optim import clip_gradients, make_adamw
-from nanochameleon.packing import Batch
-from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
+from nanochameleon.packing import Batch, pack
+from nanochameleon.training.flops import flops_per_token, peak_flops
 from nanochameleon.training.objective import Objective
 from nanochameleon.training.precision import autocast
 from nanochameleon.transformer import Chameleon
@@ -65,27 +67,62 @@ CASES = {
 # Steps
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One way to run our step."""
+
+    precision: str
+    compiled: bool = False
+    packed: bool = False  # several documents per sequence
+    kernels: str = "auto"
+
+    @property
+    def name(self) -> str:
+        words = "nano", "compile" if self.compiled else "eager", self.precision
+        more = ["packed"] * self.packed + [self.kernels] * (self.kernels != "auto")
+        return " ".join([*words, *more])
+
+
+def variants(case: Case, device: torch.device, quick: bool) -> list[Variant]:
+    """The ways to run our step. On a GPU the ones with kernels that `auto` may not take come last."""
+    eager = [Variant(p, packed=packed) for p in case.precisions for packed in (False, True)]
+    if device.type != "cuda":
+        return eager
+    compiled = [] if quick else [replace(each, compiled=True) for each in eager]
+    own = [replace(each, kernels=kernels) for kernels in ("vendor", "cuda") for each in compiled or eager]
+    return eager + compiled + own
+
+
 def text_tokens(case: Case, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(case.vocab.first_text, case.vocab.size, (case.batch, case.t), generator=generator).to(device)
 
 
-def our_step(case: Case, model: Chameleon, precision: str, compiled: bool) -> Step:
-    device = model.output.weight.device
-    tokens = text_tokens(case, torch.device("cpu"))
-    targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
-    positions = torch.arange(case.t).expand(tokens.shape)
-    batch = Batch(tokens, targets, torch.zeros_like(tokens), positions).to(device)
-    objective = Objective(model, case.vocab, precision)
-    optimizer, count = make_adamw(model.train(), OptimConfig()), float((targets >= 0).sum())
-    if compiled:
+def text_batch(case: Case, packed: bool) -> Batch:
+    """Return a batch of text on the CPU. packed: documents of T / 64 to T tokens, else each sequence is one."""
+    if not packed:
+        return pack(text_tokens(case, torch.device("cpu")).tolist(), case.t, case.vocab.pad)
+    generator = torch.Generator().manual_seed(0)
+    lengths = (case.t / 64 ** torch.rand(16 * case.batch, generator=generator)).clamp(min=2)
+    tokens = text_tokens(replace(case, batch=len(lengths)), torch.device("cpu")).tolist()
+    docs = [row[: int(n)] for row, n in zip(tokens, lengths, strict=True)]
+    return pack(docs, case.t, case.vocab.pad)[: case.batch]
+
+
+def our_step(case: Case, model: Chameleon, variant: Variant) -> Step:
+    batch = text_batch(case, variant.packed)
+    count = float((batch.targets >= 0).sum())
+    batch, objective = batch.to(model.output.weight.device), Objective(model, case.vocab, variant.precision)
+    optimizer = make_adamw(model.train(), OptimConfig())
+    if variant.compiled:
         for block in model.layers:
             block.compile()
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = objective(batch, None, Z_LOSS, count).next_token.loss
-        loss.backward()
+        with use_kernels(variant.kernels):
+            loss = objective(batch, None, Z_LOSS, count).next_token.loss
+            loss.backward()
         clip_gradients(model.parameters(), CLIP)
         optimizer.step()
         return float(loss.detach())
@@ -120,10 +157,8 @@ def steps(case: Case, device: torch.device, quick: bool) -> dict[str, Callable[[
     def model() -> Chameleon:
         return random_model(case.cfg, device, torch.float32)
 
-    found = {}
+    found = {each.name: lambda each=each: our_step(case, model(), each) for each in variants(case, device, quick)}
     for way, compiled in ways:
-        for precision in case.precisions if not compiled or device.type == "cuda" else ():
-            found[f"nano {way} {precision}"] = lambda p=precision, c=compiled: our_step(case, model(), p, c)
         for p in theirs if find_spec("transformers") else ():
             found[f"transformers {way} {p}"] = lambda p=p, c=compiled: their_step(
                 case, as_transformers(model(), case.vocab), p, c
@@ -137,7 +172,8 @@ def steps(case: Case, device: torch.device, quick: bool) -> dict[str, Callable[[
 
 def fastest(taken: dict[str, float]) -> dict[str, float]:
     """Return our fastest variant as `nano`, and of theirs in bf16 the faster one of the two."""
-    best = {"nano": min(seconds for name, seconds in taken.items() if name.startswith("nano"))}
+    ours = [seconds for name, seconds in taken.items() if name.startswith("nano") and "packed" not in name]
+    best = {"nano": min(ours)}
     for name, seconds in taken.items():
         if name.startswith("transformers"):
             name = name.replace("weights", "bf16")
@@ -156,21 +192,40 @@ def check(case: Case, device: torch.device) -> None:
         torch.testing.assert_close(theirs[..., text], ours[..., text], rtol=1e-3, atol=1e-3)
 
 
+def measure_alone(
+    make: Callable[[], Step], rounds: int, device: torch.device, max_seconds: float
+) -> tuple[float, float]:
+    """Build a step on a GPU and return (median seconds, peak GiB). Nothing of an earlier step is left in the memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    step = make()
+    for _ in range(2):  # the first one makes the optimizer's state
+        step()
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    return median_seconds({"": step}, rounds, device, max_seconds)[""], peak
+
+
 def one_by_one(
     jobs: dict[str, Callable[[], Step]], rounds: int, device: torch.device, max_seconds: float
 ) -> tuple[dict, dict]:
     """Return (median seconds, peak GiB) of each variant that fits into the GPU's memory."""
     taken, peak = {}, {}
     for name, make in jobs.items():
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
         try:
-            taken |= median_seconds({name: make()}, rounds, device, max_seconds)
+            taken[name], peak[name] = measure_alone(make, rounds, device, max_seconds)
         except torch.OutOfMemoryError:
             say(f"{name} does not fit into the memory")
-        peak[name] = torch.cuda.max_memory_allocated() / 2**30
     return taken, peak
+
+
+def step_rows(case: Case, name: str, seconds: float, gib: float, device: torch.device) -> list[Row]:
+    """Rows of one of our steps on a GPU: tokens/s, MFU where the GPU's peak is known, and peak memory."""
+    rows = [make_row("train", case.name, name, case.n_tokens / seconds, "tokens/s", device)]
+    if peak := peak_flops(device_name(device)):
+        mfu = flops_per_token(case.cfg, case.t) * case.n_tokens / seconds / peak
+        rows.append(make_row("train", f"{case.name}, MFU", name, mfu, f"of {peak / 1e12:.0f} TFLOP/s", device))
+    return [*rows, make_row("train", f"{case.name}, peak", name, gib, "GiB", device)]
 
 
 def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) -> Iterator[Row]:
@@ -191,6 +246,7 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
             yield make_row("train", f"{case.name}, each", name, case.n_tokens / each, "tokens/s", device)
         for name, gib in peaks.items():
             yield make_row("train", f"{case.name}, peak", name, gib, "GiB", device)
-        if device.type == "cuda":
-            mfu = flops_per_token(case.cfg, case.t) * case.n_tokens / PEAK_FLOPS["H100"]  # of a step of one second
-            yield from rows_against_peers("train", f"{case.name}, MFU", "nano", best, mfu, "of 989 TFLOP/s", device)
+        if device.type == "cuda" and (peak := peak_flops(device_name(device))):
+            mfu = flops_per_token(case.cfg, case.t) * case.n_tokens / peak  # of a step of one second
+            unit = f"of {peak / 1e12:.0f} TFLOP/s"
+            yield from rows_against_peers("train", f"{case.name}, MFU", "nano", best, mfu, unit, device)

@@ -8,6 +8,7 @@ import torch
 from nanochameleon.bench import train
 from nanochameleon.bench.train import CASES, Case, fastest
 from nanochameleon.config import ModelConfig
+from nanochameleon.packing import NO_DOCUMENT
 from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
 from nanochameleon.vocab import Vocab
 
@@ -24,7 +25,7 @@ def test_there_is_a_row_against_each_mode_of_the_peer():
     for row in ours:
         assert row.unit == "tokens/s" and row.ratio == pytest.approx(row.value / theirs[row.ratio_to])
     each = {row.variant for row in rows if row.case == "tiny, each"}
-    assert each == {f"nano eager {p}" for p in ("fp32", "bf16")} | {
+    assert each == {f"nano eager {p}{packed}" for p in ("fp32", "bf16") for packed in ("", " packed")} | {
         f"transformers eager {p}" for p in ("fp32", "bf16", "weights")
     }
 
@@ -38,6 +39,28 @@ def test_both_sides_learn_the_same_from_the_same_ids():
     losses = {name: [step() for _ in range(8)] for name, step in steps.items()}
     ours, theirs = losses["nano eager fp32"], losses["transformers eager fp32"]
     assert ours[0] == pytest.approx(theirs[0], rel=0.02) and ours[-1] < ours[0] and theirs[-1] < theirs[0]
+
+
+def test_packed_sequences_hold_several_documents_and_others_one():
+    case = CASES["cuda"][0]
+    packed, plain = (train.text_batch(case, which) for which in (True, False))
+    assert packed.tokens.shape == plain.tokens.shape == (case.batch, case.t)
+    assert (packed.doc_ids.max(1).values > 0).all() and (packed.doc_ids == NO_DOCUMENT).float().mean() < 0.05
+    assert (plain.doc_ids == 0).all() and (plain.targets[:, :-1] == plain.tokens[:, 1:]).all()
+    assert (plain.tokens == train.text_tokens(case, CPU)).all()
+
+
+def test_a_packed_step_is_not_compared_with_another_modes():
+    taken = {"nano eager bf16": 2.0, "nano eager bf16 packed": 1.0, "transformers eager bf16": 4.0}
+    assert fastest(taken)["nano"] == 2.0
+
+
+def test_on_a_gpu_each_way_is_measured_with_the_uncertain_kernels_last():
+    found = train.variants(CASES["cuda"][0], torch.device("cuda"), False)
+    assert len(set(found)) == len(found) and len({each.name for each in found}) == len(found)
+    kernels = [each.kernels for each in found]
+    assert kernels == sorted(kernels, key=["auto", "vendor", "cuda"].index)
+    assert {(each.compiled, each.packed) for each in found} == {(c, p) for c in (False, True) for p in (False, True)}
 
 
 def test_of_two_ways_in_bf16_the_faster_one_counts_and_ours_is_our_best():

@@ -1,0 +1,97 @@
+"""Part `generation`: the same tokens with CUDA graphs and without, alone and in company; milliseconds per step."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from nanochameleon.bench.engine import (
+    GREEDY,
+    TOY,
+    TOY_VOCAB,
+    Bench,
+    first_token,
+    image_case,
+    only_text,
+    our_tokens,
+    random_model,
+    text_case,
+)
+from nanochameleon.bench.gpu.context import Context
+from nanochameleon.bench.rows import Row
+from nanochameleon.config import SamplingParams
+from nanochameleon.errors import say
+from nanochameleon.generation.engine import Engine
+from nanochameleon.transformer import Chameleon
+
+GUIDED = SamplingParams(temperature=0.0, image_temperature=0.0, repetition_penalty=1.0)  # an image takes three slots
+IMAGE_LEN, CONTEXT = 16, 96
+
+
+def same_with_graphs(context: Context, model: Chameleon) -> None:
+    """Compare four texts with graphs and without: with 4 slots both run the same shapes. Raises AssertionError."""
+    vocab, found = context.plan.vocab, []
+    prompts = torch.randint(vocab.first_text, vocab.size, (4, 16), generator=torch.Generator().manual_seed(0))
+    prompts[:, 0] = vocab.bos
+    for graphs in (False, True):
+        engine = Engine(model, vocab, 64, 4, 16 + context.plan.text_tokens)
+        engine.decoder.graphs.enabled = graphs and model.output.weight.is_cuda
+        found.append(our_tokens(engine, prompts, context.plan.text_tokens))
+    same = sum(a == b for a, b in zip(*found, strict=True))
+    say(f"texts with the same tokens with CUDA graphs as without: {same} of 4")
+    assert same == 4, "CUDA graphs change what is generated"
+
+
+def requests() -> list[tuple[list[int], SamplingParams, str]]:
+    """Guided images and texts in turn, with prompts of all lengths and ends at different steps."""
+    found = []
+    for i in range(16):
+        prompt = [TOY_VOCAB.bos, *range(TOY_VOCAB.first_text + i, TOY_VOCAB.first_text + 3 + 4 * i)]
+        modality = "text" if i % 3 == 0 else "image"
+        found.append(
+            (prompt, replace(GREEDY if i % 3 == 0 else GUIDED, max_new_tokens=IMAGE_LEN + 2 + i % 5), modality)
+        )
+    return found
+
+
+def tokens_of(model: Chameleon, batch: list[tuple], n_slots: int) -> list[list[int]]:
+    """Return the new tokens of each request. Prompts are read in chunks, so some wait while others decode."""
+    engine, new = Engine(model, TOY_VOCAB, IMAGE_LEN, n_slots, CONTEXT, prefill_chunk=7), [[] for _ in batch]
+    for prompt, params, modality in batch:
+        engine.add(prompt, params, modality)
+    for output in engine.run():
+        new[output.request_id] += output.tokens
+    return new
+
+
+def same_in_company(context: Context) -> None:
+    """Compare requests in one batch with each of them alone, in float64, where rounding decides no token.
+
+    Raises AssertionError.
+    """
+    model, batch = random_model(TOY, context.device, torch.float64), requests()
+    together, alone = tokens_of(model, batch, 8), [tokens_of(model, [each], 3)[0] for each in batch]
+    same = sum(a == b for a, b in zip(together, alone, strict=True))
+    say(f"requests with the same tokens in company as alone, guided images among them: {same} of {len(batch)}")
+    assert same == len(batch), "what is generated depends on the other requests"
+
+
+def speeds(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
+    plan = context.plan
+    b = Bench(name, model, plan.vocab, "ms a step", 3, 2.0, plan.text_tokens, False, plan.image_codes)
+    yield first_token(b)
+    only_text(b)
+    with context.guard(f"{name}, graphs"):
+        same_with_graphs(context, model)
+    for batch in (1, 16):
+        yield from text_case(b, batch)
+    if name == plan.models[-1][0]:
+        yield from image_case(replace(b, rounds=1))
+
+
+def run(context: Context) -> Iterator[Row]:
+    with context.guard("requests in company"):
+        same_in_company(context)
+    for name, cfg in context.plan.models:
+        with context.guard(name):
+            yield from speeds(context, name, random_model(cfg, context.device, torch.bfloat16))

@@ -1,0 +1,180 @@
+"""make gpu: a part that fails or hangs stops no other, finished ones are not run again, and the page is filled in."""
+
+import json
+import re
+import signal
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from nanochameleon.bench.gpu import machine, page, part, run, toy
+from nanochameleon.bench.gpu.context import ROOT, Context
+from nanochameleon.bench.gpu.plan import DRY, ON_GPU
+from nanochameleon.bench.rows import Row, make_row
+from nanochameleon.cli import parse_run
+from nanochameleon.errors import UserError
+
+CPU = torch.device("cpu")
+PAGE = (ROOT / "docs" / "results" / "gpu.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_every_cell_of_the_page_has_a_figure_and_every_figure_a_cell():
+    cells = page.CELL.findall(PAGE)
+    assert set(cells) <= set(page.figures(ON_GPU)) and len(cells) == len(set(cells))
+    assert page.figures(ON_GPU).keys() == page.figures(DRY).keys()
+
+
+def test_a_cell_without_a_figure_is_an_error():
+    with pytest.raises(KeyError, match="unknown"):
+        page.fill("| not measured <!-- unknown --> |", [], page.figures(ON_GPU))
+
+
+def row(case: str, variant: str, value: float, unit: str) -> Row:
+    return Row("train", case, variant, value, unit, None, None, "NVIDIA H100", "2.13.0", "abc")
+
+
+def test_measured_figures_are_filled_in_and_others_stay():
+    figures = {"speed": ("1.4B", "nano", "tokens/s"), "copy": ("copy", "torch", "TB/s")}
+    text = "| x | 65k | not measured <!-- speed --> |\n| y | | not measured <!-- copy --> |\n"
+    measured = [(row("1.4B", "nano", 61_234, "tokens/s"), "2026-11-29"), (row("copy", "numpy", 1, "TB/s"), "today")]
+    filled = page.fill(text, measured, figures)
+    assert filled == text.replace("not measured <!-- speed", "61,234 tokens/s (NVIDIA H100, 2026-11-29) <!-- speed")
+    again = page.fill(filled, [(row("1.4B", "nano", 1.23456, "tokens/s"), "2027-01-01")], figures)
+    assert "| 65k | 1.23 tokens/s (NVIDIA H100, 2027-01-01) <!-- speed --> |" in again
+    assert page.fill(filled, [], figures) == filled
+
+
+def test_the_page_is_no_other_text_after_it_is_filled():
+    """With a row for each figure every cell is filled, and nothing but cells changes."""
+    figures = page.figures(ON_GPU)
+    filled = page.fill(
+        PAGE, [(row(case, variant, 1, unit), "2026-11-29") for case, variant, unit in figures.values()], figures
+    )
+    bare = re.compile(page.CELL.pattern)
+    assert "not measured <!--" not in filled and bare.sub("", filled) == bare.sub("", PAGE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+@pytest.fixture
+def fake_parts(tmp_path, monkeypatch):
+    """Three parts: one that writes a row, one that hangs after a row, one that fails. Returns a run's arguments."""
+    script = tmp_path / "part.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "name, folder = sys.argv[1:3]\n"
+        f"row = {json.dumps(asdict(make_row('gpu', 'copy', 'torch', 1.5, 'TB/s', CPU)))!r}\n"
+        "open(f'{folder}/{name}.json', 'w').write(f'[{row}]')\n"
+        "print('part', name)\n"
+        "name == 'hangs' and time.sleep(60)\n"
+        "sys.exit(name == 'fails')\n"
+    )
+    monkeypatch.setattr(run, "COMMAND", [sys.executable, str(script)])
+    monkeypatch.setattr(run, "PARTS", {"hangs": (1.5, "x"), "fails": (30, "y"), "works": (30, "z")})
+    return run.GPUArgs(dry=True, out=tmp_path / "out")
+
+
+def test_a_part_that_hangs_or_fails_does_not_stop_the_next(fake_parts, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(fake_parts)
+    log = (fake_parts.folder / run.LOG).read_text()
+    assert stop.value.code == 1 and capsys.readouterr().out == log
+    assert "hangs: out of time" in log and "fails: failed" in log and "works: done" in log and "part works" in log
+    assert "not finished: hangs, fails" in log
+    filled = (fake_parts.folder / "gpu.md").read_text()
+    assert filled.startswith("**A dry run") and "1.5 TB/s (" in filled
+    assert (ROOT / "docs" / "results" / "gpu.md").read_text(encoding="utf-8") == PAGE
+
+
+def test_finished_parts_are_not_run_again(fake_parts, monkeypatch):
+    with pytest.raises(SystemExit):
+        run.main(fake_parts)
+    monkeypatch.setattr(run, "PARTS", {"fails": (30, "y"), "works": (30, "z")})
+    ran = []
+    monkeypatch.setattr(run, "run_part", lambda words, seconds, log: ran.append(words[0]) or "done")
+    run.main(fake_parts)
+    assert ran == ["fails"]
+    monkeypatch.setattr(run, "sources", lambda: "changed")
+    run.main(fake_parts)
+    assert ran == ["fails", "fails", "works"]
+
+
+def test_no_part_starts_without_time(fake_parts, monkeypatch):
+    monkeypatch.setattr(run, "run_part", None)
+    with pytest.raises(SystemExit):
+        run.main(run.GPUArgs(dry=True, out=fake_parts.out, minutes=0.1))
+    assert (fake_parts.folder / run.LOG).read_text().count("not started, since the time is over") == 3
+
+
+def test_the_fingerprint_is_of_the_kernels_too(tmp_path, monkeypatch):
+    for name in ("nanochameleon/a.py", "kernels/b.cu", "train.py", "sample.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    before = run.sources()
+    (tmp_path / "kernels/b.cu").write_text("2")
+    assert run.sources() != before
+
+
+@pytest.mark.parametrize("name", ["attention", "kernels", "generation"])
+def test_a_dry_part_measures_all_of_its_figures(name, tmp_path, emulated_gpu):
+    context = Context(DRY, tmp_path)
+    rows = list(part.PARTS[name](context))
+    assert not context.failed
+    figures = {"attention": ("attention-",), "generation": ("first-", "last-", "image"),
+               "kernels": tuple({key.partition("-")[0] for key in page.kernel_figures(DRY)})}[name]  # fmt: skip
+    wanted = {key: each for key, each in page.figures(DRY).items() if key.startswith(figures)}
+    found = {(each.case, each.variant, each.unit) for each in rows}
+    missing = {key for key, each in wanted.items() if each not in found}
+    assert missing == ({"attention-varlen-f", "attention-varlen-fb"} if name == "attention" else set())
+
+
+def test_a_case_that_fails_or_does_not_fit_leaves_the_others(tmp_path, capsys):
+    context = Context(DRY, tmp_path)
+    for error in (torch.OutOfMemoryError("x"), AssertionError("wrong")):
+        with context.guard(type(error).__name__):
+            raise error
+    assert context.failed == ["AssertionError"]
+    assert "does not fit into the memory" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy, and machines without a GPU
+
+
+@pytest.mark.parametrize("plan", [DRY, ON_GPU])
+def test_the_toys_options_are_those_of_train_py(plan, tmp_path):
+    _, *words = toy.options(Context(plan, tmp_path), "bf16")
+    cfg = parse_run([str(word) for word in words])
+    assert cfg.device == plan.device and cfg.train.save_every < cfg.train.steps and cfg.train.precision == "bf16"
+
+
+def test_a_training_is_stopped_once_it_has_a_checkpoint(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import pathlib, sys, time; pathlib.Path(sys.argv[1], 'step-000004').mkdir(); time.sleep(60)")
+    assert toy.stop_after_a_checkpoint([script, tmp_path], tmp_path) == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "sentence"),
+    [
+        (None, "13.0", "there is no NVIDIA GPU here"),
+        ("535.104", None, "built for CPUs alone"),
+        ("535.104", "13.0", "535.104 is too old .* 580 or newer, or export PIP_EXTRA_INDEX_URL"),
+        ("580.65", "13.0", "torch finds no GPU"),
+    ],
+)
+def test_one_sentence_for_a_machine_without_a_gpu(driver, cuda, sentence, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(machine, "driver", lambda: driver)
+    with pytest.raises(UserError, match=sentence):
+        machine.check_gpu()
