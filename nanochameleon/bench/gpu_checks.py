@@ -8,6 +8,7 @@ The emulator in kernels/gpu/emulator/ shows on a CPU that the kernels are correc
 hardware can show that they are correct on the hardware.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from nanochameleon.bench.bands import Bands
 from nanochameleon.bench.kernels import Z_LOSS
 from nanochameleon.kernels import qknorm_rope_attention, use_kernels, zloss_cross_entropy
-from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import (
     attention_reference,
@@ -191,8 +192,9 @@ def own_attention_problem(
         mask = visible(x["doc_ids"], x["doc_ids"])
         out = attention_reference(q, k, v, mask).transpose(1, 2)
         gradients = torch.autograd.grad(out, leaves, x["d_out"].to(dtype))
+        q, k = (y.detach().to(torch.promote_types(dtype, torch.float32)) for y in (q, k))
         scores = (q @ k.repeat_interleave(heads // kv_heads, 1).mT) / e**0.5
-        sums = scores.masked_fill(~mask[:, None], -torch.inf).detach().logsumexp(-1) * 1.4426950408889634
+        sums = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1) / math.log(2)
         return {"out": out.detach(), "lse2": sums, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
 
     return Problem(f"attention{'_simple' if simple else ''}_{e} at T {t}", inputs, run, reference)
@@ -205,7 +207,6 @@ def own_attention_problem(
 def decode_problem(n: int, t: int, heads: int, kv_heads: int, places: int, e: int, device: torch.device) -> Problem:
     """t new tokens of each sequence, whose caches are filled to different lengths."""
     positions = torch.linspace(0, places - t, n, device=device).long()[:, None] + torch.arange(t, device=device)
-    unseen = torch.arange(places, device=device) > positions[..., None]
     table = compute_freqs_cis(positions, e, 10_000.0)[:, 0]
     inputs = {
         "qkv": random(n, t, heads + 2 * kv_heads, e, device=device),
@@ -216,9 +217,8 @@ def decode_problem(n: int, t: int, heads: int, kv_heads: int, places: int, e: in
     }
 
     def outcome(function: Callable, x: Tensors, dtype: torch.dtype) -> Tensors:
-        mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
-        norm = x["weight"], x["bias"]
-        out = function(x["qkv"].to(dtype), table, norm, EPS, x["keys"], x["values"], positions, mask)
+        norm, seen = (x["weight"], x["bias"]), see_cache(positions, x["keys"], places)
+        out = function(x["qkv"].to(dtype), table, norm, EPS, x["keys"], x["values"], positions, seen)
         return {"out": out, "keys": x["keys"], "values": x["values"]}
 
     def run(x: Tensors) -> Tensors:

@@ -15,7 +15,8 @@ from torch import Tensor
 from nanochameleon.bench import gpu_cases, gpu_checks
 from nanochameleon.bench.gpu_checks import Problem
 from nanochameleon.bench.kernels import Case, attention_case, with_kernels, zloss_case
-from nanochameleon.bench.measure import median_seconds
+from nanochameleon.bench.measure import Job, median_seconds
+from nanochameleon.errors import say, shown
 from nanochameleon.kernels.dispatch import CUDA_DTYPES
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu.emulator.emulator import emulated
@@ -37,6 +38,7 @@ class Effort:
     decode: tuple[tuple[int, int, int, int], ...]  # timed: slots, heads x head size, KV heads x head size, cache
     zloss: tuple[tuple[int, int], ...]  # timed: tokens, vocabulary
     compiled: bool  # whether torch.compile is timed, too
+    limit: float  # seconds for a kernel
 
     @property
     def shapes(self) -> dict[str, tuple]:
@@ -49,9 +51,9 @@ LENGTHS, WIDTHS = (17, 70, 300), (33, 940, 4_096, 65_536)
 ATTENTION = (16, 1_024, 1_024), (8, 2_048, 2_048), (4, 4_096, 4_096)
 DECODE = (1, 4_096, 4_096, 2_048), (16, 4_096, 4_096, 2_048), (16, 8_192, 1_024, 4_096)
 ZLOSS = (16_384, 4_096), (65_536, 4_096), (16_384, 65_536)
-FULL = Effort(30, LENGTHS, WIDTHS, 2**31, 9, ATTENTION, DECODE, ZLOSS, True)
-QUICK = Effort(30, LENGTHS, WIDTHS, 2**31, 5, ATTENTION[2:], DECODE[1:2], ZLOSS[2:], False)
-DRY = Effort(2, (17, 70), (33, 64), 2**9, 2, ((1, 20, 128),), ((2, 128, 128, 30),), ((3, 64),), False)
+FULL = Effort(30, LENGTHS, WIDTHS, 2**31, 9, ATTENTION, DECODE, ZLOSS, True, 240.0)
+QUICK = Effort(30, LENGTHS, WIDTHS, 2**31, 5, ATTENTION[2:], DECODE[1:2], ZLOSS[2:], False, 60.0)
+DRY = Effort(2, (17, 70), (33, 64), 2**9, 2, ((1, 20, 128),), ((2, 128, 128, 30),), ((3, 64),), False, 60.0)
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,33 @@ class Subject:
             return gpu_cases.decode_case(shape[0], shape[1] // e, shape[2] // e, shape[3], e, device)
         return zloss_case(*shape, self.dtype, device)
 
-    def jobs(self, case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
+    def jobs(self, case: Case, compiled: bool) -> dict[str, Job]:
         """What is timed: the kernels ("own") and torch's operations, where a gradient exists with the gradient."""
         reference = case.variants["reference"]
-        theirs = {"torch": reference} | ({"compiled": torch.compile(reference)} if compiled else {})
         if not case.inputs:  # a decode step
-            return theirs | {"own": case.variants["cuda"]}
-        jobs = {name: gradients(function, case) for name, function in theirs.items()}
+            return {"torch": reference, "own": case.variants["cuda"]}
+        jobs = compiled_job(reference, case) if compiled else {}
         if in_place := case.extra.get("in place"):  # as a training step runs it
             return jobs | {"torch": with_kernels("reference", in_place), "own": with_kernels(self.kernels, in_place)}
-        return jobs | {"own": with_kernels(self.kernels, gradients(case.variants[self.kernels], case))}
+        own = with_kernels(self.kernels, gradients(case.variants[self.kernels], case))
+        return jobs | {"torch": gradients(reference, case), "own": own}
 
 
-def gradients(function: Callable[..., Tensor], case: Case) -> Callable[[], object]:
+def compiled_job(function: Callable[..., Tensor], case: Case) -> dict[str, Job]:
+    """The function compiled, or nothing where torch.compile does not work, for which there are many reasons."""
+    torch.compiler.reset()  # else it would take the next shape for a sign that sizes vary
+    job = gradients(torch.compile(function, dynamic=False), case)
+    try:
+        job()
+    except Exception as error:
+        say(
+            f"torch.compile does not work here ({shown(error)}): kernels are compared with torch's own operations alone"
+        )
+        return {}
+    return {"compiled": job}
+
+
+def gradients(function: Callable[..., Tensor], case: Case) -> Job:
     """Forward and backward."""
     return lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
 
