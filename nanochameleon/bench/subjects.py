@@ -172,8 +172,15 @@ def prove(subject: Subject, effort: Effort, device: torch.device) -> Entry:
     with on(device):
         errors = gpu_checks.check_all(subject.problems(effort, device), subject.dtype, effort.runs, device)
         if subject.op == "zloss_cross_entropy" and subject.dtype == BF16:
-            gpu_checks.check_many_logits(effort.many, effort.widths[-1], device)
+            check_many(effort, device)
         return time_it(subject, effort, device, errors)
+
+
+def check_many(effort: Effort, device: torch.device) -> None:
+    try:
+        gpu_checks.check_many_logits(effort.many, effort.widths[-1], device)
+    except torch.OutOfMemoryError:
+        say(f"{effort.many:,} logits at once are not checked: they do not fit into the memory")
 
 
 def time_it(subject: Subject, effort: Effort, device: torch.device, errors: dict[str, float]) -> Entry:

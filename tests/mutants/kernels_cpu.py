@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant(
         "recomputed activations forget what was requested",
         "kernels/dispatch.py",
-        "return nullcontext(), use_kernels(_override.name)",
+        "return nullcontext(), again()",
         "return nullcontext(), nullcontext()",
         "kernels/test_dispatch.py",
     ),
