@@ -75,6 +75,7 @@ class Subject:
             for i, t in enumerate(effort.lengths):
                 heads, kv_heads = ((2, 2), (4, 2), (4, 1))[i % 3]
                 yield gpu_checks.attention_problem(self.kernels, 2, t, heads, kv_heads, e, i > 0, device)
+                yield gpu_checks.norm_problem(t, heads, e, device)
                 if self.kernels == "cuda":
                     yield gpu_checks.own_attention_problem(t, heads, kv_heads, e, False, device)
         elif self.op == "decode_attention":
@@ -185,16 +186,21 @@ def check_many(effort: Effort, device: torch.device) -> None:
 
 def time_it(subject: Subject, effort: Effort, device: torch.device, errors: dict[str, float]) -> Entry:
     """Time each shape that fits into the memory."""
-    shapes, own, theirs = [], [], []
+    times = {}
     for shape in effort.shapes[subject.op]:
         try:
-            case = subject.case(shape, device)
-            seconds = median_seconds(subject.jobs(case, effort.compiled), effort.rounds, device, 10.0)
+            name, seconds = time_shape(subject, shape, effort, device)
         except torch.OutOfMemoryError:
+            say(f"{subject.name} is not timed at {shape}, which does not fit into the memory")
             continue
-        shapes.append(case.name)
-        own.append(1e3 * seconds.pop("own"))
-        theirs.append(1e3 * min(seconds.values()))
-    if not shapes:
+        times[name] = 1e3 * seconds.pop("own"), 1e3 * min(seconds.values())
+    if not times:
         return Entry(False, "no shape to time fits into the memory")
-    return Entry(True, "", errors, tuple(shapes), {"own": tuple(own), "torch": tuple(theirs)})
+    own, torchs = zip(*times.values(), strict=True)
+    return Entry(True, "", errors, tuple(times), {"own": own, "torch": torchs})
+
+
+def time_shape(subject: Subject, shape: tuple, effort: Effort, device: torch.device) -> tuple[str, dict[str, float]]:
+    """The shape's name, and median seconds of each job. Its tensors are gone when it returns."""
+    case = subject.case(shape, device)
+    return case.name, median_seconds(subject.jobs(case, effort.compiled), effort.rounds, device, 10.0)

@@ -206,4 +206,18 @@ MUTANTS = [
         "",
         "training/test_agreement.py",
     ),
+    Mutant(
+        "sampling compiles blocks again for each length of the cache",
+        "training/modes.py",
+        "with eager():",
+        "if True:",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
+        "deterministic runs are not",
+        "training/modes.py",
+        "        torch.use_deterministic_algorithms(True)\n\n\n@contextmanager",
+        "        pass\n\n\n@contextmanager",
+        "training/test_modes.py",
+    ),
 ]

@@ -135,6 +135,13 @@ def test_a_configuration_under_older_names_is_read():
     assert config_from_json(json.dumps(older)) == cfg
 
 
+@pytest.mark.parametrize("older, today", [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_compile_was_a_flag_in_older_runs(older, today):
+    content = json.loads(config_to_json(PRESETS["toy"]()))
+    content["parallel"]["compile"] = older
+    assert config_from_json(json.dumps(content)).parallel.compile == today
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     for folder, why in ((tmp_path, "is not a run"), (tmp_path / "missing", "does not exist")):
         with pytest.raises(UserError, match=f"{folder} {why}"):
@@ -203,3 +210,13 @@ def test_devices():
     for requested in ("gpu", "", "cuda:99", "cpu:-1", "meta", "hpu", "mps:7"):
         with pytest.raises(UserError, match=f"device {requested!r} is not available"):
             pick_device(requested)
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    """Graphs, CuPy and NCCL work on the current device, whatever device their tensors are on."""
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert pick_device("cuda") == torch.device("cuda") and len(current) == 1
+    assert pick_device("cpu:0") == torch.device("cpu:0") and len(current) == 1
