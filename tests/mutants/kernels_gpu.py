@@ -175,6 +175,34 @@ MUTANTS = [
         "a changed header is not seen", "kernels/gpu/nvrtc.py", "{text}{headers()}", "{text}", "kernels/test_cuda.py"
     ),
     Mutant(
+        "another GPU's proof counts",
+        "kernels/gpu/proof.py",
+        'if content["identity"] != dict(identity) or not',
+        "if not",
+        "kernels/test_proof.py",
+    ),
+    Mutant(
+        "one fast shape is enough",
+        "kernels/gpu/proof.py",
+        "return min((theirs / ours",
+        "return max((theirs / ours",
+        "kernels/test_proof.py",
+    ),
+    Mutant(
+        "an edited header leaves kernels proven",
+        "kernels/gpu/proof.py",
+        '(".cu", ".cuh", ".py")',
+        '(".cu", ".py")',
+        "kernels/test_proof.py",
+    ),
+    Mutant(
+        "recomputation forgets the agreed proofs",
+        "kernels/dispatch.py",
+        "with use_kernels(name), use_proofs(proofs):",
+        "with use_kernels(name):",
+        "kernels/test_proof.py",
+    ),
+    Mutant(
         "a GPU sums the weight's gradient in bf16",
         "kernels/zloss/linear.py",
         "elif FP32_SUMS and",
