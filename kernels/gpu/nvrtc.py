@@ -18,8 +18,6 @@ import torch
 
 from nanochameleon.kernels.caches import cache_folder
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
-
 
 @dataclass(frozen=True)
 class Cubin:

@@ -1,5 +1,6 @@
 """The CUDA files without a GPU: they compile for every architecture without spills. The emulator runs them on a CPU."""
 
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,18 +11,45 @@ import torch
 
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu import nvrtc
+from nanochameleon.kernels.gpu.packages import ARCHITECTURES
 
 FILES = sorted(gpu.KERNELS.rglob("*.cu"))
 SPILLS = 0  # bytes a kernel may put aside
 
 
-@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values())
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_it_compiles_and_spills_nothing(path, architecture):
     cubin = nvrtc.compile_source(path.read_text(), path.name, architecture)
     assert cubin.code.startswith(b"\x7fELF")
     spills = cubin.spills()
     assert spills and all(count <= SPILLS for count in spills.values()), spills
+
+
+def test_shared_memory_fits_every_gpu(monkeypatch):
+    """A block has at most 99 KB on GPUs of capability 8.6, 8.9 and 12; what a kernel declares itself counts, too."""
+    declared = {}
+    for path in FILES:
+        log = nvrtc.compile_source(path.read_text(), path.name, "sm_80").log
+        for part in log.split("Compiling entry function '")[1:]:
+            found = re.search(r"(\d+) bytes smem", part)
+            declared[part.split("'")[0]] = int(found[1]) if found else 0
+    needs = {}
+
+    def start(file, name, grid, block, *arguments, shared=0):
+        needs[name] = shared + declared[name]
+        assert declared[name] <= 48 * 1024 and (shared > 40 * 1024 or needs[name] <= 48 * 1024)
+
+    monkeypatch.setattr(gpu, "start", start)
+    for e in gpu.HEAD_DIMS:
+        q, lse2, docs = torch.zeros(1, 3, 2, e, dtype=torch.bfloat16), torch.zeros(1, 2, 3), torch.zeros(1, 3).int()
+        gpu.attention(q, q, q, docs)
+        gpu.attention_backward(q, q, lse2, q, q, q, docs, docs)
+        gpu.decode_attention(q, q.transpose(1, 2), q.transpose(1, 2), docs.long(), 3)
+    widest = torch.zeros(1, 97 * 1024 // 4)
+    assert gpu.fits_one_pass(widest, 99) and not gpu.fits_one_pass(torch.zeros(1, 97 * 1024 // 4 + 4), 99)
+    gpu.zloss_overwrite(widest, torch.zeros(1).long(), 0.0, 1.0, 99)
+    assert len(needs) == 11 and 80 * 1024 < max(needs.values()) <= 99 * 1024, needs
 
 
 def test_spills_and_errors_are_seen():
