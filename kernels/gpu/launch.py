@@ -93,7 +93,8 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, scale: float
     (n, v), name = logits.shape, NAMES[logits.dtype]
     if not fits_one_pass(logits, kilobytes):
         loss, log_z = zloss_forward(logits, targets)
-        zloss_backward_(torch.full_like(loss, scale), 2 * scale * z_loss * log_z, logits, targets, log_z)
+        g = torch.where(loss.isnan(), loss, scale)  # a target out of range has no gradient either
+        zloss_backward_(g, 2 * scale * z_loss * log_z, logits, targets, log_z)
         return loss, log_z
     loss, log_z = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     if n:

@@ -1,5 +1,6 @@
 """The CUDA files without a GPU: they compile for every architecture without spills. The emulator runs them on a CPU."""
 
+import errno
 import re
 import sys
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanochameleon.kernels import caches
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu import nvrtc
 from nanochameleon.kernels.gpu.packages import ARCHITECTURES
@@ -89,6 +91,37 @@ def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
     assert found.is_relative_to(tmp_path) and found.read_bytes().startswith(b"\x7fELF")
 
 
+def test_a_cache_that_cannot_be_written_gives_way_with_one_warning(tmp_path, monkeypatch, caplog):
+    caches.cache_folder.cache_clear()
+    caches.say.cache_clear()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path / "file" / "cache"))
+    for source in "kl":
+        (path := tmp_path / f"{source}.cu").write_text(f'extern "C" __global__ void {source}() {{}}')
+        assert nvrtc.cubin_file(path, "sm_80").is_relative_to(tmp_path / "home")
+    assert len(caplog.records) == 1 and "file/cache cannot be written" in caplog.text
+    caches.cache_folder.cache_clear()
+
+
+def test_a_disk_that_is_full_gives_way_with_one_warning(tmp_path, monkeypatch, caplog):
+    caches.say.cache_clear()
+    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path / "no room"))
+    monkeypatch.setattr(nvrtc.tempfile, "tempdir", str(tmp_path))
+    write = Path.write_bytes
+
+    def write_bytes(path, content):
+        if "no room" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    (path := tmp_path / "k.cu").write_text('extern "C" __global__ void k() {}')
+    for _ in range(2):
+        assert nvrtc.cubin_file(path, "sm_80").read_bytes().startswith(b"\x7fELF")
+    assert len(caplog.records) == 1 and "no room cannot be written (No space left on device)" in caplog.text
+
+
 def test_a_changed_header_is_another_key(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
     path = tmp_path / "k.cu"
@@ -120,6 +153,25 @@ def test_the_compiler_is_that_of_torch_s_cuda_else_the_newest(compilers):
     assert [nvrtc.library_file(cuda) for cuda in ("12.6", "13.0", None)] == [twelve, thirteen, thirteen]
     with pytest.raises(ModuleNotFoundError, match=r"for CUDA 11 is missing: pip install nvidia-cuda-nvrtc-cu11$"):
         nvrtc.library_file("11.8")
+
+
+@pytest.mark.parametrize("folder", ["cuda_nvrtc/bin", "cu13/bin/x86_64"])
+def test_the_compiler_is_found_on_windows(tmp_path, monkeypatch, folder):
+    at = tmp_path / "nvidia" / folder
+    at.mkdir(parents=True)
+    for name in ("nvrtc64_130_0.dll", "nvrtc64_120_0.dll", "nvrtc64_130_0.alt.dll", "nvrtc-builtins64_130.dll"):
+        (at / name).touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(nvrtc, "find_spec", lambda name: spec)
+    assert [nvrtc.library_file(cuda).name[:10] for cuda in ("12.6", "13.0", None)] == [
+        "nvrtc64_12",
+        *["nvrtc64_13"] * 2,
+    ]
+    loaded = []
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", loaded.append)
+    monkeypatch.setattr(nvrtc.torch.version, "cuda", "13.0")
+    nvrtc.library.__wrapped__()
+    assert loaded == [str(at / name) for name in ("nvrtc-builtins64_130.dll", "nvrtc64_130_0.dll")]
 
 
 def test_no_compiler_at_all_names_the_package(monkeypatch):
