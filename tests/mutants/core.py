@@ -95,6 +95,13 @@ MUTANTS = [
         "test_transformer.py",
     ),
     Mutant(
+        "a norm whose weight has another dtype takes six kernels",
+        "kernels/block/rms_norm.py",
+        "weight.to(wide), eps)",
+        "weight, eps)",
+        "kernels/test_rms_norm.py",
+    ),
+    Mutant(
         "queries are not normalised",
         "transformer.py",
         "for norm in (self.q_norm, self.k_norm)]",
@@ -205,6 +212,20 @@ MUTANTS = [
         "cross_entropy.masked_fill(~image, 0.0).sum()",
         "cross_entropy[image].sum()",
         "training/test_host_sync.py",
+    ),
+    Mutant(
+        "a compiler's failure ends a run that did not ask for it",
+        "parallel/compile.py",
+        "except Exception as error:  # of a compiler",
+        "except KeyError as error:  # of a compiler",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
+        "the backward graph is compiled in loss.backward()",
+        "parallel/compile.py",
+        "with config.patch(at_once):",
+        "if True:",
+        "parallel/test_compile.py",
     ),
     Mutant(
         "warm-up reaches the peak too soon",

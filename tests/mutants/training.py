@@ -158,6 +158,13 @@ MUTANTS = [
         "training/test_diagnostics.py",
     ),
     Mutant(
+        "attention logits in bfloat16",
+        "training/diagnostics.py",
+        "torch.autocast(x.device.type, enabled=False)",
+        "torch.autocast(x.device.type, torch.bfloat16)",
+        "training/test_diagnostics.py",
+    ),
+    Mutant(
         "attention is counted twice",
         "training/flops.py",
         "attention = 6 * cfg.n_layers",
@@ -191,5 +198,19 @@ MUTANTS = [
         '"diverged": not end < best + 0.5',
         '"diverged": not max(losses) < best + 3.0',
         "training/test_stability.py",
+    ),
+    Mutant(
+        "sampling compiles blocks again for each length of the cache",
+        "training/modes.py",
+        "with eager():",
+        "if True:",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
+        "deterministic runs are not",
+        "training/modes.py",
+        "        torch.use_deterministic_algorithms(True)\n\n\n@contextmanager",
+        "        pass\n\n\n@contextmanager",
+        "training/test_modes.py",
     ),
 ]
