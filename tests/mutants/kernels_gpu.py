@@ -4,6 +4,13 @@ from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
+        "a target out of range has a gradient",
+        "kernels/zloss/zloss.cu",
+        "y < v ? scale * zloss_factor : NOT_A_NUMBER",
+        "scale * zloss_factor",
+        "kernels/test_zloss_cuda.py",
+    ),
+    Mutant(
         "a target beyond the vocabulary reads on",
         "kernels/zloss/zloss.cu",
         "y < v ? z - to_float(x[y]) : NOT_A_NUMBER",
