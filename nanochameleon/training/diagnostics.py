@@ -14,6 +14,7 @@ from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, visible
 from nanochameleon.packing import Batch
 from nanochameleon.parallel.apply import ParallelModel
+from nanochameleon.parallel.compile import eager
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import full_tensor
 from nanochameleon.training.objective import Objective, Sums
@@ -44,9 +45,14 @@ def largest_logit(attention: Attention, x: Tensor, freqs_cis: Tensor, documents:
         apply_rotary_emb(norm(y).transpose(1, 2), freqs_cis)
         for norm, y in ((attention.q_norm, q), (attention.k_norm, k))
     )
-    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, E)
-    scores = q.float() @ k.mT / math.sqrt(attention.head_dim)  # (B, H, T, T)
-    return scores.masked_fill(~visible(documents.ids, documents.ids)[:, None], -math.inf).amax()
+    unseen = ~visible(documents.ids, documents.ids)[:, None]  # (B, 1, T, T)
+    peaks = []
+    with torch.autocast(x.device.type, enabled=False):  # it would compute scores in bf16
+        # One key head at a time: the scores of all heads of a 7B take 2 GB.
+        for queries, key in zip(q.chunk(k.shape[1], 1), k.unbind(1), strict=True):
+            scores = queries.float() @ key.float()[:, None].mT  # (B, H / G, T, T)
+            peaks.append(scores.masked_fill_(unseen, -math.inf).amax())
+    return torch.stack(peaks).amax() / math.sqrt(attention.head_dim)
 
 
 @torch.no_grad()
@@ -62,7 +68,7 @@ def local_max_logits(objective: Objective, batch: Batch, dropout_seeds: Tensor |
 
     hooks = [block.attention.register_forward_pre_hook(record) for block in objective.model.layers]
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not see the hooks
+        with eager():  # compiled code does not see the hooks
             objective(batch, dropout_seeds)
     finally:
         for hook in hooks:
@@ -75,7 +81,7 @@ def local_max_logits(objective: Objective, batch: Batch, dropout_seeds: Tensor |
 def max_attention_logits(model: ParallelModel, batch: Batch, dropout_seeds: Tensor) -> list[float]:
     """The largest attention logit of each layer on the first sequence of the whole batch, over all ranks."""
     mesh = model.mesh
-    found = local_max_logits(model.objective, batch[:1].to(mesh.device), dropout_seeds[:1].to(mesh.device))
+    found = local_max_logits(model.objective, batch[:1].to(mesh.device), dropout_seeds[:1])
     has_first = mesh.batch_slice(len(batch.tokens) * mesh.dp_size).start == 0
     return mesh.all_reduce_max(*(found if has_first else [-math.inf] * len(found)))
 
