@@ -43,7 +43,7 @@ def decode_steps(name: str, kernels: str, fused: bool) -> dict[str, dict]:
 def all_decode_steps() -> dict[str, dict[str, dict]]:
     cases = [(name, kernels, True) for name, kernels in product(MODELS, ("reference", "cuda"))]
     cases.append(("dense", "reference", False))  # the plain decoder: under autocast, and for sharded models
-    with patch("nanochameleon.kernels.dispatch.missing_cuda_package", lambda: None):
+    with patch("nanochameleon.kernels.gpu.packages.missing_cuda_package", lambda: None):
         return {
             f"{name}, {kernels}, {'fused' if fused else 'plain'}": decode_steps(name, kernels, fused)
             for name, kernels, fused in cases

@@ -10,12 +10,10 @@ EAGER = {
     "bf16": {"precision": "bf16"},
     "bf16, Muon, all logits, dropout": {"precision": "bf16", "optim": "muon", "fused_output": "off", "dropout": 0.1},
     "bf16, activation checkpointing": {"precision": "bf16", "activation_checkpointing": True},
-    "bf16, reference": {"precision": "bf16", "kernels": "reference"},
     "bf16, vendor": {"precision": "bf16", "kernels": "vendor"},
     "bf16, cuda": {"precision": "bf16", "kernels": "cuda"},
 }
 COMPILED = {
-    "fp32": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16", "compile": True},
     "bf16, activation checkpointing": {"precision": "bf16", "compile": True, "activation_checkpointing": True},
     "bf16, cuda": {"precision": "bf16", "compile": True, "kernels": "cuda"},
@@ -32,5 +30,6 @@ def test_a_step_waits_for_nothing_and_keeps_all_on_the_gpu(cases):
         assert step["mixed"] == [], name
         assert step["misplaced"] == [], name  # of the optimizer's state, after a step and after loading
         assert step["dense"] == [], name  # no mask (T, T)
-        # one graph for the first block, which has no branch to add yet, and one for all others
-        assert (step["graphs"], step["graph_breaks"]) == (2 if cases is COMPILED else 0, 0), name
+        # a graph for the first block, which has no branch to add yet, and one for all others; with the second set of
+        # documents both are compiled once more, for any number and length of documents
+        assert (step["graphs"], step["graph_breaks"]) == (4 if cases is COMPILED else 0, 0), name

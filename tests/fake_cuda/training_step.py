@@ -54,7 +54,7 @@ def training_config(case: dict) -> SimpleNamespace:
         fused_output=case.get("fused_output", "auto"), save_every=10**6,
     )  # fmt: skip
     parallel = {"micro_batch": 2, "activation_checkpointing": case.get("activation_checkpointing", False)}
-    parallel["compile"] = case.get("compile", False)
+    parallel["compile"] = "on" if case.get("compile") else "off"
     optim = OptimConfig(name=case.get("optim", "adamw"))
     return replace(
         toy(), model=replace(WIDE, dropout=case.get("dropout", 0.0)), optim=optim, train=train_cfg,
@@ -140,5 +140,5 @@ def host_copy(state: dict) -> dict:
 
 def training_steps(cases: dict[str, dict]) -> dict[str, dict]:
     """Each case's name -> what its steps showed."""
-    with patch("nanochameleon.kernels.dispatch.missing_cuda_package", lambda: None):
+    with patch("nanochameleon.kernels.gpu.packages.missing_cuda_package", lambda: None):
         return {name: training_step(case) for name, case in cases.items()}
