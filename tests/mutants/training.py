@@ -158,6 +158,13 @@ MUTANTS = [
         "training/test_diagnostics.py",
     ),
     Mutant(
+        "attention logits in bfloat16",
+        "training/diagnostics.py",
+        "torch.autocast(x.device.type, enabled=False)",
+        "torch.autocast(x.device.type, torch.bfloat16)",
+        "training/test_diagnostics.py",
+    ),
+    Mutant(
         "attention is counted twice",
         "training/flops.py",
         "attention = 6 * cfg.n_layers",
@@ -191,6 +198,20 @@ MUTANTS = [
         '"diverged": not end < best + 0.5',
         '"diverged": not max(losses) < best + 3.0',
         "training/test_stability.py",
+    ),
+    Mutant(
+        "ranks with other GPUs take rank 0's kernels",
+        "training/startup.py",
+        '    return proof.Proofs(absent="the ranks differ in their GPUs or versions") if differ else rank0',
+        "    return rank0",
+        "training/test_agreement.py",
+    ),
+    Mutant(
+        "each rank trains by its own proofs",
+        "train.py",
+        "        held.enter_context(use_agreed_proofs(mesh))\n",
+        "",
+        "training/test_agreement.py",
     ),
     Mutant(
         "sampling compiles blocks again for each length of the cache",
