@@ -175,6 +175,8 @@ def run_all(args: GPUArgs, log: Log) -> list[str]:
 
 def main(args: GPUArgs) -> None:
     """Raises UserError without a GPU or a folder to write to. Exits with 1 if a part did not finish."""
+    if not (ROOT / "train.py").is_file():
+        raise UserError("this is an installed package: run the command in a clone of the repository")
     if not args.dry:
         check_gpu()
         if missing := missing_cuda_package():
