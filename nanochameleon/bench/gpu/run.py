@@ -94,8 +94,9 @@ def run_part(words: list[str], seconds: float, log: Log) -> str:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            kill(process)  # the processes that it started, too
+        finally:  # also after Ctrl-C, which does not reach a process of another session
+            if process.poll() is None:
+                kill(process)
         reader.join(5)
     return "out of time" if code is None else "failed" if code else "done"
 

@@ -24,7 +24,7 @@ VARIANTS = (
 
 
 def measure(context: Context, case: Case, variant: Variant) -> Iterator[Row]:
-    torch.compiler.reset()  # else this variant would run what was compiled for the one before
+    torch.compiler.reset()  # torch stops compiling a function after 8 variants of it
     device = context.device
     made: list[Step] = []
 
