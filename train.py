@@ -73,7 +73,13 @@ from nanochameleon.training.run_folder import claim, decide_precision, same_comm
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.stability import run_ablations
-from nanochameleon.training.startup import init_or_load_weights, log_setup, mfu_per_token, precision_dtype
+from nanochameleon.training.startup import (
+    init_or_load_weights,
+    log_setup,
+    mfu_per_token,
+    precision_dtype,
+    use_agreed_proofs,
+)
 from nanochameleon.training.train_tokenizers import open_image_tokenizer, train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.model_folder import open_model
@@ -246,6 +252,7 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
         cfg = replace(cfg, overwrite=False)
     with init_mesh(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:
         mesh.run_on_rank0(lambda: held.enter_context(claim(cfg.folder)))
+        held.enter_context(use_agreed_proofs(mesh))
         cfg, init = resolve_init(cfg)
         check_room(cfg)
         if mesh.tp_size > 1:

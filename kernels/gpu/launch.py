@@ -27,13 +27,11 @@ def shared_kilobytes(device: int) -> int:
 
 @cache
 def load_kernel(file: str, name: str, device: int):
-    """Compile the file if needed and load one of its kernels on the device."""
+    """Compile the file if needed and load one of its kernels on the device, which is the current one."""
     import cupy
 
-    with cupy.cuda.Device(device):
-        target = architecture(*torch.cuda.get_device_capability(device))
-        module = cupy.RawModule(path=str(cubin_file(KERNELS / f"{file}.cu", target)))
-        return module.get_function(name)
+    target = architecture(*torch.cuda.get_device_capability(device))
+    return cupy.RawModule(path=str(cubin_file(KERNELS / f"{file}.cu", target))).get_function(name)
 
 
 def start(file: str, name: str, grid: tuple, block: int, *arguments: Tensor | int | float | None, shared: int = 0):
@@ -42,16 +40,17 @@ def start(file: str, name: str, grid: tuple, block: int, *arguments: Tensor | in
     import numpy as np
 
     device = next(x.device.index for x in arguments if isinstance(x, Tensor))
-    kernel = load_kernel(file, name, device)
-    if shared > 40 * 1024:  # 48 KB need no permission, minus the kernel's own arrays
-        kernel.max_dynamic_shared_size_bytes = shared
     kinds = {int: np.int32, float: np.float32, Long: np.int64}
     values = [
         np.uint64(0 if x is None else x.data_ptr()) if x is None or isinstance(x, Tensor) else kinds[type(x)](x)
         for x in arguments
     ]
-    with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device):
-        kernel(grid, (block,), tuple(values), shared_mem=shared)
+    with torch.cuda.device(device):  # CuPy takes a stream of the current device only
+        kernel = load_kernel(file, name, device)
+        if shared > 40 * 1024:  # 48 KB need no permission, minus the kernel's own arrays
+            kernel.max_dynamic_shared_size_bytes = shared
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device):
+            kernel(grid, (block,), tuple(values), shared_mem=shared)
 
 
 class Long(int):

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -56,25 +56,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class Proofs:
-    """All entries for one GPU. absent: the reason where there is none, since then PyTorch's operations run."""
+    """All entries for one GPU."""
 
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-    gpu: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)  # of the GPU and its software; empty if unknown
+    entries: Mapping[str, Entry] = field(default_factory=dict)  # by entry_name
     date: str = ""
-    absent: str = f"not proven on this GPU: run {COMMAND}"
+    absent: str = f"not proven on this GPU: run {COMMAND}"  # the reason where there is no entry
 
     def choose(self, op: str, dtype: torch.dtype, head_dim: int | None) -> tuple[str, str]:
         """Return the fastest proven implementation, else "reference", and the reason."""
+        if op.endswith("attention") and head_dim not in HEAD_DIMS:
+            return "reference", f"no CUDA kernel is proven for heads of {head_dim} numbers"
         names = {name: entry_name(op, dtype, head_dim, name) for name in ("cuda", "vendor")}
         found = {name: self.entries[key] for name, key in names.items() if key in self.entries}
         if not found:
             return "reference", self.absent
-        best = max(found, key=lambda name: found[name].speedup)
+        best, place = max(found, key=lambda name: found[name].speedup), f"on this {self.identity['gpu']} on {self.date}"
         if found[best].speedup >= MIN_SPEEDUP:
-            return best, f"proven on this {self.gpu} on {self.date}: {found[best].speedup:.1f} times torch's"
+            return best, f"proven {place}: {found[best].speedup:.1f} times torch's"
         if found[best].ok:
-            return "reference", f"proven on this {self.gpu} on {self.date}, but not faster than torch's"
-        return "reference", f"failed on this {self.gpu} on {self.date}: {found[best].why}"
+            return "reference", f"proven {place}, but not faster than torch's"
+        return "reference", f"failed {place}: {found[best].why}"
 
 
 def entry_name(op: str, dtype: torch.dtype, head_dim: int | None, implementation: str) -> str:
@@ -172,7 +174,7 @@ def read(path: Path, identity: Mapping[str, str]) -> Proofs | None:
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Proofs(entries, identity["gpu"], content["date"])
+    return Proofs(identity, entries, content["date"])
 
 
 def save(path: Path, identity: Mapping[str, str], entries: Mapping[str, Entry], date: str) -> None:
@@ -185,14 +187,13 @@ def save(path: Path, identity: Mapping[str, str], entries: Mapping[str, Entry], 
 
 def load(device: torch.device) -> Proofs:
     """What is proven on this GPU: found here, else part of the repository, else nothing. Never raises."""
-    index = torch.cuda.current_device() if device.index is None and torch.cuda.is_available() else device.index
-    return _load(index or 0)
+    if not torch.cuda.is_available():
+        return Proofs()
+    return _load(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
 def _load(index: int) -> Proofs:
-    if not torch.cuda.is_available():
-        return Proofs()
     try:
         mine = identity(torch.device("cuda", index))
     except Exception as error:  # a driver in disorder must not end a run that needs no kernel of ours
@@ -200,4 +201,5 @@ def _load(index: int) -> Proofs:
     folder, shipped = proof_folder(), any_driver(mine)
     places = [(folder / file_name(mine), mine)] if folder else []
     places.append((SHIPPED / file_name(shipped), shipped))
-    return next(filter(None, (read(path, what) for path, what in places)), Proofs())
+    found = next(filter(None, (read(path, what) for path, what in places)), Proofs())
+    return replace(found, identity=mine)

@@ -3,8 +3,9 @@
 Every tensor lies between two bands of known bytes. New ones start as NaN, so what is not written shows in the results.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -21,11 +22,11 @@ class Bands:
         self.buffers: list[tuple[str, Tensor]] = []  # (what it holds, bytes)
         self.empty = torch.empty  # the real one
 
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str, fill: int) -> Tensor:
+    def new(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, what: str, byte: int) -> Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         buffer = self.empty(size + 2 * BAND, dtype=torch.uint8, device=device).fill_(PATTERN)
         self.buffers.append((what, buffer))
-        return buffer[BAND : BAND + size].fill_(fill).view(dtype).view(shape)
+        return buffer[BAND : BAND + size].fill_(byte).view(dtype).view(shape)
 
     def copy(self, x: Tensor, what: str) -> Tensor:
         """A contiguous copy of x."""
@@ -34,26 +35,22 @@ class Bands:
     @contextmanager
     def everywhere(self) -> Iterator[None]:
         """Inside, new memory of Python code has bands, in every thread, since autograd has some of its own."""
-
-        def empty(*shape, dtype=None, device=None, fill=POISON):
-            shape = shape[0] if shape and not isinstance(shape[0], int) else shape
-            dtype, device = dtype or torch.get_default_dtype(), torch.device(device or torch.get_default_device())
-            return self.new(tuple(shape), dtype, device, "new memory", fill)
-
-        def like(x, dtype=None, device=None, memory_format=None):
-            return empty(x.shape, dtype=dtype or x.dtype, device=device or x.device)
-
-        def new_empty(x, *shape, dtype=None, device=None):
-            return empty(*shape, dtype=dtype or x.dtype, device=device or x.device)
-
-        def zeros(*shape, **options):
-            return empty(*shape, **options, fill=0)
-
+        new, zero = partial(self._replacement, POISON), partial(self._replacement, 0)
         with (
-            patch.object(torch, "empty", empty), patch.object(torch, "empty_like", like),
-            patch.object(torch, "zeros", zeros), patch.object(Tensor, "new_empty", new_empty),
+            patch.object(torch, "empty", new(torch.empty)), patch.object(torch, "empty_like", new(torch.empty_like)),
+            patch.object(Tensor, "new_empty", new(Tensor.new_empty)), patch.object(torch, "zeros", zero(torch.zeros)),
         ):  # fmt: skip
             yield
+
+    def _replacement(self, byte: int, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def replacement(*args, **options):
+            # the function itself knows best which shape, dtype and device its arguments mean
+            like = function(*args, **options)
+            if not like.is_contiguous() or like.layout != torch.strided or like.requires_grad:
+                return like
+            return self.new(like.shape, like.dtype, like.device, "new memory", byte)
+
+        return replacement
 
     def broken(self) -> str | None:
         """What lies between bands that were written to, or None."""

@@ -20,6 +20,7 @@ from nanochameleon.bench.bands import Bands
 from nanochameleon.bench.kernels import Z_LOSS
 from nanochameleon.kernels import qknorm_rope_attention, use_kernels, zloss_cross_entropy
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import (
     attention_reference,
     qknorm_rope_attention_reference,
@@ -145,8 +146,8 @@ def attention_problem(
     inputs = {name: random(b, t, n, e, device=device) for name, n in shapes.items()}
     for name in ("q_weight", "q_bias", "k_weight", "k_bias"):
         inputs[name] = 0.2 * torch.randn(kv_heads, e, device=device) + name.endswith("weight")
-    if docs:
-        inputs["doc_ids"] = torch.randint(0, 4, (b, t), device=device).sort(1).values
+    found = Documents.of(torch.randint(0, 4, (b, t)).sort(1).values).to(device)
+    inputs |= {"ids": found.ids, "cu_seqlens": found.cu_seqlens} if docs else {}
     table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
 
     def outcome(function: Callable, x: Tensors, dtype: torch.dtype) -> Tensors:
@@ -155,7 +156,8 @@ def attention_problem(
             n: y.detach().to(wide if "_" in n else dtype).requires_grad_() for n, y in x.items() if n not in others
         }
         q, k, v, *norms = leaves.values()
-        out = function(q, k, v, table, x.get("doc_ids"), norms[:2], norms[2:], EPS)
+        documents = Documents(x["ids"], x["cu_seqlens"], found.max_len) if docs else None
+        out = function(q, k, v, table, documents, norms[:2], norms[2:], EPS)
         gradients = torch.autograd.grad(out, list(leaves.values()), x["d_out"].to(dtype))
         return {"out": out.detach(), **{f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}}
 
@@ -163,7 +165,7 @@ def attention_problem(
         with use_kernels(kernels):
             return outcome(qknorm_rope_attention, x, BF16)
 
-    others = "d_out", "doc_ids"
+    others = "d_out", "ids", "cu_seqlens"
     name = f"attention at T {t}, {heads} heads, {kv_heads} KV heads, E {e}{', documents' if docs else ''}"
     return Problem(name, inputs, run, lambda x, dtype: outcome(qknorm_rope_attention_reference, x, dtype))
 

@@ -33,9 +33,10 @@ def timed(job: Job, device: torch.device) -> Callable[[], float]:
         seconds = clock() - start
         return lambda: seconds
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
     job()
-    end.record()
+    end.record(stream)
 
     def read() -> float:
         end.synchronize()

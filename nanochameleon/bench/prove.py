@@ -25,7 +25,7 @@ from nanochameleon.kernels.dispatch import why_cuda_unavailable
 from nanochameleon.kernels.gpu import proof
 from nanochameleon.kernels.gpu.proof import MIN_SPEEDUP, Entry
 
-LIMIT = 180.0  # seconds for one kernel, with the start of its process
+START_LIMIT, LIMIT = 120.0, 180.0  # seconds for the start of a process, and then for each kernel
 Work = Callable[[str], Entry]  # proves the kernel of this name, or raises
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,6 +35,7 @@ Work = Callable[[str], Entry]  # proves the kernel of this name, or raises
 def serve(pipe: Connection, work: Work, names: list[str]) -> None:
     """In the other process: send an entry for each name, up to the first that fails, after which nothing is sure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    pipe.send(None)  # it has started
     for name in names:
         entry = attempt(work, name)
         pipe.send(entry)
@@ -57,10 +58,11 @@ def outcomes(names: list[str], work: Work, limit: float) -> Iterator[tuple[str, 
     while names:
         pipe, process = start(work, names)
         try:
-            ok = True
-            while names and ok:
+            entry = receive(pipe, process, START_LIMIT)
+            if entry is not None:  # it did not start
+                yield names.pop(0), entry
+            while names and (entry is None or entry.ok):
                 entry = receive(pipe, process, limit)
-                ok = entry.ok
                 yield names.pop(0), entry
         finally:
             process.kill()
@@ -76,8 +78,8 @@ def start(work: Work, names: list[str]) -> tuple[Connection, multiprocessing.Pro
     return ours, process
 
 
-def receive(pipe: Connection, process: multiprocessing.Process, limit: float) -> Entry:
-    """The next entry, or one that says how the process ended."""
+def receive(pipe: Connection, process: multiprocessing.Process, limit: float) -> Entry | None:
+    """What the process sends next, or an entry that says how it ended."""
     if not pipe.poll(limit):
         return Entry(False, f"it did not end within {limit:g} s")
     try:

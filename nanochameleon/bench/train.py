@@ -198,11 +198,11 @@ def measure_alone(
     """Build a step on a GPU and return (median seconds, peak GiB). Nothing of an earlier step is left in the memory."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(device)
     step = make()
     for _ in range(2):  # the first one makes the optimizer's state
         step()
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
     return median_seconds({"": step}, rounds, device, max_seconds)[""], peak
 
 

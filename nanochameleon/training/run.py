@@ -134,12 +134,17 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def pick_device(requested: str) -> torch.device:
-    """Resolve 'auto' to a GPU if there is one. Raises UserError for a device that is not available."""
+    """Resolve 'auto' to a GPU if there is one, and make a GPU with a number the current one of this thread.
+
+    Raises UserError for a device that is not available.
+    """
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(requested)
         torch.zeros(1, device=device).item()  # the meta device cannot read it back
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError):  # depends on the device
         raise UserError(f"device {requested!r} is not available here: use cpu, or leave it at auto") from None
     return device

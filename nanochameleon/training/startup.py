@@ -1,11 +1,14 @@
 """What happens once before the first step of the transformer: weights are set, sizes and kernels printed."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from nanochameleon.config import ModelConfig, ParallelConfig, TrainConfig
 from nanochameleon.data import Loader
 from nanochameleon.errors import say
-from nanochameleon.kernels.dispatch import explain
+from nanochameleon.kernels.dispatch import explain, use_proofs
+from nanochameleon.kernels.gpu import proof
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.training.flops import flops_per_token, peak_flops
@@ -26,6 +29,19 @@ def precision_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
+def use_agreed_proofs(mesh: Mesh) -> AbstractContextManager[None]:
+    """Inside, this rank takes CUDA kernels by the same proofs as every other rank. For the thread that trains."""
+    on_gpu = mesh.device.type == "cuda" and mesh.world_size > 1
+    return use_proofs(agree(mesh, proof.load(mesh.device))) if on_gpu else nullcontext()
+
+
+def agree(mesh: Mesh, mine: proof.Proofs) -> proof.Proofs:
+    """Return rank 0's proofs; none at all if a rank has another GPU or other versions, for which they say nothing."""
+    rank0 = mesh.broadcast(mine)
+    (differ,) = mesh.all_reduce_max(float(mine.identity != rank0.identity))
+    return proof.Proofs(absent="the ranks differ in their GPUs or versions") if differ else rank0
+
+
 def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, parallel: ParallelConfig) -> None:
     """Print the sizes of the model and the mesh, and which kernels run."""
     if not mesh.is_rank0:
@@ -37,7 +53,7 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
     ranks = f", {mesh.world_size} ranks ({grid})" if mesh.world_size > 1 else ""
     size = sum(p.numel() for p in model.parameters())
     say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
-    say(explain(mesh.device, precision_dtype(precision)))
+    say(explain(mesh.device, precision_dtype(precision), model.cfg.head_dim))
 
 
 def mfu_per_token(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> float | None:

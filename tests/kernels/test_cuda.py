@@ -1,9 +1,12 @@
 """The CUDA files without a GPU: they compile for every architecture without spills. The emulator runs them on a CPU."""
 
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu import nvrtc
@@ -104,6 +107,42 @@ def test_what_the_compiler_needs_is_loaded_first(compilers, monkeypatch):
     nvrtc.library.__wrapped__()
     assert [Path(name).name for name in loaded] == ["libnvrtc-builtins.so.12.0", "libnvrtc.so.12"]
     assert {Path(name).parent for name in loaded} == {compilers / "cuda_nvrtc/lib"}
+
+
+class OnSecondGPU(torch.Tensor):
+    device = torch.device("cuda:1")
+
+
+def test_a_launch_is_on_the_device_and_the_stream_of_its_tensors(monkeypatch):
+    """Whichever device is current: CuPy refuses a stream of another one."""
+    current, done = [0], []
+
+    @contextmanager
+    def device(number):
+        current.append(number)
+        yield
+        current.pop()
+
+    @contextmanager
+    def stream(address, number):
+        assert number == current[-1], "the stream is of a device that is not current"
+        done.append((address, number))
+        yield
+
+    def launch(grid, block, values, shared_mem):
+        done.append((grid, block, [int(x) for x in values[1:]], shared_mem, current[-1]))
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(ExternalStream=stream)))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda number: SimpleNamespace(cuda_stream=f"stream of {number}"))
+    monkeypatch.setattr(gpu, "load_kernel", lambda file, name, number: kernel_on(current[-1], number))
+
+    def kernel_on(now, number):
+        assert now == number, "a kernel is loaded on the current device"
+        return type("Kernel", (), {"__call__": staticmethod(launch)})()
+
+    gpu.start("a file", "a kernel", (3,), 64, torch.zeros(2).as_subclass(OnSecondGPU), 5, None, shared=64 * 1024)
+    assert done == [("stream of 1", 1), ((3,), (64,), [5, 0], 64 * 1024, 1)] and current == [0]
 
 
 def test_all_inline_ptx_is_in_one_file():

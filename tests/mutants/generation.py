@@ -220,4 +220,25 @@ MUTANTS = [
         "}",
         "test_sample_cli.py",
     ),
+    Mutant(
+        "a graph of another device's stream",
+        "generation/graphs.py",
+        "with torch.cuda.device(self.device):",
+        "if True:",
+        "generation/test_graphs.py",
+    ),
+    Mutant(
+        "a step whose capture failed is lost",
+        "generation/graphs.py",
+        "            if graph is None:\n                return step()\n",
+        "            if graph is None:\n                return None\n",
+        "generation/test_graphs.py",
+    ),
+    Mutant(
+        "a capture that failed leaves its stream current",
+        "generation/graphs.py",
+        "with self.side_stream(), torch.cuda.graph(graph, **how):",
+        "with torch.cuda.graph(graph, **how):",
+        "generation/test_graphs.py",
+    ),
 ]

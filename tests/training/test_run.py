@@ -203,3 +203,13 @@ def test_devices():
     for requested in ("gpu", "", "cuda:99", "cpu:-1", "meta", "hpu", "mps:7"):
         with pytest.raises(UserError, match=f"device {requested!r} is not available"):
             pick_device(requested)
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    """Graphs, CuPy and NCCL work on the current device, whatever device their tensors are on."""
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    assert pick_device("cuda") == torch.device("cuda") and len(current) == 1
+    assert pick_device("cpu:0") == torch.device("cpu:0") and len(current) == 1

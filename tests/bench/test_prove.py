@@ -1,0 +1,118 @@
+"""`prove` on a CPU: each planted fault is found and named, the others stay proven, and the command runs whole."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+
+import planted
+import pytest
+import torch
+
+from nanochameleon.bench import prove
+from nanochameleon.bench.__main__ import Args, main
+from nanochameleon.bench.bands import Bands
+from nanochameleon.bench.subjects import subjects
+from nanochameleon.errors import UserError
+from nanochameleon.kernels.gpu import proof
+
+NAMES = [subject.name for subject in subjects()]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def in_this_process(tmp_path, monkeypatch):
+    """Proofs are made without other processes. Returns the folder that their file is in."""
+    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        prove, "outcomes", lambda names, work, limit: ((name, prove.attempt(work, name)) for name in names)
+    )
+    return tmp_path
+
+
+def known(folder) -> dict[str, proof.Entry]:
+    (path,) = folder.iterdir()
+    return proof.read(path, proof.identity(CPU)).entries
+
+
+def test_every_fault_is_named_and_the_other_kernels_stay_proven(in_this_process, capsys):
+    faults = [fault for fault in planted.REASONS if fault.__name__ not in ("hanging", "crashing", "leaving")]
+    where = dict(zip(NAMES, (fault.__name__ for fault in faults), strict=False))
+    prove.main("all", False, True, partial(planted.work, where))
+    entries, printed = known(in_this_process), capsys.readouterr().out
+    assert list(entries) == NAMES
+    for name, entry in entries.items():
+        if fault := planted.FAULTS.get(where.get(name)):
+            assert not entry.ok and re.fullmatch(planted.REASONS[fault], entry.why) and entry.why in printed
+        else:
+            assert entry.ok and entry.speedup == 1.9 and entry.errors["y"] <= 1
+    assert sum(entry.ok for entry in entries.values()) == len(NAMES) - len(faults) > 0
+
+
+def test_a_kernel_that_hangs_or_ends_its_process_costs_only_itself():
+    where = {"b": "hanging", "c": "crashing"}
+    found = dict(prove.outcomes(list("abcd"), partial(planted.work, where), 1.0))
+    assert {name: entry.ok for name, entry in found.items()} == {"a": True, "b": False, "c": False, "d": True}
+    for name, fault in where.items():
+        assert re.fullmatch(planted.REASONS[planted.FAULTS[fault]], found[name].why)
+
+
+def test_ctrl_c_keeps_what_is_proven_and_another_op_is_added(in_this_process):
+    def work(name: str) -> proof.Entry:
+        if name == NAMES[2]:
+            raise KeyboardInterrupt
+        return planted.work({}, name)
+
+    with pytest.raises(KeyboardInterrupt):
+        prove.main("all", False, True, work)
+    assert list(known(in_this_process)) == NAMES[:2]
+    prove.main("decode", False, True, partial(planted.work, {}))
+    assert set(known(in_this_process)) == {*NAMES[:2], *(name for name in NAMES if name.startswith("decode"))}
+
+
+def test_the_command_runs_whole_in_the_emulator(tmp_path, monkeypatch):
+    """Real kernels of one op in another process, and their times."""
+    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
+    command = [sys.executable, "-m", "nanochameleon.bench", "prove", "--dry", "--op", "decode"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    (path,) = tmp_path.glob("*.json")
+    assert str(path) in ran.stdout and "2 of 2, done" in ran.stdout and not ran.stderr
+    entries = proof.read(path, proof.identity(CPU)).entries
+    assert {name: entry.ok for name, entry in entries.items()} == dict.fromkeys(NAMES[5:7], True)
+    assert set(entries[NAMES[5]].errors) == {"out", "keys", "values"}
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (Args("prove"), "there is no CUDA device here: prove needs an NVIDIA GPU"),
+        (Args("prove", op="step"), "prove takes --op attention"),
+        (Args("kernels", dry=True), "--dry belongs to prove"),
+    ],
+)
+def test_a_misuse_is_one_sentence(monkeypatch, args, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=why):
+        main(args)
+
+
+def test_new_memory_has_bands_and_is_poisoned_wherever_it_comes_from():
+    bands = Bands()
+    with bands.everywhere():
+        made = [torch.empty(2, 3), torch.empty((2, 3), dtype=torch.bfloat16), torch.empty_like(torch.ones(2, 3)),
+                torch.ones(4).new_empty(2, 3)]  # fmt: skip
+        zeros = torch.zeros(2, 3)
+    assert len(bands.buffers) == 5 and not zeros.any() and bands.broken() is None
+    assert all(x.isnan().all() and x.shape == (2, 3) and x.is_contiguous() for x in made)
+    assert torch.empty is bands.empty
+    zeros.as_strided((1,), (1,), zeros.storage_offset() + 6).fill_(1)
+    assert bands.broken() == "new memory"
+
+
+def test_what_is_proven_is_what_dispatch_can_choose():
+    assert len(set(NAMES)) == len(NAMES) and all(json.dumps(name) for name in NAMES)
+    for subject in subjects():
+        entries = {subject.name: proof.Entry(True, "", {}, **planted.RIGHT)}
+        found = proof.Proofs({"gpu": "H100"}, entries, "2026-12-01")
+        assert found.choose(subject.op, subject.dtype, subject.head_dim)[0] == subject.kernels
