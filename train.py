@@ -9,11 +9,10 @@
                                                           tokenizers and weights
     python train.py toy --train.steps=3000 --seed=1       any field can be overridden: python train.py toy --help
     torchrun --nproc-per-node 2 train.py toy              two processes share each batch; the same on GPUs:
-    torchrun --nproc-per-node 8 train.py 1b --data.path=prepared --parallel.data-parallel fsdp --parallel.compile
+    torchrun --nproc-per-node 8 train.py 1b --data.path=prepared --parallel.data-parallel fsdp
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 8 --nproc-per-node 8 --max-restarts 3 \\
         --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
-        train.py chameleon_34b --data.path=prepared --parallel.data-parallel fsdp --parallel.tensor-parallel 8 \\
-        --parallel.activation-checkpointing
+        train.py chameleon_34b --data.path=prepared --parallel.tensor-parallel 8 --parallel.activation-checkpointing
 
 The stages are: text tokenizer, image tokenizer, tokens, transformer, report. A stage whose result is in the run's
 folder is skipped. Ctrl-C and SIGTERM save and end with code 130 and 143; the same command resumes, on any number of
@@ -64,6 +63,7 @@ from nanochameleon.training.curves import plot_curves
 from nanochameleon.training.diagnostics import compute_metrics, gradient_norms, max_attention_logits, memory_gib
 from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
 from nanochameleon.training.init_from import InitFrom, resolve_init
+from nanochameleon.training.modes import make_deterministic
 from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_metrics
 from nanochameleon.training.objective import Objective, Sums
 from nanochameleon.training.precision import autocast
@@ -92,21 +92,19 @@ from nanochameleon.weights.tokenizer_json import load_text_tokenizer
 def forward_backward(
     model: ParallelModel, batch: Batch, dropout_seeds: Tensor, z_loss: float, micro_batch: int | None
 ) -> tuple[Sums, float]:
-    """Add this rank's gradients of the batch to p.grad, one micro-batch at a time; dropout_seeds is (B,).
+    """Add this rank's gradients of the batch, which is on the CPU, to p.grad, one micro-batch at a time.
 
-    The batch is on the CPU. Nothing here waits for the GPU, so micro-batches queue up and it never idles. Returns sums
-    over this rank's sequences, and the number of supervised tokens in the whole batch.
+    Returns sums over this rank's sequences, and the number of supervised tokens in the whole batch.
     """
     mesh, n_sequences, total = model.mesh, len(batch.tokens), None
     # The loss is a mean over the whole batch, so its divisor must be known before the first micro-batch runs.
-    (n_supervised,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))
+    (n_supervised,) = mesh.all_reduce_sum(float((batch.targets != IGNORE).sum()))  # on the CPU: no wait for a GPU
     normalizer = max(n_supervised, 1.0) / mesh.dp_size  # cancels the average over ranks that DDP and FSDP take
     size = micro_batch or n_sequences
     for first in range(0, n_sequences, size):
         part = slice(first, first + size)
         with model.gradient_sync(first + size >= n_sequences):  # ranks sum their gradients once, after the last part
-            inputs = batch[part].to(mesh.device), dropout_seeds[part].to(mesh.device, non_blocking=True)
-            sums = model.wrapped(*inputs, z_loss, normalizer)
+            sums = model.wrapped(batch[part].to(mesh.device), dropout_seeds[part], z_loss, normalizer)
             sums.next_token.loss.backward()
         sums = tree_map(torch.Tensor.detach, sums)  # frees the graph
         total = sums if total is None else tree_map(torch.add, total, sums)
@@ -149,7 +147,7 @@ def train_loop(
         sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,), counted over the whole run
         batch = mask_targets(loader.batch(number, rows), t.image_loss, n_codes, run.vocab)
         batch = corrupt_image_tokens(batch, t.image_token_noise, n_codes, run.vocab, cfg.seed, sample_indices)
-        dropout_seeds = fold_in(sample_indices, cfg.seed)  # (B,); like the batch, on the CPU
+        dropout_seeds = fold_in(sample_indices, cfg.seed).to(mesh.device, non_blocking=True)  # (B,)
 
         # 2. Forward and backward over micro-batches; gradients add up in p.grad.
         model.model.train()  # draw_samples leaves it in eval mode
@@ -231,8 +229,7 @@ def train_transformer(
         if progress.step < t.steps:
             monitor = None
             if mesh.is_rank0:
-                mfu = mfu_per_token(cfg.model, t, mesh)
-                monitor = stack.enter_context(open_monitor(folder, t, progress.step, mfu))
+                monitor = stack.enter_context(open_monitor(folder, t, progress.step, mfu_per_token(cfg.model, t, mesh)))
             parallel_model = wrap(objective, mesh, cfg.parallel)
             train_loop(cfg, run, parallel_model, optimizer, loader, saver, progress, monitor, stopped)
 
@@ -248,6 +245,7 @@ def main(cfg: RunConfig, with_report: bool = True) -> Path:
     """
     cfg, device = complete(cfg), local_device(cfg.device, pick_device)
     check_kernels(device)
+    make_deterministic(cfg.parallel, device)
     if env_int("TORCHELASTIC_RESTART_COUNT", 0):  # the folder holds this run already: resume it
         cfg = replace(cfg, overwrite=False)
     with init_mesh(cfg.parallel, cfg.train.batch_size, device) as mesh, ExitStack() as held:

@@ -190,7 +190,9 @@ class ParallelConfig:
     tensor_parallel: int = 1  # ranks that share each layer; more than 1 implies fsdp
     micro_batch: int | None = None  # sequences that a rank runs at a time; None is all of its batch
     activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
-    compile: bool = False  # torch.compile each block; faster on GPUs
+    # torch.compile each block; auto: on a GPU where Triton and a C compiler are installed
+    compile: Literal["auto", "on", "off"] = "auto"
+    deterministic: bool = False  # a GPU repeats a run bit for bit, more slowly; a CPU always does
     timeout: int = 600  # seconds that a rank waits for the others before it gives up
     save_in_background: bool = True  # write checkpoints during training, from a copy in host memory
 

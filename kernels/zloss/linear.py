@@ -24,6 +24,7 @@ from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, expect
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 
 CHUNKS = 8  # at most
+FP32_SUMS = torch.__version__ >= (2, 10)  # a GPU's addmm adds bf16 matmuls to an fp32 tensor (pytorch pull 167931)
 MIN_ROWS = {
     "cpu": 256,
     "cuda": 2_048,
@@ -54,14 +55,21 @@ def linear_zloss_cross_entropy(
         losses.append(zloss_cross_entropy_(logits, targets[part], z_loss, scale))
         # 2. Two matmuls use the gradient up; the sum over chunks is kept in the weight's type
         torch.mm(logits, narrow, out=d_hidden[part])
-        if weight.dtype == hidden.dtype:
-            d_weight.addmm_(logits.T, hidden[part])
-        else:
-            d_weight += torch.mm(logits.T, hidden[part])
+        add_matmul_(d_weight, logits.T, hidden[part])
     if not losses:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32), d_hidden, d_weight
     cross_entropy, log_z = (torch.cat(x) for x in zip(*losses, strict=True))
     return cross_entropy, log_z, d_hidden, d_weight
+
+
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif FP32_SUMS and a.device.type == "cuda" and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # nothing is rounded to the type of a and b
+    else:
+        total += torch.mm(a, b)
 
 
 def expect_layer(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:

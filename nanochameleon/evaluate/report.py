@@ -28,6 +28,7 @@ from nanochameleon.files import write_file
 from nanochameleon.images.terminal import png
 from nanochameleon.training.curves import plot_curves
 from nanochameleon.training.diagnostics import peak_memory_gib
+from nanochameleon.training.modes import sampling_mode
 from nanochameleon.training.monitor import METRICS, read_metrics
 from nanochameleon.training.run import Run, command
 
@@ -35,6 +36,7 @@ INTERLEAVED = 100  # documents whose second image is drawn, at most
 NO_ORACLE = {"oracle_on_clean": None, "oracle_on_reconstructions": None}  # for images without exact truth
 
 
+@sampling_mode()
 def make_report(run: Run, folder: Path, seconds: dict[str, float]) -> Path:
     """Measure everything. Writes samples.png, curves.png, image.png, report.json and report.html to the folder.
 

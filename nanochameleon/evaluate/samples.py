@@ -14,6 +14,7 @@ from nanochameleon.evaluate.shapes import draw_images, has_room
 from nanochameleon.files import write_file
 from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import enlarge, png
+from nanochameleon.training.modes import sampling_mode
 from nanochameleon.training.run import Run
 
 GRID = 14  # images of the sheet that training writes now and then
@@ -28,6 +29,7 @@ def drawable(run: Run, captions: list[str]) -> list[str]:
     return [caption for caption in captions if has_room(run, prompt_tokens([Text(caption)], run, "draw"))]
 
 
+@sampling_mode()
 def write_sample_sheet(run: Run, path: Path) -> None:
     """Draw a few captions of the test split, the same ones each time, and write them as one sheet."""
     captions, _ = captioned(run, path.parent.parent, SHEET)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig, ParallelConfig
 from nanochameleon.errors import UserError
+from nanochameleon.parallel.compile import compile_blocks
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import is_sharded
 from nanochameleon.training.objective import Objective
@@ -161,9 +162,7 @@ class ParallelModel:
 def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> ParallelModel:
     """Compile and wrap an objective whose weights are set."""
     objective.model.activation_checkpointing = parallel.activation_checkpointing
-    if parallel.compile:
-        for block in objective.model.layers:
-            block.compile()
+    compile_blocks(objective.model.layers, parallel.compile, mesh.device)
     if mesh.world_size == 1 or uses_fsdp(mesh, parallel):
         return ParallelModel(objective, objective, mesh)
     from torch.nn.parallel import DistributedDataParallel

@@ -14,6 +14,7 @@ from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, visible
 from nanochameleon.packing import Batch
 from nanochameleon.parallel.apply import ParallelModel
+from nanochameleon.parallel.compile import eager
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import full_tensor
 from nanochameleon.training.objective import Objective, Sums
@@ -62,7 +63,7 @@ def local_max_logits(objective: Objective, batch: Batch, dropout_seeds: Tensor |
 
     hooks = [block.attention.register_forward_pre_hook(record) for block in objective.model.layers]
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not see the hooks
+        with eager():  # compiled code does not see the hooks
             objective(batch, dropout_seeds)
     finally:
         for hook in hooks:
@@ -75,7 +76,7 @@ def local_max_logits(objective: Objective, batch: Batch, dropout_seeds: Tensor |
 def max_attention_logits(model: ParallelModel, batch: Batch, dropout_seeds: Tensor) -> list[float]:
     """The largest attention logit of each layer on the first sequence of the whole batch, over all ranks."""
     mesh = model.mesh
-    found = local_max_logits(model.objective, batch[:1].to(mesh.device), dropout_seeds[:1].to(mesh.device))
+    found = local_max_logits(model.objective, batch[:1].to(mesh.device), dropout_seeds[:1])
     has_first = mesh.batch_slice(len(batch.tokens) * mesh.dp_size).start == 0
     return mesh.all_reduce_max(*(found if has_first else [-math.inf] * len(found)))
 

@@ -9,6 +9,8 @@ from nanochameleon.data import Loader
 from nanochameleon.errors import say
 from nanochameleon.kernels.dispatch import explain, use_proofs
 from nanochameleon.kernels.gpu import proof
+from nanochameleon.kernels.dispatch import explain
+from nanochameleon.parallel.compile import choose_compile
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.training.flops import flops_per_token, peak_flops
@@ -43,7 +45,7 @@ def agree(mesh: Mesh, mine: proof.Proofs) -> proof.Proofs:
 
 
 def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, parallel: ParallelConfig) -> None:
-    """Print the sizes of the model and the mesh, and which kernels run."""
+    """Print the sizes of the model and the mesh, which kernels run, and whether blocks are compiled."""
     if not mesh.is_rank0:
         return
     for name, source in loader.sources.items():
@@ -54,6 +56,8 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
     size = sum(p.numel() for p in model.parameters())
     say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
     say(explain(mesh.device, precision_dtype(precision), model.cfg.head_dim))
+    compiled, why = choose_compile(parallel.compile, mesh.device)
+    say(f"{'torch.compile':27} {'on' if compiled else 'off':10} {why}")
 
 
 def mfu_per_token(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> float | None:

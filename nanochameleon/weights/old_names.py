@@ -32,6 +32,9 @@ RENAMED = {  # class -> older name -> today's
 
 
 def with_new_names(kind: str, content: dict) -> dict:
-    """The fields of one class, as config.json has them, under today's names."""
+    """The fields of one class, as config.json has them, under today's names and with today's values."""
     names = RENAMED.get(kind, {})
-    return {names.get(name, name): value for name, value in content.items()}
+    content = {names.get(name, name): value for name, value in content.items()}
+    if kind == "ParallelConfig" and isinstance(content.get("compile"), bool):  # before it could be "auto"
+        content["compile"] = "on" if content["compile"] else "off"
+    return content

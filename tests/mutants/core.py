@@ -207,6 +207,20 @@ MUTANTS = [
         "training/test_host_sync.py",
     ),
     Mutant(
+        "a compiler's failure ends a run that did not ask for it",
+        "parallel/compile.py",
+        "except Exception as error:  # of a compiler",
+        "except KeyError as error:  # of a compiler",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
+        "the backward graph is compiled in loss.backward()",
+        "parallel/compile.py",
+        "with config.patch(at_once):",
+        "if True:",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
         "warm-up reaches the peak too soon",
         "optim.py",
         "(step + 1) / (cfg.warmup_steps + 1)",

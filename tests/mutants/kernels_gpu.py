@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "each chunk forgets the ones before",
         "kernels/zloss/linear.py",
-        "d_weight.addmm_(",
-        "d_weight.zero_().addmm_(",
+        "add_matmul_(d_weight, logits.T",
+        "add_matmul_(d_weight.zero_(), logits.T",
         "kernels/test_zloss_cuda.py",
     ),
     Mutant(
@@ -145,5 +145,12 @@ MUTANTS = [
     ),
     Mutant(
         "a changed header is not seen", "kernels/gpu/nvrtc.py", "{text}{headers()}", "{text}", "kernels/test_cuda.py"
+    ),
+    Mutant(
+        "a GPU sums the weight's gradient in bf16",
+        "kernels/zloss/linear.py",
+        "elif FP32_SUMS and",
+        "elif not FP32_SUMS and",
+        "fake_cuda/test_output_layer.py",
     ),
 ]

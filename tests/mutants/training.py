@@ -192,4 +192,18 @@ MUTANTS = [
         '"diverged": not max(losses) < best + 3.0',
         "training/test_stability.py",
     ),
+    Mutant(
+        "sampling compiles blocks again for each length of the cache",
+        "training/modes.py",
+        "with eager():",
+        "if True:",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
+        "deterministic runs are not",
+        "training/modes.py",
+        "        torch.use_deterministic_algorithms(True)\n\n\n@contextmanager",
+        "        pass\n\n\n@contextmanager",
+        "training/test_modes.py",
+    ),
 ]

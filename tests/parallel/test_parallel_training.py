@@ -52,7 +52,7 @@ WAYS = {
 def test_compiled_blocks_learn_the_same(prepared, tmp_path, monkeypatch):
     """With the aot_eager backend, since not every machine can compile the C++ of torch.compile."""
     monkeypatch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend="aot_eager"))
-    runs = [trained(prepared, tmp_path / str(compile), 1, until=5, compile=compile) for compile in (False, True)]
+    runs = [trained(prepared, tmp_path / compile, 1, until=5, compile=compile) for compile in ("off", "on")]
     plain, compiled = map(curve, runs)
     assert compiled == [pytest.approx(line, rel=1e-5) for line in plain]
 

@@ -48,7 +48,9 @@ def test_forward_and_backward_read_nothing_from_the_device(fused_output):
     model, batch = meta_model(fused_output), pack(DOCS, 9, VOCAB.pad)
     ops = Ops()
     with ops:
-        sums, n_supervised = train.forward_backward(model, batch, torch.arange(len(batch.tokens)), 1e-5, 1)
+        sums, n_supervised = train.forward_backward(
+            model, batch, torch.zeros(len(batch.tokens), dtype=torch.int64, device=META), 1e-5, 1
+        )
     assert n_supervised == sum(len(doc) - 1 for doc in DOCS)  # counted on the CPU
     assert all(x.is_meta for x in sums.next_token) and all(p.grad.is_meta for p in model.model.parameters())
     assert not ops.names & {"aten::lift_fresh"}  # torch.tensor(number, device=...), a copy that a GPU waits for

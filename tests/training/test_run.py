@@ -135,6 +135,13 @@ def test_a_configuration_under_older_names_is_read():
     assert config_from_json(json.dumps(older)) == cfg
 
 
+@pytest.mark.parametrize("older, today", [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_compile_was_a_flag_in_older_runs(older, today):
+    content = json.loads(config_to_json(PRESETS["toy"]()))
+    content["parallel"]["compile"] = older
+    assert config_from_json(json.dumps(content)).parallel.compile == today
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     for folder, why in ((tmp_path, "is not a run"), (tmp_path / "missing", "does not exist")):
         with pytest.raises(UserError, match=f"{folder} {why}"):

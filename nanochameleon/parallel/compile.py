@@ -1,0 +1,72 @@
+"""torch.compile of the transformer's blocks, for GPUs: it fuses what lies between the matmuls.
+
+All blocks share one program, so two graphs are compiled: the first block gets no branch to add, the others do.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from nanochameleon.errors import shown, warn
+
+
+def choose_compile(requested: str, device: torch.device) -> tuple[bool, str]:
+    """Whether blocks are compiled on this device, and why. requested: "auto", "on" or "off"."""
+    if requested != "auto":
+        return requested == "on", "as parallel.compile says"
+    if device.type != "cuda":
+        return False, "auto compiles for GPUs"
+    if not find_spec("triton"):
+        return False, "the package triton is missing"
+    if not shutil.which(os.environ.get("CC") or "gcc") and not shutil.which("clang"):  # Triton compiles its launchers
+        return False, "there is no C compiler: install gcc, or set CC"
+    return True, "auto: this GPU has Triton and a C compiler"
+
+
+class InductorOrEager:
+    """A backend of torch.compile: inductor, and after its first failure the graph as it is, with one warning.
+
+    So a run that never asked for torch.compile does not end with it. compiler: (graph, its inputs) -> a callable.
+    """
+
+    def __init__(self, compiler: Callable | None = None):
+        self.compiler = compiler or torch._dynamo.lookup_backend("inductor")
+        self.failed = False
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence) -> Callable:
+        from torch._functorch import config
+
+        # The backward graph is compiled here, too: later, an error would come out of loss.backward().
+        at_once = {name: True for name in ("force_non_lazy_backward_lowering",) if hasattr(config, name)}
+        if not self.failed:
+            try:
+                with config.patch(at_once):
+                    return self.compiler(graph, inputs)
+            except Exception as error:  # of a compiler, a driver, a full disk
+                self.failed = True
+                warn(f"torch.compile failed ({type(error).__name__}: {shown(error, 160)}); training continues without")
+        return graph.forward
+
+
+def compile_blocks(blocks: Sequence[nn.Module], requested: str, device: torch.device) -> None:
+    """Compile each block at its first call, if that was chosen. "on" raises what the compiler raises."""
+    if choose_compile(requested, device)[0]:
+        options = {} if requested == "on" else {"backend": InductorOrEager()}
+        for block in blocks:
+            block.compile(**options)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled blocks as they are."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
