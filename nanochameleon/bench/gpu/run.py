@@ -198,6 +198,8 @@ def main(args: GPUArgs) -> None:
         check_writable(args.folder)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another --out") from None
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the running part is ended, too
     log = Log(args.folder / LOG)
     unfinished = run_all(args, log)
     log(f"\n{args.folder} holds the log, the rows of each part and the filled page gpu.md; docs/install.md says how "
