@@ -9,7 +9,6 @@ from nanochameleon.data import Loader
 from nanochameleon.errors import say
 from nanochameleon.kernels.dispatch import explain, use_proofs
 from nanochameleon.kernels.gpu import proof
-from nanochameleon.kernels.dispatch import explain
 from nanochameleon.parallel.compile import choose_compile
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like

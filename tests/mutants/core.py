@@ -95,6 +95,13 @@ MUTANTS = [
         "test_transformer.py",
     ),
     Mutant(
+        "a norm whose weight has another dtype takes six kernels",
+        "kernels/block/rms_norm.py",
+        "weight.to(wide), eps)",
+        "weight, eps)",
+        "kernels/test_rms_norm.py",
+    ),
+    Mutant(
         "queries are not normalised",
         "transformer.py",
         "for norm in (self.q_norm, self.k_norm)]",
