@@ -116,14 +116,17 @@ def package_version(*names: str) -> str:
 
 def identity(device: torch.device) -> dict[str, str]:
     """What the kernels' results and times on this device depend on. A CPU stands for the emulator."""
-    gpu, capability = "emulator", ""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    if device.type != "cuda":
+        return {"sources": sources_digest(), "gpu": "emulator", "torch": torch.__version__}
     return {
-        "sources": sources_digest(), "gpu": gpu, "capability": capability, "driver": driver_version(),
-        "torch": torch.__version__, "nvrtc": nvrtc.version(), "cupy": package_version("cupy-cuda13x", "cupy-cuda12x"),
-    }  # fmt: skip
+        "sources": sources_digest(),
+        "gpu": torch.cuda.get_device_name(device).removeprefix("NVIDIA "),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "driver": driver_version(),
+        "torch": torch.__version__,
+        "nvrtc": nvrtc.version(),
+        "cupy": package_version("cupy-cuda13x", "cupy-cuda12x"),
+    }
 
 
 def file_name(identity: Mapping[str, str]) -> str:

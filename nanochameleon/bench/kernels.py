@@ -71,6 +71,11 @@ def documents(b: int, t: int) -> Tensor:
     return torch.stack([torch.bucketize(torch.arange(t) + 37 * i, ends, right=True) for i in range(b)])
 
 
+def as_in_training(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A GPU trains in bfloat16 under autocast; without it torch has no norm there whose weights are float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16 and device.type == "cuda")
+
+
 def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: bool, device: torch.device) -> Case:
     generator = torch.Generator(device).manual_seed(0)
     heads = [torch.randn(b, t, h, e, generator=generator, device=device).to(dtype) for _ in range(4)]
@@ -80,7 +85,12 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: b
     docs = Documents.of(documents(b, t)).to(device) if packed else None
 
     def of(function: Callable) -> Callable:
-        return lambda q, k, v, *n: (function(q, k, v, table, docs, n[:2], n[2:], 1e-5) * heads[3]).float().sum()
+        def run(q: Tensor, k: Tensor, v: Tensor, *norms: Tensor) -> Tensor:
+            with as_in_training(device, q.dtype):
+                out = function(q, k, v, table, docs, norms[:2], norms[2:], 1e-5)
+            return (out * heads[3]).float().sum()
+
+        return run
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
     names = ("cuda", "vendor") if own(device) == "cuda" else (own(device),)

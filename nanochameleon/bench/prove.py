@@ -8,7 +8,9 @@ CUDA context of its process, and a deadlock waits for ever. The findings go into
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -25,7 +27,7 @@ from nanochameleon.kernels.dispatch import why_cuda_unavailable
 from nanochameleon.kernels.gpu import proof
 from nanochameleon.kernels.gpu.proof import MIN_SPEEDUP, Entry
 
-START_LIMIT, LIMIT = 120.0, 180.0  # seconds for the start of a process, and then for each kernel
+START_LIMIT = 120.0  # seconds for the start of a process
 Work = Callable[[str], Entry]  # proves the kernel of this name, or raises
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,12 +37,19 @@ Work = Callable[[str], Entry]  # proves the kernel of this name, or raises
 def serve(pipe: Connection, work: Work, names: list[str]) -> None:
     """In the other process: send an entry for each name, up to the first that fails, after which nothing is sure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    threading.Thread(target=end_with_parent, daemon=True).start()
     pipe.send(None)  # it has started
     for name in names:
         entry = attempt(work, name)
         pipe.send(entry)
         if not entry.ok:
             return
+
+
+def end_with_parent() -> None:
+    """A kernel that hangs must not keep the GPU after the process that would have ended it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def attempt(work: Work, name: str) -> Entry:
@@ -112,7 +121,7 @@ def device_to_prove(dry: bool) -> torch.device:
     return device
 
 
-def main(op: str, quick: bool, dry: bool, work: Work | None = None, limit: float = LIMIT) -> dict[str, Entry]:
+def main(op: str, quick: bool, dry: bool, work: Work | None = None) -> dict[str, Entry]:
     """Prove the kernels of an op, or of "all". Returns what is known of each. Raises UserError for a user's mistakes.
 
     work: what proves a kernel, by its name; tests give another one.
@@ -127,7 +136,7 @@ def main(op: str, quick: bool, dry: bool, work: Work | None = None, limit: float
     found = dict(before.entries) if before else {}
     say(f"proving the CUDA kernels on this {identity['gpu']}; Ctrl-C keeps what is proven")
     wanted = subjects(op)
-    for name, entry in progress(wanted, work or partial(work_on, str(device), effort), limit):
+    for name, entry in progress(wanted, work or partial(work_on, str(device), effort), effort.limit):
         found[name] = entry
         save(path, identity, found, today)
     say()

@@ -15,7 +15,8 @@ from torch import Tensor
 from nanochameleon.bench import gpu_cases, gpu_checks
 from nanochameleon.bench.gpu_checks import Problem
 from nanochameleon.bench.kernels import Case, attention_case, with_kernels, zloss_case
-from nanochameleon.bench.measure import median_seconds
+from nanochameleon.bench.measure import Job, median_seconds
+from nanochameleon.errors import say, shown
 from nanochameleon.kernels.dispatch import CUDA_DTYPES
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu.emulator.emulator import emulated
@@ -37,6 +38,7 @@ class Effort:
     decode: tuple[tuple[int, int, int, int], ...]  # timed: slots, heads x head size, KV heads x head size, cache
     zloss: tuple[tuple[int, int], ...]  # timed: tokens, vocabulary
     compiled: bool  # whether torch.compile is timed, too
+    limit: float  # seconds for a kernel
 
     @property
     def shapes(self) -> dict[str, tuple]:
@@ -49,9 +51,9 @@ LENGTHS, WIDTHS = (17, 70, 300), (33, 940, 4_096, 65_536)
 ATTENTION = (16, 1_024, 1_024), (8, 2_048, 2_048), (4, 4_096, 4_096)
 DECODE = (1, 4_096, 4_096, 2_048), (16, 4_096, 4_096, 2_048), (16, 8_192, 1_024, 4_096)
 ZLOSS = (16_384, 4_096), (65_536, 4_096), (16_384, 65_536)
-FULL = Effort(30, LENGTHS, WIDTHS, 2**31, 9, ATTENTION, DECODE, ZLOSS, True)
-QUICK = Effort(30, LENGTHS, WIDTHS, 2**31, 5, ATTENTION[2:], DECODE[1:2], ZLOSS[2:], False)
-DRY = Effort(2, (17, 70), (33, 64), 2**9, 2, ((1, 20, 128),), ((2, 128, 128, 30),), ((3, 64),), False)
+FULL = Effort(30, LENGTHS, WIDTHS, 2**31, 9, ATTENTION, DECODE, ZLOSS, True, 240.0)
+QUICK = Effort(30, LENGTHS, WIDTHS, 2**31, 5, ATTENTION[2:], DECODE[1:2], ZLOSS[2:], False, 60.0)
+DRY = Effort(2, (17, 70), (33, 64), 2**9, 2, ((1, 20, 128),), ((2, 128, 128, 30),), ((3, 64),), False, 60.0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Subject:
             for i, t in enumerate(effort.lengths):
                 heads, kv_heads = ((2, 2), (4, 2), (4, 1))[i % 3]
                 yield gpu_checks.attention_problem(self.kernels, 2, t, heads, kv_heads, e, i > 0, device)
+                yield gpu_checks.norm_problem(t, heads, e, device)
                 if self.kernels == "cuda":
                     yield gpu_checks.own_attention_problem(t, heads, kv_heads, e, False, device)
         elif self.op == "decode_attention":
@@ -93,19 +96,33 @@ class Subject:
             return gpu_cases.decode_case(shape[0], shape[1] // e, shape[2] // e, shape[3], e, device)
         return zloss_case(*shape, self.dtype, device)
 
-    def jobs(self, case: Case, compiled: bool) -> dict[str, Callable[[], object]]:
+    def jobs(self, case: Case, compiled: bool) -> dict[str, Job]:
         """What is timed: the kernels ("own") and torch's operations, where a gradient exists with the gradient."""
         reference = case.variants["reference"]
-        theirs = {"torch": reference} | ({"compiled": torch.compile(reference)} if compiled else {})
         if not case.inputs:  # a decode step
-            return theirs | {"own": case.variants["cuda"]}
-        jobs = {name: gradients(function, case) for name, function in theirs.items()}
+            return {"torch": reference, "own": case.variants["cuda"]}
+        jobs = compiled_job(reference, case) if compiled else {}
         if in_place := case.extra.get("in place"):  # as a training step runs it
             return jobs | {"torch": with_kernels("reference", in_place), "own": with_kernels(self.kernels, in_place)}
-        return jobs | {"own": with_kernels(self.kernels, gradients(case.variants[self.kernels], case))}
+        own = with_kernels(self.kernels, gradients(case.variants[self.kernels], case))
+        return jobs | {"torch": gradients(reference, case), "own": own}
 
 
-def gradients(function: Callable[..., Tensor], case: Case) -> Callable[[], object]:
+def compiled_job(function: Callable[..., Tensor], case: Case) -> dict[str, Job]:
+    """The function compiled, or nothing where torch.compile does not work, for which there are many reasons."""
+    torch.compiler.reset()  # else it would take the next shape for a sign that sizes vary
+    job = gradients(torch.compile(function, dynamic=False), case)
+    try:
+        job()
+    except Exception as error:
+        say(
+            f"torch.compile does not work here ({shown(error)}): kernels are compared with torch's own operations alone"
+        )
+        return {}
+    return {"compiled": job}
+
+
+def gradients(function: Callable[..., Tensor], case: Case) -> Job:
     """Forward and backward."""
     return lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
 
@@ -156,22 +173,34 @@ def prove(subject: Subject, effort: Effort, device: torch.device) -> Entry:
     with on(device):
         errors = gpu_checks.check_all(subject.problems(effort, device), subject.dtype, effort.runs, device)
         if subject.op == "zloss_cross_entropy" and subject.dtype == BF16:
-            gpu_checks.check_many_logits(effort.many, effort.widths[-1], device)
+            check_many(effort, device)
         return time_it(subject, effort, device, errors)
+
+
+def check_many(effort: Effort, device: torch.device) -> None:
+    try:
+        gpu_checks.check_many_logits(effort.many, effort.widths[-1], device)
+    except torch.OutOfMemoryError:
+        say(f"{effort.many:,} logits at once are not checked: they do not fit into the memory")
 
 
 def time_it(subject: Subject, effort: Effort, device: torch.device, errors: dict[str, float]) -> Entry:
     """Time each shape that fits into the memory."""
-    shapes, own, theirs = [], [], []
+    times = {}
     for shape in effort.shapes[subject.op]:
         try:
-            case = subject.case(shape, device)
-            seconds = median_seconds(subject.jobs(case, effort.compiled), effort.rounds, device, 10.0)
+            name, seconds = time_shape(subject, shape, effort, device)
         except torch.OutOfMemoryError:
+            say(f"{subject.name} is not timed at {shape}, which does not fit into the memory")
             continue
-        shapes.append(case.name)
-        own.append(1e3 * seconds.pop("own"))
-        theirs.append(1e3 * min(seconds.values()))
-    if not shapes:
+        times[name] = 1e3 * seconds.pop("own"), 1e3 * min(seconds.values())
+    if not times:
         return Entry(False, "no shape to time fits into the memory")
-    return Entry(True, "", errors, tuple(shapes), {"own": tuple(own), "torch": tuple(theirs)})
+    own, torchs = zip(*times.values(), strict=True)
+    return Entry(True, "", errors, tuple(times), {"own": own, "torch": torchs})
+
+
+def time_shape(subject: Subject, shape: tuple, effort: Effort, device: torch.device) -> tuple[str, dict[str, float]]:
+    """The shape's name, and median seconds of each job. Its tensors are gone when it returns."""
+    case = subject.case(shape, device)
+    return case.name, median_seconds(subject.jobs(case, effort.compiled), effort.rounds, device, 10.0)

@@ -4,20 +4,21 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import planted
 import pytest
 import torch
 
-from nanochameleon.bench import prove
+from nanochameleon.bench import prove, subjects
 from nanochameleon.bench.__main__ import Args, main
 from nanochameleon.bench.bands import Bands
-from nanochameleon.bench.subjects import subjects
+from nanochameleon.bench.kernels import Case
 from nanochameleon.errors import UserError
 from nanochameleon.kernels.gpu import proof
 
-NAMES = [subject.name for subject in subjects()]
+NAMES = [subject.name for subject in subjects.subjects()]
 CPU = torch.device("cpu")
 
 
@@ -97,6 +98,26 @@ def test_a_misuse_is_one_sentence(monkeypatch, args, why):
         main(args)
 
 
+def test_too_little_memory_for_many_logits_is_said_and_fails_nothing(emulated_gpu, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(subjects.gpu_checks, "check_many_logits", fail)
+    (loss,) = [each for each in subjects.subjects("zloss") if each.dtype == torch.bfloat16]
+    assert subjects.prove(loss, replace(subjects.DRY, widths=(8, 33), runs=1), CPU).ok
+    assert "512 logits at once are not checked" in capsys.readouterr().out
+
+
+def test_a_compiler_that_fails_leaves_torch_s_own_operations_to_compare_with(monkeypatch, capsys):
+    x = torch.ones(2, requires_grad=True)
+    case = Case("sum", [x], {"reference": lambda x: x.sum()})
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    assert set(subjects.compiled_job(case.variants["reference"], case)) == {"compiled"}
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda x: 1 / 0)
+    assert subjects.compiled_job(case.variants["reference"], case) == {}
+    assert "torch.compile does not work here" in capsys.readouterr().out
+
+
 def test_new_memory_has_bands_and_is_poisoned_wherever_it_comes_from():
     bands = Bands()
     with bands.everywhere():
@@ -112,7 +133,7 @@ def test_new_memory_has_bands_and_is_poisoned_wherever_it_comes_from():
 
 def test_what_is_proven_is_what_dispatch_can_choose():
     assert len(set(NAMES)) == len(NAMES) and all(json.dumps(name) for name in NAMES)
-    for subject in subjects():
+    for subject in subjects.subjects():
         entries = {subject.name: proof.Entry(True, "", {}, **planted.RIGHT)}
         found = proof.Proofs({"gpu": "H100"}, entries, "2026-12-01")
         assert found.choose(subject.op, subject.dtype, subject.head_dim)[0] == subject.kernels

@@ -60,6 +60,13 @@ MUTANTS = [
         "a document is lost", "packing.py", "sequences[s].append(doc)", "sequences[s][:1] = [doc]", "test_packing.py"
     ),
     Mutant(
+        "a micro-batch keeps the documents of the whole batch",
+        "packing.py",
+        "return Batch(*(t[sequences] for t in self._all()))",
+        "return Batch(*(t[sequences] for t in self._all()), self.documents)",
+        "test_packing.py",
+    ),
+    Mutant(
         "prompts are learnt as well",
         "packing.py",
         "np.where(answer_mask(doc, assistant_eot)[1:], next_tokens, IGNORE)",

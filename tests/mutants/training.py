@@ -200,6 +200,20 @@ MUTANTS = [
         "training/test_stability.py",
     ),
     Mutant(
+        "ranks with other GPUs take rank 0's kernels",
+        "training/startup.py",
+        '    return proof.Proofs(absent="the ranks differ in their GPUs or versions") if differ else rank0',
+        "    return rank0",
+        "training/test_agreement.py",
+    ),
+    Mutant(
+        "each rank trains by its own proofs",
+        "train.py",
+        "        held.enter_context(use_agreed_proofs(mesh))\n",
+        "",
+        "training/test_agreement.py",
+    ),
+    Mutant(
         "sampling compiles blocks again for each length of the cache",
         "training/modes.py",
         "with eager():",

@@ -1,6 +1,7 @@
 """Ranks that train together run the same kernels: rank 0's proofs, or none where a rank has another GPU."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from ranks import run_on
 from tiny import training_config
 
 import train
-from nanochameleon.config import ParallelConfig
-from nanochameleon.kernels.dispatch import decide, use_kernels, use_proofs
+from nanochameleon.config import ModelConfig, ParallelConfig
+from nanochameleon.kernels.dispatch import decide, explain, use_kernels, use_proofs
 from nanochameleon.kernels.gpu.proof import Entry, Proofs
 from nanochameleon.parallel.mesh import Mesh, init_mesh
 from nanochameleon.training import startup
 from nanochameleon.training.startup import agree, use_agreed_proofs
+from nanochameleon.transformer import Chameleon
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ENTRY = Entry(True, "", {}, ("a",), {"own": (1.0,), "torch": (2.0,)})
@@ -71,3 +73,13 @@ def test_ranks_on_gpus_agree(monkeypatch):
     monkeypatch.setattr(startup, "agree", lambda mesh, mine: replace(mine, absent="agreed"))
     with use_agreed_proofs(Mesh(GPU, 0, 2)), use_kernels("auto"):
         assert decide("zloss_cross_entropy", GPU, torch.bfloat16) == ("reference", "agreed")
+
+
+def test_the_first_lines_of_a_run_explain_kernels_for_its_head_size(monkeypatch, capsys):
+    """For which attention is proven, and in a form that names the command."""
+    monkeypatch.setattr(startup, "explain", lambda device, *rest: explain(GPU, *rest))
+    cfg = ModelConfig(vocab_size=8, dim=128, n_layers=1, n_heads=2)
+    with torch.device("meta"), use_kernels("auto"):
+        startup.log_setup(Chameleon(cfg), SimpleNamespace(sources={}), Mesh(CPU), "bf16", ParallelConfig())
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "qknorm" in line)
+    assert line.endswith("reference  not proven on this GPU: run python -m nanochameleon.bench prove")
