@@ -9,18 +9,15 @@ shapes, mixed dtypes, empty tensors) run on the reference, whatever was requeste
 """
 
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from importlib import metadata
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.gpu import proof
+from nanochameleon.kernels.gpu import packages, proof
+from nanochameleon.kernels.gpu.packages import installed
 
 NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
@@ -115,11 +112,6 @@ def requested() -> str:
     return name
 
 
-def installed(package: str) -> bool:
-    """Whether a package can be imported. A search takes as long as a small kernel, so look at what is loaded first."""
-    return package in sys.modules or find_spec(package) is not None
-
-
 def why_numba_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why Numba kernels cannot run on such tensors, or None."""
     if device.type != "cpu":
@@ -149,39 +141,7 @@ def why_cuda_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> s
         return f"they are for NVIDIA GPUs, and the tensors are on {device.type}"
     if dtype not in CUDA_DTYPES[op]:
         return f"they do not take {str(dtype).removeprefix('torch.')}"
-    if missing := missing_cuda_package():
-        return f"{missing} is not installed: pip install -e '.[{cuda_extra()}]'"
-    major, minor = torch.cuda.get_device_capability(device)
-    known = architecture(major, minor)
-    return None if known else f"they are not written for a GPU of compute capability {major}.{minor}"
-
-
-def cuda_extra() -> str:
-    """The extra of pyproject.toml with the packages for torch's own CUDA."""
-    return "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda"
-
-
-@torch.compiler.assume_constant_result
-def missing_cuda_package() -> str | None:
-    """The package of cuda_extra() that is missing, or None. CuPy for another CUDA would fail at its first launch."""
-    right, other = ("cupy-cuda12x", "cupy-cuda13x")[:: 1 if cuda_extra() == "cuda12" else -1]
-    if not installed("cupy") or (distribution(other) and not distribution(right)):
-        return right
-    return None if installed("nvidia") else "nvidia-cuda-nvrtc"
-
-
-@cache
-def distribution(name: str) -> bool:
-    """Is a package of this name installed?"""
-    return any(metadata.distributions(name=name))
-
-
-def architecture(major: int, minor: int) -> str | None:
-    """The architecture to compile for, by compute capability; None where our kernels cannot be loaded.
-
-    Code for sm_80 runs on all of 8.x. Code for sm_90a and sm_100a has instructions of these GPUs alone.
-    """
-    return "sm_80" if major == 8 else {(9, 0): "sm_90a", (10, 0): "sm_100a"}.get((major, minor))
+    return packages.why_unavailable(device)
 
 
 def unsupported(name: str, op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels.attention.documents import Documents
-from nanochameleon.kernels.attention.reference import attention, expect_heads, visible
+from nanochameleon.kernels.attention.reference import attention_within_documents, expect_heads
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
@@ -27,14 +27,13 @@ def qknorm_rope_attention_cuda(
     q, k = qknorm_rope(q, cos_sin, q_weight, q_bias, eps), qknorm_rope(k.to(q.dtype), cos_sin, k_weight, k_bias, eps)
     if own and q.shape[-1] in gpu.HEAD_DIMS:
         return torch.ops.nanochameleon.attention_cuda(q, k, v, *document_bounds(documents, q))[0]
-    mask = None if documents is None else visible(documents.ids, documents.ids)
-    return attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
+    return attention_within_documents(q, k, v, documents)
 
 
 def document_bounds(documents: Documents | None, q: Tensor) -> tuple[Tensor, Tensor]:
     """First and last position of each position's document, (B, T) int32 each; None is one document a sequence."""
     if documents is not None:
-        return gpu.document_bounds(documents.ids)
+        return gpu.document_bounds(documents.ids) if documents.cu_seqlens is None else documents.bounds()
     doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
     return doc_start, torch.full_like(doc_start, q.shape[1] - 1)
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.attention.decode_flash import CacheLengths, flash_available, flash_decode_attention
+from nanochameleon.kernels.attention.decode_flash import CacheLengths, flash_decode_attention
+from nanochameleon.kernels.attention.flash import flash_available
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, expect_heads
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.gpu import launch as gpu

@@ -8,37 +8,12 @@ Shapes: N slots with one new token each, H query heads, G key heads, a cache of 
 GPU or depends on a value, so a step can be captured as a CUDA graph.
 """
 
-import inspect
-from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-@cache
-def find_varlen_attn() -> Callable[..., Tensor] | None:
-    """torch's varlen_attn if it takes the lengths of a cache, which older versions do not, else None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # before torch 2.10
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"seqused_k", "enable_gqa"} <= known.keys() else None
-
-
-def flash_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Can varlen_attn read a cache like this?"""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and find_varlen_attn() is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+from nanochameleon.kernels.attention.flash import find_varlen_attn
 
 
 class CacheLengths(NamedTuple):

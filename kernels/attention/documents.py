@@ -48,6 +48,15 @@ class Documents(NamedTuple):
         ids, cu_seqlens = (None if x is None else x.to(device, non_blocking=True) for x in self[:2])
         return Documents(ids, cu_seqlens, self.max_len)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """First and last position of each token's document, (B, T) int32 each. cu_seqlens must be known."""
+        (b, t), cu_seqlens = self.ids.shape, self.cu_seqlens
+        tokens = torch.arange(b * t, dtype=torch.int32, device=cu_seqlens.device)
+        document = torch.bucketize(tokens, cu_seqlens[1:], right=True)
+        sequence = tokens // t * t  # the sequence's first token
+        bounds = cu_seqlens[document] - sequence, cu_seqlens[document + 1] - 1 - sequence
+        return bounds[0].view(b, t), bounds[1].view(b, t)
+
     def one_a_sequence(self) -> bool:
         """Whether each sequence is known to be one document, padding included."""
         return self.cu_seqlens is not None and len(self.cu_seqlens) == len(self.ids) + 1

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochameleon.kernels.attention.by_documents import attention_by_documents, kernel_for
 from nanochameleon.kernels.attention.documents import Documents
-from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
+from nanochameleon.kernels.attention.flash import flash_available
+from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, expect, matmul_dtype
 
 Norm = tuple[Tensor, Tensor]  # weight and bias, (groups, E)
 
@@ -56,14 +58,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     expect_heads("attention", q, k, heads=1)
     expect("attention", q, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), FLOAT_DTYPES, k=k, v=v)
     expect("attention", q, (q.shape[0], q.shape[2], k.shape[2]), (torch.bool,), mask=mask)
-    if k.shape[1] != q.shape[1]:
+    if mask is None and q.shape[2] not in (1, k.shape[2]):
+        raise ValueError(f"{q.shape[2]} queries on {k.shape[2]} keys need a mask")
+    # Flash attention reads shared key heads as they are. No other kernel for GPUs does, so with enable_gqa torch would
+    # fall back to its slow formula. On a CPU enable_gqa would change the bits of the gradients.
+    shares = mask is None and flash_available(q.device, matmul_dtype(q), q.shape[-1])
+    if k.shape[1] != q.shape[1] and not shares:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    if q.shape[2] not in (1, k.shape[2]):
-        raise ValueError(f"{q.shape[2]} queries on {k.shape[2]} keys need a mask")
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1])
+
+
+def attention_within_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    """Causal attention of q (B, T, H, E) on k and v (B, T, G, E) within documents -> (B, T, H, E).
+
+    On a GPU no mask is made, unless nobody knows where documents begin or torch has no kernel for this dtype. On a CPU
+    one masked call for the whole batch stays: it takes less time than a call for each short document.
+    """
+    plain = documents is None or (q.is_cuda and documents.one_a_sequence())
+    kernel = None if plain else kernel_for(q.device, matmul_dtype(q), q.shape[-1])
+    if kernel is not None and documents.cu_seqlens is not None:
+        expect_heads("attention", q, k, heads=2)
+        expect("attention", q, (*q.shape[:2], k.shape[2], q.shape[3]), FLOAT_DTYPES, k=k, v=v)
+        expect("attention", q, q.shape[:2], INDEX_DTYPES, ids=documents.ids)
+        return attention_by_documents(q, k, v, documents, kernel)
+    mask = None if plain else visible(documents.ids, documents.ids)
+    return attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,8 +130,8 @@ def qknorm_rope_attention_reference(
     k_norm: Norm | None, eps: float,
 ) -> Tensor:  # fmt: skip
     """One step after the other, in torch's own operations; arguments as for `qknorm_rope_attention`."""
-    q, k = (layer_norm(x, norm, eps).transpose(1, 2) for x, norm in ((q, q_norm), (k, k_norm)))  # (B, H, T, E)
+    q, k = layer_norm(q, q_norm, eps), layer_norm(k, k_norm, eps)  # (B, T, H, E), (B, T, G, E)
     # The norm comes before the rotation, which keeps the lengths that the norm fixed.
+    freqs_cis = freqs_cis.transpose(1, 2)  # (B or 1, T, 1, E/2, 2)
     q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
-    mask = None if documents is None else visible(documents.ids, documents.ids)
-    return attention(q, k, v.transpose(1, 2), mask).transpose(1, 2)  # (B, T, H, E)
+    return attention_within_documents(q, k, v, documents)  # (B, T, H, E)

@@ -21,7 +21,8 @@ from nanochameleon.kernels.ops import FLOAT_DTYPES, KERNEL_DTYPES, expect, matmu
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps).to(matmul_dtype(x))
+    wide = torch.promote_types(x.dtype, weight.dtype)  # torch runs six kernels in place of one where these differ
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(matmul_dtype(x))
 
 
 def add_norm_reference(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

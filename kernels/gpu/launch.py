@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.dispatch import architecture
 from nanochameleon.kernels.gpu.nvrtc import cubin_file
+from nanochameleon.kernels.gpu.packages import ARCHITECTURES
 
 KERNELS = Path(__file__).parents[1]
 BACKWARD = "attention/attention_backward"
@@ -21,7 +21,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 @cache
 def shared_kilobytes(device: int) -> int:
-    """Shared memory of one block, at most: 163 on an A100, 99 on other GPUs of capability 8.x, 227 on an H100."""
+    """Shared memory of one block, at most: 163 on an A100, 227 on an H100 or B200, 99 on most others."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
@@ -30,8 +30,8 @@ def load_kernel(file: str, name: str, device: int):
     """Compile the file if needed and load one of its kernels on the device, which is the current one."""
     import cupy
 
-    target = architecture(*torch.cuda.get_device_capability(device))
-    return cupy.RawModule(path=str(cubin_file(KERNELS / f"{file}.cu", target))).get_function(name)
+    major, _ = torch.cuda.get_device_capability(device)
+    return cupy.RawModule(path=str(cubin_file(KERNELS / f"{file}.cu", ARCHITECTURES[major]))).get_function(name)
 
 
 def start(file: str, name: str, grid: tuple, block: int, *arguments: Tensor | int | float | None, shared: int = 0):
@@ -93,7 +93,8 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, scale: float
     (n, v), name = logits.shape, NAMES[logits.dtype]
     if not fits_one_pass(logits, kilobytes):
         loss, log_z = zloss_forward(logits, targets)
-        zloss_backward_(torch.full_like(loss, scale), 2 * scale * z_loss * log_z, logits, targets, log_z)
+        g = torch.where(loss.isnan(), loss, scale)  # a target out of range has no gradient either
+        zloss_backward_(g, 2 * scale * z_loss * log_z, logits, targets, log_z)
         return loss, log_z
     loss, log_z = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     if n:

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 
-from nanochameleon.kernels.caches import cache_folder
+from nanochameleon.kernels.caches import cache_folder, say
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # A100, H100 and H200, B200
+# On Linux and on Windows.
+LIBRARIES = "*/lib/libnvrtc.so.*", "*/bin/**/nvrtc64_*.dll"
+BUILTINS = "libnvrtc-builtins.so.*", "nvrtc-builtins64_*.dll"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ def library_file(cuda: str | None) -> Path:
     nvidia = find_spec("nvidia")
     folders = [Path(place) for place in nvidia.submodule_search_locations] if nvidia else []
     found = {}
-    for path in (path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))):
-        found.setdefault(int(path.suffix[1:]), path)  # the first folder wins, as in an import
+    for path in (path for folder in folders for pattern in LIBRARIES for path in sorted(folder.glob(pattern))):
+        if version := re.fullmatch(r"libnvrtc\.so\.(\d+)|nvrtc64_(\d+)\d_0\.dll", path.name):
+            found.setdefault(int(version[1] or version[2]), path)  # the first folder wins, as in an import
     wanted = int(cuda.split(".")[0]) if cuda else max(found, default=13)
     if wanted not in found:
         package = f"nvidia-cuda-nvrtc{'' if wanted >= 13 else f'-cu{wanted}'}"
@@ -54,8 +57,9 @@ def library_file(cuda: str | None) -> Path:
 def library() -> ctypes.CDLL:
     """Load NVRTC. Raises ModuleNotFoundError if there is none for torch's CUDA."""
     path = library_file(torch.version.cuda)
-    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(builtins))  # some releases search only the system's folders for it
+    for pattern in BUILTINS:  # some releases search only the system's folders for it
+        for builtins in path.parent.glob(pattern):
+            ctypes.CDLL(str(builtins))
     return ctypes.CDLL(str(path))
 
 
@@ -103,8 +107,18 @@ def cubin_file(source: Path, architecture: str) -> Path:
     requested = os.environ.get("NANOCHAMELEON_CACHE", "")
     folder = cache_folder("NANOCHAMELEON_CACHE", requested) or Path(tempfile.mkdtemp())  # CuPy loads only files
     path = folder / f"{source.stem}-{architecture}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
-    if not path.exists():
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_bytes(compile_source(text, source.name, architecture).code)
+    return path if path.exists() else store(compile_source(text, source.name, architecture).code, path)
+
+
+def store(code: bytes, path: Path) -> Path:
+    """Write the cubin and return its path: another one, in a temporary folder, if this disk is full."""
+    aside = path.with_suffix(f".{os.getpid()}")
+    try:
+        aside.write_bytes(code)
         aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        say(f"compiled kernels are not kept: {path.parent} cannot be written ({error.strerror})")
+        path = Path(tempfile.mkdtemp()) / path.name
+        path.write_bytes(code)
     return path

@@ -79,8 +79,9 @@ def gradient_of_powers_(
 def zloss_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and log Z of each row.
 
-    Raises ValueError for shapes or types that do not fit. For a target of V or more it raises IndexError on a CPU; on a
-    GPU the loss of its row is NaN.
+    Raises ValueError for shapes or types that do not fit. For a target of V or more it raises IndexError on a CPU, and
+    the reference RuntimeError. On a GPU, which does not wait to raise, our kernels make loss and gradient of the row
+    NaN; in the reference an assertion of torch's `gather` ends all use of the GPU by this process.
     """
     name = implementation(logits)
     expect_rows(logits, targets, FLOAT_DTYPES if name == "reference" else KERNEL_DTYPES)

@@ -10,7 +10,8 @@
 //                       thread loads 16 bytes at a time.
 //
 // Reads and writes are 16 bytes a thread where rows are multiples of 16 bytes and start at one. A target below 0 is
-// ignored: loss, log Z and gradient are zeros. A target from V on would read from another row: its loss is NaN.
+// ignored: loss, log Z and gradient are zeros. A target from V on would read from another row: its loss is NaN, and so
+// is the gradient from `overwrite`. `backward` alone takes such a target for one in another part of the vocabulary.
 
 #include "bf16.cuh"
 
@@ -147,7 +148,8 @@ __device__ void overwrite(T* logits, const long long* targets, float* loss, floa
   }
   merge_lse_block(m, s);
   const float shift = m + __log2f(s), z = shift * LN2;
-  const float zloss_factor = 1.f + 2.f * z_loss * z, factor = scale * zloss_factor;  // of loss + z_loss * log Z^2
+  const float zloss_factor = 1.f + 2.f * z_loss * z;  // of loss + z_loss * log Z^2
+  const float factor = y < v ? scale * zloss_factor : NOT_A_NUMBER;
   if (threadIdx.x == 0) {
     // from the stage: the row itself is being overwritten
     loss[row] = y < 0 ? 0.f : y < v ? z - to_float(((const T*)stage)[y]) : NOT_A_NUMBER;

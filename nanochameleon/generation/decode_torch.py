@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decoder import Decoder
+from nanochameleon.generation.quantize import int8_linear
 from nanochameleon.kernels.attention.decode import CacheLengths, decode_attention_, see_cache
 from nanochameleon.kernels.attention.reference import per_head
 from nanochameleon.transformer import Block, Chameleon, KVCache, compute_freqs_cis
@@ -45,7 +46,7 @@ def concat_weights_(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """(n, K) -> (n, N), as nn.Linear and QuantizedLinear do."""
-    return F.linear(x, weight if scale is None else weight.to(x.dtype).mul_(scale[:, None]))
+    return F.linear(x, weight) if scale is None else int8_linear(x, weight, scale)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochameleon.kernels.ops import matmul_dtype
 from nanochameleon.transformer import Chameleon
 
 
@@ -23,8 +24,15 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale)  # float32 for every dtype of the activations
 
     def forward(self, x: Tensor, vocab_slice: slice = slice(None)) -> Tensor:
-        # One layer at a time is in the dtype of x. Scaling first keeps the matmul's sums in fp16 finite.
-        return F.linear(x, self.weight[vocab_slice].to(x.dtype).mul_(self.scale[vocab_slice, None]))
+        return int8_linear(x, self.weight[vocab_slice], self.scale[vocab_slice])
+
+
+def int8_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """x (..., K) times the weight scale[:, None] * q: (..., N). Every dtype of x holds the integers of q exactly."""
+    dtype = matmul_dtype(x)
+    if dtype == torch.float16:  # which ends at 65,504: sums of x times integers up to 127 would overflow
+        return F.linear(x, q.to(dtype).mul_(scale[:, None]))
+    return F.linear(x, q.to(dtype)).mul_(scale)  # scaling the output spares a pass over the weight
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

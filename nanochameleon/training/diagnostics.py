@@ -45,9 +45,14 @@ def largest_logit(attention: Attention, x: Tensor, freqs_cis: Tensor, documents:
         apply_rotary_emb(norm(y).transpose(1, 2), freqs_cis)
         for norm, y in ((attention.q_norm, q), (attention.k_norm, k))
     )
-    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)  # (B, H, T, E)
-    scores = q.float() @ k.mT / math.sqrt(attention.head_dim)  # (B, H, T, T)
-    return scores.masked_fill(~visible(documents.ids, documents.ids)[:, None], -math.inf).amax()
+    unseen = ~visible(documents.ids, documents.ids)[:, None]  # (B, 1, T, T)
+    peaks = []
+    with torch.autocast(x.device.type, enabled=False):  # it would compute scores in bf16
+        # One key head at a time: the scores of all heads of a 7B take 2 GB.
+        for queries, key in zip(q.chunk(k.shape[1], 1), k.unbind(1), strict=True):
+            scores = queries.float() @ key.float()[:, None].mT  # (B, H / G, T, T)
+            peaks.append(scores.masked_fill_(unseen, -math.inf).amax())
+    return torch.stack(peaks).amax() / math.sqrt(attention.head_dim)
 
 
 @torch.no_grad()

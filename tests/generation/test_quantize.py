@@ -1,9 +1,11 @@
 """int8 weights: how far they may be off, that a model decodes with them, and what they leave alone."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import N_CODES, VOCAB, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochameleon.config import SamplingParams
 from nanochameleon.generation.engine import generate
@@ -35,6 +37,32 @@ def test_wide_layers_in_fp16_are_finite_and_right():
     layer = QuantizedLinear(weight.half())
     assert layer.scale.dtype == torch.float32
     torch.testing.assert_close(layer(x.half()).float(), x @ weight.T, rtol=5e-3, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_passes_over_its_weight_only_to_cast_it(dtype):
+    layer, x, passes = QuantizedLinear(torch.randn(60, 40).to(dtype)), torch.randn(3, 40).to(dtype), []
+
+    class Passes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if out.numel() == layer.weight.numel() and not func.is_view:
+                passes.append(func)
+            return out
+
+    with Passes():
+        y = layer(x)
+    assert passes == [torch.ops.aten._to_copy.default] and y.dtype == dtype
+    exact = x.double() @ (layer.weight.double() * layer.scale[:, None]).T
+    room = torch.finfo(dtype).eps * exact.abs().max().item()
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=room)
+
+
+def test_under_autocast_in_fp16_a_layer_is_finite():
+    layer, x = QuantizedLinear(torch.full((6, 4_096), 1e-3)), torch.ones(3, 4_096)
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(layer(x).float(), torch.full((3, 6), 4.096), rtol=5e-3, atol=0)
 
 
 def test_every_linear_layer_is_int8_and_nothing_else():

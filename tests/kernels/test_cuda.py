@@ -1,5 +1,7 @@
 """The CUDA files without a GPU: they compile for every architecture without spills. The emulator runs them on a CPU."""
 
+import errno
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,20 +10,48 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanochameleon.kernels import caches
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu import nvrtc
+from nanochameleon.kernels.gpu.packages import ARCHITECTURES
 
 FILES = sorted(gpu.KERNELS.rglob("*.cu"))
 SPILLS = 0  # bytes a kernel may put aside
 
 
-@pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values())
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_it_compiles_and_spills_nothing(path, architecture):
     cubin = nvrtc.compile_source(path.read_text(), path.name, architecture)
     assert cubin.code.startswith(b"\x7fELF")
     spills = cubin.spills()
     assert spills and all(count <= SPILLS for count in spills.values()), spills
+
+
+def test_shared_memory_fits_every_gpu(monkeypatch):
+    """A block has at most 99 KB on GPUs of capability 8.6, 8.9 and 12; what a kernel declares itself counts, too."""
+    declared = {}
+    for path in FILES:
+        log = nvrtc.compile_source(path.read_text(), path.name, "sm_80").log
+        for part in log.split("Compiling entry function '")[1:]:
+            found = re.search(r"(\d+) bytes smem", part)
+            declared[part.split("'")[0]] = int(found[1]) if found else 0
+    needs = {}
+
+    def start(file, name, grid, block, *arguments, shared=0):
+        needs[name] = shared + declared[name]
+        assert declared[name] <= 48 * 1024 and (shared > 40 * 1024 or needs[name] <= 48 * 1024)
+
+    monkeypatch.setattr(gpu, "start", start)
+    for e in gpu.HEAD_DIMS:
+        q, lse2, docs = torch.zeros(1, 3, 2, e, dtype=torch.bfloat16), torch.zeros(1, 2, 3), torch.zeros(1, 3).int()
+        gpu.attention(q, q, q, docs)
+        gpu.attention_backward(q, q, lse2, q, q, q, docs, docs)
+        gpu.decode_attention(q, q.transpose(1, 2), q.transpose(1, 2), docs.long(), 3)
+    widest = torch.zeros(1, 97 * 1024 // 4)
+    assert gpu.fits_one_pass(widest, 99) and not gpu.fits_one_pass(torch.zeros(1, 97 * 1024 // 4 + 4), 99)
+    gpu.zloss_overwrite(widest, torch.zeros(1).long(), 0.0, 1.0, 99)
+    assert len(needs) == 11 and 80 * 1024 < max(needs.values()) <= 99 * 1024, needs
 
 
 def test_spills_and_errors_are_seen():
@@ -61,6 +91,37 @@ def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
     assert found.is_relative_to(tmp_path) and found.read_bytes().startswith(b"\x7fELF")
 
 
+def test_a_cache_that_cannot_be_written_gives_way_with_one_warning(tmp_path, monkeypatch, caplog):
+    caches.cache_folder.cache_clear()
+    caches.say.cache_clear()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path / "file" / "cache"))
+    for source in "kl":
+        (path := tmp_path / f"{source}.cu").write_text(f'extern "C" __global__ void {source}() {{}}')
+        assert nvrtc.cubin_file(path, "sm_80").is_relative_to(tmp_path / "home")
+    assert len(caplog.records) == 1 and "file/cache cannot be written" in caplog.text
+    caches.cache_folder.cache_clear()
+
+
+def test_a_disk_that_is_full_gives_way_with_one_warning(tmp_path, monkeypatch, caplog):
+    caches.say.cache_clear()
+    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path / "no room"))
+    monkeypatch.setattr(nvrtc.tempfile, "tempdir", str(tmp_path))
+    write = Path.write_bytes
+
+    def write_bytes(path, content):
+        if "no room" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    (path := tmp_path / "k.cu").write_text('extern "C" __global__ void k() {}')
+    for _ in range(2):
+        assert nvrtc.cubin_file(path, "sm_80").read_bytes().startswith(b"\x7fELF")
+    assert len(caplog.records) == 1 and "no room cannot be written (No space left on device)" in caplog.text
+
+
 def test_a_changed_header_is_another_key(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
     path = tmp_path / "k.cu"
@@ -92,6 +153,25 @@ def test_the_compiler_is_that_of_torch_s_cuda_else_the_newest(compilers):
     assert [nvrtc.library_file(cuda) for cuda in ("12.6", "13.0", None)] == [twelve, thirteen, thirteen]
     with pytest.raises(ModuleNotFoundError, match=r"for CUDA 11 is missing: pip install nvidia-cuda-nvrtc-cu11$"):
         nvrtc.library_file("11.8")
+
+
+@pytest.mark.parametrize("folder", ["cuda_nvrtc/bin", "cu13/bin/x86_64"])
+def test_the_compiler_is_found_on_windows(tmp_path, monkeypatch, folder):
+    at = tmp_path / "nvidia" / folder
+    at.mkdir(parents=True)
+    for name in ("nvrtc64_130_0.dll", "nvrtc64_120_0.dll", "nvrtc64_130_0.alt.dll", "nvrtc-builtins64_130.dll"):
+        (at / name).touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(nvrtc, "find_spec", lambda name: spec)
+    assert [nvrtc.library_file(cuda).name[:10] for cuda in ("12.6", "13.0", None)] == [
+        "nvrtc64_12",
+        *["nvrtc64_13"] * 2,
+    ]
+    loaded = []
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", loaded.append)
+    monkeypatch.setattr(nvrtc.torch.version, "cuda", "13.0")
+    nvrtc.library.__wrapped__()
+    assert loaded == [str(at / name) for name in ("nvrtc-builtins64_130.dll", "nvrtc64_130_0.dll")]
 
 
 def test_no_compiler_at_all_names_the_package(monkeypatch):

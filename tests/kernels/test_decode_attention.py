@@ -18,7 +18,7 @@ from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decode_torch import FusedStep
-from nanochameleon.kernels.attention import decode, decode_flash
+from nanochameleon.kernels.attention import decode, decode_flash, flash
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
@@ -141,10 +141,10 @@ def test_lengths_see_what_the_mask_sees(step):
 )  # fmt: skip
 def test_flash_takes_what_torch_s_kernel_takes(monkeypatch, device, dtype, head_dim, capability, available):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: plain_varlen)
-    assert decode_flash.flash_available(torch.device(device), dtype, head_dim) == available
-    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: None)
-    assert not decode_flash.flash_available(torch.device(device), dtype, head_dim)
+    monkeypatch.setattr(flash, "find_varlen_attn", lambda: plain_varlen)
+    assert flash.flash_available(torch.device(device), dtype, head_dim) == available
+    monkeypatch.setattr(flash, "find_varlen_attn", lambda: None)
+    assert not flash.flash_available(torch.device(device), dtype, head_dim)
 
 
 def test_several_new_tokens_of_a_slot_need_a_mask(monkeypatch):
@@ -155,7 +155,7 @@ def test_several_new_tokens_of_a_slot_need_a_mask(monkeypatch):
 
 
 def test_varlen_attn_is_taken_only_where_it_takes_lengths(monkeypatch):
-    find = decode_flash.find_varlen_attn.__wrapped__
+    find = flash.find_varlen_attn.__wrapped__
     if (varlen := pytest.importorskip("torch.nn.attention.varlen")) and find():
         names = list(inspect.signature(find()).parameters)
         assert names[:7] == list(inspect.signature(plain_varlen).parameters)[:7]

@@ -1,6 +1,8 @@
 """RMSNorm alone and with the residual sum: the compiled ops against the formula in float64, and the types that autocast
 wants."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +51,29 @@ def test_numba_is_as_good_as_the_reference(name, dtype, n, d, size, seed):
     scale = 4 * d * (1 + steepest(normed, weight, torch.stack(upstream))) + 2 * size
     for y, plain, exact in zip(result, naive, truth, strict=True):
         assert_as_good_as(y, plain, exact, scale)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    ("x_dtype", "weight_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_a_weight_of_another_dtype_leaves_torch_its_one_kernel(name, x_dtype, weight_dtype):
+    """FSDP casts weights to bfloat16, and torch warns once a process where it takes many kernels in place of one."""
+    x, branch, weight = torch.randn(3, 16).to(x_dtype), torch.randn(3, 16).to(x_dtype), torch.randn(16).to(weight_dtype)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            results = PAIRS[name][1](x, branch, weight)
+    finally:
+        torch.set_warn_always(before)
+    exact = PAIRS[name][1](x.double(), branch.double(), weight.double())
+    for y, truth in zip(results, exact, strict=True):
+        assert y.dtype == x_dtype
+        torch.testing.assert_close(
+            y.double(), truth, rtol=0, atol=2 * torch.finfo(x_dtype).eps * truth.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("kernels", ["reference", "numba"])

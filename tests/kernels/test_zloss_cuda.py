@@ -79,11 +79,24 @@ def test_a_row_as_wide_as_a_vocabulary(generation):
 @pytest.mark.parametrize("dtype", [NARROW, torch.float32])
 @pytest.mark.parametrize("target", [64, 65, 10**12])
 def test_a_target_beyond_the_vocabulary_has_no_loss(dtype, target):
-    """NaN, where reading on would give the logit of another row; other rows are as they were."""
+    """NaN, where reading on would give the logit of another row. Other rows are as they were."""
     x, targets = torch.randn(3, 64, generator=generator(0)).to(dtype), torch.tensor([5, target, -1])
-    buffer = x.clone()
-    for loss, _ in (gpu.zloss_forward(x, targets), gpu.zloss_overwrite(buffer, targets, 1e-2, 0.5, 227)):
+    one_pass, two_passes = x.clone(), x.clone()
+    losses = [gpu.zloss_forward(x, targets)[0]]
+    losses += [gpu.zloss_overwrite(x, targets, 1e-2, 0.5, kb)[0] for x, kb in ((one_pass, 227), (two_passes, 2))]
+    for loss in losses:
         assert loss[1].isnan() and loss[[0, 2]].isfinite().all() and loss[2] == 0
+    for gradient in (one_pass, two_passes):
+        assert gradient[1].isnan().all() and gradient[0].isfinite().all() and not gradient[2].any()
+
+
+def test_a_target_in_another_part_of_the_vocabulary_has_a_gradient():
+    """The softmax alone: its row's target is in the logits of another rank."""
+    x = torch.randn(2, 64, generator=generator(0))
+    log_z, buffer = x.logsumexp(-1), x.clone()
+    with use_kernels("cuda"):
+        zloss_gradient_(buffer, torch.tensor([64, 3]), log_z, 0.0, 1.0)
+    torch.testing.assert_close(buffer, x.softmax(-1) - F.one_hot(torch.tensor([64, 3]), 65)[:, :64])
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2).long(), torch.zeros(3), torch.zeros(3, 1).long()])

@@ -60,6 +60,13 @@ MUTANTS = [
         "a document is lost", "packing.py", "sequences[s].append(doc)", "sequences[s][:1] = [doc]", "test_packing.py"
     ),
     Mutant(
+        "a micro-batch keeps the documents of the whole batch",
+        "packing.py",
+        "return Batch(*(t[sequences] for t in self._all()))",
+        "return Batch(*(t[sequences] for t in self._all()), self.documents)",
+        "test_packing.py",
+    ),
+    Mutant(
         "prompts are learnt as well",
         "packing.py",
         "np.where(answer_mask(doc, assistant_eot)[1:], next_tokens, IGNORE)",
@@ -93,6 +100,13 @@ MUTANTS = [
         "a * cos - b * sin, a * sin + b * cos",
         "a * cos + b * sin, b * cos - a * sin",
         "test_transformer.py",
+    ),
+    Mutant(
+        "a norm whose weight has another dtype takes six kernels",
+        "kernels/block/rms_norm.py",
+        "weight.to(wide), eps)",
+        "weight, eps)",
+        "kernels/test_rms_norm.py",
     ),
     Mutant(
         "queries are not normalised",

@@ -238,10 +238,10 @@ MUTANTS = [
         "kernels/test_launch.py",
     ),
     Mutant(
-        "code for one GPU goes to its neighbours",
-        "kernels/dispatch.py",
-        '(10, 0): "sm_100a"',
-        '(10, minor): "sm_100a"',
+        "a GPU that no kernel was compiled for is taken",
+        "kernels/gpu/packages.py",
+        "None if major in ARCHITECTURES else unknown",
+        "None",
         "kernels/test_dispatch.py",
     ),
     Mutant(

@@ -4,6 +4,13 @@ from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
+        "a target out of range has a gradient",
+        "kernels/zloss/zloss.cu",
+        "y < v ? scale * zloss_factor : NOT_A_NUMBER",
+        "scale * zloss_factor",
+        "kernels/test_zloss_cuda.py",
+    ),
+    Mutant(
         "a target beyond the vocabulary reads on",
         "kernels/zloss/zloss.cu",
         "y < v ? z - to_float(x[y]) : NOT_A_NUMBER",
@@ -93,6 +100,34 @@ MUTANTS = [
         "float weight = exp2_approx(stats[i * rows + row].x - row_max) / sum;",
         "float weight = 1.f / sum;",
         "kernels/test_decode_attention.py",
+    ),
+    Mutant(
+        "tokens see later ones of their document",
+        "kernels/attention/by_documents.py",
+        "window_size=(-1, 0)",
+        "window_size=(-1, -1)",
+        "kernels/test_documents.py",
+    ),
+    Mutant(
+        "a mask is made though documents are known",
+        "kernels/attention/reference.py",
+        "if kernel is not None and documents.cu_seqlens is not None:",
+        "if kernel is not None and documents.cu_seqlens is None:",
+        "kernels/test_documents.py",
+    ),
+    Mutant(
+        "a document's first token belongs to the one before",
+        "kernels/attention/documents.py",
+        "cu_seqlens[1:], right=True",
+        "cu_seqlens[1:], right=False",
+        "kernels/test_documents.py",
+    ),
+    Mutant(
+        "documents run on into the next sequence",
+        "kernels/attention/documents.py",
+        "F.pad(changes, (1, 0), value=True)",
+        "F.pad(changes, (1, 0), value=False)",
+        "test_packing.py",
     ),
     Mutant(
         "flash attention sees the entry after a token's own",

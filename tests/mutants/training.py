@@ -158,6 +158,13 @@ MUTANTS = [
         "training/test_diagnostics.py",
     ),
     Mutant(
+        "attention logits in bfloat16",
+        "training/diagnostics.py",
+        "torch.autocast(x.device.type, enabled=False)",
+        "torch.autocast(x.device.type, torch.bfloat16)",
+        "training/test_diagnostics.py",
+    ),
+    Mutant(
         "attention is counted twice",
         "training/flops.py",
         "attention = 6 * cfg.n_layers",

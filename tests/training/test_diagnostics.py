@@ -6,14 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rotation import rotated_pairs
+from rotation import rotated, rotated_pairs
 from strategies import model_configs
-from tiny import VOCAB, tiny_model
+from tiny import TINY_MODEL, VOCAB, tiny_model
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.packing import pack
-from nanochameleon.training.diagnostics import gradient_norms, local_max_logits
+from nanochameleon.training.diagnostics import gradient_norms, largest_logit, local_max_logits
 from nanochameleon.training.objective import Objective
 from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
@@ -66,6 +68,29 @@ def test_without_qk_norm_the_logits_grow_with_the_weights_and_with_it_they_do_no
         after = local_max_logits(Objective(model, VOCAB, "fp32"), batch, None)
         assert after[0] == pytest.approx(factor * before[0], rel=1e-3)
         assert not model.layers[0].attention._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_under_autocast_scores_are_float32_and_of_one_key_head_at_a_time():
+    attention, (b, t, d) = tiny_model(n_heads=4, n_kv_heads=2).layers[0].attention, (1, 40, TINY_MODEL.dim)
+    torch.nn.init.normal_(attention.q_norm.weight, 0, 3)  # scores that bfloat16 would round
+    x, freqs_cis = torch.randn(b, t, d), compute_freqs_cis(torch.arange(t)[None], attention.head_dim, 10_000.0)
+    documents, sizes = Documents.of(torch.zeros(b, t, dtype=torch.long)), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(y.numel() for y in pytree.tree_leaves(out) if isinstance(y, torch.Tensor))
+            return out
+
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k = (w(x).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk))
+        q, k = (rotated(y, freqs_cis[:, 0, :, None]).double() for y in (attention.q_norm(q), attention.k_norm(k)))
+        with Sizes():
+            found = largest_logit(attention, x, freqs_cis, documents)
+    scores = torch.einsum("bihe,bjhe->bhij", q, k.repeat_interleave(2, 2)) / attention.head_dim**0.5
+    expected = scores[torch.ones(t, t, dtype=torch.bool).tril().expand(b, 4, t, t)].max().item()
+    assert found.item() == pytest.approx(expected, rel=1e-5) and max(sizes) <= max(b * 2 * t * t, b * t * d)
 
 
 def test_gradient_norms_are_of_each_modality_s_rows():

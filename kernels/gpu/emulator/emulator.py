@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from nanochameleon.kernels import dispatch
+from nanochameleon.kernels.caches import cache_folder
 from nanochameleon.kernels.gpu import launch as gpu
 
 HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
@@ -59,12 +60,11 @@ def compiled(source: str, folder: Path, generation: int) -> ctypes.CDLL:
         " return launch(NAME, kinds, sizes, arguments); }"
     )
     text += "".join(launches.replace("NAME", name) + "\n" for name in names)
-    cache_folder = Path(os.environ.get("NANOCHAMELEON_CACHE", Path.home() / ".cache" / "nanochameleon"))
-    cache_folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder("NANOCHAMELEON_CACHE", os.environ.get("NANOCHAMELEON_CACHE", "")) or Path(tempfile.mkdtemp())
     digest = hashlib.sha256((text + " ".join(COMPILE)).encode()).hexdigest()[:16]
-    path = cache_folder / f"emulated-{digest}.so"
+    path = folder / f"emulated-{digest}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder) as aside:
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
             new = Path(aside) / "new.so"
             subprocess.run([*COMPILE, "-shared", "-fPIC", "-", "-o", new], input=text, text=True, check=True)
             new.replace(path)

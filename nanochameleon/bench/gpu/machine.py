@@ -16,9 +16,9 @@ from nanochameleon.bench.gpu.context import Context
 from nanochameleon.bench.measure import median_seconds
 from nanochameleon.bench.rows import Row, commit
 from nanochameleon.errors import UserError, exit_on_user_error, say
-from nanochameleon.kernels.dispatch import architecture, cuda_extra
 from nanochameleon.kernels.gpu import nvrtc
 from nanochameleon.kernels.gpu.launch import KERNELS
+from nanochameleon.kernels.gpu.packages import ARCHITECTURES, cuda_extra
 
 PACKAGES = ("torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12",
             "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "numpy", "numba")  # fmt: skip
@@ -77,7 +77,7 @@ def speeds(context: Context) -> Iterator[Row]:
 def compile_kernels(context: Context) -> None:
     """Compile every .cu file for this GPU, in a dry run for an A100, and import CuPy."""
     capability = (8, 0) if context.plan.dry else torch.cuda.get_device_capability(context.device)
-    target = architecture(*capability)
+    target = ARCHITECTURES.get(capability[0])
     if target is None:
         return say(f"the kernels are not written for compute capability {capability}")
     for path in sorted(KERNELS.rglob("*.cu")):

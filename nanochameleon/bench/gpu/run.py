@@ -26,7 +26,7 @@ from nanochameleon.bench.gpu.plan import DRY, ON_GPU
 from nanochameleon.bench.rows import Row, commit, device_name
 from nanochameleon.errors import UserError, say
 from nanochameleon.files import check_writable, read_json, write_file
-from nanochameleon.kernels.dispatch import cuda_extra, missing_cuda_package
+from nanochameleon.kernels.gpu.packages import cuda_extra, missing_cuda_package
 
 # part -> seconds at most, and what it does
 PARTS = {
