@@ -1,4 +1,4 @@
-"""What `prove` checks and times, on a GPU: every op takes its tensors there, at full size, in memory with bands, too."""
+"""What `prove` checks and times, on a GPU: each op takes its tensors there, at full size and in memory with bands."""
 
 from types import SimpleNamespace
 
