@@ -64,9 +64,9 @@ def own(device: torch.device) -> str:
 # Cases
 
 
-def documents(b: int, t: int) -> Tensor:
-    """Return document ids of sequences packed with documents of 82 to 170 tokens, as the toy's are: (B, T)."""
-    lengths = torch.tensor([82, 170, 110, 94, 82, 120, 88, 164])
+def documents(b: int, t: int, scale: int = 1) -> Tensor:
+    """Return document ids of sequences packed with documents of scale times 82 to 170 tokens, the toy's: (B, T)."""
+    lengths = scale * torch.tensor([82, 170, 110, 94, 82, 120, 88, 164])
     ends = lengths.repeat(-(-t // 82)).cumsum(0)
     return torch.stack([torch.bucketize(torch.arange(t) + 37 * i, ends, right=True) for i in range(b)])
 
@@ -76,13 +76,14 @@ def as_in_training(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16 and device.type == "cuda")
 
 
-def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: bool, device: torch.device) -> Case:
+def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: int, device: torch.device) -> Case:
+    """packed: how many times as long as the toy's documents are; 0 for one document a sequence."""
     generator = torch.Generator(device).manual_seed(0)
     heads = [torch.randn(b, t, h, e, generator=generator, device=device).to(dtype) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in heads[:3])
     norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
     table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
-    docs = Documents.of(documents(b, t)).to(device) if packed else None
+    docs = Documents.of(documents(b, t, packed)).to(device) if packed else None
 
     def of(function: Callable) -> Callable:
         def run(q: Tensor, k: Tensor, v: Tensor, *norms: Tensor) -> Tensor:
@@ -160,11 +161,11 @@ def short(dtype: torch.dtype) -> str:
 def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
     wide, narrow = torch.float32, torch.bfloat16
     if op in ("all", "attention"):
-        yield attention_case(8, 256, 4, 48, narrow, True, device)
+        yield attention_case(8, 256, 4, 48, narrow, 1, device)
         if not quick:
-            yield attention_case(8, 256, 4, 48, wide, True, device)
+            yield attention_case(8, 256, 4, 48, wide, 1, device)
             for b, h, t in ((8, 8, 256), (4, 8, 512), (2, 8, 1_024)):
-                yield attention_case(b, t, h, 64, wide, False, device)
+                yield attention_case(b, t, h, 64, wide, 0, device)
     if op in ("all", "zloss"):
         yield zloss_case(2_048, 940, narrow, device)
         if not quick:

@@ -27,6 +27,7 @@ from nanochameleon.kernels import use_kernels
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch, pack
+from nanochameleon.parallel.compile import compile_blocks
 from nanochameleon.training.flops import flops_per_token, peak_flops
 from nanochameleon.training.objective import Objective
 from nanochameleon.training.precision import autocast
@@ -115,8 +116,7 @@ def our_step(case: Case, model: Chameleon, variant: Variant) -> Step:
     batch, objective = batch.to(model.output.weight.device), Objective(model, case.vocab, variant.precision)
     optimizer = make_adamw(model.train(), OptimConfig())
     if variant.compiled:
-        for block in model.layers:
-            block.compile()
+        compile_blocks(model.layers, "on", model.output.weight.device)
 
     def step() -> float:
         optimizer.zero_grad()
@@ -194,16 +194,11 @@ def check(case: Case, device: torch.device) -> None:
         torch.testing.assert_close(theirs[..., text], ours[..., text], rtol=1e-3, atol=1e-3)
 
 
-def measure_alone(
-    make: Callable[[], Step], rounds: int, device: torch.device, max_seconds: float
-) -> tuple[float, float]:
-    """Build a step on a GPU and return (median seconds, peak GiB). Nothing of an earlier step is left in the memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
+def measure_alone(step: Step, rounds: int, device: torch.device, max_seconds: float) -> tuple[float, float]:
+    """Return (median seconds, peak GiB) of a step on a GPU: all that is allocated, its model included."""
+    step()  # makes the optimizer's state, and may compile
     torch.cuda.reset_peak_memory_stats(device)
-    step = make()
-    for _ in range(2):  # the first one makes the optimizer's state
-        step()
+    step()
     peak = torch.cuda.max_memory_allocated(device) / 2**30
     return median_seconds({"": step}, rounds, device, max_seconds)[""], peak
 
@@ -214,8 +209,11 @@ def one_by_one(
     """Return (median seconds, peak GiB) of each variant that runs; prints why another does not."""
     taken, peak = {}, {}
     for name, make in jobs.items():
+        gc.collect()  # the variant before
+        torch.cuda.empty_cache()
+        torch.compiler.reset()  # torch stops compiling a function after 8 variants of it
         try:
-            taken[name], peak[name] = measure_alone(make, rounds, device, max_seconds)
+            taken[name], peak[name] = measure_alone(make(), rounds, device, max_seconds)
         except Exception as error:  # too little memory, or any of a dozen kinds that torch.compile raises
             say(f"{name} is left out: {type(error).__name__}: {shown(error, 160)}")
     return taken, peak
