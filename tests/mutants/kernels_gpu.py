@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "flash attention sees the entry after a token's own",
         "kernels/attention/decode_flash.py",
-        "(positions[:, 0] + 1).int()",
-        "(positions[:, 0] + 2).int()",
+        "(positions[:, 0] + 1).clamp",
+        "(positions[:, 0] + 2).clamp",
         "kernels/test_decode_attention.py",
     ),
     Mutant(
