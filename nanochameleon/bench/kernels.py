@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.bench.measure import median_seconds, peak_bytes
+from nanochameleon.bench.measure import median_seconds, peak_bytes, that_run
 from nanochameleon.bench.rows import Row, rows_against_one
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import dispatch, qknorm_rope_attention, use_kernels
@@ -221,14 +221,19 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
     alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
     both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
     passes = ({"f": alone} if case.forward else {}) | ({"f+b": both} if case.inputs else {})
-    ratio_to, rows = "compile" if "compile" in case.variants else "reference", []
+    passes, rows = {name: that_run(f"{case.name} {name}", jobs) for name, jobs in passes.items()}, []
     for name, jobs in passes.items():
         costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device).items()}
-        rows += rows_against_one("kernels", f"{case.name} {name}", costs, ratio_to, "ms", device)
+        rows += rows_against_one("kernels", f"{case.name} {name}", costs, baseline(costs), "ms", device)
     for name, jobs in passes.items() if case.memory else ():
         costs = {job: peak_bytes(run, device) / 2**20 for job, run in jobs.items()}
-        rows += rows_against_one("kernels", f"{case.name} {name} memory", costs, ratio_to, "MiB", device)
+        rows += rows_against_one("kernels", f"{case.name} {name} memory", costs, baseline(costs), "MiB", device)
     return rows
+
+
+def baseline(costs: dict[str, float]) -> str | None:
+    """The variant that the others are compared with: the best one of torch's that runs."""
+    return next((name for name in ("compile", "reference", *costs) if name in costs), None)
 
 
 def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
@@ -248,9 +253,10 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
             next_token_loss(logits, targets, VOCAB, Z_LOSS, targets.numel(), overwrite_logits=True).loss.backward()
         optimizer.step()
 
-    jobs = {name: lambda name=name: step(name) for name in ("reference", own(device), "auto")}
+    case = f"step dim 256 x 6 layers {precision}"
+    jobs = that_run(case, {name: lambda name=name: step(name) for name in ("reference", own(device), "auto")})
     costs = {name: 1e3 * seconds for name, seconds in median_seconds(jobs, rounds, device).items()}
-    return rows_against_one("kernels", f"step dim 256 x 6 layers {precision}", costs, "reference", "ms", device)
+    return rows_against_one("kernels", case, costs, baseline(costs), "ms", device)
 
 
 def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
