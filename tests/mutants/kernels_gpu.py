@@ -130,6 +130,13 @@ MUTANTS = [
         "test_packing.py",
     ),
     Mutant(
+        "a slot that waits gives flash attention a length beyond what is read",
+        "kernels/attention/decode_flash.py",
+        ".clamp(max=kv_len)",
+        "",
+        "generation/test_engine.py",
+    ),
+    Mutant(
         "flash attention sees the entry after a token's own",
         "kernels/attention/decode_flash.py",
         "(positions[:, 0] + 1).clamp",
