@@ -26,10 +26,14 @@ class CacheLengths(NamedTuple):
 
     @staticmethod
     def of(positions: Tensor, keys: Tensor, kv_len: int) -> "CacheLengths":
-        """positions (N, 1) of the new tokens, all below kv_len; keys (N, G, S, E) of any layer."""
+        """positions (N, 1) of the new tokens; keys (N, G, S, E) of any layer.
+
+        A token at kv_len or later sees the first kv_len entries. It is in a slot whose result nobody reads.
+        """
         n, groups, size = keys.shape[:3]
         starts = torch.arange(n * groups + 1, dtype=torch.int32, device=positions.device)
-        return CacheLengths(kv_len, starts, starts * size, (positions[:, 0] + 1).int().repeat_interleave(groups))
+        used = (positions[:, 0] + 1).clamp(max=kv_len).int().repeat_interleave(groups)
+        return CacheLengths(kv_len, starts, starts * size, used)
 
 
 def flash_decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: CacheLengths) -> Tensor:
@@ -37,9 +41,8 @@ def flash_decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Cac
     n, groups, size, e = keys.shape
     rows = q.reshape(n * groups, -1, e)  # (N G, H / G, E)
     shared = rows.shape[1]
-    if (
-        shared == 1
-    ):  # Flash splits a cache over idle processors only for keys of several heads, so let two ask the same.
+    if shared == 1:
+        # Flash splits the keys of a slot over idle processors only where several heads read them: two ask the same.
         rows = rows.repeat(1, 2, 1)
     k, v = (x.view(n * groups * size, 1, e) for x in (keys, values))
     out = find_varlen_attn()(

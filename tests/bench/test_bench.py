@@ -1,6 +1,7 @@
 """Rows hold the right ratios, jobs are timed alternately, and the peer with equal weights makes equal tokens."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -51,6 +52,35 @@ def test_rounds_end_early_but_not_before_the_second():
     calls = []
     median_seconds({"a": lambda: calls.append("a")}, 9, CPU, max_seconds=0.0)
     assert calls == ["a"] * 3
+
+
+class Event:
+    """Stands for torch.cuda.Event. A job takes as many milliseconds as there are jobs in the log once it has ended."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        self.at = len(self.log)
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def elapsed_time(self, end):
+        return end.at
+
+
+def test_a_gpu_is_waited_for_after_the_last_round_alone(monkeypatch):
+    monkeypatch.setattr(Event, "log", log := [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: real(1, dtype=dtype))
+    taken = median_seconds({name: lambda name=name: log.append(name) for name in "ab"}, 3, torch.device("cuda"))
+    assert log == ["a", "b"] * 4 + ["wait"] * 6
+    assert taken == {"a": 0.005, "b": 0.006}  # the median of the jobs that end at 3, 5, 7 and 4, 6, 8
 
 
 def test_transformers_says_the_same_with_the_same_weights():

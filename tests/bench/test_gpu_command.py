@@ -78,7 +78,7 @@ def fake_parts(tmp_path, monkeypatch):
         "sys.exit(name == 'fails')\n"
     )
     monkeypatch.setattr(run, "COMMAND", [sys.executable, str(script)])
-    monkeypatch.setattr(run, "PARTS", {"hangs": (1.5, "x"), "fails": (30, "y"), "works": (30, "z")})
+    monkeypatch.setattr(run, "PARTS", {"hangs": (0.5, "x"), "fails": (30, "y"), "works": (30, "z")})
     return run.GPUArgs(dry=True, out=tmp_path / "out")
 
 
@@ -160,7 +160,7 @@ def test_the_toys_options_are_those_of_train_py(plan, tmp_path):
 def test_a_training_is_stopped_once_it_has_a_checkpoint(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import pathlib, sys, time; pathlib.Path(sys.argv[1], 'step-000004').mkdir(); time.sleep(60)")
-    assert toy.stop_after_a_checkpoint([script, tmp_path], tmp_path) == -signal.SIGINT
+    assert toy.stop_after_a_checkpoint([script, tmp_path], tmp_path, 30.0) == -signal.SIGINT
 
 
 @pytest.mark.parametrize(

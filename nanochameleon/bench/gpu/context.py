@@ -31,6 +31,17 @@ class Context:
     def row(self, case: str, variant: str, value: float, unit: str) -> Row:
         return make_row("gpu", case, variant, value, unit, self.device)
 
+    def run(self, name: str, command: Sequence[object], seconds: float) -> None:
+        """Run a command in the project's root with the same Python. Raises RuntimeError if it fails or hangs."""
+        words, limit = [str(word) for word in command], seconds * self.plan.patience
+        say(f"$ python {' '.join(words)}")
+        try:
+            code = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{name} took longer than {limit:.0f} s and was ended") from None
+        if code:
+            raise RuntimeError(f"{name} ended with exit code {code}")
+
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
         """Report an error of the block and continue after it. Memory that does not suffice is no failure."""
@@ -44,14 +55,3 @@ class Context:
             self.failed.append(name)
         gc.collect()
         torch.cuda.empty_cache()
-
-    def run(self, name: str, command: Sequence[object], seconds: float, allowed: Sequence[int] = (0,)) -> None:
-        """Run a command of the project's root with the same Python. Raises RuntimeError if it fails or hangs."""
-        words = [str(word) for word in command]
-        say(f"$ python {' '.join(words)}")
-        try:
-            code = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=seconds, check=False).returncode
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{name} took longer than {seconds:.0f} s and was ended") from None
-        if code not in allowed:
-            raise RuntimeError(f"{name} ended with exit code {code}")

@@ -37,6 +37,9 @@ def same_with_graphs(context: Context, model: Chameleon) -> None:
         engine = Engine(model, vocab, 64, 4, 16 + context.plan.text_tokens)
         engine.decoder.graphs.enabled = graphs and model.output.weight.is_cuda
         found.append(our_tokens(engine, prompts, context.plan.text_tokens))
+        captured = sum(graph is not None for graph in engine.decoder.graphs.graphs.values())
+        say(f"CUDA graphs {'on' if engine.decoder.graphs.enabled else 'off'}: {captured} captured")
+        assert captured or not graphs or context.plan.dry, "no CUDA graph was captured"
     same = sum(a == b for a, b in zip(*found, strict=True))
     say(f"texts with the same tokens with CUDA graphs as without: {same} of 4")
     assert same == 4, "CUDA graphs change what is generated"

@@ -37,7 +37,7 @@ def driver() -> str | None:
 
 def check_gpu() -> None:
     """Raise UserError unless torch can use an NVIDIA GPU here."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.version.cuda:  # ROCm calls its devices cuda, too
         return
     version, cuda = driver(), torch.version.cuda
     if version is None:

@@ -12,6 +12,7 @@ from nanochameleon.vocab import Vocab
 @dataclass(frozen=True)
 class Plan:
     dry: bool
+    patience: float  # factor of all time limits
     copy_bytes: int  # read and written to measure the memory's speed
     matmul_dim: int  # of square matrices
     toy: tuple[str, ...]  # options of train.py toy
@@ -43,13 +44,13 @@ TINY_STEPS = (
     "--evaluation.answers", "4", "--evaluation.reconstructions", "4", "--sample.max-new-tokens", "80",
 )  # fmt: skip
 ON_GPU = Plan(
-    dry=False, copy_bytes=2**30, matmul_dim=8_192, toy=TOY_STEPS, attention=(4, 16, 4_096, 128),
+    dry=False, patience=1.0, copy_bytes=2**30, matmul_dim=8_192, toy=TOY_STEPS, attention=(4, 16, 4_096, 128),
     steps=tuple(CASES["cuda"]), models=tuple(reversed(GPU_MODELS.items())), vocab=Vocab(), image_codes=1_024,
     text_tokens=32, kernels=Sizes(),
 )  # fmt: skip
 TINY = ModelConfig(TOY.vocab_size, 128, 2, 2, n_kv_heads=1, max_seq_len=128)
 DRY = Plan(
-    dry=True, copy_bytes=2**20, matmul_dim=64, toy=TINY_STEPS, attention=(2, 2, 64, 64),
+    dry=True, patience=5.0, copy_bytes=2**20, matmul_dim=64, toy=TINY_STEPS, attention=(2, 2, 64, 64),
     steps=(Case("tiny, 2 x 128", TINY, TOY_VOCAB, 2, 128), Case("tinier, 2 x 64", TINY, TOY_VOCAB, 2, 64)),
     models=(("tiny", TINY), ("tinier", TINY)), vocab=TOY_VOCAB, image_codes=8, text_tokens=8,
     kernels=Sizes(

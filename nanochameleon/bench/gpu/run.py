@@ -22,7 +22,7 @@ import torch
 from nanochameleon.bench.gpu import page
 from nanochameleon.bench.gpu.context import ROOT
 from nanochameleon.bench.gpu.machine import check_gpu
-from nanochameleon.bench.gpu.plan import DRY, ON_GPU
+from nanochameleon.bench.gpu.plan import DRY, ON_GPU, Plan
 from nanochameleon.bench.rows import Row, commit, device_name
 from nanochameleon.errors import UserError, say
 from nanochameleon.files import check_writable, read_json, write_file
@@ -52,10 +52,18 @@ class GPUArgs:
     """Run everything at tiny sizes on the CPU, CUDA kernels in the emulator; docs/results/gpu.md stays as it is."""
     out: Path | None = None
     """Folder of the log, the rows and the page; None is runs/gpu, or runs/gpu-dry."""
-    minutes: float = 8.0
-    """Time for all parts together. The same command again runs those that are left."""
+    minutes: float | None = None
+    """Time for all parts together; None is 8, or 40 with --dry. The same command again runs those that are left."""
     overwrite: bool = False
     """Run parts again that have finished."""
+
+    @property
+    def plan(self) -> Plan:
+        return DRY if self.dry else ON_GPU
+
+    @property
+    def seconds(self) -> float:
+        return 60 * (self.minutes or 8 * self.plan.patience)
 
     @property
     def folder(self) -> Path:
@@ -94,8 +102,9 @@ def run_part(words: list[str], seconds: float, log: Log) -> str:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            kill(process)  # the processes that it started, too
+        finally:  # also after Ctrl-C, which does not reach a process of another session
+            if process.poll() is None:
+                kill(process)
         reader.join(5)
     return "out of time" if code is None else "failed" if code else "done"
 
@@ -128,8 +137,8 @@ def saved_rows(folder: Path, state: dict) -> list[tuple[Row, str]]:
 
 def write_page(args: GPUArgs, state: dict) -> None:
     """Fill in the page of results from the rows: the one in docs, or in a dry run a copy next to the log."""
-    target, plan = ROOT / "docs" / "results" / "gpu.md", DRY if args.dry else ON_GPU
-    text = page.fill(target.read_text(encoding="utf-8"), saved_rows(args.folder, state), page.figures(plan))
+    target = ROOT / "docs" / "results" / "gpu.md"
+    text = page.fill(target.read_text(encoding="utf-8"), saved_rows(args.folder, state), page.figures(args.plan))
     if args.dry:
         text = page.DRY_NOTE + text
     else:
@@ -145,11 +154,11 @@ def todo(args: GPUArgs, state: dict, key: str) -> Iterator[str]:
 
 def run_all(args: GPUArgs, log: Log) -> list[str]:
     """Run the parts that are left; returns those that did not finish."""
-    folder, deadline = args.folder, time.monotonic() + 60 * args.minutes
-    device = device_name(torch.device("cpu" if args.dry else "cuda"))
+    folder, deadline = args.folder, time.monotonic() + args.seconds
+    device = device_name(torch.device(args.plan.device))
     state = read_json(folder / STATE) if (folder / STATE).exists() else {}
     key = f"{sources()} {device} {'dry' * args.dry}"
-    log(f"{date.today()}: {device}, torch {torch.__version__}, commit {commit()}, {args.minutes:g} minutes")
+    log(f"{date.today()}: {device}, torch {torch.__version__}, commit {commit()}, {args.seconds / 60:g} minutes")
     left = list(todo(args, state, key))
     if done := [name for name in PARTS if name not in left]:
         log(f"already finished with these sources: {', '.join(done)} (--overwrite runs them again)")
@@ -164,7 +173,9 @@ def run_all(args: GPUArgs, log: Log) -> list[str]:
             continue
         (folder / f"{name}.json").unlink(missing_ok=True)
         start = time.monotonic()
-        result = run_part([name, str(folder.resolve()), *["--dry"] * args.dry], min(limit, remaining), log)
+        result = run_part(
+            [name, str(folder.resolve()), *["--dry"] * args.dry], min(args.plan.patience * limit, remaining), log
+        )
         log(f"== {name}: {result} after {time.monotonic() - start:.0f} s")
         unfinished += [name] * (result != "done")
         state[name] = {"result": result, "key": key, "date": str(date.today())}
@@ -175,6 +186,8 @@ def run_all(args: GPUArgs, log: Log) -> list[str]:
 
 def main(args: GPUArgs) -> None:
     """Raises UserError without a GPU or a folder to write to. Exits with 1 if a part did not finish."""
+    if not (ROOT / "train.py").is_file():
+        raise UserError("this is an installed package: run the command in a clone of the repository")
     if not args.dry:
         check_gpu()
         if missing := missing_cuda_package():
@@ -185,6 +198,8 @@ def main(args: GPUArgs) -> None:
         check_writable(args.folder)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another --out") from None
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the running part is ended, too
     log = Log(args.folder / LOG)
     unfinished = run_all(args, log)
     log(f"\n{args.folder} holds the log, the rows of each part and the filled page gpu.md; docs/install.md says how "

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanochameleon.bench.engine import random_model
 from nanochameleon.bench.gpu.context import Context
-from nanochameleon.bench.measure import median_seconds
+from nanochameleon.bench.measure import median_seconds, peak_bytes, stderr_closed
 from nanochameleon.bench.rows import Row
 from nanochameleon.bench.train import Case, Step, Variant, measure_alone, our_step, step_rows
 from nanochameleon.errors import say
@@ -24,27 +24,23 @@ VARIANTS = (
 
 
 def measure(context: Context, case: Case, variant: Variant) -> Iterator[Row]:
-    torch.compiler.reset()  # else this variant would run what was compiled for the one before
-    device = context.device
-    made: list[Step] = []
-
-    def make() -> Step:
-        made.append(our_step(case, random_model(case.cfg, device, torch.float32), variant))
-        return made[0]
-
+    torch.compiler.reset()  # torch stops compiling a function after 8 variants of it
+    device, model = context.device, random_model(case.cfg, context.device, torch.float32)
+    step = our_step(case, model, variant)
     if device.type == "cuda":
-        seconds, gib = measure_alone(make, ROUNDS, device, MAX_SECONDS)
+        seconds, gib = measure_alone(step, ROUNDS, device, MAX_SECONDS)
     else:
-        seconds, gib = median_seconds({"": make()}, 1, device)[""], 0.0
+        seconds, gib = median_seconds({"": step}, 1, device)[""], peak_bytes(step, device) / 2**30
     yield from step_rows(case, variant.name, seconds, gib, device)
-    if variant.packed and variant.kernels == "auto" and variant.compiled == (device.type == "cuda"):
-        show_profile(made[0], device)
+    if case == context.plan.steps[0] and variant in (VARIANTS[0], PACKED):
+        show_profile(step, device)
 
 
 def show_profile(step: Step, device: torch.device) -> None:
     """Print what takes the time of one step."""
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with stderr_closed(), profile(activities=[activity]) as profiler:
         step()
         if on_gpu:
             torch.cuda.synchronize()
@@ -55,7 +51,7 @@ def show_profile(step: Step, device: torch.device) -> None:
 def run(context: Context) -> Iterator[Row]:
     first, *others = context.plan.steps
     todo = [(first, each) for each in VARIANTS[:4]]
-    todo += [(case, each) for case in others for each in VARIANTS[:4:2]]
+    todo += [(case, VARIANTS[2]) for case in others]
     todo += [(first, each) for each in VARIANTS[4:]]
     if context.plan.dry:  # torch.compile takes minutes on a CPU
         todo = list(dict.fromkeys((case, replace(each, compiled=False)) for case, each in todo))

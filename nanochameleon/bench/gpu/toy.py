@@ -23,11 +23,11 @@ def options(context: Context, precision: str) -> list[object]:
             *context.plan.toy]  # fmt: skip
 
 
-def stop_after_a_checkpoint(command: list[object], folder: Path) -> int:
+def stop_after_a_checkpoint(command: list[object], folder: Path, limit: float) -> int:
     """Start a training, interrupt it as Ctrl-C does once it has saved a checkpoint, and return its exit code."""
     words = [str(word) for word in command]
     say(f"$ python {' '.join(words)}     # and Ctrl-C after the first checkpoint")
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + limit
     with subprocess.Popen([sys.executable, *words], cwd=ROOT) as process:
         while process.poll() is None and not checkpoint.checkpoints(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -36,7 +36,7 @@ def stop_after_a_checkpoint(command: list[object], folder: Path) -> int:
             return process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-            raise RuntimeError(f"the training did not stop within {SECONDS:.0f} s") from None
+            raise RuntimeError(f"the training did not stop within {limit:.0f} s") from None
 
 
 def train(context: Context, precision: str, stop: bool) -> Iterator[Row]:
@@ -45,7 +45,7 @@ def train(context: Context, precision: str, stop: bool) -> Iterator[Row]:
     folder = context.folder / f"toy-{precision}"
     shutil.rmtree(folder, ignore_errors=True)
     if stop:
-        code = stop_after_a_checkpoint(command, folder)
+        code = stop_after_a_checkpoint(command, folder, SECONDS * context.plan.patience)
         if code not in (0, STOPPED):
             raise RuntimeError(f"the training ended with exit code {code}, not {STOPPED}, after Ctrl-C")
         say(f"stopped with exit code {code}; now the same command resumes")
