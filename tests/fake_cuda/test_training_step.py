@@ -3,7 +3,8 @@
 import pytest
 
 from fake_cuda.harness import run_on_fake_cuda
-from fake_cuda.training_step import training_steps
+from fake_cuda.training_step import SEQ_LEN, SEQUENCES, WIDE, saved_bytes, training_steps
+from nanochameleon.bench.scaling import Cluster, memory_bytes
 
 EAGER = {
     "fp32": {"precision": "fp32"},
@@ -33,3 +34,10 @@ def test_a_step_waits_for_nothing_and_keeps_all_on_the_gpu(cases):
         # a graph for the first block, which has no branch to add yet, and one for all others; with the second set of
         # documents both are compiled once more, for any number and length of documents
         assert (step["graphs"], step["graph_breaks"]) == (4 if cases is COMPILED else 0, 0), name
+
+
+def test_a_layer_keeps_what_the_scaling_page_says():
+    """Within 5%. The page's clusters have sharded weights in bf16 already, so copies of weights do not count."""
+    cluster = Cluster(1, seq_len=SEQ_LEN, micro_batch=SEQUENCES, activation_checkpointing=False)
+    said = memory_bytes(WIDE, cluster)["activations"] / WIDE.n_layers
+    assert run_on_fake_cuda(saved_bytes) == pytest.approx(said, rel=0.05)

@@ -20,6 +20,7 @@ from nanochameleon.parallel.apply import wrap
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.presets import toy
 from nanochameleon.training.objective import Objective
+from nanochameleon.training.precision import autocast
 from nanochameleon.training.recovery import Progress
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -142,3 +143,27 @@ def training_steps(cases: dict[str, dict]) -> dict[str, dict]:
     """Each case's name -> what its steps showed."""
     with patch("nanochameleon.kernels.gpu.packages.missing_cuda_package", lambda: None):
         return {name: training_step(case) for name, case in cases.items()}
+
+
+def saved_bytes() -> int:
+    """Bytes that one compiled layer keeps for the backward pass in bf16, without copies of its weights."""
+    return kept_by(3) - kept_by(2)
+
+
+def kept_by(layers: int) -> int:
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.ndim > 2 or len(x) == SEQUENCES * SEQ_LEN:  # weights have two dimensions, activations a row a token
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    torch._dynamo.reset()
+    with fake_tensors(), Recorder():
+        model, batch = on_device(replace(WIDE, n_layers=layers)).train(), documents(0).to(CUDA)
+        for block in model.layers:
+            block.compile(backend=BACKEND)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast("bf16", CUDA):
+            features = model.forward_features(batch.tokens, batch.positions, batch.documents)
+        features.sum().backward()  # until here autograd holds them all, so no address is used twice
+    return sum(kept.values())
