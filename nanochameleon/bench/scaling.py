@@ -46,7 +46,7 @@ def memory_bytes(cfg: ModelConfig, cluster: Cluster) -> dict[str, float]:
     layer = size["layers"] / cfg.n_layers / cluster.tp_size
     gathered = 2.0 * (2 * layer + (size["embedding"] + size["output"]) / cluster.tp_size)
     # each block keeps its inputs: the fp32 residual stream and, with norms before the branches, a bf16 branch. Only the
-    # block that runs keeps what is inside it: the inputs of the matmuls, q and k before and after QK-norm, v, the output
+    # block that runs keeps what is inside it: the matmuls' inputs, q and k before and after QK-norm, v, and the output
     heads = (3 * cfg.n_heads + 3 * cfg.kv_heads) * cfg.head_dim
     inputs = tokens * (6.0 if cfg.norm_order == "pre" else 4.0) * cfg.dim
     inside = inputs + tokens * 2.0 * (2 * cfg.dim + (heads + 3 * cfg.ffn_dim) / cluster.tp_size)

@@ -96,10 +96,10 @@ class Recorder(TorchDispatchMode):
         if name in COPIES and all(x.device.type != "cpu" for x in inputs[-1:]) and to_host(args, kwargs):
             self.syncs.append(self.line("copy to the host"))
             with unset_fake_temporarily():
-                source = inputs[-1]
-                return (
-                    args[0] if name == "copy_" else torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
-                )
+                if name == "copy_":
+                    return args[0]
+                zero = torch.zeros((), dtype=kwargs.get("dtype") or inputs[-1].dtype)
+                return zero.expand(inputs[-1].shape)  # in no memory
         if name in INDEXED and any(is_mask(x) for x in args[1]):
             self.syncs.append(self.line(f"{name} with a mask"))
             places = [place for x in args[1] for place in (all_true(x) if is_mask(x) else [x])]
