@@ -67,8 +67,9 @@ def kernel_figures(plan: Plan) -> dict[str, tuple[str, str, str]]:
 
 
 def generation_figures(first: str, last: str) -> dict[str, tuple[str, str, str]]:
-    found = {}
+    found = {"company": ("requests with the same tokens in company", "nano", "of 16")}
     for key, name in (("first", first), ("last", last)):
+        found[f"{key}-graphs"] = (f"{name}, texts with the same tokens with CUDA graphs", "nano", "of 4")
         found[f"{key}-start"] = (f"{name} start to first token", "nano", "ms")
         for batch in (1, 16):
             case = f"{name} text batch {batch}"
