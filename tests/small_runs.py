@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from ranks import run_on
 from tiny import training_config
+from torch import nn
 
 from nanochameleon.config import ParallelConfig, RunConfig
 from nanochameleon.errors import Interrupted
 from nanochameleon.training.run import CONFIG, config_to_json
+from nanochameleon.transformer import Block
 
 
 def config(out: Path, **parallel) -> RunConfig:
@@ -42,7 +44,10 @@ def interrupted(*_):
 
 
 def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
-    """Train without a report, and stop after `until` steps as by Ctrl-C."""
+    """Train without a report, and stop after `until` steps as by Ctrl-C.
+
+    Blocks are compiled by the aot_eager backend, since not every machine can compile the C++ of torch.compile.
+    """
     import train
 
     real = train.train_loop
@@ -54,6 +59,7 @@ def learn(folder: Path, cfg: RunConfig, until: int | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "report", lambda *_: None)
         patch.setattr(train, "train_loop", train_loop)
+        patch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend="aot_eager"))
         with nullcontext() if until is None else pytest.raises(Interrupted):
             train.main(replace(cfg, out=folder))
 

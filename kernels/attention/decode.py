@@ -6,7 +6,8 @@ qknorm_rope_attention.py. Not here: which tokens are new, and sampling (generati
 Shapes: N slots of a batch with T new tokens each (one, or few), H heads, G key heads. The cache has S positions, of
 which the first `kv_len` are attended to. qkv (N, T, H + 2 G, E): queries, keys, values, as the projections give them.
 freqs_cis (N, T, E/2, 2). norm: weight and bias (H + G, E), or None. keys, values (N, G, S, E). positions (N, T)
-int64 below kv_len. seen: the result of `see_cache`, which all layers share.
+int64 below S; attention of a token at kv_len or later is of no use, and harms no other. seen: the result of
+`see_cache`, which all layers share.
 """
 
 import torch
@@ -38,7 +39,7 @@ def decode_attention_(
 ) -> Tensor:  # fmt: skip
     """(N, T, H, E), by the implementation that `dispatch.choose` names; changes keys and values.
 
-    On a GPU nothing checks that positions are below kv_len.
+    On a GPU nothing checks that positions are below S.
     """
     if choose("decode_attention", qkv) != "cuda" or qkv.shape[-1] not in gpu.HEAD_DIMS:
         return decode_attention_reference_(qkv, freqs_cis, norm, eps, keys, values, positions, seen)

@@ -26,10 +26,14 @@ class CacheLengths(NamedTuple):
 
     @staticmethod
     def of(positions: Tensor, keys: Tensor, kv_len: int) -> "CacheLengths":
-        """positions (N, 1) of the new tokens, all below kv_len; keys (N, G, S, E) of any layer."""
+        """positions (N, 1) of the new tokens; keys (N, G, S, E) of any layer.
+
+        A token at kv_len or later sees the first kv_len entries. It is in a slot whose result nobody reads.
+        """
         n, groups, size = keys.shape[:3]
         starts = torch.arange(n * groups + 1, dtype=torch.int32, device=positions.device)
-        return CacheLengths(kv_len, starts, starts * size, (positions[:, 0] + 1).int().repeat_interleave(groups))
+        used = (positions[:, 0] + 1).clamp(max=kv_len).int().repeat_interleave(groups)
+        return CacheLengths(kv_len, starts, starts * size, used)
 
 
 def flash_decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: CacheLengths) -> Tensor:

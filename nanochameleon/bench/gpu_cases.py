@@ -48,7 +48,7 @@ def cases(device: torch.device, quick: bool, op: str, sizes: Sizes = PAGE) -> It
     if op in ("all", "attention"):
         for b, t, h, e in sizes.attention:
             check(own_attention_problem(70, 4, 2, e, True, device), BF16)  # the simple kernel, which no op runs
-            yield with_parts(attention_case(b, t, h, e, BF16, False, device), not quick)
+            yield with_parts(attention_case(b, t, h, e, BF16, 0, device), not quick)
     if op in ("all", "linear_zloss"):
         for n, v, d in sizes.linear:
             yield linear_case(n, v, d, BF16, device)

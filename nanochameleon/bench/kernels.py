@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.bench.measure import median_seconds, peak_bytes
+from nanochameleon.bench.measure import median_seconds, peak_bytes, that_run
 from nanochameleon.bench.rows import Row, rows_against_one
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import dispatch, qknorm_rope_attention, use_kernels
@@ -64,9 +64,9 @@ def own(device: torch.device) -> str:
 # Cases
 
 
-def documents(b: int, t: int) -> Tensor:
-    """Return document ids of sequences packed with documents of 82 to 170 tokens, as the toy's are: (B, T)."""
-    lengths = torch.tensor([82, 170, 110, 94, 82, 120, 88, 164])
+def documents(b: int, t: int, scale: int = 1) -> Tensor:
+    """Return document ids of sequences packed with documents of scale times 82 to 170 tokens, the toy's: (B, T)."""
+    lengths = scale * torch.tensor([82, 170, 110, 94, 82, 120, 88, 164])
     ends = lengths.repeat(-(-t // 82)).cumsum(0)
     return torch.stack([torch.bucketize(torch.arange(t) + 37 * i, ends, right=True) for i in range(b)])
 
@@ -76,13 +76,14 @@ def as_in_training(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16 and device.type == "cuda")
 
 
-def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: bool, device: torch.device) -> Case:
+def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: int, device: torch.device) -> Case:
+    """packed: how many times as long as the toy's documents are; 0 for one document a sequence."""
     generator = torch.Generator(device).manual_seed(0)
     heads = [torch.randn(b, t, h, e, generator=generator, device=device).to(dtype) for _ in range(4)]
     q, k, v = (x.requires_grad_() for x in heads[:3])
     norms = [torch.full((1, e), x, device=device).requires_grad_() for x in (1.0, 0.0, 1.0, 0.0)]
     table = compute_freqs_cis(torch.arange(t, device=device).expand(b, t), e, 10_000.0)
-    docs = Documents.of(documents(b, t)).to(device) if packed else None
+    docs = Documents.of(documents(b, t, packed)).to(device) if packed else None
 
     def of(function: Callable) -> Callable:
         def run(q: Tensor, k: Tensor, v: Tensor, *norms: Tensor) -> Tensor:
@@ -160,11 +161,11 @@ def short(dtype: torch.dtype) -> str:
 def cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
     wide, narrow = torch.float32, torch.bfloat16
     if op in ("all", "attention"):
-        yield attention_case(8, 256, 4, 48, narrow, True, device)
+        yield attention_case(8, 256, 4, 48, narrow, 1, device)
         if not quick:
-            yield attention_case(8, 256, 4, 48, wide, True, device)
+            yield attention_case(8, 256, 4, 48, wide, 1, device)
             for b, h, t in ((8, 8, 256), (4, 8, 512), (2, 8, 1_024)):
-                yield attention_case(b, t, h, 64, wide, False, device)
+                yield attention_case(b, t, h, 64, wide, 0, device)
     if op in ("all", "zloss"):
         yield zloss_case(2_048, 940, narrow, device)
         if not quick:
@@ -220,14 +221,19 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
     alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
     both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
     passes = ({"f": alone} if case.forward else {}) | ({"f+b": both} if case.inputs else {})
-    ratio_to, rows = "compile" if "compile" in case.variants else "reference", []
+    passes, rows = {name: that_run(f"{case.name} {name}", jobs) for name, jobs in passes.items()}, []
     for name, jobs in passes.items():
         costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device).items()}
-        rows += rows_against_one("kernels", f"{case.name} {name}", costs, ratio_to, "ms", device)
+        rows += rows_against_one("kernels", f"{case.name} {name}", costs, baseline(costs), "ms", device)
     for name, jobs in passes.items() if case.memory else ():
         costs = {job: peak_bytes(run, device) / 2**20 for job, run in jobs.items()}
-        rows += rows_against_one("kernels", f"{case.name} {name} memory", costs, ratio_to, "MiB", device)
+        rows += rows_against_one("kernels", f"{case.name} {name} memory", costs, baseline(costs), "MiB", device)
     return rows
+
+
+def baseline(costs: dict[str, float]) -> str | None:
+    """The variant that the others are compared with: the best one of torch's that runs."""
+    return next((name for name in ("compile", "reference", *costs) if name in costs), None)
 
 
 def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
@@ -247,9 +253,10 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
             next_token_loss(logits, targets, VOCAB, Z_LOSS, targets.numel(), overwrite_logits=True).loss.backward()
         optimizer.step()
 
-    jobs = {name: lambda name=name: step(name) for name in ("reference", own(device), "auto")}
+    case = f"step dim 256 x 6 layers {precision}"
+    jobs = that_run(case, {name: lambda name=name: step(name) for name in ("reference", own(device), "auto")})
     costs = {name: 1e3 * seconds for name, seconds in median_seconds(jobs, rounds, device).items()}
-    return rows_against_one("kernels", f"step dim 256 x 6 layers {precision}", costs, "reference", "ms", device)
+    return rows_against_one("kernels", case, costs, baseline(costs), "ms", device)
 
 
 def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:

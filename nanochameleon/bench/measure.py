@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nanochameleon.errors import say, shown
+
 Job = Callable[[], object]
 
 
@@ -48,6 +50,18 @@ def timed(job: Job, device: torch.device) -> Callable[[], float]:
 def seconds_of(job: Job, device: torch.device) -> float:
     """Run the job once and return its seconds."""
     return timed(job, device)()
+
+
+def that_run(case: str, jobs: dict[str, Job]) -> dict[str, Job]:
+    """Run each job once, and return those that do not fail. Prints a line with the reason for each of the others."""
+    ran = {}
+    for name, job in jobs.items():
+        try:
+            job()
+            ran[name] = job
+        except Exception as error:  # torch.compile alone raises a dozen kinds
+            say(f"{case:34} {name:28} left out: {type(error).__name__}: {shown(error, 160)}")
+    return ran
 
 
 def median_seconds(

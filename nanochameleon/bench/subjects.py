@@ -91,7 +91,7 @@ class Subject:
     def case(self, shape: tuple, device: torch.device) -> Case:
         e = self.head_dim
         if self.op == "qknorm_rope_attention":
-            return attention_case(shape[0], shape[1], shape[2] // e, e, self.dtype, True, device)
+            return attention_case(*shape[:2], shape[2] // e, e, self.dtype, max(1, shape[1] // 512), device)
         if self.op == "decode_attention":
             return gpu_cases.decode_case(shape[0], shape[1] // e, shape[2] // e, shape[3], e, device)
         return zloss_case(*shape, self.dtype, device)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from nanochameleon.bench.engine import as_transformers, random_model
-from nanochameleon.bench.measure import median_seconds
+from nanochameleon.bench.measure import median_seconds, that_run
 from nanochameleon.bench.rows import Row, device_name, make_row, rows_against_peers
 from nanochameleon.config import ModelConfig, OptimConfig
-from nanochameleon.errors import say
+from nanochameleon.errors import say, shown
 from nanochameleon.kernels import use_kernels
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.optim import clip_gradients, make_adamw
@@ -171,8 +171,10 @@ def steps(case: Case, device: torch.device, quick: bool) -> dict[str, Callable[[
 
 
 def fastest(taken: dict[str, float]) -> dict[str, float]:
-    """Return our fastest variant as `nano`, and of theirs in bf16 the faster one of the two."""
+    """Return our fastest variant as `nano`, and of theirs in bf16 the faster one of the two; {} without one of ours."""
     ours = [seconds for name, seconds in taken.items() if name.startswith("nano") and "packed" not in name]
+    if not ours:
+        return {}
     best = {"nano": min(ours)}
     for name, seconds in taken.items():
         if name.startswith("transformers"):
@@ -204,7 +206,7 @@ def measure_alone(step: Step, rounds: int, device: torch.device, max_seconds: fl
 def one_by_one(
     jobs: dict[str, Callable[[], Step]], rounds: int, device: torch.device, max_seconds: float
 ) -> tuple[dict, dict]:
-    """Return (median seconds, peak GiB) of each variant that fits into the GPU's memory."""
+    """Return (median seconds, peak GiB) of each variant that runs; prints why another does not."""
     taken, peak = {}, {}
     for name, make in jobs.items():
         gc.collect()  # the variant before
@@ -212,8 +214,8 @@ def one_by_one(
         torch.compiler.reset()  # torch stops compiling a function after 8 variants of it
         try:
             taken[name], peak[name] = measure_alone(make(), rounds, device, max_seconds)
-        except torch.OutOfMemoryError:
-            say(f"{name} does not fit into the memory")
+        except Exception as error:  # too little memory, or any of a dozen kinds that torch.compile raises
+            say(f"{name} is left out: {type(error).__name__}: {shown(error, 160)}")
     return taken, peak
 
 
@@ -235,10 +237,12 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         check(case, device)
         jobs, peaks = steps(case, device, quick), {}
         if device.type == "cpu":
-            seconds = median_seconds({name: make() for name, make in jobs.items()}, rounds, device, max_seconds)
+            built = that_run(case.name, {name: make() for name, make in jobs.items()})
+            seconds = median_seconds(built, rounds, device, max_seconds)
         else:
             seconds, peaks = one_by_one(jobs, rounds, device, max_seconds)
-        best = fastest(seconds)
+        if not (best := fastest(seconds)):
+            continue
         yield from rows_against_peers("train", case.name, "nano", best, case.n_tokens, "tokens/s", device)
         for name, each in seconds.items():
             yield make_row("train", f"{case.name}, each", name, case.n_tokens / each, "tokens/s", device)

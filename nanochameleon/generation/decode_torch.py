@@ -98,7 +98,10 @@ class FusedStep:
         self.freqs_cis = compute_freqs_cis(positions, cfg.head_dim, cfg.rope_theta)[0, 0]  # (context, E/2, 2)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache, kv_len: int) -> Tensor:
-        """One token (n,) for each of the first n slots at its position (n,), below kv_len -> hidden states (n, D)."""
+        """One token (n,) for each of the first n slots at its position (n,) -> hidden states (n, D).
+
+        Those of slots at kv_len or later, which do not take part, mean nothing.
+        """
         x, positions = self.model.tok_embeddings(tokens), positions[:, None]
         keys, values = cache.keys[:, : len(x)], cache.values[:, : len(x)]  # (L, n, G, S, E)
         seen, freqs_cis = see_cache(positions, keys[0], kv_len), self.freqs_cis[positions]

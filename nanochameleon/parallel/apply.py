@@ -162,7 +162,7 @@ class ParallelModel:
 def wrap(objective: Objective, mesh: Mesh, parallel: ParallelConfig) -> ParallelModel:
     """Compile and wrap an objective whose weights are set."""
     objective.model.activation_checkpointing = parallel.activation_checkpointing
-    compile_blocks(objective.model.layers, parallel.compile, mesh.device)
+    compile_blocks(objective.model.layers, parallel.compile, mesh.device, mesh.tp_size)
     if mesh.world_size == 1 or uses_fsdp(mesh, parallel):
         return ParallelModel(objective, objective, mesh)
     from torch.nn.parallel import DistributedDataParallel

@@ -16,12 +16,17 @@ from torch import nn
 from nanochameleon.errors import shown, warn
 
 
-def choose_compile(requested: str, device: torch.device) -> tuple[bool, str]:
-    """Whether blocks are compiled on this device, and why. requested: "auto", "on" or "off"."""
+def choose_compile(requested: str, device: torch.device, tp_size: int = 1) -> tuple[bool, str]:
+    """Whether blocks are compiled on this device, and why. requested: "auto", "on" or "off".
+
+    tp_size: ranks that share each layer. torch.compile cannot trace how they split QK-norm's groups.
+    """
     if requested != "auto":
         return requested == "on", "as parallel.compile says"
     if device.type != "cuda":
         return False, "auto compiles for GPUs"
+    if tp_size > 1:
+        return False, "blocks that ranks share are not compiled"
     if not find_spec("triton"):
         return False, "the package triton is missing"
     if not shutil.which(os.environ.get("CC") or "gcc") and not shutil.which("clang"):  # Triton compiles its launchers
@@ -54,9 +59,9 @@ class InductorOrEager:
         return graph.forward
 
 
-def compile_blocks(blocks: Sequence[nn.Module], requested: str, device: torch.device) -> None:
+def compile_blocks(blocks: Sequence[nn.Module], requested: str, device: torch.device, tp_size: int = 1) -> None:
     """Compile each block at its first call, if that was chosen. "on" raises what the compiler raises."""
-    if choose_compile(requested, device)[0]:
+    if choose_compile(requested, device, tp_size)[0]:
         options = {} if requested == "on" else {"backend": InductorOrEager()}
         for block in blocks:
             block.compile(**options)

@@ -55,7 +55,7 @@ def log_setup(model: Chameleon, loader: Loader, mesh: Mesh, precision: str, para
     size = sum(p.numel() for p in model.parameters())
     say(f"transformer: {size:,} parameters, {precision} on {mesh.device}{ranks}")
     say(explain(mesh.device, precision_dtype(precision), model.cfg.head_dim))
-    compiled, why = choose_compile(parallel.compile, mesh.device)
+    compiled, why = choose_compile(parallel.compile, mesh.device, mesh.tp_size)
     say(f"{'torch.compile':27} {'on' if compiled else 'off':10} {why}")
 
 

@@ -136,7 +136,7 @@ def train_image_tokenizer(
     shuffled = in_training_order(source, cfg.seed)
     bar = tqdm(range(start, t.steps), initial=start, total=t.steps, desc="image tokenizer", unit="step")
     for step in bar:
-        # 1. The batch. Every draw depends on the step alone, so a resumed run is exact.
+        # 1. The batch. Every draw depends on the step alone, so a resumed run draws the same.
         generator.manual_seed(step_seed(cfg.seed, step))
         x = to_pixels(images(shuffled, step * t.batch_size, t.batch_size)).to(device)  # (B, 3, R, R)
 

@@ -17,7 +17,7 @@ from nanochameleon.kernels.zloss import linear
 
 CPU = torch.device("cpu")
 CASES = {
-    "attention": lambda: attention_case(1, 90, 2, 16, torch.bfloat16, True, CPU),
+    "attention": lambda: attention_case(1, 90, 2, 16, torch.bfloat16, 1, CPU),
     "zloss": lambda: zloss_case(12, 33, torch.float32, CPU),
     "linear": lambda: linear_case(12, 33, 16, torch.float32, CPU),
 }
@@ -49,6 +49,26 @@ def test_a_wrong_gradient_is_not_timed(name):
     wrong = {**case.variants, "wrong": lambda *inputs: 1.01 * case.variants["numba"](*inputs)}
     with pytest.raises(AssertionError, match="wrong is off"):
         check(dataclasses.replace(case, variants=wrong))
+
+
+def broken(*inputs):
+    raise RuntimeError("Triton is not here\nand a stack of calls")
+
+
+def test_a_variant_that_fails_is_a_line_and_the_others_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    found = iter([CASES["linear"](), CASES["zloss"]()])
+    rows = list(kernels.bench(found, CPU, quick=False, op="zloss"))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and all("compile" in x and x.endswith("RuntimeError: Triton is not here") for x in said)
+    assert {row.ratio_to for row in rows} == {"reference"} and "compile" not in {row.variant for row in rows}
+    assert {row.unit for row in rows} == {"ms", "MiB"}
+
+
+def test_a_case_of_which_nothing_runs_has_no_rows(capsys):
+    case = dataclasses.replace(CASES["linear"](), variants={"reference": broken, "numba": broken})
+    assert kernels.measure(case, 2, CPU) == []
+    assert capsys.readouterr().out.count("left out") == 2
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

@@ -41,6 +41,26 @@ def test_both_sides_learn_the_same_from_the_same_ids():
     assert ours[0] == pytest.approx(theirs[0], rel=0.02) and ours[-1] < ours[0] and theirs[-1] < theirs[0]
 
 
+@pytest.mark.parametrize("broken", ["transformers compile bf16", "nano eager bf16"])
+def test_a_variant_that_fails_is_a_line_and_the_others_are_measured(monkeypatch, capsys, broken):
+    def make(name: str):
+        def step() -> float:
+            if name == broken:
+                raise RuntimeError("no C compiler")
+            return 1.0
+
+        return lambda: step
+
+    names = "nano eager bf16", "transformers eager bf16", "transformers compile bf16"
+    monkeypatch.setattr(train, "check", lambda *_: None)
+    monkeypatch.setattr(train, "steps", lambda *_: {name: make(name) for name in names})
+    rows = list(train.bench(CPU, True, [TINY]))
+    said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(said) == 1 and broken in said[0] and said[0].endswith("RuntimeError: no C compiler")
+    expected = {name for name in names if name != broken} if broken.startswith("trans") else set()
+    assert {row.variant for row in rows if row.case == "tiny, each"} == expected
+
+
 def test_packed_sequences_hold_several_documents_and_others_one():
     case = CASES["cuda"][0]
     packed, plain = (train.text_batch(case, which) for which in (True, False))

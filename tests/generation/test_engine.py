@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_varlen import plain_varlen
 from tiny import N_CODES, TOKENIZER, VOCAB, random_request, tiny_model
 
 from nanochameleon.config import SamplingParams
@@ -17,6 +18,7 @@ from nanochameleon.generation.decoder import Decoder, uniforms
 from nanochameleon.generation.engine import Engine, generate
 from nanochameleon.generation.events import stream
 from nanochameleon.generation.sampling import MODALITIES, Grammar, SamplingTensors, apply_filters, sample
+from nanochameleon.kernels.attention import decode, decode_flash
 
 # float64, so that rounding, which differs from one shape of a batch to another, decides nothing
 MODEL, GROUPED = tiny_model().double(), tiny_model(1, n_heads=4, n_kv_heads=2, norm_order="post").double()
@@ -143,6 +145,25 @@ def test_a_guided_request_waits_for_its_branches_while_others_decode(decoder, n_
     guided = engine.add(prompt, params, modality, (seed,))
     tokens = [token for output in engine.run() if output.request_id == guided for token in output.tokens]
     assert tokens == plain(GROUPED, prompt, params, modality, (seed,))
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_slot_that_waits_may_be_longer_than_what_the_steps_read(flash, monkeypatch):
+    """Steps of a short request read 64 entries of the cache, and the slots of the long one run with it."""
+    monkeypatch.setattr(decode, "flash_available", lambda *_: flash)
+    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: plain_varlen)
+    model = tiny_model(1, max_seq_len=160).double()
+    prompt = [VOCAB.bos, *[VOCAB.first_text + i % 7 for i in range(100)], VOCAB.boi]
+    params = replace(PARAMS, guidance_scale=2.5, image_guidance_scale=1.7)
+    new = []
+    for company in (False, True):
+        engine = Engine(model, VOCAB, N_CODES, 4, prefill_chunk=100)
+        if company:
+            engine.add([VOCAB.bos], replace(PARAMS, max_new_tokens=40), "text", (9,))
+            engine.step()
+        guided = engine.add(prompt, params, "image")
+        new.append([token for output in engine.run() if output.request_id == guided for token in output.tokens])
+    assert new[0] == new[1]
 
 
 @pytest.mark.parametrize("model", [MODEL, SINGLE], ids=["double", "single"])

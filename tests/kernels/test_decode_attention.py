@@ -107,6 +107,19 @@ def test_the_decoding_reference_is_the_formula(step):
     assert torch.equal(new_keys[:, :, old], keys[:, :, old]) and torch.equal(new_values[:, :, old], values[:, :, old])
 
 
+def test_a_token_beyond_what_is_read_harms_no_other():
+    """As in a slot that waits, whose prompt is longer than what the others have."""
+    numbers = generator(0)
+    qkv, keys, values = (torch.randn(shape, generator=numbers) for shape in ((2, 1, 4, 64), *[(2, 1, 600, 64)] * 2))
+    positions = torch.tensor([[5], [580]])
+    step = qkv, compute_freqs_cis(positions, 64, 1e4)[:, 0], None, keys, values, positions, 64
+    alone = tuple(x if x is None or isinstance(x, int) else x[:1] for x in step)
+    for kernels in ("cuda", "reference"):
+        with use_kernels(kernels):
+            both, one = (decoded(decode_attention_, each, NARROW) for each in (step, alone))
+        torch.testing.assert_close([x[:1] for x in both], list(one))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Flash attention by lengths
 

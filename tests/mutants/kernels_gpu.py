@@ -216,4 +216,11 @@ MUTANTS = [
         "elif not FP32_SUMS and",
         "fake_cuda/test_output_layer.py",
     ),
+    Mutant(
+        "a copy of a batch waits for the GPU",
+        "kernels/attention/documents.py",
+        "x = x.pin_memory()",
+        "pass",
+        "fake_cuda/test_batch.py",
+    ),
 ]

@@ -20,6 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.mark.parametrize("requested, device, missing, on, reason", [
     ("auto", CUDA, None, True, "Triton and a C compiler"),
     ("auto", CUDA, "triton", False, "triton is missing"),
+    ("auto", CUDA, "a whole layer", False, "ranks share"),
     ("auto", CUDA, "gcc", False, "no C compiler"),
     ("auto", CPU, None, False, "for GPUs"),
     ("on", CPU, "triton", True, "parallel.compile says"),
@@ -29,7 +30,7 @@ def test_auto_compiles_where_a_gpu_has_what_that_takes(requested, device, missin
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiling, "find_spec", lambda name: None if missing == "triton" else name)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None if missing == "gcc" else f"/usr/bin/{name}")
-    found, why = choose_compile(requested, device)
+    found, why = choose_compile(requested, device, 2 if missing == "a whole layer" else 1)
     assert found == on and reason in why
 
 

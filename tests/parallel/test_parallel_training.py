@@ -5,12 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import prepare, trained
-from torch import nn
 
 from nanochameleon.training import checkpoint
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.restore import stored_shapes
-from nanochameleon.transformer import Block
 from nanochameleon.weights.model_folder import open_model_files
 from nanochameleon.weights.tensor_files import ShardedSafetensors
 
@@ -49,10 +47,9 @@ WAYS = {
 }
 
 
-def test_compiled_blocks_learn_the_same(prepared, tmp_path, monkeypatch):
-    """With the aot_eager backend, since not every machine can compile the C++ of torch.compile."""
-    monkeypatch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend="aot_eager"))
-    runs = [trained(prepared, tmp_path / compile, 1, until=5, compile=compile) for compile in ("off", "on")]
+@pytest.mark.parametrize("ranks, parallel", [(1, {}), (2, {"data_parallel": "fsdp", "activation_checkpointing": True})])
+def test_compiled_blocks_learn_the_same(ranks, parallel, prepared, tmp_path):
+    runs = [trained(prepared, tmp_path / on, ranks, until=5, compile=on, **parallel) for on in ("off", "on")]
     plain, compiled = map(curve, runs)
     assert compiled == [pytest.approx(line, rel=1e-5) for line in plain]
 
