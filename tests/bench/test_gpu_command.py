@@ -173,7 +173,8 @@ def test_a_dry_part_measures_all_of_its_figures(name, tmp_path, emulated_gpu):
     wanted = {key: each for key, each in page.figures(DRY).items() if key.startswith(figures)}
     found = {(each.case, each.variant, each.unit) for each in rows}
     missing = {key for key, each in wanted.items() if each not in found}
-    assert missing == ({"attention-varlen-f", "attention-varlen-fb"} if name == "attention" else set())
+    on_gpus_alone = {f"attention-{way}-{p}" for way in ("flash", "efficient") for p in ("f", "fb")}
+    assert missing == (on_gpus_alone if name == "attention" else set())
 
 
 def test_a_case_that_fails_or_does_not_fit_leaves_the_others(tmp_path, capsys):

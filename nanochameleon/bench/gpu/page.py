@@ -36,8 +36,11 @@ def figures(plan: Plan) -> dict[str, tuple[str, str, str]]:
     found["large-causal-eager"] = (large, "nano eager bf16", "tokens/s")
     found["large-mfu"] = (f"{large}, MFU", f"nano {compiled} bf16", "")
     found["small"] = (small, f"nano {compiled} bf16", "tokens/s")
-    for way in ("causal", "varlen", "dense mask", "dense mask, memory-efficient", "own CUDA kernels"):
-        name = way.replace(",", "").replace(" ", "-").lower()
+    ways = {
+        "one": "one document a sequence", "model": "as the model runs it", "flash": "flash by documents",
+        "efficient": "memory-efficient by documents", "mask": "dense mask", "own": "own CUDA kernels",
+    }  # fmt: skip
+    for name, way in ways.items():
         for which in ("f", "f+b"):
             found[f"attention-{name}-{which.replace('+', '')}"] = (f"attention with documents {which}", way, "ms")
     return found | kernel_figures(plan) | generation_figures(first, last)
