@@ -2,12 +2,13 @@
 timed.
 
 The checks are those of gpu_checks.py, at odd sizes, with grouped KV heads and documents. Times are those of the bench
-`kernels`, next to torch's best: its own operations, and the same compiled.
+`kernels`, next to what would run otherwise: torch's own operations, and for attention the same compiled.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Effort:
     attention: tuple[tuple[int, int, int], ...]  # timed: sequences, length, heads x head size
     decode: tuple[tuple[int, int, int, int], ...]  # timed: slots, heads x head size, KV heads x head size, cache
     zloss: tuple[tuple[int, int], ...]  # timed: tokens, vocabulary
-    compiled: bool  # whether torch.compile is timed, too
+    compiled: bool  # whether torch.compile is timed, too, as training compiles its blocks
     limit: float  # seconds for a kernel
 
     @property
@@ -52,7 +53,7 @@ ATTENTION = (16, 1_024, 1_024), (8, 2_048, 2_048), (4, 4_096, 4_096)
 DECODE = (1, 4_096, 4_096, 2_048), (16, 4_096, 4_096, 2_048), (16, 8_192, 1_024, 4_096)
 ZLOSS = (16_384, 4_096), (65_536, 4_096), (16_384, 65_536)
 FULL = Effort(30, LENGTHS, WIDTHS, 2**31, 9, ATTENTION, DECODE, ZLOSS, True, 240.0)
-QUICK = Effort(30, LENGTHS, WIDTHS, 2**31, 5, ATTENTION[2:], DECODE[1:2], ZLOSS[2:], False, 60.0)
+QUICK = Effort(30, LENGTHS, WIDTHS, 2**31, 5, ATTENTION[2:], DECODE[1:2], ZLOSS[2:], True, 90.0)
 DRY = Effort(2, (17, 70), (33, 64), 2**9, 2, ((1, 20, 128),), ((2, 128, 128, 30),), ((3, 64),), False, 60.0)
 
 
@@ -97,15 +98,15 @@ class Subject:
         return zloss_case(*shape, self.dtype, device)
 
     def jobs(self, case: Case, compiled: bool) -> dict[str, Job]:
-        """What is timed: the kernels ("own") and torch's operations, where a gradient exists with the gradient."""
+        """What is timed: the kernels ("own") and torch's operations, as a decode step or a training step runs them."""
         reference = case.variants["reference"]
-        if not case.inputs:  # a decode step
+        if not case.inputs:  # a decode step has no gradient
             return {"torch": reference, "own": case.variants["cuda"]}
-        jobs = compiled_job(reference, case) if compiled else {}
-        if in_place := case.extra.get("in place"):  # as a training step runs it
-            return jobs | {"torch": with_kernels("reference", in_place), "own": with_kernels(self.kernels, in_place)}
+        if in_place := case.extra.get("in place"):  # the loss is outside of the blocks that training compiles
+            return {"torch": with_kernels("reference", in_place), "own": with_kernels(self.kernels, in_place)}
         own = with_kernels(self.kernels, gradients(case.variants[self.kernels], case))
-        return jobs | {"torch": gradients(reference, case), "own": own}
+        jobs = {"torch": gradients(reference, case), "own": own}
+        return jobs | (compiled_job(reference, case) if compiled else {})
 
 
 def compiled_job(function: Callable[..., Tensor], case: Case) -> dict[str, Job]:
@@ -127,20 +128,20 @@ def gradients(function: Callable[..., Tensor], case: Case) -> Job:
     return lambda: torch.autograd.grad(function(*case.inputs), case.inputs)
 
 
+# The names that options have, and what takes least time first.
+OPS = {"zloss": "zloss_cross_entropy", "decode": "decode_attention", "attention": "qknorm_rope_attention"}
+
+
 def subjects(op: str = "all") -> list[Subject]:
-    """All of them, or those of an op by the name that the bench `kernels` gives it."""
-    short = {"attention": "qknorm_rope_attention", "decode": "decode_attention", "zloss": "zloss_cross_entropy"}
+    """All of them, or those of an op of OPS."""
     found = []
-    for name, dtypes in CUDA_DTYPES.items():
-        for dtype in dtypes if op in ("all", *(key for key, value in short.items() if value == name)) else ():
-            if name == "zloss_cross_entropy":
-                found.append(Subject(name, dtype, None, "cuda"))
-            for e in HEAD_DIMS if name == "qknorm_rope_attention" else ():
-                found += [
-                    Subject(name, dtype, e, kernels) for kernels in ("vendor", "cuda")[: 1 + (e in gpu.HEAD_DIMS)]
-                ]
-            if name == "decode_attention":
-                found += [Subject(name, dtype, e, "cuda") for e in gpu.HEAD_DIMS]
+    for name in (name for short, name in OPS.items() if op in ("all", short)):
+        head_dims = {"zloss_cross_entropy": (None,), "decode_attention": gpu.HEAD_DIMS}.get(name, HEAD_DIMS)
+        for dtype, e in product(CUDA_DTYPES[name], head_dims):
+            if name == "qknorm_rope_attention":
+                found.append(Subject(name, dtype, e, "vendor"))
+            if e is None or e in gpu.HEAD_DIMS:
+                found.append(Subject(name, dtype, e, "cuda"))
     return found
 
 

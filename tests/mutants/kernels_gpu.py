@@ -130,10 +130,17 @@ MUTANTS = [
         "test_packing.py",
     ),
     Mutant(
+        "a slot that waits gives flash attention a length beyond what is read",
+        "kernels/attention/decode_flash.py",
+        ".clamp(max=kv_len)",
+        "",
+        "generation/test_engine.py",
+    ),
+    Mutant(
         "flash attention sees the entry after a token's own",
         "kernels/attention/decode_flash.py",
-        "(positions[:, 0] + 1).int()",
-        "(positions[:, 0] + 2).int()",
+        "(positions[:, 0] + 1).clamp",
+        "(positions[:, 0] + 2).clamp",
         "kernels/test_decode_attention.py",
     ),
     Mutant(
