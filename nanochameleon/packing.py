@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nanochameleon.kernels.attention.documents import Documents
+from nanochameleon.kernels.attention.documents import Documents, move
 
 IGNORE = -100  # a target that no loss counts; torch's own default
 NO_DOCUMENT = -1  # doc_id of padding
@@ -36,7 +36,7 @@ class Batch:
     def to(self, device) -> "Batch":
         """Move the batch. The CPU still knows where documents begin; a GPU would have to be waited for."""
         documents = self.documents or Documents.of(self.doc_ids)
-        return Batch(*(t.to(device, non_blocking=True) for t in self._all()), documents.to(device))
+        return Batch(*(move(t, device) for t in self._all()), documents.to(device))
 
     def __getitem__(self, sequences: slice) -> "Batch":
         """Some of its sequences: a micro-batch, or one rank's part. Slice before you move: documents are dropped."""

@@ -41,9 +41,8 @@ def flash_decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Cac
     n, groups, size, e = keys.shape
     rows = q.reshape(n * groups, -1, e)  # (N G, H / G, E)
     shared = rows.shape[1]
-    if (
-        shared == 1
-    ):  # Flash splits a cache over idle processors only for keys of several heads, so let two ask the same.
+    if shared == 1:
+        # Flash splits the keys of a slot over idle processors only where several heads read them: two ask the same.
         rows = rows.repeat(1, 2, 1)
     k, v = (x.view(n * groups * size, 1, e) for x in (keys, values))
     out = find_varlen_attn()(

@@ -45,7 +45,7 @@ class Documents(NamedTuple):
         return Documents(doc_ids, F.pad(cu_seqlens, (0, padding), value=b * t).int(), max_len)
 
     def to(self, device: torch.device | str) -> "Documents":
-        ids, cu_seqlens = (None if x is None else x.to(device, non_blocking=True) for x in self[:2])
+        ids, cu_seqlens = (None if x is None else move(x, device) for x in self[:2])
         return Documents(ids, cu_seqlens, self.max_len)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -60,6 +60,14 @@ class Documents(NamedTuple):
     def one_a_sequence(self) -> bool:
         """Whether each sequence is known to be one document, padding included."""
         return self.cu_seqlens is not None and len(self.cu_seqlens) == len(self.ids) + 1
+
+
+def move(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device without waiting for it. A GPU reads pinned memory by itself; from other memory, a copy may wait
+    for all that the GPU still has to do."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda" and torch.cuda.is_available():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def power_of_two(n: int) -> int:

@@ -116,6 +116,7 @@ def layer_norm(x: Tensor, norm: Norm | None, eps: float) -> Tensor:
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate neighbouring pairs (x[2i], x[2i+1]) of (B, H, T, E) by freqs_cis (B or 1, 1, T, E/2, 2): cos and sin.
 
+    Or those of (B, T, H, E) by (B or 1, T, 1, E/2, 2).
     A pair (a, b) is the number a + ib, and multiplying by cos + i sin rotates it by that angle:
         (a + ib) (cos + i sin) = (a cos - b sin) + i (a sin + b cos)
     The two parts are written out, because torch.compile has no code for tensors of such numbers.

@@ -1,57 +1,89 @@
 """Documents on a GPU: the kernels that a training step takes, and that it makes no mask of all pairs of tokens."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from fake_cuda.harness import run_on_fake_cuda
 
 T = 48  # no other size of the model below
+PACKED = [[20, 9], [30, 18]]
+WHOLE = [[48], [48]]
+OTHERS = [[[7] * 6, [48]], WHOLE, [[3] * 16, [1] * 40], PACKED, [[12, 12, 12], [47]], WHOLE]
 
 
-def steps(compiled: bool) -> list[list[str]]:
-    """For each case the ops of attention in a training step, and all ops with a result of (..., T, T)."""
+def refuse(*_):
+    raise AssertionError("a mask of all pairs of tokens was made")
+
+
+def steps(precision: str, layouts: list, compiled: bool) -> tuple[list[str], int]:
+    """Ops of attention and ops with a result of (..., T, T) in training steps, one for each layout of documents; and
+    how many graphs were compiled."""
     import torch
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from fake_cuda.device import CUDA, fake_tensors
     from nanochameleon.config import ModelConfig
+    from nanochameleon.kernels.attention import reference
     from nanochameleon.packing import Batch, collate
     from nanochameleon.training.objective import Objective
     from nanochameleon.transformer import Chameleon
     from nanochameleon.vocab import Vocab
 
-    class Watch(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen: set[str] = set()
+    def note(op, result) -> None:
+        name, out = str(op), result[0] if isinstance(result, tuple | list) else result
+        if "attention" in name or "varlen" in name or getattr(out, "shape", ())[-2:] == (T, T):
+            seen.add(name)
 
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            result, name = op(*args, **kwargs or {}), str(op)
-            out = result[0] if isinstance(result, tuple | list) else result
-            if "attention" in name or "varlen" in name or getattr(out, "shape", ())[-2:] == (T, T):
-                self.seen.add(name)
+            result = op(*args, **kwargs or {})
+            note(op, result)
             return result
 
-    def step(precision: str, lengths: list[list[int]]) -> list[str]:
-        batch = collate([[[7] * n for n in row] for row in lengths], T, vocab.pad).to("cpu")
-        with fake_tensors() as mode, torch.device(CUDA):
-            tensors = [mode.from_tensor(x).to(CUDA) for x in (*batch._all(), *batch.documents[:2])]
-            moved = Batch(*tensors[:4], batch.documents._replace(ids=tensors[4], cu_seqlens=tensors[5]))
-            model = Chameleon(cfg).train()
-            for block in model.layers if compiled else ():
-                block.compile(backend="aot_eager")
-            with Watch() as watch:
-                Objective(model, vocab, precision)(moved, None, 1e-4, 1.0).next_token.loss.backward()
-        return sorted(watch.seen)
+    def read(graph, inputs):
+        for node in graph.graph.nodes:
+            note(node.target, node.meta.get("val"))
+        return make_boxed_func(graph.forward)
 
-    vocab = Vocab.toy(6, 0)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_autograd(fw_compiler=read)(graph, inputs)
+
+    seen, graphs, vocab = set(), [], Vocab.toy(6, 0)
     cfg = ModelConfig(vocab_size=vocab.size, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, multiple_of=32, max_seq_len=T)
     Chameleon.init_weights = lambda self: None  # it draws a seed, and fake tensors have no numbers
-    packed = [[20, 9], [30, 18]]
-    return [step("bf16", packed), step("fp32", packed)]
+    reference.visible = refuse
+    batches = [collate([[[7] * n for n in row] for row in rows], T, vocab.pad).to("cpu") for rows in layouts]
+    with fake_tensors() as mode:
+        with torch.device(CUDA):
+            model = Chameleon(cfg).train()
+        for block in model.layers if compiled else ():
+            block.compile(backend=backend)
+        for batch in batches:
+            tensors = [mode.from_tensor(x).to(CUDA) for x in (*batch._all(), *batch.documents[:2])]
+            moved = Batch(*tensors[:4], batch.documents._replace(ids=tensors[4], cu_seqlens=tensors[5]))
+            with nullcontext() if compiled else Watch():  # nothing is compiled below such a mode
+                Objective(model, vocab, precision)(moved, None, 1e-4, 1.0).next_token.loss.backward()
+    return sorted(seen), len(graphs)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_no_mask_of_all_pairs_of_tokens_is_made(compiled):
-    flash, efficient = run_on_fake_cuda(steps, compiled=compiled)
-    assert flash == ["torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"]
-    assert efficient == ["aten._efficient_attention_backward.default", "aten._efficient_attention_forward.default"]
+@pytest.mark.parametrize(
+    "precision, kernel", [("bf16", "torch_attn._varlen_attn"), ("fp32", "aten._efficient_attention")]
+)
+def test_no_mask_of_all_pairs_of_tokens_is_made(precision, kernel, compiled):
+    seen, graphs = run_on_fake_cuda(steps, precision=precision, layouts=[PACKED], compiled=compiled)
+    forward = "_forward" if precision == "fp32" else ""
+    assert set(seen) == {f"{kernel}{forward}.default", f"{kernel}_backward.default"}
+    assert graphs == (2 if compiled else 0)  # the first block, and all others
+
+
+def test_documents_that_change_compile_few_graphs():
+    """One for these documents, one for any, one for a document a sequence; each for the first block and the others.
+
+    Beyond 8, torch would compile no more. Causal attention without documents makes no mask either: `refuse`.
+    """
+    assert run_on_fake_cuda(steps, precision="bf16", layouts=[PACKED, *OTHERS], compiled=True)[1] <= 6

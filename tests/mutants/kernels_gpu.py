@@ -130,10 +130,17 @@ MUTANTS = [
         "test_packing.py",
     ),
     Mutant(
+        "a slot that waits gives flash attention a length beyond what is read",
+        "kernels/attention/decode_flash.py",
+        ".clamp(max=kv_len)",
+        "",
+        "generation/test_engine.py",
+    ),
+    Mutant(
         "flash attention sees the entry after a token's own",
         "kernels/attention/decode_flash.py",
-        "(positions[:, 0] + 1).int()",
-        "(positions[:, 0] + 2).int()",
+        "(positions[:, 0] + 1).clamp",
+        "(positions[:, 0] + 2).clamp",
         "kernels/test_decode_attention.py",
     ),
     Mutant(
@@ -215,5 +222,12 @@ MUTANTS = [
         "elif FP32_SUMS and",
         "elif not FP32_SUMS and",
         "fake_cuda/test_output_layer.py",
+    ),
+    Mutant(
+        "a copy of a batch waits for the GPU",
+        "kernels/attention/documents.py",
+        "x = x.pin_memory()",
+        "pass",
+        "fake_cuda/test_batch.py",
     ),
 ]
