@@ -45,10 +45,12 @@ def memory_bytes(cfg: ModelConfig, cluster: Cluster) -> dict[str, float]:
     # bf16 weights of the block that runs and of the next one, which is gathered ahead
     layer = size["layers"] / cfg.n_layers / cluster.tp_size
     gathered = 2.0 * (2 * layer + (size["embedding"] + size["output"]) / cluster.tp_size)
-    # each block keeps its fp32 input; only the block that runs keeps the activations inside it
-    heads = (2 * cfg.n_heads + 2 * cfg.kv_heads) * cfg.head_dim  # q, k, v and the output of attention
-    inside = tokens * (8.0 * cfg.dim + 2.0 * (2 * cfg.dim + (heads + 3 * cfg.ffn_dim) / cluster.tp_size))
-    checkpointed = cfg.n_layers * tokens * 4.0 * cfg.dim + inside
+    # each block keeps its inputs: the fp32 residual stream and, with norms before the branches, a bf16 branch. Only the
+    # block that runs keeps what is inside it: the matmuls' inputs, q and k before and after QK-norm, v, and the output
+    heads = (3 * cfg.n_heads + 3 * cfg.kv_heads) * cfg.head_dim
+    inputs = tokens * (6.0 if cfg.norm_order == "pre" else 4.0) * cfg.dim
+    inside = inputs + tokens * 2.0 * (2 * cfg.dim + (heads + 3 * cfg.ffn_dim) / cluster.tp_size)
+    checkpointed = cfg.n_layers * inputs + inside
     activations = checkpointed if cluster.activation_checkpointing else cfg.n_layers * inside
     # bf16 logits, which their gradient overwrites; the fused output layer holds a chunk of rows at a time
     rows = tokens if cluster.tp_size > 1 else rows_per_chunk(tokens, "cuda")

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import torch
 import torch._subclasses.fake_impls as fake_impls
 import torch._subclasses.fake_tensor as fake_tensor
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 CUDA = torch.device("cuda:0")
+ATEN = torch.library.Library("aten", "IMPL")  # its entries live as long as it
 # What an H100 says of itself.
 ANSWERS = {
     "get_device_capability": (9, 0),
@@ -40,10 +42,31 @@ def answer_for_a_gpu() -> None:
     fake_impls.get_fast_op_impls()
     fake_impls.FAST_OP_IMPLEMENTATIONS.clear()
     fake_tensor.get_fast_op_impls = dict
+    for key in ("CUDA", "AutogradCUDA"):
+        ATEN.impl("scaled_dot_product_attention", scaled_dot_product_attention, key)
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What a GPU runs, where a CPU's torch would not: flash, or the memory-efficient kernel for a mask or fp32."""
+    b, h, t, s = *q.shape[:3], k.shape[2]
+    if attn_mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+    if enable_gqa:
+        k, v = (x.repeat_interleave(h // k.shape[1], 1) for x in (k, v))
+    bias = None
+    if attn_mask is not None:
+        zero, never = (torch.full((), x, dtype=q.dtype, device=q.device) for x in (0.0, -torch.inf))
+        bias = torch.where(attn_mask, zero, never) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.expand(b, h, t, s)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(q, k, v, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
 
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """All tensors made inside are fake: on any device, in no memory. Real ones made outside are refused."""
-    with FakeTensorMode() as mode:
+    """All tensors made inside are fake: on any device, in no memory. Real ones made outside become fake when used."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode

@@ -227,4 +227,18 @@ MUTANTS = [
         "        pass\n\n\n@contextmanager",
         "training/test_modes.py",
     ),
+    Mutant(
+        "a step on a GPU copies a number from the host, which waits",
+        "training/objective.py",
+        "torch.full((), float(norms.numel()), device=norms.device)",
+        "torch.tensor(float(norms.numel()), device=norms.device)",
+        "fake_cuda/test_training_step.py",
+    ),
+    Mutant(
+        "documents make a mask of all pairs of tokens on a GPU",
+        "kernels/attention/reference.py",
+        "kernel = None if plain else kernel_for(",
+        "kernel = None if True else kernel_for(",
+        "fake_cuda/test_training_step.py",
+    ),
 ]
