@@ -16,8 +16,7 @@
 
 The stages are: text tokenizer, image tokenizer, tokens, transformer, report. A stage whose result is in the run's
 folder is skipped. Ctrl-C and SIGTERM save and end with code 130 and 143; the same command resumes, on any number of
-processes. config.py documents every number. The environment variable above lets the ranks find each other again after
-torchrun has restarted them because one died (pytorch issue 167288).
+processes. config.py documents every number. The variable above lets restarted ranks meet again (pytorch #167288).
 
 This file holds the loop and the order of the stages. Left out: recovery from bad losses (training/recovery.py),
 checkpoints (training/saver.py), the tokenizers' training (training/train_tokenizers.py), parallelism (parallel/).
@@ -66,20 +65,14 @@ from nanochameleon.training.init_from import InitFrom, resolve_init
 from nanochameleon.training.modes import make_deterministic
 from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_metrics
 from nanochameleon.training.objective import Objective, Sums
-from nanochameleon.training.precision import autocast
+from nanochameleon.training.precision import autocast, precision_dtype
 from nanochameleon.training.recovery import Progress, Recovery, oom_message
 from nanochameleon.training.run import TEXT_TOKENIZER, Run, pick_device
 from nanochameleon.training.run_folder import claim, decide_precision, same_command, start_folder
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.stability import run_ablations
-from nanochameleon.training.startup import (
-    init_or_load_weights,
-    log_setup,
-    mfu_per_token,
-    precision_dtype,
-    use_agreed_proofs,
-)
+from nanochameleon.training.startup import init_or_load_weights, log_setup, mfu_per_token, use_agreed_proofs
 from nanochameleon.training.train_tokenizers import open_image_tokenizer, train_image_tokenizer, train_text_tokenizer
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.model_folder import open_model

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Entry:
     shapes: tuple[str, ...] = ()  # that were timed
     ms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # at each shape: "own", and "torch", its best
 
-    @property
+    @cached_property
     def speedup(self) -> float:
         """Torch's time divided by ours, at the shape where that is smallest. 0 without a proof."""
         pairs = zip(self.ms["torch"], self.ms["own"], strict=True) if self.ok else []
@@ -63,8 +63,19 @@ class Proofs:
     date: str = ""
     absent: str = f"not proven on this GPU: run {COMMAND}"  # the reason where there is no entry
 
+    @cached_property
+    def _choices(self) -> dict[tuple, tuple[str, str]]:
+        """Those made so far: every call of an op asks."""
+        return {}
+
     def choose(self, op: str, dtype: torch.dtype, head_dim: int | None) -> tuple[str, str]:
         """Return the fastest proven implementation, else "reference", and the reason."""
+        what = op, dtype, head_dim
+        if what not in self._choices:
+            self._choices[what] = self._choose(*what)
+        return self._choices[what]
+
+    def _choose(self, op: str, dtype: torch.dtype, head_dim: int | None) -> tuple[str, str]:
         if op.endswith("attention") and head_dim not in HEAD_DIMS:
             return "reference", f"no CUDA kernel is proven for heads of {head_dim} numbers"
         names = {name: entry_name(op, dtype, head_dim, name) for name in ("cuda", "vendor")}

@@ -220,9 +220,12 @@ def one_by_one(
 
 
 def step_rows(case: Case, name: str, seconds: float, gib: float, device: torch.device) -> list[Row]:
-    """Rows of one of our steps on a GPU: tokens/s, MFU where the GPU's peak is known, and peak memory."""
+    """Rows of one of our steps on a GPU: tokens/s, MFU where the GPU's peak is known, and peak memory.
+
+    Packed sequences have no MFU: attention within documents takes fewer FLOPs than flops_per_token counts.
+    """
     rows = [make_row("train", case.name, name, case.n_tokens / seconds, "tokens/s", device)]
-    if peak := peak_flops(device_name(device)):
+    if (peak := peak_flops(device_name(device))) and "packed" not in name:
         mfu = flops_per_token(case.cfg, case.t) * case.n_tokens / seconds / peak
         rows.append(make_row("train", f"{case.name}, MFU", name, mfu, f"of {peak / 1e12:.0f} TFLOP/s", device))
     return [*rows, make_row("train", f"{case.name}, peak", name, gib, "GiB", device)]

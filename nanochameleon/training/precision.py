@@ -12,6 +12,10 @@ import torch
 MIN_SPEEDUP = 1.4  # of bf16 over fp32, for what it loses in precision
 
 
+def precision_dtype(precision: str) -> torch.dtype:
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """A context in which matmuls run in this precision, "fp32" or "bf16"."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, torch.bfloat16)

@@ -13,7 +13,7 @@ from nanochameleon.parallel.compile import choose_compile
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.parallel.sharding import shard_like
 from nanochameleon.training.flops import flops_per_token, peak_flops
-from nanochameleon.training.precision import matmul_flops
+from nanochameleon.training.precision import matmul_flops, precision_dtype
 from nanochameleon.transformer import Chameleon
 from nanochameleon.weights.read_layouts import ModelFiles
 
@@ -24,10 +24,6 @@ def init_or_load_weights(model: Chameleon, loaded: ModelFiles | None, seed: int)
         for name, target in model.state_dict().items():
             full = loaded.weights.get(name) if loaded else model.init_tensor(name, target.shape, seed, target.device)
             target.copy_(shard_like(full, target))
-
-
-def precision_dtype(precision: str) -> torch.dtype:
-    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def use_agreed_proofs(mesh: Mesh) -> AbstractContextManager[None]:

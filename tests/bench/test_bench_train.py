@@ -75,6 +75,19 @@ def test_a_packed_step_is_not_compared_with_another_modes():
     assert fastest(taken)["nano"] == 2.0
 
 
+@pytest.mark.parametrize(("gpu", "name", "units"), [
+    ("NVIDIA H100 80GB HBM3", "nano eager bf16", ["tokens/s", "of 989 TFLOP/s", "GiB"]),
+    ("NVIDIA H100 80GB HBM3", "nano eager bf16 packed", ["tokens/s", "GiB"]),
+    ("NVIDIA GeForce RTX 5090", "nano eager bf16", ["tokens/s", "GiB"]),
+])  # fmt: skip
+def test_mfu_is_of_the_gpus_own_peak_if_that_is_known(gpu, name, units, monkeypatch):
+    monkeypatch.setattr(train, "device_name", lambda device: gpu)
+    case = CASES["cuda"][0]
+    rows = train.step_rows(case, name, case.n_tokens / 65_000, 30.0, CPU)
+    assert [row.unit for row in rows] == units
+    assert all(row.value == pytest.approx(0.57, abs=0.01) for row in rows if "TFLOP" in row.unit)
+
+
 def test_on_a_gpu_each_way_is_measured_with_the_uncertain_kernels_last():
     found = train.variants(CASES["cuda"][0], torch.device("cuda"), False)
     assert len(set(found)) == len(found) and len({each.name for each in found}) == len(found)

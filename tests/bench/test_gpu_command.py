@@ -3,8 +3,10 @@
 import json
 import re
 import signal
+import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +116,43 @@ def test_no_part_starts_without_time(fake_parts, monkeypatch):
     assert (fake_parts.folder / run.LOG).read_text().count("not started, since the time is over") == 3
 
 
+def test_a_command_that_is_stopped_ends_its_part(fake_parts, tmp_path, monkeypatch):
+    """Ctrl-C does not reach the part by itself, since it has a session of its own."""
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout == 30:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(run.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_part(["hangs", str(tmp_path)], 30, run.Log(tmp_path / "log.txt"))
+    assert started[0].poll() == -signal.SIGKILL
+
+
+def test_a_log_has_the_last_state_of_a_bar_and_no_home_folder(tmp_path, capsys):
+    log = run.Log(tmp_path / "log.txt")
+    log.copy([b"a 1%\ra 100%\n", f"File {Path.home()}/x\n".encode(), b"\xff\n"])
+    assert (tmp_path / "log.txt").read_text() == capsys.readouterr().out == "a 100%\nFile ~/x\n\ufffd\n"
+
+
+def test_a_part_writes_each_row_at_once_and_ends_with_1_after_a_failure(tmp_path, monkeypatch):
+    def measure(context):
+        yield row("1.4B", "nano", 1.0, "tokens/s")
+        assert len(json.loads((tmp_path / "x.json").read_text())) == 1
+        with context.guard("second"):
+            raise ValueError("wrong")
+        yield row("1.4B", "nano", 2.0, "tokens/s")
+
+    monkeypatch.setitem(part.PARTS, "x", measure)
+    with pytest.raises(SystemExit) as stop:
+        part.main("x", tmp_path, dry=False)
+    assert stop.value.code == 1 and [each["value"] for each in json.loads((tmp_path / "x.json").read_text())] == [1, 2]
+
+
 def test_the_fingerprint_is_of_the_kernels_too(tmp_path, monkeypatch):
     for name in ("nanochameleon/a.py", "kernels/b.cu", "train.py", "sample.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -129,12 +168,13 @@ def test_a_dry_part_measures_all_of_its_figures(name, tmp_path, emulated_gpu):
     context = Context(DRY, tmp_path)
     rows = list(part.PARTS[name](context))
     assert not context.failed
-    figures = {"attention": ("attention-",), "generation": ("first-", "last-", "image"),
+    figures = {"attention": ("attention-",), "generation": ("first-", "last-", "image", "company"),
                "kernels": tuple({key.partition("-")[0] for key in page.kernel_figures(DRY)})}[name]  # fmt: skip
     wanted = {key: each for key, each in page.figures(DRY).items() if key.startswith(figures)}
     found = {(each.case, each.variant, each.unit) for each in rows}
     missing = {key for key, each in wanted.items() if each not in found}
-    assert missing == ({"attention-varlen-f", "attention-varlen-fb"} if name == "attention" else set())
+    on_gpus_alone = {f"attention-{way}-{p}" for way in ("flash", "efficient") for p in ("f", "fb")}
+    assert missing == (on_gpus_alone if name == "attention" else set())
 
 
 def test_a_case_that_fails_or_does_not_fit_leaves_the_others(tmp_path, capsys):

@@ -28,7 +28,7 @@ GUIDED = SamplingParams(temperature=0.0, image_temperature=0.0, repetition_penal
 IMAGE_LEN, CONTEXT = 16, 96
 
 
-def same_with_graphs(context: Context, model: Chameleon) -> None:
+def same_with_graphs(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
     """Compare four texts with graphs and without: with 4 slots both run the same shapes. Raises AssertionError."""
     vocab, found = context.plan.vocab, []
     prompts = torch.randint(vocab.first_text, vocab.size, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def same_with_graphs(context: Context, model: Chameleon) -> None:
         say(f"CUDA graphs {'on' if engine.decoder.graphs.enabled else 'off'}: {captured} captured")
         assert captured or not graphs or context.plan.dry, "no CUDA graph was captured"
     same = sum(a == b for a, b in zip(*found, strict=True))
-    say(f"texts with the same tokens with CUDA graphs as without: {same} of 4")
+    yield context.row(f"{name}, texts with the same tokens with CUDA graphs", "nano", same, "of 4")
     assert same == 4, "CUDA graphs change what is generated"
 
 
@@ -67,7 +67,7 @@ def tokens_of(model: Chameleon, batch: list[tuple], n_slots: int) -> list[list[i
     return new
 
 
-def same_in_company(context: Context) -> None:
+def same_in_company(context: Context) -> Iterator[Row]:
     """Compare requests in one batch with each of them alone, in float64, where rounding decides no token.
 
     Raises AssertionError.
@@ -75,7 +75,7 @@ def same_in_company(context: Context) -> None:
     model, batch = random_model(TOY, context.device, torch.float64), requests()
     together, alone = tokens_of(model, batch, 8), [tokens_of(model, [each], 3)[0] for each in batch]
     same = sum(a == b for a, b in zip(together, alone, strict=True))
-    say(f"requests with the same tokens in company as alone, guided images among them: {same} of {len(batch)}")
+    yield context.row("requests with the same tokens in company", "nano", same, f"of {len(batch)}")
     assert same == len(batch), "what is generated depends on the other requests"
 
 
@@ -85,7 +85,7 @@ def speeds(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
     yield first_token(b)
     only_text(b)
     with context.guard(f"{name}, graphs"):
-        same_with_graphs(context, model)
+        yield from same_with_graphs(context, name, model)
     for batch in (1, 16):
         yield from text_case(b, batch)
     if name == plan.models[-1][0]:
@@ -94,7 +94,7 @@ def speeds(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
 
 def run(context: Context) -> Iterator[Row]:
     with context.guard("requests in company"):
-        same_in_company(context)
+        yield from same_in_company(context)
     for name, cfg in context.plan.models:
         with context.guard(name):
             yield from speeds(context, name, random_model(cfg, context.device, torch.bfloat16))

@@ -36,8 +36,11 @@ def figures(plan: Plan) -> dict[str, tuple[str, str, str]]:
     found["large-causal-eager"] = (large, "nano eager bf16", "tokens/s")
     found["large-mfu"] = (f"{large}, MFU", f"nano {compiled} bf16", "")
     found["small"] = (small, f"nano {compiled} bf16", "tokens/s")
-    for way in ("causal", "varlen", "dense mask", "dense mask, memory-efficient", "own CUDA kernels"):
-        name = way.replace(",", "").replace(" ", "-").lower()
+    ways = {
+        "one": "one document a sequence", "model": "as the model runs it", "flash": "flash by documents",
+        "efficient": "memory-efficient by documents", "mask": "dense mask", "own": "own CUDA kernels",
+    }  # fmt: skip
+    for name, way in ways.items():
         for which in ("f", "f+b"):
             found[f"attention-{name}-{which.replace('+', '')}"] = (f"attention with documents {which}", way, "ms")
     return found | kernel_figures(plan) | generation_figures(first, last)
@@ -67,8 +70,9 @@ def kernel_figures(plan: Plan) -> dict[str, tuple[str, str, str]]:
 
 
 def generation_figures(first: str, last: str) -> dict[str, tuple[str, str, str]]:
-    found = {}
+    found = {"company": ("requests with the same tokens in company", "nano", "of 16")}
     for key, name in (("first", first), ("last", last)):
+        found[f"{key}-graphs"] = (f"{name}, texts with the same tokens with CUDA graphs", "nano", "of 4")
         found[f"{key}-start"] = (f"{name} start to first token", "nano", "ms")
         for batch in (1, 16):
             case = f"{name} text batch {batch}"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from nanochameleon.bench import rows
 from nanochameleon.bench.gpu import attention, generation, kernels, machine, steps, toy
 from nanochameleon.bench.gpu.context import Context
@@ -26,6 +28,7 @@ def main(name: str, folder: Path, dry: bool) -> None:
     context, measured = Context(DRY if dry else ON_GPU, folder), []
     with ExitStack() as stack:
         if dry:
+            torch.set_num_threads(1)  # tiny sizes: on a busy machine more threads wait for one another
             stack.enter_context(emulated())
         for row in PARTS[name](context):
             rows.show(row)
