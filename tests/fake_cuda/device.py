@@ -17,7 +17,8 @@ ANSWERS = {
     "get_device_capability": (9, 0),
     "get_device_name": "NVIDIA H100 80GB HBM3",
     "get_device_properties": SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30,
+        name="NVIDIA H100 80GB HBM3", gcnArchName="", major=9, minor=0,
+        multi_processor_count=132, total_memory=80 * 2**30,
         warp_size=32, shared_memory_per_block_optin=227 * 1024, max_threads_per_multi_processor=2_048,
         regs_per_multiprocessor=65_536,
     ),

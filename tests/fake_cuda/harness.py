@@ -19,7 +19,11 @@ def run_on_fake_cuda(function: Callable, **arguments) -> Any:
     function: at the top level of a module. Arguments and result are what JSON holds: tuples become lists.
     Raises NoFakeDevice where the device cannot be made, and AssertionError with the child's last lines if it fails.
     """
-    job = {"library": str(device_library()), "path": sys.path, "arguments": arguments}
+    job = {
+        "library": str(device_library()),
+        "path": [*sys.path, str(Path(__file__).parents[2])],
+        "arguments": arguments,
+    }
     job |= {"module": function.__module__, "function": function.__name__}
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
