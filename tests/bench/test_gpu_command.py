@@ -231,7 +231,7 @@ def test_the_toys_options_are_those_of_train_py(plan, tmp_path):
 def test_a_training_is_stopped_once_it_has_a_checkpoint(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import pathlib, sys, time; pathlib.Path(sys.argv[1], 'step-000004').mkdir(); time.sleep(60)")
-    assert toy.stop_after_a_checkpoint([script, tmp_path], tmp_path, 30.0) == -signal.SIGINT
+    assert toy.stop_after_a_checkpoint([script, tmp_path], tmp_path, 120.0) == -signal.SIGINT
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,8 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_dumped(kind,
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = mask_targets(loader.batch(1), cfg.train.image_loss, 16, text.vocab)
     learnt = corrupt_image_tokens(learnt, cfg.train.image_token_noise, 16, text.vocab, cfg.seed, [2, 3])
-    assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == {
-        k: x.tolist() for k, x in vars(learnt).items()
-    }
+    tensors = {name: x.tolist() for name, x in vars(learnt).items() if name != "documents"}
+    assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == tensors
 
 
 def test_many_such_steps_in_a_row_roll_the_run_back_and_later_batches_follow(before_transformer, monkeypatch, capsys):
