@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
@@ -13,14 +14,8 @@ from nanochameleon.kernels.caches import cache_folder
 
 SOURCE = Path(__file__).parent / "guard.cpp"
 # C++20: since torch 2.12 its headers need it, and older ones allow it. -w: their warnings are not ours.
-FLAGS = [
-    "-std=c++20",
-    "-O0",
-    "-w",
-    "-shared",
-    "-fPIC",
-    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-]
+FLAGS = ["-std=c++20", "-O0", "-w", "-shared", "-fPIC",
+         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]  # fmt: skip
 
 
 class NoFakeDevice(Exception):
@@ -28,17 +23,16 @@ class NoFakeDevice(Exception):
 
 
 def device_library() -> Path:
-    """The compiled guard. Raises NoFakeDevice if it cannot be compiled."""
+    """The compiled guard. Raises NoFakeDevice if it cannot be compiled; skips the test if torch has a CUDA device."""
     if torch.version.cuda or torch.version.hip:
-        raise NoFakeDevice(
+        pytest.skip(
             f"torch {torch.__version__} has a CUDA device of its own, which the fake one cannot replace: "
             "install torch's build for CPUs to run these tests"
         )
     if shutil.which("g++") is None:
         raise NoFakeDevice("the fake CUDA device is C++, and g++ is missing: install it (Debian: apt install g++)")
-    name = hashlib.sha256(f"{SOURCE.read_text()} {torch.__file__} {torch.__version__} {FLAGS}".encode()).hexdigest()[
-        :16
-    ]
+    built_from = f"{SOURCE.read_text()} {torch.__file__} {torch.__version__} {FLAGS}"
+    name = hashlib.sha256(built_from.encode()).hexdigest()[:16]
     folder = cache_folder("NANOCHAMELEON_CACHE", "") or Path(tempfile.gettempdir())
     path = folder / f"fake-cuda-{name}.so"
     if not path.is_file():
