@@ -17,7 +17,7 @@ from fake_cuda.harness import run_on_fake_cuda
 
 
 def layer_kernels() -> list:
-    """[["forward", [[kernel, bytes], ...]], ["backward", ...]] of a block; not the first, which has no branch to add."""
+    """[["forward", [[kernel, bytes], ...]], ["backward", ...]] of a block, not the first: it has no branch to add."""
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor.compile_fx import compile_fx
