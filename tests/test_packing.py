@@ -136,6 +136,12 @@ def test_an_id_that_comes_back_needs_a_mask():
     assert Documents.of(torch.tensor([[0, 0, 1], [1, 0, 0]])).cu_seqlens.tolist() == [0, 2, 3, 4, 6, 6, 6, 6]
 
 
+@given(st.lists(st.lists(st.sampled_from([-1, 0, 1, 2, 1_000_003]), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_documents_are_known_where_no_id_comes_back(rows):
+    comes_back = any(len(set(row)) < len(list(runs(np.array(row)))) for row in rows)
+    assert (Documents.of(torch.tensor(rows)).cu_seqlens is None) == comes_back
+
+
 def test_ids_elsewhere_are_not_read():
     """Reading them would wait for the GPU."""
     documents = Documents.of(torch.zeros(2, 8, dtype=torch.long, device="meta"))

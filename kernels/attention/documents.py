@@ -37,7 +37,9 @@ class Documents(NamedTuple):
             return Documents(doc_ids, None, t)
         changes = doc_ids[:, 1:] != doc_ids[:, :-1]
         starts = F.pad(changes, (1, 0), value=True).flatten().nonzero()[:, 0]
-        if len(torch.stack([starts // t, doc_ids.flatten()[starts]]).unique(dim=1).T) < len(starts):
+        ids = doc_ids.flatten()[starts]
+        keys = starts // t * (ids.max() - ids.min() + 1) + ids  # one number for each pair of sequence and id
+        if len(keys.unique()) < len(starts):
             return Documents(doc_ids, None, t)
         cu_seqlens = F.pad(starts, (0, 1), value=b * t)
         padding = power_of_two(len(cu_seqlens)) - len(cu_seqlens) if len(starts) > b else 0

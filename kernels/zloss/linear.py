@@ -24,11 +24,10 @@ from nanochameleon.kernels.ops import FLOAT_DTYPES, INDEX_DTYPES, expect
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_
 
 CHUNKS = 8  # at most
-FP32_SUMS = torch.__version__ >= (2, 10)  # a GPU's addmm adds bf16 matmuls to an fp32 tensor (pytorch pull 167931)
-MIN_ROWS = {
-    "cpu": 256,
-    "cuda": 2_048,
-}  # of a chunk: each reads the weight and its gradient, so fewer would wait for memory
+# An NVIDIA GPU's addmm adds bf16 matmuls to an fp32 tensor (pytorch pull 167931)
+FP32_SUMS = torch.__version__ >= (2, 10) and torch.version.hip is None
+# Rows of a chunk. Each chunk reads the weight and its gradient, so with fewer rows it would wait for memory.
+MIN_ROWS = {"cpu": 256, "cuda": 2_048}
 
 
 def rows_per_chunk(n: int, device: str) -> int:
@@ -46,20 +45,28 @@ def linear_zloss_cross_entropy(
     narrow = weight.to(hidden.dtype)
     rows = rows_per_chunk(len(hidden), hidden.device.type)
     buffer = hidden.new_empty(rows, len(weight))
-    d_hidden, d_weight = torch.empty_like(hidden, memory_format=torch.contiguous_format), torch.zeros_like(weight)
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    d_weight = torch.zeros_like(weight, dtype=sum_dtype(weight))
     losses = []
     for start in range(0, len(hidden), max(rows, 1)):
         part = slice(start, min(start + rows, len(hidden)))
         # 1. Logits of the chunk (rows, V), then their gradient in the same memory
         logits = torch.mm(hidden[part], narrow.T, out=buffer[: part.stop - start])
         losses.append(zloss_cross_entropy_(logits, targets[part], z_loss, scale))
-        # 2. Two matmuls use the gradient up; the sum over chunks is kept in the weight's type
+        # 2. Two matmuls use the gradient up; the sum over chunks is rounded once, after the last
         torch.mm(logits, narrow, out=d_hidden[part])
         add_matmul_(d_weight, logits.T, hidden[part])
+    logits = buffer = None  # the rounded gradient takes their memory
+    d_weight = d_weight.to(weight.dtype)
     if not losses:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32), d_hidden, d_weight
     cross_entropy, log_z = (torch.cat(x) for x in zip(*losses, strict=True))
     return cross_entropy, log_z, d_hidden, d_weight
+
+
+def sum_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of dW while chunks are added to it: on a GPU at least fp32, on a CPU the weight's."""
+    return torch.promote_types(weight.dtype, torch.float32) if weight.device.type == "cuda" else weight.dtype
 
 
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:

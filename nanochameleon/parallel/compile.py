@@ -1,8 +1,11 @@
-"""torch.compile of the transformer's blocks, for GPUs: it fuses what lies between the matmuls.
+"""torch.compile of the transformer's blocks, for GPUs: it fuses the operations between matmuls.
 
-All blocks share one program, so two graphs are compiled: the first block gets no branch to add, the others do.
+All blocks share one program. Two graphs are compiled at first: the first block gets no branch to add, the others do.
+Both are compiled once more when the documents of a batch change, then for any documents; and so for a micro-batch of
+another size.
 """
 
+import logging
 import os
 import shutil
 import sys
@@ -35,7 +38,7 @@ def choose_compile(requested: str, device: torch.device, tp_size: int = 1) -> tu
 
 
 class InductorOrEager:
-    """A backend of torch.compile: inductor, and after its first failure the graph as it is, with one warning.
+    """A backend of torch.compile: inductor, and after the first failure the graph as it is, with one warning.
 
     So a run that never asked for torch.compile does not end with it. compiler: (graph, its inputs) -> a callable.
     """
@@ -54,17 +57,45 @@ class InductorOrEager:
                 with config.patch(at_once):
                     return self.compiler(graph, inputs)
             except Exception as error:  # of a compiler, a driver, a full disk
-                self.failed = True
-                warn(f"torch.compile failed ({type(error).__name__}: {shown(error, 160)}); training continues without")
+                self.give_up(error)
         return graph.forward
+
+    def give_up(self, error: BaseException) -> None:
+        if not self.failed:
+            warn(f"torch.compile failed ({type(error).__name__}: {shown(error, 160)}); training continues without")
+        self.failed = True
+
+    def suppress_dynamo(self) -> None:
+        """Run what dynamo, which makes the graphs, fails to trace as it is. It logs pages about each such error."""
+        torch._dynamo.config.suppress_errors = True
+        logging.getLogger("torch._dynamo.convert_frame").addFilter(self.is_news)
+
+    def is_news(self, record: logging.LogRecord) -> bool:
+        """Whether dynamo's record is logged: a suppressed error is not, since give_up says it in one sentence."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error:
+            self.give_up(error)
+        return not error
 
 
 def compile_blocks(blocks: Sequence[nn.Module], requested: str, device: torch.device, tp_size: int = 1) -> None:
-    """Compile each block at its first call, if that was chosen. "on" raises what the compiler raises."""
-    if choose_compile(requested, device, tp_size)[0]:
-        options = {} if requested == "on" else {"backend": InductorOrEager()}
-        for block in blocks:
-            block.compile(**options)
+    """Compile each block at its first call, if that was chosen. "on" raises what the compiler raises.
+
+    Changes torch's configuration for the whole process.
+    """
+    if not choose_compile(requested, device, tp_size)[0]:
+        return
+    # Inside DDP, torch would cut each graph at 25 MB of parameters so that gradients are summed during the backward
+    # pass. They are anyway: each block is a graph of its own.
+    torch._dynamo.config.optimize_ddp = False
+    # All blocks share one function, which torch would run eagerly from the ninth graph on.
+    torch._dynamo.config.recompile_limit = 32
+    options = {}
+    if requested == "auto":
+        options["backend"] = backend = InductorOrEager()
+        backend.suppress_dynamo()
+    for block in blocks:
+        block.compile(**options)
 
 
 @contextmanager

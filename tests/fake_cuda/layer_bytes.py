@@ -7,6 +7,7 @@ fake tensors. A kernel reads each of its inputs once and writes each of its outp
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from fake_cuda.harness import run_on_fake_cuda
 
 
 def layer_kernels() -> list:
-    """[pass, [[kernel, bytes], ...]] of each graph: forward and backward of the first block, and of all others."""
+    """[["forward", [[kernel, bytes], ...]], ["backward", ...]] of a block, not the first: it has no branch to add."""
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor.compile_fx import compile_fx
@@ -30,9 +31,8 @@ def layer_kernels() -> list:
     torch._inductor.config.joint_graph_constant_folding = False  # it would run ops on the GPU
     found: list = []
     with fake_tensors(), Recorder():
-        model, batch = on_device(WIDE).train(), documents(0).to(CUDA)
-        for block in model.layers:
-            block.compile(backend=partial(compile_fx, inner_compile=partial(schedule, found)))
+        model, batch = on_device(replace(WIDE, n_layers=2)).train(), documents(0).to(CUDA)
+        model.layers[1].compile(backend=partial(compile_fx, inner_compile=partial(schedule, found)))
         with autocast("bf16", CUDA):
             features = model.forward_features(batch.tokens, batch.positions, batch.documents)
         features.sum().backward()
@@ -68,18 +68,19 @@ def schedule(found: list, graph: torch.fx.GraphModule, inputs: list, **options):
     return make_boxed_func(graph.forward)
 
 
+def between_matmuls() -> dict[str, list[tuple[str, int]]]:
+    """{"forward": [(kernel, bytes), ...], "backward": ...}, without matmuls and attention."""
+    passes = dict(run_on_fake_cuda(layer_kernels))
+    return {name: [(kernel, n) for kernel, n in all_ if kernel.startswith("fused")] for name, all_ in passes.items()}
+
+
 def main() -> None:
-    forward, backward = [], []
-    for name, kernels in run_on_fake_cuda(layer_kernels):
-        (forward if name == "forward" else backward).append(kernels)
-    total = 0
-    for name, kernels in (("forward", forward[-1]), ("backward", backward[0])):  # a block that is not the first
-        between = [(kernel, n) for kernel, n in kernels if kernel.startswith("fused")]
-        total += sum(n for _, n in between)
-        print(f"{name}: {sum(n for _, n in between) / 1e9:.2f} GB")
-        for kernel, n in between:
+    passes = between_matmuls()
+    for name, kernels in passes.items():
+        print(f"{name}: {sum(n for _, n in kernels) / 1e9:.2f} GB")
+        for kernel, n in kernels:
             print(f"    {n / 1e6:7.1f} MB  {kernel}")
-    print(f"together: {total / 1e9:.2f} GB")
+    print(f"together: {sum(n for kernels in passes.values() for _, n in kernels) / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

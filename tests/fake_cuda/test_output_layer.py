@@ -1,5 +1,6 @@
 """The fused output layer on a GPU: the sum of the weight's gradient over chunks of rows stays fp32."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,15 +24,20 @@ class Matmuls(TorchDispatchMode):
         return result
 
 
-def matmuls() -> list:
+def matmuls(narrow_weight: bool) -> list:
+    """Those of the op and, after them, the dtype of the weight's gradient."""
     from fake_cuda.device import CUDA, fake_tensors
 
     with fake_tensors(), Matmuls() as mode:
-        hidden, weight = torch.zeros(N, D, device=CUDA, dtype=torch.bfloat16), torch.zeros(V, D, device=CUDA)
-        linear_zloss_cross_entropy(hidden, weight, torch.zeros(N, dtype=torch.int64, device=CUDA), 1e-5, 1.0)
-    return mode.found
+        hidden = torch.zeros(N, D, device=CUDA, dtype=torch.bfloat16)
+        weight = torch.zeros(V, D, device=CUDA, dtype=torch.bfloat16 if narrow_weight else torch.float32)
+        targets = torch.zeros(N, dtype=torch.int64, device=CUDA)
+        d_weight = linear_zloss_cross_entropy(hidden, weight, targets, 1e-5, 1.0)[3]
+    return [*mode.found, str(d_weight.dtype)]
 
 
-def test_the_gradient_of_the_weight_is_summed_in_fp32():
-    of_weight = [(name, dtype) for name, shape, dtype in run_on_fake_cuda(matmuls) if shape == [V, D]]
-    assert of_weight == [("aten::addmm.dtype_out", "torch.float32")] * 2
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # FSDP gathers weights in bfloat16
+def test_the_gradient_of_the_weight_is_summed_in_fp32(dtype):
+    *found, d_weight = run_on_fake_cuda(matmuls, narrow_weight=dtype == "bfloat16")
+    of_weight = [(name, kind) for name, shape, kind in found if shape == [V, D]]
+    assert of_weight == [("aten::addmm.dtype_out", "torch.float32")] * 2 and d_weight == f"torch.{dtype}"

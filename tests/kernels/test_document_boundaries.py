@@ -121,6 +121,8 @@ def test_which_kernel_takes_which_heads(monkeypatch, capability, dtype, e, torch
     monkeypatch.setattr(flash, "find_varlen_attn", lambda: varlen_attn if torch_has_varlen else None)
     assert by_documents.kernel_for(torch.device("cuda"), dtype, e) == expected
     assert by_documents.kernel_for(torch.device("cpu"), dtype, e) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # an AMD GPU, where nobody has tried the kernels
+    assert by_documents.kernel_for(torch.device("cuda"), dtype, e) is None
 
 
 @given(packed_problems())

@@ -235,6 +235,27 @@ MUTANTS = [
         "parallel/test_compile.py",
     ),
     Mutant(
+        "DDP cuts compiled blocks",
+        "parallel/compile.py",
+        "torch._dynamo.config.optimize_ddp = False",
+        "pass",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
+        "the ninth graph is not compiled",
+        "parallel/compile.py",
+        "recompile_limit = 32",
+        "recompile_limit = 8",
+        "fake_cuda/test_documents.py",
+    ),
+    Mutant(
+        "a failure of the tracer ends a run that did not ask for it",
+        "parallel/compile.py",
+        "torch._dynamo.config.suppress_errors = True",
+        "pass",
+        "parallel/test_compile.py",
+    ),
+    Mutant(
         "warm-up reaches the peak too soon",
         "optim.py",
         "(step + 1) / (cfg.warmup_steps + 1)",

@@ -179,6 +179,27 @@ MUTANTS = [
         "kernels/test_zloss_cuda.py",
     ),
     Mutant(
+        "the gradient of bfloat16 weights is rounded once a chunk",
+        "kernels/zloss/linear.py",
+        'if weight.device.type == "cuda" else weight.dtype',
+        'if weight.device.type == "cpu" else weight.dtype',
+        "fake_cuda/test_output_layer.py",
+    ),
+    Mutant(
+        "an AMD GPU takes a kernel that nobody tried there",
+        "kernels/attention/by_documents.py",
+        'device.type == "cuda" and torch.version.hip is None',
+        'device.type == "cuda"',
+        "kernels/test_documents.py",
+    ),
+    Mutant(
+        "two sequences share a document's id",
+        "kernels/attention/documents.py",
+        "starts // t * (ids.max()",
+        "0 * (ids.max()",
+        "test_packing.py",
+    ),
+    Mutant(
         "the compiler's built-ins are left to luck",
         "kernels/gpu/nvrtc.py",
         "ctypes.CDLL(str(builtins))",

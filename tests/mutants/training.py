@@ -223,8 +223,15 @@ MUTANTS = [
     Mutant(
         "deterministic runs are not",
         "training/modes.py",
-        "        torch.use_deterministic_algorithms(True)\n\n\n@contextmanager",
-        "        pass\n\n\n@contextmanager",
+        "        torch.use_deterministic_algorithms(True)\n        # torch would",
+        "        pass\n        # torch would",
+        "training/test_modes.py",
+    ),
+    Mutant(
+        "deterministic mode fills every new tensor",
+        "training/modes.py",
+        "fill_uninitialized_memory = False",
+        "fill_uninitialized_memory = True",
         "training/test_modes.py",
     ),
     Mutant(

@@ -1,20 +1,38 @@
 """Which blocks are compiled, that a compiler's failure does not end a run, and that sampling compiles nothing."""
 
+import logging
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from ranks import run_on
 from small_runs import config
 from test_transformer import random_model
+from tiny import VOCAB, tiny_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from nanochameleon.config import ParallelConfig
 from nanochameleon.generation import fastest
+from nanochameleon.packing import pack
 from nanochameleon.parallel import compile as compiling
+from nanochameleon.parallel.apply import wrap
 from nanochameleon.parallel.compile import InductorOrEager, choose_compile, compile_blocks, eager
+from nanochameleon.parallel.mesh import init_mesh
+from nanochameleon.training.objective import Objective
 from nanochameleon.transformer import Block
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch):
+    settings = torch._dynamo.config
+    names = ("optimize_ddp", "recompile_limit", "suppress_errors")
+    monkeypatch.setattr(logging.getLogger("torch._dynamo.convert_frame"), "filters", [])
+    with settings.patch({name: getattr(settings, name) for name in names}):
+        yield
 
 
 @pytest.mark.parametrize("requested, device, missing, on, reason", [
@@ -66,6 +84,41 @@ def test_a_compiler_that_fails_is_one_warning_and_the_step_is_eager(compiler, mo
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
     warning = "warning: torch.compile failed (RuntimeError: a compiler that fails); training continues without\n"
     assert capsys.readouterr().err == warning
+
+
+def test_a_tracer_that_fails_is_one_warning_and_the_step_is_eager(monkeypatch, capfd):
+    model = random_model(0).train()
+    loss(model).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+
+    def fails(*_):
+        raise RuntimeError("a tracer that fails\nand says a lot")
+
+    monkeypatch.setattr(compiling, "choose_compile", lambda *_: (True, ""))
+    monkeypatch.setattr(torch._dynamo.symbolic_convert.InstructionTranslator, "run", fails)
+    torch._dynamo.reset()
+    compile_blocks(model.layers, "auto", CPU)
+    for _ in range(2):
+        loss(model).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: torch.compile failed (") and "a tracer that fails" in line
+
+
+def graphs_inside_ddp() -> int:
+    """In one forward pass, where a bucket of DDP holds a fraction of a block."""
+    counter, ddp, parallel = CompileCounter(), nn.parallel.DistributedDataParallel, ParallelConfig(compile="on")
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch, init_mesh(parallel, 2, CPU) as mesh:
+        patch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend=counter))
+        patch.setattr(nn.parallel, "DistributedDataParallel", partial(ddp, bucket_cap_mb=0.001))
+        objective = Objective(tiny_model(n_layers=4).train(), VOCAB, "fp32")
+        wrap(objective, mesh, parallel).wrapped(pack([[1, 2, 3, 4]], 8, VOCAB.pad), None)
+    return counter.frame_count
+
+
+def test_ddp_does_not_cut_blocks():
+    assert run_on(2, graphs_inside_ddp) == [2, 2]
 
 
 def test_a_compiler_that_fails_ends_a_run_that_asked_for_it(monkeypatch):
