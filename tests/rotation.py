@@ -1,4 +1,4 @@
-"""The definition of rotary embedding, in complex numbers: what the package writes out in real ones."""
+"""The definition of rotary embedding, in complex numbers."""
 
 import torch
 from torch import Tensor

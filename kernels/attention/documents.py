@@ -1,4 +1,4 @@
-"""Where the documents of packed sequences lie, in the forms that attention reads.
+"""The bounds of the documents of packed sequences, in the forms that attention reads.
 
     ids          0 0 0 1 1 -1 -1 -1     5 5 5 5 5 5 5 5       2 sequences of 8 tokens
     cu_seqlens   0 3 5 8 16                                   padded with 16 to 8 numbers

@@ -16,11 +16,12 @@ def make_deterministic(parallel: ParallelConfig, device: torch.device) -> None:
     From here on torch raises RuntimeError at an operation that has no deterministic algorithm.
     """
     if parallel.deterministic and device.type == "cuda":
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when it starts, at the first matmul
+        # cuBLAS reads it when it starts, at the first matmul
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False  # which would choose algorithms by their speed
         torch.use_deterministic_algorithms(True)
+        # torch would write NaN over each new tensor: a pass over memory that nobody reads before it is written
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 @contextmanager

@@ -15,6 +15,7 @@ EAGER = {
     "bf16, cuda": {"precision": "bf16", "kernels": "cuda"},
 }
 COMPILED = {
+    "fp32": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16", "compile": True},
     "bf16, activation checkpointing": {"precision": "bf16", "compile": True, "activation_checkpointing": True},
     "bf16, cuda": {"precision": "bf16", "compile": True, "kernels": "cuda"},

@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         "queries and keys rotate backwards",
         "kernels/attention/reference.py",
-        "a * cos - b * sin, a * sin + b * cos",
-        "a * cos + b * sin, b * cos - a * sin",
+        "(a * cos - b * sin, a * sin + b * cos), -1)",
+        "(a * cos + b * sin, b * cos - a * sin), -1)",
         "test_transformer.py",
     ),
     Mutant(

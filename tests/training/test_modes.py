@@ -17,6 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     yield
@@ -34,6 +35,11 @@ def state() -> tuple[bool, bool, str | None]:
 def test_a_gpu_that_is_asked_for_it_is_deterministic(asked, device, expected):
     make_deterministic(ParallelConfig(deterministic=asked), device)
     assert state() == expected
+
+
+def test_new_tensors_are_not_filled():
+    make_deterministic(ParallelConfig(deterministic=True), CUDA)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_run_sets_it_before_its_first_stage(tmp_path, monkeypatch):
