@@ -17,7 +17,7 @@ demo-long: .venv/.run  ## the same scenes, 2.8 times as many steps: runs/toy_lon
 emoji: .venv/.data  ## real emoji from PyPI: runs/emoji
 	$(BIN)/python train.py emoji
 
-gpu: .venv/.run  ## all that one NVIDIA GPU shows in eight minutes: runs/gpu; ARGS=--dry does it tiny on a CPU
+gpu: .venv/.run  ## all that one NVIDIA GPU shows, in eight minutes a call: runs/gpu; ARGS=--dry does it tiny on a CPU
 ifeq (,$(findstring --dry,$(ARGS)))
 	extra=$$($(BIN)/python -m nanochameleon.bench.gpu.machine) && $(INSTALL) -e ".[$$extra]"
 endif

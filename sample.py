@@ -132,9 +132,8 @@ def main(args: Args) -> list[list[str | Path]]:
     # 1. The model
     check_kernels(device := pick_device(args.device))
     run = open_model(args.run, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
-    check_kernels(
-        device, run.model.tok_embeddings.weight.dtype, ops=("rms_norm",)
-    )  # an op of every decoder but the CPU's
+    # The weights' dtype is known only now. All generation calls rms_norm in it, except the compiled engine for CPUs.
+    check_kernels(device, run.model.tok_embeddings.weight.dtype, ops=("rms_norm",))
     if args.dtype == "int8":
         quantize_(run.model)
     # 2. The prompt

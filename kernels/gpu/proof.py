@@ -215,5 +215,6 @@ def _load(index: int) -> Proofs:
     folder, shipped = proof_folder(), any_driver(mine)
     places = [(folder / file_name(mine), mine)] if folder else []
     places.append((SHIPPED / file_name(shipped), shipped))
-    found = next(filter(None, (read(path, what) for path, what in places)), Proofs())
+    absent = Proofs.absent + (", with CUDA_VISIBLE_DEVICES set to it" if index else "")  # prove takes the first GPU
+    found = next(filter(None, (read(path, what) for path, what in places)), Proofs(absent=absent))
     return replace(found, identity=mine)

@@ -24,7 +24,7 @@ class Args:
     bench: tyro.conf.Positional[Literal["kernels", "engine", "train", "data", "prove"]]
     """What to measure. prove: check the CUDA kernels on this GPU, and let `auto` take those that are right and fast."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to measure it."""
+    """Where to measure it. prove takes the first GPU that CUDA_VISIBLE_DEVICES shows."""
     quick: bool = False
     """Fewer rounds and shorter samples: under 50 seconds on two cores."""
     json: Path | None = None
@@ -32,7 +32,7 @@ class Args:
     op: Literal["all", "attention", "zloss", "linear_zloss", "decode", "step"] = "all"
     """For kernels and prove: only this op's cases. The cases of decode need a GPU."""
     dry: bool = False
-    """For prove: tiny shapes in the emulator on a CPU, to see that the command works."""
+    """For prove: tiny shapes in the emulator on a CPU, to see that the command works. Nothing is kept."""
     plot: Path | None = None
     """For kernels: draw the ratios into this file (PNG)."""
 

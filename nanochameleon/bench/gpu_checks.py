@@ -306,10 +306,10 @@ def loss_problem(n: int, v: int, dtype: torch.dtype, overwrite: bool, device: to
 
 
 def linear_problem(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The loss with the output layer, in chunks."""
+    """The loss with the output layer, in chunks. The weight is float32, as in training: its gradient is added up so."""
     inputs = {
         "hidden": random(n, d, device=device, dtype=dtype),
-        "weight": random(v, d, device=device, dtype=dtype) / d**0.5,
+        "weight": random(v, d, device=device, dtype=torch.float32) / d**0.5,
         "targets": ignoring(n, v, device),
     }
     results = "loss", "log Z", "gradient of hidden", "gradient of weight"

@@ -2,6 +2,9 @@
 
     python -m nanochameleon.bench prove [--quick] [--op attention|zloss|decode]
 
+It takes the first GPU that CUDA_VISIBLE_DEVICES shows. --quick times fewer shapes, and compares attention with torch's
+operations compiled at head size 128 alone.
+
 Each kernel is checked and timed (subjects.py) in another process with a time limit, because an illegal access ruins the
 CUDA context of its process, and a deadlock waits for ever. The findings go into the proof file that dispatch reads
 (kernels/gpu/proof.py) after each kernel, so what is proven stays when the command is stopped.
@@ -10,6 +13,7 @@ CUDA context of its process, and a deadlock waits for ever. The findings go into
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -121,28 +125,36 @@ def device_to_prove(dry: bool) -> torch.device:
     return device
 
 
-def main(op: str, quick: bool, dry: bool, work: Work | None = None) -> dict[str, Entry]:
-    """Prove the kernels of an op, or of "all". Returns what is known of each. Raises UserError for a user's mistakes.
-
-    work: what proves a kernel, by its name; tests give another one.
-    """
+def main(op: str, quick: bool, dry: bool) -> None:
+    """Prove the kernels of an op, or of "all". Raises UserError for a user's mistakes."""
     device, effort = device_to_prove(dry), DRY if dry else QUICK if quick else FULL
+    work = partial(work_on, str(device), effort)
+    if dry:  # the emulator proves nothing
+        with tempfile.TemporaryDirectory() as folder:
+            prove_all(op, device, work, effort.limit, Path(folder))
+        say("\nno proof is kept of a dry run")
+        return
     folder = proof.proof_folder()
     if folder is None:
         raise UserError("no folder for the proof can be written: set NANOCHAMELEON_CACHE to one")
+    say("Ctrl-C keeps what is proven by then")
+    say(f"\nthe proof is in {prove_all(op, device, work, effort.limit, folder)}")
+
+
+def prove_all(op: str, device: torch.device, work: Work, limit: float, folder: Path) -> Path:
+    """Add what is found to the proof file in the folder, and return the file. limit: seconds for a kernel."""
     identity = proof.identity(device)
     path, today = folder / proof.file_name(identity), date.today().isoformat()
     before = proof.read(path, identity)
     found = dict(before.entries) if before else {}
-    say(f"proving the CUDA kernels on this {identity['gpu']}; Ctrl-C keeps what is proven")
+    say(f"proving the CUDA kernels on this {identity['gpu']}")
     wanted = subjects(op)
-    for name, entry in progress(wanted, work or partial(work_on, str(device), effort), effort.limit):
+    for name, entry in progress(wanted, work, limit):
         found[name] = entry
         save(path, identity, found, today)
     say()
     show({subject.name: found[subject.name] for subject in wanted})
-    say(f"\nthe proof is in {path}")
-    return found
+    return path
 
 
 def progress(wanted: list[Subject], work: Work, limit: float) -> Iterator[tuple[str, Entry]]:

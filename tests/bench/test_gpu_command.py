@@ -81,12 +81,12 @@ def fake_parts(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(run, "COMMAND", [sys.executable, str(script)])
     monkeypatch.setattr(run, "PARTS", {"hangs": (0.5, "x"), "fails": (30, "y"), "works": (30, "z")})
-    return run.GPUArgs(dry=True, out=tmp_path / "out")
+    return run.GPUArgs(dry=True, out=tmp_path / "out", minutes=5)
 
 
 def test_a_part_that_hangs_or_fails_does_not_stop_the_next(fake_parts, capsys):
     with pytest.raises(SystemExit) as stop:
-        run.main(fake_parts)
+        run.main(fake_parts)  # its five minutes are those of the other two parts
     log = (fake_parts.folder / run.LOG).read_text()
     assert stop.value.code == 1 and capsys.readouterr().out == log
     assert "hangs: out of time" in log and "fails: failed" in log and "works: done" in log and "part works" in log
@@ -107,6 +107,35 @@ def test_finished_parts_are_not_run_again(fake_parts, monkeypatch):
     monkeypatch.setattr(run, "sources", lambda: "changed")
     run.main(fake_parts)
     assert ran == ["fails", "fails", "works"]
+
+
+def test_training_steps_and_generation_fit_into_the_first_call():
+    names = list(run.PARTS)
+    assert "steps" in (first := names[: names.index("generation") + 1])
+    assert sum(run.PARTS[name][0] for name in first) < run.GPUArgs().seconds
+
+
+def test_a_part_may_take_what_those_after_it_do_not_need(fake_parts, monkeypatch):
+    limits = []
+    monkeypatch.setattr(run, "PARTS", {"fails": (10, "y"), "works": (12, "z")})  # five times that in a dry run
+    monkeypatch.setattr(run, "run_part", lambda words, seconds, log: limits.append(seconds) or "done")
+    for minutes in (3, 1):
+        run.main(run.GPUArgs(dry=True, out=fake_parts.out, minutes=minutes, overwrite=True))
+    assert limits == pytest.approx([120, 180, 50, 60], abs=5)
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+def test_minutes_are_a_number_above_0(fake_parts, minutes):
+    with pytest.raises(UserError, match="--minutes must be a number above 0, not"):
+        run.main(run.GPUArgs(dry=True, out=fake_parts.out, minutes=minutes))
+
+
+@pytest.mark.parametrize("part", [3, {}, {"result": "done", "key": "x", "date": 3}, {"result": "done", "key": "x"}])
+def test_a_damaged_state_is_one_sentence(fake_parts, part):
+    fake_parts.out.mkdir()
+    (fake_parts.out / run.STATE).write_text(json.dumps({"works": part}))
+    with pytest.raises(UserError, match=r"parts\.json is damaged: delete it"):
+        run.main(fake_parts)
 
 
 def test_no_part_starts_without_time(fake_parts, monkeypatch):
@@ -192,9 +221,11 @@ def test_a_case_that_fails_or_does_not_fit_leaves_the_others(tmp_path, capsys):
 
 @pytest.mark.parametrize("plan", [DRY, ON_GPU])
 def test_the_toys_options_are_those_of_train_py(plan, tmp_path):
-    _, *words = toy.options(Context(plan, tmp_path), "bf16")
-    cfg = parse_run([str(word) for word in words])
-    assert cfg.device == plan.device and cfg.train.save_every < cfg.train.steps and cfg.train.precision == "bf16"
+    for precision, compiled in (("bf16", "auto"), ("fp32", "off")):
+        _, *words = toy.options(Context(plan, tmp_path), precision)
+        cfg = parse_run([str(word) for word in words])
+        assert cfg.train.precision == precision and cfg.parallel.compile == compiled
+        assert cfg.device == plan.device and cfg.train.save_every < cfg.train.steps
 
 
 def test_a_training_is_stopped_once_it_has_a_checkpoint(tmp_path):

@@ -40,7 +40,7 @@ def known(folder) -> dict[str, proof.Entry]:
 def test_every_fault_is_named_and_the_other_kernels_stay_proven(in_this_process, capsys):
     faults = [fault for fault in planted.REASONS if fault.__name__ not in ("hanging", "crashing", "leaving")]
     where = dict(zip(NAMES, (fault.__name__ for fault in faults), strict=False))
-    prove.main("all", False, True, partial(planted.work, where))
+    prove.prove_all("all", CPU, partial(planted.work, where), 60.0, in_this_process)
     entries, printed = known(in_this_process), capsys.readouterr().out
     assert list(entries) == NAMES
     for name, entry in entries.items():
@@ -66,22 +66,45 @@ def test_ctrl_c_keeps_what_is_proven_and_another_op_is_added(in_this_process):
         return planted.work({}, name)
 
     with pytest.raises(KeyboardInterrupt):
-        prove.main("all", False, True, work)
+        prove.prove_all("all", CPU, work, 60.0, in_this_process)
     assert list(known(in_this_process)) == NAMES[:2]
-    prove.main("decode", False, True, partial(planted.work, {}))
+    prove.prove_all("decode", CPU, partial(planted.work, {}), 60.0, in_this_process)
     assert list(known(in_this_process)) == NAMES[:4]
 
 
-def test_the_command_runs_whole_in_the_emulator(tmp_path, monkeypatch):
-    """Real kernels of one op in another process, and their times."""
-    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
-    command = [sys.executable, "-m", "nanochameleon.bench", "prove", "--dry", "--op", "decode"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    (path,) = tmp_path.glob("*.json")
-    assert str(path) in ran.stdout and "2 of 2, done" in ran.stdout and not ran.stderr
+def test_real_kernels_are_proven_in_another_process(tmp_path):
+    """One op in the emulator, and its times."""
+    path = prove.prove_all("decode", CPU, partial(prove.work_on, "cpu", subjects.DRY), 60.0, tmp_path)
     entries = proof.read(path, proof.identity(CPU)).entries
     assert {name: entry.ok for name, entry in entries.items()} == dict.fromkeys(NAMES[2:4], True)
     assert set(entries[NAMES[2]].errors) == {"out", "keys", "values"}
+
+
+def test_a_dry_run_of_the_command_leaves_no_proof(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAMELEON_CACHE", str(tmp_path))
+    command = [sys.executable, "-m", "nanochameleon.bench", "prove", "--dry", "--op", "decode"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "2 of 2, done" in ran.stdout and ran.stdout.endswith("no proof is kept of a dry run\n") and not ran.stderr
+    assert not [*tmp_path.glob("*.json")]
+
+
+def test_the_output_layer_is_proven_as_training_runs_it():
+    """In bf16 with a fp32 weight, whose gradient a GPU sums by a call that no other op makes."""
+    (loss,) = [each for each in subjects.subjects("zloss") if each.dtype == torch.bfloat16]
+    (layer,) = [each for each in loss.problems(subjects.DRY, CPU) if "weight" in each.inputs]
+    assert layer.inputs["hidden"].dtype == torch.bfloat16 and layer.inputs["weight"].dtype == torch.float32
+
+
+def test_the_largest_heads_are_proven_first_and_they_alone_are_compiled_in_a_hurry(monkeypatch):
+    heads = [each.head_dim for each in subjects.subjects("attention")]
+    assert heads == sorted(heads, reverse=True)
+    asked = {}
+    monkeypatch.setattr(subjects.Subject, "case", lambda *_: Case("", [], {}))
+    monkeypatch.setattr(subjects.Subject, "jobs", lambda self, _, compiled: asked.update({self.head_dim: compiled}))
+    monkeypatch.setattr(subjects, "median_seconds", lambda *_: {"own": 1.0, "torch": 1.0})
+    for each in subjects.subjects("attention"):
+        subjects.time_it(each, subjects.QUICK, CPU, {})
+    assert asked == {128: True, 64: False, 32: False}
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,8 @@ from nanochameleon.kernels.caches import cache_folder
 
 SOURCE = Path(__file__).parent / "guard.cpp"
 # C++20: since torch 2.12 its headers need it, and older ones allow it. -w: their warnings are not ours.
-FLAGS = [
-    "-std=c++20",
-    "-O0",
-    "-w",
-    "-shared",
-    "-fPIC",
-    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-]
+FLAGS = ["-std=c++20", "-O0", "-w", "-shared", "-fPIC",
+         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]  # fmt: skip
 
 
 class NoFakeDevice(Exception):
@@ -36,9 +30,8 @@ def device_library() -> Path:
         )
     if shutil.which("g++") is None:
         raise NoFakeDevice("the fake CUDA device is C++, and g++ is missing: install it (Debian: apt install g++)")
-    name = hashlib.sha256(f"{SOURCE.read_text()} {torch.__file__} {torch.__version__} {FLAGS}".encode()).hexdigest()[
-        :16
-    ]
+    built_from = f"{SOURCE.read_text()} {torch.__file__} {torch.__version__} {FLAGS}"
+    name = hashlib.sha256(built_from.encode()).hexdigest()[:16]
     folder = cache_folder("NANOCHAMELEON_CACHE", "") or Path(tempfile.gettempdir())
     path = folder / f"fake-cuda-{name}.so"
     if not path.is_file():

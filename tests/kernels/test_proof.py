@@ -218,6 +218,13 @@ def test_without_a_proof_every_line_at_the_start_names_the_command(an_h100):
         assert "reference" in lines[op] and lines[op].endswith(f"not proven on this GPU: run {proof.COMMAND}")
 
 
+def test_the_reason_on_another_gpu_than_the_first_says_how_to_prove_that_one(an_h100):
+    reason = f"not proven on this GPU: run {proof.COMMAND}"
+    assert proof.load(torch.device("cuda", 0)).choose(LOSS, BF16, None)[1] == reason
+    reason += ", with CUDA_VISIBLE_DEVICES set to it"
+    assert proof.load(torch.device("cuda", 1)).choose(LOSS, BF16, None)[1] == reason
+
+
 def test_recomputation_in_another_thread_takes_the_same_proofs():
     with use_kernels("auto"), use_proofs(PROOFS):
         _, again = same_kernels()

@@ -46,6 +46,27 @@ MUTANTS = [
         "bench/test_gpu_command.py",
     ),
     Mutant(
+        "no part gets the time that later ones do not need",
+        "bench/gpu/run.py",
+        "min(max(limits[0], remaining - sum(limits[1:])), remaining)",
+        "min(limits[0], remaining)",
+        "bench/test_gpu_command.py",
+    ),
+    Mutant(
+        "the output layer is proven with a bf16 weight",
+        "bench/gpu_checks.py",
+        "random(v, d, device=device, dtype=torch.float32) / d**0.5",
+        "random(v, d, device=device, dtype=dtype) / d**0.5",
+        "bench/test_prove.py",
+    ),
+    Mutant(
+        "a dry run leaves a proof of the emulator",
+        "bench/prove.py",
+        "work, effort.limit, Path(folder))",
+        "work, effort.limit, proof.proof_folder())",
+        "bench/test_prove.py",
+    ),
+    Mutant(
         "figures of other variants fill a cell",
         "bench/gpu/page.py",
         "found = {(row.case, row.variant): (row, day) for row, day in measured}",

@@ -1,6 +1,6 @@
 """Everything that the first minutes on one NVIDIA GPU should show, as one command (`make gpu`).
 
-    python -m nanochameleon.bench gpu          on a GPU: about eight minutes
+    python -m nanochameleon.bench gpu          on a GPU: eight minutes, twice
     python -m nanochameleon.bench gpu --dry    tiny sizes on a CPU, CUDA kernels in the emulator
 
 run.py starts each part as a process of its own (part.py) with a time limit. A part prints to the log and writes its

@@ -23,8 +23,9 @@ def prove(context: Context) -> Iterator[Row]:
     words = ["-m", "nanochameleon.bench", "prove", "--quick"]
     with context.guard("bench prove"):
         context.run("bench prove", [*words, *["--dry"] * context.plan.dry], PROVE_SECONDS)
-        proven = proof.proof_folder() / proof.file_name(proof.identity(context.device))
-        shutil.copy(proven, context.folder / "proof.json")  # to send in
+        if not context.plan.dry:  # which keeps no proof
+            proven = proof.proof_folder() / proof.file_name(proof.identity(context.device))
+            shutil.copy(proven, context.folder / "proof.json")  # to send in
     yield from ()
 
 

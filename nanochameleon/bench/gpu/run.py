@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,14 +29,14 @@ from nanochameleon.errors import UserError, say
 from nanochameleon.files import check_writable, read_json, write_file
 from nanochameleon.kernels.gpu.packages import cuda_extra, missing_cuda_package
 
-# part -> seconds at most, and what it does
+# Part -> seconds at most while others wait, and what it does. The first four together fit into eight minutes.
 PARTS = {
-    "machine": (90, "versions, the speed of memory and matmuls, compilation of all kernels"),
-    "toy": (200, "train.py toy in few steps, stopped and resumed, in fp32 and bf16; sample.py"),
-    "prove": (150, "values, races and times of each kernel: what auto may take"),
+    "machine": (60, "versions, the speed of memory and matmuls, compilation of all kernels"),
+    "prove": (120, "values, races and times of each kernel: what auto may take"),
+    "steps": (150, "training steps of the 1.4B and the 288M"),
+    "generation": (135, "tokens with CUDA graphs and without, alone and in company; ms per step of the 1.3B and 7B"),
+    "toy": (150, "train.py toy in few steps, stopped and resumed, in fp32 and bf16; sample.py"),
     "attention": (45, "what documents cost, by kernel"),
-    "steps": (240, "training steps of the 1.4B and the 288M"),
-    "generation": (150, "tokens with CUDA graphs and without, alone and in company; ms per step of the 1.3B and 7B"),
     "kernels": (120, "times and memory of each kernel next to torch's"),
     "sanitizer": (180, "memory accesses and races of small cases under compute-sanitizer"),
 }
@@ -53,7 +54,8 @@ class GPUArgs:
     out: Path | None = None
     """Folder of the log, the rows and the page; None is runs/gpu, or runs/gpu-dry."""
     minutes: float | None = None
-    """Time for all parts together; None is 8, or 40 with --dry. The same command again runs those that are left."""
+    """Time for all parts together; None is 8, or 40 with --dry. All parts may take 16; the same command again runs
+    those that are left."""
     overwrite: bool = False
     """Run parts again that have finished."""
 
@@ -63,7 +65,7 @@ class GPUArgs:
 
     @property
     def seconds(self) -> float:
-        return 60 * (self.minutes or 8 * self.plan.patience)
+        return 60 * (8 * self.plan.patience if self.minutes is None else self.minutes)
 
     @property
     def folder(self) -> Path:
@@ -129,6 +131,15 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def read_state(path: Path) -> dict[str, dict[str, str]]:
+    """What is known of each part that has run. Raises UserError for a damaged file."""
+    state = read_json(path) if path.exists() else {}
+    for part in state.values():
+        if not isinstance(part, dict) or {*map(type, part.values())} != {str} or set(part) != {"result", "key", "date"}:
+            raise UserError(f"{path} is damaged: delete it, and all parts run again")
+    return state
+
+
 def saved_rows(folder: Path, state: dict) -> list[tuple[Row, str]]:
     """The rows of all parts so far, each with the day of its measurement."""
     found = [(folder / f"{name}.json", part["date"]) for name, part in state.items()]
@@ -156,16 +167,15 @@ def run_all(args: GPUArgs, log: Log) -> list[str]:
     """Run the parts that are left; returns those that did not finish."""
     folder, deadline = args.folder, time.monotonic() + args.seconds
     device = device_name(torch.device(args.plan.device))
-    state = read_json(folder / STATE) if (folder / STATE).exists() else {}
+    state = read_state(folder / STATE)
     key = f"{sources()} {device} {'dry' * args.dry}"
     log(f"{date.today()}: {device}, torch {torch.__version__}, commit {commit()}, {args.seconds / 60:g} minutes")
     left = list(todo(args, state, key))
     if done := [name for name in PARTS if name not in left]:
         log(f"already finished with these sources: {', '.join(done)} (--overwrite runs them again)")
     unfinished = []
-    for name in left:
-        limit, what = PARTS[name]
-        remaining = deadline - time.monotonic()
+    for i, name in enumerate(left):
+        remaining, what = deadline - time.monotonic(), PARTS[name][1]
         log(f"\n== {name}: {what} ({remaining:.0f} s left)")
         if remaining < LEAST:
             log("not started, since the time is over")
@@ -173,9 +183,9 @@ def run_all(args: GPUArgs, log: Log) -> list[str]:
             continue
         (folder / f"{name}.json").unlink(missing_ok=True)
         start = time.monotonic()
-        result = run_part(
-            [name, str(folder.resolve()), *["--dry"] * args.dry], min(args.plan.patience * limit, remaining), log
-        )
+        limits = [args.plan.patience * PARTS[each][0] for each in left[i:]]
+        limit = min(max(limits[0], remaining - sum(limits[1:])), remaining)  # and what the parts after it do not need
+        result = run_part([name, str(folder.resolve()), *["--dry"] * args.dry], limit, log)
         log(f"== {name}: {result} after {time.monotonic() - start:.0f} s")
         unfinished += [name] * (result != "done")
         state[name] = {"result": result, "key": key, "date": str(date.today())}
@@ -186,6 +196,8 @@ def run_all(args: GPUArgs, log: Log) -> list[str]:
 
 def main(args: GPUArgs) -> None:
     """Raises UserError without a GPU or a folder to write to. Exits with 1 if a part did not finish."""
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--minutes must be a number above 0, not {args.minutes:g}")
     if not (ROOT / "train.py").is_file():
         raise UserError("this is an installed package: run the command in a clone of the repository")
     if not args.dry:

@@ -19,8 +19,9 @@ STOPPED = 128 + signal.SIGINT
 
 def options(context: Context, precision: str) -> list[object]:
     out = context.folder / f"toy-{precision}"
+    compiled = "off" if precision == "fp32" else "auto"  # compiling takes longer than these steps: once is enough
     return ["train.py", "toy", "--device", context.plan.device, "--out", out, "--train.precision", precision,
-            *context.plan.toy]  # fmt: skip
+            "--parallel.compile", compiled, *context.plan.toy]  # fmt: skip
 
 
 def stop_after_a_checkpoint(command: list[object], folder: Path, limit: float) -> int:
