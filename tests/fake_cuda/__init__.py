@@ -3,7 +3,8 @@
     harness.run_on_fake_cuda(function, ...)   calls function(...) in a child process whose torch has such a device
     recorder.Recorder                         notes host syncs, ops that mix devices, and bytes
 
-Torch's FakeTensorMode runs every op on shapes, types and devices alone. On a torch built for CPUs it stops at the first
-tensor of a GPU, for lack of a device guard: guard.cpp is one that does nothing. It changes the whole process, hence the
-child. No number is computed, so tests of this folder are about devices, shapes, types, order and bytes.
+Torch's FakeTensorMode runs every op on shapes, types and devices alone. Without a GPU it stops at the first tensor of
+one, for lack of a device guard: guard.cpp is one that does nothing. It changes the whole process, hence the child. In
+a torch built for CUDA it takes the place of CUDA's own, and the child sees no real GPU. No number is computed, so tests
+of this folder are about devices, shapes, types, order and bytes.
 """

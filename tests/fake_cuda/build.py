@@ -6,7 +6,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
@@ -23,11 +22,11 @@ class NoFakeDevice(Exception):
 
 
 def device_library() -> Path:
-    """The compiled guard. Raises NoFakeDevice if it cannot be compiled; skips the test if torch has a CUDA device."""
-    if torch.version.cuda or torch.version.hip:
-        pytest.skip(
-            f"torch {torch.__version__} has a CUDA device of its own, which the fake one cannot replace: "
-            "install torch's build for CPUs to run these tests"
+    """The compiled guard. Raises NoFakeDevice if it cannot be compiled."""
+    if torch.version.hip:
+        raise NoFakeDevice(
+            f"torch {torch.__version__} is built for AMD GPUs, whose device the fake one cannot replace: "
+            "install torch's build for CPUs or for CUDA to run these tests"
         )
     if shutil.which("g++") is None:
         raise NoFakeDevice("the fake CUDA device is C++, and g++ is missing: install it (Debian: apt install g++)")
@@ -46,8 +45,10 @@ def compile_guard(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as aside:
         new = Path(aside) / path.name
         command = ["g++", *FLAGS, *(f"-I{folder}" for folder in include_paths()), str(SOURCE), "-o", str(new)]
+        # A torch built for CUDA registers its device when it is loaded, so it has to come first: the last one counts.
+        linked = ["-lc10", "-ltorch_cpu", *(["-Wl,--no-as-needed", "-ltorch_cuda"] if torch.version.cuda else [])]
         done = subprocess.run(
-            [*command, f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-lc10", "-ltorch_cpu"],
+            [*command, f"-L{libraries}", f"-Wl,-rpath,{libraries}", *linked],
             capture_output=True,
             text=True,
         )

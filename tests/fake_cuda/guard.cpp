@@ -1,4 +1,4 @@
-// A CUDA device for a torch that has none: one device, whose streams and events do nothing.
+// A CUDA device for a process without a GPU: one device, whose streams and events do nothing.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -38,5 +38,6 @@ struct FakeHooks : CUDAHooksInterface {
   DeviceIndex maybeExchangeDevice(DeviceIndex device) const override { return device; }
   int getNumGPUs() const override { return 1; }
 };
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, FakeHooks);
+// In a torch built for CUDA the key is taken already, and the same priority twice ends the process.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, FakeHooks);
 }  // namespace at

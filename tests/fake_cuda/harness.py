@@ -26,6 +26,7 @@ def run_on_fake_cuda(function: Callable, **arguments) -> Any:
     }
     job |= {"module": function.__module__, "function": function.__name__}
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""  # a real GPU would answer some questions of torch itself
     child = subprocess.run(
         [sys.executable, "-m", "fake_cuda.child", json.dumps(job)], env=env, capture_output=True, text=True,
         timeout=SECONDS, check=False,
