@@ -17,7 +17,8 @@ def qknorm_rope_attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, documents: Documents | None, q_weight: Tensor | None,
     q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, own: bool,
 ) -> Tensor:  # fmt: skip
-    """Returns (B, T, H, E). own: run our attention where it is written for E, else torch's, a vendor's.
+    """Returns (B, T, H, E). own: run our attention where it is written for E, else torch's, a vendor's. Torch's runs,
+    too, where nobody knows where documents begin.
 
     Raises ValueError for heads of more than 128 numbers, the most that qknorm_rope.cu takes.
     """
@@ -25,7 +26,8 @@ def qknorm_rope_attention_cuda(
         raise ValueError(f"the CUDA kernels take heads of at most 128 numbers, not {q.shape[-1]}: use the reference")
     qknorm_rope, v = torch.ops.nanochameleon.qknorm_rope_cuda, v.to(q.dtype)
     q, k = qknorm_rope(q, cos_sin, q_weight, q_bias, eps), qknorm_rope(k.to(q.dtype), cos_sin, k_weight, k_bias, eps)
-    if own and q.shape[-1] in gpu.HEAD_DIMS:
+    known = documents is None or documents.cu_seqlens is not None
+    if own and known and q.shape[-1] in gpu.HEAD_DIMS:
         return torch.ops.nanochameleon.attention_cuda(q, k, v, *document_bounds(documents, q))[0]
     return attention_within_documents(q, k, v, documents)
 
@@ -33,7 +35,7 @@ def qknorm_rope_attention_cuda(
 def document_bounds(documents: Documents | None, q: Tensor) -> tuple[Tensor, Tensor]:
     """First and last position of each position's document, (B, T) int32 each; None is one document a sequence."""
     if documents is not None:
-        return gpu.document_bounds(documents.ids) if documents.cu_seqlens is None else documents.bounds()
+        return documents.bounds()
     doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
     return doc_start, torch.full_like(doc_start, q.shape[1] - 1)
 

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.kernels.gpu.nvrtc import cubin_file
@@ -140,19 +139,6 @@ HEAD_DIMS = (64, 128)  # E for which attention and decode are compiled
 def tile_bytes(rows: int, e: int) -> int:
     """Shared memory of a tile: each row has 16 bytes more than its numbers need (TileRow of tiles.cuh)."""
     return rows * (2 * e + 16)
-
-
-def document_bounds(docs: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) document ids -> (B, T) int32 each: first and last position of each position's document. Never syncs."""
-    t = docs.shape[1]
-    ids, order = docs.sort(dim=1, stable=True)  # the positions of a document become neighbours, in order
-    positions = torch.arange(t, device=docs.device).expand_as(docs)
-    changes = ids[:, 1:] != ids[:, :-1]
-    is_first, is_last = F.pad(changes, (1, 0), value=True), F.pad(changes, (0, 1), value=True)
-    first = positions.masked_fill(~is_first, 0).cummax(1).values  # in sorted order
-    last = positions.masked_fill(~is_last, t - 1).flip(1).cummin(1).values.flip(1)
-    inverse = order.argsort(dim=1)
-    return tuple(order.gather(1, x).gather(1, inverse).int() for x in (first, last))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, simple: bool = False) -> tuple[Tensor, Tensor]:

@@ -212,14 +212,15 @@ def norm_problem(t: int, heads: int, e: int, device: torch.device) -> Problem:
 def own_attention_problem(
     t: int, heads: int, kv_heads: int, e: int, simple: bool, device: torch.device, seed: int = 0
 ) -> Problem:
-    """Our attention without norm and rotation, forward and backward; documents in any order."""
+    """Our attention without norm and rotation, forward and backward, within documents."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads, "d_out": heads}
     inputs = {name: torch.randn(2, t, n, e, generator=generator).to(device, BF16) for name, n in shapes.items()}
-    inputs["doc_ids"] = torch.randint(-1, 2, (2, t), generator=generator).to(device)
+    found = Documents.of(torch.randint(-1, 2, (2, t), generator=generator).sort(1).values).to(device)
+    inputs |= {"ids": found.ids, "cu_seqlens": found.cu_seqlens}
 
     def run(x: Tensors) -> Tensors:
-        first, last = gpu.document_bounds(x["doc_ids"])
+        first, last = Documents(x["ids"], x["cu_seqlens"], found.max_len).bounds()
         out, lse2 = gpu.attention(x["q"], x["k"], x["v"], first, simple)
         dq, dk, dv = gpu.attention_backward(x["d_out"], out, lse2, x["q"], x["k"], x["v"], first, last, simple)
         return {"out": out, "lse2": lse2, "dq": dq, "dk": dk, "dv": dv}
@@ -227,7 +228,7 @@ def own_attention_problem(
     def reference(x: Tensors, dtype: torch.dtype) -> Tensors:
         leaves = [x[name].detach().to(dtype).requires_grad_() for name in "qkv"]
         q, k, v = (y.transpose(1, 2) for y in leaves)
-        mask = visible(x["doc_ids"], x["doc_ids"])
+        mask = visible(x["ids"], x["ids"])
         out = attention_reference(q, k, v, mask).transpose(1, 2)
         gradients = torch.autograd.grad(out, leaves, x["d_out"].to(dtype))
         q, k = (y.detach().to(torch.promote_types(dtype, torch.float32)) for y in (q, k))

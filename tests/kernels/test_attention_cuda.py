@@ -43,18 +43,10 @@ def test_both_versions_are_as_good_as_the_formula(t, e, shared_by, simple, seed)
     check(own_attention_problem(t, 2 * shared_by, 2, e, simple, torch.device("cpu"), seed), NARROW)
 
 
-@given(st.lists(st.lists(st.integers(-1, 3), min_size=7, max_size=7), min_size=1, max_size=3))
-def test_where_documents_begin_and_end(rows):
-    first, last = gpu.document_bounds(torch.tensor(rows))
-    for row, begins, ends in zip(rows, first.tolist(), last.tolist(), strict=True):
-        assert begins == [row.index(doc) for doc in row]
-        assert ends == [6 - row[::-1].index(doc) for doc in row]
-
-
 def test_torch_knows_the_ops():
     """Schema, autograd registration, fake tensors and a traced backward pass."""
     ops, x = torch.ops.nanochameleon, torch.randn(1, 5, 2, 64).to(NARROW).requires_grad_()
-    first, last = gpu.document_bounds(torch.tensor([[0, 0, 1, 1, 1]]))
+    first, last = Documents.of(torch.tensor([[0, 0, 1, 1, 1]])).bounds()
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     torch.library.opcheck(ops.attention_cuda.default, (x, x, x, first, last), test_utils=checks)
     weight = torch.ones(2, 64, requires_grad=True)

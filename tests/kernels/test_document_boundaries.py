@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from nanochameleon.kernels.attention import by_documents, flash, reference
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import attention_reference, visible
-from nanochameleon.kernels.gpu import launch as gpu
 
 
 def document_by_document(q, k, v, cu_seqlens, longest):
@@ -126,7 +125,10 @@ def test_which_kernel_takes_which_heads(monkeypatch, capability, dtype, e, torch
 
 
 @given(packed_problems())
-def test_bounds_from_cu_seqlens_are_those_found_by_sorting(problem):
+def test_bounds_are_the_first_and_last_place_of_each_id(problem):
     documents = problem[-1]
-    for x, y in zip(documents.bounds(), gpu.document_bounds(documents.ids), strict=True):
-        assert torch.equal(x, y) and x.dtype == torch.int32
+    first, last = documents.bounds()
+    assert first.dtype == last.dtype == torch.int32
+    for row, begins, ends in zip(documents.ids.tolist(), first.tolist(), last.tolist(), strict=True):
+        assert begins == [row.index(doc) for doc in row]
+        assert ends == [len(row) - 1 - row[::-1].index(doc) for doc in row]
