@@ -53,7 +53,7 @@ def test_every_fault_is_named_and_the_other_kernels_stay_proven(in_this_process,
 
 def test_a_kernel_that_hangs_or_ends_its_process_costs_only_itself():
     where = {"b": "hanging", "c": "crashing"}
-    found = dict(prove.outcomes(list("abcd"), partial(planted.work, where), 1.0))
+    found = dict(prove.outcomes(list("abcd"), partial(planted.work, where), 5.0))
     assert {name: entry.ok for name, entry in found.items()} == {"a": True, "b": False, "c": False, "d": True}
     for name, fault in where.items():
         assert re.fullmatch(planted.REASONS[planted.FAULTS[fault]], found[name].why)
