@@ -81,7 +81,8 @@ def test_a_compiler_that_fails_is_one_warning_and_the_step_is_eager(compiler, mo
     compile_blocks(model.layers, "auto", CPU)
     for _ in range(2):
         loss(model).backward()
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    # in float64; a graph that was traced rotates by the real product, whose last bits may differ
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-9, atol=1e-12)
     warning = "warning: torch.compile failed (RuntimeError: a compiler that fails); training continues without\n"
     assert capsys.readouterr().err == warning
 
