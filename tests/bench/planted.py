@@ -81,7 +81,7 @@ REASONS = {  # what is found -> the reason, as a pattern
     before_its_input: r"three times x: it writes outside x",
     changing_its_input: r"three times x: its input x has changed",
     raising: r"RuntimeError: CUDA error: an illegal memory access was encountered",
-    hanging: r"it did not end within 1 s",
+    hanging: r"it did not end within 5 s",
     crashing: r"its process was ended by SIGSEGV",
     leaving: r"its process ended with exit code 7",
 }

@@ -229,8 +229,10 @@ def test_the_toys_options_are_those_of_train_py(plan, tmp_path):
 
 
 def test_a_training_is_stopped_once_it_has_a_checkpoint(tmp_path):
+    # A shell's background jobs ignore SIGINT, and pass that on. train.py does not care: it sets its own handler.
+    heed = "import pathlib, signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     script = tmp_path / "train.py"
-    script.write_text("import pathlib, sys, time; pathlib.Path(sys.argv[1], 'step-000004').mkdir(); time.sleep(60)")
+    script.write_text(heed + "pathlib.Path(sys.argv[1], 'step-000004').mkdir(); time.sleep(60)")
     assert toy.stop_after_a_checkpoint([script, tmp_path], tmp_path, 120.0) == -signal.SIGINT
 
 
