@@ -68,7 +68,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=k.shape[1] != q.shape[1])
+    shared_heads = k.shape[1] != q.shape[1]
+    if q.shape[2] == 1:  # a branch, since the comparison is no bool where torch.compile keeps lengths as symbols
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared_heads)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared_heads)
 
 
 def attention_within_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
