@@ -11,8 +11,8 @@ from nanochameleon.data.sources.scenes import draw, scenes
 
 def losses_and_weights(seed: int) -> tuple[list[float], torch.Tensor]:
     losses = []
-    run = train({"pairs": 0.5, "interleaved": 0.5}, 3, seed=seed, watch=lambda _, s: losses.append(s.next_token.loss))
-    return [float(loss) for loss in losses], torch.cat([p.detach().flatten() for p in run.model.parameters()])
+    run = train({"pairs": 0.5, "interleaved": 0.5}, 3, seed=seed, watch=lambda _, s: losses.append(s.next_token.loss.item()))
+    return losses, torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
 def test_a_seed_repeats_a_training_and_another_does_not():
