@@ -1,17 +1,19 @@
-"""What the lessons share: the loop repeats itself from its seed, and no image of the small world is lost in 16 codes."""
+"""What the lessons share: the loop repeats itself from its seed, and 16 codes hold all of a small world's image."""
 
 import math
 
 import pytest
 import torch
-from small import WORLD, PatchTokenizer, small_config, start, train
 
 from nanochameleon.data.sources.scenes import draw, scenes
+from small import WORLD, PatchTokenizer, small_config, start, train
 
 
 def losses_and_weights(seed: int) -> tuple[list[float], torch.Tensor]:
     losses = []
-    run = train({"pairs": 0.5, "interleaved": 0.5}, 3, seed=seed, watch=lambda _, s: losses.append(s.next_token.loss.item()))
+    run = train(
+        {"pairs": 0.5, "interleaved": 0.5}, 3, seed=seed, watch=lambda _, s: losses.append(s.next_token.loss.item())
+    )
     return losses, torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
