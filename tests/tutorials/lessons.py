@@ -25,7 +25,7 @@ def read_built(path: Path) -> Notebook:
 
 
 def stem(path: Path) -> str:
-    """01_words.py -> words."""
+    """01_words -> words."""
     return path.stem.partition("_")[2]
 
 
