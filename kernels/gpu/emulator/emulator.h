@@ -37,8 +37,10 @@
 
 struct uint3 { unsigned x, y, z; };
 struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 template <class T> T min(T a, T b) { return a < b ? a : b; }
@@ -47,7 +49,13 @@ template <class To, class From> To same_bits(From x) { To y; memcpy(&y, &x, size
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 #define __log2f log2f
+#define __logf logf
+#define __expf expf
+const int warpSize = 32;
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T atomicAdd(T* p, T x) { T old = *p; *p = old + x; return old; }
 template <class T> void __stcs(T* p, T x) { *p = x; }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -107,9 +115,20 @@ template <class T> const T* exchange(const T& mine, const char* where) {
   return slots;  // valid until the operation after the next
 }
 
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes) {
+// The number of another lane; beyond the warp, a lane keeps its own
+template <class T> T shuffle(unsigned mask, T x, unsigned lane, const char* where) {
   if (mask != ~0u) fail("a shuffle of part of a warp is not emulated");
-  return exchange(x, "__shfl_xor_sync")[threadIdx.x % 32 ^ lanes];
+  return exchange(x, where)[lane < 32 ? lane : threadIdx.x % 32];
+}
+template <class T> T __shfl_sync(unsigned mask, T x, int lane) { return shuffle(mask, x, lane & 31, "__shfl_sync"); }
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes) {
+  return shuffle(mask, x, threadIdx.x % 32 ^ lanes, "__shfl_xor_sync");
+}
+template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned n) {
+  return shuffle(mask, x, threadIdx.x % 32 + n, "__shfl_down_sync");
+}
+template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned n) {
+  return shuffle(mask, x, threadIdx.x % 32 - n, "__shfl_up_sync");
 }
 
 inline void run_fibre() {

@@ -29,6 +29,8 @@ HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
 ALIGNMENT = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
 COMPILE = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE", *ALIGNMENT, "-x", "c++"]
 PAGE = mmap.PAGESIZE
+# extern __shared__ float memory[]; becomes a pointer to what the launch asked for
+DYNAMIC_ARRAY = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?([\w\s]*\w)\s+(\w+)\s*\[\s*\]\s*;")
 
 
 class Address(int):
@@ -48,12 +50,21 @@ class EmulatorError(Exception):
     """A kernel did what a GPU would not survive."""
 
 
+def run_compiler(command: list, text: str) -> str:
+    """Return what g++ prints. Raises EmulatorError with the first error of a text that does not compile."""
+    ran = subprocess.run(command, input=text, capture_output=True, text=True)
+    if ran.returncode:
+        lines = ran.stderr.splitlines()
+        raise EmulatorError(f"g++ refuses it: {next((line for line in lines if 'error:' in line), ran.stderr)}")
+    return ran.stdout
+
+
 def compiled(source: str, folder: Path, generation: int) -> ctypes.CDLL:
     """Compile CUDA C, which may include files of `folder`, to a library with launch_NAME for each kernel."""
     headers = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
-    headers += f"#define __CUDA_ARCH__ {generation}0\n"
-    expand = [*COMPILE, f"-I{folder}", "-E", "-P", "-"]
-    text = subprocess.run(expand, input=headers + source, stdout=subprocess.PIPE, text=True, check=True).stdout
+    headers += f'#define __CUDA_ARCH__ {generation}0\n#line 1 "kernel"\n'
+    expand = [*COMPILE, f"-I{folder}", f"-I{HEADERS}", "-E", "-P", "-"]
+    text = run_compiler(expand, headers + DYNAMIC_ARRAY.sub(r"\1* const \2 = (\1*)dynamic_shared();", source))
     names = re.findall(r'extern "C" __attribute__\(\(used\)\) void\s+(\w+)', text)
     launches = (
         'extern "C" const char* launch_NAME(const char* kinds, const int* sizes, void** arguments) {'
@@ -66,7 +77,7 @@ def compiled(source: str, folder: Path, generation: int) -> ctypes.CDLL:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             new = Path(aside) / "new.so"
-            subprocess.run([*COMPILE, "-shared", "-fPIC", "-", "-o", new], input=text, text=True, check=True)
+            run_compiler([*COMPILE, "-shared", "-fPIC", "-", "-o", new], text)
             new.replace(path)
     return ctypes.CDLL(str(path))
 

@@ -1,0 +1,71 @@
+"""The emulator's call for learners: that of cupy.RawKernel."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from nanochameleon.kernels.gpu.emulator.emulator import EmulatorError
+from nanochameleon.kernels.gpu.emulator.kernel import emulated_kernel
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing, so no CUDA kernel is run here")
+SCALE = """
+extern "C" __global__ void scale(const float* x, float* y, int n, float factor) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = factor * x[i];
+}
+"""
+SUM = """
+extern "C" __global__ void total(const float* x, float* sum) {
+  extern __shared__ float part[];
+  int i = threadIdx.x;
+  part[i] = x[i];
+  __syncthreads();
+  for (int half = blockDim.x / 2; half; half /= 2) {
+    if (i < half) part[i] += part[i + half];
+    __syncthreads();
+  }
+  if (i == 0) *sum = part[0];
+}
+"""
+
+
+@pytest.mark.parametrize("make", [torch.zeros, lambda n: np.zeros(n, np.float32)])
+def test_it_is_called_as_cupy_s_kernels_are_on_tensors_and_arrays(make):
+    x, y = make(100), make(100)
+    x[:] = 2
+    emulated_kernel(SCALE, "scale")((2,), (64,), (x, y, np.int32(99), np.float32(3)))
+    assert (y[:99] == 6).all() and y[99] == 0
+
+
+def test_a_file_is_compiled_as_a_source_text_is(tmp_path):
+    (tmp_path / "scale.cu").write_text(SCALE)
+    y = np.zeros(32, np.float32)
+    emulated_kernel(tmp_path / "scale.cu", "scale")((1,), (32,), (np.ones_like(y), y, np.int32(32), np.float32(5)))
+    assert (y == 5).all()
+
+
+def test_shared_memory_of_the_launch_has_a_name_in_the_kernel():
+    x, total = torch.arange(128.0), torch.zeros(1)
+    emulated_kernel(SUM, "total")((1,), (128,), (x, total), shared_mem=512)
+    assert total.item() == 127 * 64
+    with pytest.raises(EmulatorError, match="after the 256 bytes"):
+        emulated_kernel(SUM, "total")((1,), (128,), (x, total), shared_mem=256)
+
+
+def test_what_cannot_be_called_is_said_in_a_sentence():
+    scale, x = emulated_kernel(SCALE, "scale"), torch.zeros(64)
+    for arguments, sentence in {
+        (x, x, 64, np.float32(1)): "argument 2 is a int",
+        (x, x[::2], np.int32(1), np.float32(1)): "argument 1 must be a contiguous",
+        (x, x, np.float32(1), np.float32(1)): "the call gives",
+    }.items():
+        with pytest.raises(EmulatorError, match=sentence):
+            scale((1,), (64,), arguments)
+    with pytest.raises(EmulatorError, match="a block of"):
+        scale((1,), (8, 8), (x, x, np.int32(64), np.float32(1)))
+    with pytest.raises(EmulatorError, match="no kernel scala"):
+        emulated_kernel(SCALE, "scala")
+    with pytest.raises(EmulatorError, match="g\\+\\+ refuses it.*foo"):
+        emulated_kernel(SCALE.replace("if", "foo; if"), "scale")
