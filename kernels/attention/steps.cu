@@ -33,6 +33,7 @@ __device__ void thread_a_query(const u32* q, const u32* k, const u32* v, const i
                                int t, int heads, int kv_heads) {
   int i = blockIdx.x * 64 + threadIdx.x, h = blockIdx.y, b = blockIdx.z, g = h / (heads / kv_heads);
   if (i >= t) return;
+  const float scale = LOG2E * rsqrtf((float)E);
   const u32* q_row = q + row_at<E>(b, t, heads, i, h);
   float row_max = NEG_INF, row_sum = 0.f, o[E];  // o: the sum of weights times values so far
   for (int d = 0; d < E; d++) o[d] = 0.f;
@@ -42,7 +43,7 @@ __device__ void thread_a_query(const u32* q, const u32* k, const u32* v, const i
     float s = 0.f;
     for (int d = 0; d < E / 2; d++)
       s += bf16_low(q_row[d]) * bf16_low(k_row[d]) + bf16_high(q_row[d]) * bf16_high(k_row[d]);
-    s *= LOG2E * rsqrtf((float)E);
+    s *= scale;
     // 2. The new maximum. What was summed with the old one is rescaled.
     float new_max = fmaxf(row_max, s), rescale = exp2_approx(row_max - new_max), p = exp2_approx(s - new_max);
     row_max = new_max;
@@ -102,11 +103,12 @@ __device__ void warp_a_query(const u32* q, const u32* k, const u32* v, const int
                              int t, int heads, int kv_heads) {
   int i = blockIdx.x * 4 + threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, g = h / (heads / kv_heads);
   if (i >= t) return;  // a whole warp leaves, so no shuffle waits for it
+  const float scale = LOG2E * rsqrtf((float)E);
   LanePart<E> q_row = read_part<E>(q + row_at<E>(b, t, heads, i, h)), o = {};
   float row_max = NEG_INF, row_sum = 0.f;
   for (int j = doc_start[b * t + i]; j <= i; j++) {
     long long key = row_at<E>(b, t, kv_heads, j, g);
-    float s = dot(q_row, read_part<E>(k + key)) * (LOG2E * rsqrtf((float)E));
+    float s = dot(q_row, read_part<E>(k + key)) * scale;
     float new_max = fmaxf(row_max, s), rescale = exp2_approx(row_max - new_max), p = exp2_approx(s - new_max);
     row_max = new_max;
     row_sum = row_sum * rescale + p;
@@ -134,6 +136,7 @@ __device__ void shared_tiles(const u32* q, const u32* k, const u32* v, const int
   const int q_begin = blockIdx.x * 16, q_end = min(q_begin + 16, t), h = blockIdx.y, b = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = h / (heads / kv_heads);
   const int i = min(q_begin + warp, t - 1);  // warps after the last query do that one, too: all must reach the barriers
+  const float scale = LOG2E * rsqrtf((float)E);
   const int* starts = doc_start + (long long)b * t;
   for (int w = lane; w < E / 2; w += 32) q_rows[warp][w] = q[row_at<E>(b, t, heads, i, h) + w];
   LanePart<E> o = {};
@@ -154,7 +157,7 @@ __device__ void shared_tiles(const u32* q, const u32* k, const u32* v, const int
       s += bf16_low(x) * bf16_low(y) + bf16_high(x) * bf16_high(y);
     }
     bool seen = starts[i] <= from + lane && from + lane <= i;
-    s = seen ? s * (LOG2E * rsqrtf((float)E)) : NEG_INF;
+    s = seen ? s * scale : NEG_INF;
     // 3. One maximum and one sum across lanes for 32 keys.
     float new_max = fmaxf(row_max, warp_max(s)), rescale = exp2_approx(row_max - new_max);
     float p = seen ? exp2_approx(s - new_max) : 0.f;
@@ -181,6 +184,7 @@ __device__ void tensor_cores(const u32* q, const u32* k, const u32* v, const int
   u32 *q_tile = (u32*)dynamic_shared(), *k_tile = q_tile + WORDS, *v_tile = k_tile + WORDS;
   const int q_begin = blockIdx.x * 64, q_end = min(q_begin + 64, t), h = blockIdx.y, b = blockIdx.z;
   const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  const float scale = LOG2E * rsqrtf((float)E);
   const int* starts = doc_start + (long long)b * t;
   const u32* keys = k + row_at<E>(b, t, kv_heads, 0, h / (heads / kv_heads));
   const u32* values = v + row_at<E>(b, t, kv_heads, 0, h / (heads / kv_heads));
@@ -205,7 +209,7 @@ __device__ void tensor_cores(const u32* q, const u32* k, const u32* v, const int
       for (int x = 0; x < 4; x++) {
         int key = from + 8 * n + 2 * member + x % 2, r = x / 2;
         bool seen = q_start[r] <= key && key <= q_pos[r];
-        s[n][x] = seen ? s[n][x] * (LOG2E * rsqrtf((float)E)) : NEG_INF;
+        s[n][x] = seen ? s[n][x] * scale : NEG_INF;
       }
     // 3. Scores become weights where they are, in registers, and are at once an operand of the next matmul.
     online_softmax<KEYS>(s, row_max, row_sum, rescale);
@@ -233,7 +237,7 @@ __device__ void gradient_warp(const u32* d_out, const u32* q, const u32* k, cons
                               const float* delta, const int* doc_start, const int* doc_end, u32* d_q, u32* d_k,
                               u32* d_v, int t, int heads, int kv_heads) {
   const int here = blockIdx.x, g = blockIdx.y, b = blockIdx.z, group_size = heads / kv_heads;
-  const float scale = rsqrtf((float)E);
+  const float inv_sqrt_d = rsqrtf((float)E);
   auto query = [&](int i, int h) { return row_at<E>(b, t, heads, i, h); };
   auto key = [&](int j) { return row_at<E>(b, t, kv_heads, j, g); };
   auto row = [&](int i, int h) { return ((long long)b * heads + h) * t + i; };
@@ -242,21 +246,21 @@ __device__ void gradient_warp(const u32* d_out, const u32* q, const u32* k, cons
     LanePart<E> q_row = read_part<E>(q + query(here, h)), do_row = read_part<E>(d_out + query(here, h)), dq = {};
     for (int j = doc_start[b * t + here]; j <= here; j++) {
       LanePart<E> k_row = read_part<E>(k + key(j));
-      float p = exp2_approx(dot(q_row, k_row) * scale * LOG2E - lse2[row(here, h)]);
+      float p = exp2_approx(dot(q_row, k_row) * inv_sqrt_d * LOG2E - lse2[row(here, h)]);
       add(dq, p * (dot(do_row, read_part<E>(v + key(j))) - delta[row(here, h)]), k_row);
     }
-    write_part(d_q + query(here, h), dq, scale);
+    write_part(d_q + query(here, h), dq, inv_sqrt_d);
   }
   // 2. This position as a key: dk = sum of dS q and dv = sum of P dO over the queries that see it.
   LanePart<E> k_row = read_part<E>(k + key(here)), v_row = read_part<E>(v + key(here)), dk = {}, dv = {};
   for (int h = g * group_size; h < (g + 1) * group_size; h++)
     for (int i = here; i <= doc_end[b * t + here]; i++) {
       LanePart<E> q_row = read_part<E>(q + query(i, h)), do_row = read_part<E>(d_out + query(i, h));
-      float p = exp2_approx(dot(k_row, q_row) * scale * LOG2E - lse2[row(i, h)]);
+      float p = exp2_approx(dot(k_row, q_row) * inv_sqrt_d * LOG2E - lse2[row(i, h)]);
       add(dv, p, do_row);
       add(dk, p * (dot(do_row, v_row) - delta[row(i, h)]), q_row);
     }
-  write_part(d_k + key(here), dk, scale);
+  write_part(d_k + key(here), dk, inv_sqrt_d);
   write_part(d_v + key(here), dv, 1.f);
 }
 
