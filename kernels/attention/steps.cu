@@ -3,8 +3,8 @@
 // step                  who works on what                                what that buys
 // 1. thread_a_query     a thread has one query and walks over its keys   the formula in 20 lines
 // 2. warp_a_query       32 lanes share a query: each has E / 32 numbers  neighbouring lanes read neighbouring words
-// 3. shared_tiles       16 warps share tiles of 32 keys; a lane scores   16 times fewer reads of global memory, and one
-//                       a whole key, then sums its columns of values     sum across lanes for 32 keys instead of one each
+// 3. shared_tiles       16 warps share tiles of 32 keys; a lane scores   16 times fewer reads of global memory, and a
+//                       a whole key, then sums its columns of values     sum across lanes for 32 keys, not for each
 // 4. tensor_cores       a warp has 16 queries, and tiles of 64 keys      matmuls of 16 x 8 x 16 in one instruction
 // 5. attention.cu       the same                                         the next tile loads during the arithmetic
 //
@@ -60,7 +60,7 @@ __device__ void thread_a_query(const u32* q, const u32* k, const u32* v, const i
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. A warp a query: grid (ceil(T / 4), H, B), 128 threads. Lane l has the words l and, for E = 128, l + 32 of each row.
+// 2. A warp a query: grid (ceil(T / 4), H, B), 128 threads. Lane l has word l of each row and, for E = 128, word l + 32.
 //    In step 1 the 32 lanes of a warp read 32 rows at once, a word of each: 32 pieces of memory. Here they read 32
 //    neighbouring words, which come in one piece.
 

@@ -104,8 +104,8 @@ def attention_online(q, k, v, doc_ids, out):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Tiles of keys. 64 scores at once, then one new maximum for all of them. Keys are the outer loop, so a tile is
-#    transposed once and all queries read it. Numbers that a loop reads one after the other are neighbours in memory, and
-#    no sum waits for the one before: so the compiler takes vector instructions.
+#    transposed once and all queries read it. The inner loops read neighbours in memory, and none of their sums waits for
+#    the one before: so the compiler takes vector instructions.
 
 
 @njit
