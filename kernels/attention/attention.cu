@@ -1,9 +1,9 @@
 // Attention on a GPU, bfloat16 in and out, float32 inside. B sequences, T positions, H query heads, G KV heads,
 // E numbers a head (64 or 128).
 //
-// attention_E is FlashAttention-2's forward pass (arXiv 2307.08691) on tensor cores (mma.sync, sm_80 and later). A block
-// is 4 warps of 16 queries and walks over tiles of 64 keys. Scores become weights in registers, where they are at once
-// an operand of P V. The next tile loads while the current one is computed. steps.cu leads here step by step.
+// attention_E is FlashAttention-2's forward pass (arXiv 2307.08691) on tensor cores (mma.sync, sm_80 and later). A
+// block is 4 warps of 16 queries and walks over tiles of 64 keys. Scores become weights in registers, where they are at
+// once an operand of P V. The next tile loads while the current one is computed. steps.cu leads here step by step.
 //
 // Documents: doc_start (B, T) is the first position of i's document, so query i attends to keys j <= i with
 // doc_start[j] == doc_start[i]. Keys before the first document of a block are never loaded.

@@ -1,6 +1,6 @@
-// Attention on a GPU, step by step: from a thread for each query to tensor cores. attention.cu is the last step.
+// Attention on a GPU in five rungs, from a thread for each query to tensor cores. Rung 5 is attention.cu.
 //
-// step                  who works on what                                what that buys
+// rung                  who works on what                                what that buys
 // 1. thread_a_query     a thread has one query and walks over its keys   the formula in 20 lines
 // 2. warp_a_query       32 lanes share a query: each has E / 32 numbers  neighbouring lanes read neighbouring words
 // 3. shared_tiles       16 warps share tiles of 32 keys; a lane scores   16 times fewer reads of global memory, and a
@@ -8,14 +8,14 @@
 // 4. tensor_cores       a warp has 16 queries, and tiles of 64 keys      matmuls of 16 x 8 x 16 in one instruction
 // 5. attention.cu       the same                                         the next tile loads during the arithmetic
 //
-// and the gradient: 6. gradient_warp, a warp a position; attention_backward.cu is the last step.
+// And the gradient: gradient_warp, a warp for each position, before attention_backward.cu.
 //
 // Numbers are bfloat16 in and out, two in a 32-bit word, and float32 inside. Shapes: q, out (B, T, H, E); k, v
 // (B, T, G, E), head h reading key head h / (H / G); E is 64 or 128. doc_start (B, T) is the first position of a
 // position's document, so query i sees the keys doc_start[i] to i. lse2 (B, H, T), for the gradient: log2 of the sum of
 // 2^score. Scores are in units of log 2, since a GPU has an instruction for 2^x and none for e^x.
 //
-// steps.py launches, checks and times these kernels.
+// steps.py launches, checks and times these kernels: python kernels/attention/steps.py --cuda
 
 #include "tiles.cuh"
 
@@ -60,8 +60,8 @@ __device__ void thread_a_query(const u32* q, const u32* k, const u32* v, const i
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. A warp a query: grid (ceil(T / 4), H, B), 128 threads. Lane l has word l of each row and, for E = 128, word l + 32.
-//    In step 1 the 32 lanes of a warp read 32 rows at once, a word of each: 32 pieces of memory. Here they read 32
+// 2. A warp a query: grid (ceil(T / 4), H, B), 128 threads. Lane l has word l of each row and, for E = 128, l + 32. In
+//    rung 1 the 32 lanes of a warp read 32 rows at once, a word of each: 32 pieces of memory. Here they read 32
 //    neighbouring words, which come in one piece.
 
 template <int E>
@@ -166,7 +166,7 @@ __device__ void shared_tiles(const u32* q, const u32* k, const u32* v, const int
     // 4. A lane sums its columns of the values; the weights come from the other lanes one by one.
     for (int n = 0; n < E / 32; n++) o.x[n] *= rescale;
     for (int n = 0; n < KEYS; n++) add(o, __shfl_sync(~0u, p, n), read_part<E>(v_tile + n * ROW));
-    __syncthreads();  // nobody reads the tile any more
+    __syncthreads();  // all have read the tile
   }
   if (q_begin + warp >= t) return;
   write_part(out + row_at<E>(b, t, heads, i, h), o, 1.f / row_sum);
@@ -229,7 +229,7 @@ __device__ void tensor_cores(const u32* q, const u32* k, const u32* v, const int
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. The gradient, a warp a position and KV head, first as a query and then as a key: grid (T, G, B), 32 threads. The
+// The gradient, a warp a position and KV head, first as a query and then as a key: grid (T, G, B), 32 threads. The
 //    formulas are at the top of attention_backward.cu. doc_end (B, T): the last position of a position's document.
 
 template <int E>

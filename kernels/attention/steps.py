@@ -1,14 +1,14 @@
-"""Attention on a CPU in six steps, from plain loops to the shipped kernel. Each step changes one thing.
+"""Attention on a CPU in six rungs, from plain loops to the shipped kernel. Each rung changes one thing.
 
-    python kernels/attention/steps.py           check every step against float64, time it, print a table
+    python kernels/attention/steps.py           check every rung against float64, time it, print a table
     python kernels/attention/steps.py --cuda    the same for steps.cu, on a GPU; without one, in the emulator
 
     s_ij = q_i . k_j / sqrt(E)                  for the keys j that query i sees: j <= i, of its own document
     out_i = sum_j P_ij v_j,   P_ij = exp(s_ij) / sum_j exp(s_ij)
 
-Steps 1 to 4 and 6 are forward passes, 5 and 6 gradients. Shapes: q, k, v, out (B, T, H, E) float32, already normed and
-rotated; doc_ids (B, T). The same kind of steps for the loss: ../zloss/steps.py. Not here: QK-norm, RoPE, key heads that
-several query heads share. Figures are in docs/results/kernels.md.
+Rungs 1 to 4 and 6 are forward passes, 5 and 6 gradients. Shapes: q, k, v, out (B, T, H, E) float32, already normed and
+rotated; doc_ids (B, T). The same kind of ladder for the loss: ../zloss/steps.py. Not here: QK-norm, RoPE, key heads
+that several query heads share. Figures are in docs/results/kernels.md.
 """
 
 import sys
@@ -104,16 +104,15 @@ def attention_online(q, k, v, doc_ids, out):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Tiles of keys. 64 scores at once, then one new maximum for all of them. Keys are the outer loop, so a tile is
-#    transposed once and all queries read it. The inner loops read neighbours in memory, and none of their sums waits for
-#    the one before: so the compiler takes vector instructions.
+#    transposed once and all queries read it. The inner loops read neighbours in memory, and none of their sums waits
+#    for the one before: so the compiler takes vector instructions. A tile is computed whole, seen or not.
 
 
 @njit
 def attend_to_tile(q, k_columns, v, docs, i, j, scores, stats, out):
-    """Add to out (E,) of query i what the keys from j on give it. stats: its maximum and sum so far.
+    """Add to out (E,) of query i what the keys [j, j + N) give it. stats: its maximum and its sum so far.
 
-    k_columns (E, N) is the tile of keys transposed, so the inner loop of 1 runs over neighbours in memory and sums
-    for N keys at once. No sum in it waits for the one before, so the compiler takes vector instructions.
+    q (E,), k_columns (E, N): the keys transposed, v (N, E), docs (T,).
     """
     e_, n = k_columns.shape
     # 1. N scores at once.
@@ -159,7 +158,7 @@ def attention_tiles(q, k, v, doc_ids, out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Tiles that nobody sees are left out: half of the square lies in the future, and documents hide more of it.
+# 4. Tiles that a query does not see are left out: half of the square lies in the future, and documents hide more.
 
 
 @njit
@@ -189,7 +188,7 @@ def attention_seen_tiles(q, k, v, doc_ids, out):
 
 @njit
 def softmax_row(q, k, doc_ids, b, h, i, weights):
-    """Write the weights of query i over the keys 0 to i, as in step 1."""
+    """Write the weights of query i over the keys 0 to i, as in rung 1."""
     largest, total = -np.inf, 0.0
     for j in range(i + 1):
         weights[j] = -np.inf
@@ -206,7 +205,7 @@ def softmax_row(q, k, doc_ids, b, h, i, weights):
 
 
 @njit
-def attention_gradient(q, k, v, doc_ids, doc_end, d_out, dq, dk, dv):
+def attention_gradient(q, k, v, doc_ids, d_out, dq, dk, dv):
     b_, t_, h_, e_ = q.shape
     scale = 1 / math.sqrt(e_)
     weights, d_weights = np.empty(t_), np.empty(t_)
@@ -234,7 +233,7 @@ def attention_gradient(q, k, v, doc_ids, doc_end, d_out, dq, dk, dv):
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The shipped kernel (forward and backward in cpu.py), called as a model calls it. Queries come in tiles, too, so a
 #    number in a register is used 4 to 64 times (../cpu/matmul.py); 2^x is a polynomial on registers (../cpu/exp2.py).
-#    Where norms bound the scores, no maximum is needed. The backward pass takes tiles as well, with the sums of step 2
+#    Where norms bound the scores, no maximum is needed. The backward pass takes tiles as well, with the sums of rung 2
 #    kept from the forward pass. It also takes bfloat16, norms and rotates, and has a thread for each part of the heads.
 
 
@@ -249,7 +248,7 @@ def shipped(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor) -> Results:
 
 
 def on_arrays(function: Callable, outputs: int) -> Callable[..., Results]:
-    """Let a step in Numba take tensors and return this many, each like q."""
+    """Let a rung in Numba take tensors and return this many, each like q."""
 
     def run(q: Tensor, *others: Tensor) -> Results:
         results = tuple(torch.empty_like(q) for _ in range(outputs))
@@ -320,7 +319,7 @@ def forward_on_gpu(kernels: dict, queries: int, threads: int, tiles: int, q, k, 
     return out, lse2
 
 
-def gradient_on_gpu(kernels: dict, q, k, v, doc_start: Tensor, doc_end: Tensor, d_out: Tensor) -> Results:
+def gradient_on_gpu(kernels: dict, q, k, v, doc_start: Tensor, d_out: Tensor, doc_end: Tensor) -> Results:
     (b, t, heads, e), key_heads, gradients = q.shape, k.shape[2], [torch.empty_like(x) for x in (q, k, v)]
     out, lse2 = launch.attention(q, k, v, doc_start)
     delta = (d_out.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
@@ -329,7 +328,7 @@ def gradient_on_gpu(kernels: dict, q, k, v, doc_start: Tensor, doc_end: Tensor, 
     return tuple(gradients)
 
 
-def shipped_on_gpu(q, k, v, doc_start: Tensor, doc_end: Tensor, d_out: Tensor) -> Results:
+def shipped_on_gpu(q, k, v, doc_start: Tensor, d_out: Tensor, doc_end: Tensor) -> Results:
     out, lse2 = launch.attention(q, k, v, doc_start)
     return launch.attention_backward(d_out, out, lse2, q, k, v, doc_start, doc_end)
 

@@ -1,8 +1,9 @@
-"""What the steps of attention are checked and timed with: references, inputs, and the time that no step can beat.
+"""What the rungs of attention are checked and timed with: references, inputs, and the time that no rung can beat.
 
-Inputs of a forward pass are (q, k, v, docs), those of a gradient (q, k, v, docs, doc_end, d_out). On a CPU, docs holds
-ids of documents, and key heads are as many as query heads. On a GPU, docs holds each document's first position, numbers
-are bfloat16, and query heads share key heads. Not here: the steps (steps.py, steps.cu).
+Inputs of a forward pass are (q, k, v, docs), those of a gradient (q, k, v, docs, d_out) or, on a GPU,
+(q, k, v, docs, d_out, doc_end). On a CPU, docs holds ids of documents, and key heads are as many as query heads. On a
+GPU, docs and doc_end hold the first and last position of each document, numbers are bfloat16, and query heads share key
+heads. Not here: the rungs (steps.py, steps.cu).
 """
 
 import math
@@ -33,7 +34,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> Results:
 
 
 def formula_with_sums(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> Results:
-    """Return (out, lse2), as the kernels of steps.cu do. lse2 (B, H, T): log2 of the sums of 2^(score log2 e)."""
+    """Return (out, lse2), as the kernels of steps.cu do; lse2 (B, H, T): log2 of the sums of 2^(score log2 e)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     queries, keys = (x.transpose(1, 2).to(wide) for x in (q, k))
     scores = queries @ keys.repeat_interleave(q.shape[2] // k.shape[2], 1).mT / q.shape[3] ** 0.5
@@ -41,7 +42,7 @@ def formula_with_sums(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> Results:
     return *formula(q, k, v, docs), sums
 
 
-def gradient_of(function: Callable, q, k, v, docs: Tensor, doc_end: Tensor, d_out: Tensor) -> Results:
+def gradient_of(function: Callable, q: Tensor, k: Tensor, v: Tensor, docs: Tensor, d_out: Tensor, *_) -> Results:
     """The gradients of q, k and v by autograd."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     return torch.autograd.grad(function(*leaves, docs)[0], leaves, d_out)
@@ -64,10 +65,10 @@ def forward_scales(q: Tensor, k: Tensor, v: Tensor, docs: Tensor) -> list[float]
     return scales if q.dtype == torch.bfloat16 else scales[:1]
 
 
-def gradient_scales(q: Tensor, k: Tensor, v: Tensor, docs: Tensor, doc_end: Tensor, d_out: Tensor) -> Sequence[float]:
+def gradient_scales(q: Tensor, k: Tensor, v: Tensor, docs: Tensor, d_out: Tensor, *_) -> list[float]:
     longest_q, longest_k, longest_v, longest_d = lengths(q, k, v, d_out)
     d_score = score_scale(q, k) * longest_v * longest_d / q.shape[3] ** 0.5
-    return d_score * longest_k, d_score * longest_q * 2, score_scale(q, k) * longest_d
+    return [d_score * longest_k, d_score * longest_q, score_scale(q, k) * longest_d]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def gradient_scales(q: Tensor, k: Tensor, v: Tensor, docs: Tensor, doc_end: Tens
 
 
 def inputs(b: int, t: int, heads: int, key_heads: int, e: int, length: int, size: float = 1.0, back: bool = False):
-    """(q, k, v, docs, doc_end, d_out) in float32, the same in every run. Documents have `length` tokens.
+    """(q, k, v, docs, d_out) in float32, the same in every run. Documents have `length` tokens.
 
     back: every other document has the same id, so that a query also sees keys before the last document.
     """
@@ -83,13 +84,13 @@ def inputs(b: int, t: int, heads: int, key_heads: int, e: int, length: int, size
     q, k, v, d_out = (torch.randn(b, t, n, e, generator=generator) for n in (heads, key_heads, key_heads, heads))
     docs = (torch.arange(t).expand(b, t) + torch.arange(b)[:, None]) // length  # each sequence begins a token later
     docs = docs % 2 if back else docs
-    return size * q, size * k, v, docs.contiguous(), docs, d_out
+    return size * q, size * k, v, docs.contiguous(), d_out
 
 
-def for_gpu(device: torch.device, q, k, v, docs, _, d_out: Tensor) -> Results:
-    """The same inputs as the kernels of steps.cu take them."""
-    q, k, v, d_out = (x.bfloat16() for x in (q, k, v, d_out))
-    return tuple(x.to(device) for x in (q, k, v, *Documents.of(docs).bounds(), d_out))
+def for_gpu(device: torch.device, q: Tensor, k: Tensor, v: Tensor, docs: Tensor, d_out: Tensor) -> Results:
+    """(q, k, v, docs, d_out, doc_end), as the kernels of steps.cu take them."""
+    (doc_start, doc_end), narrow = Documents.of(docs).bounds(), [x.bfloat16() for x in (q, k, v, d_out)]
+    return tuple(x.to(device) for x in (*narrow[:3], doc_start, narrow[3], doc_end))
 
 
 def cpu_problems() -> Iterator[Results]:
@@ -116,7 +117,7 @@ def gpu_timed(device: torch.device) -> Results:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The time that no step can beat: that of the matmuls over what is seen, at the full rate of the machine
+# The time that no rung can beat: that of the matmuls over what is seen, at the full rate of the machine
 
 
 def flops(docs: Tensor, heads: int, e: int, matmuls: int) -> int:

@@ -209,9 +209,7 @@ def norm_problem(t: int, heads: int, e: int, device: torch.device) -> Problem:
     return Problem(name, inputs, lambda x: outcome(by_kernel, x, BF16), lambda x, kind: outcome(by_torch, x, kind))
 
 
-def own_attention_problem(
-    t: int, heads: int, kv_heads: int, e: int, device: torch.device, seed: int = 0
-) -> Problem:
+def own_attention_problem(t: int, heads: int, kv_heads: int, e: int, device: torch.device, seed: int = 0) -> Problem:
     """Our attention without norm and rotation, forward and backward, within documents."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads, "d_out": heads}
