@@ -1,7 +1,7 @@
 # %% [markdown]
 # # PyTorch has a softmax. Why write one?
 #
-# The loss of 2,097,152 logits must move 16,777,216 bytes, as a copy does. How near can code come? About 25 minutes.
+# A loss over 2,097,152 numbers must move 16,777,216 bytes, like a copy. How near does code come? 25 minutes.
 #
 # - One row by hand
 # - The least it can cost
@@ -70,7 +70,7 @@ logits = inputs[0]
 print(f"logits: {logits.numel():,} numbers, {logits.nbytes:,} bytes; read and write: {2 * logits.nbytes:,}")
 rungs = {rung.name: rung for rung in steps.on_cpu().rungs}
 for name in ("formula", "loops", "in place"):
-    own = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
+    own = ladder.each_tensor(inputs, torch.Tensor.clone)
     held = peak_bytes(partial(rungs[name].function, *own), CPU)
     print(f"{name:9} holds {held / logits.nbytes:.2f} times the logits")
 
@@ -80,14 +80,14 @@ for name in ("formula", "loops", "in place"):
 #
 # ## Loops
 #
-# Three loops over a row are left: the largest logit (why, comes next), the sum, the gradient. `njit`, of the compiler
+# Three loops over a row are left: the largest logit (why: see below), the sum, the gradient. `njit`, of the compiler
 # Numba, turns Python loops into machine code.
 
 # %%
 show_source(steps.zloss_loops.py_func)
 
 # %%
-few = [value[:8].clone() if isinstance(value, torch.Tensor) else value for value in inputs]
+few = ladder.each_tensor(inputs, lambda x: x[:8].clone())
 compiled = steps.loops("compiled", "", steps.zloss_loops).function
 python = steps.loops("Python", "", steps.zloss_loops.py_func).function
 results = compiled(*few), python(*few)
@@ -98,24 +98,25 @@ print(f"8 rows: compiled {1e3 * times[0]:.2f} ms, Python {1e3 * times[1]:.0f} ms
 # %% [markdown]
 # ## Where exp ends
 #
-# A float32 ends near 3.4e38, and exp(89) is larger. Logits are no larger as a rule, but nothing forbids it: the softmax
+# A float32 ends at 3.4e+38, and exp(89) is larger. As a rule logits are small, but nothing keeps them so: the softmax
 # does not change if all logits shift. So add the same number to a row and look at log Z, which should shift by as much.
 
 # %%
+print(f"float32 ends at {torch.finfo(torch.float32).max:.1e}, and exp(89) is {math.exp(89):.1e}")
 row = torch.randn(1_000, generator=torch.Generator().manual_seed(0))
 offsets = torch.arange(-200.0, 201.0, 2.0)
 moved = row + offsets[:, None]
 plain = moved.exp().sum(1).log() - offsets
 largest = moved.amax(1)
 shifted = largest + (moved - largest[:, None]).exp().sum(1).log() - offsets
-print("plain formula finite from", offsets[plain.isfinite()].min().item(), "to", offsets[plain.isfinite()].max().item())
-print("shifted: all finite:", bool(shifted.isfinite().all()), f"| spread {shifted.max() - shifted.min():.1e}")
+low, high = (edge.item() for edge in offsets[plain.isfinite()][[0, -1]])
+print(f"plain formula: finite from {low:.0f} to {high:.0f}")
+print(f"shifted: all finite {shifted.isfinite().all()}, spread {shifted.max() - shifted.min():.0e}")
 
 # %%
 fig, axes = plt.subplots(figsize=(8, 2.8))
 axes.plot(offsets, shifted, color=TEXT, linestyle="-")
 axes.plot(offsets, plain.where(plain.isfinite(), torch.nan), color=IMAGE, linestyle="--", linewidth=4, alpha=0.7)
-low, high = (edge.item() for edge in offsets[plain.isfinite()][[0, -1]])
 for edge, side, word in ((low - 4, "right", "exp gives 0"), (high + 4, "left", "exp gives infinity")):
     axes.axvline(edge, color=FAINT, linestyle=":")
     axes.text(edge + (4 if side == "left" else -4), 7.0, word, ha=side)
@@ -181,12 +182,14 @@ axes.set(xlabel="degree of the polynomial", ylabel="largest error of 2^f", xtick
 show(
     fig,
     "The largest relative error of the polynomial falls by more than ten times with each degree, on a logarithmic "
-    "axis. At degree 5 it meets one unit of float32 rounding, and degree 6 gains little.",
+    "axis. At degree 5 it meets one unit of float32 rounding, and degree 6 is below what float32 can hold.",
 )
 
 # %% [markdown]
 # The line falls steeply and meets float32's rounding at degree 5. A higher degree would be computed for nothing. The
-# next rung takes four registers a step, compares the maximum once for all four, and keeps four sums.
+# next rung takes four registers a step, compares the maximum once for all four, and keeps four sums. `p` is a row's
+# address. `load_four` loads four registers, `splat` fills one with a number, and `hmax` and `hsum` reduce one to a
+# number.
 
 # %%
 show_source(steps.power.py_func, steps.zloss_registers.py_func)
@@ -211,7 +214,7 @@ show_source(steps.zloss_in_place.py_func)
 # %%
 on_cpu = replace(steps.on_cpu(), timed=lambda: inputs)
 worst = ladder.check(on_cpu)
-print(f"largest error of any rung: {worst:.2f} of what is allowed\n")
+print(f"largest error: {worst:.2f} of what is allowed. Blocks of {cpu.BLOCK:,}, up to {cpu.HEADROOM} above the shift\n")
 times, limit = ladder.measure(on_cpu, inputs)
 print(ladder.table(on_cpu, times, limit))
 
@@ -233,11 +236,11 @@ show(
 )
 
 # %% [markdown]
-# Each bar is a rung, a shorter one is faster, and the dashed line is the copy. Compiled loops alone are no gain: they
-# compute one exponential at a time, which PyTorch does not. Registers are the largest step. In place is the next, since
-# then memory decides. Your times differ. The column `step` says what each rung bought on the machine that ran this.
+# Each bar is a rung, and the dashed line is the copy. Compiled loops alone are no gain: they compute one exponential at
+# a time, which PyTorch does not. Registers are the largest step. The copy loads what it overwrites, so a rung in place
+# may pass it. The last rung also takes bfloat16 and several threads; here it may gain nothing. Your times differ.
 #
-# Which kernel runs is a decision that the library explains:
+# The library decides which kernel runs, and explains it:
 
 # %%
 print(explain(CPU, torch.float32))
@@ -258,7 +261,7 @@ assert abs(online - (4 + math.log(sum(math.exp(v - 4) for v in (2.0, 1.0, 4.0, 3
 # 4. An ignored row is exactly zero, whatever its logits
 hard = torch.tensor([[1e4, -1e4], [-1e4, 1e4]]), torch.tensor([-1, 0]), 0.1, 1.0
 for rung in on_cpu.rungs:
-    cross_entropy, log_z, gradient = rung.function(*(v.clone() if isinstance(v, torch.Tensor) else v for v in hard))
+    cross_entropy, log_z, gradient = rung.function(*ladder.each_tensor(hard, torch.Tensor.clone))
     assert not any(v[0].any() for v in (cross_entropy, log_z, gradient)) and cross_entropy[1] == 2e4
 # 5. The fast rungs need no memory but the logits'
 place = logits.clone()
