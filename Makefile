@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-long emoji gpu test fuzz mutants peers lint format size clean clean-runs
+.PHONY: help demo demo-long emoji gpu test fuzz mutants peers notebooks tutorials lint format size clean clean-runs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -35,6 +35,12 @@ mutants: .venv/.dev  ## plants known bugs one by one; every one must turn a test
 peers: .venv/.dev  ## full-width layers next to transformers (6 GB of memory); tests/peers holds one more
 	$(BIN)/python tests/peers/full_width.py
 
+notebooks: .venv/.dev  ## builds tutorials/*.ipynb from the .py next to each; ARGS=01_words for one
+	$(BIN)/python tutorials/build.py $(ARGS)
+
+tutorials: .venv/.tutorials  ## opens the lessons in Jupyter, on this machine alone
+	cd tutorials && ../$(BIN)/python -m jupyter lab --ip 127.0.0.1
+
 lint: .venv/.dev  ## style
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -65,3 +71,6 @@ clean-runs:  ## removes all runs
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]' && touch $@
+
+.venv/.tutorials: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[tutorials]' && touch $@

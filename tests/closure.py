@@ -110,8 +110,10 @@ def report() -> str:
     source = tracked("*.py", "*.cu", "*.cuh", "*.h")
     tests = [path for path in source if path.is_relative_to(ROOT / "tests")]
     kernels = [path for path in source if path.is_relative_to(ROOT / "kernels")]
-    package = [path for path in source if path not in {*tests, *kernels}]
-    rows += ["", f"package and scripts {lines(package):,}, kernels {lines(kernels):,}, tests {lines(tests):,}"]
+    lessons = [path for path in source if path.is_relative_to(ROOT / "tutorials")]
+    package = [path for path in source if path not in {*tests, *kernels, *lessons}]
+    parts = {"package and scripts": package, "kernels": kernels, "tutorials": lessons, "tests": tests}
+    rows += ["", ", ".join(f"{name} {lines(paths):,}" for name, paths in parts.items())]
     longest = max(source, key=lambda path: lines([path]))
     rows += [f"longest file {lines([longest]):,}: {longest.relative_to(ROOT)}"]
     rows += [f"comment lines in the core {comment_share(core_files()):.0%}"]

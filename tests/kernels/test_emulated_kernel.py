@@ -50,7 +50,7 @@ def test_shared_memory_of_the_launch_has_a_name_in_the_kernel():
     x, total = torch.arange(128.0), torch.zeros(1)
     emulated_kernel(SUM, "total")((1,), (128,), (x, total), shared_mem=512)
     assert total.item() == 127 * 64
-    with pytest.raises(EmulatorError, match="shared memory byte 256 .*the launch asks for 256 bytes"):
+    with pytest.raises(EmulatorError, match=r"shared memory byte 256 .*the launch asks for 256 bytes"):
         emulated_kernel(SUM, "total")((1,), (128,), (x, total), shared_mem=256)
 
 

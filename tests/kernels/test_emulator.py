@@ -30,7 +30,8 @@ MISTAKES = {
     "a missing barrier": ("__shared__ float s[64]; s[i] = x[i]; x[i] = s[63 - i];", "order of its threads"),
     "memory that no thread has written": ("__shared__ float s[64]; __syncthreads(); x[i] = s[i];", None),
     "a barrier that some do not reach": ("if (i < 40) return; __syncwarp();", "has left, but __syncwarp"),
-    "a barrier in a branch": ("if (i % 32 < 16) __syncthreads(); else __syncwarp();", "waits at __syncthreads .*, where the __syncwarp"),
+    "a barrier in a branch": (
+        "if (i % 32 < 16) __syncthreads(); else __syncwarp();", r"waits at __syncthreads .*, where the __syncwarp"),
     "two places at once": ("if (i % 32 < 7) __syncwarp(); else __shfl_xor_sync(~0u, 1, 1);", "it is at"),
     "an address after a tensor": ("x[i + 1024] = 1;", r"argument 0 \(x\), element 1024 \(it has 64\)"),
     "an address before a tensor": ("if (i == 0) x[-1000] = 1;", r"argument 0 \(x\), element -1000"),

@@ -11,6 +11,10 @@ class EmulatorError(Exception):
     """A kernel did what a GPU would not survive."""
 
 
+class NotLaunched(EmulatorError):
+    """A file, a kernel's name, sizes or arguments with which nothing can run."""
+
+
 def run_tool(command: list, text: str | None = None) -> str:
     """Return what a compiler prints. Raises EmulatorError with the first error of a text that does not compile."""
     try:
@@ -21,7 +25,7 @@ def run_tool(command: list, text: str | None = None) -> str:
         ) from None
     if ran.returncode:
         lines = ran.stderr.splitlines()
-        raise EmulatorError(f"{command[0]} refuses it: {next((x for x in lines if 'error:' in x), ran.stderr)}")
+        raise NotLaunched(f"{command[0]} refuses it: {next((x for x in lines if 'error:' in x), ran.stderr)}")
     return ran.stdout
 
 

@@ -1,0 +1,97 @@
+"""Check the exercises: `check("words.replace_pair", answer)` prints right, "not done yet", or where it is wrong.
+
+Each lesson's checks are in specs/, one function an exercise; a worked answer to each is in solutions/. A check prints
+and never raises, so an untouched lesson runs from top to bottom.
+"""
+
+import copy
+import functools
+import importlib
+import inspect
+import numbers
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+RIGHT, NOT_DONE = "right", "not done yet"
+LONGEST = 200  # characters of a value that a message shows
+
+
+class Wrong(Exception):
+    """An answer is wrong; the message is a sentence that says where."""
+
+
+class NotDone(Exception):
+    """The answer, or something that it returned, is still `...`."""
+
+
+def check(name: str, answer) -> None:
+    """Print what `verdict` says of the answer to the exercise "lesson.exercise"."""
+    print(f"{name}: {verdict(name, answer)}")
+
+
+def verdict(name: str, answer) -> str:
+    """Return RIGHT, NOT_DONE, or a sentence that says what is wrong with the answer."""
+    lesson, exercise = name.split(".")
+    spec = getattr(importlib.import_module(f"specs.{lesson}"), exercise)
+    try:
+        spec(watched(done(answer)))
+    except NotDone:
+        return NOT_DONE
+    except Wrong as error:
+        return str(error)
+    except Exception as error:  # an answer may fail in any way
+        return f"your answer raised {type(error).__name__}: {error}"
+    return RIGHT
+
+
+def done(value):
+    """Return the value; raise NotDone where it is `...`, or a tuple or list that holds one."""
+    if value is ... or (isinstance(value, (tuple, list)) and any(part is ... for part in value)):
+        raise NotDone
+    return value
+
+
+def watched(answer):
+    """Return a function that raises NotDone where the answer, itself a function, returns `...`."""
+    if not inspect.isroutine(answer):
+        return answer
+    return functools.wraps(answer)(lambda *args, **options: done(answer(*args, **options)))
+
+
+def compare(answer: Callable, spec: Callable, inputs: Iterable[tuple], tolerance: float = 1e-5) -> None:
+    """Raise Wrong at the first of the inputs, tuples of arguments, for which the answer differs from the spec."""
+    for args in inputs:
+        expected = spec(*copy.deepcopy(args))
+        given = answer(*copy.deepcopy(args))
+        if not same(expected, given, tolerance):
+            what = ", ".join(map(shown, args))
+            raise Wrong(f"for {what} the result is {shown(expected)}, and your answer gives {shown(given)}")
+
+
+def close(answer, value: float, tolerance: float) -> None:
+    """Raise Wrong unless the answer is a number within `tolerance` of the value. It does not say the value."""
+    if isinstance(answer, bool) or not same(0.0, answer, float("inf")):
+        raise Wrong(f"the answer is a number, not {shown(answer)}")
+    if not abs(float(answer) - value) <= tolerance:
+        raise Wrong(f"{shown(answer)} is too {'large' if answer > value else 'small'}")
+
+
+def same(a, b, tolerance: float) -> bool:
+    """Are they equal? Numbers, arrays and tensors up to the tolerance, relative or absolute; lists part by part."""
+    if isinstance(a, (list, tuple)):
+        alike = isinstance(b, (list, tuple)) and len(a) == len(b)
+        return alike and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (numbers.Number, np.ndarray, torch.Tensor)):
+        try:
+            x, y = (torch.as_tensor(value).detach().double() for value in (a, b))
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        return x.shape == y.shape and torch.allclose(x, y, tolerance, tolerance, equal_nan=True)
+    return bool(a == b)
+
+
+def shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
