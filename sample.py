@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # torch is imported after the arguments are parsed, so that m
     from nanochameleon.images.output import ImageOutput
 
 PREVIEW = 32  # codes between two previews of an image that is being generated
+BATCH = 256  # samples at once, at most
 MAX_SAMPLES = 1_000_000
 
 
@@ -115,6 +116,7 @@ def main(args: Args) -> list[list[str | Path]]:
     args.check()
     from nanochameleon.generation.engine import generate
     from nanochameleon.generation.events import Detokenizer, stream
+    from nanochameleon.generation.fastest import kernels_for_one_call
     from nanochameleon.generation.prompts import (
         MODALITY,
         is_image,
@@ -126,6 +128,7 @@ def main(args: Args) -> list[list[str | Path]]:
     from nanochameleon.generation.quantize import quantize_
     from nanochameleon.images.output import ImageOutput
     from nanochameleon.images.tokenizer import NO_DECODER
+    from nanochameleon.kernels.dispatch import use_kernels
     from nanochameleon.training.run import pick_device
     from nanochameleon.weights.model_folder import open_model
 
@@ -153,13 +156,15 @@ def main(args: Args) -> list[list[str | Path]]:
         params = dataclasses.replace(params, max_new_tokens=image_len + 1)  # with <eoi>
     # 3. The samples: one is streamed, several are one batch
     stops = stop_tokens(mode, run.vocab)
-    if args.n == 1:
-        preview = PREVIEW if output.terminal_mode else None
-        how = image_len, params, MODALITY[mode], args.seed, 0, stops, preview
-        return [show(stream(run.model, prompt, run.tokenizer, *how), output)]
-    how = image_len, params, MODALITY[mode], args.seed, stops
-    progress = "sampling" if sys.stderr.isatty() else None
-    samples = generate(run.model, [prompt] * args.n, run.vocab, *how, progress=progress)
+    steps = min(params.max_new_tokens, run.cfg.model.max_seq_len - len(prompt)) * -(-args.n // BATCH)
+    with use_kernels(kernels_for_one_call(run.model, steps)[0]):
+        if args.n == 1:
+            preview = PREVIEW if output.terminal_mode else None
+            how = image_len, params, MODALITY[mode], args.seed, 0, stops, preview
+            return [show(stream(run.model, prompt, run.tokenizer, *how), output)]
+        how = image_len, params, MODALITY[mode], args.seed, stops, BATCH
+        progress = "sampling" if sys.stderr.isatty() else None
+        samples = generate(run.model, [prompt] * args.n, run.vocab, *how, progress=progress)
     return [show(Detokenizer(prompt, run.tokenizer).add(tokens, True), output) for tokens in samples]
 
 

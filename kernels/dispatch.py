@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.gpu import packages, proof
 from nanochameleon.kernels.gpu.packages import installed
 
@@ -123,7 +124,7 @@ def why_numba_unavailable(device: torch.device, dtype: torch.dtype) -> str | Non
     return None if installed("numba") else "numba is not installed"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def why_amx_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why kernels on AMX tiles cannot run on such tensors, or None."""
     if reason := why_numba_unavailable(device, dtype):
@@ -153,7 +154,7 @@ def unsupported(name: str, op: str, device: torch.device, dtype: torch.dtype) ->
     return why_cuda_unavailable(op, device, dtype) if name in ("cuda", "vendor") else None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def proven(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> tuple[str, str]:
     """(implementation, reason) on a GPU where nothing is requested."""
     if op not in CUDA_DTYPES:

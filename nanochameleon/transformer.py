@@ -254,7 +254,8 @@ class Chameleon(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.activation_checkpointing = False  # recompute each block's activations in the backward pass
-        self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
+        # nn.Embedding's own values, which on the meta device would first import torch's compiler
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.randn(cfg.vocab_size, cfg.dim), freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = LMHead(cfg.dim, cfg.vocab_size, bias=False)

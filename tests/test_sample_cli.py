@@ -21,6 +21,7 @@ from nanochameleon.convert import convert
 from nanochameleon.documents import Text
 from nanochameleon.generation.prompts import MODALITY, Mode, read_segments
 from nanochameleon.images.output import ImageOutput
+from nanochameleon.kernels.dispatch import requested
 from nanochameleon.training.run import CONFIG, config_to_json, read_config
 from nanochameleon.training.train_tokenizers import open_image_tokenizer
 
@@ -177,6 +178,33 @@ def test_several_samples_share_one_engine_and_are_shown_in_order(mode, run, tmp_
     several = said(main(args))
     assert len(made) == 1 and len(several) == 5
     assert several[0] == said(main(dataclasses.replace(args, n=1)))[0]
+
+
+def test_a_first_image_waits_for_no_compiler(run, tmp_path):
+    """A short call runs torch's operations alone, also where nothing is cached; a long one compiles."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from sample import Args, main
+        (made,) = main(Args(Path(sys.argv[1]), ("red",), out=Path(sys.argv[2]), scale=1))
+        assert made[0].is_file() and not {"numba", "torch._dynamo"} & set(sys.modules)
+    """
+    arguments = [sys.executable, "-c", code, str(run), str(tmp_path / "out")]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "empty"), "NANOCHAMELEON_KERNELS": ""}
+    subprocess.run(arguments, check=True, cwd=ROOT, env=environment)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_long_call_runs_compiled_steps(run, tmp_path, monkeypatch):
+    from nanochameleon.generation import fastest
+
+    monkeypatch.setattr(fastest, "WORTH", 0.0)
+    seen = []
+    monkeypatch.setattr(sample, "show", lambda events, output: seen.append(requested()) or list(events))
+    main(Args(run, ("red",), out=tmp_path))
+    monkeypatch.setattr(fastest, "WORTH", 1e9)
+    main(Args(run, ("red",), out=tmp_path))
+    assert seen == ["auto", "reference"]
 
 
 def test_kernels_that_the_weights_dtype_does_not_have_are_refused(tmp_path, monkeypatch, capsys):

@@ -23,11 +23,12 @@ from nanochameleon.config import ModelConfig, OptimConfig, RunConfig, SamplingPa
 from nanochameleon.data import Loader, Mixture, OnTheFly, PackedDocuments
 from nanochameleon.data.sources.scenes import SIZES, Scene, Thing, World, draw
 from nanochameleon.data.sources.shapes import ShapesSource
-from nanochameleon.losses import LossSums
 from nanochameleon.optim import clip_gradients, learning_rate, make_optimizer
+from nanochameleon.packing import IGNORE
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.curves import FAINT, IMAGE, OTHER, TEXT
-from nanochameleon.training.objective import Objective
+from nanochameleon.training.image_targets import mask_targets
+from nanochameleon.training.objective import Objective, Sums
 from nanochameleon.training.run import Run
 from nanochameleon.transformer import Chameleon
 from nanochameleon.vocab import Vocab
@@ -112,7 +113,7 @@ def small_config(steps: int, optim: OptimConfig = MUON, seed: int = 0) -> RunCon
     """A model of 96 x 3 layers, sequences of 256 tokens, 4 a step."""
     vqgan = VQGANConfig(resolution=WORLD.resolution, n_codes=len(PatchTokenizer().codebook))
     model = ModelConfig(dim=96, n_layers=3, n_heads=3, multiple_of=32, rope_theta=100.0)
-    train = TrainConfig(steps=steps, batch_size=4, seq_len=256, precision="fp32")
+    train = TrainConfig(steps=steps, batch_size=4, seq_len=256, image_loss="drawn", precision="fp32")
     sample = SamplingParams(
         repetition_penalty=1.0, image_temperature=0.5, guidance_scale=1.0, image_guidance_scale=1.0, max_new_tokens=256
     )
@@ -120,35 +121,43 @@ def small_config(steps: int, optim: OptimConfig = MUON, seed: int = 0) -> RunCon
     return complete(replace(cfg, tokenizers=replace(cfg.tokenizers, n_merges=N_MERGES)))
 
 
-def train(
-    forms: dict[str, float], steps: int, optim: OptimConfig = MUON, seed: int = 0,
-    watch: Callable[[int, LossSums], None] = lambda step, sums: None,
-) -> Run:  # fmt: skip
-    """Train on documents of these forms (data.FORMS), by weight; `watch` sees the loss of each step."""
-    cfg, images = small_config(steps, optim, seed), PatchTokenizer()
-    sources = {form: ShapesSource(WORLD, form, seed) for form in forms}
-    vocab = Vocab.toy(cfg.vqgan.n_codes, N_MERGES)
+def start(cfg: RunConfig, forms: dict[str, float]) -> tuple[Run, Loader]:
+    """Return a run whose model has learnt nothing, and batches of documents of these forms (data.FORMS), by weight."""
+    images, vocab = PatchTokenizer(), Vocab.toy(cfg.vqgan.n_codes, N_MERGES)
     corpus = Mixture({form: (ShapesSource(WORLD, form, 0), 1.0) for form in ("pairs", "questions")}, 0)
-    words = TextTokenizer.train(corpus.captions(1_000), vocab)
-    n_tokens = steps * cfg.train.batch_size * cfg.train.seq_len
-    packed = {
-        form: PackedDocuments(form, OnTheFly(source, images, words, n_tokens, None), cfg.train.seq_len, seed)
-        for form, source in sources.items()
+    words = TextTokenizer.train(corpus.captions(1_000), vocab, progress=False)
+    t = cfg.train
+    documents = {
+        form: OnTheFly(ShapesSource(WORLD, form, cfg.seed), images, words, t.steps * t.batch_size * t.seq_len, None)
+        for form in forms
     }
-    loader = Loader(packed, [(0, forms)], cfg.train.batch_size, cfg.train.seq_len, seed, vocab.pad)
+    packed = {form: PackedDocuments(form, documents[form], t.seq_len, cfg.seed) for form in forms}
+    loader = Loader(packed, [(0, forms)], t.batch_size, t.seq_len, cfg.seed, vocab.pad)
+    torch.manual_seed(cfg.seed)
+    return Run(cfg, vocab, words, images, Chameleon(cfg.model).eval()), loader
 
-    torch.manual_seed(seed)
-    model = Chameleon(cfg.model)
-    objective, optimizer = Objective(model, vocab, "fp32"), make_optimizer(model, optim)
-    for step in range(steps):
-        batch = loader.batch(step)
-        n_targets = int((batch.targets >= 0).sum())
-        sums = objective(batch, None, cfg.train.z_loss, n_targets).next_token
+
+def train_loop(run: Run, loader: Loader, watch: Callable[[int, Sums], None] = lambda step, sums: None) -> Run:
+    """Train run.model; `watch` sees the number and the sums of each step. The same seed gives the same weights."""
+    cfg, t, model = run.cfg, run.cfg.train, run.model
+    objective, optimizer = Objective(model, run.vocab, t.precision), make_optimizer(model, cfg.optim)
+    for step in range(t.steps):
+        batch = mask_targets(loader.batch(step), t.image_loss, cfg.vqgan.codes_per_image, run.vocab)
+        n_targets = int((batch.targets != IGNORE).sum())
+        sums = objective(batch, None, t.z_loss, n_targets)
         optimizer.zero_grad()
-        sums.loss.backward()
-        clip_gradients(model.parameters(), optim.grad_clip)
+        sums.next_token.loss.backward()
+        clip_gradients(model.parameters(), cfg.optim.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, optim)
+            group["lr"] = learning_rate(step, t.steps, cfg.optim)
         optimizer.step()
         watch(step, sums)
-    return Run(cfg, vocab, words, images, model.eval())
+    return run
+
+
+def train(
+    forms: dict[str, float], steps: int, optim: OptimConfig = MUON, seed: int = 0,
+    watch: Callable[[int, Sums], None] = lambda step, sums: None,
+) -> Run:  # fmt: skip
+    """Train on documents of these forms (data.FORMS), by weight; `watch` sees each step's sums."""
+    return train_loop(*start(small_config(steps, optim, seed), forms), watch)

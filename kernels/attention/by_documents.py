@@ -17,12 +17,13 @@ from torch import Tensor
 
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.flash import flash_available
+from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.ops import matmul_dtype
 
 CAUSAL = 1  # aten's custom_mask_type: query i of a document sees its keys 0 to i
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def kernel_for(device: torch.device, dtype: torch.dtype, e: int) -> str | None:
     """The kernel for heads of E numbers, "flash" or "efficient"; None where only a mask works."""
     if flash_available(device, dtype, e):

@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from nanochameleon.kernels.constant import assume_constant_result
+
 
 @cache
 def find_varlen_attn() -> Callable[..., Tensor] | None:
@@ -19,7 +21,7 @@ def find_varlen_attn() -> Callable[..., Tensor] | None:
     return varlen_attn if {"seqused_k", "enable_gqa"} <= known.keys() else None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def flash_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether varlen_attn takes such queries and keys."""
     return (

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
+from nanochameleon.kernels.constant import assume_constant_result
+
 # By the major number of the compute capability: A100 (8.0) to RTX 40 (8.9), H100, B200 and B300, RTX 50. Code for X.0
 # runs on all of X.
 ARCHITECTURES = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_120"}
@@ -28,7 +30,7 @@ def cuda_extra() -> str:
     return "cuda12" if (torch.version.cuda or "").startswith("12.") else "cuda"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def missing_cuda_package() -> str | None:
     """The package of cuda_extra() that is missing, or None. CuPy for another CUDA would fail at its first launch."""
     right, other = ("cupy-cuda12x", "cupy-cuda13x")[:: 1 if cuda_extra() == "cuda12" else -1]

@@ -44,7 +44,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, n_codes: int, embed_dim: int):
         super().__init__()
-        self.embedding = nn.Embedding(n_codes, embed_dim)
+        # nn.Embedding's own values, which on the meta device would first import torch's compiler
+        self.embedding = nn.Embedding.from_pretrained(torch.randn(n_codes, embed_dim), freeze=False)
         nn.init.uniform_(self.embedding.weight, -1 / n_codes, 1 / n_codes)
         self.register_buffer("counts", None, persistent=False)
         self.register_buffer("sums", None, persistent=False)

@@ -1,15 +1,20 @@
 """Which implementation runs: a request by call, by environment, by table, and the reason where it cannot be met."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+import nanochameleon
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels import qknorm_rope_attention
 from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import rms_norm
+from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.dispatch import (
     AMX_OPS,
     AUTO,
@@ -235,3 +240,16 @@ def test_ops_give_shapes_on_the_meta_device():
     x, weight = torch.zeros(4, 8, device="meta"), torch.zeros(8, device="meta")
     assert rms_norm(x, weight, 1e-5).shape == (4, 8)
     assert linear(x, [weight.expand(3, 8)])[0].shape == (4, 3)
+
+
+def test_the_mark_of_a_constant_is_the_one_of_torch():
+    def ours(): ...
+    def theirs(): ...
+
+    assert vars(assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def test_the_programs_start_without_torchs_compiler():
+    """Its import takes longer than drawing an image with the toy."""
+    code = "import sys, sample, nanochameleon.generation.complete; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(nanochameleon.__file__).parents[1])
