@@ -2,8 +2,8 @@
 
     results = on_ranks(2, work, helper, ..., data=tensors)        work(rank, n, data) -> tensors
 
-Each process reads the functions' sources, so a change in the lesson's cell takes effect. The processes meet in a file of
-a temporary folder: no port, no network. They wait for the next call, and end when the lesson's own process ends.
+Each process reads the functions' sources, so a change in the lesson's cell takes effect. The processes meet in a file
+of a temporary folder: no port, no network. They wait for the next call, and end when the lesson's own process ends.
 """
 
 import inspect
@@ -29,6 +29,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from nanochameleon.config import ModelConfig, ParallelConfig
+from nanochameleon.packing import Batch
+from nanochameleon.parallel.apply import parallelize, wrap
+from nanochameleon.parallel.mesh import Mesh
+from nanochameleon.training.objective import Objective
+from nanochameleon.transformer import Chameleon
+from nanochameleon.vocab import Vocab
 
 rank, n = int(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
