@@ -258,12 +258,13 @@ for name, model, n_gpus in (("7B", chameleon_7b().model, 1_024), ("34B", chamele
     print(f"  the paper: {paper:,} hours, {paper / n_gpus / 24:.0f} days on {n_gpus:,}; {used[name]:.1%} of the peak")
 
 # %% [markdown]
-# An A100 has 80 GB: DDP cannot train the 7B on it, FSDP can. Tokens times FLOPs over the peak are the hours of a perfect GPU. The paper needed 2.4 times as many: 42% of the peak for the 7B, 41% for the 34B, a usual rate.
+# An A100 has 80 GB: DDP cannot train the 7B on it, FSDP can. Tokens times FLOPs over the peak are the hours of a
+# perfect GPU. The paper needed 2.4 times as many: 42% of the peak for the 7B and 41% for the 34B.
 #
 # ## Captions and answers
 #
-# Is the model any good? *CIDEr-D* compares groups of one to four words with what people wrote about an image.
-# Rare groups count more, and a perfect copy gets 10.
+# Is the model any good? *CIDEr-D* compares groups of one to four words with what people wrote about an image. Rare
+# groups count more, and a perfect copy gets 10.
 
 # %%
 from dataclasses import replace
