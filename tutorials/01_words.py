@@ -158,10 +158,10 @@ axes[1].axis("off")
 for row, n in enumerate((0, 40, 320)):
     short = TextTokenizer.train(texts, Vocab.toy(64, n), progress=False)
     cut = [short.pieces[token].decode() for token in short.encode(sentence)]
-    text = "|".join(cut)
-    axes[1].text(0, 0.85 - 0.42 * row, f"{n:3}: {text}", family="monospace", fontsize=10)
+    axes[1].text(0, 0.9 - 0.35 * row, f"{n:3} merges: {'|'.join(cut)}", family="monospace", fontsize=10)
+alt = "Bytes per token rise from 1 without merges to 4.3 at 144 merges, then stay flat. "
 show(
-    fig, "Bytes per token rise from 1 without merges to 4.3, then stay flat. Below, the sentence is cut into 33, 13, 6."
+    fig, alt + "Below, a sentence is cut by 0, 40 and 320 merges: into letters, into short pieces, into its six words."
 )
 
 # %% [markdown]
