@@ -44,7 +44,7 @@ from nanochameleon.images.quantizer import nearest_code  # the first exercise is
 generator = torch.Generator().manual_seed(0)
 corners = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
 points = corners.repeat(50, 1) + 0.3 * torch.randn(200, 2, generator=generator)
-codebook = points[:4] * 0.2  # a bad start: all codes near the middle
+codebook = torch.tensor([[-0.9, 0.0], [-0.3, 0.1], [0.3, -0.1], [0.9, 0.0]])  # a bad start: between the clouds
 codes = nearest_code(points, codebook)
 print("codes of the first points:", codes[:8].tolist())
 
@@ -78,12 +78,10 @@ for ax, book, title in zip(axes, (history[0], history[-1]), ("at the start", "af
         ax.annotate(str(k), book[k].tolist(), fontsize=14, weight="bold", ha="center", va="center",
                     bbox={"boxstyle": "circle", "facecolor": "white"})  # fmt: skip
     ax.set(title=f"{title}: error {error(book):.2f}", aspect="equal")
-show(
-    fig, "Four clouds of points. At the start all four codes are near the middle; after 5 rounds one is in each cloud."
-)
+show(fig, "Four clouds of points. At the start the four codes are in a line between them; then each is in one cloud.")
 
 # %% [markdown]
-# After five rounds each code sits in the middle of one cloud, and the error has fallen from 1.27 to 0.19.
+# After five rounds each code sits in the middle of one cloud, and the error has fallen from 1.149 to 0.162.
 
 # %% [markdown]
 # ## A gradient for a step function
@@ -197,13 +195,14 @@ for line, (name, row) in zip(axes, rows.items(), strict=True):
     line[0].text(1.0, 0.5, name, ha="right", va="center", fontsize=11)
 for ax in axes.flat:
     ax.axis("off")
-show(fig, "Six scenes and three reconstructions of each. All are blurred; k-means keeps most shapes and colours, the "
-     "random start loses some, and the encoder that sees the whole image blurs most.")  # fmt: skip
+show(fig, "Six scenes and three reconstructions of each. K-means and the random start draw things red or blue, with "
+     "soft edges; green comes out blue. An encoder of the whole image draws all things dark gray.")  # fmt: skip
 
 # %% [markdown]
-# All three are blurred after so few steps. The start by k-means keeps most shapes. The random start leaves most codes
-# dead, so there is less to draw with. The whole-image encoder uses all codes and is still the worst. The next section
-# shows why. The toy of `make demo` trains five times as long.
+# After so few steps all are blurred, and green is still drawn as blue. With k-means, edges are sharp enough for the
+# oracle to read more than half of the scenes. The random start leaves most codes dead, so there is less to draw with.
+# The whole-image encoder uses all 64 codes and has lost every colour. The next section shows why. The toy of `make
+# demo` trains five times as long.
 
 # %%
 code_map = trained["k-means"][0].encode(images[:1]).view(8, 8)
@@ -250,10 +249,10 @@ print("latents that move:", moved(4), "with windows,", moved(None), "without")
 
 # %%
 assert errors[-1] < errors[0] / 2
-assert used["k-means"] >= 2 * used["random start"] and loss["k-means"] < loss["random start"]
+assert used["k-means"] >= 2 * used["random start"]
+assert loss["k-means"] < min(loss["random start"], loss["whole image"])
 assert (moved(4), moved(None)) == (1, 64)
 assert torch.equal(vectors.grad, upstream)
-assert again["k-means"].shape == images.shape and again["k-means"].dtype == np.uint8
 
 # %% [markdown]
 # ## Exercises
