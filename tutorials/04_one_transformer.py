@@ -156,7 +156,8 @@ show(
 # ## The model
 #
 # A layer is a *block* of two branches: attention, then a *feed-forward* network that works on each token alone.
-# *SwiGLU* is its form: one product is a gate for another.
+# *SwiGLU* is its form: two matrices multiply the vector, and one result decides, number by number, how much of the
+# other passes.
 
 # %%
 show_source(FeedForward.forward, Block.forward)

@@ -57,8 +57,8 @@ print(f"loss {first_loss:.4f}, ln V {math.log(vocab.size):.4f}")
 # %% [markdown]
 # ## The floor
 #
-# The world is small: one object, two of a kind, or a pair with a relation; 2 sizes, 3 colours, 2 shapes, 4 cells. We
-# can list every scene with its probability.
+# The world is that of lesson 3. A scene shows one object, two of a kind, or a pair with a relation; there are 2 sizes,
+# 3 colours, 2 shapes and 4 cells. We can list every scene with its probability.
 
 
 # %%
@@ -198,7 +198,8 @@ assert after.min() > 0.6 and after.max() < 1.3 and before.max() > 20 * before.mi
 # %% [markdown]
 # ## Two hundred steps
 #
-# Now both, from the same weights, on the same batches. On the way each model draws one caption that it has never seen.
+# Now both, from the same weights, on the same batches. On the way each draws a scene that it is never trained on, from
+# its caption. `watch` is called after each step.
 
 # %%
 unseen = list(scenes(WORLD, SCENE_SEED, 96, test=True))
@@ -235,9 +236,9 @@ for name, run in (("Muon", by_muon), ("AdamW", by_adamw)):
     print(f"{name}: text {text:.3f}, image {image:.3f} nats a token; {right:.0%} of 96 new scenes drawn right")
 
 # %% [markdown]
-# Text is at its floor with both. Images are not with AdamW, whose rate is the best of four between 3e-3 and 2e-2. More
-# steps help it, too; the paper gave it about a million. Muon is not in the paper. The library uses it where there are
-# minutes, not weeks.
+# Text is at its floor with both. Images are not with AdamW, at the best of four rates that we tried between 3e-3 and
+# 2e-2. That says something about two hundred steps, not about AdamW: the paper trained with it, for weeks. The library
+# uses Muon where there are minutes.
 #
 # ## Below the floor
 #
