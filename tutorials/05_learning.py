@@ -173,10 +173,11 @@ show_source(next_token_loss)
 #
 # The *learning rate* says how far an update goes. It rises for some steps, the warm-up, since the first gradients
 # mislead. Then it falls along a cosine, so that the last steps settle. *Clipping* scales a gradient down whose length
-# is above 1, so that one odd batch cannot throw the model off.
+# is above 1, so that one odd batch cannot throw the model off. Below are rates of Muon; the first exercise is to write
+# them.
 
 # %%
-show_source(learning_rate, clip_gradients)
+show_source(clip_gradients)
 print({step: round(learning_rate(step, 200, MUON), 5) for step in (0, 7, 15, 100, 199)})
 
 # %% [markdown]
