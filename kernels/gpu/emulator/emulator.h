@@ -337,7 +337,8 @@ template <class... A>
 const char* launch(void (*kernel)(A...), const char* kinds, const int* sizes, void** arguments, Range* tensors) {
   const char wanted[] = {kind<A>()..., 0};
   if (strcmp(kinds, wanted)) {
-    snprintf(message, sizeof message, "the call gives %s where the kernel takes %s", kinds, wanted);
+    snprintf(message, sizeof message, "the call gives %s where the kernel takes %s (p: a tensor, i and l: an int of 32 and 64 bits, f and d: a float)",
+             kinds, wanted);
     return message;
   }
   if (!stacks) stacks = (char*)malloc(MOST * STACK);

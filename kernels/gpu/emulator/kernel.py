@@ -44,9 +44,7 @@ def check_sizes(grid: tuple, block: tuple, shared_mem: int) -> None:
     """Raise EmulatorError for a launch that no GPU takes."""
     for what, sizes, most in ("grid", grid, 2**31 - 1), ("block", block, 1_024):
         if not 1 <= len(sizes) <= 3 or min(sizes) < 1 or math.prod(sizes) > most:
-            raise NotLaunched(
-                f"a {what} has one to three sizes of at least 1 and at most {most:,} in all, not {sizes}"
-            )
+            raise NotLaunched(f"a {what} has one to three sizes of at least 1 and at most {most:,} in all, not {sizes}")
     if not 0 <= shared_mem <= 227 * 1024:
         raise NotLaunched(f"a block has at most 227 KB of shared memory, not {shared_mem:,} bytes")
 

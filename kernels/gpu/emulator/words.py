@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 DTYPES = {
-    name: getattr(torch, name) for name in "float32 float64 bfloat16 float16 int64 int32 int16 uint8 bool".split()
+    name: getattr(torch, name)
+    for name in ["float32", "float64", "bfloat16", "float16", "int64", "int32", "int16", "uint8", "bool"]
 }
 NUMBERS = {"int": np.int32, "long": np.int64, "float": np.float32}
 EXAMPLE = "float32:4x100:random, int64:4:range, int:100, long:5, float:1e-5 or null"
