@@ -4,8 +4,8 @@
         float32:4x1000:random int64:4:range float32:4:zeros float32:4:zeros int:4 int:1000 float:1e-5 float:0.25
 
 Arguments are words: TYPE:SHAPE:FILL is a tensor (fill: zeros, ones, range, random), int:N and float:X have 32 bits,
-long:N 64, null is a null pointer. The kernel is declared extern "C". Exit code: 0 if no mistake was found, 1 if one was,
-2 for a call that makes no sense. Without g++ it says so.
+long:N 64, null is a null pointer. The kernel is declared extern "C". Exit code: 0 if no mistake was found, 1 for a
+mistake, 2 for a call that makes no sense. Without g++ it says so.
 """
 
 import argparse

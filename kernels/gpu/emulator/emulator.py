@@ -4,8 +4,8 @@
 
 Every launch runs twice, in ascending and in descending order of threads (emulator.h says what that finds), and both
 must leave the same bits in every tensor. Tensors have fences around them. With a shadow (shadow.h) each access to
-memory is compared with those of the other threads. The emulator shows neither speed nor that the hardware follows the manual:
-`python -m nanochameleon.bench kernels --device cuda` checks every case before timing it.
+memory is compared with those of the other threads. The emulator shows neither speed nor that the hardware follows the
+manual: `python -m nanochameleon.bench kernels --device cuda` checks every case before timing it.
 """
 
 import ctypes
