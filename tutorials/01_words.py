@@ -16,8 +16,8 @@
 # %% [markdown]
 # ## One number known beforehand
 # Every text is a list of bytes already, numbers from 0 to 255, in an encoding called UTF-8. So 256 tokens are enough
-# for every text in every language. The price is length: one token a byte. The sentence below therefore takes 33
-# tokens. At the end of this lesson it takes 6.
+# for every text in every language. The price is length: one token a byte. The sentence below therefore takes 33 tokens.
+# At the end of this lesson it takes 6.
 
 # %%
 sentence = "three small blue circles on white"
@@ -48,9 +48,9 @@ for _ in range(6):
     print(f"{counts[pair]} times {pair[0] + pair[1]!r:6} -> {len(pieces)} pieces")
 
 # %% [markdown]
-# One sentence teaches little. So we take the texts of a small world: captions of drawn scenes, and questions about
-# them with their answers. The training texts come from one set of scenes, the test texts from scenes that no training
-# text describes.
+# One sentence teaches little. So we take the texts of a small world: captions of drawn scenes, and questions about them
+# with their answers. The training texts come from one set of scenes, the test texts from scenes that no training text
+# describes.
 
 # %%
 from nanochameleon.data.sources.scenes import World
@@ -95,8 +95,8 @@ mine = learn(texts[:2_000], 40)
 print([(left + right).decode() for left, right in mine[:16]])
 
 # %% [markdown]
-# A space belongs to the word after it: ` small` is a piece, `small ` is not. Frequent endings and whole words appear
-# quickly.
+# A space belongs to the word after it: ` small` is a piece, `small ` is not. Parts of words come first, and whole words
+# soon follow.
 #
 # ## The library's version
 # Our trainer counts all pairs again for each merge. The library keeps the counts and changes only those of words that
@@ -117,7 +117,7 @@ same_merges = mine == train(texts[:2_000], 40)
 print("the same 40 merges:", same_merges)
 
 # %% [markdown]
-# To encode a text, apply the merges to each word, always the one that was learnt first. Each piece then has a number.
+# To encode a text, apply the merges to each word, in the order in which they were learnt. Each piece then has a number.
 # A `Vocab` says which: some numbers are kept for images and for special tokens, and text comes after them (lesson 3).
 
 # %%
@@ -158,16 +158,17 @@ axes[1].axis("off")
 for row, n in enumerate((0, 40, 320)):
     short = TextTokenizer.train(texts, Vocab.toy(64, n), progress=False)
     cut = [short.pieces[token].decode() for token in short.encode(sentence)]
-    text = "|".join(cut)
-    axes[1].text(0, 0.85 - 0.42 * row, f"{n:3}: {text}", family="monospace", fontsize=10)
+    line = f"{n:3} merges, {len(cut):2} tokens: {'|'.join(cut)}"
+    axes[1].text(0, 0.85 - 0.42 * row, line, family="monospace", fontsize=10)
 show(
-    fig, "Bytes per token rise from 1 without merges to 4.3, then stay flat. Below, the sentence is cut into 33, 13, 6."
+    fig,
+    "Bytes per token rise from 1 without merges to 4.35, then stay flat. Below, the sentence is cut into 33, 22 and 6.",
 )
 
 # %% [markdown]
-# The curve rises to 4.3 bytes per token and then stays flat. Training stopped by itself: after 144 merges each word of
-# this world is one piece, so no pair of neighbours occurs twice. Real text never ends like that; Chameleon's
-# vocabulary has 65,536 tokens.
+# The curve rises to 4.35 bytes per token and then stays flat; below it, the sentence at the start of the lesson falls
+# from 33 tokens to 6. Training stopped by itself: after 144 merges each word of this world is one piece, so no pair of
+# neighbours occurs twice. Real text never ends like that; Chameleon's vocabulary has 65,536 tokens.
 
 # %% [markdown]
 # ## Break it: merges across words
@@ -203,14 +204,14 @@ ax.set_yticks([place + 0.2 for place in range(len(names))], names)
 show(fig, f"Bars: pieces that hold each word, for merges inside and across words: {holding}.")
 
 # %% [markdown]
-# Merges inside words keep each word in one or two pieces. Merges across words hide it in dozens, such as "a small
-# blue" or "circle on white". Texts become even shorter, but the model would have to learn what a circle is once for
-# each of those pieces, and a new combination would be cut differently.
+# Merges inside words keep each word in one or two pieces. Merges across words hide it in dozens, such as "a big orange
+# cross on white". Texts become even shorter, but the model would have to learn what a circle is once for each of those
+# pieces, and a new combination would be cut differently.
 
 # %% [markdown]
 # ## What no tokenizer may lose
-# Bytes make it safe: every text comes back, also in languages that no merge has seen. A letter may take several
-# tokens, so bytes are joined before they are read as letters.
+# Bytes make it safe: every text comes back, also in languages that no merge has seen. A letter may take several tokens,
+# so bytes are joined before they are read as letters.
 
 # %%
 samples = [*unseen, "naïve", "变色龙", "a lizard: 🦎", "".join(map(chr, range(0x300)))]
@@ -220,8 +221,8 @@ lost = [text for text in samples if tokenizer.decode(tokenizer.encode(text)) != 
 print("texts that do not come back:", len(lost))
 
 # %% [markdown]
-# A model also has special tokens, for instance "an image begins". Nobody must be able to type one: a text that spells
-# its name gives ordinary text tokens.
+# A model also has special tokens, for instance "an image begins". No typed text may produce one: a text that spells its
+# name gives ordinary text tokens.
 
 # %%
 typed = tokenizer.encode("</s><racm3:break>")
@@ -277,8 +278,8 @@ check("words.merges_of_eight", ...)
 
 # %% [markdown]
 # ### Break: tokens that do not come back
-# decode(encode(text)) = text, always. Is encode(decode(tokens)) = tokens, too? Return text tokens of this tokenizer
-# for which it fails. `tokenizer.merges` and `tokenizer.tokens` help.
+# decode(encode(text)) = text, always. Is encode(decode(tokens)) = tokens, too? Return text tokens of this tokenizer for
+# which it fails. `tokenizer.merges` and `tokenizer.tokens` help.
 
 
 # %%
