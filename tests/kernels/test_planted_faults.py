@@ -49,30 +49,30 @@ extern "C" __global__ void causal_mean(const float* v, float* out, int t) {
 """
 FAULTS = {  # text of the kernel, what is planted in it, and what is reported
     "a missing barrier": (
-        SUM, "    __syncthreads();\n", "", r"race: it (reads|writes) shared memory byte \d+ \(kernel.cu:\d+ `.*part.*"
-        r"and thread \d+ (reads|writes) it \(kernel.cu:\d+ `.*: no barrier"),
+        SUM, "    __syncthreads();\n", "", r"race: it (reads|writes) shared memory byte \d+ \(kernel:\d+ `.*part.*"
+        r"and thread \d+ (reads|writes) it \(kernel:\d+ `.*: no barrier"),
     "a barrier of one warp where two meet": (
         SUM, "__syncthreads()", "__syncwarp()", r"race: .*shared memory byte \d+ .*and thread \d+"),
     "a wrong index": (
         SUM, "i += 64) sum += x[blockIdx.x * n + i]", "i += 64) sum += x[blockIdx.x * n + i + 1]",
         r"block \(2, 0, 0\), thread \d+: out of bounds: it reads argument 0 \(x\), element 300 \(it has 300\) "
-        r"\(kernel.cu:6"),
+        r"\(kernel:6"),
     "an index at which two blocks meet": (
         SUM, "y[blockIdx.x] =", "y[blockIdx.x / 2] =",
         r"block \(1, 0, 0\), thread 0: race: it writes argument 1 \(y\), element 0 .*thread 0 of block \(0, 0, 0\) "
         r"writes it .*any order"),
     "uninitialised shared memory": (
         SUM, "part[t] = sum", "if (t < n % 64) part[t] = sum",
-        r"uninitialised: it reads shared memory byte \d+ \(kernel.cu:10 .*no thread of the block has written"),
+        r"uninitialised: it reads shared memory byte \d+ \(kernel:10 .*no thread of the block has written"),
     "a write out of bounds": (
         SUM, "if (t == 0) y[blockIdx.x]", "if (t == 0) y[blockIdx.x + 1]",
         r"block \(2, 0, 0\), thread 0: out of bounds: it writes argument 1 \(y\), element 3 \(it has 3\) "
-        r"\(kernel.cu:12 `if"),
-    "shared memory out of bounds": (SUM, "part[64]", "part[63]", "array's index .*kernel.cu:7"),
+        r"\(kernel:12 `if"),
+    "shared memory out of bounds": (SUM, "part[64]", "part[63]", "array's index .*kernel:7"),
     "the mask of a shuffle": (
-        WARP, "0xffffffff", "0xffff", r"thread 16: the mask 0xffff of its __shfl_xor_sync \(kernel.cu:6\) leaves out"),
+        WARP, "0xffffffff", "0xffff", r"thread 16: the mask 0xffff of its __shfl_xor_sync \(kernel:6\) leaves out"),
     "a shuffle that some lanes do not reach": (
-        WARP, "for (int o", "if (t < n) for (int o", r"has left, but __shfl_xor_sync \(kernel.cu:6\) of thread 0"),
+        WARP, "for (int o", "if (t < n) for (int o", r"has left, but __shfl_xor_sync \(kernel:6\) of thread 0"),
 }  # fmt: skip
 
 
@@ -130,25 +130,25 @@ def test_barriers_order_a_warp_s_memory_and_shuffles_do_not(between, ordered):
     body = f"s[i] = x[i]; {between} float z = s[i ^ 1]; if (blockIdx.x == 0) y[i] = z;"
     if ordered:
         return run_two(body)
-    with pytest.raises(EmulatorError, match="race: it reads shared memory byte 4 .*and thread 1 writes it"):
+    with pytest.raises(EmulatorError, match=r"race: it reads shared memory byte 4 .*and thread 1 writes it"):
         run_two(body)
 
 
 def test_the_lanes_of_a_mask_are_ordered_and_no_others():
     body = "s[i] = x[i]; if (i % 32 < 16) {{ __syncwarp(0xffff); float z = s[i ^ {}]; if (blockIdx.x == 0) y[i] = z; }}"
     run_two(body.format(1))
-    with pytest.raises(EmulatorError, match="race"):
+    with pytest.raises(EmulatorError, match=r"race"):
         run_two(body.format(16))
 
 
 def test_a_read_before_another_thread_s_write_is_a_race_too():
-    with pytest.raises(EmulatorError, match="race: .*and thread \\d+ (reads|writes)"):
+    with pytest.raises(EmulatorError, match=r"race: .*and thread \d+ (reads|writes)"):
         run_two("s[i] = x[i]; __syncthreads(); float z = s[63 - i]; s[i] = z; __syncthreads();")
 
 
 def test_atomics_do_not_race_with_one_another_but_with_plain_writes():
     run_two("atomicAdd(y, x[i]);")
-    with pytest.raises(EmulatorError, match="race: .*argument 1 .y., element 0"):
+    with pytest.raises(EmulatorError, match=r"race: .*argument 1 .y., element 0"):
         run_two("atomicAdd(y, x[i]); if (i == 3) y[0] = 1;")
 
 
@@ -161,7 +161,7 @@ def test_a_copy_is_not_there_until_its_thread_has_waited():
         if right:
             kernel(*arguments)
         else:
-            with pytest.raises(EmulatorError, match="before the asynchronous copy of thread 0"):
+            with pytest.raises(EmulatorError, match=r"before the asynchronous copy of thread 0"):
                 kernel(*arguments)
 
 
@@ -201,5 +201,5 @@ def test_the_shipped_kernels_have_no_race_and_no_wrong_address(generation):
 def test_a_kernel_of_the_tests_is_watched_only_on_request():
     """The shadow costs twice the time, so that most tests do without."""
     found = emulator.compiled(SUM.replace("    __syncthreads();\n", ""), emulator.HEADERS, 80)
-    with pytest.raises(EmulatorError, match="depends on the order of its threads: argument 1 .y., element 0 is"):
+    with pytest.raises(EmulatorError, match=r"depends on the order of its threads: argument 1 .y., element 0 is"):
         emulator.start(found, "row_sum", (1,), 64, torch.ones(100), torch.zeros(1), 100)

@@ -59,7 +59,7 @@ KINDS = {
 }
 
 
-def compiled(source: str, folder: Path, generation: int, shadow: bool = False, file: str = "kernel.cu") -> Library:
+def compiled(source: str, folder: Path, generation: int, shadow: bool = False, file: str = "kernel") -> Library:
     """Compile CUDA C, which may include files of `folder`, to a library with launch_NAME for each kernel."""
     flags = [*COMPILE, *(SHADOW if shadow else ())]
     text = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
