@@ -91,7 +91,8 @@ show(fig, "A tree over eight numbers: in round 1 threads 0 to 3 add the number f
 # ## Break it: a barrier removed
 # Here is the same kernel without its barrier. On a GPU it may still give 32,640, today and on this model of GPU: a
 # fault that depends on who is first is called a race. The emulator does not rely on luck. It keeps, for every byte, who
-# wrote and read it last, and whether a barrier came between.
+# wrote and read it last, and whether a barrier came between. It also runs all threads in two orders, and both must give
+# the same result.
 
 
 # %%
