@@ -155,6 +155,7 @@ show_source(Block.forward, Block.add_normed)
 # branch; with a z-loss of 1e-2; and the first two at 3e-3 ("slow"). We watch the largest attention logit, log Z and
 # the *output norm*, the length of the last layer's output.
 
+
 # %%
 def measure(lr=3e-2, z_loss=1e-5, **changes):
     """Train 80 steps; return four curves."""
