@@ -235,9 +235,9 @@ print("largest error of each rung:", *(f"{e:.1e}" for e in loss_errors))
 
 # %% [markdown]
 # ## Attention, rung by rung
-# Rung 1 gives a thread one query, and rung 2 a warp. In rung 3 16 warps share tiles of 32 keys in shared memory. Rung 4
-# hands tiles to tensor cores, which multiply 16 x 16 numbers by 16 x 8 in one instruction. The numbers are bfloat16
-# with 8 bits of precision, so errors near 0.01 are rounding.
+# Rung 1 gives a thread one query, and rung 2 a warp. Rung 3 lets 16 warps share tiles of 32 keys in shared memory.
+# Rung 4 hands tiles to tensor cores, which multiply 16 x 16 numbers by 16 x 8 in one instruction. The numbers are
+# bfloat16 with 8 bits of precision, so errors near 0.01 are rounding.
 
 # %%
 from nanochameleon.kernels.attention import steps as attention
