@@ -49,7 +49,7 @@ from nanochameleon.transformer import Chameleon
 untrained, loader = start(small_config(steps=200), {"drawings": 1.0})
 vocab, model = untrained.vocab, untrained.model
 first_batch = loader.batch(0)  # 4 sequences of 256 tokens: captions, each followed by its image
-sums = Objective(model, vocab, "fp32")(first_batch, None).next_token
+sums = Objective(model, vocab, "fp32")(first_batch, None).next_token  # lesson 3's loss, added up over all targets
 first_loss = float(sums.cross_entropy / sums.count)
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters, V = {vocab.size}")
 print(f"loss {first_loss:.4f}, ln V {math.log(vocab.size):.4f}")
@@ -86,8 +86,8 @@ assert {scene for _, scene in listed} >= set(scenes(WORLD, 0, 500))  # drawn at 
 # %% [markdown]
 # The *entropy* of a random thing is the mean of -ln p over its outcomes. No model can pay less on average (Gibbs'
 # inequality). Scenes of the test split are never trained on, so they are left out. One caption in three does not
-# mention the background. Three tokens count as text and cost nothing: the begin and the end of the image, and `</s>`
-# at the end of the document.
+# mention the background. Three tokens count as text and cost nothing: the begin and the end of the image, and `</s>` at
+# the end of the document.
 
 # %%
 total = sum(p for p, scene in listed if not scene.for_test)
@@ -111,8 +111,8 @@ print(f"a caption {of_caption:.3f} nats, then its image {of_image:.3f}")
 print(f"floor: {floor['text']:.3f} a text token, {floor['image']:.3f} an image token")
 
 # %% [markdown]
-# Given its caption, an image leaves only one thing open: which cells. So 16 image tokens together cost about one nat.
-# A model that ignores the caption cannot get near that.
+# Given its caption, an image leaves only one thing open: which cells. So 16 image tokens together cost about one nat. A
+# model that ignores the caption cannot get near that.
 #
 # ## The loop
 #
@@ -173,10 +173,11 @@ show_source(next_token_loss)
 #
 # The *learning rate* says how far an update goes. It rises for some steps, the warm-up, since the first gradients
 # mislead. Then it falls along a cosine, so that the last steps settle. *Clipping* scales a gradient down whose length
-# is above 1, so that one odd batch cannot throw the model off.
+# is above 1, so that one odd batch cannot throw the model off. Below are rates of Muon; the first exercise is to write
+# them.
 
 # %%
-show_source(learning_rate, clip_gradients)
+show_source(clip_gradients)
 print({step: round(learning_rate(step, 200, MUON), 5) for step in (0, 7, 15, 100, 199)})
 
 # %% [markdown]
@@ -297,8 +298,8 @@ show(
 )
 
 # %% [markdown]
-# Random patches come first, then whole objects, at last the scene of the caption. No image that it learnt from shows
-# this scene: it combines what it knows.
+# Random patches come first, then whole objects, at last the scene of the caption. No image that the model learnt from
+# shows this scene: the model combines what it knows.
 #
 # ## Five assertions
 
@@ -315,8 +316,8 @@ assert end["AdamW"]["right"] < 0.5 < 0.8 < end["Muon"]["right"] and bug[-1, 1] <
 # ### Write: warm-up and cosine
 #
 # The rate of `step` in 0 .. `total` - 1. It rises linearly: step 0 already moves, and step `warmup` has the peak. Then
-# it falls along half a cosine to `last` times the peak in the very last step. A run shorter than its warm-up never
-# gets there.
+# it falls along half a cosine to `last` times the peak in the very last step. A run shorter than its warm-up never gets
+# there.
 
 
 # %%

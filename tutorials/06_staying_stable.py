@@ -208,9 +208,9 @@ show(
 )
 
 # %% [markdown]
-# Without QK-norm, logits reach hundreds instead of ten, and the loss is worse. A strong z-loss holds log Z near 0; the
-# norm after the branch holds the output norm at 20. At the slow rate logits are only two to three times as large, and
-# which loss is lower depends on the seed. The norms buy the right to learn fast.
+# Without QK-norm, logits reach hundreds instead of ten, and the loss is worse. A strong z-loss holds log Z near 0, the
+# norm after the branch the output norm at 20. At the slow rate logits are two to three times as large, and which
+# loss is lower depends on the seed. Norms buy the right to learn fast.
 #
 # ## What eighty steps cannot show
 #
