@@ -89,7 +89,7 @@ show(fig, "A tree over eight numbers: in round 1 threads 0 to 3 add the number f
 #
 # ## Break it: a barrier removed
 # Without it a GPU may still give 32,640. A fault that depends on who is first is called a race. The emulator notes who
-# wrote and read each byte last, and whether a barrier came between. It also runs the threads in two orders.
+# wrote and read each byte last, and whether a barrier came between. It also tries two orders.
 
 
 # %%
@@ -157,13 +157,13 @@ show(
 )
 
 # %% [markdown]
-# A box is a float, a number in it the thread that reads it, and a thick line the border of a piece. Four coalesced
-# threads touch one piece; four strided ones touch all four.
+# A box is a float, a number in it its reader, a thick line a piece's border. Four coalesced threads touch one piece,
+# four strided ones four.
 #
 # ## The loss, rung by rung
-# The folder of each kernel has a ladder: versions from plain to fast, each of which changes one thing. The loss is
-# cross-entropy with z-loss (lesson 6): log Z of a row of logits, minus the logit of the right token. Rung 1 gives each
-# thread a row, so its reads are strided.
+# A kernel has a ladder: versions from plain to fast, each changing one thing. The loss is cross-entropy with
+# z-loss (lesson 6): log Z of a row of logits, minus the right token's logit. Rung 1 gives each thread a row, so its
+# reads are strided.
 
 # %%
 from IPython.display import Markdown, display
@@ -271,12 +271,12 @@ axes.set(xlim=(-0.5, 7.5), ylim=(15.5, -0.5), xlabel="column", ylabel="row", yti
 show(fig, "The lane of each number of 16 x 8: lane 0 has columns 0 and 1 of rows 0 and 8; four lanes share a row.")
 
 # %% [markdown]
-# The figure shows the lane of each number: two neighbours in a row, and two in the row 8 below. Four lanes share a
-# row, so its maximum takes two shuffles.
+# The figure shows each number's lane: two neighbours in a row, and two in the row 8 below. Four lanes share a row, so
+# its maximum takes two shuffles.
 #
-# A query sees the keys of its own document up to itself (lesson 3). What if that mask is wrong? No thread disturbs
-# another, and each address is inside its array. So the emulator has nothing to report. The comparison finds it: here a
-# query also sees the documents before its own.
+# A query sees its own document up to itself (lesson 3). What if that mask is wrong? No thread disturbs another, and
+# each address is right. So the emulator has nothing to report. The comparison finds it: here a query also sees the
+# documents before its own.
 
 # %%
 from functools import partial
