@@ -232,8 +232,8 @@ print("largest error of each rung:", *(f"{e:.1e}" for e in loss_errors))
 # %% [markdown]
 # ## Attention, rung by rung
 # Rung 1 gives a thread one query, and rung 2 a warp. In rung 3, 16 warps share tiles of 32 keys in shared memory. Each
-# lane scores a whole key. Then the warp takes one maximum and one sum for all 32: the online softmax again. Its
-# numbers are bfloat16 with 8 bits of precision, so errors near 0.01 are rounding.
+# lane scores a whole key. Then the warp takes one maximum and one sum for all 32: the online softmax again, with powers
+# of 2. A word holds two bfloat16 numbers, low and high, of 8 bits of precision, so errors near 0.01 are rounding.
 
 # %%
 from nanochameleon.kernels.attention import steps as attention
