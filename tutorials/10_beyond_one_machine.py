@@ -47,10 +47,10 @@ print("ranks give 10 and 20; they get", on_ranks(2, give_and_get))
 
 # %% [markdown]
 # `on_ranks` (in `processes.py`) sends the source of your function to two processes. They meet in a file of a temporary
-# folder. On many machines, `torchrun` does the same over a network.
+# folder and talk by *gloo*, PyTorch's collectives for CPUs. On many machines, `torchrun` does the same over a network.
 #
-# The data: each batch has four captions with images and four captions alone. The first four sequences are longer. That
-# will matter.
+# The data: each batch has four captions with images and four captions alone. A *target* is a token that the model must
+# predict. The first four sequences have more of them. That will matter.
 
 # %%
 from nanochameleon.data import fuse

@@ -4,8 +4,8 @@
 
 Every launch runs twice, in ascending and in descending order of threads (emulator.h says what that finds), and both
 must leave the same bits in every tensor. Tensors have fences around them. With a shadow (shadow.h) each access to
-memory is compared with those of the other threads. The emulator shows neither speed nor that the hardware follows the manual:
-`python -m nanochameleon.bench kernels --device cuda` checks every case before timing it.
+memory is compared with those of the other threads. The emulator shows neither speed nor that the hardware follows the
+manual: `python -m nanochameleon.bench kernels --device cuda` checks every case before timing it.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from nanochameleon.kernels import dispatch
 from nanochameleon.kernels.caches import cache_folder
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.gpu.emulator.fence import Fence, Range
-from nanochameleon.kernels.gpu.emulator.source import EmulatorError, Library, run_tool
+from nanochameleon.kernels.gpu.emulator.source import EmulatorError, Library, NotLaunched, run_tool
 
 HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
 CHECKS = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
@@ -59,7 +59,7 @@ KINDS = {
 }
 
 
-def compiled(source: str, folder: Path, generation: int, shadow: bool = False, file: str = "kernel.cu") -> Library:
+def compiled(source: str, folder: Path, generation: int, shadow: bool = False, file: str = "kernel") -> Library:
     """Compile CUDA C, which may include files of `folder`, to a library with launch_NAME for each kernel."""
     flags = [*COMPILE, *(SHADOW if shadow else ())]
     text = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
@@ -107,7 +107,8 @@ def run(library: Library, name: str, sizes: tuple, arguments: list, fences: list
     function.restype = ctypes.c_char_p
     ranges = (Range * len(fences))(*(fence.range for fence in fences))
     if problem := function(kinds.encode(), (ctypes.c_int * 9)(*sizes, len(fences)), addresses, ranges):
-        raise EmulatorError(f"{name}: {library.explain(problem.decode(), name)}")
+        kind = NotLaunched if problem.startswith(b"the call gives") else EmulatorError
+        raise kind(f"{name}: {library.explain(problem.decode(), name)}")
 
 
 def start(library: Library, name: str, grid: tuple, block: int | tuple, *arguments, shared: int = 0) -> None:

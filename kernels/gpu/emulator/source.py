@@ -20,9 +20,7 @@ def run_tool(command: list, text: str | None = None) -> str:
     try:
         ran = subprocess.run(command, input=text, capture_output=True, text=True)
     except FileNotFoundError:
-        raise EmulatorError(
-            f"{command[0]} is missing: install it, since the emulator compiles kernels with it"
-        ) from None
+        raise NotLaunched(f"{command[0]} is missing: install it, since the emulator compiles kernels with it") from None
     if ran.returncode:
         lines = ran.stderr.splitlines()
         raise NotLaunched(f"{command[0]} refuses it: {next((x for x in lines if 'error:' in x), ran.stderr)}")
