@@ -305,10 +305,10 @@ show(
 
 # %%
 assert abs(first_loss - math.log(vocab.size)) < 1e-3  # a guess costs ln V
-assert abs(of_sums - of_whole) < 1e-5 < 0.02 < abs(np.mean(means) - of_whole)  # sums are exact, means are not
+assert abs(of_sums - of_whole) < 1e-5 < 0.005 < abs(np.mean(means) - of_whole)  # sums are exact, means are not
 assert all(0.9 < run["text"] / floor["text"] < 1.1 for run in end.values())
-assert 0.9 < end["Muon"]["image"] / floor["image"] < 1.6 < 2.5 < end["AdamW"]["image"] / floor["image"]
-assert end["AdamW"]["right"] < 0.5 < 0.8 < end["Muon"]["right"] and bug[-1, 1] < 0.5 * floor["image"]  # too good
+assert 0.9 < end["Muon"]["image"] / floor["image"] < 1.6 < 2 < end["AdamW"]["image"] / floor["image"]
+assert end["AdamW"]["right"] < 0.6 < 0.8 < end["Muon"]["right"] and bug[-1, 1] < 0.5 * floor["image"]  # too good
 
 # %% [markdown]
 # ## Exercises
