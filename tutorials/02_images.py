@@ -223,8 +223,8 @@ for ax in axes:
 show(fig, f"The scene '{shown[0].caption()}' in 8 x 8 windows, and their codes: every empty window has the same code.")
 
 # %% [markdown]
-# Left are the image's windows, right their codes. Windows that look the same have the same code. The empty ground is one number, repeated. A model that has to predict
-# these numbers has an easy task where nothing happens.
+# Left are the image's windows, right their codes. Windows that look the same have the same code. The empty ground is
+# one number, repeated. A model that has to predict these numbers has an easy task where nothing happens.
 
 # %% [markdown]
 # ## Break it: an encoder that sees everything
