@@ -86,8 +86,8 @@ show_source(render_segment, render)
 # ## One stream
 #
 # A *document* is a list of segments in any order. Our small world has images of 32 x 32 pixels with big and small
-# circles and squares; `PatchTokenizer` makes 16 codes of each. Its documents have three forms: image and caption, image
-# and questions, or texts and images by turns.
+# circles and squares; `PatchTokenizer` makes 16 codes of each, without loss. Its documents have three forms: image and
+# caption, image and questions, or texts and images by turns.
 
 # %%
 images = PatchTokenizer()
@@ -96,30 +96,53 @@ forms = ("pairs", "questions", "interleaved")
 source = Mixture({form: (ShapesSource(WORLD, form, seed=0), 1.0) for form in forms}, seed=0)
 tokenizer = TextTokenizer.train(source.captions(600), vocab, progress=False)
 
-documents = fuse([source.document(i) for i in range(600)], images)
+documents = fuse([source.document(i) for i in range(600)], images)  # codes take the place of pixels
 streams = [render(document, tokenizer, vocab) for document in documents]
 lengths = [len(stream) for stream in streams]
 print(f"{len(streams)} documents of {min(lengths)} to {max(lengths)} tokens, {sum(lengths):,} in all")
 
 
 # %%
-def spell(token):
-    if vocab.is_text(token):
-        return repr(tokenizer.decode([token]))
-    return str(vocab.token_to_code(token)) if vocab.is_image(token) else vocab.name(token)
-
-
-short = next(i for i, document in enumerate(documents) if isinstance(document[0], Text) and len(document) == 2)
-print(documents[short][0].text)
+LOOKS = {
+    "text": dict(facecolor=TEXT),
+    "image": dict(facecolor="#f3c9a8", edgecolor=IMAGE, hatch="////", lw=0),
+    "special": dict(facecolor="black"),
+    "padding": dict(facecolor="white", edgecolor=FAINT, hatch="....", lw=0),
+}
+short = next(i for i, d in enumerate(documents) if isinstance(d[0], Text) and len(d) == 2)
+caption, image = documents[short]
+print(caption.text)
 print(streams[short])
-print(*map(spell, streams[short]))
 
 parsed = [parse(stream, tokenizer, vocab) for stream in streams]
 print(f"{sum(map(list.__eq__, parsed, documents))} documents come back from their tokens")
 
+
+# %%
+def label(token):
+    if vocab.is_text(token):
+        return tokenizer.decode([token]).strip()
+    return vocab.token_to_code(token) if vocab.is_image(token) else NAMES[token]
+
+
+NAMES = {vocab.bos: "<s>", vocab.boi: "begin", vocab.eoi: "end", vocab.eos: "</s>"}
+fig, (picture, strip) = plt.subplots(1, 2, figsize=(9.6, 2.3), width_ratios=[1, 3.6])
+picture.imshow(images.decode(torch.tensor([image.codes]))[0])
+picture.set(xticks=[7.5, 15.5, 23.5], yticks=[7.5, 15.5, 23.5], xticklabels=[], yticklabels=[])
+picture.grid(color=FAINT)
+on_white = dict(ha="center", va="center", bbox=dict(facecolor="white", lw=0, pad=1.5))
+for i, code in enumerate(image.codes):
+    picture.text(3.5 + 8 * (i % 4), 3.5 + 8 * (i // 4), code, **on_white)
+for i, token in enumerate(streams[short]):
+    strip.barh(-(i // 10), 0.94, left=i % 10, height=0.7, **LOOKS[vocab.modality(token)])
+    strip.text(i % 10 + 0.47, -(i // 10), label(token), **on_white)
+strip.axis("off")
+show(fig, f"Left: '{caption.text}' with its 16 codes. Right: the same document as a row of tokens, text, then codes.")
+
 # %% [markdown]
-# The model sees the second line and nothing else. To it, a code is a token like a word: this is called *early fusion*.
-# `parse` goes back from tokens to segments.
+# Left is an image and the codes of its 8 x 8 patches. Right is the whole document, line by line: plain boxes are text,
+# hatched ones codes, black ones special tokens. The model sees the printed numbers and nothing else. To it, a code is a
+# token like a word: this is called *early fusion*. `parse` goes back from tokens to segments.
 
 # %% [markdown]
 # ## Packed, not padded
@@ -152,14 +175,6 @@ show_source(collate)
 
 
 # %%
-LOOKS = {
-    "text": dict(facecolor=TEXT),
-    "image": dict(facecolor="#f3c9a8", edgecolor=IMAGE, hatch="////", lw=0),
-    "special": dict(facecolor="black"),
-    "padding": dict(facecolor="white", edgecolor=FAINT, hatch="....", lw=0),
-}
-
-
 def draw_band(axis, y, tokens):  # a bar for each run of tokens of one kind
     kinds = ["padding" if token == vocab.pad else vocab.modality(token) for token in tokens.tolist()]
     edges = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
@@ -213,7 +228,7 @@ def logits_of(tokens, positions=None, documents=None):
 
 tokens, ids, positions = first.tokens[0], ids[0], first.positions[0]
 alone = torch.cat([logits_of(tokens[ids == d]) for d in ids.unique_consecutive()])
-packed = logits_of(tokens, positions, Documents.of(ids[None]))
+packed = logits_of(tokens, positions, Documents.of(ids[None]))  # with the mask
 leaking = logits_of(tokens, positions)  # one triangle over the whole sequence
 kept_apart, leaked = ((x - alone).abs().amax(1) for x in (packed, leaking))
 print(f"largest change of a logit with the mask: {kept_apart.max():.6f}")

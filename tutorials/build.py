@@ -3,8 +3,8 @@
     python tutorials/build.py                 all lessons (make notebooks)
     python tutorials/build.py 01_words ...    these
 
-A lesson's source is NN_name.py, in jupytext's percent format; NN_name.ipynb is made from it and never edited. Times and
-random cell ids are left out, so a rebuild that changes nothing writes the same bytes.
+A lesson's source is a .py file in jupytext's percent format; the .ipynb next to it is made from it and never edited.
+Times and random cell ids are left out, so a rebuild that changes nothing writes the same bytes.
 """
 
 import os

@@ -1,11 +1,9 @@
 // Attention on a GPU, bfloat16 in and out, float32 inside. B sequences, T positions, H query heads, G KV heads,
 // E numbers a head (64 or 128).
 //
-// 1. attention_simple_E: one thread per query. Scores come one by one, with the running maximum and sum of the softmax:
-//    20 lines to read before version 2. No tensor cores.
-// 2. attention_E: FlashAttention-2's forward pass (arXiv 2307.08691) on tensor cores (mma.sync, sm_80 and later). A
-//    block is 4 warps of 16 queries and walks over tiles of 64 keys. Scores become weights in registers, where they are
-//    at once an operand of P V. The next tile loads while the current one is computed.
+// attention_E is FlashAttention-2's forward pass (arXiv 2307.08691) on tensor cores (mma.sync, sm_80 and later). A
+// block is 4 warps of 16 queries and walks over tiles of 64 keys. Scores become weights in registers, where they are at
+// once an operand of P V. The next tile loads while the current one is computed. steps.cu leads here step by step.
 //
 // Documents: doc_start (B, T) is the first position of i's document, so query i attends to keys j <= i with
 // doc_start[j] == doc_start[i]. Keys before the first document of a block are never loaded.
@@ -13,43 +11,7 @@
 
 #include "tiles.cuh"
 
-// ---------------------------------------------------------------------------------------------------------------------
-// 1. One thread per query. q, out (B, T, H, E); k, v (B, T, G, E); grid (ceil(T / 64), H, B), 64 threads.
-
-template <int E>
-__device__ void attention_simple(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2,
-                                 int t, int heads, int kv_heads) {
-  int i = blockIdx.x * 64 + threadIdx.x, h = blockIdx.y, b = blockIdx.z, g = h / (heads / kv_heads);
-  if (i >= t) return;
-  const u32* q_row = q + (((long long)b * t + i) * heads + h) * (E / 2);
-  float row_sum = 0.f, row_max = NEG_INF, o[E];
-  for (int d = 0; d < E; d++) o[d] = 0.f;
-  for (int j = doc_start[b * t + i]; j <= i; j++) {
-    if (doc_start[b * t + j] != doc_start[b * t + i]) continue;
-    // 1. the score
-    const u32* k_row = k + (((long long)b * t + j) * kv_heads + g) * (E / 2);
-    const u32* v_row = v + (((long long)b * t + j) * kv_heads + g) * (E / 2);
-    float s = 0.f;
-    for (int d = 0; d < E / 2; d++)
-      s += bf16_low(q_row[d]) * bf16_low(k_row[d]) + bf16_high(q_row[d]) * bf16_high(k_row[d]);
-    s *= LOG2E * rsqrtf((float)E);
-    // 2. the new maximum; what was summed with the old one is rescaled
-    float new_max = fmaxf(row_max, s), rescale = exp2_approx(row_max - new_max), p = exp2_approx(s - new_max);
-    row_max = new_max;
-    row_sum = row_sum * rescale + p;
-    // 3. the weighted value
-    for (int d = 0; d < E / 2; d++) {
-      o[2 * d] = o[2 * d] * rescale + p * bf16_low(v_row[d]);
-      o[2 * d + 1] = o[2 * d + 1] * rescale + p * bf16_high(v_row[d]);
-    }
-  }
-  u32* out_row = out + (((long long)b * t + i) * heads + h) * (E / 2);
-  for (int d = 0; d < E / 2; d++) out_row[d] = pack_bf16(o[2 * d] / row_sum, o[2 * d + 1] / row_sum);
-  lse2[((long long)b * heads + h) * t + i] = row_max + __log2f(row_sum);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 2. On tensor cores: grid (ceil(T / 64), H, B), 128 threads, 5 tiles of dynamic shared memory: q, and k and v twice.
+// Grid (ceil(T / 64), H, B), 128 threads, 5 tiles of dynamic shared memory: q, and k and v twice.
 
 template <int E>
 __device__ void attention(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2, int t,
@@ -124,11 +86,6 @@ __device__ void attention(const u32* q, const u32* k, const u32* v, const int* d
 }
 
 #define EXPORT(E)                                                                                                      \
-  extern "C" __global__ void __launch_bounds__(64)                                                                     \
-      attention_simple_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2,      \
-                           int t, int heads, int kv_heads) {                                                           \
-    attention_simple<E>(q, k, v, doc_start, out, lse2, t, heads, kv_heads);                                            \
-  }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       attention_##E(const u32* q, const u32* k, const u32* v, const int* doc_start, u32* out, float* lse2, int t,      \
                     int heads, int kv_heads) {                                                                         \

@@ -5,9 +5,7 @@
 //     dk = dS^T q / sqrt(E)
 //
 // 1. attention_delta: delta of every row.
-// 2. attention_backward_simple_E: one warp per position, first as a query and then as a key: the formulas, one pair at
-//    a time.
-// 3. attention_backward_q_E, attention_backward_kv_E: FlashAttention-2's backward pass on tensor cores. P is recomputed
+// 2. attention_backward_q_E, attention_backward_kv_E: FlashAttention-2's backward pass on tensor cores. P is recomputed
 //    from lse2, tile by tile, and never stored. A block of the first has 64 queries and walks over keys with dq in
 //    registers. A block of the second has 64 keys and walks over the queries of all heads that read them, with dk and
 //    dv in registers and all matmuls transposed, so that the weights are again an operand as they are.
@@ -37,79 +35,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. One warp per position and KV head: grid (T, G, B), 32 threads. A lane has the words l, l + 32 of each row.
-
-template <int E>
-struct LanePart {
-  float x[E / 32];
-};
-
-template <int E>
-INLINE LanePart<E> read_part(const u32* row) {
-  LanePart<E> p;
-  for (int i = 0; i < E / 64; i++) {
-    u32 both = row[threadIdx.x + 32 * i];
-    p.x[2 * i] = bf16_low(both);
-    p.x[2 * i + 1] = bf16_high(both);
-  }
-  return p;
-}
-
-template <int E>
-INLINE void write_part(u32* row, const LanePart<E>& p, float factor) {
-  for (int i = 0; i < E / 64; i++) row[threadIdx.x + 32 * i] = pack_bf16(p.x[2 * i] * factor, p.x[2 * i + 1] * factor);
-}
-
-template <int E>
-INLINE float dot(const LanePart<E>& a, const LanePart<E>& b) {
-  float sum = 0.f;
-  for (int i = 0; i < E / 32; i++) sum += a.x[i] * b.x[i];
-  return warp_sum(sum);
-}
-
-template <int E>
-INLINE void add(LanePart<E>& sum, float factor, const LanePart<E>& x) {
-  for (int i = 0; i < E / 32; i++) sum.x[i] += factor * x.x[i];
-}
-
-template <int E>
-__device__ void attention_backward_simple(const u32* d_out, const u32* q, const u32* k, const u32* v, const float* lse2,
-                                          const float* delta, const int* doc_start, const int* doc_end, u32* d_q,
-                                          u32* d_k, u32* d_v, int t, int heads, int kv_heads) {
-  const int here = blockIdx.x, g = blockIdx.y, b = blockIdx.z, group_size = heads / kv_heads;
-  const float inv_sqrt_d = rsqrtf((float)E);
-  doc_start += (long long)b * t;
-  auto query = [&](int i, int h) { return (((long long)b * t + i) * heads + h) * (E / 2); };
-  auto key = [&](int j) { return (((long long)b * t + j) * kv_heads + g) * (E / 2); };
-  auto row = [&](int i, int h) { return ((long long)b * heads + h) * t + i; };
-
-  // 1. this position as a query: dq = sum of dS k over the keys that it attends to
-  for (int h = g * group_size; h < (g + 1) * group_size; h++) {
-    LanePart<E> q_row = read_part<E>(q + query(here, h)), do_row = read_part<E>(d_out + query(here, h)), dq = {};
-    for (int j = doc_start[here]; j <= here; j++) {
-      if (doc_start[j] != doc_start[here]) continue;
-      LanePart<E> k_row = read_part<E>(k + key(j));
-      float p = exp2_approx(dot(q_row, k_row) * inv_sqrt_d * LOG2E - lse2[row(here, h)]);
-      add(dq, p * (dot(do_row, read_part<E>(v + key(j))) - delta[row(here, h)]), k_row);
-    }
-    write_part(d_q + query(here, h), dq, inv_sqrt_d);
-  }
-  // 2. this position as a key: dk = sum of dS q and dv = sum of P dO over the queries that attend to it
-  LanePart<E> k_row = read_part<E>(k + key(here)), v_row = read_part<E>(v + key(here)), dk = {}, dv = {};
-  for (int h = g * group_size; h < (g + 1) * group_size; h++)
-    for (int i = here; i <= doc_end[(long long)b * t + here]; i++) {
-      if (doc_start[i] != doc_start[here]) continue;
-      LanePart<E> q_row = read_part<E>(q + query(i, h)), do_row = read_part<E>(d_out + query(i, h));
-      float p = exp2_approx(dot(k_row, q_row) * inv_sqrt_d * LOG2E - lse2[row(i, h)]);
-      add(dv, p, do_row);
-      add(dk, p * (dot(do_row, v_row) - delta[row(i, h)]), q_row);
-    }
-  write_part(d_k + key(here), dk, inv_sqrt_d);
-  write_part(d_v + key(here), dv, 1.f);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 3. On tensor cores, 128 threads. A block keeps 64 positions of its own side; the other side comes in tiles of
+// 2. On tensor cores, 128 threads. A block keeps 64 positions of its own side; the other side comes in tiles of
 //    OtherSide<E>::rows positions, and the next tile loads while the current one is computed.
 
 template <int E>
@@ -267,11 +193,6 @@ __device__ void attention_backward_kv(const u32* d_out, const u32* q, const u32*
   const u32 *d_out, const u32 *q, const u32 *k, const u32 *v, const float *lse2, const float *delta,                   \
       const int *doc_start
 #define EXPORT(E)                                                                                                      \
-  extern "C" __global__ void __launch_bounds__(32)                                                                     \
-      attention_backward_simple_##E(INPUTS, const int* doc_end, u32* d_q, u32* d_k, u32* d_v, int t, int heads,        \
-                                    int kv_heads) {                                                                    \
-    attention_backward_simple<E>(d_out, q, k, v, lse2, delta, doc_start, doc_end, d_q, d_k, d_v, t, heads, kv_heads);  \
-  }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       attention_backward_q_##E(INPUTS, u32* d_q, int t, int heads, int kv_heads) {                                     \
     attention_backward_q<E>(d_out, q, k, v, lse2, delta, doc_start, d_q, t, heads, kv_heads);                          \

@@ -10,7 +10,7 @@
 //    that read one KV head share what is read.
 // 3. decode_combine: splits -> one row, by their maxima and sums.
 //
-// attention_simple of attention.cu is the version to read first. Query (n, t) attends to positions up to
+// thread_a_query of steps.cu is the version to read first. Query (n, t) attends to positions up to
 // positions[n, t].
 
 #include "rows.cuh"

@@ -141,20 +141,19 @@ def tile_bytes(rows: int, e: int) -> int:
     return rows * (2 * e + 16)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, simple: bool = False) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor]:
     """q, k, v after norm and rotation, bfloat16, E in HEAD_DIMS -> out like q, and lse2 (B, H, T) for the gradient."""
     b, t, heads, e = q.shape
     out, lse2 = torch.empty_like(q), torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
     if q.numel():
-        name, block, shared = ("attention_simple", TILE, 0) if simple else ("attention", 128, tile_bytes(5 * TILE, e))
+        grid, shared = (-(-t // TILE), heads, b), tile_bytes(5 * TILE, e)
         arguments = q, k, v, doc_start, out, lse2, t, heads, k.shape[2]
-        start("attention/attention", f"{name}_{e}", (-(-t // TILE), heads, b), block, *arguments, shared=shared)
+        start("attention/attention", f"attention_{e}", grid, 128, *arguments, shared=shared)
     return out, lse2
 
 
 def attention_backward(
-    d_out: Tensor, out: Tensor, lse2: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, doc_end: Tensor,
-    simple: bool = False,
+    d_out: Tensor, out: Tensor, lse2: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, doc_end: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k and v."""
     (b, t, heads, e), kv_heads = q.shape, k.shape[2]
@@ -164,10 +163,6 @@ def attention_backward(
     sizes = b, t, heads, e // 2
     start(BACKWARD, "attention_delta", (-(-b * t * heads // 8),), 256, d_out, out, delta, *sizes)
     inputs, sizes = (d_out, q, k, v, lse2, delta, doc_start), (t, heads, kv_heads)
-    if simple:
-        name = f"attention_backward_simple_{e}"
-        start(BACKWARD, name, (t, kv_heads, b), 32, *inputs, doc_end, d_q, d_k, d_v, *sizes)
-        return d_q, d_k, d_v
     tiles, shared = -(-t // TILE), tile_bytes(2 * TILE + 4 * (4_096 // e), e)
     for_q, for_kv = (f"attention_backward_{side}_{e}" for side in ("q", "kv"))
     start(BACKWARD, for_q, (tiles, heads, b), 128, *inputs, d_q, *sizes, shared=shared)

@@ -105,13 +105,12 @@ def zloss_online(logits, targets, z_loss, scale, cross_entropy, log_z, gradient)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Registers and a polynomial. A register holds W logits (16 with AVX-512, else 8), and 2^x is a polynomial of degree
-#    5 (../cpu/exp2.py) instead of a call. Four sums, because an addition must wait for the one before it.
+# What rungs 4 and 5 share: a register holds W float32 numbers, 16 with AVX-512, else 8 (../cpu/simd.py)
 
 
 @njit
 def load_four(p, i, v):
-    """Logits [i, i + 4 W) of a row of v at address p, as four registers; -infinity after the row's end."""
+    """Numbers [i, i + 4 W) of a row of v at address p, as four registers; -infinity after the row's end."""
     if i + FOUR <= v:
         at = p + 4 * i
         return load(at), load(at + 4 * W), load(at + 8 * W), load(at + 12 * W)
@@ -124,24 +123,23 @@ def load_four(p, i, v):
 
 
 @njit
-def power(x, shift):
-    """e^(x - shift) = 2^((x - shift) log2 e) of W logits."""
-    return exp2_bounded((x - splat(shift)) * splat(LOG2E))
+def store_four(p, i, v, x0, x1, x2, x3):
+    """Store four registers at numbers [i, i + 4 W) of a row, as far as it has them."""
+    store_any(p, 4, i, v, x0)
+    store_any(p, 4, i + W, v, x1)
+    store_any(p, 4, i + 2 * W, v, x2)
+    store_any(p, 4, i + 3 * W, v, x3)
 
 
 @njit
-def online_sum(p, v):
-    """A row -> (largest, sum of e^(x - largest)): the online softmax of rung 3 on 4 W logits at a time."""
-    largest, a, b, c, d = LOWEST, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
-    for i in range(0, v, FOUR):
-        x0, x1, x2, x3 = load_four(p, i, v)
-        block = hmax(vmax(vmax(x0, x1), vmax(x2, x3)))
-        if block > largest:
-            less = splat(np.float32(math.exp(largest - block)))
-            a, b, c, d, largest = a * less, b * less, c * less, d * less, block
-        a, b = a + power(x0, largest), b + power(x1, largest)
-        c, d = c + power(x2, largest), d + power(x3, largest)
-    return largest, hsum((a + b) + (c + d))
+def power(x, shift):
+    """e^(x - shift) = 2^((x - shift) log2 e): an exponent's bits, times a polynomial of degree 5 (../cpu/exp2.py)."""
+    return exp2_bounded((x - splat(shift)) * splat(LOG2E))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Registers and a polynomial. The same online softmax on 4 W logits at a time: a polynomial instead of a call for
+#    each, one comparison with the maximum for all of them, and four sums, so that no addition waits for another.
 
 
 @njit
@@ -153,11 +151,19 @@ def zloss_registers(logits, targets, z_loss, scale, cross_entropy, log_z, gradie
             cross_entropy[n], log_z[n] = 0.0, 0.0
             gradient[n, :] = 0.0
             continue
-        # 1. log Z
-        largest, total = online_sum(p, n_columns)
-        log_z[n] = z = largest + np.float32(math.log(total))
+        # 1. Lanes of a, b, c and d add up to the sum of exp(x - largest) over the logits so far
+        largest, a, b, c, d = LOWEST, splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+        for i in range(0, n_columns, FOUR):
+            x0, x1, x2, x3 = load_four(p, i, n_columns)
+            block = hmax(vmax(vmax(x0, x1), vmax(x2, x3)))
+            if block > largest:
+                less = splat(np.float32(math.exp(largest - block)))
+                a, b, c, d, largest = a * less, b * less, c * less, d * less, block
+            a, b = a + power(x0, largest), b + power(x1, largest)
+            c, d = c + power(x2, largest), d + power(x3, largest)
+        log_z[n] = z = largest + np.float32(math.log(hsum((a + b) + (c + d))))
         cross_entropy[n] = z - logits[n, y]
-        # 2. The gradient: W numbers at a time, as many as the row has left
+        # 2. The gradient, W numbers at a time
         factor = splat(np.float32(scale * (1 + 2 * z_loss * z)))
         for i in range(0, n_columns, W):
             store_any(q, 4, i, n_columns, power(load_tail(p, 4, i, n_columns), z) * factor)
@@ -165,41 +171,9 @@ def zloss_registers(logits, targets, z_loss, scale, cross_entropy, log_z, gradie
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. In place. The forward pass leaves the gradient where the logits were. Memory is read once and written once, as a
-#    copy would. The powers go over the row while it is in cache, so that each is computed once. That needs the largest
-#    logit first, and finding it is cheap: that pass brings the row into cache.
-
-
-@njit
-def store_four(p, i, v, x0, x1, x2, x3):
-    store_any(p, 4, i, v, x0)
-    if i + W < v:
-        store_any(p, 4, i + W, v, x1)
-    if i + 2 * W < v:
-        store_any(p, 4, i + 2 * W, v, x2)
-    if i + 3 * W < v:
-        store_any(p, 4, i + 3 * W, v, x3)
-
-
-@njit
-def largest_of(p, v):
-    largest = splat(NEG_INF)
-    for i in range(0, v, FOUR):
-        x0, x1, x2, x3 = load_four(p, i, v)
-        largest = vmax(largest, vmax(vmax(x0, x1), vmax(x2, x3)))
-    return hmax(largest)
-
-
-@njit
-def sum_powers_(p, v, shift):
-    """Overwrite a row with e^(x - shift) and return their sum."""
-    a, b, c, d = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
-    for i in range(0, v, FOUR):
-        x0, x1, x2, x3 = load_four(p, i, v)
-        x0, x1, x2, x3 = power(x0, shift), power(x1, shift), power(x2, shift), power(x3, shift)
-        store_four(p, i, v, x0, x1, x2, x3)
-        a, b, c, d = a + x0, b + x1, c + x2, d + x3
-    return hsum((a + b) + (c + d))
+# 5. In place. The forward pass leaves the gradient where the logits were: memory is read once and written once, as by a
+#    copy. While a row is in cache, its powers overwrite it, and each is computed once. They need the largest logit
+#    first; a pass that finds it costs little, because the row must come from memory anyway.
 
 
 @njit
@@ -211,12 +185,22 @@ def zloss_in_place(logits, targets, z_loss, scale, cross_entropy, log_z):
             cross_entropy[n], log_z[n] = 0.0, 0.0
             logits[n, :] = 0.0
             continue
-        # 1. log Z; afterwards the row holds exp(x - largest)
-        at_target, largest = logits[n, y], largest_of(p, n_columns)
-        total = sum_powers_(p, n_columns, largest)
+        # 1. The largest logit: the row comes from memory
+        at_target, most = logits[n, y], splat(NEG_INF)
+        for i in range(0, n_columns, FOUR):
+            x0, x1, x2, x3 = load_four(p, i, n_columns)
+            most = vmax(most, vmax(vmax(x0, x1), vmax(x2, x3)))
+        # 2. The powers overwrite the row
+        largest, a, b, c, d = hmax(most), splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+        for i in range(0, n_columns, FOUR):
+            x0, x1, x2, x3 = load_four(p, i, n_columns)
+            x0, x1, x2, x3 = power(x0, largest), power(x1, largest), power(x2, largest), power(x3, largest)
+            store_four(p, i, n_columns, x0, x1, x2, x3)
+            a, b, c, d = a + x0, b + x1, c + x2, d + x3
+        total = hsum((a + b) + (c + d))
         log_z[n] = z = largest + np.float32(math.log(total))
         cross_entropy[n] = z - at_target
-        # 2. The gradient: p_v = exp(x_v - largest) / total
+        # 3. The gradient overwrites the powers: p_v = exp(x_v - largest) / total
         factor = splat(np.float32(scale * (1 + 2 * z_loss * z) / total))
         for i in range(0, n_columns, W):
             store_any(p, 4, i, n_columns, load_tail(p, 4, i, n_columns) * factor)
@@ -238,8 +222,8 @@ def shipped(logits: Tensor, targets: Tensor, z_loss: float, scale: float) -> Res
 # The ladder
 
 
-def on_arrays(function: Callable, in_place: bool = False) -> Callable[..., Results]:
-    """Let a rung in Numba take and return tensors."""
+def loops(name: str, change: str, function: Callable, in_place: bool = False) -> Rung:
+    """A rung in Numba, which takes arrays and writes its results into arrays, as a function of tensors."""
 
     def run(logits: Tensor, targets: Tensor, z_loss: float, scale: float) -> Results:
         cross_entropy, log_z = torch.empty(len(logits)), torch.empty(len(logits))
@@ -248,21 +232,17 @@ def on_arrays(function: Callable, in_place: bool = False) -> Callable[..., Resul
         function(logits.numpy(), targets.numpy(), z_loss, scale, *(x.numpy() for x in outputs))
         return cross_entropy, log_z, gradient
 
-    return run
+    return Rung(name, change, run, python_source(function))
 
 
 def on_cpu() -> Ladder:
-    registers = python_source(load_four, power, online_sum, zloss_registers)
-    in_place = python_source(largest_of, sum_powers_, zloss_in_place)
     rungs = (
         Rung("formula", "torch's operations, each over all logits, and autograd", formula, python_source(formula)),
-        Rung("loops", "a logit is read when it is needed", on_arrays(zloss_loops), python_source(zloss_loops)),
-        Rung("online", "one pass for maximum and sum", on_arrays(zloss_online), python_source(zloss_online)),
-        Rung("registers", "W logits at a time, 2^x a polynomial, four sums", on_arrays(zloss_registers), registers),
-        Rung("in place", "the gradient overwrites the logits", on_arrays(zloss_in_place, in_place=True), in_place),
-        Rung(
-            "shipped", "a shift that follows the largest, prefetching", shipped, python_source(cpu.overwrite.function)
-        ),
+        loops("loops", "a logit is read when it is needed", zloss_loops),
+        loops("online", "one pass for maximum and sum", zloss_online),
+        loops("registers", "4 W logits at a time, exp as a polynomial, four sums", zloss_registers),
+        loops("in place", "the gradient overwrites the logits", zloss_in_place, in_place=True),
+        Rung("shipped", "a shift that follows the largest", shipped, python_source(cpu.overwrite.function)),
     )
     return ladder_of(rungs, torch.device("cpu"), 2_048, 4_096)
 

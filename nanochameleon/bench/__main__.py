@@ -55,7 +55,8 @@ def measure(args: Args) -> Iterator[dict]:
     from nanochameleon.bench import kernels, subjects
 
     what = device, args.quick, args.op
-    found = subjects.checked_cases(*what) if args.device == "cuda" else kernels.checked(kernels.cases(*what))
+    on_gpu = args.device == "cuda"
+    found = subjects.checked_cases(device, args.op) if on_gpu else kernels.checked(kernels.cases(*what))
     return kernels.bench(found, *what)
 
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.bench.gpu_checks import check, own_attention_problem
 from nanochameleon.bench.kernels import Case, attention_case, linear_case, with_kernels, zloss_case
 from nanochameleon.kernels.attention.cuda import document_bounds
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
@@ -37,8 +36,7 @@ class Sizes:
 PAGE = Sizes()
 
 
-def cases(device: torch.device, quick: bool, op: str, sizes: Sizes = PAGE) -> Iterator[Case]:
-    """quick leaves out the simple attention kernel, which takes up to a second."""
+def cases(device: torch.device, op: str, sizes: Sizes = PAGE) -> Iterator[Case]:
     if op in ("all", "zloss"):
         for n, v in sizes.zloss:
             yield zloss_case(n, v, BF16, device)
@@ -47,8 +45,7 @@ def cases(device: torch.device, quick: bool, op: str, sizes: Sizes = PAGE) -> It
             yield decode_case(*each, device)
     if op in ("all", "attention"):
         for b, t, h, e in sizes.attention:
-            check(own_attention_problem(70, 4, 2, e, True, device), BF16)  # the simple kernel, which no op runs
-            yield with_parts(attention_case(b, t, h, e, BF16, 0, device), not quick)
+            yield with_parts(attention_case(b, t, h, e, BF16, 0, device))
     if op in ("all", "linear_zloss"):
         for n, v, d in sizes.linear:
             yield linear_case(n, v, d, BF16, device)
@@ -62,15 +59,13 @@ def random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device, dtype=BF16)
 
 
-def with_parts(case: Case, simple: bool) -> Case:
-    """Add attention without norm and rotation: our versions, torch's, and the simple kernel where that is wanted."""
+def with_parts(case: Case) -> Case:
+    """Add attention without norm and rotation: our version and torch's."""
     q, k, v = (x.detach() for x in case.inputs[:3])
     bounds = document_bounds(None, q)
     out, lse = gpu.attention(q, k, v, bounds[0])
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     case.extra_forward["attention alone"] = lambda: gpu.attention(q, k, v, bounds[0])
-    if simple:
-        case.extra_forward["attention alone, simple"] = lambda: gpu.attention(q, k, v, bounds[0], simple=True)
     case.extra_forward["attention alone, vendor"] = lambda: attention(*heads)
     case.extra["gradient of attention alone"] = lambda: gpu.attention_backward(out, out, lse, q, k, v, *bounds)
     return case

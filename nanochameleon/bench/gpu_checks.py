@@ -209,9 +209,7 @@ def norm_problem(t: int, heads: int, e: int, device: torch.device) -> Problem:
     return Problem(name, inputs, lambda x: outcome(by_kernel, x, BF16), lambda x, kind: outcome(by_torch, x, kind))
 
 
-def own_attention_problem(
-    t: int, heads: int, kv_heads: int, e: int, simple: bool, device: torch.device, seed: int = 0
-) -> Problem:
+def own_attention_problem(t: int, heads: int, kv_heads: int, e: int, device: torch.device, seed: int = 0) -> Problem:
     """Our attention without norm and rotation, forward and backward, within documents."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads, "d_out": heads}
@@ -221,8 +219,8 @@ def own_attention_problem(
 
     def run(x: Tensors) -> Tensors:
         first, last = Documents(x["ids"], x["cu_seqlens"], found.max_len).bounds()
-        out, lse2 = gpu.attention(x["q"], x["k"], x["v"], first, simple)
-        dq, dk, dv = gpu.attention_backward(x["d_out"], out, lse2, x["q"], x["k"], x["v"], first, last, simple)
+        out, lse2 = gpu.attention(x["q"], x["k"], x["v"], first)
+        dq, dk, dv = gpu.attention_backward(x["d_out"], out, lse2, x["q"], x["k"], x["v"], first, last)
         return {"out": out, "lse2": lse2, "dq": dq, "dk": dk, "dv": dv}
 
     def reference(x: Tensors, dtype: torch.dtype) -> Tensors:
@@ -236,7 +234,7 @@ def own_attention_problem(
         sums = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1) / math.log(2)
         return {"out": out.detach(), "lse2": sums, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
 
-    return Problem(f"attention{'_simple' if simple else ''}_{e} at T {t}", inputs, run, reference)
+    return Problem(f"attention_{e} at T {t}", inputs, run, reference)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Subject:
                 yield gpu_checks.attention_problem(self.kernels, 2, t, heads, kv_heads, e, i > 0, device)
                 yield gpu_checks.norm_problem(t, heads, e, device)
                 if self.kernels == "cuda":
-                    yield gpu_checks.own_attention_problem(t, heads, kv_heads, e, False, device)
+                    yield gpu_checks.own_attention_problem(t, heads, kv_heads, e, device)
         elif self.op == "decode_attention":
             for i, places in enumerate(effort.lengths):
                 yield gpu_checks.decode_problem(3, 1 + i, (2, 4, 6)[i % 3], 2, places, e, device)
@@ -151,10 +151,10 @@ def check_all(device: torch.device, op: str, effort: Effort = FULL) -> None:
         gpu_checks.check_all(subject.problems(effort, device), subject.dtype, 1, device)
 
 
-def checked_cases(device: torch.device, quick: bool, op: str) -> Iterator[Case]:
+def checked_cases(device: torch.device, op: str) -> Iterator[Case]:
     """Check the kernels that the bench `kernels` times, then yield its cases."""
     check_all(device, op)
-    yield from gpu_cases.cases(device, quick, op)
+    yield from gpu_cases.cases(device, op)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

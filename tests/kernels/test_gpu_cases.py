@@ -13,6 +13,6 @@ def test_the_bench_s_cases_pass_their_checks_and_run(op):
     """Down to the timed closures, at sizes that the emulator does in a moment."""
     tiny = gpu_cases.Sizes(((1, 20, 2, 64),), ((3, 64),), ((3, 64, 16),), ((2, 2, 1, 30, 64),))
     subjects.check_all(torch.device("cpu"), op, subjects.DRY)
-    for case in gpu_cases.cases(torch.device("cpu"), False, op, tiny):
+    for case in gpu_cases.cases(torch.device("cpu"), op, tiny):
         for variant in (*case.variants.values(), *case.extra.values(), *case.extra_forward.values()):
             variant(*case.inputs) if variant in case.variants.values() else variant()

@@ -1,6 +1,7 @@
 """Known bugs, one file a room. `make mutants` plants each and expects a test to turn red (__main__.py)."""
 
 from mutants import (
+    attention_steps,
     bench,
     core,
     data,
@@ -18,6 +19,7 @@ from mutants import (
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
 
 ROOMS = [
+    attention_steps,
     bench,
     core,
     data,

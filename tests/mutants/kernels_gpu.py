@@ -251,4 +251,18 @@ MUTANTS = [
         "pass",
         "fake_cuda/test_batch.py",
     ),
+    Mutant(
+        "a thread adds logits less another maximum",
+        "kernels/zloss/steps.cu",
+        "s = s * expf(m - new_max) + expf(x - new_max);",
+        "s = s + expf(x - new_max);",
+        "kernels/test_zloss_steps.py",
+    ),
+    Mutant(
+        "a tree merges before the parts are written",
+        "kernels/zloss/steps.cu",
+        "__syncthreads();  // the parts of the step before are written",
+        "",
+        "kernels/test_zloss_steps.py",
+    ),
 ]

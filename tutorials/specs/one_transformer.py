@@ -160,7 +160,7 @@ def _score_norm_last(i: int, j: int) -> float:
 
 
 def equal_distances(answer):
-    """Two pairs of places, equally far apart, whose scores differ by more than 2 with the norm last."""
+    """Two pairs of places, equally far apart, whose scores differ by more than 1.5 with the norm last."""
     try:
         (i, j), (k, l) = answer
         apart = abs(_score_norm_last(i, j) - _score_norm_last(k, l))
@@ -168,5 +168,5 @@ def equal_distances(answer):
         raise Wrong(f"the answer is two pairs of places, ((i, j), (k, l)), not {answer!r}") from None
     if i - j != k - l:
         raise Wrong(f"{i} - {j} is {i - j}, and {k} - {l} is {k - l}: the distances differ")
-    if apart <= 2:
+    if apart <= 1.5:
         raise Wrong(f"the scores of ({i}, {j}) and ({k}, {l}) differ by {apart:.2f} alone")

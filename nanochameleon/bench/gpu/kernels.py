@@ -32,7 +32,7 @@ def prove(context: Context) -> Iterator[Row]:
 def times(context: Context) -> Iterator[Row]:
     """Time the cases of `bench kernels --quick` one by one: an op that fails leaves the others."""
     for op in ("zloss", "decode", "attention", "linear_zloss"):
-        found = cases(context.device, True, op, context.plan.kernels)
+        found = cases(context.device, op, context.plan.kernels)
         while True:
             case = None
             with context.guard(f"kernels, {op}"):
