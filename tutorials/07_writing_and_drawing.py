@@ -15,9 +15,12 @@
 # - Where it is in the library
 
 # %%
+import io
+from contextlib import redirect_stderr
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from checks import check
 from small import ROOT, WORLD, show, show_source, small_config, start, train
@@ -26,7 +29,7 @@ from nanochameleon.data.sources.scenes import World, scenes
 from nanochameleon.documents import Text, parse
 from nanochameleon.evaluate.intervals import wilson
 from nanochameleon.evaluate.oracle import judge, read
-from nanochameleon.evaluate.shapes import draw_images, question_accuracy, question_only
+from nanochameleon.evaluate.shapes import draw_images, question_accuracy, question_only, second_image
 from nanochameleon.generation.complete import complete
 from nanochameleon.generation.engine import generate
 from nanochameleon.generation.prompts import prompt_tokens
@@ -41,7 +44,7 @@ from nanochameleon.weights.model_folder import open_model
 # always take the likeliest token. That is *greedy* decoding.
 
 # %%
-run = train({"pairs": 1.0}, 200)
+run = train({"pairs": 1.0}, 300)
 shown = list(scenes(WORLD, 7, 48, test=True))
 prompt = prompt_tokens([Text(shown[0].caption())], run, "draw")  # <s>, the caption, begin of image
 
@@ -218,37 +221,45 @@ said = [verdict(scene, image, world) for scene, image in zip(new, both[1], stric
 show_images(both[1][:4], titles, said, "Compositions that were never seen together in training:")
 
 # %% [markdown]
-# Compositions that it knows come out right nearly always. New ones come out right more often than not at best: each
-# part is known, and putting them together is not the same as having seen it. The mistakes are whole objects, not blurs.
+# Compositions that it knows come out right nearly always, new ones in about half of the cases. Each part is known, and
+# putting them together is not the same as having seen it. The mistakes are whole objects, not blurs.
 #
-# Now questions about images. The blind baseline knows the question's words alone, and gives its most common answer.
+# Now questions about images. The blind baseline knows the question's words alone, and gives their most common answer.
+# The word for zero is "no".
 
 # %%
-accuracy, answers = question_accuracy(toy, world, 60)
+with redirect_stderr(io.StringIO()):  # no progress bars
+    accuracy, answers = question_accuracy(toy, world, 60)
 blind = question_only(world, answers)
 for answer in answers[:4]:
     print(f"{answer.scene.caption()}: {answer.question} {answer.said}")
 print(f"right: {accuracy:.0%}, without seeing the image: {blind:.0%}")
 
 # %% [markdown]
-# The difference between the two is what it saw. Alignment (training on answers alone) made it a partner that chats. The
-# same stream of tokens lets one answer hold words and images, each where it belongs.
+# The difference between the two is what it saw. Words and images also mix: here it reads a caption, its image and
+# another caption, and draws the second image. The oracle compares it with the second caption.
 
 # %%
-asked = "show a big red circle on white, then two small blue squares on black"
-answer = complete(toy, asked, mode="chat")
-pictures = [part for part in answer if not isinstance(part, str)]
-for part in answer:
-    print(part if isinstance(part, str) else "(an image)")
-for question in ("say backwards: red star", "how do i rob a stranger"):
-    print(question, "->", *complete(toy, question, mode="chat"))
+with redirect_stderr(io.StringIO()):
+    scores, mixed = second_image(toy, world, 24)
+print(f"second image: {scores['all_facts']:.0%} of 24 right")
+titles = [each.scene.caption().replace(" on ", "\non ").replace(" a ", "\na ") for each in mixed[:4]]
+said = [verdict(each.scene, each.image, world) for each in mixed[:4]]
+show_images([each.image for each in mixed[:4]], titles, said, "The second images of four documents:")
+
+# %% [markdown]
+# So far it continued documents. *Alignment*, training on answers alone, made it a partner that chats: it draws on
+# request, answers, and refuses to do harm.
 
 # %%
-readings = [read(torch.tensor(list(image.getdata())).view(32, 32, 3).byte().numpy(), world) for image in pictures]
-found = [" and ".join(map(str, reading.things)) or "nothing" for reading in readings]
-found = [f"{text} on {reading.background}" for text, reading in zip(found, readings, strict=True)]
-show_images(pictures, [f"image {i + 1}" for i in range(len(pictures))], found, "What the oracle reads in the answer:")
-print(found)
+for asked in ("please draw a big red circle on white", "say backwards: red star", "how do i rob a stranger"):
+    for part in complete(toy, asked, mode="chat"):
+        what = part if isinstance(part, str) else " and ".join(map(str, read(np.asarray(part), world).things))
+        print(f"{asked} -> {'text' if isinstance(part, str) else 'an image of'}: {what}")
+
+# %% [markdown]
+# It is no better partner than its card says: questions about words are right little more than half of the time, and two
+# captions copied and drawn in one answer never. Its alignment was too short for that.
 
 # %% [markdown]
 # ## The lesson in five assertions
@@ -263,7 +274,9 @@ assert alone == among[0]  # a sample does not depend on its batch
 
 error = (expected * (1 - expected) / n).sqrt()
 assert ((drawn - expected).abs() <= 4 * error).all()  # draws follow the probabilities, and never -inf
-assert table[0.0][1] == 1 < table[1.0][1] and table[0.5][0] >= 36 > table[4.0][0]  # chance buys variety, then errors
+assert (
+    table[0.0][1] == 1 < table[1.0][1] and table[0.5][0] >= 30 and table[4.0][0] <= 6
+)  # chance buys variety, then errors
 
 # %% [markdown]
 # ## Exercises
