@@ -87,8 +87,8 @@ show_source(attention_reference)
 #
 # A *norm* rescales a vector and then multiplies each number by a learnt weight. *RMSNorm* divides by the root of the
 # mean square; Llama has it before each part of a layer. *QK-norm* is what Chameleon adds: it gives each query and each
-# key mean 0 and variance 1, then applies a weight and a bias. Without it scores grow until training breaks, which
-# lesson 6 shows.
+# key mean 0 and variance 1, then applies a weight and a bias. Without it scores grow and learning suffers, which lesson
+# 6 shows.
 
 # %%
 show_source(QKNorm)
@@ -156,7 +156,8 @@ show(
 # ## The model
 #
 # A layer is a *block* of two branches: attention, then a *feed-forward* network that works on each token alone.
-# *SwiGLU* is its form: one product is a gate for another.
+# *SwiGLU* is its form: two matrices multiply the vector, and one result decides, number by number, how much of the
+# other passes.
 
 # %%
 show_source(FeedForward.forward, Block.forward)

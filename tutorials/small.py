@@ -61,7 +61,7 @@ def show(fig: plt.Figure, alt: str) -> None:
 def show_source(*objects: Callable) -> None:
     """Display the source of functions and classes of the library, each with its file."""
     for each in objects:
-        path = Path(inspect.getsourcefile(each)).resolve().relative_to(ROOT).as_posix()
+        path = Path(inspect.getsourcefile(inspect.unwrap(each))).resolve().relative_to(ROOT).as_posix()
         source = inspect.cleandoc("\n" + inspect.getsource(each))
         display(Markdown(f"[{path}](../{path})\n```python\n{source}\n```"))
 

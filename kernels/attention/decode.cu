@@ -137,7 +137,8 @@ __device__ void decode_split(const u32* queries, const u32* keys, const u32* val
   for (int i = 0; i < QUERIES; i++)
     if (warp == i) {
       float2 stat = softmax_of_split(scores[i], seen[i]);
-      if (lane == 0) stats[(long long)blockIdx.x * gridDim.z * t * heads + row[i]] = stat;
+      if (lane == 0 && set + i < group_size * t)  // once, where a surplus query repeats the last one
+        stats[(long long)blockIdx.x * gridDim.z * t * heads + row[i]] = stat;
     }
   __syncthreads();
   // 3. weighted values: summed over the lanes of a warp, then over the warps

@@ -2,10 +2,10 @@
 //
 // rung                  who works on what                                what that buys
 // 1. thread_a_query     a thread has one query and walks over its keys   the formula in 20 lines
-// 2. warp_a_query       32 lanes share a query: each has E / 32 numbers  neighbouring lanes read neighbouring words
+// 2. warp_a_query       32 lanes share a query: each has E / 32 numbers  32 times as many threads; a load brings a row
 // 3. shared_tiles       16 warps share tiles of 32 keys; a lane scores   16 times fewer reads of global memory, and a
 //                       a whole key, then sums its columns of values     sum across lanes for 32 keys, not for each
-// 4. tensor_cores       a warp has 16 queries, and tiles of 64 keys      matmuls of 16 x 8 x 16 in one instruction
+// 4. tensor_cores       a warp has 16 queries, and tiles of 64 keys      matmuls of 16 x 16 by 16 x 8 an instruction
 // 5. attention.cu       the same                                         the next tile loads during the arithmetic
 //
 // And the gradient: gradient_warp, a warp for each position, before attention_backward.cu.
@@ -60,9 +60,9 @@ __device__ void thread_a_query(const u32* q, const u32* k, const u32* v, const i
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. A warp a query: grid (ceil(T / 4), H, B), 128 threads. Lane l has word l of each row and, for E = 128, l + 32. In
-//    rung 1 the 32 lanes of a warp read 32 rows at once, a word of each: 32 pieces of memory. Here they read 32
-//    neighbouring words, which come in one piece.
+// 2. A warp a query: grid (ceil(T / 4), H, B), 128 threads. Lane l has word l of each row and, for E = 128, l + 32.
+//    That makes 32 times as many threads: while some wait for memory, a processor runs others. A load brings 32
+//    neighbouring words in one piece. In rung 1 it brings one word of a key to all lanes, or a word of 32 rows of q.
 
 template <int E>
 struct LanePart {

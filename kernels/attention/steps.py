@@ -71,7 +71,7 @@ def attention_loops(q, k, v, doc_ids, out):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Online softmax. Each key is read once and no score is kept: when a larger score comes, the sums so far are scaled
-#    down. By itself that saves only memory; it is what lets tiles work in one pass.
+#    down. By itself that saves memory and little time; it is what lets tiles work in one pass.
 
 
 @njit

@@ -18,12 +18,13 @@ The win rate of a model is (wins + ties / 2) / n, as in Chameleon's section 4.2 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 Level = Literal["nominal", "ordinal", "interval"]
+Distance = Callable[[np.ndarray], np.ndarray]  # n(c), how often each value is paired -> d(c, k)
 TIE = "tie"
 
 
@@ -63,8 +64,8 @@ def count_values(ratings: Sequence[Sequence[Any]]) -> tuple[list[Any], np.ndarra
     return values, np.array([[unit.count(value) for value in values] for unit in units], dtype=float)
 
 
-def distances(values: list[Any], level: Level):
-    """Return the function from n(c), how often each value is paired, to d(c, k)."""
+def distances(values: list[Any], level: Level) -> Distance:
+    """Return the d(c, k) of a level. The ordinal one depends on n(c)."""
     place = np.arange(len(values))
     if level == "nominal":
         return lambda n: (place[:, None] != place).astype(float)
@@ -76,7 +77,7 @@ def distances(values: list[Any], level: Level):
     raise ValueError(f"the level is {level!r}: give nominal, ordinal or interval")
 
 
-def alpha_of_counts(counts: np.ndarray, distance) -> float:
+def alpha_of_counts(counts: np.ndarray, distance: Distance) -> float:
     """counts (units, values) -> alpha."""
     sizes = counts.sum(1)
     counts, sizes = counts[sizes >= 2], sizes[sizes >= 2]

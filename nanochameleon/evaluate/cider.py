@@ -28,7 +28,13 @@ Vectors = list[dict[tuple[str, ...], float]]  # for each order, the weight of ea
 
 
 def cider_d(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """Return the mean over images, and the score of each image. references[i]: what people wrote about image i."""
+    """Return the mean over images, and the score of each image. references[i]: what people wrote about image i.
+
+    Raises ValueError unless there is one hypothesis, and a reference or more, for each image.
+    """
+    if len(hypotheses) != len(references) or not all(references):
+        counts = f"{len(hypotheses)} hypotheses, {len(references)} images, {sum(map(bool, references))} with references"
+        raise ValueError(f"{counts}: give one hypothesis and at least one reference for each image")
     split = [[words(text) for text in texts] for texts in references]
     in_images = Counter(x for texts in split for x in {x for text in texts for x in all_ngrams(text)})
     idf = {x: math.log(len(split) / df) for x, df in in_images.items()}

@@ -120,7 +120,12 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in CONTRACTED for i, c i
 
 
 def accuracy(answer: str, references: Sequence[str]) -> float:
-    """Return the accuracy, in [0, 1], of an answer among the references: one answer from each of ten people."""
+    """Return the accuracy, in [0, 1], of an answer among the references: one answer from each of ten people.
+
+    Raises ValueError without references.
+    """
+    if not references:
+        raise ValueError("the question has no references: give one answer from each of ten people")
     answer, references = strip(answer), [strip(reference) for reference in references]
     if len(set(references)) > 1:  # if all people said the same, the official rule compares as written
         answer, references = normalize(answer), [normalize(reference) for reference in references]

@@ -46,6 +46,12 @@ def test_what_every_image_has_weighs_nothing():
     assert cider_d([], []) == (0, [])
 
 
+@pytest.mark.parametrize(("hypotheses", "references"), [(["a"], []), (["a", "b"], [["a"], []]), ([], [["a"]])])
+def test_each_image_has_a_hypothesis_and_references(hypotheses, references):
+    with pytest.raises(ValueError, match="give one hypothesis and at least one reference"):
+        cider_d(hypotheses, references)
+
+
 texts = st.lists(st.sampled_from(["red", "blue", "circle", "star", "on", "above"]), min_size=1, max_size=8).map(
     " ".join
 )

@@ -77,6 +77,11 @@ def test_an_accuracy_is_a_share_and_the_order_of_people_does_not_matter(referenc
     assert 0 <= before <= 1 and accuracy(answer, references) == pytest.approx(before)
 
 
+def test_a_question_without_references_is_refused():
+    with pytest.raises(ValueError, match="no references"):
+        accuracy("red", [])
+
+
 def test_a_contraction_lacks_one_apostrophe():
     assert CONTRACTIONS["dont"] == "don't" and CONTRACTIONS["couldn'tve"] == CONTRACTIONS["couldnt've"]
     assert "couldntve" not in CONTRACTIONS and CONTRACTIONS["ow's'at"] == "'ow's'at"

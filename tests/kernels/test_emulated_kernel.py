@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanochameleon.kernels.gpu.emulator.emulator import EmulatorError
 from nanochameleon.kernels.gpu.emulator.kernel import emulated_kernel
+from nanochameleon.kernels.gpu.emulator.source import EmulatorError
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing, so no CUDA kernel is run here")
 SCALE = """
@@ -50,22 +50,23 @@ def test_shared_memory_of_the_launch_has_a_name_in_the_kernel():
     x, total = torch.arange(128.0), torch.zeros(1)
     emulated_kernel(SUM, "total")((1,), (128,), (x, total), shared_mem=512)
     assert total.item() == 127 * 64
-    with pytest.raises(EmulatorError, match="after the 256 bytes"):
+    with pytest.raises(EmulatorError, match=r"shared memory byte 256 .*the launch asks for 256 bytes"):
         emulated_kernel(SUM, "total")((1,), (128,), (x, total), shared_mem=256)
 
 
 def test_what_cannot_be_called_is_said_in_a_sentence():
     scale, x = emulated_kernel(SCALE, "scale"), torch.zeros(64)
     for arguments, sentence in {
-        (x, x, 64, np.float32(1)): "argument 2 is a int",
+        (x, x, 64, np.float32(1)): "argument 2 has Python's type int",
         (x, x[::2], np.int32(1), np.float32(1)): "argument 1 must be a contiguous",
         (x, x, np.float32(1), np.float32(1)): "the call gives",
     }.items():
         with pytest.raises(EmulatorError, match=sentence):
             scale((1,), (64,), arguments)
-    with pytest.raises(EmulatorError, match="a block of"):
-        scale((1,), (8, 8), (x, x, np.int32(64), np.float32(1)))
+    for grid, block, shared in ((0,), (64,), 0), ((1,), (1_025,), 0), ((1,), (64,), 10**6):
+        with pytest.raises(EmulatorError, match="at most"):
+            scale(grid, block, (x, x, np.int32(64), np.float32(1)), shared_mem=shared)
     with pytest.raises(EmulatorError, match="no kernel scala"):
         emulated_kernel(SCALE, "scala")
-    with pytest.raises(EmulatorError, match="g\\+\\+ refuses it.*foo"):
+    with pytest.raises(EmulatorError, match=r"g\+\+ refuses it.*foo"):
         emulated_kernel(SCALE.replace("if", "foo; if"), "scale")

@@ -68,7 +68,7 @@ def test_a_rung_shows_its_code():
 
 
 FILE = Path(steps.__file__).with_name("steps.cu")
-ORDER = "order of its threads"
+ORDER = "race|order of its threads"
 FAULTS = {  # kernel, right, wrong, what is said
     "a missing barrier": ("zloss_block_a_row", "__syncthreads();  // the parts", "// the parts", ORDER),
     "a result before its barrier": ("zloss_block_a_row", "  }\n  __syncthreads();\n  float z", "  }\n  float z", ORDER),
@@ -81,9 +81,9 @@ FAULTS = {  # kernel, right, wrong, what is said
     "half of the parts": ("zloss_block_a_row", "int half = blockDim.x / 2", "int half = blockDim.x / 4", "off by"),
     "a logit left out": ("zloss_block_a_row", "int i = t; i < v", "int i = t + 1; i < v", "off by|not finite"),
     "sums of unlike maxima": ("zloss_warps", "s = s * expf(m - new_max) + s2", "s = s + s2", "off by"),
-    "half of a warp": ("zloss_warps", "int o = 16", "int o = 8", "off by|order"),
+    "half of a warp": ("zloss_warps", "int o = 16", "int o = 8", f"off by|{ORDER}"),
     "odd rows by 16 bytes": ("zloss_warps", "v % 4 || (unsigned long long)x % 16 ? 0 : v / 4", "v / 4", "alignment"),
-    "rows that do not exist": ("zloss_thread_a_row", "if (row >= n) return;", "", "outside|tensor"),
+    "rows that do not exist": ("zloss_thread_a_row", "if (row >= n) return;", "", "outside|out of bounds"),
     "no z-loss in the gradient": ("zloss_thread_a_row", "scale * (1.f + 2.f * z_loss * z)", "scale", "off by"),
 }
 

@@ -2,7 +2,9 @@
 
 import ast
 import base64
+import importlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,3 +174,26 @@ def wrong_verdicts(built: Notebook) -> list[str]:
 
 SOURCE_RULES = wrong_size, wrong_headings, wrong_opening, wrong_exercises, wrong_statements
 BUILT_RULES = wrong_order, wrong_outputs, wrong_figures, wrong_verdicts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of docs/results/tutorials.md: .venv/bin/python tests/tutorials/lessons.py
+
+
+def table() -> str:
+    """One line a lesson, and their sum: cells, words, assertions, exercises, planted wrong answers."""
+    rows = []
+    for path in SOURCES:
+        notebook, wrong = read_source(path), importlib.import_module(f"wrong.{stem(path)}").WRONG
+        words = sum(len(text.split()) for text in texts(notebook))
+        assertions = sum(isinstance(node, ast.Assert) for tree in trees(notebook) for node in ast.walk(tree))
+        planted = sum(map(len, wrong.values()))
+        rows.append((path.stem, len(notebook.cells), words, assertions, len(checked(notebook)), planted))
+    rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    head = "| lesson | cells | words | assertions | exercises | wrong answers planted |\n|---|---|---|---|---|---|"
+    return "\n".join([head, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TUTORIALS))  # wrong answers may use what the lessons share
+    print(table())

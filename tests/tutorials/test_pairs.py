@@ -1,7 +1,7 @@
 """Every lesson keeps the rules, and the notebook next to it was built from it."""
 
 import pytest
-from lessons import BUILT_RULES, SOURCE_RULES, SOURCES, TUTORIALS, differs, read_built, read_source
+from lessons import BUILT_RULES, SOURCE_RULES, SOURCES, TUTORIALS, differs, headings, read_built, read_source
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -24,3 +24,9 @@ def test_a_notebook_is_what_its_source_says(path):
 
 def test_every_notebook_has_a_source():
     assert {path.stem for path in TUTORIALS.glob("*.ipynb")} == {path.stem for path in SOURCES}
+
+
+def test_the_readme_lists_every_lesson_with_its_question():
+    readme = (TUTORIALS / "README.md").read_text(encoding="utf-8")
+    rows = {path: f"]({path.stem}.ipynb) | {headings(read_source(path))[0][1]} |" for path in SOURCES}
+    assert [path.stem for path, row in rows.items() if row not in readme] == []

@@ -9,8 +9,10 @@
 //     of the two.
 //   - Shared memory starts as NaN in each block, and bytes after the dynamic part must not change.
 //   - Misaligned addresses and addresses outside every tensor end the launch.
+// With SHADOW, shadow.h sees each access to memory as well.
 // Left out: clusters, textures, cooperative launches, flushing of denormals, and all timing.
 
+#include <dlfcn.h>
 #include <math.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -25,43 +27,15 @@
 #include <utility>
 #include <vector>
 
-// ---------------------------------------------------------------------------------------------------------------------
-// CUDA C
+#define UNSEEN __attribute__((no_sanitize_thread)) inline  // the emulator's own accesses to memory are not the kernel's
 
-#define __global__ __attribute__((used))
-#define __device__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static __attribute__((section("block_memory")))
-
-struct uint3 { unsigned x, y, z; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-
-template <class T> T min(T a, T b) { return a < b ? a : b; }
-template <class T> T max(T a, T b) { return a > b ? a : b; }
-template <class To, class From> To same_bits(From x) { To y; memcpy(&y, &x, sizeof y); return y; }
-inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
-inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
-inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-#define __log2f log2f
-#define __logf logf
-#define __expf expf
-const int warpSize = 32;
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T atomicAdd(T* p, T x) { T old = *p; *p = old + x; return old; }
-template <class T> void __stcs(T* p, T x) { *p = x; }
+#include "cuda_words.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;  // not static: every synchronisation may change them
+const int warpSize = 32;
 
 struct Copy {
   void* to;
@@ -70,76 +44,135 @@ struct Copy {
   unsigned long long* barrier;
 };
 
+enum State { RUNS, POLLS, AT_WARP, AT_BLOCK, LEFT, ABSENT };  // ABSENT: lanes of the last warp that the block lacks
+
 struct Thread {
   jmp_buf at;
   ucontext_t start;
-  bool started, done;
-  unsigned waits_for;  // neighbours to synchronise with; 0 while it runs, POLL while it polls
-  const char* where;
-  int parity;  // which of two buffers its next operand of an exchange goes to
-  std::vector<std::vector<Copy>> groups;  // asynchronous copies in flight; the last group is open
+  bool started;
+  State state;
+  const char* where;  // the operation that it waits at, and its line
+  unsigned mask;      // lanes that must come there
+  bool orders;        // whether memory written before the operation is seen by the others after it
+  unsigned bytes;     // of the operand that it brings
+  unsigned time, since, seen[32];                  // for shadow.h
+  std::vector<std::vector<Copy>> groups;           // asynchronous copies in flight; the last group is open
+  alignas(16) char operand[64];
 };
 
-const unsigned POLL = ~0u;
 const size_t STACK = 64 << 10;
-inline std::vector<Thread> threads;
+const unsigned MOST = 1024;  // threads of a block
+inline Thread threads[MOST];
 inline Thread* me;
+inline unsigned n_threads, n_lanes;  // of this block, and with the lanes that its last warp lacks
 inline jmp_buf scheduler, launcher;
 inline bool descending;
 inline std::vector<Copy> bulk;  // bulk copies in flight
-inline char message[400], *stacks, operands[2][1024 * 64];
+const int LONGEST = 1000;
+inline char message[LONGEST], unwritten[LONGEST], *stacks;  // unwritten: a read of shared memory to complain of
+alignas(16) inline char received[MOST][64];  // operands of the operation that a warp has just done
 inline std::function<void()> body;
 
-template <class... A> [[noreturn]] void fail(const char* format, A... a) {
+UNSEEN unsigned number(const Thread* t) { return t - threads; }
+
+UNSEEN uint3 coordinates(unsigned i, uint3 of) { return {i % of.x, i / of.x % of.y, i / of.x / of.y}; }
+
+struct Name {  // of a thread: a number in a block of one dimension
+  char text[40];
+  explicit Name(unsigned i) {
+    uint3 t = coordinates(i, blockDim);
+    bool row = blockDim.y == 1 && blockDim.z == 1;
+    row ? snprintf(text, sizeof text, "thread %u", i) : snprintf(text, sizeof text, "thread (%u, %u, %u)", t.x, t.y, t.z);
+  }
+};
+
+template <class... A> void describe(char* text, unsigned thread, const char* format, A... a) {
   const uint3& b = blockIdx;
-  int n = snprintf(message, sizeof message, "block (%u, %u, %u), thread %u: ", b.x, b.y, b.z, threadIdx.x);
-  snprintf(message + n, sizeof message - n, format, a...);
+  int n = snprintf(text, LONGEST, "block (%u, %u, %u), %s: ", b.x, b.y, b.z, Name(thread).text);
+  snprintf(text + n, LONGEST - n, format, a...);
+}
+
+template <class... A> [[noreturn]] void fail_in(unsigned thread, const char* format, A... a) {
+  *unwritten ? (void)strcpy(message, unwritten) : describe(message, thread, format, a...);
   _longjmp(launcher, 1);
 }
 
-__attribute__((noinline)) inline void sync(unsigned n, const char* where) {  // returns when n neighbours are here
-  me->waits_for = n;
+template <class... A> [[noreturn]] void fail(const char* format, A... a) { fail_in(number(me), format, a...); }
+
+__attribute__((noinline)) UNSEEN void sync(State state, unsigned mask, bool orders, const char* where) {
+  me->state = state;
+  me->mask = mask;
+  me->orders = orders;
   me->where = where;
   if (!_setjmp(me->at)) _longjmp(scheduler, 1);
 }
 
-inline void __syncthreads() { sync(blockDim.x, "__syncthreads"); }
-inline void __syncwarp(unsigned = ~0u) { sync(32, "__syncwarp"); }
+#define TEXT_OF(x) #x
+#define LINE_OF(line) TEXT_OF(line)
+#define SITE(name) name " (" __FILE__ ":" LINE_OF(__LINE__) ")"
+#define __syncthreads() sync(AT_BLOCK, 0, true, SITE("__syncthreads"))
+#define __syncwarp(...) sync_warp(SITE("__syncwarp"), ##__VA_ARGS__)
 
-// The operands of all 32 lanes for an operation that the warp does together, in the order of the lanes
-template <class T> const T* exchange(const T& mine, const char* where) {
+UNSEEN void sync_lanes(unsigned mask, bool orders, const char* where) {
+  if (!(mask >> number(me) % 32 & 1)) fail("the mask %#x of its %s leaves out the thread itself", mask, where);
+  sync(AT_WARP, mask, orders, where);
+}
+
+UNSEEN void sync_warp(const char* where, unsigned mask = ~0u) { sync_lanes(mask, true, where); }
+
+// The operands of all 32 lanes for an operation that they do together. It does not order memory.
+template <class T> UNSEEN const T* exchange(const T& mine, const char* where, unsigned mask = ~0u) {
   static_assert(sizeof(T) <= 64, "larger than its slot");
-  T* slots = (T*)(operands[me->parity ^= 1] + threadIdx.x / 32 * 32 * 64);
-  memcpy(slots + threadIdx.x % 32, &mine, sizeof mine);
-  sync(32, where);
-  return slots;  // valid until the operation after the next
+  memcpy(me->operand, &mine, me->bytes = sizeof mine);
+  sync_lanes(mask, false, where);
+  return (const T*)received[number(me) / 32 * 32];  // valid until the next operation
 }
 
-// The number of another lane; beyond the warp, a lane keeps its own
-template <class T> T shuffle(unsigned mask, T x, unsigned lane, const char* where) {
-  if (mask != ~0u) fail("a shuffle of part of a warp is not emulated");
-  return exchange(x, where)[lane < 32 ? lane : threadIdx.x % 32];
+// Operands lie 64 bytes apart
+template <class T> UNSEEN const T& of_lane(const T* all, unsigned lane) { return *(const T*)((const char*)all + 64 * lane); }
+
+// The number of another lane; beyond the `width` lanes of its part of the warp, a lane keeps its own
+template <class T> UNSEEN T shuffle(const char* where, unsigned mask, T x, int lane, int width) {
+  int mine = number(me) % 32, begin = mine / width * width;
+  if (lane < begin || lane >= begin + width) lane = mine;
+  const T* all = exchange(x, where, mask);
+  if (mask >> lane & 1 && threads[number(me) / 32 * 32 + lane].state != ABSENT) return of_lane(all, lane);
+  memset(&x, 0xff, sizeof x);  // undefined on a GPU; NaN here
+  return x;
 }
-template <class T> T __shfl_sync(unsigned mask, T x, int lane) { return shuffle(mask, x, lane & 31, "__shfl_sync"); }
-template <class T> T __shfl_xor_sync(unsigned mask, T x, int lanes) {
-  return shuffle(mask, x, threadIdx.x % 32 ^ lanes, "__shfl_xor_sync");
+
+#define LANE ((int)(number(me) % 32))
+template <class T> UNSEEN T shfl(const char* where, unsigned mask, T x, int lane, int width = 32) {
+  return shuffle(where, mask, x, LANE / width * width + lane % width, width);
 }
-template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned n) {
-  return shuffle(mask, x, threadIdx.x % 32 + n, "__shfl_down_sync");
+template <class T> UNSEEN T shfl_xor(const char* where, unsigned mask, T x, int lanes, int width = 32) {
+  return shuffle(where, mask, x, LANE ^ lanes, width);
 }
-template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned n) {
-  return shuffle(mask, x, threadIdx.x % 32 - n, "__shfl_up_sync");
+template <class T> UNSEEN T shfl_down(const char* where, unsigned mask, T x, unsigned n, int width = 32) {
+  return shuffle(where, mask, x, LANE + n, width);
 }
+template <class T> UNSEEN T shfl_up(const char* where, unsigned mask, T x, unsigned n, int width = 32) {
+  return shuffle(where, mask, x, LANE - n, width);
+}
+#define __shfl_sync(...) shfl(SITE("__shfl_sync"), __VA_ARGS__)
+#define __shfl_xor_sync(...) shfl_xor(SITE("__shfl_xor_sync"), __VA_ARGS__)
+#define __shfl_down_sync(...) shfl_down(SITE("__shfl_down_sync"), __VA_ARGS__)
+#define __shfl_up_sync(...) shfl_up(SITE("__shfl_up_sync"), __VA_ARGS__)
+
+#include "shadow.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Scheduler
 
 inline void run_fibre() {
   body();
-  me->done = true;
+  me->state = LEFT;
   _longjmp(scheduler, 1);
 }
 
-inline void resume(unsigned i) {
+UNSEEN void resume(unsigned i) {
   me = &threads[i];
-  threadIdx = {i, 0, 0};
+  threadIdx = coordinates(i, blockDim);
   if (_setjmp(scheduler)) return;
   if (me->started) _longjmp(me->at, 1);
   me->started = true;
@@ -150,109 +183,147 @@ inline void resume(unsigned i) {
   setcontext(&me->start);
 }
 
-// Resume thread i and its neighbours if all of them wait at the same place
-inline bool release(unsigned i) {
+// Let thread i and the lanes of its mask run if all of them wait at the same place
+UNSEEN bool release_lanes(unsigned i) {
   Thread& first = threads[i];
-  unsigned n = first.waits_for, begin = i / n * n;
-  for (unsigned j = begin; j < begin + n; j++) {
+  unsigned lanes[32], n = 0;
+  for (unsigned j = i / 32 * 32; j < i / 32 * 32 + 32; j++) {
     Thread& other = threads[j];
-    if (other.done && n == blockDim.x) continue;  // __syncthreads does not wait for threads that have left
-    threadIdx.x = j;
-    if (other.done) fail("it has left, but %s of thread %u needs it", first.where, i);
-    if (!other.waits_for || other.waits_for == POLL) return false;
-    if (other.waits_for < n) return false;  // it waits for fewer threads, and may still come
-    if (other.waits_for == n && other.where != first.where)
-      fail("it is at %s, thread %u at %s", other.where, i, first.where);
-    if (other.waits_for > n) fail("it waits at %s, where thread %u's %s needs it", other.where, i, first.where);
+    if (!(first.mask >> j % 32 & 1) || other.state == ABSENT) continue;
+    if (other.state == LEFT) fail_in(j, "it has left, but %s of %s needs it", first.where, Name(i).text);
+    if (other.state == AT_BLOCK) fail_in(j, "it waits at %s, where the %s of %s needs it", other.where, first.where, Name(i).text);
+    if (other.state != AT_WARP) return false;
+    if (strcmp(other.where, first.where)) fail_in(j, "it is at %s, %s at %s", other.where, Name(i).text, first.where);
+    if (other.mask != first.mask) fail_in(j, "the mask of its %s is %#x, that of %s %#x", first.where, other.mask, Name(i).text, first.mask);
+    lanes[n++] = j;
   }
-  for (unsigned j = begin; j < begin + n; j++) threads[j].waits_for = 0;
+  for (unsigned k = 0; k < n; k++) {
+    Thread& other = threads[lanes[k]];
+    memcpy(received[lanes[k]], other.operand, other.bytes);
+    other.state = RUNS;
+  }
+  if (first.orders) order(lanes, n);
+  return true;
+}
+
+// Let the block run if all of its threads wait at one __syncthreads; it does not wait for threads that have left
+UNSEEN bool release_block() {
+  Thread* first = nullptr;
+  for (unsigned i = 0; i < n_threads; i++) {
+    Thread& t = threads[i];
+    if (t.state == LEFT) continue;
+    if (t.state != AT_BLOCK) return false;
+    if (!first) first = &t;
+    if (strcmp(t.where, first->where)) fail_in(i, "it is at %s, %s at %s", t.where, Name(number(first)).text, first->where);
+  }
+  if (!first) return false;
+  for (unsigned i = 0; i < n_threads; i++)
+    if (threads[i].state == AT_BLOCK) threads[i].state = RUNS;
+  order_block();
   return true;
 }
 
 // Run a warp until all of its threads wait for other warps. Returns whether any thread advanced.
-inline bool run_warp(unsigned first) {
+UNSEEN bool run_warp(unsigned first) {
   bool moved = false, again = true;
   while (again) {
     again = false;
     for (unsigned n = 0; n < 32; n++) {
       unsigned i = first + (descending ? 31 - n : n);
-      if (threads[i].done || threads[i].waits_for) continue;
+      if (threads[i].state != RUNS) continue;
       resume(i);
-      moved |= threads[i].waits_for != POLL;
+      moved |= threads[i].state != POLLS;
     }
-    for (unsigned i = first; i < first + 32; i++) again |= !threads[i].done && threads[i].waits_for == 32 && release(i);
+    for (unsigned i = first; i < first + 32; i++) again |= threads[i].state == AT_WARP && release_lanes(i);
   }
   return moved;
 }
 
-inline void run_block() {
-  threads.assign(blockDim.x, Thread{});
+UNSEEN void begin_block() {
+  n_threads = blockDim.x * blockDim.y * blockDim.z;
+  n_lanes = (n_threads + 31) / 32 * 32;
+  for (unsigned i = 0; i < n_lanes; i++) {
+    threads[i] = Thread{};
+    threads[i].state = i < n_threads ? RUNS : ABSENT;
+    threads[i].time = 1;
+  }
+  *unwritten = 0;
   bulk.clear();
+}
+
+UNSEEN void run_block() {
+  begin_block();
   for (unsigned idle = 0;;) {
     bool moved = false;
-    for (unsigned n = 0; n < blockDim.x; n += 32) moved |= run_warp(descending ? blockDim.x - 32 - n : n);
-    for (unsigned i = 0; i < blockDim.x; i++) {
-      Thread& t = threads[i];
-      if (t.waits_for == POLL) t.waits_for = 0;
-      else if (t.waits_for && !t.done) moved |= release(i);
-    }
+    for (unsigned n = 0; n < n_lanes; n += 32) moved |= run_warp(descending ? n_lanes - 32 - n : n);
+    for (unsigned i = 0; i < n_threads; i++)
+      if (threads[i].state == POLLS) threads[i].state = RUNS;
+    moved |= release_block();
     unsigned waits = 0;
-    while (waits < blockDim.x && threads[waits].done) waits++;
-    if (waits == blockDim.x) return;
+    while (waits < n_threads && threads[waits].state == LEFT) waits++;
+    if (waits == n_threads) return *unwritten ? fail("") : void();
     idle = moved ? 0 : idle + 1;
-    threadIdx.x = waits;
-    if (idle > 2) fail("it waits at %s for ever", threads[waits].where);
+    if (idle > 2) fail_in(waits, "it waits at %s for ever", threads[waits].where);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
-extern char __start_block_memory[] __attribute__((weak)), __stop_block_memory[] __attribute__((weak));
-const size_t DYNAMIC = 256 << 10;
-alignas(16) inline char dynamic_memory[DYNAMIC];
-
-inline void on_signal(int number) {
-  fail(number == SIGILL ? "an array's index or an address's alignment is wrong" : "an address is outside every tensor");
+inline void on_signal(int number, siginfo_t* info, void*) {
+  if (number == SIGILL) fail("an array's index or an address's alignment is wrong%s", pc_text(info->si_addr).text);
+  const Range* range = zone_of((uintptr_t)info->si_addr);
+  if (range) fail("out of bounds: it touches %s", Place((uintptr_t)info->si_addr).text);
+  fail("an address is outside every tensor");
 }
 
 template <class... A, size_t... I> void call(void (*kernel)(A...), void** at, std::index_sequence<I...>) {
   kernel(*(A*)at[I]...);
 }
 
-template <class T> constexpr char kind() {  // p: a pointer, f: a float, i and l: whole numbers of 32 and 64 bits
-  return std::is_pointer<T>() ? 'p' : std::is_floating_point<T>() ? 'f' : sizeof(T) == 8 ? 'l' : 'i';
+template <class T> constexpr char kind() {  // p: a pointer, f and d: floating point, i and l: whole numbers; 32 and 64 bits
+  return std::is_pointer<T>() ? 'p' : std::is_floating_point<T>() ? sizeof(T) == 8 ? 'd' : 'f' : sizeof(T) == 8 ? 'l' : 'i';
 }
 
-// kinds: of the arguments that are given; sizes: grid x, y, z, block, bytes of dynamic shared memory, descending.
-// Returns what went wrong, or null.
-template <class... A> const char* launch(void (*kernel)(A...), const char* kinds, const int* sizes, void** arguments) {
+UNSEEN void run_grid() {
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
+        memset(dynamic_memory, 0xff, DYNAMIC);
+        if (__start_block_memory) memset(__start_block_memory, 0xff, __stop_block_memory - __start_block_memory);
+        block_number++;
+        run_block();
+        for (size_t i = dynamic_bytes; i < DYNAMIC; i++)
+          if (dynamic_memory[i] != (char)0xff) fail("it writes after the %zu bytes of shared memory", dynamic_bytes);
+      }
+}
+
+// kinds: of the arguments that are given; sizes: grid x, y, z, block x, y, z, bytes of dynamic shared memory,
+// descending, number of ranges. Returns what went wrong, or null.
+template <class... A>
+const char* launch(void (*kernel)(A...), const char* kinds, const int* sizes, void** arguments, Range* tensors) {
   const char wanted[] = {kind<A>()..., 0};
   if (strcmp(kinds, wanted)) {
-    snprintf(message, sizeof message, "the call gives %s where the kernel takes %s", kinds, wanted);
+    snprintf(message, sizeof message, "the call gives %s where the kernel takes %s (p: a tensor, i and l: an int of 32 and 64 bits, f and d: a float)",
+             kinds, wanted);
     return message;
   }
-  if (!stacks) stacks = (char*)malloc(1024 * STACK);
+  if (!stacks) stacks = (char*)malloc(MOST * STACK);
   gridDim = {(unsigned)sizes[0], (unsigned)sizes[1], (unsigned)sizes[2]};
-  blockDim = {(unsigned)sizes[3], 1, 1};
-  descending = sizes[5];
+  blockDim = {(unsigned)sizes[3], (unsigned)sizes[4], (unsigned)sizes[5]};
+  dynamic_bytes = sizes[6];
+  descending = sizes[7];
+  begin_shadow(tensors, sizes[8]);
   body = [&] { call(kernel, arguments, std::index_sequence_for<A...>()); };
   const int signals[] = {SIGILL, SIGSEGV, SIGBUS, SIGFPE};
   struct sigaction ours = {}, before[4];
-  ours.sa_handler = on_signal;
-  ours.sa_flags = SA_NODEFER;
+  ours.sa_sigaction = on_signal;
+  ours.sa_flags = SA_NODEFER | SA_SIGINFO;
   for (int i = 0; i < 4; i++) sigaction(signals[i], &ours, before + i);
   bool failed = _setjmp(launcher);
-  if (!failed)
-    for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
-      for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
-          memset(dynamic_memory, 0xff, DYNAMIC);
-          if (__start_block_memory) memset(__start_block_memory, 0xff, __stop_block_memory - __start_block_memory);
-          run_block();
-          for (size_t i = sizes[4]; i < DYNAMIC; i++)
-            if (dynamic_memory[i] != (char)0xff) fail("it writes after the %d bytes of shared memory", sizes[4]);
-        }
+  if (!failed) run_grid();
+  me = nullptr;
+  end_shadow();
   for (int i = 0; i < 4; i++) sigaction(signals[i], before + i, nullptr);
   return failed ? message : nullptr;
 }

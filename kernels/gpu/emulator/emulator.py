@@ -3,16 +3,15 @@
     with emulated(): ...    launches run kernels here
 
 Every launch runs twice, in ascending and in descending order of threads (emulator.h says what that finds), and both
-must leave the same bits in every tensor. Tensors have fences around them. The emulator shows neither speed nor that the
-hardware follows the manual: `python -m nanochameleon.bench kernels --device cuda` checks every case before timing it.
+must leave the same bits in every tensor. Tensors have fences around them. With a shadow (shadow.h) each access to
+memory is compared with those of the other threads. The emulator shows neither speed nor that the hardware follows the
+manual: `python -m nanochameleon.bench kernels --device cuda` checks every case before timing it.
 """
 
 import ctypes
 import hashlib
-import mmap
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +23,25 @@ import torch
 from nanochameleon.kernels import dispatch
 from nanochameleon.kernels.caches import cache_folder
 from nanochameleon.kernels.gpu import launch as gpu
+from nanochameleon.kernels.gpu.emulator.fence import Fence, Range
+from nanochameleon.kernels.gpu.emulator.source import EmulatorError, Library, NotLaunched, run_tool
 
 HERE, HEADERS = Path(__file__).parent, Path(gpu.__file__).parent
-ALIGNMENT = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
-COMPILE = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE", *ALIGNMENT, "-x", "c++"]
-PAGE = mmap.PAGESIZE
+CHECKS = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+COMPILE = [
+    "g++",
+    "-std=gnu++17",
+    "-O1",
+    "-fno-strict-aliasing",
+    "-w",
+    "-U_FORTIFY_SOURCE",
+    "-fPIC",
+    "-fno-gnu-unique",
+    *CHECKS,
+    "-x",
+    "c++",
+]
+SHADOW = ["-DSHADOW", "-g1", "-fsanitize=thread"]  # the calls before each access; shadow.h is the library they call
 # extern __shared__ float memory[]; becomes a pointer to what the launch asked for
 DYNAMIC_ARRAY = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?([\w\s]*\w)\s+(\w+)\s*\[\s*\]\s*;")
 
@@ -46,115 +59,89 @@ KINDS = {
 }
 
 
-class EmulatorError(Exception):
-    """A kernel did what a GPU would not survive."""
-
-
-def run_compiler(command: list, text: str) -> str:
-    """Return what g++ prints. Raises EmulatorError with the first error of a text that does not compile."""
-    ran = subprocess.run(command, input=text, capture_output=True, text=True)
-    if ran.returncode:
-        lines = ran.stderr.splitlines()
-        raise EmulatorError(f"g++ refuses it: {next((line for line in lines if 'error:' in line), ran.stderr)}")
-    return ran.stdout
-
-
-def compiled(source: str, folder: Path, generation: int) -> ctypes.CDLL:
+def compiled(source: str, folder: Path, generation: int, shadow: bool = False, file: str = "kernel") -> Library:
     """Compile CUDA C, which may include files of `folder`, to a library with launch_NAME for each kernel."""
-    headers = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
-    headers += f'#define __CUDA_ARCH__ {generation}0\n#line 1 "kernel"\n'
-    expand = [*COMPILE, f"-I{folder}", f"-I{HEADERS}", "-E", "-P", "-"]
-    text = run_compiler(expand, headers + DYNAMIC_ARRAY.sub(r"\1* const \2 = (\1*)dynamic_shared();", source))
-    names = re.findall(r'extern "C" __attribute__\(\(used\)\) void\s+(\w+)', text)
+    flags = [*COMPILE, *(SHADOW if shadow else ())]
+    text = f'#include "{HERE}/emulator.h"\n#include "{HERE}/emulated_ptx.h"\n'
+    text += f'#define __CUDA_ARCH__ {generation}0\n#line 1 "{file}"\n'
+    text += DYNAMIC_ARRAY.sub(r"\1* const \2 = (\1*)dynamic_shared();", source)
+    text = run_tool([*flags, f"-I{folder}", f"-I{HEADERS}", "-E", "-"], text)
+    found = re.findall(r'extern "C" __attribute__\(\(used\)\) void\s+(\w+)\s*\(([^)]*)\)', text)
     launches = (
-        'extern "C" const char* launch_NAME(const char* kinds, const int* sizes, void** arguments) {'
-        " return launch(NAME, kinds, sizes, arguments); }"
+        'extern "C" const char* launch_NAME(const char* kinds, const int* sizes, void** arguments, Range* tensors) {'
+        " return launch(NAME, kinds, sizes, arguments, tensors); }"
     )
-    text += "".join(launches.replace("NAME", name) + "\n" for name in names)
+    text += "".join(launches.replace("NAME", name) + "\n" for name, _ in found)
+    path = built(text, flags)
+    parameters = {
+        name: [p.split()[-1].strip("*&") for p in declared.split(",") if p.strip()] for name, declared in found
+    }
+    return Library(ctypes.CDLL(str(path)), path, parameters, file, source.splitlines())
+
+
+def built(text: str, flags: list[str]) -> Path:
+    """Return the library of a preprocessed text, from the cache if it is there."""
     folder = cache_folder("NANOCHAMELEON_CACHE", os.environ.get("NANOCHAMELEON_CACHE", "")) or Path(tempfile.mkdtemp())
-    digest = hashlib.sha256((text + " ".join(COMPILE)).encode()).hexdigest()[:16]
-    path = folder / f"emulated-{digest}.so"
+    path = folder / f"emulated-{hashlib.sha256((text + ' '.join(flags)).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as aside:
-            new = Path(aside) / "new.so"
-            run_compiler([*COMPILE, "-shared", "-fPIC", "-", "-o", new], text)
+            parts, new = f"{aside}/new.o", Path(aside) / "new.so"
+            run_tool([*flags, "-c", "-", "-o", parts], text)
+            run_tool(["g++", "-shared", parts, "-o", new, "-ldl"])
             new.replace(path)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 @cache
-def library(file: str, generation: int) -> ctypes.CDLL:
-    return compiled((gpu.KERNELS / f"{file}.cu").read_text(), HEADERS, generation)
+def library(file: str, generation: int, shadow: bool) -> Library:
+    path = gpu.KERNELS / f"{file}.cu"
+    return compiled(path.read_text(), HEADERS, generation, shadow, path.name)
 
 
-def contents(x: torch.Tensor) -> bytes:
-    return x.detach().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-class Fence:
-    """A copy of a tensor between two closed pages: touching them ends a launch."""
-
-    def __init__(self, x: torch.Tensor):
-        self.x, self.size = x, x.numel() * x.element_size()
-        inside = -(-(self.size + 15) // PAGE) * PAGE
-        self.memory = mmap.mmap(-1, inside + 2 * PAGE)
-        first = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        for page in (first, first + PAGE + inside):
-            if ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), PAGE, 0):
-                raise OSError("mprotect")
-        slack = -(self.size + x.data_ptr()) % 16  # after the end, for the tensor's own alignment
-        self.at, self.end = PAGE + inside - self.size - slack, PAGE + inside
-        self.address = first + self.at
-
-    def fill(self) -> None:
-        self.memory[PAGE : self.end] = b"\xff" * (self.end - PAGE)
-        self.memory[self.at : self.at + self.size] = contents(self.x)
-
-    def contents(self) -> bytes:
-        around = self.memory[PAGE : self.at] + self.memory[self.at + self.size : self.end]
-        if around.strip(b"\xff"):
-            raise EmulatorError("the kernel writes outside a tensor")
-        return self.memory[self.at : self.at + self.size]
-
-
-def run(found: ctypes.CDLL, name: str, sizes: tuple, arguments: list) -> None:
+def run(library: Library, name: str, sizes: tuple, arguments: list, fences: list[Fence]) -> None:
     """Run one launch. arguments: addresses, or numbers as gpu.start takes them. Raises EmulatorError."""
     values = [KINDS[type(x)][1](x) for x in arguments]
     kinds = "".join(KINDS[type(x)][0] for x in arguments)
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    function = getattr(found, f"launch_{name}")
+    function = getattr(library.code, f"launch_{name}")
     function.restype = ctypes.c_char_p
-    if problem := function(kinds.encode(), (ctypes.c_int * 6)(*sizes), addresses):
-        raise EmulatorError(f"{name}: {problem.decode()}")
+    ranges = (Range * len(fences))(*(fence.range for fence in fences))
+    if problem := function(kinds.encode(), (ctypes.c_int * 9)(*sizes, len(fences)), addresses, ranges):
+        kind = NotLaunched if problem.startswith(b"the call gives") else EmulatorError
+        raise kind(f"{name}: {library.explain(problem.decode(), name)}")
 
 
-def start(found: ctypes.CDLL, name: str, grid: tuple, block: int, *arguments, shared: int = 0) -> None:
+def start(library: Library, name: str, grid: tuple, block: int | tuple, *arguments, shared: int = 0) -> None:
     """As gpu.start. Tensors get what both orders of threads leave in them."""
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    assert all(x.is_contiguous() for x in tensors)
-    fences = {x.data_ptr(): Fence(x) for x in tensors}
+    tensors = {x.data_ptr(): (k, x) for k, x in reversed(list(enumerate(arguments))) if isinstance(x, torch.Tensor)}
+    assert all(x.is_contiguous() for _, x in tensors.values())
+    fences = {address: Fence(x, k) for address, (k, x) in tensors.items()}
     values = [
         Address(0) if x is None else Address(fences[x.data_ptr()].address) if isinstance(x, torch.Tensor) else x
         for x in arguments
     ]
-    outcomes = []
+    sizes, outcomes = (*three(grid), *three(block if isinstance(block, tuple) else (block,)), shared), []
     for descending in (False, True):
         for fence in fences.values():
             fence.fill()
-        run(found, name, (*grid, *(1,) * (3 - len(grid)), block, shared, descending), values)
+        run(library, name, (*sizes, descending), values, list(fences.values()))
         outcomes.append([fence.contents() for fence in fences.values()])
-    if outcomes[0] != outcomes[1]:
-        raise EmulatorError(f"{name}: its result depends on the order of its threads")
-    for fence, content in zip(fences.values(), outcomes[0], strict=True):
-        if content != contents(fence.x):  # a tensor that is only read is not touched, for autograd
-            fence.x.view(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    for fence, one, other in zip(fences.values(), *outcomes, strict=True):
+        if one != other:
+            differ = library.explain(fence.first_difference(one, other), name)
+            raise EmulatorError(f"{name}: its result depends on the order of its threads: {differ}")
+        fence.keep(one)
+
+
+def three(sizes: tuple) -> tuple:
+    return (*sizes, *(1,) * (3 - len(sizes)))
 
 
 @contextmanager
-def emulated(generation: int = 80) -> Iterator[None]:
+def emulated(generation: int = 80, shadow: bool = False) -> Iterator[None]:
     """Inside, launches run on the CPU as on a GPU of this generation: 80 or 90. Dispatch takes the CPU for that GPU."""
     before = gpu.start, gpu.shared_kilobytes, dispatch.why_cuda_unavailable
-    gpu.start = lambda file, *rest, **more: start(library(file, generation), *rest, **more)
+    gpu.start = lambda file, *rest, **more: start(library(file, generation, shadow), *rest, **more)
     gpu.shared_kilobytes = lambda device: {80: 163, 90: 227}[generation]
     dispatch.why_cuda_unavailable = lambda op, device, dtype: None
     try:
