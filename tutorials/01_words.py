@@ -100,7 +100,8 @@ print([(left + right).decode() for left, right in mine[:16]])
 #
 # ## The library's version
 # Our trainer counts all pairs again for each merge. The library keeps the counts and changes only those of words that
-# hold the merged pair. A heap, a list that always has its smallest entry in front, finds the next pair.
+# hold the merged pair. A heap, a list with its smallest entry in front, finds the next pair. Its entries are negative
+# counts.
 
 # %%
 from small import show, show_source
@@ -204,9 +205,9 @@ ax.set_yticks([place + 0.2 for place in range(len(names))], names)
 show(fig, f"Bars: pieces that hold each word, for merges inside and across words: {holding}.")
 
 # %% [markdown]
-# Merges inside words keep each word in one or two pieces. Merges across words hide it in dozens, such as "a big orange
-# cross on white". Texts become even shorter, but the model would have to learn what a circle is once for each of those
-# pieces, and a new combination would be cut differently.
+# With merges inside words, one or two pieces hold each word: ` circle` and ` circles`. With merges across words, dozens
+# of pieces hold it, such as "a big orange cross on white". Texts become even shorter, but the model would have to learn
+# what a circle is once for each of those pieces, and a new combination would be cut differently.
 
 # %% [markdown]
 # ## What no tokenizer may lose
@@ -243,8 +244,8 @@ assert tokenizer.encode("a small") + tokenizer.encode(" star") == tokenizer.enco
 # Put your answer where `...` is. A check prints "right", or the first input on which your answer differs.
 #
 # ### Write: replace a pair
-# `pieces` is a list of bytes, `pair` two of them. Join the pair wherever it occurs, from the left: `[a, a, a]` with
-# `(a, a)` gives `[aa, a]`.
+# `pieces` is a list of bytes objects such as `b"th"`, and `pair` a tuple of two of them. Return the list in which the
+# pair is joined wherever it occurs, from the left: `[a, a, a]` with `(a, a)` gives `[aa, a]`.
 
 # %%
 from checks import check
@@ -258,7 +259,8 @@ check("words.replace_pair", my_replace_pair)
 
 # %% [markdown]
 # ### Write: encode a word
-# `ranks` gives each known pair its place in the order of learning. Return the pieces of `word`, a bytes object.
+# `word` is a bytes object. `ranks` is a dict from each known pair to its place in the order of learning, from 0. Return
+# the list of the word's pieces.
 
 
 # %%
@@ -279,7 +281,8 @@ check("words.merges_of_eight", ...)
 # %% [markdown]
 # ### Break: tokens that do not come back
 # decode(encode(text)) = text, always. Is encode(decode(tokens)) = tokens, too? Return text tokens of this tokenizer for
-# which it fails. `tokenizer.merges` and `tokenizer.tokens` help.
+# which it fails. The list of learnt pairs, `tokenizer.merges`, and the dict from pieces to tokens, `tokenizer.tokens`,
+# help.
 
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # What is left of an image in 64 codes?
 # Lesson 1 turned text into tokens. Here an image becomes tokens: 64 whole numbers, called codes, from which a network
-# draws the image again. This is vector quantization (VQ), and the network is a VQGAN. Reading takes 25 minutes; the
-# cells run in a minute.
+# draws the image again. This is vector quantization (VQ), and the network is a VQGAN. Its GAN part, a second network
+# that judges what is drawn, stays switched off here. Reading takes 25 minutes; the cells run in a minute.
 #
 # - One number known beforehand
 # - The smallest version
@@ -35,8 +35,8 @@ print(*(scene.caption() for scene in shown[:3]), sep="\n")
 
 # %% [markdown]
 # ## The smallest version
-# Take 200 points in the plane, and 4 codes: points of their own. Each point is replaced by its nearest code, so a
-# number from 0 to 3 stands for two coordinates. The list of codes is called the codebook.
+# Take 200 points in the plane, and a codebook: a list of 4 more points, numbered from 0 to 3. The nearest of them
+# replaces each point, so one number stands for two coordinates. Both that number and its point are called a code.
 
 # %%
 from nanochameleon.images.quantizer import nearest_code  # the first exercise is to write it
@@ -103,8 +103,8 @@ print("gradient copied exactly:", torch.equal(vectors.grad, upstream))
 
 # %% [markdown]
 # The commitment loss pulls each vector towards its code, so that pretending stays nearly true. The codes move towards
-# their vectors by a running mean, which is k-means spread over many batches. A code that nobody uses is dead; it is
-# moved onto a random vector.
+# their vectors by a running mean, which is k-means spread over many batches. A code that nobody uses for long is dead;
+# it is moved onto a random vector. In the code below `lerp_` takes one step of a running mean.
 
 # %%
 from nanochameleon.images.quantizer import Quantizer
@@ -113,8 +113,9 @@ show_source(Quantizer.update_averages)
 
 # %% [markdown]
 # ## A network around the codes
-# The encoder halves the image twice, so each of 8 x 8 = 64 vectors speaks for a window of 4 x 4 pixels. The decoder
-# doubles twice. Both are convolutions; group normalization keeps their numbers at a common scale.
+# The encoder halves the image twice, so each of 8 x 8 = 64 vectors speaks for a window of 4 x 4 pixels. The vectors are
+# called latents. Their nearest codes go to the decoder, which doubles twice. Both are convolutions; group normalization
+# keeps their numbers at a common scale.
 
 # %%
 from dataclasses import replace
@@ -140,6 +141,7 @@ from nanochameleon.optim import learning_rate, make_optimizer
 from nanochameleon.training.train_tokenizers import reconstruction_loss, start_codebook, tokenizer_loss
 
 show_source(tokenizer_loss)
+# an optimizer: lesson 5 explains it
 muon = OptimConfig("muon", lr=3e-3, eps=1e-8, weight_decay=0.0, warmup_steps=10, schedule="cosine")
 settings = TokenizerTraining(steps=120, warmup_steps=40, batch_size=16, optim=muon)
 pixels = to_pixels(np.stack([draw(scene, WORLD) for scene in scenes(WORLD, seed=0, n=120 * 16)]))
@@ -180,9 +182,9 @@ from nanochameleon.evaluate.oracle import judge
 trained = {"k-means": train_tokenizer(True, 4), "random start": train_tokenizer(False, 4),
            "whole image": train_tokenizer(True, None)}  # fmt: skip
 used, loss, again = {}, {}, {}
-for name, (tokenizer, loss[name]) in trained.items():
+for name, (tokenizer, last_loss) in trained.items():
     codes = tokenizer.encode(images)
-    again[name], used[name] = tokenizer.decode(codes), len(codes.unique())
+    loss[name], used[name], again[name] = last_loss, len(codes.unique()), tokenizer.decode(codes)
     right = np.mean([judge(s, image, WORLD)["all_facts"] for s, image in zip(shown, again[name], strict=True)])
     print(f"{name:12} loss {loss[name]:.3f}, {used[name]:2} of 64 codes used, oracle: {right:.0%} right")
 
@@ -192,33 +194,37 @@ rows = {"original": images, **again}
 for line, (name, row) in zip(axes, rows.items(), strict=True):
     for ax, image in zip(line[1:], row, strict=False):
         ax.imshow(image)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, color="#8a8a8a")
+    line[0].axis("off")
     line[0].text(1.0, 0.5, name, ha="right", va="center", fontsize=11)
-for ax in axes.flat:
-    ax.axis("off")
 show(fig, "Six scenes and three reconstructions of each. K-means and the random start draw things red or blue, with "
      "soft edges; green comes out blue. An encoder of the whole image draws all things dark gray.")  # fmt: skip
 
 # %% [markdown]
 # After so few steps all are blurred, and green is still drawn as blue. With k-means, edges are sharp enough for the
-# oracle to read more than half of the scenes. The random start leaves most codes dead, so there is less to draw with.
-# The whole-image encoder uses all 64 codes and has lost every colour. The next section shows why. The toy of `make
-# demo` trains five times as long.
+# oracle to read more than half of the scenes. The random start leaves most codes unused, so there is less to draw with:
+# 80 steps are too few to find and move dead codes. The whole-image encoder uses all 64 codes and has lost every colour.
+# The next section shows why. `make demo` trains four times as long.
 
 # %%
 code_map = trained["k-means"][0].encode(images[:1]).view(8, 8)
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.6))
 axes[0].imshow(images[0])
-axes[0].axis("off")
+axes[0].set(xticks=np.arange(3.5, 31, 4), yticks=np.arange(3.5, 31, 4), xticklabels=[], yticklabels=[])
 axes[1].imshow(torch.ones(8, 8), cmap="gray", vmin=0, vmax=1)
 for (y, x), code in np.ndenumerate(code_map.numpy()):
     axes[1].text(x, y, code, ha="center", va="center", fontsize=11)
 axes[1].set(xticks=np.arange(0.5, 7), yticks=np.arange(0.5, 7), xticklabels=[], yticklabels=[])
-axes[1].grid(color="#8a8a8a")
-show(fig, f"The scene '{shown[0].caption()}' and its 8 x 8 codes: every empty window has the same code.")
+for ax in axes:
+    ax.grid(color="#8a8a8a")
+    ax.spines[:].set(visible=True, color="#8a8a8a")
+    ax.tick_params(length=0)
+show(fig, f"The scene '{shown[0].caption()}' in 8 x 8 windows, and their codes: every empty window has the same code.")
 
 # %% [markdown]
-# Windows that look the same have the same code. The empty ground is one number, repeated. A model that has to predict
-# these numbers has an easy task where nothing happens.
+# Left are the image's windows, right their codes. Windows that look the same have the same code. The empty ground is
+# one number, repeated. A model that has to predict these numbers has an easy task where nothing happens.
 
 # %% [markdown]
 # ## Break it: an encoder that sees everything

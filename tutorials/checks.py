@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import numbers
+import traceback
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -42,8 +43,15 @@ def verdict(name: str, answer) -> str:
     except Wrong as error:
         return str(error)
     except Exception as error:  # an answer may fail in any way
-        return f"your answer raised {type(error).__name__}: {error}"
+        return f"your answer raised {type(error).__name__}{line_of(error, answer)}: {error}"
     return RIGHT
+
+
+def line_of(error: Exception, answer) -> str:
+    """Return the line of the answer that raised, such as ' at `return 1 / x`', or nothing if no line is known."""
+    file = getattr(getattr(answer, "__code__", None), "co_filename", None)
+    lines = [each.line for each in traceback.extract_tb(error.__traceback__) if each.line and each.filename == file]
+    return f" at `{lines[-1]}`" if lines else ""
 
 
 def done(value):
@@ -85,11 +93,17 @@ def same(a, b, tolerance: float) -> bool:
         return alike and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, (numbers.Number, np.ndarray, torch.Tensor)):
         try:
-            x, y = (torch.as_tensor(value).detach().double() for value in (a, b))
+            x, y = (as_tensor(value).detach().double() for value in (a, b))
         except (TypeError, ValueError, RuntimeError):
             return False
         return x.shape == y.shape and torch.allclose(x, y, tolerance, tolerance, equal_nan=True)
     return bool(a == b)
+
+
+def as_tensor(value) -> torch.Tensor:
+    """Convert a number, an array, a tensor or a list of them. Raises as torch does for anything else."""
+    parts = isinstance(value, (list, tuple)) and value and all(isinstance(part, torch.Tensor) for part in value)
+    return torch.stack(list(value)) if parts else torch.as_tensor(value)
 
 
 def shown(value) -> str:

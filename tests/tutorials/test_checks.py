@@ -50,6 +50,15 @@ def test_a_check_prints_and_never_raises(capsys):
     assert len(lines) == 3 and all(line.startswith("trial.double: your answer raised") for line in lines)
 
 
+def test_the_line_that_raised_is_said():
+    def broken(x):
+        y = x + 1
+        return y / 0
+
+    assert verdict("trial.double", broken) == "your answer raised ZeroDivisionError at `return y / 0`: division by zero"
+    assert verdict("trial.double", 7) == "your answer raised TypeError: 'int' object is not callable"
+
+
 def test_an_answer_cannot_change_the_input_that_the_spec_reads():
     def spoil(values: list) -> int:
         total = sum(values)
@@ -67,6 +76,8 @@ def test_an_answer_cannot_change_the_input_that_the_spec_reads():
         (1.0, 1.0 + 1e-7, True), (1.0, 1.001, False), (1, True, True), (b"a", b"a", True), (b"a", "a", False),
         ([1, 2], (1, 2), True), ([1, 2], [1, 2, 3], False), ([1, 2], np.array([1, 2]), False),
         (torch.ones(3), np.ones(3), True), (torch.ones(3), torch.ones(3, 1), False), (torch.ones(2), None, False),
+        (torch.eye(2), list(torch.eye(2)), True), (torch.eye(2), [torch.ones(2), None], False),
+        (torch.eye(2), [], False), (torch.ones(2), [torch.ones(2), torch.ones(3)], False),
         (float("nan"), float("nan"), True), (float("inf"), float("-inf"), False), (None, None, True),
         (torch.tensor([True]), torch.tensor([1.0]), True), (np.array([2]), torch.tensor([3]), False),
     ],
