@@ -39,7 +39,7 @@ notebooks: .venv/.dev  ## builds tutorials/*.ipynb from the .py next to each; AR
 	$(BIN)/python tutorials/build.py $(ARGS)
 
 tutorials: .venv/.tutorials  ## opens the lessons in Jupyter, on this machine alone
-	cd tutorials && ../$(BIN)/python -m jupyter lab --ip 127.0.0.1
+	cd tutorials && ../$(BIN)/python -m jupyterlab --ip 127.0.0.1
 
 lint: .venv/.dev  ## style
 	$(BIN)/python -m ruff check .

@@ -43,3 +43,9 @@ def test_the_report_names_each_question(capsys):
 def test_no_file_is_longer_than_500_lines():
     source = closure.tracked("*.py", "*.cu", "*.cuh", "*.h")
     assert [path.name for path in source if closure.lines([path]) > 500] == []
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their bare names, so it would collect neither."""
+    names = [path.name for path in closure.tracked("tests/test_*.py", "tests/**/test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -52,8 +52,8 @@ extern "C" __global__ void tree_sum(const float* x, float* sum) {
 """
 
 # %% [markdown]
-# `emulated_kernel` compiles this text with g++ and takes the same call as CuPy, the package that runs kernels on a GPU:
-# blocks, threads a block, arguments. The numbers 0 to 255 sum to 255 * 256 / 2 = 32,640.
+# `emulated_kernel` compiles this text with g++ and takes the same call as CuPy, the package that runs kernels on a
+# GPU: blocks, threads a block, arguments. The numbers 0 to 255 sum to 255 * 256 / 2 = 32,640.
 
 # %%
 import torch
@@ -84,15 +84,12 @@ axes.axis("off")
 show(fig, "A tree over eight numbers: in round 1 threads 0 to 3 add the number four places on, then two, then one.")
 
 # %% [markdown]
-# The figure shows the tree for 8 numbers. A solid line is the number that a thread has, a dashed line the one that it
-# adds. Round 2 reads what round 1 wrote, by another thread. So a barrier must separate them.
-
-# %% [markdown]
+# The figure has 8 numbers: solid is a thread's own, dashed the one that it adds. Round 2 reads what others wrote in
+# round 1, so a barrier must separate them.
+#
 # ## Break it: a barrier removed
-# Here is the same kernel without its barrier. On a GPU it may still give 32,640, today and on this model of GPU: a
-# fault that depends on who is first is called a race. The emulator does not rely on luck. It keeps, for every byte, who
-# wrote and read it last, and whether a barrier came between. It also runs all threads in two orders, and both must give
-# the same result.
+# Without it a GPU may still give 32,640. A fault that depends on who is first is called a race. The emulator notes who
+# wrote and read each byte last, and whether a barrier came between. It also tries two orders.
 
 
 # %%
@@ -110,8 +107,8 @@ print(race.replace(", and", ",\nand"))
 
 # %% [markdown]
 # The report names two threads, the byte, and both lines. A float has 4 bytes, so byte 4 is part[1]. Three other
-# mistakes are reported in the same way. The last of them needs a word: the hardware runs 32 threads together, which are
-# called a warp, its threads lanes. `__syncwarp()` is a barrier of one warp. The tree's first rounds add numbers of
+# mistakes are reported in the same way. The last of them needs a word: the hardware runs 32 threads together, which
+# are called a warp, its threads lanes. `__syncwarp()` is a barrier of one warp. The tree's first rounds add numbers of
 # other warps, so it is not enough.
 
 # %%
@@ -160,14 +157,13 @@ show(
 )
 
 # %% [markdown]
-# A box is a float, a number in it the thread that reads it, and a thick line the border of a piece. Four coalesced
-# threads touch one piece; four strided ones touch all four.
-
-# %% [markdown]
+# A box is a float, a number in it its reader, a thick line a piece's border. Four coalesced threads touch one piece,
+# four strided ones four.
+#
 # ## The loss, rung by rung
-# The folder of each kernel has a ladder: versions from plain to fast, each of which changes one thing. The loss is
-# cross-entropy with z-loss (lesson 6): log Z of a row of logits, minus the logit of the right token. Rung 1 gives each
-# thread a row, so its reads are strided.
+# A kernel has a ladder: versions from plain to fast, each changing one thing. The loss is cross-entropy with
+# z-loss (lesson 6): log Z of a row of logits, minus the right token's logit. Rung 1 gives each thread a row, so its
+# reads are strided.
 
 # %%
 from IPython.display import Markdown, display
@@ -235,14 +231,15 @@ print("largest error of each rung:", *(f"{e:.1e}" for e in loss_errors))
 
 # %% [markdown]
 # ## Attention, rung by rung
-# Rung 1 gives a thread one query, and rung 2 a warp. In rung 3 16 warps share tiles of 32 keys in shared memory. Rung 4
-# hands tiles to tensor cores, which multiply 16 x 16 numbers by 16 x 8 in one instruction. The numbers are bfloat16
-# with 8 bits of precision, so errors near 0.01 are rounding.
+# Rung 1 gives a thread one query, and rung 2 a warp. In rung 3, 16 warps share tiles of 32 keys in shared memory. Each
+# lane scores a whole key. Then the warp takes one maximum and one sum for all 32: the online softmax again, with powers
+# of 2. A word holds two bfloat16 numbers, low and high, of 8 bits of precision, so errors near 0.01 are rounding.
 
 # %%
 from nanochameleon.kernels.attention import steps as attention
 
 forward = attention.on_gpu(ladder.emulator_kernel, torch.device("cpu"))[0]
+show_cuda(forward.rungs[2], "// 2. A lane", "row_sum =")
 problem = max(forward.problems(), key=lambda inputs: inputs[0].numel())
 print("q, k, v:", *(tuple(x.shape) for x in problem[:3]))
 attention_errors = [error(rung, problem, forward.reference) for rung in forward.rungs[:4]]
@@ -250,9 +247,36 @@ for rung, e in zip(forward.rungs, attention_errors, strict=False):
     print(f"{rung.name:15} {e:.1e}   {rung.change}")
 
 # %% [markdown]
-# A query sees the keys of its own document up to itself (lesson 3). What if that mask is wrong? No thread disturbs
-# another, and each address is inside its array. So the emulator has nothing to report. The comparison finds it: here
-# a query also sees the documents before its own.
+# Rung 4 hands tiles to tensor cores, which multiply 16 x 16 numbers by 16 x 8 in one instruction, `mma`. The 32 lanes
+# hold each matrix together. Which lane holds which number of the result? Multiply the identity by the numbers 0 to
+# 127, and let each lane say what it has got:
+
+# %%
+WHO = """#include "bf16.cuh"
+extern "C" __global__ void who(float* holder) {
+  int group = threadIdx.x / 4, k = threadIdx.x % 4 * 2;
+  auto one = [&](int row, int column) { return pack_bf16(row == column, row == column + 1); };
+  auto number = [&](int row) { return pack_bf16(8 * row + group, 8 * (row + 1) + group); };
+  u32 a[4] = {one(group, k), one(group + 8, k), one(group, k + 8), one(group + 8, k + 8)};
+  float c[4] = {};
+  mma(c, a, number(k), number(k + 8));
+  for (int i = 0; i < 4; i++) holder[(int)c[i]] = threadIdx.x;
+}"""
+holder = torch.zeros(16, 8)
+emulated_kernel(WHO, "who")((1,), (32,), (holder,))
+fig, axes = plt.subplots(figsize=(6, 4.2))
+for n, lane in enumerate(holder.flatten().int().tolist()):
+    axes.text(n % 8, n // 8, lane, ha="center", va="center")
+axes.set(xlim=(-0.5, 7.5), ylim=(15.5, -0.5), xlabel="column", ylabel="row", yticks=range(16))
+show(fig, "The lane of each number of 16 x 8: lane 0 has columns 0 and 1 of rows 0 and 8; four lanes share a row.")
+
+# %% [markdown]
+# The figure shows each number's lane: two neighbours in a row, and two in the row 8 below. Four lanes share a row, so
+# its maximum takes two shuffles.
+#
+# A query sees its own document up to itself (lesson 3). What if that mask is wrong? No thread disturbs another, and
+# each address is right. So the emulator has nothing to report. The comparison finds it: here a query also sees the
+# documents before its own.
 
 # %%
 from functools import partial
@@ -295,8 +319,8 @@ assert not differs[:3].any() and differs[3:].all()
 # ## Exercises
 # ### Write: the largest number
 # Write a kernel `largest(const float* x, float* y)` for one block of 256 threads: y[0] becomes the largest of the 256
-# numbers of x. Return its text. The check runs it in the emulator, so a race does not pass. `fmaxf(a, b)` is the larger
-# of two.
+# numbers of x. Return its text. The check runs it in the emulator, so a race does not pass. `fmaxf(a, b)` is the
+# larger of two.
 
 
 # %%
@@ -325,7 +349,7 @@ check("kernels_on_a_gpu.lost_numbers", ...)
 
 # %% [markdown]
 # ## Where it is in the library
-# [kernels/README.md](../kernels/README.md) says how to read the kernels, and
-# [its emulator's page](../kernels/gpu/emulator/README.md) how to run your own. The ladders are
-# [zloss/steps.cu](../kernels/zloss/steps.cu) and [attention/steps.cu](../kernels/attention/steps.cu). Next:
-# [lesson 10](10_beyond_one_machine.ipynb) leaves the one machine.
+# [kernels/README.md](../kernels/README.md) says how to read the kernels, and [its emulator's
+# page](../kernels/gpu/emulator/README.md) how to run your own. The ladders are
+# [zloss/steps.cu](../kernels/zloss/steps.cu) and [attention/steps.cu](../kernels/attention/steps.cu). Next: [lesson
+# 10](10_beyond_one_machine.ipynb) leaves the one machine.

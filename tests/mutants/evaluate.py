@@ -64,14 +64,14 @@ MUTANTS = [
         "evaluate/agreement.py",
         " - np.diag(weighted.sum(0))",
         "",
-        "evaluate/test_agreement.py",
+        "evaluate/test_human_agreement.py",
     ),
     Mutant(
         "half of the votes are a majority",
         "evaluate/agreement.py",
         "2 * count > len(votes)",
         "2 * count >= len(votes)",
-        "evaluate/test_agreement.py",
+        "evaluate/test_human_agreement.py",
     ),
     Mutant(
         "nothing seen is impossible",

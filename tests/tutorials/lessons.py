@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TUTORIALS = ROOT / "tutorials"
 SOURCES = sorted(TUTORIALS.glob("[0-9][0-9]_*.py"))
 KINDS = "Write", "Predict", "Break"  # of exercises; the heading of each has its word
+SHOWN = re.compile(r"\[(?P<path>[^]]+)\]\([^)]*\)\n```python\n(?P<source>.*)\n```\s*", re.DOTALL)  # by show_source
 Notebook = nbformat.NotebookNode
 
 
@@ -166,6 +167,21 @@ def wrong_figures(built: Notebook) -> list[str]:
     return wrong
 
 
+def stale_sources(built: Notebook) -> list[str]:
+    """What show_source showed is still what the library has, but for the indentation of methods."""
+    wrong = []
+    for number, output in outputs(built):
+        if shown := SHOWN.fullmatch(output.get("data", {}).get("text/markdown", "")):
+            file = (ROOT / shown["path"]).read_text(encoding="utf-8")
+            if stripped(shown["source"]) not in stripped(file):
+                wrong.append(f"cell {number} shows another {shown['path']} than the library has: make notebooks")
+    return wrong
+
+
+def stripped(source: str) -> str:
+    return "\n".join(line.strip() for line in source.splitlines())
+
+
 def wrong_verdicts(built: Notebook) -> list[str]:
     """Nobody has answered yet."""
     said = "\n".join(printed(built).values())
@@ -173,7 +189,7 @@ def wrong_verdicts(built: Notebook) -> list[str]:
 
 
 SOURCE_RULES = wrong_size, wrong_headings, wrong_opening, wrong_exercises, wrong_statements
-BUILT_RULES = wrong_order, wrong_outputs, wrong_figures, wrong_verdicts
+BUILT_RULES = wrong_order, wrong_outputs, wrong_figures, stale_sources, wrong_verdicts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

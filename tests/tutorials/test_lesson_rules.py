@@ -95,6 +95,15 @@ def test_an_output_that_breaks_a_rule_is_named(rule, said, output):
     assert any(said in each for each in rule(notebook))
 
 
+def test_source_that_the_library_has_no_more_is_named():
+    notebook, shown = good(), "[nanochameleon/vocab.py](../nanochameleon/vocab.py)\n```python\n{}\n```"
+    method = "@property\ndef n_text(self) -> int:\n    return self.size - self.{}"  # dedented, as show_source does
+    for name, stale in (("first_text", False), ("first_code", True)):
+        data = {"text/markdown": shown.format(method.format(name)), "text/plain": "<Markdown>"}
+        notebook.cells[15].outputs = [new_output("display_data", data)]
+        assert bool(lessons.stale_sources(notebook)) is stale
+
+
 def test_cells_that_ran_in_another_order_are_named():
     notebook = good()
     notebook.cells[15].execution_count = 7
