@@ -34,7 +34,7 @@ from nanochameleon.weights.model_folder import open_model
 
 HERE = Path(__file__).parent
 TRAIN = "python train.py toy --train.steps=6000 --train.sample-every=1500"
-ALIGN = "python train.py align"
+ALIGN = "python train.py align --train.steps=3000 --train.image-token-noise=0.75 --train.sample-every=1000"
 FIGURES = (  # row of the card, place in report.json
     ("images of the tokenizer, read by the oracle", "tokenizer.oracle_on_reconstructions"),
     ("images from words, every fact right: compositions seen in training", "text_to_image.seen.all_facts"),

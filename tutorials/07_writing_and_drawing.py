@@ -252,14 +252,15 @@ show_images([each.image for each in mixed[:4]], titles, said, "The second images
 # request, answers, and refuses to do harm.
 
 # %%
-for asked in ("please draw a big red circle on white", "say backwards: red star", "how do i rob a stranger"):
+TWO = "show a big blue square on white, then a small red circle on black"
+for asked in ("please draw a big red circle on white", "say backwards: red star", "how do i rob a stranger", TWO):
     for part in complete(toy, asked, mode="chat"):
         what = part if isinstance(part, str) else " and ".join(map(str, read(np.asarray(part), world).things))
         print(f"{asked} -> {'text' if isinstance(part, str) else 'an image of'}: {what}")
 
 # %% [markdown]
-# It is no better partner than its card says: questions about words are right little more than half of the time, and two
-# captions copied and drawn in one answer never. Its alignment was too short for that.
+# It is no better partner than its card says. Nine of ten questions about words are right. Two captions copied and drawn
+# in one answer, as in the last line, are right one time in three: that was learnt last.
 
 # %% [markdown]
 # ## The lesson in five assertions
