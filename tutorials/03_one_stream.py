@@ -229,7 +229,7 @@ def logits_of(tokens, positions=None, documents=None):
     return model.logits(model(tokens[None], None if positions is None else positions[None], documents))[0]
 
 
-tokens, ids, positions = first.tokens[0], ids[0], first.positions[0]
+tokens, ids, positions = first.tokens[0], first.doc_ids[0], first.positions[0]
 alone = torch.cat([logits_of(tokens[ids == d]) for d in ids.unique_consecutive()])
 packed = logits_of(tokens, positions, Documents.of(ids[None]))  # with the mask
 leaking = logits_of(tokens, positions)  # one triangle over the whole sequence
