@@ -76,8 +76,9 @@ typed = bytes_alone.encode("</s><racm3:break>IMGIMGFDZ")
 print(f"typed: {len(typed)} tokens, all from {min(typed):,} up; text begins at {release.first_text:,}")
 
 # %% [markdown]
-# The text tokenizer gives text tokens alone, so a name is spelt like any word. A special token comes only from a
-# *segment*: a text, an image or the end of a turn. Here is the real code.
+# The names are the release's own. The text tokenizer gives text tokens alone, so a name is spelt like any word. Special
+# tokens come from a document's structure: its begin and end, and its *segments*. A segment is a text, an image or the
+# end of a turn, which is all that one speaker of a conversation says at a time. Here is the real code.
 
 # %%
 show_source(render_segment, render)
@@ -87,7 +88,7 @@ show_source(render_segment, render)
 #
 # A *document* is a list of segments in any order. Our small world has images of 32 x 32 pixels with big and small
 # circles and squares; `PatchTokenizer` makes 16 codes of each, without loss. Its documents have three forms: image and
-# caption, image and questions, or texts and images by turns.
+# caption, image and questions, or texts and images that alternate.
 
 # %%
 images = PatchTokenizer()
@@ -115,7 +116,8 @@ print(caption.text)
 print(streams[short])
 
 parsed = [parse(stream, tokenizer, vocab) for stream in streams]
-print(f"{sum(map(list.__eq__, parsed, documents))} documents come back from their tokens")
+n_equal = sum(again == document for again, document in zip(parsed, documents, strict=True))
+print(f"{n_equal} documents come back from their tokens")
 
 
 # %%
@@ -137,12 +139,13 @@ for i, token in enumerate(streams[short]):
     strip.barh(-(i // 10), 0.94, left=i % 10, height=0.7, **LOOKS[vocab.modality(token)])
     strip.text(i % 10 + 0.47, -(i // 10), label(token), **on_white)
 strip.axis("off")
-show(fig, f"Left: '{caption.text}' with its 16 codes. Right: the same document as a row of tokens, text, then codes.")
+show(fig, f"Left: '{caption.text}' with its 16 codes. Right: its document as three lines of tokens, text, then codes.")
 
 # %% [markdown]
 # Left is an image and the codes of its 8 x 8 patches. Right is the whole document, line by line: plain boxes are text,
-# hatched ones codes, black ones special tokens. The model sees the printed numbers and nothing else. To it, a code is a
-# token like a word: this is called *early fusion*. `parse` goes back from tokens to segments.
+# hatched ones codes, black ones special tokens. The model sees the list of tokens printed above and nothing else. There
+# code 47 is token 51, since code 0 is token 4. To the model, a code is a token like a word: this is called *early
+# fusion*. `parse` goes back from tokens to segments.
 
 # %% [markdown]
 # ## Packed, not padded
@@ -226,7 +229,7 @@ def logits_of(tokens, positions=None, documents=None):
     return model.logits(model(tokens[None], None if positions is None else positions[None], documents))[0]
 
 
-tokens, ids, positions = first.tokens[0], ids[0], first.positions[0]
+tokens, ids, positions = first.tokens[0], first.doc_ids[0], first.positions[0]
 alone = torch.cat([logits_of(tokens[ids == d]) for d in ids.unique_consecutive()])
 packed = logits_of(tokens, positions, Documents.of(ids[None]))  # with the mask
 leaking = logits_of(tokens, positions)  # one triangle over the whole sequence
@@ -309,8 +312,8 @@ assert learnt == sum(length - 1 for length in lengths)
 #
 # ### Write: what a model needs to know of a packed sequence
 #
-# `doc_ids` (T,) numbers the documents; padding has -1 and sees padding alone. Lesson 4 uses all four functions:
-# together, the two lessons make a whole model.
+# `doc_ids` (T,) numbers the documents; padding has -1 and sees padding alone. The model of lesson 4 reads the mask and
+# the positions; targets and loss are what it learns from.
 
 
 # %%

@@ -6,7 +6,7 @@
 #
 # - The count
 # - Attention
-# - The two norms
+# - Two kinds of norm
 # - Where a token is
 # - The model
 # - Who hears of a change
@@ -83,7 +83,7 @@ print(f"largest difference: {to_library:.0e} to the library, {to_fused:.0e} to t
 show_source(attention_reference)
 
 # %% [markdown]
-# ## The two norms
+# ## Two kinds of norm
 #
 # A *norm* rescales a vector and then multiplies each number by a learnt weight. *RMSNorm* divides by the root of the
 # mean square; Llama has it before each part of a layer. *QK-norm* is what Chameleon adds: it gives each query and each
@@ -96,9 +96,10 @@ show_source(QKNorm)
 # %% [markdown]
 # ## Where a token is
 #
-# A weighted mean has no order, so attention does not know where a token is. *Rotary embedding* adds that. It takes the
-# numbers of a query or key in pairs, each a point in the plane, and rotates pair i by its position times a speed of its
-# own. A dot product depends on the angle *between* two points. So a score depends on the distance of two tokens alone.
+# A weighted mean has no order, so attention does not know where a token is. *Rotary embedding* adds that. It takes a
+# query's or key's numbers in pairs, points in the plane, and rotates pair i by its position times a speed of its own:
+# (a, b) becomes (a cos - b sin, a sin + b cos). A dot product depends on the angle *between* points, so a score depends
+# on distance alone.
 
 # %%
 show_source(compute_freqs_cis)
@@ -109,20 +110,20 @@ show_source(compute_freqs_cis)
 
 # %%
 generator = torch.Generator().manual_seed(0)
-q, k = torch.randn(2, 1, 1, 1, 64, generator=generator)  # a query and a key of width 64
+query, key = torch.randn(2, 1, 1, 1, 64, generator=generator)  # of width 64
 norm = QKNorm(1, 64, eps=1e-5).requires_grad_(False)
 norm.weight += 0.5 * torch.randn(1, 64, generator=generator)
 norm.bias += 0.5 * torch.randn(1, 64, generator=generator)
 
 
-def rotated(x, position):
-    return apply_rotary_emb(x, compute_freqs_cis(torch.tensor([[position]]), 64, theta=1e4))
+def placed(x, position, norm_last):
+    angles = compute_freqs_cis(torch.tensor([[position]]), 64, theta=1e4)
+    return norm(apply_rotary_emb(x, angles)) if norm_last else apply_rotary_emb(norm(x), angles)
 
 
 def score(i, j, norm_last=False):
     """The score of the query at position i and the key at position j."""
-    at_i, at_j = (norm(rotated(x, p)) if norm_last else rotated(norm(x), p) for x, p in ((q, i), (k, j)))
-    return float((at_i * at_j).sum() / 64**0.5)
+    return float((placed(query, i, norm_last) * placed(key, j, norm_last)).sum() / 64**0.5)
 
 
 print(f"norm first: {score(5, 2):.4f} = {score(105, 102):.4f}, and 9 apart {score(11, 2):.4f}")
@@ -152,20 +153,22 @@ show(
 # %% [markdown]
 # Left, the circles are on the curve: moved by 100 places, every score is the same. Right, the solid line is flat; with
 # the norm last (dashed) the score of the same distance swings.
-#
+
+# %% [markdown]
 # ## The model
 #
 # A layer is a *block* of two branches: attention, then a *feed-forward* network that works on each token alone.
 # *SwiGLU* is its form: two matrices multiply the vector, and one result decides, number by number, how much of the
-# other passes.
+# other passes; a third matrix leads back. The one that decides first goes through silu(x) = x / (1 + exp(-x)).
 
 # %%
 show_source(FeedForward.forward, Block.forward)
 
 # %% [markdown]
 # Each branch adds to the token's vector, the *residual stream*. The 7B has its norms in front of the branches (`pre`),
-# the 34B after them (`post`). The block passes the sum on as two parts, since the next norm adds them in one go. Before
-# the blocks, each token becomes its vector; after them come a norm and a product with the output's vectors: the logits.
+# the 34B after them (`post`). The block passes the sum on as two parts, `x` and `branch`, and `add_norm` returns their
+# sum and its norm. `drop` is dropout, off here. Before the blocks, each token becomes its vector; after them come a
+# norm and a product with the output's vectors: the logits.
 
 # %%
 torch.manual_seed(0)
@@ -185,7 +188,8 @@ print(f"first loss {first_loss:.4f}, ln 60 = {math.log(60):.4f}")
 #
 # ## Who hears of a change
 #
-# Now give all weights random values, replace one token at a time, and look at which places' logits move.
+# The layers' matrices are random already. Now give the vectors at the input and at the output random values, too,
+# replace one token at a time, and look at which places' logits move.
 
 # %%
 torch.nn.init.normal_(model.output.weight, std=0.125)
@@ -270,7 +274,10 @@ def rms_norm(x, weight, eps):
 
 
 def qk_norm(x, weight, bias, eps):
-    """x (T, heads, E): each head with mean 0 and variance 1 (plus eps), times weight (groups, E), plus bias."""
+    """x (T, heads, E): each head with mean 0, divided by the root of (mean square + eps), times weight, plus bias.
+
+    weight and bias (groups, E): the first heads // groups heads are the first group, and so on.
+    """
     return ...
 
 
@@ -293,8 +300,9 @@ check("one_transformer.rotate", rotate)
 check("one_transformer.attend", attend)
 
 # %% [markdown]
-# From here on, `w` holds weights by name, as the library's `state_dict` does, and `part` picks those of one component.
-# A weight of `nn.Linear` is (out, in): `F.linear(x, weight)` applies it.
+# From here on, `w` holds weights by name, as `state_dict` does, and `part` picks those of one component. Print
+# `list(model.state_dict())` for the names. A weight of `nn.Linear` is (out, in): `F.linear(x, weight)` applies it. In
+# `cfg`, `head_dim` is E, `kv_heads` is G, and `norm_eps` is the eps of every norm.
 
 
 # %%
@@ -347,7 +355,8 @@ check("one_transformer.change_by_positions", change_by_positions)
 # %% [markdown]
 # ### Break: the law of distance
 #
-# With the norm last, find two pairs of places, equally far apart, whose scores differ by more than 1.5.
+# With the norm last, find two pairs of places, equally far apart, whose scores differ by more than 1.5:
+# `score(i, j, norm_last=True)` above.
 
 # %%
 equal_distances = ...  # ((i, j), (k, l)) with i - j == k - l

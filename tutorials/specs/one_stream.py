@@ -1,12 +1,13 @@
 """What lesson 3's answers must do: checked against vocab.py, documents.py, packing.py and losses.py."""
 
+import operator
 import random
 from collections.abc import Iterator
 
 import torch
 
-from checks import Wrong, close, compare
-from nanochameleon.documents import parse, render
+from checks import Wrong, close, compare, shown
+from nanochameleon.documents import Image, Segment, parse, render
 from nanochameleon.kernels.attention import reference
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import IGNORE, Batch, pack
@@ -72,8 +73,10 @@ def _tokenizer() -> TextTokenizer:
 
 def refused(answer):
     """`parse` refuses tokens that are all of the release's vocabulary."""
-    if not isinstance(answer, list) or not all(type(token) is int for token in answer):
-        raise Wrong(f"the answer is a list of whole numbers, not {answer!r}")
+    try:
+        answer = [operator.index(token) for token in answer]  # ints of Python, NumPy and torch
+    except TypeError:
+        raise Wrong(f"the answer is a list of whole numbers, not {shown(answer)}") from None
     if outside := [token for token in answer if not 0 <= token < RELEASE.size]:
         raise Wrong(f"{outside[0]} is no token: they are 0 to {RELEASE.size - 1:,}")
     try:
@@ -85,7 +88,9 @@ def refused(answer):
 
 def unequal(answer):
     """The document comes back from its tokens as another one."""
-    if not isinstance(answer, list):
-        raise Wrong(f"the answer is a document, a list of segments, not {answer!r}")
-    if parse(render(answer, _tokenizer(), RELEASE), _tokenizer(), RELEASE) == answer:
-        raise Wrong(f"{answer} comes back as it was")
+    if not isinstance(answer, (list, tuple)) or not all(isinstance(segment, Segment) for segment in answer):
+        raise Wrong(f"the answer is a document, a list of Text and Image, not {shown(answer)}")
+    # codes in a list are the same codes
+    document = [Image(tuple(each.codes)) if isinstance(each, Image) else each for each in answer]
+    if parse(render(document, _tokenizer(), RELEASE), _tokenizer(), RELEASE) == document:
+        raise Wrong(f"{document} comes back as it was")

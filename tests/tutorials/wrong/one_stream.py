@@ -2,7 +2,7 @@
 
 import torch
 
-from nanochameleon.documents import Text
+from nanochameleon.documents import Image, Text
 from nanochameleon.packing import IGNORE
 from nanochameleon.vocab import Vocab
 
@@ -64,5 +64,5 @@ WRONG = {
     "images_in_context": [4, 4_096],
     "image_share": [1_024 / 1_036, 1_024 / 1_039, 1_024 / 4_096],
     "refused": [[V.bos, V.boi, V.first_code, V.eoi, V.eos], [V.size], [V.bos, V.eos, V.boi]],
-    "unequal": [[Text("a red circle")], [Text("</s>")]],
+    "unequal": [[Text("a red circle")], [Text("</s>")], [Image([1, 2])], ["a", "b"]],
 }
