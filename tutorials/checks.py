@@ -89,6 +89,7 @@ def close(answer, value: float, tolerance: float) -> None:
 def same(a, b, tolerance: float) -> bool:
     """Are they equal? Numbers, arrays and tensors up to the tolerance, relative or absolute; lists part by part."""
     if isinstance(a, (list, tuple)):
+        b = b.tolist() if isinstance(b, (np.ndarray, torch.Tensor)) else b
         alike = isinstance(b, (list, tuple)) and len(a) == len(b)
         return alike and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, (numbers.Number, np.ndarray, torch.Tensor)):
