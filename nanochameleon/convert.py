@@ -4,13 +4,15 @@
     python -m nanochameleon.convert chameleon-hf chameleon --to nano
     python -m nanochameleon.convert chameleon-hf chameleon-meta --to meta --vqgan vqgan.ckpt
     python -m nanochameleon.convert runs/mine mine-meta --to meta --shards 4
+    python -m nanochameleon.convert runs/mine mine --to nano --dtype int8
 
 LazyTensors keep their dtype and are read one at a time. Memory holds the largest tensor up to three times (its pieces,
 joined, reordered), REMAP bytes of mapped files (weights/tensor_files.py), and for Meta's layout the shard that is
 written, which torch.save needs whole. The target is written to .tmp-NAME-PID next to it and renamed at the end.
 
 No bit is lost: a chain of conversions that returns to its start gives the same tensors. The one exception is a tensor
-whose copies differ between Meta's shards: those are averaged, with a warning.
+whose copies differ between Meta's shards: those are averaged, with a warning. --dtype int8 rounds, and is no exception
+to a chain after it. Only our own layout says how a model is used (weights/usage.py).
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ from nanochameleon.files import fsync, remove_stale
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER
 from nanochameleon.weights import layout_configs, layout_tokenizer, layouts
+from nanochameleon.weights.int8 import quantized
 from nanochameleon.weights.layouts import DECODER, VQ_PREFIX
 from nanochameleon.weights.model_folder import NANO, open_model_files
 from nanochameleon.weights.pth_files import write_pth
@@ -54,6 +57,8 @@ class Args:
     """The folder to make."""
     to: Literal["meta", "hf", "nano"]
     """The layout to write."""
+    dtype: Literal["keep", "int8"] = "keep"
+    """For our layout: int8 stores matrices as int8, with a scale for each row, and the rest as bfloat16."""
     shards: int | None = None
     """For Meta's layout: the number of files that each hold a slice of every matrix. None is one per QK-norm group."""
     file_gb: float = 5.0
@@ -74,10 +79,13 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_nano(files: ModelFiles, folder: Path, get: Get, args: Args) -> None:
-    write_sharded(folder, files.weights.meta, get, args.file_gb * 1e9)
-    write_safetensors(folder / f"{NANO_VQGAN}.safetensors", files.vq.meta, files.vq.get)
-    sizes = {"model": dataclasses.asdict(files.model), "vqgan": dataclasses.asdict(files.vqgan)}
-    write_json(folder / CONFIG, {"layout": NANO} | sizes)
+    weights, vq = LazyTensors(files.weights.meta, get), files.vq
+    if args.dtype == "int8":
+        weights, vq = quantized(weights), quantized(vq)
+    write_sharded(folder, *weights, args.file_gb * 1e9)
+    write_safetensors(folder / f"{NANO_VQGAN}.safetensors", *vq)
+    said = {name: dataclasses.asdict(getattr(files, name)) for name in ("model", "vqgan", "usage")}
+    write_json(folder / CONFIG, {"layout": NANO} | said)
     write_json(folder / TEXT_TOKENIZER, files.tokenizer_json)
 
 
@@ -141,6 +149,8 @@ def check(files: ModelFiles, args: Args) -> None:
     """Raise UserError for a model that the requested layout cannot hold."""
     if args.to == "nano":
         return
+    if args.dtype == "int8":
+        raise UserError(f"{args.src} cannot be written in {args.to} layout with int8 weights: use --to nano")
     try:
         layout_configs.check_exportable(files.model, args.to)
         layout_configs.check_vqgan(files.vqgan, args.to)

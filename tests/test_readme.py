@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ OVERRIDES = {"toy": TINY, "toy_long": TINY, "toy_rich": TINY}  # presets that ne
 def place(tmp_path_factory) -> Path:
     """A folder in which the README's training lines have been run, then those that convert."""
     folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "models", folder / "models")
     for line in TRAIN:
         run(line, folder, OVERRIDES[shlex.split(line)[2]])
     for line in CONVERT:

@@ -139,7 +139,7 @@ for i, token in enumerate(streams[short]):
     strip.barh(-(i // 10), 0.94, left=i % 10, height=0.7, **LOOKS[vocab.modality(token)])
     strip.text(i % 10 + 0.47, -(i // 10), label(token), **on_white)
 strip.axis("off")
-show(fig, f"Left: '{caption.text}' with its 16 codes. Right: the same document as a row of tokens, text, then codes.")
+show(fig, f"Left: '{caption.text}' with its 16 codes. Right: its document as three lines of tokens, text, then codes.")
 
 # %% [markdown]
 # Left is an image and the codes of its 8 x 8 patches. Right is the whole document, line by line: plain boxes are text,
@@ -229,7 +229,7 @@ def logits_of(tokens, positions=None, documents=None):
     return model.logits(model(tokens[None], None if positions is None else positions[None], documents))[0]
 
 
-tokens, ids, positions = first.tokens[0], ids[0], first.positions[0]
+tokens, ids, positions = first.tokens[0], first.doc_ids[0], first.positions[0]
 alone = torch.cat([logits_of(tokens[ids == d]) for d in ids.unique_consecutive()])
 packed = logits_of(tokens, positions, Documents.of(ids[None]))  # with the mask
 leaking = logits_of(tokens, positions)  # one triangle over the whole sequence

@@ -110,7 +110,7 @@ show_source(compute_freqs_cis)
 
 # %%
 generator = torch.Generator().manual_seed(0)
-q, k = torch.randn(2, 1, 1, 1, 64, generator=generator)  # a query and a key of width 64
+query, key = torch.randn(2, 1, 1, 1, 64, generator=generator)  # of width 64
 norm = QKNorm(1, 64, eps=1e-5).requires_grad_(False)
 norm.weight += 0.5 * torch.randn(1, 64, generator=generator)
 norm.bias += 0.5 * torch.randn(1, 64, generator=generator)
@@ -123,7 +123,7 @@ def placed(x, position, norm_last):
 
 def score(i, j, norm_last=False):
     """The score of the query at position i and the key at position j."""
-    return float((placed(q, i, norm_last) * placed(k, j, norm_last)).sum() / 64**0.5)
+    return float((placed(query, i, norm_last) * placed(key, j, norm_last)).sum() / 64**0.5)
 
 
 print(f"norm first: {score(5, 2):.4f} = {score(105, 102):.4f}, and 9 apart {score(11, 2):.4f}")

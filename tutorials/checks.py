@@ -75,7 +75,7 @@ def compare(answer: Callable, spec: Callable, inputs: Iterable[tuple], tolerance
         given = answer(*copy.deepcopy(args))
         if not same(expected, given, tolerance):
             what = ", ".join(map(shown, args))
-            raise Wrong(f"for {what} the result is {shown(expected)}, and your answer gives {shown(given)}")
+            raise Wrong(f"for {what} {difference(expected, given, tolerance)}")
 
 
 def close(answer, value: float, tolerance: float) -> None:
@@ -101,6 +101,22 @@ def same(a, b, tolerance: float) -> bool:
     return bool(a == b)
 
 
+def difference(expected, given, tolerance: float) -> str:
+    """Say how two results differ: both if they are short, or the shapes, or the first place that differs."""
+    whole = f"the result is {shown(expected)}, and your answer gives {shown(given)}"
+    if not isinstance(expected, (np.ndarray, torch.Tensor)) or len(repr(expected)) <= LONGEST:
+        return whole
+    try:
+        a, b = (as_tensor(value).detach() for value in (expected, given))
+    except (TypeError, ValueError, RuntimeError):
+        return whole
+    if a.shape != b.shape:
+        return f"the result has the shape {tuple(a.shape)}, and your answer's is {tuple(b.shape)}"
+    far = ~torch.isclose(a.double(), b.double(), tolerance, tolerance, equal_nan=True)
+    place = tuple(far.nonzero()[0].tolist())
+    return f"the result at {list(place)} is {a[place].item():.5g}, and your answer gives {b[place].item():.5g}"
+
+
 def as_tensor(value) -> torch.Tensor:
     """Convert a number, an array, a tensor or a list of them. Raises as torch does for anything else."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(part, torch.Tensor) for part in value):
@@ -112,4 +128,10 @@ def as_tensor(value) -> torch.Tensor:
 
 def shown(value) -> str:
     text = repr(value)
+    if len(text) > LONGEST and isinstance(value, (np.ndarray, torch.Tensor)):
+        kind = f"{value.dtype} array" if isinstance(value, np.ndarray) else f"{value.dtype} tensor"
+        size = f"{kind.removeprefix('torch.')} of shape {tuple(value.shape)}"
+        if not isinstance(value, torch.Tensor) or value.is_complex():
+            return size
+        return f"{size} from {value.min().item():.5g} to {value.max().item():.5g}"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

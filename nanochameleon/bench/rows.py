@@ -7,16 +7,14 @@ variant's time or memory over this one's.
 import io
 import json
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from nanochameleon.errors import say
-from nanochameleon.files import write_file
+from nanochameleon.files import commit, write_file
 
 
 @dataclass(frozen=True)
@@ -71,16 +69,6 @@ def rows_against_one(
         make_row(bench, case, name, cost, unit, device, costs[ratio_to] / cost, ratio_to)
         for name, cost in costs.items()
     ]
-
-
-@cache
-def commit() -> str:
-    """Return the commit of the source tree, "unknown" outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def device_name(device: torch.device) -> str:

@@ -1,7 +1,8 @@
 """Open a model by its path, whichever of four layouts it has.
 
 run     what train.py writes
-nano    config.json, model.safetensors (or shards with an index), vqgan.safetensors, text_tokenizer.json
+nano    config.json, model.safetensors (or shards with an index), vqgan.safetensors, text_tokenizer.json; weights may be
+        int8 (int8.py), and config.json says how the model is used (usage.py)
 hf      transformers' folder; the image decoder, which transformers lacks, is in vqgan_decoder.safetensors
 meta    models/NAME/{consolidated.pth or .NN.pth, params.json, consolidate_params.json},
         tokenizer/{text_tokenizer.json, vqgan.ckpt, vqgan.yaml}; the path is either the whole folder or models/NAME
@@ -15,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochameleon.config import DataConfig, OptimConfig, RunConfig
 from nanochameleon.errors import UserError, shown
 from nanochameleon.files import read_json
 from nanochameleon.training.run import CONFIG, Run, pick_device, read_config
@@ -134,10 +134,7 @@ def open_model(path: Path, device: str = "auto", dtype: str = "auto", vqgan: Pat
     """
     where, files = pick_device(device), open_model_files(path, vqgan)
     tokenizer, image_tokenizer = open_text_tokenizer(files.tokenizers, path), files.tokenizers.image_tokenizer(where)
-    if files.layout == "run":
-        cfg = read_config(path)
-    else:
-        cfg = RunConfig("converted", files.vqgan, files.model, OptimConfig(), data=DataConfig(source="folder"))
+    cfg = read_config(path) if files.layout == "run" else files.usage.run_config(files.model, files.vqgan)
     return Run(cfg, tokenizer.vocab, tokenizer, image_tokenizer, load_model(files, where, DTYPES.get(dtype)))
 
 

@@ -6,7 +6,7 @@ Every tensor is accounted for: one that is left over, missing or of another shap
 import dataclasses
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,17 +20,20 @@ from nanochameleon.training.restore import stored_shapes
 from nanochameleon.training.run import CONFIG, TEXT_TOKENIZER, command, read_config
 from nanochameleon.weights import layout_configs, layout_tokenizer, layouts
 from nanochameleon.weights.checks import check_tensors, expected_weights
+from nanochameleon.weights.int8 import dequantized
 from nanochameleon.weights.layouts import DECODER, VQ_PREFIX, weight_shapes
 from nanochameleon.weights.pth_files import Pth
+from nanochameleon.weights.ranges import out_of_range
 from nanochameleon.weights.tensor_files import LazyTensors, Safetensors, ShardedSafetensors, open_safetensors
 from nanochameleon.weights.tokenizers import Tokenizers, run_tokenizers
+from nanochameleon.weights.usage import Usage
 
 HF_DECODER, NANO_VQGAN = "vqgan_decoder", "vqgan"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk, opened and not loaded: sizes, the text tokenizer's JSON, and its tensors under our names."""
+    """A model on disk, opened and not loaded: sizes, the text tokenizer's JSON, its tensors under our names."""
 
     layout: str
     model: ModelConfig
@@ -38,6 +41,7 @@ class ModelFiles:
     tokenizer_json: dict
     weights: LazyTensors
     vq: LazyTensors
+    usage: Usage = field(default_factory=Usage)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,25 +73,31 @@ def open_run(folder: Path) -> ModelFiles:
         shapes = stored_shapes(newest)
         weights = {name: shape for name, shape in shapes.items() if layouts.is_weight(name)}
         files = ShardedSafetensors(checkpoint.tensor_files(newest), weights)
-    weights, tokenizers = with_our_names(files, model, newest), run_tokenizers(folder)
-    return ModelFiles("run", model, cfg.vqgan, tokenizers.tokenizer_json, weights, tokenizers.vq)
+    weights, tokenizers = (
+        with_our_names(LazyTensors(files.meta, files.__getitem__), model, newest),
+        run_tokenizers(folder),
+    )
+    return ModelFiles("run", model, cfg.vqgan, tokenizers.tokenizer_json, weights, tokenizers.vq, Usage.of_run(cfg))
 
 
 def open_nano(folder: Path) -> ModelFiles:
     content = read_json(folder / CONFIG)
     model = layout_configs.checked(layout_configs.field(content, "model", ModelConfig))
     vqgan = layout_configs.field(content, "vqgan", VQGANConfig)
-    vq = open_safetensors(folder, NANO_VQGAN)
-    weights = with_our_names(open_safetensors(folder), model, folder)
-    tokenizer = read_json(folder / TEXT_TOKENIZER)
-    return ModelFiles("nano", model, vqgan, tokenizer, weights, LazyTensors(vq.meta, vq.__getitem__))
+    usage = layout_configs.field(content, "usage", Usage, {})  # older folders have none
+    if wrong := out_of_range(sample=usage.sample):
+        raise ValueError(wrong)
+    files, vq = open_safetensors(folder), open_safetensors(folder, NANO_VQGAN)
+    weights = with_our_names(dequantized(LazyTensors(files.meta, files.__getitem__), folder), model, folder)
+    vq = dequantized(LazyTensors(vq.meta, vq.__getitem__), folder)
+    return ModelFiles("nano", model, vqgan, read_json(folder / TEXT_TOKENIZER), weights, vq, usage)
 
 
-def with_our_names(files: Safetensors | ShardedSafetensors, cfg: ModelConfig, where: Path) -> LazyTensors:
+def with_our_names(tensors: LazyTensors, cfg: ModelConfig, where: Path) -> LazyTensors:
     """Check tensors that are stored under our names, and put them in the model's order."""
-    ours = expected_weights(cfg, files.meta)
-    check_tensors(ours, files.meta, str(where))
-    return LazyTensors({name: files.meta[name] for name in ours}, files.__getitem__)
+    ours = expected_weights(cfg, tensors.meta)
+    check_tensors(ours, tensors.meta, str(where))
+    return LazyTensors({name: tensors.meta[name] for name in ours}, tensors.get)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ class LazyTensors(NamedTuple):
     get: Get
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+DTYPES = FLOATS | {"I8": torch.int8}  # int8 has scales (int8.py), and no other reader takes it
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,8 +42,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_dtype(name: str, dtype: object, where: object) -> None:
-    """Raise UserError for a tensor of integers, of 8 bits or of anything else that is not in DTYPES."""
-    if dtype not in DTYPES and dtype not in NAMES:
+    """Raise UserError for a tensor of integers, of 8 bits or of anything else that is not in FLOATS."""
+    if dtype not in FLOATS and dtype not in FLOATS.values():
         kind = str(dtype).removeprefix("torch.")
         why = "float32, float16, bfloat16 and float64 are read"
         raise UserError(f"{shown(name)} in {where} is of type {shown(kind)}: {why}")
@@ -88,7 +89,8 @@ class Safetensors:
                 if name in self.where:
                     raise UserError(f"{shown(name)} is both in {self.where[name].name} and in {path.name}")
                 self.where[name], part = path, file.get_slice(name)
-                check_dtype(name, part.get_dtype(), path)
+                if part.get_dtype() not in DTYPES:
+                    check_dtype(name, part.get_dtype(), path)
                 self.meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
     def _map(self, path: Path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import checks
-from checks import NOT_DONE, RIGHT, Wrong, check, close, compare, same, verdict
+from checks import NOT_DONE, RIGHT, Wrong, check, close, compare, difference, same, verdict
 
 
 @pytest.fixture(autouse=True)
@@ -94,5 +94,20 @@ def test_one_changed_number_is_seen(values, place, change):
     assert same(values, values, 1e-5) and same(values, changed, 1e-5) is (place >= len(values))
 
 
+def test_of_long_arrays_the_first_place_that_differs_is_said():
+    expected = torch.arange(60.0).view(3, 20)
+    given = expected.clone()
+    given[1, 4:] = 7
+    assert difference(expected, given, 1e-5) == "the result at [1, 4] is 24, and your answer gives 7"
+    assert difference(expected, given.tolist(), 1e-5) == difference(expected, given.numpy(), 1e-5)
+    assert difference(expected, given.T, 1e-5) == "the result has the shape (3, 20), and your answer's is (20, 3)"
+    said = "the result is float32 tensor of shape (3, 20) from 0 to 59, and your answer gives"
+    assert difference(expected, None, 1e-5) == f"{said} None" and difference(expected, "a", 1e-5) == f"{said} 'a'"
+    assert difference(torch.ones(2), torch.ones(2, 1), 1e-5).startswith("the result is tensor([1., 1.]), and")
+    assert difference(torch.eye(20).bool(), torch.zeros(20, 20).bool(), 0).startswith("the result at [0, 0] is 1, and")
+    assert difference(torch.full((60,), float("nan")), torch.zeros(60), 0).startswith("the result at [0] is nan, and")
+
+
 def test_long_values_are_cut():
+    assert checks.shown(np.zeros((32, 32, 3), np.uint8)) == "uint8 array of shape (32, 32, 3)"
     assert len(checks.shown(torch.zeros(10, 100, 100))) < 300 and len(checks.shown("x" * 1_000)) < 300

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from checks import Wrong, close, compare
+from checks import Wrong, close, compare, shown
 from nanochameleon.config import VQGANConfig
 from nanochameleon.data.sources.scenes import draw, scenes
 from nanochameleon.images import quantizer
@@ -42,9 +42,10 @@ def far_change(answer):
     )).eval()  # fmt: skip
     for scene in scenes(WORLD, seed=3, n=5):
         image = draw(scene, WORLD)
-        changed = np.asarray(answer(image.copy()))
+        given = answer(image.copy())
+        changed = np.asarray(given)
         if changed.shape != image.shape or changed.dtype != np.uint8:
-            raise Wrong(f"the image is uint8 (32, 32, 3), not {changed.dtype} {changed.shape}")
+            raise Wrong(f"the answer returns a {shown(image)}, not {shown(given)}")
         if not np.array_equal(changed[:16, :16], image[:16, :16]):
             raise Wrong(f"the upper left quarter of {scene.caption()!r} has changed")
         with torch.no_grad():

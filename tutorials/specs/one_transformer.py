@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checks import Wrong, as_tensor, close, compare, shown
+from checks import Wrong, close, compare, difference, same, shown
 from nanochameleon.config import ModelConfig
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, attention_reference, visible
@@ -39,22 +39,11 @@ MASK = visible(IDS, IDS)[0]
 
 
 def _agree(answer: Callable, cases: Iterable[tuple[str, tuple, Tensor]], tolerance: float = 1e-5) -> None:
-    """Raise Wrong at the first case (description, arguments, result) where the answer differs, and say where most."""
+    """Raise Wrong at the first case (description, arguments, result) where the answer differs, and say where."""
     for what, args, expected in cases:
         given = answer(*args)
-        try:
-            given = as_tensor(given)
-        except (TypeError, ValueError, RuntimeError):
-            shape = tuple(expected.shape)
-            raise Wrong(f"with {what} the result is a tensor {shape}, and your answer gives {shown(given)}") from None
-        if given.shape != expected.shape:
-            shapes = f"has the shape {tuple(expected.shape)}, and your answer's {tuple(given.shape)}"
-            raise Wrong(f"with {what} the result {shapes}")
-        difference = (given - expected).abs().nan_to_num(torch.inf)
-        if difference.max() > tolerance:
-            place = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
-            values = f"{expected[place]:.4f}, and your answer gives {given[place]:.4f}"
-            raise Wrong(f"with {what} the result at {list(place)} is {values}")
+        if not same(expected, given, tolerance):
+            raise Wrong(f"with {what} {difference(expected, given, tolerance)}")
 
 
 def _x(*shape: int, seed: int = 1) -> Tensor:

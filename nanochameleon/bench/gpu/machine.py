@@ -14,8 +14,9 @@ import torch
 
 from nanochameleon.bench.gpu.context import Context
 from nanochameleon.bench.measure import median_seconds
-from nanochameleon.bench.rows import Row, commit
+from nanochameleon.bench.rows import Row
 from nanochameleon.errors import UserError, exit_on_user_error, say
+from nanochameleon.files import commit
 from nanochameleon.kernels.gpu import nvrtc
 from nanochameleon.kernels.gpu.launch import KERNELS
 from nanochameleon.kernels.gpu.packages import ARCHITECTURES, cuda_extra

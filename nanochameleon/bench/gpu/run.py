@@ -24,9 +24,9 @@ from nanochameleon.bench.gpu import page
 from nanochameleon.bench.gpu.context import ROOT
 from nanochameleon.bench.gpu.machine import check_gpu
 from nanochameleon.bench.gpu.plan import DRY, ON_GPU, Plan
-from nanochameleon.bench.rows import Row, commit, device_name
+from nanochameleon.bench.rows import Row, device_name
 from nanochameleon.errors import UserError, say
-from nanochameleon.files import check_writable, read_json, write_file
+from nanochameleon.files import check_writable, commit, read_json, write_file
 from nanochameleon.kernels.gpu.packages import cuda_extra, missing_cuda_package
 
 # Part -> seconds at most while others wait, and what it does. The first four together fit into eight minutes.

@@ -4,7 +4,7 @@
     align_code               a tiny drawing language: "write code for a big red star on white"
                              -> "on(white, put(big, red, star))", and back
     align_visual_chat        an image and questions about it, two turns
-    align_image_generation   "please draw a big red star on white", or the caption alone -> its image
+    align_image_generation   "please draw a big red star on white" -> its image
     align_interleaved        "show a big red star on white, then two small blue crosses on black"
                              -> the first caption, its image, the second one, its image
     align_safety             requests to do harm -> a refusal
@@ -121,7 +121,7 @@ def safety(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchang
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
-ASK_FOR = ("", "draw ", "please draw ", "show me ", "make a picture of ")  # a caption alone is a request, too
+ASK_FOR = ("draw", "please draw", "show me", "make a picture of")
 
 
 def visual_chat(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchange]:
@@ -131,7 +131,7 @@ def visual_chat(world: World, rng: np.random.Generator, scene: Scene) -> list[Ex
 
 
 def image_generation(world: World, rng: np.random.Generator, scene: Scene) -> list[Exchange]:
-    return [Exchange((Text(one_of(ASK_FOR, rng) + scene.caption()),), (scene,))]
+    return [Exchange((Text(f"{one_of(ASK_FOR, rng)} {scene.caption()}"),), (scene,))]
 
 
 def interleaved(world: World, rng: np.random.Generator, scene: Scene, second: Scene) -> list[Exchange]:
