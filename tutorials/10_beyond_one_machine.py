@@ -204,7 +204,7 @@ show(fig, "Left: the losses of one process, DDP, FSDP and the mean of means look
 
 # %% [markdown]
 # On the left, four runs look like one. That is why this bug survives in real code. On the right, DDP and FSDP differ
-# from one process by rounding (none is drawn as 1e-8). The mean of means differs by thousands of times more:
+# from one process by rounding (1e-8 means no difference). The mean of means differs by thousands of times more:
 # it minimises another loss.
 #
 # The library, too, divides by the whole batch's count. torch's DDP and FSDP2 do the rest. FSDP2 gathers one block at a
