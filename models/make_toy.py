@@ -69,9 +69,9 @@ class Args:
 
 
 def make(args: Args) -> Path:
-    for folder, command in ((args.toy, TRAIN), (args.align, f"{ALIGN} --init-from={args.toy}")):
+    for folder, command, start in ((args.toy, TRAIN, []), (args.align, ALIGN, [f"--init-from={args.toy}"])):
         if not (folder / "report.json").is_file():
-            subprocess.run([sys.executable, *command.split()[1:], f"--out={folder}"], check=True)
+            subprocess.run([sys.executable, *command.split()[1:], *start, f"--out={folder}"], check=True)
     new = args.dst.with_name(f"{args.dst.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     convert(ConvertArgs(args.align, new, "nano", "int8"))

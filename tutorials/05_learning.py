@@ -1,8 +1,8 @@
 # %% [markdown]
 # # How low can the loss get?
 #
-# No lower than what the data leave open. In a small world that is known beforehand: 0.545 nats a text token, 0.068 an
-# image token. This lesson trains down to it, in about 30 minutes.
+# No lower than what the data leave open. In a small world that limit is known beforehand: 0.545 nats a text token,
+# 0.068 an image token. This lesson trains down to it, in about 30 minutes.
 #
 # - What a guess costs
 # - The floor
@@ -49,7 +49,7 @@ from nanochameleon.transformer import Chameleon
 untrained, loader = start(small_config(steps=200), {"drawings": 1.0})
 vocab, model = untrained.vocab, untrained.model
 first_batch = loader.batch(0)  # 4 sequences of 256 tokens: captions, each followed by its image
-sums = Objective(model, vocab, "fp32")(first_batch, None).next_token  # lesson 3's loss, added up over all targets
+sums = Objective(model, vocab, "fp32")(first_batch, None).next_token  # added up over all targets; None: no dropout
 first_loss = float(sums.cross_entropy / sums.count)
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters, V = {vocab.size}")
 print(f"loss {first_loss:.4f}, ln V {math.log(vocab.size):.4f}")
@@ -137,7 +137,7 @@ for step in range(30):
 # %% [markdown]
 # The lessons use the following loop, and `train.py` has the same steps with checkpoints, logs and many machines. Four
 # lines are new: `mask_targets` drops images that no words precede, the loss is a sum divided by the number of targets,
-# gradients are clipped, and the rate changes with the step.
+# gradients are clipped, and the rate changes with the step. `t.z_loss` is for lesson 6.
 
 # %%
 show_source(train_loop)
@@ -146,8 +146,8 @@ show_source(train_loop)
 # ## Sums, not means
 #
 # A batch that is too large for memory is cut into *micro-batches*, whose gradients add up. The tempting way takes the
-# mean loss of each and averages the means. Let the first have three sequences, and the second one, in which images are
-# not learnt.
+# mean loss of each and averages the means. We try both ways on the model of the loop. Let micro-batch 1 have three
+# sequences. Let micro-batch 2 have one sequence, in which images are not learnt.
 
 # %%
 parts = [first_batch[:3], ignore_targets(first_batch[3:], range(vocab.first_code, vocab.eoi))]
@@ -162,8 +162,8 @@ print(f"targets {counts}, mean losses {means[0]:.3f} and {means[1]:.3f}")
 print(f"whole batch {of_whole:.6f}, sums {of_sums:.6f}, mean of means {np.mean(means):.6f}")
 
 # %% [markdown]
-# The mean of means is another number: a target counts more where few are next to it. Sums are exact. So the library's
-# loss is a sum over tokens, and the caller says what to divide by.
+# The mean of means is another number: a target counts more if its micro-batch has few of them. Sums are exact. So the
+# library's loss is a sum over tokens, and the caller says what to divide by.
 
 # %%
 show_source(next_token_loss)
@@ -172,9 +172,9 @@ show_source(next_token_loss)
 # ## Rate and clipping
 #
 # The *learning rate* says how far an update goes. It rises for some steps, the warm-up, since the first gradients
-# mislead. Then it falls along a cosine, so that the last steps settle. *Clipping* scales a gradient down whose length
-# is above 1, so that one odd batch cannot throw the model off. Below are rates of Muon; the first exercise is to write
-# them.
+# mislead. Then it falls along a cosine, so that the last steps settle. *Clipping* scales a gradient down to length 1
+# if it is longer, so that one odd batch cannot throw the model off. Below are the rates of some steps with Muon; the
+# first exercise is to write them.
 
 # %%
 show_source(clip_gradients)
@@ -237,14 +237,13 @@ for name, run in (("Muon", by_muon), ("AdamW", by_adamw)):
     print(f"{name}: text {text:.3f}, image {image:.3f} nats a token; {right:.0%} of 96 new scenes drawn right")
 
 # %% [markdown]
-# Text is at its floor with both. Images are not with AdamW, at the best of four rates that we tried between 3e-3 and
-# 2e-2. That says something about two hundred steps, not about AdamW: the paper trained with it, for weeks. The library
-# uses Muon where there are minutes.
+# Text is close to its floor with both. With AdamW, images are far above theirs, even at the best of four rates between
+# 3e-3 and 2e-2. That says something about two hundred steps, not about AdamW: the paper
+# trained with it, for weeks. The library uses Muon where there are minutes.
 #
 # ## Below the floor
 #
-# A floor also finds bugs. Let us forget the shift: each token is its own target, so the model only has to repeat what
-# it reads.
+# A floor also finds bugs. Let us forget the shift: each token is its own target, so the model only has to repeat it.
 
 
 # %%
@@ -298,7 +297,8 @@ show(
 )
 
 # %% [markdown]
-# Random patches come first, then whole objects, at last the scene of the caption. No image that the model learnt from
+# Random patches come first, then whole objects, at last the scene of the caption. A fact such as "colours" compares
+# lists: it is right if the image has the caption's colours, on whichever object. No image that the model learnt from
 # shows this scene: the model combines what it knows.
 #
 # ## Five assertions
@@ -315,9 +315,9 @@ assert end["AdamW"]["right"] < 0.6 < 0.8 < end["Muon"]["right"] and bug[-1, 1] <
 #
 # ### Write: warm-up and cosine
 #
-# The rate of `step` in 0 .. `total` - 1. It rises linearly: step 0 already moves, and step `warmup` has the peak. Then
-# it falls along half a cosine to `last` times the peak in the very last step. A run shorter than its warm-up never gets
-# there.
+# Return the rate of `step`, which is in 0 .. `total` - 1. It rises linearly: step 0 already moves, and step `warmup`
+# has the peak. Then it falls along half a cosine to `last` times the peak in the very last step. A run shorter than its
+# warm-up never gets there.
 
 
 # %%

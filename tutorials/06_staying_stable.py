@@ -191,7 +191,7 @@ for name, seen in names.items():
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.4))
 shown = (("attention logit", (("7B recipe", 5.5), ("no QK-norm", 120))),
-         ("log Z", (("7B recipe", 19.5), ("z 1e-2", 2.5))),
+         ("log Z", (("7B recipe", 13), ("z 1e-2", 2.5))),
          ("output norm", (("7B recipe", 250), ("norm after", 24))))  # fmt: skip
 for panel, (what, lines) in zip(panels, shown, strict=True):
     for (name, height), colour, style in zip(lines, (TEXT, IMAGE), ("-", "--"), strict=True):
@@ -208,13 +208,13 @@ show(
 )
 
 # %% [markdown]
-# Without QK-norm, logits reach hundreds instead of ten, and the loss is worse. A strong z-loss holds log Z near 0, the
-# norm after the branch the output norm at 20. At the slow rate logits are two to three times as large, and which
-# loss is lower depends on the seed. Norms buy the right to learn fast.
+# Without QK-norm, logits reach hundreds instead of ten, and the loss is worse. A strong z-loss holds log Z near 0. The
+# norm after the branch holds the output norm at 20. At the slow rate, logits without QK-norm are only two to three
+# times as large, and which loss is lower depends on the seed. Norms buy the right to learn fast.
 #
 # ## What eighty steps cannot show
 #
-# Nothing here diverged: eighty steps show the growth that comes before.
+# Nothing here *diverged*: no loss rose for good.
 
 # %%
 weak = measure(z_loss=0.0)
@@ -226,7 +226,8 @@ for variant in VARIANTS:
 
 # %% [markdown]
 # The paper's coefficient takes a few percent off log Z in eighty steps: its pull is weak and needs time. The library's
-# study runs the nine recipes above for 400 steps, at two rates with three seeds. [Its
+# study runs the nine recipes above for 400 steps, at two rates with three seeds. The figures are the paper's. *Dropout*
+# zeroes a tenth of each branch, at random. [Its
 # results](../docs/results/stability.md) say what we could reproduce and what not. In it, too, no run diverged.
 #
 # ## Five assertions
@@ -245,8 +246,8 @@ assert post["output norm"][-1] < 0.1 * recipe["output norm"][-1]
 #
 # ### Write: the gradient by hand
 #
-# The gradient of the summed loss, cross-entropy plus z (log Z)^2, with respect to logits (N, V), without autograd. A
-# negative target has no loss, so its row is zero. Logits may be as large as 1e4.
+# Return the gradient of the summed loss, cross-entropy plus z (log Z)^2, with respect to logits (N, V), without
+# autograd. A negative target has no loss, so its row is zero. Logits may be in the tens of thousands.
 
 
 # %%
@@ -269,7 +270,7 @@ check("staying_stable.largest_logit_at_128", ...)
 # ### Break: QK-norm undoes any scale
 #
 # "Multiply queries by a positive factor: with QK-norm they come out the same." Give a positive factor for which
-# queries with numbers around 1 do not. Look at the arguments of QKNorm.
+# queries with numbers around 1 do not come out the same. Look at the arguments of QKNorm.
 
 # %%
 check("staying_stable.not_undone", ...)

@@ -54,8 +54,9 @@ show_source(steps.formula)
 
 # %% [markdown]
 # Training needs the *gradient*: how much the loss grows with each logit. It is p (1 + 2 z log Z), less 1 at y. The same
-# exponentials make loss and gradient, so one function can return both. `formula` is the first rung of this lesson: it
-# takes the gradient by autograd, and multiplies the whole loss by `scale`.
+# exponentials make loss and gradient, so one function can return both. This lesson climbs a *ladder*: each rung
+# computes the same, and changes one thing to be faster. `formula` is the first rung. It takes the gradient by autograd,
+# and multiplies the whole loss by `scale`.
 
 # %% [markdown]
 # ## The least it can cost
@@ -126,12 +127,14 @@ axes.set(xlabel="added to every logit", ylabel="log Z less what was added", ylim
 show(
     fig,
     "log Z less the number added to every logit, from -200 to 200. With the largest logit taken off, the line is "
-    f"flat. The plain formula's line ends at {low:.0f}, where exp gives 0, and at {high:.0f}, where it is infinite.",
+    f"flat. The plain formula's line falls steeply and ends at {low:.0f}, where exp gives 0. On the other side it ends "
+    f"at {high:.0f}, where exp is infinite.",
 )
 
 # %% [markdown]
-# The figure shows that the plain formula has values only in the middle; the shifted one is flat everywhere. With m, the
-# largest logit, log Z = m + log of the sum of exp(x - m). No power exceeds 1, and one of them is 1.
+# The figure shows that the plain formula has values only in the middle, and falls at the left end, where the powers
+# are too small for float32. The shifted one is flat everywhere. With m, the largest logit, log Z = m + log of the sum
+# of exp(x - m). No power exceeds 1, and one of them is 1.
 
 # %% [markdown]
 # ## One pass instead of two
@@ -177,7 +180,7 @@ fig, axes = plt.subplots(figsize=(8, 2.6))
 axes.semilogy(list(errors), list(errors.values()), color=TEXT, marker="o")
 axes.axhline(np.finfo(np.float32).eps, color=FAINT, linestyle=":")
 axes.text(1, 2e-7, "one unit of float32", va="bottom")
-axes.annotate("the library's", (5, errors[5]), (5.05, 3e-6))
+axes.text(5.05, 5e-7, "the library's")
 axes.set(xlabel="degree of the polynomial", ylabel="largest error of 2^f", xticks=list(errors))
 show(
     fig,
@@ -188,8 +191,8 @@ show(
 # %% [markdown]
 # The line falls steeply and meets float32's rounding at degree 5. A higher degree would be computed for nothing. The
 # next rung takes four registers a step, compares the maximum once for all four, and keeps four sums. `p` is a row's
-# address. `load_four` loads four registers, `splat` fills one with a number, and `hmax` and `hsum` reduce one to a
-# number.
+# address, and `W` is how many float32 a register holds. `load_four` loads four registers, `splat` fills one with a
+# number, and `hmax` and `hsum` reduce one to a number.
 
 # %%
 show_source(steps.power.py_func, steps.zloss_registers.py_func)
@@ -225,7 +228,7 @@ axes.barh(names, ms, color=TEXT, height=0.6)
 axes.axvline(1e3 * limit, color=IMAGE, linestyle="--")
 axes.text(1e3 * limit, -0.7, f"a copy: {1e3 * limit:.2f} ms", color=IMAGE)
 for number, value in enumerate(ms):
-    axes.text(value, number, f" {value:.3g} ms", va="center")
+    axes.text(max(value, 1e3 * limit), number, f" {value:.3g} ms", va="center")  # right of the line
 axes.set(xlabel="milliseconds of one thread", xlim=(0, 1.15 * max(ms)))
 axes.invert_yaxis()
 show(
@@ -302,7 +305,7 @@ check("kernels_on_a_cpu.merge", merge)
 #
 # The library also has the loss as two functions: `forward` reads the logits, and later, when they have left the cache,
 # `backward` reads them again and writes the gradient over them. For 4,096 rows of 65,536 bfloat16 logits (2 bytes
-# each), how many bytes come and go for the logits and their gradient in these two, and how many in `overwrite`?
+# each), how many bytes are read and written for the logits and their gradient in these two? How many in `overwrite`?
 
 # %%
 bytes_of_two_functions, bytes_of_overwrite = ..., ...
@@ -330,6 +333,6 @@ check("kernels_on_a_cpu.bad_row", bad_row)
 #
 # `kernels/zloss/steps.py` is this ladder, `kernels/attention/steps.py` the one of attention, and `python` runs either.
 # `kernels/zloss/cpu.py` ships; `kernels/cpu/simd.py` and `kernels/cpu/exp2.py` hold registers and the polynomial.
-# `kernels/dispatch.py` decides which kernel runs. `docs/results/kernels.md` has times.
+# `kernels/dispatch.py` decides which kernel runs. [docs/results/kernels.md](../docs/results/kernels.md) has times.
 #
 # Next: [lesson 9](09_kernels_on_a_gpu.ipynb) climbs the same ladder on a GPU, without one.

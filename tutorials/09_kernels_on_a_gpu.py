@@ -88,8 +88,8 @@ show(fig, "A tree over eight numbers: in round 1 threads 0 to 3 add the number f
 # round 1, so a barrier must separate them.
 #
 # ## Break it: a barrier removed
-# Without it a GPU may still give 32,640. A fault that depends on who is first is called a race. The emulator notes who
-# wrote and read each byte last, and whether a barrier came between. It also tries two orders.
+# Without it a GPU may still give 32,640. A fault that depends on who is first is a *race*. The emulator notes
+# who wrote and read each byte last, and whether a barrier came between. It also runs the threads in two orders.
 
 
 # %%
@@ -107,9 +107,9 @@ print(race.replace(", and", ",\nand"))
 
 # %% [markdown]
 # The report names two threads, the byte, and both lines. A float has 4 bytes, so byte 4 is part[1]. Three other
-# mistakes are reported in the same way. The last of them needs a word: the hardware runs 32 threads together, which
-# are called a warp, its threads lanes. `__syncwarp()` is a barrier of one warp. The tree's first rounds add numbers of
-# other warps, so it is not enough.
+# mistakes are reported in the same way. The last of them needs two terms: the hardware runs 32 threads together, a
+# *warp*, and each of them is a *lane*. `__syncwarp()` is a barrier of one warp. The tree's first rounds add numbers of
+# other warps, so that barrier is not enough.
 
 # %%
 faults = {
@@ -124,8 +124,8 @@ for name, sentence in found.items():
 # %% [markdown]
 # ## Which thread reads which number
 # Memory comes in pieces of 32 bytes, 8 floats. A warp that reads 32 neighbouring floats needs 4 pieces: its reads are
-# coalesced. If each thread has a row of its own, neighbours read addresses a row apart, and each read brings a piece
-# of which one float is used.
+# *coalesced*. If each thread has a row of its own, neighbours read addresses a row apart, and each read brings a piece
+# of which one float is used: the reads are *strided*.
 
 
 # %%
@@ -152,18 +152,15 @@ for ax, step, name in zip(
         ax.plot([i, i], [-0.25, 1.25], "k-", linewidth=2)
     ax.set(xlim=(-0.2, 32.2), ylim=(-0.4, 1.4), title=name)
     ax.axis("off")
-show(
-    fig, "Two rows of 32 floats in four pieces. Coalesced: threads 0 to 3 read one piece. Strided: each another piece."
-)
+show(fig, "Two rows of 32 floats in four pieces. Coalesced: threads 0 to 3 share a piece. Strided: each has its own.")
 
 # %% [markdown]
 # A box is a float, a number in it its reader, a thick line a piece's border. Four coalesced threads touch one piece,
 # four strided ones four.
 #
 # ## The loss, rung by rung
-# A kernel has a ladder: versions from plain to fast, each changing one thing. The loss is cross-entropy with
-# z-loss (lesson 6): log Z of a row of logits, minus the right token's logit. Rung 1 gives each thread a row, so its
-# reads are strided.
+# A kernel has a ladder, as in lesson 8: versions from plain to fast. The loss is cross-entropy with z-loss (lesson 6):
+# log Z of a row of logits, minus the right token's logit. Rung 1 gives each thread a row, so its reads are strided.
 
 # %%
 from IPython.display import Markdown, display
@@ -184,7 +181,7 @@ thread_a_row, block_a_row, warps, _ = zloss.on_gpu(ladder.emulator_kernel, torch
 show_cuda(thread_a_row, "int row", "log_z[row]")
 
 # %% [markdown]
-# `accumulate` keeps the largest logit so far, and the sum of powers less that: an online softmax, in one pass. Rung 2
+# `accumulate` keeps m, the largest logit so far, and s, the sum of exp(x - m): lesson 8's online softmax. Rung 2
 # gives a row to a whole block. Thread t takes logits t, t + 256, and so on: coalesced. Then comes our tree.
 
 # %%
@@ -233,7 +230,8 @@ print("largest error of each rung:", *(f"{e:.1e}" for e in loss_errors))
 # ## Attention, rung by rung
 # Rung 1 gives a thread one query, and rung 2 a warp. In rung 3, 16 warps share tiles of 32 keys in shared memory. Each
 # lane scores a whole key. Then the warp takes one maximum and one sum for all 32: the online softmax again, with powers
-# of 2. A word holds two bfloat16 numbers, low and high, of 8 bits of precision, so errors near 0.01 are rounding.
+# of 2. A word holds two bfloat16 numbers, low and high. They have 8 bits of precision, so errors near 0.01 are
+# rounding.
 
 # %%
 from nanochameleon.kernels.attention import steps as attention
@@ -296,14 +294,15 @@ print("queries that differ:", differs.nonzero().flatten().tolist())
 
 # %% [markdown]
 # ## The same on a GPU
-# This cell runs only where there is a GPU. The same files, with the same call, go through CuPy, and the table shows
+# This cell needs a GPU and CuPy. The same files, with the same call, go through CuPy, and the table shows
 # what each rung buys there. The emulator knows nothing of time.
 
 # %%
-if torch.cuda.is_available():
+missing = ladder.why_no_gpu()
+if missing is None:
     ladder.climb(zloss.on_gpu(ladder.gpu_kernel, torch.device("cuda")), torch.cuda.get_device_name())
 else:
-    print("No GPU here. With one, this cell prints the ladder's table.")
+    print(f"Not run, since {missing}. Otherwise this cell prints the ladder's table.")
 
 # %% [markdown]
 # ## What this lesson states

@@ -192,22 +192,23 @@ print(f"at most {distance(sharded['losses']).max():.0e} from one process")
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
 left.plot(alone, "-", label="one process")
 for name, losses, style in (("mean of means", broken, "s-"), ("DDP", two[0], "o:"), ("FSDP", sharded["losses"], "x:")):
-    left.plot(losses, style[0], markersize=5, fillstyle="none", label=name)
-    right.semilogy(np.maximum(distance(losses), 1e-8), style, markersize=4)
+    (line,) = left.plot(losses, style[0], markersize=5, fillstyle="none", label=name)
+    right.semilogy(np.maximum(distance(losses), 1e-8), style, markersize=4, color=line.get_color())
 left.set(xlabel="step", ylabel="loss (nats a token)", title="Four runs")
 right.set(xlabel="step", ylabel="difference in loss", title="Distance from one process")
 right.annotate("mean of means", (17, 8e-4))
 right.annotate("DDP and FSDP", (17, 3e-6))
 left.legend()
 show(fig, "Left: the losses of one process, DDP, FSDP and the mean of means look like one falling curve. Right, log "
-     "axis: DDP and FSDP are within a millionth of one process, the mean of means is at a hundredth.")  # fmt: skip
+     "axis: DDP and FSDP are within a millionth of one process, the mean of means is at a few hundredths.")  # fmt: skip
 
 # %% [markdown]
 # On the left, four runs look like one. That is why this bug survives in real code. On the right, DDP and FSDP differ
-# from one process by rounding, and the mean of means by thousands of times more: it minimises another loss.
+# from one process by rounding (1e-8 means no difference). The mean of means differs by thousands of times more:
+# it minimises another loss.
 #
-# The library, too, divides by the count of the whole batch. torch's DDP and FSDP2 do the rest. FSDP2 gathers one block
-# at a time, so no rank ever holds the whole model:
+# The library, too, divides by the whole batch's count. torch's DDP and FSDP2 do the rest. FSDP2 gathers one block at a
+# time, so no rank ever holds the whole model:
 
 
 # %%
@@ -313,7 +314,8 @@ show(fig, "Bars. The reference has 10 in CIDEr-D and in facts. A wrong colour ha
 # CIDEr-D prefers the wrong colour (6.6) to the truth in other words (3.8), which has every fact right. It measures
 # whether a caption **sounds** like the references. Five references by different people help; it still knows no truth.
 #
-# For questions, ten people answer. *VQA accuracy* asks how many of them say what the model says:
+# For questions, ten people answer. *VQA accuracy* leaves out each of them in turn. It gives 1/3 for each of the others
+# who says what the model says, at most 1, and takes the mean:
 
 # %%
 from nanochameleon.evaluate.vqa import accuracy
@@ -324,17 +326,18 @@ print("'Yes.' where ten say 'yes':", accuracy("Yes.", ["yes"] * 10))
 print("'Yes.' where nine do:      ", accuracy("Yes.", ["yes"] * 9 + ["no"]))
 
 # %% [markdown]
-# Three people give 0.9, since each of the three has only two others to agree with. The last two lines are an oddity of
-# the official rule: it strips capitals and full stops only where people differ.
+# Three people give 0.9: in the three turns without one of them, two remain, which is 2/3. The last two lines are
+# an oddity of the official rule: it strips capitals and full stops only where people differ.
 #
 # ## Votes
 #
 # For 1,048 prompts, three people compared Chameleon's answer with another model's. The majority decides, and without
-# one the pair is a tie. A tie is half a win.
+# one the pair is a tie. A tie is half a win. Gemini+ and GPT-4V+ are given images by another model, DALL-E 3.
 
 # %%
 from nanochameleon.evaluate.agreement import krippendorff_alpha, win_rate, win_rate_interval
 
+# wins, ties, losses
 VOTES = {"Gemini+": (435, 362, 251), "GPT-4V+": (375, 331, 342), "Gemini": (561, 327, 160), "GPT-4V": (482, 329, 237)}
 rates = {name: (win_rate(*votes)[0], *win_rate_interval(*votes)) for name, votes in VOTES.items()}
 for name, (rate, low, high) in rates.items():
@@ -345,7 +348,8 @@ print(f"Table 10, tasks fulfilled: 55.3% and 57.7% are {55.3 * MIXED + 57.7 * TE
 
 # %% [markdown]
 # The paper contradicts itself twice. Its abstract gives 60.4% against Gemini+ for all prompts; its own counts give
-# 58.8%, and 60.4% is the rate on mixed prompts alone. Table 10 makes 56.7% of fulfilled tasks; the text says 55.2%.
+# 58.8%, and 60.4% is the rate on mixed prompts alone. By Table 10, 56.7% of the tasks are fulfilled; the text says
+# 55.2%.
 #
 # Do the three people agree at all? *Krippendorff's alpha* is 1 for perfect agreement, and 0 for as much as chance
 # gives.
@@ -363,8 +367,8 @@ print(f"all three say the same of {same:.0%} of the answers; alpha is {alpha:.2f
 #
 # ## Rare events
 #
-# Of 20,000 answers, 78 were unsafe with the 7B and 19 with the 34B. Of 445 attacks on the 34B, 7 succeeded. The
-# *Clopper-Pearson interval* holds every rate for which such a count is no surprise.
+# Of 20,000 answers, 78 were unsafe with the 7B and 19 with the 34B. Of 445 attacks on the 34B, 7 succeeded. The 95%
+# *Clopper-Pearson interval* holds every rate for which so many, or so few, have a chance of 2.5% or more.
 
 # %%
 from nanochameleon.evaluate.intervals import clopper_pearson
@@ -384,7 +388,8 @@ axes[0].set(title="Chameleon against ...", xlabel="% of wins")
 axes[1].set(title="Unsafe answers", xscale="log", xlabel="% (log; the left edge is 0)")
 axes[1].set(xticks=[0.1, 1], xticklabels=["0.1", "1"])
 show(fig, "Left: win rates with intervals. Only the one against GPT-4V+ crosses 50%; the abstract's 60.4 is right of "
-     "the 58.8 against Gemini+. Right: unsafe shares. The intervals of the 7B and the 34B are apart.")  # fmt: skip
+     "the 58.8 against Gemini+. Right: unsafe shares. The intervals of the 7B and the 34B are apart, and that of "
+     "none in 445 starts at 0.")  # fmt: skip
 print(*(f"{name}: {a:.3%}, interval {b:.3%} to {c:.3%}" for name, (a, b, c) in rare.items()), sep="\n")
 
 # %% [markdown]
@@ -444,8 +449,8 @@ check("beyond_one_machine.agreement_without_alpha", agreement_without_alpha)
 # %% [markdown]
 # ## Where it is in the library
 #
-# `nanochameleon/parallel/` spreads a model over ranks, and `train.py` has the loop. docs/scaling.md has the arithmetic
-# with networks. The measures are in `nanochameleon/evaluate/`: `cider.py`, `vqa.py`, `agreement.py` and
-# `intervals.py`, each tested on published numbers.
+# `nanochameleon/parallel/` spreads a model over ranks, and `train.py` has the loop.
+# [docs/scaling.md](../docs/scaling.md) has the arithmetic with networks. The measures are in
+# `nanochameleon/evaluate/`: `cider.py`, `vqa.py`, `agreement.py` and `intervals.py`, each tested on published numbers.
 #
 # This was the last lesson. Next, train your own: `python train.py toy`.

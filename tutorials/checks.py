@@ -89,6 +89,7 @@ def close(answer, value: float, tolerance: float) -> None:
 def same(a, b, tolerance: float) -> bool:
     """Are they equal? Numbers, arrays and tensors up to the tolerance, relative or absolute; lists part by part."""
     if isinstance(a, (list, tuple)):
+        b = list(b) if isinstance(b, (np.ndarray, torch.Tensor)) and b.ndim else b
         alike = isinstance(b, (list, tuple)) and len(a) == len(b)
         return alike and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, (numbers.Number, np.ndarray, torch.Tensor)):
@@ -118,8 +119,11 @@ def difference(expected, given, tolerance: float) -> str:
 
 def as_tensor(value) -> torch.Tensor:
     """Convert a number, an array, a tensor or a list of them. Raises as torch does for anything else."""
-    parts = isinstance(value, (list, tuple)) and value and all(isinstance(part, torch.Tensor) for part in value)
-    return torch.stack(list(value)) if parts else torch.as_tensor(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(part, torch.Tensor) for part in value):
+        return torch.stack(list(value))
+    if isinstance(value, float):  # torch would round it to float32
+        return torch.tensor(value, dtype=torch.float64)
+    return torch.as_tensor(value)
 
 
 def shown(value) -> str:

@@ -77,7 +77,8 @@ def device_name(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.machine()}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

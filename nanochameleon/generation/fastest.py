@@ -9,7 +9,8 @@ from nanochameleon.kernels.dispatch import requested, why_numba_unavailable
 from nanochameleon.parallel.sharding import is_sharded
 from nanochameleon.vocab import Vocab
 
-# What compiled steps save, in seconds, by rounded figures of two CPUs (docs/results/generation.md).
+# What compiled steps save, in seconds. docs/results/generation.md has the 28 GB/s and the 8 s; the others are rounded
+# estimates that no bench prints. They decide by their order of magnitude.
 SAVED_A_STEP = 3e-3  # torch's overhead for a step of a small model
 SAVED_A_BYTE = 0.09e-9  # torch reads the weights of one row at 8 GB/s, compiled code at 28
 WORTH = 2.0  # what they must save: loading them takes 0.7 s, compiling them, once for each version, 8 s

@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny import TINY_VQGAN, TOKENIZER
 
-from nanochameleon.bench import data, engine, rows
+from nanochameleon.bench import data, engine, first, rows
 from nanochameleon.bench.measure import median_seconds
 from nanochameleon.config import ModelConfig
+from nanochameleon.errors import UserError
 from nanochameleon.generation.engine import Engine
 from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
@@ -112,3 +113,31 @@ def test_preparing_is_timed_on_what_comes_out(tmp_path, monkeypatch):
     made = data.prepare_rows("case", source, "pairs", image_tokenizer, TOKENIZER, ("toy step",))
     caption = TOKENIZER.encode("a big red circle above a small blue star on white, number 0")
     assert [(r.unit, r.value) for r in made] == [("tokens/s", 3 * (len(caption) + 4 + 4)), ("images/s", 3)]
+
+
+def test_the_first_image_is_timed_as_a_whole_process_with_empty_caches(monkeypatch):
+    """Its rows are medians of the clock and of CPU time; a command that fails is no figure."""
+    seen = []
+
+    def run_once(arguments):
+        seen.append(arguments[-1])
+        return 10.0 * len(seen), float(len(seen))
+
+    monkeypatch.setattr(first, "run_once", run_once)
+    made = [(row.case, row.variant, row.value, row.unit) for row in first.bench(CPU, True)]
+    imports, whole = (f"first image: {part}" for part in first.PARTS)
+    assert made == [
+        (imports, "clock", 30.0, "s"), (imports, "CPU time", 3.0, "s"),
+        (whole, "clock", 40.0, "s"), (whole, "CPU time", 4.0, "s"),
+    ]  # fmt: skip
+    assert seen == [first.IMPORTS, "--out"] * 3
+
+
+def test_a_first_image_has_caches_of_its_own_and_a_failure_is_no_figure():
+    code = (
+        "import os; assert not any(os.path.exists(os.environ[x]) for x in ('NUMBA_CACHE_DIR', 'NANOCHAMELEON_CACHE'))"
+    )
+    seconds, cpu = first.run_once(("-c", code))
+    assert seconds > 0 and cpu > 0
+    with pytest.raises(UserError, match=r"failed: .*no circle"):
+        first.run_once(("-c", "raise SystemExit('no circle')"))

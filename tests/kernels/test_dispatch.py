@@ -1,5 +1,6 @@
 """Which implementation runs: a request by call, by environment, by table, and the reason where it cannot be met."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -246,7 +247,25 @@ def test_the_mark_of_a_constant_is_the_one_of_torch():
     def ours(): ...
     def theirs(): ...
 
-    assert vars(assume_constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+    marks = vars(torch.compiler.assume_constant_result(theirs))
+    assert vars(assume_constant_result(ours)) == marks != {}, (
+        f"torch {torch.__version__} marks constants by {marks}: make kernels/constant.py do the same"
+    )
+
+
+def test_torchs_compiler_does_not_look_into_what_is_marked():
+    @assume_constant_result
+    def marked() -> int:
+        return os.getpid()  # the compiler cannot look into it
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def doubled(x):
+        return x * (2 if marked() > 0 else 3)
+
+    try:
+        assert doubled(torch.ones(())) == 2
+    except torch._dynamo.exc.Unsupported:
+        pytest.fail(f"torch {torch.__version__} ignores the mark of kernels/constant.py: set the one that it reads")
 
 
 def test_the_programs_start_without_torchs_compiler():

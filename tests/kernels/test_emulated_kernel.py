@@ -46,6 +46,20 @@ def test_a_file_is_compiled_as_a_source_text_is(tmp_path):
     assert (y == 5).all()
 
 
+@pytest.mark.parametrize("name", ["times", "index", "softmax"])
+def test_a_kernel_may_be_named_as_a_function_of_libc(name):
+    x = torch.ones(2)
+    emulated_kernel(f'extern "C" __global__ void {name}(float* x) {{ x[1] = 7; }}', name)((1,), (1,), (x,))
+    assert x.tolist() == [1, 7]
+
+
+def test_a_file_that_was_edited_is_compiled_again(tmp_path):
+    for factor in (2, 3):
+        (tmp_path / "twice.cu").write_text(f'extern "C" __global__ void twice(float* x) {{ x[0] *= {factor}; }}')
+        emulated_kernel(tmp_path / "twice.cu", "twice")((1,), (1,), (x := torch.ones(1),))
+        assert x.item() == factor
+
+
 def test_shared_memory_of_the_launch_has_a_name_in_the_kernel():
     x, total = torch.arange(128.0), torch.zeros(1)
     emulated_kernel(SUM, "total")((1,), (128,), (x, total), shared_mem=512)
@@ -70,3 +84,27 @@ def test_what_cannot_be_called_is_said_in_a_sentence():
         emulated_kernel(SCALE, "scala")
     with pytest.raises(EmulatorError, match=r"g\+\+ refuses it.*foo"):
         emulated_kernel(SCALE.replace("if", "foo; if"), "scale")
+
+
+LARGE = """extern "C" __global__ void large(float* x, int n) {
+  float own[SIZE];
+  for (int i = 0; i < SIZE; i++) own[i] = i;
+  __syncthreads();
+  x[threadIdx.x] = own[n];
+}"""
+
+
+def test_a_thread_has_half_a_megabyte_of_its_own_and_more_is_a_sentence():
+    """Without closed memory around stacks this would end the process, or change another thread's numbers."""
+    x = torch.zeros(64)
+    emulated_kernel(LARGE.replace("SIZE", "100000"), "large")((1,), (64,), (x, np.int32(99_999)))
+    assert (x == 99_999).all()
+    for size in ("200000", "5000000"):
+        with pytest.raises(EmulatorError, match=r"thread \d+: its arrays and calls need more than 512 KB"):
+            emulated_kernel(LARGE.replace("SIZE", size), "large")((1,), (64,), (x, np.int32(0)))
+
+
+def test_a_division_by_zero_is_named():
+    source = 'extern "C" __global__ void divide(int* x) { x[0] = 5 / x[0]; }'
+    with pytest.raises(EmulatorError, match=r"thread 0: a whole number is divided by zero .*kernel:1"):
+        emulated_kernel(source, "divide")((1,), (1,), (torch.zeros(1, dtype=torch.int32),))

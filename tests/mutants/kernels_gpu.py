@@ -300,4 +300,18 @@ MUTANTS = [
         "",
         "kernels/test_planted_faults.py",
     ),
+    Mutant(
+        "libc's function runs in place of a kernel of its name",
+        "kernels/gpu/emulator/emulator.py",
+        '"-shared", "-Wl,-Bsymbolic"]',
+        '"-shared"]',
+        "kernels/test_emulated_kernel.py",
+    ),
+    Mutant(
+        "a file that was edited runs as it was",
+        "kernels/gpu/emulator/kernel.py",
+        "def library(",
+        "@emulator.cache\ndef library(",
+        "kernels/test_emulated_kernel.py",
+    ),
 ]

@@ -136,4 +136,11 @@ MUTANTS = [
         "    pass\n",
         "weights/test_model_folder.py",
     ),
+    Mutant(
+        "embeddings are stored in int8",
+        "weights/int8.py",
+        ' and "embedding" not in name',
+        "",
+        "weights/test_int8.py",
+    ),
 ]

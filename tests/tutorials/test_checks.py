@@ -74,7 +74,9 @@ def test_an_answer_cannot_change_the_input_that_the_spec_reads():
     ("a", "b", "equal"),
     [
         (1.0, 1.0 + 1e-7, True), (1.0, 1.001, False), (1, True, True), (b"a", b"a", True), (b"a", "a", False),
-        ([1, 2], (1, 2), True), ([1, 2], [1, 2, 3], False), ([1, 2], np.array([1, 2]), False),
+        ([1, 2], (1, 2), True), ([1, 2], [1, 2, 3], False),
+        ([1, 2], np.array([1, 2]), True), ([1, 2], torch.tensor([1, 3]), False),
+        ([[1], [2]], np.array([[1], [2]]), True), ([1], np.array(1), False), ([2.3], [np.float64(2.3)], True),
         (torch.ones(3), np.ones(3), True), (torch.ones(3), torch.ones(3, 1), False), (torch.ones(2), None, False),
         (torch.eye(2), list(torch.eye(2)), True), (torch.eye(2), [torch.ones(2), None], False),
         (torch.eye(2), [], False), (torch.ones(2), [torch.ones(2), torch.ones(3)], False),

@@ -3,7 +3,9 @@
 import importlib
 import inspect
 
+import numpy as np
 import pytest
+import torch
 from lessons import SOURCES, checked, read_source, stem
 
 import checks
@@ -29,6 +31,27 @@ def wrong_answers(name: str) -> list:
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_solution_passes(name):
     assert checks.verdict(name, solution(name)) == checks.RIGHT
+
+
+def with_result(name: str, convert):
+    return lambda *args: convert(solution(name)(*args))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("staying_stable.not_undone", torch.tensor(1e-3)),
+        ("kernels_on_a_cpu.log_sum_exp", with_result("kernels_on_a_cpu.log_sum_exp", np.float32)),
+        ("kernels_on_a_cpu.merge", with_result("kernels_on_a_cpu.merge", torch.tensor)),
+        ("kernels_on_a_cpu.bytes_moved", np.array(solution("kernels_on_a_cpu.bytes_moved"))),
+        ("kernels_on_a_gpu.largest", solution("kernels_on_a_gpu.largest")()),  # the text itself
+        ("kernels_on_a_gpu.lost_numbers", 48.0),
+        ("beyond_one_machine.reduce_scatter", with_result("beyond_one_machine.reduce_scatter", np.array)),
+        ("beyond_one_machine.agreement_without_alpha", torch.eye(3, 20)),
+    ],
+)
+def test_a_right_answer_may_have_another_type(name, answer):
+    assert checks.verdict(name, answer) == checks.RIGHT
 
 
 @pytest.mark.parametrize("name", EXERCISES)

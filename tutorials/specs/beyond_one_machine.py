@@ -1,6 +1,7 @@
 """The checks of lesson 10."""
 
 import numpy as np
+import torch
 
 from checks import Wrong, close, compare
 from nanochameleon.bench.scaling import TOKENS
@@ -35,7 +36,9 @@ def answers_needed(answer):
 
 def agreement_without_alpha(answer):
     """Three people, ten answers or more, full agreement on 80% of them, and alpha of 0 or less."""
-    if len(answer) != 3 or len({len(ratings) for ratings in answer}) != 1 or len(answer[0]) < 10:
+    answer = answer.tolist() if isinstance(answer, (np.ndarray, torch.Tensor)) else answer
+    lists = isinstance(answer, (list, tuple)) and all(hasattr(ratings, "__len__") for ratings in answer)
+    if not lists or len(answer) != 3 or len(set(map(len, answer))) != 1 or len(answer[0]) < 10:
         raise Wrong("give three lists of the same length, with ten ratings or more")
     same = np.mean([len(set(votes)) == 1 for votes in zip(*answer, strict=True)])
     if same < 0.8:

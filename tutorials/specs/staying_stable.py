@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from checks import Wrong, close, compare
+from checks import Wrong, close, compare, same
 from nanochameleon.losses import next_token_loss
 from nanochameleon.packing import IGNORE
 from nanochameleon.transformer import QKNorm
@@ -33,10 +33,10 @@ def largest_logit_at_128(answer):
 
 def not_undone(answer):
     """Norms of queries and of the scaled ones differ by more than 0.1."""
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)) or not 0 < answer < math.inf:
+    if isinstance(answer, bool) or not same(0.0, answer, math.inf) or not 0 < answer < math.inf:
         raise Wrong("the answer is a positive number")
     torch.manual_seed(0)
     norm, queries = QKNorm(1, 32, 1e-5), torch.randn(1, 16, 2, 32)
-    change = float((norm(answer * queries) - norm(queries)).detach().abs().max())
+    change = float((norm(float(answer) * queries) - norm(queries)).detach().abs().max())
     if change <= 0.1:
         raise Wrong(f"for {answer} the norms differ by at most {change:.4f}: the scale is undone")

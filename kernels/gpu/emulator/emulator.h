@@ -20,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <functional>
@@ -60,7 +61,7 @@ struct Thread {
   alignas(16) char operand[64];
 };
 
-const size_t STACK = 64 << 10;
+const size_t STACK = 512 << 10, CLOSED = 4 << 10;  // of a thread, as much as on a GPU, after closed memory
 const unsigned MOST = 1024;  // threads of a block
 inline Thread threads[MOST];
 inline Thread* me;
@@ -177,7 +178,7 @@ UNSEEN void resume(unsigned i) {
   if (me->started) _longjmp(me->at, 1);
   me->started = true;
   getcontext(&me->start);
-  me->start.uc_stack.ss_sp = stacks + i * STACK;
+  me->start.uc_stack.ss_sp = stacks + i * (STACK + CLOSED) + CLOSED;
   me->start.uc_stack.ss_size = STACK;
   makecontext(&me->start, run_fibre, 0);
   setcontext(&me->start);
@@ -270,7 +271,18 @@ UNSEEN void run_block() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
+// Stacks grow downwards, so the closed memory before a thread's stack is what it touches when it needs more
+UNSEEN size_t open_stacks(size_t n) {
+  size_t bytes = n * (STACK + CLOSED);
+  stacks = (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  for (size_t i = 0; i < n && stacks != MAP_FAILED; i++) mprotect(stacks + i * (STACK + CLOSED), CLOSED, PROT_NONE);
+  return bytes;
+}
+
 inline void on_signal(int number, siginfo_t* info, void*) {
+  size_t in_stacks = (char*)info->si_addr - stacks;
+  if (number == SIGFPE) fail("a whole number is divided by zero%s", pc_text(info->si_addr).text);
+  if (number != SIGILL && in_stacks < n_threads * (STACK + CLOSED)) fail("its arrays and calls need more than 512 KB");
   if (number == SIGILL) fail("an array's index or an address's alignment is wrong%s", pc_text(info->si_addr).text);
   const Range* range = zone_of((uintptr_t)info->si_addr);
   if (range) fail("out of bounds: it touches %s", Place((uintptr_t)info->si_addr).text);
@@ -308,22 +320,28 @@ const char* launch(void (*kernel)(A...), const char* kinds, const int* sizes, vo
              kinds, wanted);
     return message;
   }
-  if (!stacks) stacks = (char*)malloc(MOST * STACK);
   gridDim = {(unsigned)sizes[0], (unsigned)sizes[1], (unsigned)sizes[2]};
   blockDim = {(unsigned)sizes[3], (unsigned)sizes[4], (unsigned)sizes[5]};
   dynamic_bytes = sizes[6];
   descending = sizes[7];
+  size_t stack_bytes = open_stacks(blockDim.x * blockDim.y * blockDim.z);
+  if (stacks == MAP_FAILED) return strcpy(message, "there is no memory for its threads");
   begin_shadow(tensors, sizes[8]);
   body = [&] { call(kernel, arguments, std::index_sequence_for<A...>()); };
   const int signals[] = {SIGILL, SIGSEGV, SIGBUS, SIGFPE};
   struct sigaction ours = {}, before[4];
   ours.sa_sigaction = on_signal;
-  ours.sa_flags = SA_NODEFER | SA_SIGINFO;
+  ours.sa_flags = SA_NODEFER | SA_SIGINFO | SA_ONSTACK;  // a thread's own stack may be full
   for (int i = 0; i < 4; i++) sigaction(signals[i], &ours, before + i);
+  static char own[64 << 10];
+  stack_t handlers = {own, 0, sizeof own}, handlers_before;
+  sigaltstack(&handlers, &handlers_before);
   bool failed = _setjmp(launcher);
   if (!failed) run_grid();
   me = nullptr;
   end_shadow();
   for (int i = 0; i < 4; i++) sigaction(signals[i], before + i, nullptr);
+  sigaltstack(&handlers_before, nullptr);
+  munmap(stacks, stack_bytes);
   return failed ? message : nullptr;
 }

@@ -37,10 +37,12 @@ COMPILE = [
     "-U_FORTIFY_SOURCE",
     "-fPIC",
     "-fno-gnu-unique",
+    "-fstack-clash-protection",  # a large array touches each page of its stack, the closed one, too
     *CHECKS,
     "-x",
     "c++",
 ]
+LINK = ["g++", "-shared", "-Wl,-Bsymbolic"]  # a kernel named as one of libc's functions is not replaced by it
 SHADOW = ["-DSHADOW", "-g1", "-fsanitize=thread"]  # the calls before each access; shadow.h is the library they call
 # extern __shared__ float memory[]; becomes a pointer to what the launch asked for
 DYNAMIC_ARRAY = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?([\w\s]*\w)\s+(\w+)\s*\[\s*\]\s*;")
@@ -59,6 +61,7 @@ KINDS = {
 }
 
 
+@cache
 def compiled(source: str, folder: Path, generation: int, shadow: bool = False, file: str = "kernel") -> Library:
     """Compile CUDA C, which may include files of `folder`, to a library with launch_NAME for each kernel."""
     flags = [*COMPILE, *(SHADOW if shadow else ())]
@@ -82,12 +85,12 @@ def compiled(source: str, folder: Path, generation: int, shadow: bool = False, f
 def built(text: str, flags: list[str]) -> Path:
     """Return the library of a preprocessed text, from the cache if it is there."""
     folder = cache_folder("NANOCHAMELEON_CACHE", os.environ.get("NANOCHAMELEON_CACHE", "")) or Path(tempfile.mkdtemp())
-    path = folder / f"emulated-{hashlib.sha256((text + ' '.join(flags)).encode()).hexdigest()[:16]}.so"
+    path = folder / f"emulated-{hashlib.sha256((text + ' '.join([*flags, *LINK])).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             parts, new = f"{aside}/new.o", Path(aside) / "new.so"
             run_tool([*flags, "-c", "-", "-o", parts], text)
-            run_tool(["g++", "-shared", parts, "-o", new, "-ldl"])
+            run_tool([*LINK, parts, "-o", new, "-ldl"])
             new.replace(path)
     return path
 

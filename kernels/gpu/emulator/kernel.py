@@ -1,7 +1,6 @@
 """A CUDA kernel that runs on the CPU and is called as cupy.RawKernel is."""
 
 import math
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +31,8 @@ def emulated_kernel(path_or_source: Path | str, name: str, generation: int = 80)
     return kernel
 
 
-@cache
 def library(path_or_source: Path | str, generation: int) -> Library:
+    """A file is read at each call: it may have been edited."""
     if isinstance(path_or_source, str) and "__global__" in path_or_source:
         return emulator.compiled(path_or_source, emulator.HEADERS, generation, shadow=True)
     path = Path(path_or_source)

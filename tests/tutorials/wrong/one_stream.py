@@ -62,7 +62,7 @@ WRONG = {
     "targets": [target_crosses_the_border, target_is_the_token_itself, padding_is_learnt],
     "loss": [mean_for_sum, z_loss_of_all_places, z_loss_not_squared],
     "images_in_context": [4, 4_096],
-    "image_share": [1_024 / 1_036, 1_024 / 4_096],
+    "image_share": [1_024 / 1_036, 1_024 / 1_039, 1_024 / 4_096],
     "refused": [[V.bos, V.boi, V.first_code, V.eoi, V.eos], [V.size], [V.bos, V.eos, V.boi]],
     "unequal": [[Text("a red circle")], [Text("</s>")], [Image([1, 2])], ["a", "b"]],
 }
