@@ -74,7 +74,7 @@ def make(args: Args) -> Path:
             subprocess.run([sys.executable, *command.split()[1:], *start, f"--out={folder}"], check=True)
     new = args.dst.with_name(f"{args.dst.name}.new")
     shutil.rmtree(new, ignore_errors=True)
-    convert(ConvertArgs(args.align, new, "nano", "int8"))
+    convert(ConvertArgs(args.align, new, "nano", dtype="int8"))
     # Words alone are drawn: in a chat this model draws captions that name size and background, and is unsure of others.
     content = read_json(new / CONFIG)
     content["usage"]["chats"] = False

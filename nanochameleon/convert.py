@@ -57,8 +57,6 @@ class Args:
     """The folder to make."""
     to: Literal["meta", "hf", "nano"]
     """The layout to write."""
-    dtype: Literal["keep", "int8"] = "keep"
-    """For our layout: int8 stores matrices as int8, with a scale for each row, and the rest as bfloat16."""
     shards: int | None = None
     """For Meta's layout: the number of files that each hold a slice of every matrix. None is one per QK-norm group."""
     file_gb: float = 5.0
@@ -68,6 +66,8 @@ class Args:
     saved by transformers, which drops the decoder."""
     decoder: bool = True
     """Write the image decoder. --no-decoder leaves it out; --to meta needs it for a model that has no decoder."""
+    dtype: Literal["keep", "int8"] = "keep"
+    """For our layout: int8 stores matrices as int8, with a scale for each row, and the rest as bfloat16."""
 
 
 def write_json(path: Path, content: dict) -> None:

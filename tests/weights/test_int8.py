@@ -23,13 +23,13 @@ from nanochameleon.weights.model_folder import open_model, open_model_files
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("int8")
-    return convert(Args(nano_folder(place / "start", released_model(**SHAPES[1])), place / "int8", "nano", "int8"))
+    return convert(Args(nano_folder(place / "start", released_model(**SHAPES[1])), place / "int8", "nano", dtype="int8"))
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(SHAPES[0], torch.float32), (SHAPES[1], torch.bfloat16)])
 def test_the_numbers_are_those_of_quantizing_a_loaded_model(tmp_path, shape, dtype):
     start = nano_folder(tmp_path / "start", released_model(5, dtype, **shape))
-    stored = convert(Args(start, tmp_path / "int8", "nano", "int8"))
+    stored = convert(Args(start, tmp_path / "int8", "nano", dtype="int8"))
     whole, ours = open_model(start, "cpu").model, open_model(stored, "cpu").model
     assert all(x.dtype == torch.float32 for x in ours.parameters())
     again, layers = dict(quantize_(ours).named_modules()), quantize_(open_model(start, "cpu").model).named_modules()
@@ -72,7 +72,7 @@ def test_a_chain_to_other_layouts_and_back_keeps_the_integers(int8, tmp_path, ch
         assert all(
             torch.equal(one.get(name), two.get(name)) and two.get(name).dtype == torch.float32 for name in one.meta
         )
-    again = load_file(convert(Args(at, tmp_path / "again", "nano", "int8")) / "model.safetensors")
+    again = load_file(convert(Args(at, tmp_path / "again", "nano", dtype="int8")) / "model.safetensors")
     for name, x in load_file(int8 / "model.safetensors").items():
         if x.dtype == torch.int8:
             assert torch.equal(again[name], x), name
@@ -83,7 +83,7 @@ def test_a_chain_to_other_layouts_and_back_keeps_the_integers(int8, tmp_path, ch
 def test_int8_is_of_our_own_layout(int8, tmp_path):
     for to in ("hf", "meta"):
         with pytest.raises(UserError, match="with int8 weights: use --to nano"):
-            convert(Args(int8, tmp_path / to, to, "int8"))
+            convert(Args(int8, tmp_path / to, to, dtype="int8"))
 
 
 SCALE = "layers.0.attention.wq.scale"
@@ -128,7 +128,7 @@ def test_a_converted_run_is_sampled_as_the_run(tmp_path):
     train = TrainConfig(assistant_only_loss=True)
     cfg = tiny_config(model=tiny_model().cfg, data=DataConfig("shapes"), sample=sample, train=train)
     (run / CONFIG).write_text(config_to_json(cfg))
-    nano = convert(Args(run, tmp_path / "nano", "nano", "int8"))
+    nano = convert(Args(run, tmp_path / "nano", "nano", dtype="int8"))
     again = convert(Args(nano, tmp_path / "again", "nano"))
     for found in (open_model(nano, "cpu").cfg, open_model(again, "cpu").cfg):
         assert (found.sample, found.data.source, found.train.assistant_only_loss) == (sample, "shapes", True)
