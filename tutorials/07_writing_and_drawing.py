@@ -221,7 +221,7 @@ said = [verdict(scene, image, world) for scene, image in zip(new, both[1], stric
 show_images(both[1][:4], titles, said, "Compositions that were never seen together in training:")
 
 # %% [markdown]
-# Compositions that it knows come out right nearly always, new ones in about half of the cases. Each part is known, and
+# Compositions that it knows come out right nearly always, new ones clearly less often. Each part is known, and
 # putting them together is not the same as having seen it. The mistakes are whole objects, not blurs.
 #
 # Now questions about images. The blind baseline knows the question's words alone, and gives their most common answer.

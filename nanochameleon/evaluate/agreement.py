@@ -61,7 +61,8 @@ def count_values(ratings: Sequence[Sequence[Any]]) -> tuple[list[Any], np.ndarra
     """Return the values in order, and how often each unit has each of them (units, values)."""
     units = [[value for value in unit if value is not None] for unit in zip(*ratings, strict=True)]
     values = sorted({value for unit in units for value in unit})
-    return values, np.array([[unit.count(value) for value in values] for unit in units], dtype=float)
+    counts = [[unit.count(value) for value in values] for unit in units]
+    return values, np.array(counts, dtype=float).reshape(len(units), len(values))
 
 
 def distances(values: list[Any], level: Level) -> Distance:
@@ -98,14 +99,25 @@ def alpha_of_counts(counts: np.ndarray, distance: Distance) -> float:
 
 
 def majority(votes: Sequence[Any], otherwise: Any = TIE) -> Any:
-    """Return what more than half of the votes say. Without such an agreement, return `otherwise`: in pairs, a tie."""
+    """Return what more than half of the votes say. Without such an agreement, return `otherwise`: in pairs, a tie.
+
+    Raises ValueError where nobody has voted.
+    """
+    if not len(votes):
+        raise ValueError("nobody has voted: a majority needs a vote")
     answer, count = Counter(votes).most_common(1)[0]
     return answer if 2 * count > len(votes) else otherwise
 
 
+def count_votes(wins: int, ties: int, losses: int) -> int:
+    if min(wins, ties, losses) < 0 or not wins + ties + losses:
+        raise ValueError(f"{wins} wins, {ties} ties and {losses} losses have no win rate: count at least one vote")
+    return wins + ties + losses
+
+
 def win_rate(wins: int, ties: int, losses: int) -> tuple[float, float]:
-    """Return the win rate and its standard error. A tie is half a win."""
-    n = wins + ties + losses
+    """Return the win rate and its standard error. A tie is half a win. Raises ValueError without any vote."""
+    n = count_votes(wins, ties, losses)
     rate = (wins + ties / 2) / n
     return rate, math.sqrt(((wins + ties / 4) / n - rate**2) / n)
 
@@ -114,7 +126,7 @@ def win_rate_interval(
     wins: int, ties: int, losses: int, n_resamples: int = 1_000, seed: int = 0
 ) -> tuple[float, float]:
     """Return the 95% interval of the win rate by resampling prompts, each of which is a win, a tie or a loss."""
-    n = wins + ties + losses
+    n = count_votes(wins, ties, losses)
     resamples = np.random.default_rng(seed).multinomial(n, np.array([wins, ties, losses]) / n, size=n_resamples)
     low, high = np.percentile(resamples @ [1, 0.5, 0] / n, [2.5, 97.5])
     return float(low), float(high)

@@ -118,3 +118,15 @@ def test_win_rates_of_the_paper(counts, rate, error, low, high):
 def test_both_sides_of_a_comparison_add_up_to_1(wins, ties, losses):
     (ours, error), (theirs, same_error) = win_rate(wins, ties, losses), win_rate(losses, ties, wins)
     assert ours + theirs == pytest.approx(1) and error == pytest.approx(same_error, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("measure", "arguments"),
+    [
+        (majority, ([],)), (win_rate, (0, 0, 0)), (win_rate, (3, -1, 2)), (win_rate_interval, (0, 0, 0)),
+        (krippendorff_alpha, ([],)), (krippendorff_alpha, ([[], []],)), (krippendorff_alpha, ([[None], [None]],)),
+    ],
+)  # fmt: skip
+def test_no_votes_are_an_error_in_words(measure, arguments):
+    with pytest.raises(ValueError, match=r"nobody has voted|have no win rate|alpha is undefined"):
+        measure(*arguments)
