@@ -38,7 +38,7 @@ def test_any_chain_of_conversions_comes_back_bit_for_bit(tmp_path_factory, shape
     start = at = nano_folder(place / "start", released_model(seed, dtype, **shape))
     for i, (to, shards) in enumerate(chain):
         fits = (shape.get("n_kv_heads") or shape.get("n_heads", 2)) % 8 == 0
-        at = convert(Args(at, place / str(i), to, shards if fits else None, file_gb=1e-5))
+        at = convert(Args(at, place / str(i), to, shards=shards if fits else None, file_gb=1e-5))
     assert_same(start, at)
 
 
@@ -228,7 +228,7 @@ LARGE = """
     from nanochameleon.weights import tensor_files
 
     source, target, small, to, shards, hog = sys.argv[1:]
-    convert.convert(convert.Args(Path(small), Path(target + "-small"), to, 2 if to == "meta" else None))
+    convert.convert(convert.Args(Path(small), Path(target + "-small"), to, shards=2 if to == "meta" else None))
     tensor_files.REMAP = 2**22
     if hog == "hog":
         kept, read = [], tensor_files.Safetensors.__getitem__
@@ -239,7 +239,7 @@ LARGE = """
 
     open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew: ru_maxrss is at first the parent's
     before = status("VmRSS")
-    convert.convert(convert.Args(Path(source), Path(target), to, int(shards) or None))
+    convert.convert(convert.Args(Path(source), Path(target), to, shards=int(shards) or None))
     print(status("VmHWM") - before)
 """
 

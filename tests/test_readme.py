@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from nanochameleon.cli import parse_run
+from nanochameleon.cli import parse, parse_run
 from nanochameleon.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sample  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.name != "log.md")
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
@@ -88,11 +92,15 @@ def test_every_preset_is_in_the_table_and_takes_the_options_given_there():
 
 
 def test_every_override_that_is_named_exists():
-    """Options in the text, such as `--train.steps 3000`; --mode is sample.py's."""
-    options = re.findall(r"`(--(?!mode )[\w.-]+ \S+)`", README)
-    assert options
+    """Options in the text, of training such as `--train.steps 3000`, or of sampling such as `--mode chat`."""
+    options = [option.split() for option in re.findall(r"`(--[\w.-]+ \S+)`", README)]
+    of_sampling = [option for option in options if option[0].removeprefix("--").replace("-", "_") in vars(sample.Args)]
+    assert 0 < len(of_sampling) < len(options)
     for option in options:
-        assert parse_run(["toy", *option.split()]) != parse_run(["toy"])
+        if option in of_sampling:
+            assert parse(sample.Args, ["runs/toy", *option]) != parse(sample.Args, ["runs/toy"])
+        else:
+            assert parse_run(["toy", *option]) != parse_run(["toy"])
 
 
 def test_every_make_target_that_is_named_exists():

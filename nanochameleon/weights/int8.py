@@ -55,7 +55,7 @@ def dequantized(tensors: LazyTensors, where: object) -> LazyTensors:
     int8 = {name for name, x in tensors.meta.items() if x.dtype == torch.int8}
     if not int8:
         return tensors
-    for name in int8:
+    for name in sorted(int8, reverse=True):  # a weight before its scales, which may be damaged too
         check_scale(name, tensors.meta[name], tensors.meta.get(scale_of(name)), where)
     scales = {scale_of(name) for name in int8}
     meta = {name: x.to(torch.float32) for name, x in tensors.meta.items() if name not in scales}

@@ -65,7 +65,9 @@ def test_metas_layout_opens_by_any_path_to_it(folders, tmp_path, monkeypatch):
 
 def test_metas_groups_are_those_of_its_vectors(tmp_path):
     """Two shards whose vectors were trained apart, though the note says one group."""
-    meta = convert(Args(nano_folder(tmp_path / "nano", released_model(**SHAPES[0])), tmp_path / "meta", "meta", 2))
+    meta = convert(
+        Args(nano_folder(tmp_path / "nano", released_model(**SHAPES[0])), tmp_path / "meta", "meta", shards=2)
+    )
     edit_pth(meta / "models/nano/consolidated.01.pth", lambda c: c["layers.0.attention.q_normalization.weight"].add_(1))
     parts = open_model_files(meta)
     assert parts.model.qk_norm_groups == 2 and parts.weights.get("layers.0.attention.q_norm.weight").shape == (2, 8)
