@@ -23,7 +23,9 @@ from nanochameleon.weights.model_folder import open_model, open_model_files
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("int8")
-    return convert(Args(nano_folder(place / "start", released_model(**SHAPES[1])), place / "int8", "nano", dtype="int8"))
+    return convert(
+        Args(nano_folder(place / "start", released_model(**SHAPES[1])), place / "int8", "nano", dtype="int8")
+    )
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(SHAPES[0], torch.float32), (SHAPES[1], torch.bfloat16)])
