@@ -46,7 +46,12 @@ def execute(notebook: nbformat.NotebookNode) -> None:
             notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
             record_timing=False, coalesce_streams=True, config=Config({"KernelManager": kernel}),
         )  # fmt: skip
-        client.execute(env=os.environ | ENVIRONMENT | {"IPYTHONDIR": folder})  # IPython keeps a history
+        try:
+            client.execute(env=os.environ | ENVIRONMENT | {"IPYTHONDIR": folder})  # IPython keeps a history
+        except AssertionError:  # a cell's own comes as CellExecutionError
+            if client.km is None:  # nbclient has ended the kernel on Ctrl-C, and then misses it
+                raise KeyboardInterrupt from None
+            raise
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:

@@ -3,6 +3,7 @@
 import base64
 import subprocess
 import sys
+from pathlib import Path
 
 import build
 import jupytext
@@ -139,6 +140,20 @@ def test_a_cell_that_raises_is_named_and_nothing_is_written(tmp_path):
     source.write_text(CELLS.format("1 / 0"))
     with pytest.raises(UserError, match=r"cell 2 of 01_trial.py raises ZeroDivisionError: division by zero"):
         build.build(source)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_ctrl_c_stops_a_build_in_one_word_and_writes_nothing(tmp_path):
+    """The cell itself presses it, for the process that builds."""
+    source = tmp_path / "01_trial.py"
+    source.write_text("# %%\nimport os, signal\nos.kill(os.getppid(), signal.SIGINT)\nsignal.pause()\n")
+    code = (
+        "import build, errors, pathlib, sys; errors.exit_on_user_error(lambda: build.build(pathlib.Path(sys.argv[1])))"
+    )
+    code = code.replace("errors", "nanochameleon.errors")
+    folder = Path(build.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code, source], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.strip().endswith("stopped") and "nbclient" not in done.stderr
     assert list(tmp_path.iterdir()) == [source]
 
 
