@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-import torch._dynamo  # before there is a device: it asks torch for one while it is imported
 import torch._subclasses.fake_impls as fake_impls
 import torch._subclasses.fake_tensor as fake_tensor
 from torch import Tensor

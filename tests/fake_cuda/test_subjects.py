@@ -9,6 +9,7 @@ from nanochameleon.bench.subjects import subjects
 def prove_all() -> list[str]:
     """Run each problem by the kernels and by torch in both precisions, and each job once. Launches do nothing."""
     import torch
+    import torch._dynamo  # before device.py changes torch, which it asks for a device while it is imported
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from fake_cuda.device import CUDA, fake_tensors
