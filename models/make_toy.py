@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ class Args:
     """The aligned run; it is trained where it has no report."""
     dst: Path = HERE / "toy"
     """The folder to make."""
-    trained_at: str = commit()
+    trained_at: str = field(default_factory=commit)
     """The commit at which the runs were trained."""
 
 

@@ -73,10 +73,8 @@ def open_run(folder: Path) -> ModelFiles:
         shapes = stored_shapes(newest)
         weights = {name: shape for name, shape in shapes.items() if layouts.is_weight(name)}
         files = ShardedSafetensors(checkpoint.tensor_files(newest), weights)
-    weights, tokenizers = (
-        with_our_names(LazyTensors(files.meta, files.__getitem__), model, newest),
-        run_tokenizers(folder),
-    )
+    weights = with_our_names(LazyTensors(files.meta, files.__getitem__), model, newest)
+    tokenizers = run_tokenizers(folder)
     return ModelFiles("run", model, cfg.vqgan, tokenizers.tokenizer_json, weights, tokenizers.vq, Usage.of_run(cfg))
 
 
