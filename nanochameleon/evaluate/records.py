@@ -1,0 +1,111 @@
+"""Records that the user brings: lines of JSON, whole JSON files, their fields, the images that they name.
+
+Every mistake raises UserError: one sentence that names the file, the line and what to do.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochameleon.errors import UserError, shown
+
+MAX_LINE = 2**24  # bytes
+MAX_FILE = 2**31  # bytes; the largest of the official files has 0.4 GB
+KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def find_file(folder: Path | None, *names: str) -> Path:
+    """Return the first of these files that the folder has. A name may lie deeper: "data/test.jsonl"."""
+    if folder is None:
+        raise UserError(f"--data is missing: give the folder that holds {' or '.join(names)}")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} has no {' and no '.join(names)}: put the file there, or give another --data")
+    return found
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise UserError(f"{path} has {size:,} bytes: at most {MAX_FILE:,} are read")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not data.strip():
+        raise UserError(f"{path} is empty: put the items there, or leave the task out")
+    return data
+
+
+def load(text: bytes, place: str) -> Any:
+    """Return the JSON value of a text."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{place} is not UTF-8: save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand
+        raise UserError(f"{place} is not JSON ({shown(error, 80)}): mend it, or remove it") from None
+
+
+def read_json_lines(path: Path) -> list[tuple[str, dict]]:
+    """Return [(place, object)] of a file with one JSON object a line. A place is "name.jsonl:3"; blank lines are skipped."""
+    rows = []
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        place = f"{path}:{number}"
+        if len(line) > MAX_LINE:
+            raise UserError(f"{place} has {len(line):,} bytes: at most {MAX_LINE:,} are read")
+        if line.strip():
+            row = load(line, place)
+            if not isinstance(row, dict):
+                raise UserError(f"{place} is not a JSON object: write one object a line, such as {{...}}")
+            rows.append((place, row))
+    return rows
+
+
+def read_json_file(path: Path, kind: type = dict) -> Any:
+    """Return the JSON object, or with kind=list the list, that a whole file holds."""
+    value = load(read_bytes(path), str(path))
+    if not isinstance(value, kind):
+        raise UserError(f"{path} does not hold {KINDS[kind]}: it is not a file of this kind")
+    return value
+
+
+def get(row: dict, name: str, kind: type | tuple[type, ...], place: str) -> Any:
+    """Return a field of the right kind. A bool is no number."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    value = row.get(name)
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return value
+    wanted = " or ".join(KINDS[k] for k in kinds)
+    what = f"has {shown(json.dumps(value), 40)} as" if name in row else "has no"
+    raise UserError(f"{place} {what} {name!r}: it must be {wanted}")
+
+
+def check_ids(ids: Iterable[tuple[str, object]]) -> None:
+    """Raise UserError if two of these (place, id) have the same id."""
+    seen: dict[object, str] = {}
+    for place, name in ids:
+        if name in seen:
+            raise UserError(f"{place} has the id {shown(name)!r}, as {seen[name]} has: ids must differ")
+        seen[name] = place
+
+
+def image_path(folder: Path, name: str, place: str) -> Path:
+    """Return the path of an image that a record names, relative to a folder that it must not leave."""
+    path = Path(os.path.normpath(folder / name))
+    if os.path.isabs(name) or not path.is_relative_to(os.path.normpath(folder)) or "\0" in name:
+        raise UserError(f"{place} names the image {shown(name)!r}: names must stay inside {folder}")
+    return path
+
+
+def first(items: Sequence, limit: int | None) -> list:
+    """Return at most `limit` items from the start."""
+    return list(items[:limit])
