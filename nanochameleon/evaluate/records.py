@@ -5,7 +5,7 @@ Every mistake raises UserError: one sentence that names the file, the line and w
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load(text: bytes, place: str) -> Any:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
-    """Return [(place, object)] of a file with one JSON object a line. A place is "name.jsonl:3"; blank lines are skipped."""
+    """Return [(place, object)] of a file with one JSON object a line. A place is "file:3". Blank lines are skipped."""
     rows = []
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         place = f"{path}:{number}"
@@ -104,8 +104,3 @@ def image_path(folder: Path, name: str, place: str) -> Path:
     if os.path.isabs(name) or not path.is_relative_to(os.path.normpath(folder)) or "\0" in name:
         raise UserError(f"{place} names the image {shown(name)!r}: names must stay inside {folder}")
     return path
-
-
-def first(items: Sequence, limit: int | None) -> list:
-    """Return at most `limit` items from the start."""
-    return list(items[:limit])

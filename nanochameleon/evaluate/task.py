@@ -1,7 +1,7 @@
 """What a task is: items that are read from files, answered by a model, and scored without one.
 
-    read(options) -> items        answer(run, items, options) -> answers        score(content, output) -> extracted, metrics
-    figures(lines) -> the rows of a table
+    read(options) -> items                     answer(run, items, options) -> answers
+    score(content, output) -> found, metrics   figures(lines) -> the rows of a table
 
 An item's content and a model's output are JSON. They go into the log of the run (log.py), so a run can be scored again
 when the model is gone.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanochameleon.data.sources.scenes import World
 from nanochameleon.training.run import Run
 
 
@@ -24,6 +25,9 @@ class Options:
     data: Path | None = None  # the folder of the files that the user brings
     limit: int | None = None  # at most this many items of each task; None: all
     seed: int = 0  # of shots, samples and resamples
+    shots: int | None = None  # examples before each question; None: as many as the paper has
+    samples: int = 1  # answers to each item, for a majority (maj@k)
+    world: World | None = None  # the shapes world that the model learnt; None: none
     out: Path = Path("evaluation")  # where images and other large outputs may go: out / task name
 
 
@@ -38,7 +42,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model did with one item. `output` is JSON: texts, log-probabilities, names of image files."""
+    """What the model did with one item. `output` is JSON: texts, log-probabilities, names of image files.
+
+    An item that cannot be asked, such as one whose image is missing, has the output {"problem": one sentence}. It does
+    not count, the table says how many there were, and the program ends with exit code 2.
+    """
 
     prompt: Sequence[int]  # tokens, of which the log keeps a hash
     output: dict[str, Any]
