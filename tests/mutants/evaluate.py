@@ -32,6 +32,27 @@ MUTANTS = [
         "evaluate/test_report.py",
     ),
     Mutant(
+        "a continuation is predicted one token late",
+        "evaluate/scoring.py",
+        "end - len(continuation) : end]",
+        "end - len(continuation) - 1 : end - 1]",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
+        "a long context loses its start",
+        "evaluate/scoring.py",
+        "return [vocab.bos, *tokens[1 + over :]], True",
+        "return tokens[over:], True",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
+        "an image is cut",
+        "evaluate/scoring.py",
+        "if any(vocab.is_image(t)",
+        "if False and any(vocab.is_image(t)",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
         "CIDEr without clipping",
         "evaluate/cider.py",
         "min(weight, r.get(x, 0.0))",
