@@ -1,9 +1,9 @@
 """The text benchmarks in the authors' files and in the hub's parquet: the same rows, and one sentence for a bad file."""
 
 import pytest
+from text_sets import ITEMS, write_authors, write_hub
 
 from nanochameleon.evaluate.text.files import SOURCES, read_split
-from text_sets import ITEMS, write_authors, write_hub
 
 SPLITS = [(name, split) for name, splits in ITEMS.items() for split in splits]
 

@@ -1,7 +1,7 @@
 """Made-up items of every text benchmark, written as the authors' files or as the hub's parquet.
 
-    write_authors(folder)     write_hub(folder)        the same items, several sets in one folder
-    ITEMS[name][split]        what read_split must return for both, in the hub's fields
+write_authors(folder)     write_hub(folder)        the same items, several sets in one folder
+ITEMS[name][split]        what read_split must return for both, in the hub's fields
 """
 
 import csv
@@ -56,7 +56,12 @@ def math(subject: str, level: int, problem: str, solution: str) -> Row:
 
 def mmlu(subject: str, number: int, answer: int) -> Row:
     options = [f"{number + i} lamps" for i in range(4)]
-    return {"question": f"Which row, of {subject}, has {number}?", "subject": subject, "choices": options, "answer": answer}
+    return {
+        "question": f"Which row, of {subject}, has {number}?",
+        "subject": subject,
+        "choices": options,
+        "answer": answer,
+    }
 
 
 HELLASWAG = [
@@ -120,7 +125,9 @@ ITEMS: dict[str, dict[str, list[Row]]] = {
         ],
     },
     "openbookqa": {
-        "train": [openbookqa(f"8-{n}", f"A cat number {n} is", choices("a pet", "x", "y", "z"), "A") for n in range(12)],
+        "train": [
+            openbookqa(f"8-{n}", f"A cat number {n} is", choices("a pet", "x", "y", "z"), "A") for n in range(12)
+        ],
         "validation": [openbookqa("9-1", "Rain comes from", choices("clouds", "stones", "books", "cars"), "A")],
         "test": [
             openbookqa("7-1", "A magnet pulls", choices("wood", "iron", "paper", "glass"), "B"),
