@@ -52,7 +52,10 @@ def write(
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     n_slots = min(batch_size, len(requests), slots_that_fit(run, longest))
     engine = Engine(run.model, vocab, image_len, n_slots, longest)
-    stops, texts = [stop.encode("utf-8", "surrogatepass") for stop in stop_strings if stop], [TextUntil() for _ in requests]
+    stops, texts = (
+        [stop.encode("utf-8", "surrogatepass") for stop in stop_strings if stop],
+        [TextUntil() for _ in requests],
+    )
     for request in requests:
         engine.add_request(request)
     for output in engine.run():

@@ -1,5 +1,6 @@
 """Text generation for evaluations: stop strings, prompts that are too long, independence of the batch."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,7 @@ short = st.lists(letters, min_size=1, max_size=4).map("".join)
 def test_a_text_is_cut_before_the_stop_string_that_ends_first_however_its_bytes_come(text, stops, cuts):
     data, stops = text.encode(), [stop.encode() for stop in stops]
     until, cuts = TextUntil(), sorted({0, *(c for c in cuts if c < len(data)), len(data)})
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         if until.add(data[start:end], stops):
             break
     assert (until.data, until.stopped) == cut_byte_by_byte(data, stops)
