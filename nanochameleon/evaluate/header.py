@@ -102,9 +102,17 @@ def check_same(out: Path, header: dict, model: dict, options: dict) -> None:
             if old.get(name) != value:
                 was = f"{name} was {old.get(name)} and is {value}"
                 raise UserError(f"{out} holds another evaluation ({was}): choose another --out, or the same --{name}")
-    earlier = header["sessions"][-1].get("commit")
-    if earlier != commit():
-        warn(f"{out} was made at commit {earlier} and is resumed at {commit()}: its lines come from two versions")
+
+
+def check_versions(header: dict, task: str) -> None:
+    """Warn that a log which is resumed has lines of another version of the code."""
+    if len(found := commits(header)) > 1:
+        warn(f"{task} is resumed at commit {found[-1]} and was begun before it: its answers come from two versions")
+
+
+def commits(header: dict) -> list[str]:
+    """Return the commits of all sessions, without repeats."""
+    return list(dict.fromkeys(session["commit"] for session in header["sessions"]))
 
 
 def write_header(out: Path, header: dict) -> None:

@@ -50,7 +50,7 @@ def as_json(value: Any, task: Task, name: str) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except ValueError:
         why = "a number that is not finite: check the weights, or choose another --dtype"
-        raise UserError(f"{task.name}: the answer to item {shown(name)} holds {why}") from None
+        raise UserError(f"{task.name}: the answer to item {shown(name)!r} holds {why}") from None
 
 
 def to_bytes(lines: Sequence[Line]) -> bytes:
@@ -81,6 +81,8 @@ def parse(text: bytes, place: str) -> Line:
     }
     if not isinstance(row, dict) or set(row) != {"extracted", *kinds}:
         raise UserError(f"{place} is not a line of an evaluation: delete the folder, or choose another --out")
+    for name in row["metrics"] if isinstance(row["metrics"], dict) else ():
+        get(row["metrics"], name, (int, float), place)
     return Line(**{name: get(row, name, kind, place) for name, kind in kinds.items()}, extracted=row["extracted"])
 
 
