@@ -20,6 +20,9 @@ from nanochameleon.evaluate.task import Answer, Item, Line, Task, digest
 from nanochameleon.files import fsync
 
 ITEMS, SECONDS = "items.jsonl", "seconds.jsonl"
+KINDS = {  # of a line's fields; what was extracted may be anything
+    "id": str, "group": str, "content": dict, "output": dict, "metrics": dict, "truncated": bool, "hashes": dict
+}  # fmt: skip
 PROBLEM = "problem"  # the key of the output of an item that could not be asked
 
 
@@ -70,20 +73,11 @@ def read_lines(path: Path) -> list[Line]:
 
 def parse(text: bytes, place: str) -> Line:
     row = load(text, place)
-    kinds = {
-        "id": str,
-        "group": str,
-        "content": dict,
-        "output": dict,
-        "metrics": dict,
-        "truncated": bool,
-        "hashes": dict,
-    }
-    if not isinstance(row, dict) or set(row) != {"extracted", *kinds}:
+    if not isinstance(row, dict) or set(row) != {"extracted", *KINDS}:
         raise UserError(f"{place} is not a line of an evaluation: delete the folder, or choose another --out")
     for name in row["metrics"] if isinstance(row["metrics"], dict) else ():
         get(row["metrics"], name, (int, float), place)
-    return Line(**{name: get(row, name, kind, place) for name, kind in kinds.items()}, extracted=row["extracted"])
+    return Line(**{name: get(row, name, kind, place) for name, kind in KINDS.items()}, extracted=row["extracted"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

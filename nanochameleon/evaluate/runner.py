@@ -30,6 +30,8 @@ from nanochameleon.training.run import Run, command
 from nanochameleon.training.run_folder import claim
 from nanochameleon.weights.model_folder import open_config, open_model
 
+WORTH_SAYING = 5.0  # seconds: less time is left before anybody has read how much
+
 
 @dataclass
 class Faults:
@@ -148,8 +150,8 @@ def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log)
             answers = task.answer(run, chunk, options)
             log.append([make_line(task, *pair) for pair in zip(chunk, answers, strict=True)], time.monotonic() - begun)
             bar.update(len(chunk))
-            if start == first and len(log.lines) < len(items):
-                left = (time.monotonic() - begun) / len(chunk) * (len(items) - len(log.lines))
+            left = (time.monotonic() - begun) / len(chunk) * (len(items) - len(log.lines))
+            if start == first and left > WORTH_SAYING:
                 say(f"{task.name}: about {duration(left)} left")
 
 
