@@ -11,7 +11,7 @@ from nanochameleon.files import write_file
 
 
 def make_report(folder: Path, least: int | None = None, without: Sequence[str] = ()) -> str:
-    """Write STUDY/owner/report.md and a CSV file for each table; return the Markdown."""
+    """Write STUDY/owner/report as Markdown, and a CSV file for each table; return the Markdown."""
     study = open_study(folder)
     votes = Votes(study)
     found = results(study, open_key(folder), [v for v in votes.live() if v.annotator not in without], least)
