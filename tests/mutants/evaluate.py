@@ -101,4 +101,18 @@ MUTANTS = [
         "high = k / n if k in (0, n) else bisect(",
         "evaluate/test_intervals.py",
     ),
+    Mutant(
+        "a stop string that is split over two tokens is missed",
+        "evaluate/writing.py",
+        "start = max(0, len(self.data) - max(map(len, stops), default=0))",
+        "start = len(self.data)",
+        "evaluate/test_writing.py",
+    ),
+    Mutant(
+        "a prompt that is too long loses its <s>",
+        "evaluate/writing.py",
+        "return [prompt[0], *prompt[n - room + 1 :]]",
+        "return list(prompt[n - room :])",
+        "evaluate/test_writing.py",
+    ),
 ]
