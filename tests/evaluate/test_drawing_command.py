@@ -335,12 +335,15 @@ def refused(arguments: list[str], capsys) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "wrong", ["--samples 0", "--seed -1", "--limit 0", "--temperature -1", "--guidance-scale nan", "--batch-size 0"]
-)
+@pytest.mark.parametrize("wrong", ["--samples 0", "--seed -1", "--limit 0", "--temperature -1", "--guidance-scale nan"])
 def test_a_wrong_option_is_named(tmp_path, wrong, capsys):
     error = refused(["m", "--layout", "dpg", "--prompts", "p", "--out", "o", *wrong.split()], capsys)
     assert error.startswith(f"error: {wrong.split()[0]} must be ")
+
+
+def test_a_mistake_is_found_without_loading_torch():
+    code = "import sys, nanochameleon.evaluate.drawing.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_samples_that_make_no_square_are_refused(tmp_path, capsys):

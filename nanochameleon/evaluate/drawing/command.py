@@ -25,7 +25,6 @@ from nanochameleon.config import SamplingParams
 from nanochameleon.errors import UserError, exit_on_user_error, say, shown
 from nanochameleon.evaluate.drawing.folder import open_folder
 from nanochameleon.evaluate.drawing.layouts import Layout, Prompt, image_files, read_prompts
-from nanochameleon.evaluate.task import digest
 from nanochameleon.weights.ranges import out_of_range
 
 if TYPE_CHECKING:  # torch is imported after the prompts are read, so that mistakes in them are found at once
@@ -56,8 +55,6 @@ class Args:
     """Guidance by the prompt: 1 is off, more keeps closer to the prompt; None is the model's own value."""
     temperature: float | None = None
     """Temperature of image tokens; None is the model's own value."""
-    batch_size: int = 64
-    """Images at once, at most. Fewer need less memory."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -72,10 +69,9 @@ class Args:
             ("samples", 1 <= self.samples <= MAX_SAMPLES, f"from 1 to {MAX_SAMPLES:,}"),
             ("seed", 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             ("limit", self.limit is None or self.limit >= 1, "at least 1"),
-            ("batch-size", 1 <= self.batch_size <= 4096, "from 1 to 4,096"),
         ):
             if not good:
-                raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name.replace('-', '_')))}")
+                raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")
         if wrong := out_of_range(sample=self.params(SamplingParams(), 1)):
             name, rest = wrong.removeprefix("sample.").split(" ", 1)
             raise UserError(f"--{name.removeprefix('image_').replace('_', '-')} {rest}")
@@ -100,7 +96,7 @@ def main(args: Args) -> None:
     with open_folder(args.out, header(args, run, params, prompts)):
         left_out = [prompt for prompt in chosen if not fits(run, prompt.text)]
         wanted = [file for file in files if file.prompt not in left_out]
-        draw_missing(run, wanted, args.out, args.seed, params, args.batch_size)
+        draw_missing(run, wanted, args.out, args.seed, params)
     say(f"{args.out} holds {len(wanted):,} images; a drawn image has {run.cfg.vqgan.resolution} pixels a side")
     if left_out:
         context = f"the model's context of {run.model.cfg.max_seq_len} tokens"
@@ -123,6 +119,7 @@ def open_to_draw(args: Args) -> "Run":
 def header(args: Args, run: "Run", params: SamplingParams, prompts: Sequence[Prompt]) -> dict:
     """Return everything that decides what is drawn. The limit is no part of it."""
     from nanochameleon.evaluate.drawing.images import weights_digest
+    from nanochameleon.evaluate.task import digest
 
     weight = run.model.tok_embeddings.weight
     return {

@@ -33,13 +33,11 @@ def fits(run: Run, text: str) -> bool:
     return has_room(run, tokens_of(run, text))
 
 
-def draw_missing(
-    run: Run, files: Sequence[ImageFile], out: Path, seed: int, params: SamplingParams, batch_size: int
-) -> None:
+def draw_missing(run: Run, files: Sequence[ImageFile], out: Path, seed: int, params: SamplingParams) -> None:
     """Draw what is not there yet. Each file is written as soon as its samples are complete."""
     missing = [file for file in files if not (out / file.path).exists()]
     with tqdm(total=len(files), initial=len(files) - len(missing), desc="drawing", unit="image") as bar:
-        for file, image in drawn(run, missing, seed, params, batch_size):
+        for file, image in drawn(run, missing, seed, params):
             if file.prompt.line:
                 write_whole(out, Path(file.prompt.name, "metadata.jsonl"), file.prompt.line.encode())
             write_whole(out, file.path, png(image))
@@ -47,7 +45,7 @@ def draw_missing(
 
 
 def drawn(
-    run: Run, files: Sequence[ImageFile], seed: int, params: SamplingParams, batch_size: int
+    run: Run, files: Sequence[ImageFile], seed: int, params: SamplingParams, batch_size: int = 64
 ) -> Iterator[tuple[ImageFile, np.ndarray]]:
     """Yield each file with its image, uint8 (H, W, 3), in the order in which they are complete."""
     asked = [(file, sample) for file in files for sample in file.samples]
