@@ -160,8 +160,8 @@ def test_own_and_strict_readings_differ(data, monkeypatch):
 )
 def test_a_majority_of_samples_decides(said, right, data, monkeypatch):
     """Ties go to the answer that was seen first, and samples without one do not vote."""
-    calls = say(monkeypatch, lambda prompt, sample: {
-        "r": solution_of(GSM8K, prompt), "w": "#### 77777", "v": "#### 88888", "n": "no idea"}[said[sample]])  # fmt: skip
+    others = {"w": "#### 77777", "v": "#### 88888", "n": "no idea"}
+    calls = say(monkeypatch, lambda prompt, sample: others.get(said[sample], solution_of(GSM8K, prompt)))
     lines = lines_of(GSM8K, Options(data, samples=5))
     expected = {"maj@5": float(right), "strict maj@5": float(right), "one sample": said.count("r") / 5}
     assert [line.metrics for line in lines] == [expected] * 3

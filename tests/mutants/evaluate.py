@@ -115,4 +115,32 @@ MUTANTS = [
         "return list(prompt[n - room :])",
         "evaluate/test_writing.py",
     ),
+    Mutant(
+        "samples without an answer vote",
+        "evaluate/text/answers.py",
+        "for answer in answers if answer is not None)",
+        "for answer in answers)",
+        "evaluate/test_answers.py",
+    ),
+    Mutant(
+        "the first box counts, not the last",
+        "evaluate/text/answers.py",
+        "text[starts[-1] :], 0",
+        "text[starts[0] :], 0",
+        "evaluate/test_answers.py",
+    ),
+    Mutant(
+        "numbers of the next question are read, too",
+        "evaluate/text/answers.py",
+        "own = NEXT_QUESTION.split(text)[0]",
+        "own = text",
+        "evaluate/test_answers.py",
+    ),
+    Mutant(
+        "all items draw the same samples",
+        "evaluate/text/word_problems.py",
+        "item_seed(options.seed, item.id, sample) for item",
+        "item_seed(options.seed, sample) for item",
+        "evaluate/test_word_problems.py",
+    ),
 ]
