@@ -1,12 +1,13 @@
 """Resolves what README and docs/install.md install, for each Python and system that they name: python .ci/resolve.py
 
 A machine may hide that the pins cannot go together, since its pip is configured to find other wheels. So this asks the
-public index alone, whatever is configured, and takes wheels alone. uv resolves for other Pythons and systems than those
-of this machine, markers included, which pip cannot, and it reads metadata without a download. Exit code 1, with the
-reason, where one does not resolve or the index cannot be reached.
+public index alone, whatever is configured, and takes wheels alone, except of SOURCES. uv resolves for other Pythons and
+systems than those of this machine, markers included, which pip cannot, and it reads metadata without a download. Exit
+code 1, with the reason, where one does not resolve or the index cannot be reached.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,12 +28,19 @@ ENVIRONMENT = {"PIP_CONFIG_FILE": os.devnull, "MACOSX_DEPLOYMENT_TARGET": "14.0"
 LINUX_ALONE = "cuda", "cuda12"
 # each page of the index and each wheel's metadata is read once
 CONFIGURATION = """
-no-build = true
+no-build-package = [{wheels}]
 [[index]]
 url = "https://pypi.org/simple"
 default = true
-cache-control = {api = "max-age=600", files = "max-age=600"}
+cache-control = {{api = "max-age=600", files = "max-age=600"}}
 """
+SOURCES = {"rouge_score", "sqlitedict", "word2number"}  # of lm-eval: no wheel exists; Python alone, so pip builds them
+
+
+def configuration() -> str:
+    """What uv reads: only SOURCES, among what is pinned, may lack a wheel."""
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    return CONFIGURATION.format(wheels=", ".join(f'"{name}"' for name in pinned if name not in SOURCES))
 
 
 def alone(*command: str | Path) -> subprocess.CompletedProcess:
@@ -64,7 +72,7 @@ def resolve(programs: Path, system: str, python: str, extra: str) -> str | None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(4) as pool:  # they wait for the index
         folder = Path(name)
-        (folder / "uv.toml").write_text(CONFIGURATION)
+        (folder / "uv.toml").write_text(configuration())
         venv.create(folder, with_pip=True)
         programs = next(path.parent for path in folder.glob("*/pip*"))
         if (done := alone(programs / "pip", "install", "uv")).returncode:

@@ -42,6 +42,12 @@ def test_it_runs_without_what_configures_pip_on_this_machine(monkeypatch):
     assert environment["PIP_CONFIG_FILE"] == os.devnull and not {"wheels", "elsewhere"} & set(environment.values())
 
 
+def test_all_that_is_pinned_must_have_a_wheel_except_three_packages_of_lm_eval():
+    wheels = tomllib.loads(resolve.configuration())["no-build-package"]
+    pins = re.findall(r"^(\S+)==", (ROOT / "constraints.txt").read_text(), re.M)
+    assert set(pins) - set(wheels) == resolve.SOURCES and {"torch", "lm_eval", "pyarrow"} <= set(wheels)
+
+
 @pytest.fixture
 def answers(monkeypatch):
     """The exit codes of pip, which installs uv, and of uv for an extra."""
