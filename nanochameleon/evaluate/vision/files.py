@@ -68,6 +68,13 @@ def find_image(data: Path, name: str) -> Path:
     raise UserError(f"image {shown(name)} is not in {data}: put it there")
 
 
+def is_there(data: Path, name: str) -> bool:
+    try:
+        return find_image(data, name).is_file()
+    except UserError:
+        return False
+
+
 def slim(row: dict) -> Any:
     """Keep the text of an answer or of a sentence alone: VQAv2 has millions, of a few thousand different texts."""
     text = row.get("raw") if "sentid" in row else row.get("answer")
@@ -114,7 +121,8 @@ def karpathy(path: Path, folder: str) -> tuple[list[Captioned], list[Captioned]]
     rows = list(objects(get(read_json_file(path, slim=slim), "images", list, str(path)), path, "image"))
     splits: dict[str, list[Captioned]] = {}
     for place, row in rows:
-        name = f"{row.get('filepath', folder)}/{get(row, 'filename', str, place)}"
+        inside = get(row, "filepath", str, place) if "filepath" in row else folder
+        name = f"{inside}/{get(row, 'filename', str, place)}"
         number = str(get(row, "cocoid", int, place)) if "cocoid" in row else PurePosixPath(name).stem
         splits.setdefault(get(row, "split", str, place), []).append(
             Captioned(number, name, texts(row, "sentences", place))

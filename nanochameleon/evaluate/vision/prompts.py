@@ -21,7 +21,7 @@ import numpy as np
 from nanochameleon.documents import Image, Text, render
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.task import Answer, item_seed
-from nanochameleon.evaluate.vision.files import Asked, Captioned, find_image
+from nanochameleon.evaluate.vision.files import Asked, Captioned, find_image, is_there
 from nanochameleon.evaluate.writing import write
 from nanochameleon.images.tokenizer import load_square
 from nanochameleon.training.run import Run
@@ -50,16 +50,15 @@ def draw_shots(pool: Sequence[Example], item: Example, n: int, seed: int) -> lis
     return list(drawn.values())
 
 
-def check_pool(pool: Sequence[Captioned | Asked], n: int, data: Path) -> None:
-    """Raise UserError unless the pool has more than n images, of which the first is there."""
+def check_pool(pool: Sequence[Captioned | Asked], n: int, data: Path | None) -> None:
+    """Raise UserError unless the pool has more than n images, and any of its first hundred is there."""
     if not n:
         return
     if (found := len({other.image for other in pool})) <= n:
-        raise UserError(f"{n} examples need {n + 1} training images, and {data} has {found}: use fewer --shots")
-    try:
-        find_image(data, pool[0].image)
-    except UserError as error:
-        raise UserError(f"{error}; examples show training images, and --shots 0 needs none") from None
+        raise UserError(f"{n} examples need {n + 1} training images, and {data} lists {found}: use fewer --shots")
+    if not any(is_there(data, other.image) for other in pool[:100]):
+        where = f"such as {pool[0].image}, which is not in {data}"
+        raise UserError(f"examples show training images, {where}: put them there, or use --shots 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from nanochameleon.errors import warn
 from nanochameleon.evaluate.statistics import mean_figure
@@ -27,6 +28,7 @@ MAX_NEW_TOKENS = 10
 FORM = "Question: {} Short answer:"
 
 Read = Callable[[Path | None, bool], tuple[list[Asked], list[Asked]]]
+Export = Callable[[Sequence[Line], Options, Path], None]
 
 
 def read(options: Options, reader: Read) -> list[Item]:
@@ -55,15 +57,16 @@ def most_common(texts: Sequence[str]) -> str:
 
 
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
-    return ask(run, [item.content["parts"] for item in items], options.data, MAX_NEW_TOKENS, blind=True)
+    known = any(item.content["references"] for item in items)  # test questions get no figure to compare with
+    return ask(run, [item.content["parts"] for item in items], options.data, MAX_NEW_TOKENS, blind=known)
 
 
 def score(content: dict, output: dict) -> tuple[str, dict[str, float]]:
     """Return the answer and its accuracy, with that of the answer without images. Test questions have no accuracy."""
-    said, blind, references = short(output["text"]), short(output["blind"]), content["references"]
+    said, references = short(output["text"]), content["references"]
     if not references:
         return said, {}
-    return said, {"acc": accuracy(said, references), "acc_blind": accuracy(blind, references)}
+    return said, {"acc": accuracy(said, references), "acc_blind": accuracy(short(output["blind"]), references)}
 
 
 def short(text: str) -> str:
@@ -76,40 +79,54 @@ def short(text: str) -> str:
 
 
 def figures(lines: Sequence[Line], note: str = "") -> list[Figure]:
-    """Return the accuracy, also by type of answer, next to the same model's without images; and that of one answer."""
+    """Return the accuracy, also by type of answer, and that of the most common answer alone."""
     lines = [line for line in lines if line.metrics]
     if not lines:
         return []
     kinds = sorted({line.group for line in lines})
     parts = [(f"acc, {kind}", [line for line in lines if line.group == kind]) for kind in kinds]
-    rows = [accuracy_figure(name, part, note) for name, part in [("acc", lines), *parts]]
     common = most_common([most_common(line.content["references"]) for line in lines])
     always = [accuracy(common, line.content["references"]) for line in lines]
-    return [*rows, mean_figure(f"always {common!r}", always, "questions", note="the most common answer of this set")]
+    return [
+        accuracy_figure("acc", lines, note),
+        *(accuracy_figure(name, part) for name, part in parts),
+        mean_figure(f"always {common!r}", always, "questions", note="the most common answer of this set"),
+    ]
 
 
-def accuracy_figure(name: str, lines: Sequence[Line], note: str) -> Figure:
-    blind = sum(line.metrics["acc_blind"] for line in lines) / len(lines)
-    return mean_figure(name, [line.metrics["acc"] for line in lines], "questions", baseline=blind, note=note)
+def accuracy_figure(name: str, lines: Sequence[Line], note: str = "") -> Figure:
+    """The baseline is the same model without images; the ceiling is the most common of people's answers."""
+    blind = [line.metrics["acc_blind"] for line in lines]
+    best = [accuracy(most_common(texts), texts) for texts in (line.content["references"] for line in lines)]
+    values, levels = [line.metrics["acc"] for line in lines], {"baseline": fmean(blind), "ceiling": fmean(best)}
+    return mean_figure(name, values, "questions", note=note, **levels)
 
 
-def export(lines: Sequence[Line], options: Options, folder: Path, name: str) -> None:
-    """Write results.json for the official scorer: [{"question_id": ..., "answer": ...}], for VizWiz by "image"."""
+def export(lines: Sequence[Line], options: Options, folder: Path, key: str = "question_id") -> None:
+    """Write results.json for the official scorer: [{"question_id": ..., "answer": ...}]. VizWiz calls the key "image"."""
     kept = [line for line in lines if "problem" not in line.output]
-    results = [{name: number(line.id), "answer": line.extracted} for line in kept]
+    results = [{key: number(line.id), "answer": line.extracted} for line in kept]
     write_file(folder / "results.json", json.dumps(results).encode())
+
+
+def export_vizwiz(lines: Sequence[Line], options: Options, folder: Path) -> None:
+    export(lines, options, folder, "image")
 
 
 def export_test(lines: Sequence[Line], options: Options, folder: Path) -> None:
     """Write results.json for EvalAI, which takes the answers to all questions alone."""
     if options.limit is None and not any("problem" in line.output for line in lines):
-        export(lines, options, folder, "question_id")
+        export(lines, options, folder)
     else:
         warn(f"{folder / 'results.json'} is not written: EvalAI wants the answers to all questions")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
 def question_task(
-    name: str, title: str, wanted: str, source: str, reader: Read, note: str, export: Callable, key: str = "question_id"
+    name: str, title: str, wanted: str, source: str, reader: Read, note: str = "", export: Export = export
 ) -> Task:
     return Task(
         name,
@@ -125,10 +142,6 @@ def question_task(
     )
 
 
-def by(name: str) -> Callable[[Sequence[Line], Options, Path], None]:
-    return lambda lines, options, folder: export(lines, options, folder, name)
-
-
 def coco_files(version: str, split: str) -> str:
     return f"{version}OpenEnded_mscoco_{split}_questions.json, {version}mscoco_{split}_annotations.json"
 
@@ -142,17 +155,15 @@ TASKS = (
         "https://visualqa.org/download.html",
         files.vqav2,
         "Chameleon-34B has 66.0 on test-dev, aligned to many tasks 69.6 (paper, Table 7); these are validation questions",
-        by("question_id"),
     ),
     question_task(
         "vqav2_test",
         "VQAv2 test, 2 examples: no accuracy, but the file that EvalAI scores",
         "v2_OpenEnded_mscoco_test2015_questions.json; test2015/; for examples "
         f"{coco_files('v2_', 'train2014')}; train2014/",
-        "https://visualqa.org/download.html; scored at https://eval.ai/web/challenges/challenge-page/830",
+        "https://visualqa.org/download.html; scored at https://eval.ai",
         files.vqav2_test,
-        "",
-        export_test,
+        export=export_test,
     ),
     question_task(
         "okvqa",
@@ -161,7 +172,6 @@ TASKS = (
         "https://okvqa.allenai.org/download.html",
         files.okvqa,
         "the paper has no figure; references of version 1.1 are stemmed, and answers are not",
-        by("question_id"),
     ),
     question_task(
         "vizwiz",
@@ -170,6 +180,6 @@ TASKS = (
         "https://vizwiz.org/tasks-and-datasets/vqa/",
         files.vizwiz,
         "the paper has no figure; 'unanswerable' is often right",
-        by("image"),
+        export_vizwiz,
     ),
 )
