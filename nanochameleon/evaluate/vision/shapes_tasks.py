@@ -14,7 +14,7 @@ import numpy as np
 
 from nanochameleon.data import RawDocument, RawImage, fuse
 from nanochameleon.data.sources.questions import ASK_CAPTION
-from nanochameleon.data.sources.scenes import NUMBERS, OPPOSITE, Scene, Thing, World, draw, scenes
+from nanochameleon.data.sources.scenes import OPPOSITE, Scene, Thing, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Text, render
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import shapes
@@ -129,13 +129,15 @@ def read_questions(options: Options) -> list[Item]:
         question, truth = shapes.one_question(scene, options.world, rng)
         content = {"question": question, "references": [truth] * N_PEOPLE}
         content |= {"scene": asdict(scene), "world": asdict(options.world)}
-        items.append(Item(f"scene {i}", content, answer_type(truth)))
+        items.append(Item(f"scene {i}", content, answer_type(question, truth)))
     return items
 
 
-def answer_type(truth: str) -> str:
-    """Return VQA's name for a kind of answer."""
-    return "yes/no" if truth in ("yes", "no") else "number" if truth in NUMBERS else "other"
+def answer_type(question: str, truth: str) -> str:
+    """Return VQA's name for a kind of answer. "no" is a number, too: how many stars are there? no."""
+    if question.startswith("how many"):
+        return "number"
+    return "yes/no" if truth in ("yes", "no") else "other"
 
 
 def question_figures(lines: Sequence[Line]) -> list[Figure]:
