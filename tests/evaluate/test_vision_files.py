@@ -72,7 +72,9 @@ def test_equal_answers_are_one_text_in_memory(tmp_path):
     assert len({id(text) for text in texts}) == len(set(texts)) and texts[0] is sys.intern("ball")
 
 
-@pytest.mark.parametrize("place", ["val2014/1.jpg", "images/val2014/1.jpg", "coco/val2014/1.jpg", "images/1.jpg", "1.jpg"])
+@pytest.mark.parametrize(
+    "place", ["val2014/1.jpg", "images/val2014/1.jpg", "coco/val2014/1.jpg", "images/1.jpg", "1.jpg"]
+)
 def test_images_are_found_where_archives_put_them(tmp_path, place):
     write_image(tmp_path / place, 0)
     assert find_image(tmp_path, "val2014/1.jpg") == tmp_path / place
@@ -137,7 +139,10 @@ def test_a_question_without_annotation(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("v2_OpenEnded_mscoco_val2014_questions.json", "questions"), ("v2_mscoco_val2014_annotations.json", "annotations")],
+    [
+        ("v2_OpenEnded_mscoco_val2014_questions.json", "questions"),
+        ("v2_mscoco_val2014_annotations.json", "annotations"),
+    ],
 )
 def test_ids_must_differ(tmp_path, name, field):
     write_vqa(tmp_path)

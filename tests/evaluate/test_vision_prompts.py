@@ -72,7 +72,9 @@ def with_context(run: Run, context: int) -> Run:
 def test_more_images_than_fit_are_refused_with_the_numbers(run):
     """An image of the tiny model has 6 tokens; the released model's 1,026 are checked against the same rule."""
     check_room(with_context(run, 1 + 3 * 6 + 10), 3, 10)
-    with pytest.raises(UserError, match="2 examples make 3 images of 6 tokens and 10 new .* context has 28: use --shots 1"):
+    with pytest.raises(
+        UserError, match="2 examples make 3 images of 6 tokens and 10 new .* context has 28: use --shots 1"
+    ):
         check_room(with_context(run, 28), 3, 10)
     with pytest.raises(UserError, match="this model has no room for an image"):
         check_room(with_context(run, 16), 1, 10)

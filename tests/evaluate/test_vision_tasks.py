@@ -248,6 +248,8 @@ def test_shapes_need_a_model_of_the_shapes_world():
 def test_shapes_questions_have_the_types_of_vqa():
     items = TASKS["shapes_questions"].read(Options(world=World(), limit=60))
     assert all(len(item.content["references"]) == 10 for item in items)
-    answers = {kind: {i.content["references"][0] for i in items if i.group == kind} for kind in {i.group for i in items}}
+    answers = {
+        kind: {i.content["references"][0] for i in items if i.group == kind} for kind in {i.group for i in items}
+    }
     assert answers.keys() == {"yes/no", "number", "other"} and answers["yes/no"] == {"yes", "no"}
     assert answers["number"] <= set(NUMBERS) and answers["other"].isdisjoint({"yes", "no", *NUMBERS})

@@ -11,7 +11,12 @@ CAPTIONS = {
     2: ["two cats asleep", "a pair of cats"],
     3: ["a bus at night", "the last bus of the day", "a bus"],
 }
-TRAINING = {11: ["a kite in the sky"], 12: ["three cups of tea"], 13: ["an old bridge"], 14: ["a dog\n and its  shadow"]}
+TRAINING = {
+    11: ["a kite in the sky"],
+    12: ["three cups of tea"],
+    13: ["an old bridge"],
+    14: ["a dog\n and its  shadow"],
+}
 ANSWERS = {  # question id -> question, its answers, the type
     10: ("what is red?", ["ball"] * 7 + ["the ball"] * 3, "other"),
     20: ("how many cats are there?", ["2"] * 9 + ["3"], "number"),

@@ -179,7 +179,9 @@ def open_ended(path: Path, annotations: Path | None) -> Iterator[Asked]:
     for place, row in rows:
         number = row["question_id"]
         if answers is not None and number not in answers:
-            raise UserError(f"{place} has the question_id {number}, which {annotations} has not: use files of one split")
+            raise UserError(
+                f"{place} has the question_id {number}, which {annotations} has not: use files of one split"
+            )
         references, answer_type = answers[number] if answers is not None else ([], "")
         image = f"{split}/COCO_{split}_{get(row, 'image_id', int, place):012d}.jpg"
         yield Asked(str(number), image, get(row, "question", str, place), references, answer_type)
