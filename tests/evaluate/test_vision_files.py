@@ -83,7 +83,7 @@ def test_images_are_found_where_archives_put_them(tmp_path, place):
 def test_no_image_is_read_from_outside_of_the_folder(tmp_path):
     write_image(tmp_path / "secret.jpg", 0)
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "val2014/../../secret.jpg"):
-        with pytest.raises(UserError, match="names must stay inside"):
+        with pytest.raises(UserError, match=r"names must stay inside"):
             find_image(tmp_path / "data", name)
 
 
@@ -165,16 +165,16 @@ def test_an_answer_that_is_no_text(tmp_path):
     content = json.loads(path.read_text())
     content[2]["answers"][4]["answer"] = 7
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="val.json: question 3 has 'answers' without texts"):
+    with pytest.raises(UserError, match=r"val.json: question 3 has 'answers' without texts"):
         files.vizwiz(tmp_path, False)
 
 
 def test_a_missing_file_or_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="--data is missing: give the folder that holds dataset_flickr30k.json"):
+    with pytest.raises(UserError, match=r"--data is missing: give the folder that holds dataset_flickr30k.json"):
         files.flickr30k(None, True)
-    with pytest.raises(UserError, match="has no dataset_coco.json and no coco_karpathy_test.json"):
+    with pytest.raises(UserError, match=r"has no dataset_coco.json and no coco_karpathy_test.json"):
         files.coco(tmp_path, True)
     write_vqa(tmp_path)
     (tmp_path / "v2_mscoco_train2014_annotations.json").unlink()
-    with pytest.raises(UserError, match="has no v2_mscoco_train2014_annotations.json"):
+    with pytest.raises(UserError, match=r"has no v2_mscoco_train2014_annotations.json"):
         files.vqav2(tmp_path, True)

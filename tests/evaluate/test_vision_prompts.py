@@ -53,9 +53,9 @@ def test_examples_depend_on_the_item_and_the_seed_and_fewer_are_the_first_of_mor
 
 def test_a_pool_must_have_more_images_than_examples_and_one_of_them_on_the_disk(tmp_path):
     check_pool([], 0, tmp_path)
-    with pytest.raises(UserError, match="2 examples need 3 training images, and .* lists 2"):
+    with pytest.raises(UserError, match=r"2 examples need 3 training images, and .* lists 2"):
         check_pool(images(2) * 5, 2, tmp_path)
-    with pytest.raises(UserError, match="such as 0.png, which is not in .*: put them there, or use --shots 0"):
+    with pytest.raises(UserError, match=r"such as 0.png, which is not in .*: put them there, or use --shots 0"):
         check_pool(images(3), 2, tmp_path)
     write_image(tmp_path / "2.png", 0)
     check_pool(images(3), 2, tmp_path)
@@ -73,10 +73,10 @@ def test_more_images_than_fit_are_refused_with_the_numbers(run):
     """An image of the tiny model has 6 tokens; the released model's 1,026 are checked against the same rule."""
     check_room(with_context(run, 1 + 3 * 6 + 10), 3, 10)
     with pytest.raises(
-        UserError, match="2 examples make 3 images of 6 tokens and 10 new .* context has 28: use --shots 1"
+        UserError, match=r"2 examples make 3 images of 6 tokens and 10 new .* context has 28: use --shots 1"
     ):
         check_room(with_context(run, 28), 3, 10)
-    with pytest.raises(UserError, match="this model has no room for an image"):
+    with pytest.raises(UserError, match=r"this model has no room for an image"):
         check_room(with_context(run, 16), 1, 10)
 
 

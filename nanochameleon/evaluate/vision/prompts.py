@@ -4,10 +4,10 @@
 
 A prompt is one document, as in pre-training: the image of an example, its text, a newline, the next example, and at
 last the image in question with the start of its text. Examples are drawn by a hash of (seed, item) from training items,
-never of the same image. The paper gives neither its prompts nor its examples, only their number: 2 (section 4, Table 7).
+never of the same image. The paper gives their number, 2 (Table 7), and neither its prompts nor its examples.
 
-An image fills 1,026 tokens of the released models' context of 4,096, so three examples do not fit. This is refused: an
-image is never cut. Images become squares as the model learnt to see them: an aligned model gets the whole image with a
+An image fills 1,026 tokens of the released models' context of 4,096, so three examples do not fit. They are refused: no
+image is ever cut. Images become squares as the model learnt to see them: an aligned model gets the whole image with a
 white border, as in the paper's prompts; a pre-trained one gets the middle square, as in its training.
 """
 

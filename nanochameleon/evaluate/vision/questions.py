@@ -1,6 +1,6 @@
 """Questions about images: VQAv2, OK-VQA, VizWiz, by VQA's official accuracy.
 
-    image, "Question: ... Short answer: ...", newline, ..., image, "Question: ... Short answer:" -> first line -> accuracy
+    image, "Question: ... Short answer: ...", newline, ..., image, "Question: ... Short answer:" -> a line -> accuracy
 
 The form of the question is Flamingo's (arXiv 2204.14198), as OpenFlamingo publishes it. The paper used "other models'
 prompts" and does not say which. Each question is asked twice, the second time without any image: what is right then is
@@ -10,6 +10,7 @@ no sight. The answer is the first line, without its final full stop, which the o
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -28,7 +29,6 @@ MAX_NEW_TOKENS = 10
 FORM = "Question: {} Short answer:"
 
 Read = Callable[[Path | None, bool], tuple[list[Asked], list[Asked]]]
-Export = Callable[[Sequence[Line], Options, Path], None]
 
 
 def read(options: Options, reader: Read) -> list[Item]:
@@ -80,9 +80,6 @@ def short(text: str) -> str:
 
 def figures(lines: Sequence[Line], note: str = "") -> list[Figure]:
     """Return the accuracy, also by type of answer, and that of the most common answer alone."""
-    lines = [line for line in lines if line.metrics]
-    if not lines:
-        return []
     kinds = sorted({line.group for line in lines})
     parts = [(f"acc, {kind}", [line for line in lines if line.group == kind]) for kind in kinds]
     common = most_common([most_common(line.content["references"]) for line in lines])
@@ -94,6 +91,12 @@ def figures(lines: Sequence[Line], note: str = "") -> list[Figure]:
     ]
 
 
+def test_figures(lines: Sequence[Line]) -> list[Figure]:
+    """Return how many test questions have an answer: whether it is right, EvalAI knows."""
+    answered = [float(line.extracted != "") for line in lines]
+    return [mean_figure("answered", answered, "questions", note="accuracy is EvalAI's, from results.json")]
+
+
 def accuracy_figure(name: str, lines: Sequence[Line], note: str = "") -> Figure:
     """The baseline is the same model without images; the ceiling is the most common of people's answers."""
     blind = [line.metrics["acc_blind"] for line in lines]
@@ -103,7 +106,7 @@ def accuracy_figure(name: str, lines: Sequence[Line], note: str = "") -> Figure:
 
 
 def export(lines: Sequence[Line], options: Options, folder: Path, key: str = "question_id") -> None:
-    """Write results.json for the official scorer: [{"question_id": ..., "answer": ...}]. VizWiz calls the key "image"."""
+    """Write results.json for the official scorer: [{"question_id": ..., "answer": ...}]; VizWiz has "image"."""
     kept = [line for line in lines if "problem" not in line.output]
     results = [{key: number(line.id), "answer": line.extracted} for line in kept]
     write_file(folder / "results.json", json.dumps(results).encode())
@@ -125,9 +128,7 @@ def export_test(lines: Sequence[Line], options: Options, folder: Path) -> None:
 # Tasks
 
 
-def question_task(
-    name: str, title: str, wanted: str, source: str, reader: Read, note: str = "", export: Export = export
-) -> Task:
+def question_task(name: str, title: str, wanted: str, source: str, reader: Read, note: str = "") -> Task:
     return Task(
         name,
         title,
@@ -154,15 +155,18 @@ TASKS = (
         f"{coco_files('v2_', 'val2014')}; val2014/; for examples {TRAINING}",
         "https://visualqa.org/download.html",
         files.vqav2,
-        "Chameleon-34B has 66.0 on test-dev, aligned to many tasks 69.6 (paper, Table 7); these are validation questions",
+        "validation; on test-dev Chameleon-34B has 66.0, aligned to many tasks 69.6 (paper, Table 7)",
     ),
-    question_task(
-        "vqav2_test",
-        "VQAv2 test, 2 examples: no accuracy, but the file that EvalAI scores",
-        "v2_OpenEnded_mscoco_test2015_questions.json; test2015/; for examples "
-        f"{coco_files('v2_', 'train2014')}; train2014/",
-        "https://visualqa.org/download.html; scored at https://eval.ai",
-        files.vqav2_test,
+    replace(
+        question_task(
+            "vqav2_test",
+            "VQAv2 test, 2 examples: no accuracy, but the file that EvalAI scores",
+            "v2_OpenEnded_mscoco_test2015_questions.json; test2015/; for examples "
+            f"{coco_files('v2_', 'train2014')}; train2014/",
+            "https://visualqa.org/download.html; scored at https://eval.ai",
+            files.vqav2_test,
+        ),
+        figures=test_figures,
         export=export_test,
     ),
     question_task(
@@ -173,13 +177,15 @@ TASKS = (
         files.okvqa,
         "the paper has no figure; references of version 1.1 are stemmed, and answers are not",
     ),
-    question_task(
-        "vizwiz",
-        "VizWiz validation, VQA accuracy, 2 examples",
-        "val.json; val/; for examples train.json; train/",
-        "https://vizwiz.org/tasks-and-datasets/vqa/",
-        files.vizwiz,
-        "the paper has no figure; 'unanswerable' is often right",
-        export_vizwiz,
+    replace(
+        question_task(
+            "vizwiz",
+            "VizWiz validation, VQA accuracy, 2 examples",
+            "val.json; val/; for examples train.json; train/",
+            "https://vizwiz.org/tasks-and-datasets/vqa/",
+            files.vizwiz,
+            "the paper has no figure; 'unanswerable' is often right",
+        ),
+        export=export_vizwiz,
     ),
 )
