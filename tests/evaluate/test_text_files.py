@@ -1,4 +1,4 @@
-"""The text benchmarks in the authors' files and in the hub's parquet: the same rows, and one sentence for a bad file."""
+"""Text benchmarks as the authors' files and as the hub's parquet: the same rows, and one sentence for a bad file."""
 
 import pytest
 from text_sets import ITEMS, write_authors, write_hub
