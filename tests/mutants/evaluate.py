@@ -32,6 +32,27 @@ MUTANTS = [
         "evaluate/test_report.py",
     ),
     Mutant(
+        "a continuation is predicted one token late",
+        "evaluate/scoring.py",
+        "end - len(continuation) : end]",
+        "end - len(continuation) - 1 : end - 1]",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
+        "a long context loses its start",
+        "evaluate/scoring.py",
+        "return [vocab.bos, *tokens[1 + over :]], True",
+        "return tokens[over:], True",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
+        "an image is cut",
+        "evaluate/scoring.py",
+        "if any(vocab.is_image(t)",
+        "if False and any(vocab.is_image(t)",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
         "CIDEr without clipping",
         "evaluate/cider.py",
         "min(weight, r.get(x, 0.0))",
@@ -79,5 +100,19 @@ MUTANTS = [
         "high = 1.0 if k == n else bisect(",
         "high = k / n if k in (0, n) else bisect(",
         "evaluate/test_intervals.py",
+    ),
+    Mutant(
+        "a stop string that is split over two tokens is missed",
+        "evaluate/writing.py",
+        "start = max(0, len(self.data) - max(map(len, stops), default=0))",
+        "start = len(self.data)",
+        "evaluate/test_writing.py",
+    ),
+    Mutant(
+        "a prompt that is too long loses its <s>",
+        "evaluate/writing.py",
+        "return [prompt[0], *prompt[n - room + 1 :]]",
+        "return list(prompt[n - room :])",
+        "evaluate/test_writing.py",
     ),
 ]
