@@ -1,9 +1,12 @@
 """The tasks that `python -m nanochameleon.evaluate` knows: each room of this folder adds a line."""
 
 from nanochameleon.evaluate.task import Task
+from nanochameleon.evaluate.text import choices, mmlu
 from nanochameleon.evaluate.vision import captioning, questions, shapes_tasks
 
 TASKS: tuple[Task, ...] = (
+    *choices.TASKS,
+    *mmlu.TASKS,
     *captioning.TASKS,
     *questions.TASKS,
     *shapes_tasks.TASKS,
