@@ -10,7 +10,6 @@ does not vote. Next to our own reading of an answer there is a published strict 
 
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,12 +20,12 @@ from nanochameleon.errors import UserError
 from nanochameleon.evaluate.statistics import default_figures
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, digest, item_seed
 from nanochameleon.evaluate.text import answers
+from nanochameleon.evaluate.text.candidates import BETWEEN_SHOTS, names
 from nanochameleon.evaluate.text.files import read_split
 from nanochameleon.evaluate.writing import write
 from nanochameleon.training.run import Run
 
 Row = dict[str, Any]
-BETWEEN_SHOTS = "\n\n"
 TEMPERATURE, TOP_P = 0.6, 0.95  # of several samples
 
 
@@ -73,16 +72,6 @@ def item(benchmark: Benchmark, name: str, row: Row, place: str, preamble: str) -
         raise UserError(f"{place} has no answer that can be read: mend its solution, or remove it")
     content = {"preamble": preamble, "question": benchmark.question(row), "target": target}
     return Item(name, content | {"level": row.get("level", "")}, row.get("type", ""))
-
-
-def names(rows: Sequence[Row]) -> list[str]:
-    """Return an id for each row: a hash, which does not depend on the order. Equal rows get -2, -3 and so on."""
-    seen: Counter[str] = Counter()
-    found = []
-    for name in map(digest, rows):
-        seen[name] += 1
-        found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return found
 
 
 def shots(benchmark: Benchmark, options: Options) -> list[str]:
