@@ -1,7 +1,7 @@
 """Compare two evaluations item by item, as Markdown.
 
     python -m nanochameleon.evaluate compare runs/a/evaluation runs/b/evaluation
-    python -m nanochameleon.evaluate compare runs/a/evaluation runs/b/evaluation --tasks boolq > difference.md
+    python -m nanochameleon.evaluate compare runs/a/evaluation runs/b/evaluation --tasks boolq
 
 Both runs find the same items hard, so the difference of each item says more than two separate intervals. It takes a
 paired bootstrap. Where a metric is 0 or 1, McNemar's exact test gives p: how often a difference at least as large would

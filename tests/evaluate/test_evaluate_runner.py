@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -392,6 +393,26 @@ def test_mistakes_are_refused(known, tmp_path, monkeypatch, arguments, sentence)
     with pytest.raises(UserError, match=re.escape(sentence)):
         command.start(arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_in_an_option_is_found_before_torch_is_imported():
+    code = """
+import sys
+from nanochameleon.errors import UserError
+from nanochameleon.evaluate.__main__ import start
+try:
+    start(["models/toy", "--tasks", "arc_easy", "--limit", "0"])
+except UserError as error:
+    print(error, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "--limit must be 1 or more, not 0 False\n"
+
+
+def test_commands_with_options_of_their_own_get_them(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.start(["compare", "--help"])
+    assert end.value.code == 0 and "item by item" in capsys.readouterr().out
 
 
 def test_missing_data_is_refused_by_the_task_that_needs_it(model, tmp_path, monkeypatch):
