@@ -52,7 +52,7 @@ def scenes_of(tag: str, compositions: str, world: World, seed: int, n: int) -> l
     """Return at most n scenes with different captions. A small world may have fewer."""
     rng = np.random.default_rng((seed, TASKS.index(tag), COMPOSITIONS.index(compositions)))
     found: dict[str, Scene] = {}
-    for _ in range(50 * n):
+    for _ in range(20 * n):
         scene = random_case(tag, compositions, world, rng)
         found.setdefault(scene.caption(), scene)
         if len(found) == n:

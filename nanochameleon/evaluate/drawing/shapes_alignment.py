@@ -125,9 +125,7 @@ def figures(lines: Sequence[Line]) -> list[Figure]:
 
 
 def figure(name: str, lines: Sequence[Line]) -> Figure:
-    means = {
-        key: math.fsum(line.metrics[key] for line in lines) / len(lines) for key in ("ceiling", "refusing")
-    }
+    means = {key: math.fsum(line.metrics[key] for line in lines) / len(lines) for key in ("ceiling", "refusing")}
     rest = {"ceiling": means["ceiling"], "baseline": means["refusing"], "note": "baseline: refuses everything"}
     return mean_figure(name, [line.metrics["correct"] for line in lines], "requests", **rest)
 

@@ -16,7 +16,8 @@ from typing import Any
 from nanochameleon.data.sources.scenes import World, draw
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.drawing.each import generate_each
-from nanochameleon.evaluate.drawing.geneval import COMPOSITIONS, TASKS as TAGS, cases, judge, metadata
+from nanochameleon.evaluate.drawing.geneval import COMPOSITIONS, cases, judge, metadata
+from nanochameleon.evaluate.drawing.geneval import TASKS as TAGS
 from nanochameleon.evaluate.drawing.images import pixels, tokens_of
 from nanochameleon.evaluate.drawing.readings import reading_of, scene_of, to_json
 from nanochameleon.evaluate.drawing.summary import figures as figures_of
@@ -102,14 +103,14 @@ def score(content: dict, output: dict) -> tuple[str, dict[str, float]]:
 
 
 def figures(lines: Sequence[Line]) -> list[Figure]:
-    return [figure for compositions in COMPOSITIONS for figure in figures_for(compositions, lines)]
+    """Return the overall figures, then those of the tasks."""
+    found = [rows for compositions in COMPOSITIONS if (rows := figures_for(compositions, lines))]
+    return [rows[0] for rows in found] + [row for rows in found for row in rows[1:]]
 
 
 def figures_for(compositions: str, lines: Sequence[Line]) -> list[Figure]:
     """Return the overall figure and one a task, for prompts of one kind of compositions."""
-    by_tag = {
-        tag: here for tag in TAGS if (here := [line for line in lines if line.group == f"{tag}, {compositions}"])
-    }
+    by_tag = {tag: here for tag in TAGS if (here := [line for line in lines if line.group == f"{tag}, {compositions}"])}
     if not by_tag:
         return []
     rows = figures_of({tag: [line.metrics["correct"] == 1 for line in here] for tag, here in by_tag.items()})
