@@ -2,5 +2,16 @@
 
 from nanochameleon.evaluate.drawing import shapes_alignment, shapes_geneval
 from nanochameleon.evaluate.task import Task
+from nanochameleon.evaluate.text import choices, mmlu, word_problems
+from nanochameleon.evaluate.vision import captioning, questions, shapes_tasks
 
-TASKS: tuple[Task, ...] = (*shapes_geneval.TASKS, *shapes_alignment.TASKS)
+TASKS: tuple[Task, ...] = (
+    *choices.TASKS,
+    *mmlu.TASKS,
+    *word_problems.TASKS,
+    *captioning.TASKS,
+    *questions.TASKS,
+    *shapes_tasks.TASKS,
+    *shapes_geneval.TASKS,
+    *shapes_alignment.TASKS,
+)
