@@ -117,6 +117,18 @@ class Engine:
         while self.waiting or self.running:
             yield from self.step()
 
+    @torch.inference_mode()
+    def cancel(self, request_id: int) -> None:
+        """Free a request's slots. No more of its tokens come out. Does nothing if the request has finished."""
+        running = next((running for running in self.running if running.request_id == request_id), None)
+        if running is None:
+            self.waiting = deque(entry for entry in self.waiting if entry[0] != request_id)
+            return
+        for slot in running.slots:
+            if not slot.prefilled:
+                self.stop_reading(slot)
+        self.release(running)
+
     # -----------------------------------------------------------------------------------------------------------------
     # Scheduling: which request has which slots
 
@@ -161,6 +173,18 @@ class Engine:
             for slot in slots:
                 slot.prefilled = True
         self.start_prefilled()
+
+    def stop_reading(self, slot: Slot) -> None:
+        """Take a slot away from those that need a prompt. What was read of the prompt moves to the next of them."""
+        slots = self.prefilling[slot.prompt]
+        first = slots[0]
+        slots.remove(slot)
+        n_read = self.n_prefilled.get(slot.prompt, 0)
+        if not slots:
+            del self.prefilling[slot.prompt]
+            self.n_prefilled.pop(slot.prompt, None)
+        elif first is slot and n_read:
+            self.decoder.copy_prefix(slot.index, slots[0].index, n_read)
 
     def start_prefilled(self) -> None:
         """Let requests take part in decoding once the prompts of all their branches have been read."""

@@ -241,4 +241,11 @@ MUTANTS = [
         "with torch.cuda.graph(graph, **how):",
         "generation/test_graphs.py",
     ),
+    Mutant(
+        "a cancelled request takes a half-read prompt with it",
+        "generation/engine.py",
+        "elif first is slot and n_read:",
+        "elif False:",
+        "generation/test_cancel.py",
+    ),
 ]
