@@ -132,8 +132,19 @@ def check_writable(folder: Path) -> None:
 @cache
 def commit() -> str:
     """Return the commit of the source tree, "unknown" outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return git("rev-parse", "--short", "HEAD") or "unknown"
+
+
+@cache
+def has_changes() -> bool:
+    """Whether files of the source tree differ from its commit. False outside of one, where the commit is unknown."""
+    return bool(git("status", "--porcelain", "--untracked-files=no"))
+
+
+def git(*words: str) -> str:
+    """Return what git prints about the source tree, "" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return ""

@@ -8,12 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanochameleon.errors import UserError, say
 from nanochameleon.files import check_writable, write_new
 from nanochameleon.images import terminal
 from nanochameleon.images.tokenizer import ImageTokenizer
+
+
+def show(image: np.ndarray) -> None:
+    """Show uint8 (H, W, 3) on the terminal, if it can."""
+    if mode := terminal.terminal_mode(os.environ, sys.stdout.isatty()):
+        sys.stdout.write(terminal.as_terminal(image, mode) + "\n")
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,7 @@ class ImageOutput:
         data = terminal.png(terminal.enlarge(image, self.scale or math.ceil(256 / len(image))))
         with self.explained():
             path = write_new(self.folder, self.stem, ".png", data)
-        if mode := self.terminal_mode:
-            sys.stdout.write(terminal.as_terminal(image, mode) + "\n")
+        show(image)
         say(path)
         return path
 

@@ -26,17 +26,18 @@ LOCK = ".lock"
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Keep other trainings out of a run's folder until this one ends; the lock ends with its process, even if killed.
+def claim(folder: Path, doing: str = "trains") -> Iterator[None]:
+    """Keep other processes out of a folder until this one ends; the lock ends with its process, even if killed.
 
-    Makes the folder, and removes it if nothing was written into it. Raises UserError while another training runs there.
+    Makes the folder, and removes it if nothing was written into it. Raises UserError while another process `doing` the
+    same runs there.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --out")
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock(folder)
+        file = lock(folder, doing)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
     try:
@@ -48,8 +49,8 @@ def claim(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def lock(folder: Path) -> TextIO:
-    """Lock the run's lock file until it is closed. Raises UserError if another process has locked it."""
+def lock(folder: Path, doing: str) -> TextIO:
+    """Lock the folder's lock file until it is closed. Raises UserError if another process has locked it."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a folder from elsewhere may hold a link to any file
     file = os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+", errors="replace")
     try:
@@ -60,11 +61,11 @@ def lock(folder: Path) -> TextIO:
         file.seek(0)
         owner = file.read(20)
         who = f"process {owner}" if owner.isdecimal() else "another process"
-        raise UserError(f"{who} trains in {folder}: wait for it, stop it, or choose another --out") from None
+        raise UserError(f"{who} {doing} in {folder}: wait for it, stop it, or choose another --out") from None
     except OSError as error:
-        warn(f"{folder} cannot be locked ({error}): start no second training there")
+        warn(f"{folder} cannot be locked ({error}): start no second process there")
     if not os.fstat(file.fileno()).st_nlink:  # its owner removed it after we opened it
-        return lock(folder)
+        return lock(folder, doing)
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanochameleon.config import RunConfig
 from nanochameleon.errors import UserError, shown
 from nanochameleon.files import read_json
 from nanochameleon.training.run import CONFIG, Run, pick_device, read_config
@@ -134,8 +135,18 @@ def open_model(path: Path, device: str = "auto", dtype: str = "auto", vqgan: Pat
     """
     where, files = pick_device(device), open_model_files(path, vqgan)
     tokenizer, image_tokenizer = open_text_tokenizer(files.tokenizers, path), files.tokenizers.image_tokenizer(where)
-    cfg = read_config(path) if files.layout == "run" else files.usage.run_config(files.model, files.vqgan)
-    return Run(cfg, tokenizer.vocab, tokenizer, image_tokenizer, load_model(files, where, DTYPES.get(dtype)))
+    return Run(
+        config_of(files, path), tokenizer.vocab, tokenizer, image_tokenizer, load_model(files, where, DTYPES.get(dtype))
+    )
+
+
+def open_config(path: Path) -> RunConfig:
+    """Return the configuration that open_model would give, without loading any weights. Raises UserError."""
+    return config_of(open_model_files(path), path)
+
+
+def config_of(files: ModelFiles, path: Path) -> RunConfig:
+    return read_config(path) if files.layout == "run" else files.usage.run_config(files.model, files.vqgan)
 
 
 def load_model(files: ModelFiles, device: torch.device, dtype: torch.dtype | None = None) -> Chameleon:

@@ -1,0 +1,2 @@
+"""Optional. Buys evaluations of drawn images: folders that official scorers read, and the shapes world judged by
+GenEval's rules."""

@@ -1,0 +1,41 @@
+"""Generate many requests, each from its own seed, and hand out each one when it has finished.
+
+    (prompt, seed) ... -> make_request -> Engine -> (number of the request, its tokens), in the order in which they end
+
+What a request draws depends on its prompt and its seed, not on the other requests (engine.py).
+"""
+
+from collections.abc import Iterator, Sequence
+
+from nanochameleon.config import SamplingParams
+from nanochameleon.evaluate.writing import slots_that_fit
+from nanochameleon.generation.engine import Engine
+from nanochameleon.generation.request import cfg_branches, make_request
+from nanochameleon.generation.sampling import Modality
+from nanochameleon.training.run import Run
+
+
+def generate_each(
+    run: Run, prompts: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams, modality: Modality,
+    stops: Sequence[int] | None = None, batch_size: int = 64,
+) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
+    """Yield (i, new tokens of prompt i), stop token included. batch_size: requests at once; fewer on a full GPU."""
+    vocab, image_len, context = run.vocab, run.image_tokenizer.n_codes_per_image, run.model.cfg.max_seq_len
+    requests = [
+        make_request(prompt, vocab, image_len, context, params, modality, (seed,), stops)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    if not requests:
+        return
+    # Slots need only hold the longest request, which may be far shorter than the model's context.
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    branches = max(len(cfg_branches(request, vocab)) for request in requests)
+    n_slots = min(min(batch_size, len(requests)) * branches, slots_that_fit(run, longest))
+    engine = Engine(run.model, vocab, image_len, max(n_slots, branches), longest)
+    for request in requests:
+        engine.add_request(request)
+    new: dict[int, list[int]] = {}
+    for output in engine.run():
+        new.setdefault(output.request_id, []).extend(output.tokens)
+        if output.finished:
+            yield output.request_id, new.pop(output.request_id)

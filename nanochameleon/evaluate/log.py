@@ -1,0 +1,148 @@
+"""The log of a task: what was asked, what came out, what that is worth. It can be resumed after a kill.
+
+    items, model -> answers -> lines -> OUT/TASK/items.jsonl
+
+Lines are written a chunk at a time and synced. Chunks begin at fixed items, because a batch changes the last digits of
+its answers. A run that resumes cuts off what is not a whole chunk and asks those items again, so the file ends with the
+bytes of a run that was never stopped. Seconds differ between runs: they are in OUT/TASK/seconds.jsonl, a line a chunk.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochameleon.errors import UserError, shown
+from nanochameleon.evaluate.records import get, load
+from nanochameleon.evaluate.task import Answer, Item, Line, Task, digest
+from nanochameleon.files import fsync
+
+ITEMS, SECONDS = "items.jsonl", "seconds.jsonl"
+PROBLEM = "problem"  # the key of the output of an item that could not be asked
+
+
+def make_line(task: Task, item: Item, answer: Answer) -> Line:
+    """Score an answer. What is scored went through JSON, as it does when it is scored again from the log."""
+    content, output = as_json(item.content, task, item.id), as_json(answer.output, task, item.id)
+    extracted, metrics = score(task, item.id, content, output)
+    hashes = {"content": digest(content), "prompt": digest([int(token) for token in answer.prompt])}
+    return Line(item.id, item.group, content, output, extracted, metrics, bool(answer.truncated), hashes)
+
+
+def score(task: Task, name: str, content: dict, output: dict) -> tuple[Any, dict[str, float]]:
+    """Return what was found in an output, and its metrics: none for an item that could not be asked."""
+    if PROBLEM in output:
+        return None, {}
+    extracted, metrics = task.score(content, output)
+    return as_json(extracted, task, name), {key: float(value) for key, value in metrics.items()}
+
+
+def rescored(task: Task, line: Line) -> Line:
+    extracted, metrics = score(task, line.id, line.content, line.output)
+    return dataclasses.replace(line, extracted=extracted, metrics=metrics)
+
+
+def as_json(value: Any, task: Task, name: str) -> Any:
+    """Return the value as JSON gives it back: a tuple is a list. Raises UserError for a number that is not finite."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except ValueError:
+        why = "a number that is not finite: check the weights, or choose another --dtype"
+        raise UserError(f"{task.name}: the answer to item {shown(name)} holds {why}") from None
+
+
+def to_bytes(lines: Sequence[Line]) -> bytes:
+    # ASCII alone: a text of a model may hold half a character, which UTF-8 cannot
+    rows = (json.dumps(dataclasses.asdict(line), sort_keys=True, allow_nan=False) for line in lines)
+    return "".join(f"{row}\n" for row in rows).encode()
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Read the whole lines of a log; none where there is no log. A last line without its end is left out."""
+    try:
+        parts = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return [parse(part, f"{path}:{number}") for number, part in enumerate(parts, 1)]
+
+
+def parse(text: bytes, place: str) -> Line:
+    row = load(text, place)
+    kinds = {
+        "id": str,
+        "group": str,
+        "content": dict,
+        "output": dict,
+        "metrics": dict,
+        "truncated": bool,
+        "hashes": dict,
+    }
+    if not isinstance(row, dict) or set(row) != {"extracted", *kinds}:
+        raise UserError(f"{place} is not a line of an evaluation: delete the folder, or choose another --out")
+    return Line(**{name: get(row, name, kind, place) for name, kind in kinds.items()}, extracted=row["extracted"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def total_seconds(folder: Path) -> float:
+    """Return the seconds that the answers of a log took."""
+    rows = (folder / SECONDS).read_bytes().split(b"\n")[:-1] if (folder / SECONDS).exists() else []
+    return sum(get(load(row, str(folder / SECONDS)), "seconds", (int, float), str(folder / SECONDS)) for row in rows)
+
+
+class Log:
+    """The log of one task, open for its next chunks. `lines` are the items that are done."""
+
+    def __init__(self, folder: Path, items: Sequence[Item], chunk: int):
+        """Read what is there, and cut off what is not a whole chunk. Raises UserError if it has other items."""
+        self.items, self.seconds = folder / ITEMS, folder / SECONDS
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = read_lines(self.items)
+        check_items(self.items, lines, items)
+        whole = len(lines) == len(items)  # then the last chunk may be shorter
+        self.lines = lines if whole else lines[: len(lines) // chunk * chunk]
+        cut(self.items, len(self.lines))
+        cut(self.seconds, -(-len(self.lines) // chunk))
+
+    def append(self, lines: Sequence[Line], seconds: float) -> None:
+        """Put a chunk on the disk."""
+        row = {"start": len(self.lines), "items": len(lines), "seconds": round(seconds, 3)}
+        append(self.items, to_bytes(lines))
+        append(self.seconds, (json.dumps(row) + "\n").encode())
+        self.lines += lines
+
+
+def check_items(path: Path, lines: Sequence[Line], items: Sequence[Item]) -> None:
+    """Raise UserError unless the lines are of the first of these items."""
+    if len(lines) > len(items):
+        which = f"{path} has {len(lines):,} items, of which this command wants {len(items):,}"
+        raise UserError(f"{which}: give the --limit that it was made with, or choose another --out")
+    for number, (line, item) in enumerate(zip(lines, items, strict=False), 1):
+        content = json.loads(json.dumps(item.content))
+        if (line.id, line.hashes.get("content")) != (item.id, digest(content)):
+            which = f"{path}:{number} has item {shown(line.id)!r}, and the task's file has {shown(item.id)!r} there"
+            if line.id == item.id:
+                which = f"{path}:{number} has item {shown(line.id)!r} with another content than the task's file has now"
+            raise UserError(f"{which}: choose another --out, or bring back the file that it was made from")
+
+
+def cut(path: Path, n_rows: int) -> None:
+    """Shorten a file to its first rows, if it has more."""
+    if path.exists():
+        rows = path.read_bytes().split(b"\n")
+        os.truncate(path, sum(len(row) + 1 for row in rows[: min(n_rows, len(rows) - 1)]))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file, and wait until that is on the disk."""
+    new = not path.exists()
+    with open(path, "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        fsync(path.parent)

@@ -1,0 +1,165 @@
+"""Votes in SQLite: each is on the disk when `cast` returns, however many processes vote at once.
+
+    cast -> one transaction, appended to the log        live -> the last vote of each (annotator, item, question)
+
+The log only grows. To undo is to append a record with the answer "", and to vote again is to append another: the latest
+record of an (annotator, item, question) is the one that counts. A WAL with synchronous=FULL loses no vote that was
+acknowledged, even when the power fails. It needs a local disk: SQLite does not support a WAL on network folders.
+"""
+
+import json
+import math
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from threading import Lock
+
+from nanochameleon.errors import UserError, shown
+from nanochameleon.evaluate.people.questions import VERSION
+from nanochameleon.evaluate.people.study import Study, check_annotator
+
+FILE, UNDONE = "votes.sqlite", ""
+BUSY = 60.0  # seconds that a vote waits for those of other processes
+TICK = 1e-6  # seconds: the least time between two votes of an annotator
+SCHEMA = """CREATE TABLE IF NOT EXISTS votes (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    study TEXT NOT NULL, item TEXT NOT NULL, question TEXT NOT NULL, annotator TEXT NOT NULL,
+    sides TEXT NOT NULL, answer TEXT NOT NULL, seconds REAL NOT NULL, time REAL NOT NULL, version INTEGER NOT NULL,
+    UNIQUE (annotator, item, question, time))"""
+FIELDS = "study, item, question, annotator, sides, answer, seconds, time, version"
+# With one MAX, SQLite takes the other columns from the row that holds it.
+LIVE = f"SELECT {FIELDS}, MAX(time) AS latest FROM votes {{where}} GROUP BY annotator, item, question"
+
+
+@dataclass(frozen=True)
+class Vote:
+    study: str
+    item: str
+    question: str
+    annotator: str
+    order: tuple[str, ...]  # the answers as they were shown: left, right
+    answer: str  # a label of the question, or UNDONE
+    seconds: float  # from showing the question to the vote
+    time: float  # seconds since 1970
+    version: int = VERSION  # of the questions
+
+
+class Votes:
+    """The votes of one study. Several threads may share one object; each process opens its own."""
+
+    def __init__(self, study: Study):
+        self.study, self.lock, path = study, Lock(), study.folder / FILE
+        try:
+            self.db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = FULL")
+            self.db.execute(SCHEMA)
+        except sqlite3.Error as error:
+            raise UserError(f"cannot open {path} ({error}): it must be a file of votes on a local disk") from None
+
+    def close(self) -> None:
+        self.db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing of what happens inside, while no other process writes."""
+        with self.lock:
+            try:
+                self.db.execute("BEGIN IMMEDIATE")
+                yield
+                self.db.execute("COMMIT")
+            except BaseException as error:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):  # such as a full disk
+                    raise UserError(f"the vote could not be saved ({error}): make room, and vote again") from None
+                raise
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Writing
+
+    def cast(self, annotator: str, item: str, question: str, answer: str, seconds: float) -> bool:
+        """Save a vote, and return whether anything changed: a click that arrives twice does not.
+
+        Raises UserError for an unknown annotator's name, item, question or answer.
+        """
+        known = self.study.items.get(item)
+        order = self.study.sides(annotator, known) if known else ()
+        vote = Vote(self.study.id, item, question, annotator, order, answer, seconds, 0.0)
+        self.check(vote)
+        with self.transaction():
+            before = self.read(LIVE.format(where="WHERE annotator = ? AND item = ? AND question = ?"), vote.annotator,
+                               item, question)  # fmt: skip
+            if before and before[0].answer == answer:
+                return False
+            self.append(vote)
+        return True
+
+    def undo(self, annotator: str) -> Vote | None:
+        """Take back the annotator's last vote that counts, and return it. None: there is none."""
+        with self.transaction():
+            own = self.live(annotator)
+            if not own:
+                return None
+            last = max(own, key=lambda vote: vote.time)
+            self.append(Vote(*astuple(last)[:5], UNDONE, 0.0, 0.0))
+        return last
+
+    def append(self, vote: Vote) -> None:
+        """Append a vote with the time of now. An annotator's votes have increasing times, even if the clock jumps."""
+        (last,) = self.db.execute("SELECT MAX(time) FROM votes WHERE annotator = ?", (vote.annotator,)).fetchone()
+        self.insert(vote, max(time.time(), (last or 0.0) + TICK))
+
+    def insert(self, vote: Vote, when: float) -> int:
+        row = (*astuple(vote)[:4], json.dumps(vote.order), vote.answer, vote.seconds, when, vote.version)
+        marks = ", ".join("?" * len(row))
+        return self.db.execute(f"INSERT OR IGNORE INTO votes ({FIELDS}) VALUES ({marks})", row).rowcount
+
+    def add(self, votes: Iterable[Vote]) -> int:
+        """Save votes that were exported, all or none, and return how many of them are new."""
+        votes = list(votes)
+        for vote in votes:
+            self.check(vote)
+        with self.transaction():
+            return sum(self.insert(vote, vote.time) for vote in votes)
+
+    def check(self, vote: Vote) -> None:
+        """Raise UserError for a vote that cannot belong to this study."""
+        check_annotator(vote.annotator)
+        item = self.study.items.get(vote.item)
+        if vote.study != self.study.id or item is None:
+            raise UserError(f"the vote's item {shown(vote.item)!r} is not in {self.study.folder}: open the right study")
+        questions = {question.name: question for question in self.study.questions(item)}
+        if vote.question not in questions:
+            raise UserError(f"the vote answers {shown(vote.question)!r}: ask one of {', '.join(questions)}")
+        if vote.answer not in (labels := questions[vote.question].labels) and vote.answer != UNDONE:
+            raise UserError(f"the vote says {shown(vote.answer)!r}: answer one of {', '.join(labels)}")
+        if sorted(vote.order) != sorted(item.answers):
+            raise UserError(f"the vote on {vote.item} has other answers than the item: send it as it was exported")
+        if not (0 <= vote.seconds < math.inf and 0 <= vote.time < math.inf):
+            raise UserError(f"the vote on {vote.item} has no real time: send it as it was exported")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Reading
+
+    def read(self, query: str, *values: str) -> list[Vote]:
+        rows = self.db.execute(query, values).fetchall()
+        return [Vote(*row[:4], tuple(json.loads(row[4])), *row[5:9]) for row in rows]
+
+    def log(self) -> list[Vote]:
+        """Every record, in the order in which they were saved."""
+        return self.read(f"SELECT {FIELDS} FROM votes ORDER BY number")
+
+    def live(self, annotator: str | None = None) -> list[Vote]:
+        """The votes that count: of one annotator, or of all."""
+        where, values = ("", ()) if annotator is None else ("WHERE annotator = ?", (annotator,))
+        return [vote for vote in self.read(LIVE.format(where=where), *values) if vote.answer != UNDONE]
+
+    def voters(self, annotator: str) -> Counter:
+        """How many other annotators have votes on each item."""
+        query = f"""SELECT item, COUNT(DISTINCT annotator) FROM ({LIVE.format(where="WHERE annotator != ?")})
+                    WHERE answer != '' GROUP BY item"""
+        return Counter(dict(self.db.execute(query, (annotator,)).fetchall()))
