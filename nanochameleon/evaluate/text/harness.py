@@ -66,6 +66,8 @@ class Args:
             raise UserError("--tasks is missing: give names, such as --tasks hellaswag, or see --tasks list")
         if self.model is None:
             raise UserError("the model is missing: give a folder, such as models/toy")
+        if not self.model.is_dir():
+            raise UserError(f"there is no folder {shown(self.model)}: give a model, such as models/toy")
         if missing := next((name for name in self.names if is_path(name) and not Path(name).is_file()), None):
             raise UserError(f"there is no file {shown(missing)}: give the path of a task file")
 
@@ -130,7 +132,9 @@ def evaluate(args: Args, names: Sequence[str], folder: Path) -> dict[str, Any]:
         load_own(manager, name)
     model = Harness(open_model(args.model, args.device, args.dtype), args.chat, args.seed, str(args.model))
     seeds = dict.fromkeys(("numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
-    results = simple_evaluate(model, tasks=names, num_fewshot=args.shots, limit=args.limit, task_manager=manager, **seeds)
+    results = simple_evaluate(
+        model, tasks=names, num_fewshot=args.shots, limit=args.limit, task_manager=manager, **seeds
+    )
     return results | {"requests": {"asked": model.n_requests, "truncated": model.n_truncated}}
 
 

@@ -168,7 +168,9 @@ def writing_options(options: dict[str, Any], context: int) -> dict[str, Any]:
     given = normalize_gen_kwargs(options)
     for name in given.keys() - KNOWN:
         if given[name] not in (None, NEUTRAL.get(name)):
-            raise UserError(f"a task wants {shown(name)} = {shown(given[name])} for generation, which is not known here")
+            raise UserError(
+                f"a task wants {shown(name)} = {shown(given[name])} for generation, which is not known here"
+            )
     return {
         "max_new_tokens": min(given["max_gen_toks"], context // 2),
         "stop_strings": given["until"],

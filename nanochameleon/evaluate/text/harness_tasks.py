@@ -117,7 +117,9 @@ def write_tasks(names: Sequence[str], data: Path | None, folder: Path, shots: in
     families, read = groups(tasks), Splits(data)
     for name in names:
         if name not in tasks and name not in families:
-            raise UserError(f"{shown(name)} is no task of the ten sets: see --tasks list, or give your own NAME.yaml")
+            raise UserError(
+                f"there is no task {shown(repr(name))} of the ten sets: see --tasks list, or give your own NAME.yaml"
+            )
         try:
             if not write_group(name, tasks, families, read, folder, shots):
                 raise UserError(f"{data} has no items of {name}: bring the whole set, or leave the task out")
@@ -166,14 +168,13 @@ def write_group(name: str, tasks: dict, families: dict, read: Splits, folder: Pa
 
 def write_task(task: BuiltIn, read: Splits, folder: Path, shots: int | None) -> bool:
     """Write a task and its data. Returns False if there are no questions."""
-    n = task.n_examples(shots)
+    if not read(task, task.questions):
+        return False
+    n, files = task.n_examples(shots), {}
     if task.fixed_examples and n > (most := task.config["num_fewshot"]):
         raise UserError(f"{task.name} brings {most} examples along: --shots must be at most {most}, not {n}")
-    files = {}
     for split in sorted(task.splits(shots)):
         rows = read(task, split)
-        if split == task.questions and not rows:
-            return False
         if split != task.questions and len(rows) < n:
             raise UserError(f"{task.name} has {len(rows)} rows in its {split} split: {n} examples need at least {n}")
         files[split] = str(folder / f"{task.name}-{split}.jsonl")
