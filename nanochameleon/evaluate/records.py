@@ -5,7 +5,7 @@ Every mistake raises UserError: one sentence that names the file, the line and w
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def load(text: bytes, place: str) -> Any:
-    """Return the JSON value of a text."""
+def load(text: bytes, place: str, slim: Callable[[dict], Any] | None = None) -> Any:
+    """Return the JSON value of a text. slim: what takes the place of each object, as soon as it is read."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_hook=slim)
     except UnicodeDecodeError:
         raise UserError(f"{place} is not UTF-8: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand
@@ -70,9 +70,9 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     return rows
 
 
-def read_json_file(path: Path, kind: type = dict) -> Any:
-    """Return the JSON object, or with kind=list the list, that a whole file holds."""
-    value = load(read_bytes(path), str(path))
+def read_json_file(path: Path, kind: type = dict, slim: Callable[[dict], Any] | None = None) -> Any:
+    """Return the JSON object, or with kind=list the list, that a whole file holds. slim: see load."""
+    value = load(read_bytes(path), str(path), slim)
     if not isinstance(value, kind):
         raise UserError(f"{path} does not hold {KINDS[kind]}: it is not a file of this kind")
     return value

@@ -1,0 +1,125 @@
+"""Captions of COCO and Flickr30k: what does the model write after an image?
+
+    image, caption, newline, image, caption, newline, image -> at most 30 new tokens -> CIDEr-D over all images
+
+The protocol is the paper's (arXiv 2405.09818 section 4, Table 7): Karpathy's test splits, 2 examples, captions of at
+most 30 tokens. Captions follow their images without a word between, as in pre-training.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nanochameleon.evaluate.cider import cider_d
+from nanochameleon.evaluate.statistics import mean_figure
+from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
+from nanochameleon.evaluate.vision import files
+from nanochameleon.evaluate.vision.files import Captioned
+from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots
+from nanochameleon.files import write_file
+from nanochameleon.training.run import Run
+
+MAX_NEW_TOKENS = 30
+
+Read = Callable[[Path | None, bool], tuple[list[Captioned], list[Captioned]]]
+
+
+def read(options: Options, reader: Read) -> list[Item]:
+    """Return the test images, each with its examples. Raises UserError."""
+    n = SHOTS if options.shots is None else options.shots
+    test, training = reader(options.data, n > 0)
+    check_pool(training, n, options.data)
+    return [Item(each.id, content(each, training, n, options.seed)) for each in test[: options.limit]]
+
+
+def content(image: Captioned, training: Sequence[Captioned], n: int, seed: int) -> dict:
+    shots = [[shot.image, one_line(shot.references[0]) + "\n"] for shot in draw_shots(training, image, n, seed)]
+    return {"parts": [*shots, [image.image, ""]], "references": list(image.references)}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
+    return ask(run, [item.content["parts"] for item in items], options.data, MAX_NEW_TOKENS, blind=False)
+
+
+def score(content: dict, output: dict) -> tuple[str, dict[str, float]]:
+    """Return the caption. CIDEr-D depends on all images, so figures() computes it."""
+    return output["text"].strip(), {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole set
+
+
+def figures(lines: Sequence[Line], n_images: int, paper: str) -> list[Figure]:
+    """Return CIDEr-D, next to that of captions of other images. n_images: of the whole split."""
+    return [cider_figure(lines, paper if len(lines) == n_images else f"{n_images:,} images make the set: {paper}")]
+
+
+def cider_figure(lines: Sequence[Line], note: str) -> Figure:
+    """CIDEr-D of the captions, times 100 as papers print it.
+
+    The baseline is the first reference of the next image, a caption that did not look. The ceiling is its own first one.
+    """
+    references = [line.content["references"] for line in lines]
+    first = [texts[0] for texts in references]
+    _, scores = cider_d([line.extracted for line in lines], references)
+    elsewhere, own = (100 * cider_d(texts, references)[0] for texts in ([*first[1:], *first[:1]], first))
+    hundredfold, levels = [100 * score for score in scores], {"baseline": elsewhere, "ceiling": own}
+    return mean_figure("CIDEr-D", hundredfold, "images", scale=1.0, note=note, **levels)
+
+
+def export(lines: Sequence[Line], options: Options, folder: Path) -> None:
+    """Write results.json for COCO's scorer, and per_image.jsonl with the CIDEr-D of each image."""
+    kept = [line for line in lines if "problem" not in line.output]
+    _, scores = cider_d([line.extracted for line in kept], [line.content["references"] for line in kept])
+    results = [{"image_id": number(line.id), "caption": line.extracted} for line in kept]
+    write_file(folder / "results.json", json.dumps(results).encode())
+    rows = [result | {"cider_d": score} for result, score in zip(results, scores, strict=True)]
+    write_file(folder / "per_image.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def number(name: str) -> int | str:
+    """Return an id as in the official files: a number, if it is one."""
+    return int(name) if name.isdecimal() else name
+
+
+def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, n_images: int, paper: str) -> Task:
+    return Task(
+        name,
+        title,
+        wanted,
+        source,
+        read=lambda options: read(options, reader),
+        answer=answer,
+        score=score,
+        figures=lambda lines: figures(lines, n_images, paper),
+        export=export,
+        chunk=32,
+    )
+
+
+KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+TASKS = (
+    caption_task(
+        "coco",
+        "COCO captions, Karpathy's test split, CIDEr-D, 2 examples",
+        "dataset_coco.json, or BLIP's coco_karpathy_test.json and coco_karpathy_train.json; val2014/, train2014/",
+        f"{KARPATHY}; images: https://cocodataset.org/#download",
+        files.coco,
+        5_000,
+        "Chameleon-34B has 120.2, aligned to many tasks 139.1 (paper, Table 7)",
+    ),
+    caption_task(
+        "flickr30k",
+        "Flickr30k captions, Karpathy's test split, CIDEr-D, 2 examples",
+        "dataset_flickr30k.json; flickr30k-images/",
+        f"{KARPATHY}; images: https://shannon.cs.illinois.edu/DenotationGraph/",
+        files.flickr30k,
+        1_000,
+        "Chameleon-34B has 74.7, aligned to many tasks 76.2 (paper, Table 7)",
+    ),
+)
