@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from PIL import Image as Pillow
 from text_sets import ITEMS, write_authors, write_hub
 from tiny import RELEASED_VQGAN, TOKENIZER, VOCAB, nano_folder, released_model
+from torch.utils import collect_env
 from transformers import AutoTokenizer, ChameleonForConditionalGeneration
 
 from nanochameleon.convert import Args as ConvertArgs
@@ -69,7 +69,7 @@ def alone():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect)
-        patch.setattr(evaluator, "add_env_info", lambda results: None)
+        patch.setattr(collect_env, "get_pretty_env_info", str)
         patch.setattr(os, "environ", os.environ.copy())
         yield
 
@@ -381,7 +381,7 @@ def test_a_bad_file_leaves_out_its_task_alone(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--tasks", "helloswag"], "there is no task 'helloswag'"), (["--tasks", "gone.yaml"], "there is no file gone.yaml"),
+    (["--tasks", "helloswag"], "there is no task 'helloswag'"), (["--tasks", "gone.yaml"], "no file gone.yaml"),
     ([], "--tasks is missing"), (["--tasks", "boolq", "--limit", "0"], "--limit must be 1 or more"),
     (["--tasks", "boolq", "--data", "nowhere"], "--data must be a folder"), (["--tasks", "boolq"], "--data is missing"),
 ])  # fmt: skip
@@ -422,8 +422,8 @@ import socket
 def connect(*_):
     raise AssertionError("the network was touched")
 socket.socket.connect = connect
-from lm_eval import evaluator
-evaluator.add_env_info = lambda results: None
+from torch.utils import collect_env
+collect_env.get_pretty_env_info = str
 from nanochameleon.evaluate.text.harness import cli
 cli([{str(folder / "nano")!r}, "--tasks", {str(path)!r}, "--out", {str(tmp_path / "out")!r}])
 cli([{str(folder / "nano")!r}, "--tasks", {str(lost)!r}, "--out", {str(tmp_path / "out")!r}])

@@ -139,7 +139,7 @@ def evaluate(args: Args, names: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def load_own(manager, path: str) -> None:
-    """Load a task file of the user, which may run Python of theirs, so that anything wrong is found before the model."""
+    """Load a task file of the user, which may run Python of theirs. Any fault is found before the model is loaded."""
     try:
         manager.load([path])
     except Exception as error:
