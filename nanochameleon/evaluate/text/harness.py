@@ -123,6 +123,8 @@ def evaluate(args: Args, names: Sequence[str], folder: Path) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    from nanochameleon.evaluate.header import describe_model, describe_session
+    from nanochameleon.evaluate.task import Options
     from nanochameleon.evaluate.text.harness_model import Harness
     from nanochameleon.weights.model_folder import open_model
 
@@ -130,12 +132,15 @@ def evaluate(args: Args, names: Sequence[str], folder: Path) -> dict[str, Any]:
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     for name in filter(is_path, names):
         load_own(manager, name)
-    model = Harness(open_model(args.model, args.device, args.dtype), args.chat, args.seed, str(args.model))
+    run = open_model(args.model, args.device, args.dtype)
+    model = Harness(run, args.chat, args.seed, str(args.model))
     seeds = dict.fromkeys(("numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
-    results = simple_evaluate(
-        model, tasks=names, num_fewshot=args.shots, limit=args.limit, task_manager=manager, **seeds
-    )
-    return results | {"requests": {"asked": model.n_requests, "truncated": model.n_truncated}}
+    how = dict(num_fewshot=args.shots, limit=args.limit, task_manager=manager, **seeds)
+    results = simple_evaluate(model, tasks=names, **how)
+    results["requests"] = {"asked": model.n_requests, "truncated": model.n_truncated}
+    options = Options(args.data, args.limit, args.seed, args.shots)
+    results["nanochameleon"] = describe_model(run, args.model) | describe_session(run, names, options)
+    return results
 
 
 def load_own(manager, path: str) -> None:

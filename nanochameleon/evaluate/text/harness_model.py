@@ -64,17 +64,8 @@ class Harness(TemplateLM):
         return f"nanochameleon-{digest(to_json(self.run.tokenizer))}"
 
     def get_model_info(self) -> dict[str, Any]:
-        weights = self.run.model.output.weight
-        return {
-            "model_name": self.name,
-            "model_num_parameters": sum(x.numel() for x in self.run.model.state_dict().values()),
-            "model_dtype": str(weights.dtype),
-            "model_device": str(weights.device),
-            "tokenizer": self.tokenizer_name,
-            "context": self.max_length,
-            "chat": self.chat,
-            "seed": self.seed,
-        }
+        dtype = str(self.run.model.output.weight.dtype)
+        return {"model_name": self.name, "model_dtype": dtype, "context": self.max_length, "chat": self.chat}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         return self.run.tokenizer.encode(string)
