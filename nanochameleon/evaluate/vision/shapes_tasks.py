@@ -19,6 +19,7 @@ from nanochameleon.documents import EndOfTurn, Text, render
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import shapes
 from nanochameleon.evaluate.captions import score_caption
+from nanochameleon.evaluate.cider import cider_d
 from nanochameleon.evaluate.statistics import mean_figure
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import captioning, questions
@@ -107,10 +108,12 @@ def score_facts(content: dict, output: dict) -> tuple[str, dict[str, float]]:
 
 
 def caption_figures(lines: Sequence[Line]) -> list[Figure]:
+    references = [line.content["references"] for line in lines]
+    truth, _ = cider_d([texts[0] for texts in references], references)
     blind = sum(line.metrics["facts_blind"] for line in lines) / len(lines)
     facts = [line.metrics["facts"] for line in lines]
     return [
-        captioning.cider_figure(lines, "the baseline is another image's caption"),
+        captioning.cider_figure(lines, "the baseline is another image's caption", ceiling=100 * truth),
         mean_figure("facts", facts, "images", baseline=blind, ceiling=1.0, note="the baseline sees no image"),
     ]
 
