@@ -1,4 +1,4 @@
-"""The results of an evaluation: OUT/results.json holds all figures; table.md and table.html show them.
+"""The results of an evaluation: OUT/results.json holds all figures, next to it are a Markdown table and a page.
 
 lines of a task -> task_result -> results.json -> table.py, table_html.py
 """

@@ -1,9 +1,13 @@
 """The tasks that `python -m nanochameleon.evaluate` knows: each room of this folder adds a line."""
 
 from nanochameleon.evaluate.task import Task
+from nanochameleon.evaluate.text import choices, mmlu, word_problems
 from nanochameleon.evaluate.vision import captioning, questions, shapes_tasks
 
 TASKS: tuple[Task, ...] = (
+    *choices.TASKS,
+    *mmlu.TASKS,
+    *word_problems.TASKS,
     *captioning.TASKS,
     *questions.TASKS,
     *shapes_tasks.TASKS,

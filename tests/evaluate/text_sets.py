@@ -65,7 +65,10 @@ def mmlu(subject: str, number: int, answer: int) -> Row:
 
 
 HELLASWAG = [
-    hellaswag("Baking", "A man stands in a Kitchen.", "he opens The oven", ["and sings.", "and bakes.", "and.", "x."], "1"),
+    hellaswag(
+        "Baking", "A man stands in a Kitchen.", "he opens The oven",
+        ["and sings.", "and bakes.", "and.", "x."], "1",
+    ),
     hellaswag(
         "Home and Garden", "[header] How to water a fern [title] Fill a can. [step] Use rain.", "",
         ["[substeps] Pour it  slowly.", "Burn it [title] Now.", "Eat the can.", "Sell it."], "0",
