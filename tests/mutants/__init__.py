@@ -14,6 +14,7 @@ from mutants import (
     parallel,
     scripts,
     training,
+    vision,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -31,6 +32,7 @@ ROOMS = [
     parallel,
     scripts,
     training,
+    vision,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped

@@ -9,6 +9,7 @@ correctly, and the score of the truth as a ceiling.
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import permutations
+from statistics import fmean
 
 import numpy as np
 
@@ -141,11 +142,16 @@ def answer_type(question: str, truth: str) -> str:
 
 
 def question_figures(lines: Sequence[Line]) -> list[Figure]:
-    """Return the figures of VQA, and what the most common answer to the same words gets: the best without an image."""
+    """Return the figures of VQA, with chance, and what the most common answer to the same words gets."""
     answers = [shapes.Answer(scene_from(c := line.content), c["question"], c["references"][0], "") for line in lines]
     words = shapes.question_only(World(**lines[0].content["world"]), answers)
     note = f"the baseline sees no image; the most common answer to the same words gets {words:.1%}"
-    return questions.figures(lines, note)
+    known = {
+        line.group: {each.content["references"][0] for each in lines if each.group == line.group} for line in lines
+    }
+    chances = {"acc": fmean(1 / len(known[line.group]) for line in lines)}
+    chances |= {f"acc, {kind}": 1 / len(texts) for kind, texts in known.items()}  # a guess among the answers of a type
+    return [replace(each, chance=chances.get(each.name)) for each in questions.figures(lines, note)]
 
 
 TASKS = (
