@@ -82,12 +82,7 @@ def test_captions_follow_their_images_and_true_ones_score_high(run, tmp_path, mo
     lines = answered(TASKS[name], run, Options(data=tmp_path))
     assert [line.extracted for line in lines] == [texts[0] for texts in CAPTIONS.values()]
     cider = figure(TASKS[name], lines, "CIDEr-D")
-    assert (
-        cider.n == 3
-        and cider.unit == "images"
-        and cider.value == pytest.approx(cider.ceiling)
-        and cider.value > 250 > 50 > cider.baseline
-    )
+    assert cider.n == 3 and cider.unit == "images" and cider.value > 400 > 50 > cider.baseline
     assert "make the set" in cider.note and "Table 7" in cider.note
     written = [s.text for s in parse(says.prompts[0], run.tokenizer, run.vocab) if isinstance(s, Text)]
     examples = {" ".join(texts[0].split()) + "\n" for texts in TRAINING.values()}
