@@ -5,8 +5,10 @@ from mutants import (
     bench,
     core,
     data,
+    drawing,
     evaluate,
     generation,
+    harness,
     images,
     kernels_amx,
     kernels_cpu,
@@ -15,6 +17,7 @@ from mutants import (
     people,
     scripts,
     training,
+    vision,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -24,8 +27,10 @@ ROOMS = [
     bench,
     core,
     data,
+    drawing,
     evaluate,
     generation,
+    harness,
     images,
     kernels_cpu,
     kernels_gpu,
@@ -33,6 +38,7 @@ ROOMS = [
     people,
     scripts,
     training,
+    vision,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped
