@@ -17,6 +17,7 @@ from mutants import (
     people,
     scripts,
     training,
+    vision,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -37,6 +38,7 @@ ROOMS = [
     people,
     scripts,
     training,
+    vision,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped
