@@ -84,10 +84,16 @@ def parse(text: bytes, place: str) -> Line:
 # Writing
 
 
+def read_seconds(path: Path) -> list[tuple[int, float]]:
+    """Return (first item, seconds) of each chunk. A kill may have lost some of them."""
+    rows = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    chunks = [(load(row, f"{path}:{number}"), f"{path}:{number}") for number, row in enumerate(rows, 1)]
+    return [(get(row, "start", int, place), get(row, "seconds", (int, float), place)) for row, place in chunks]
+
+
 def total_seconds(folder: Path) -> float:
     """Return the seconds that the answers of a log took."""
-    rows = (folder / SECONDS).read_bytes().split(b"\n")[:-1] if (folder / SECONDS).exists() else []
-    return sum(get(load(row, str(folder / SECONDS)), "seconds", (int, float), str(folder / SECONDS)) for row in rows)
+    return sum(seconds for _, seconds in read_seconds(folder / SECONDS))
 
 
 class Log:
@@ -102,7 +108,7 @@ class Log:
         whole = len(lines) == len(items)  # then the last chunk may be shorter
         self.lines = lines if whole else lines[: len(lines) // chunk * chunk]
         cut(self.items, len(self.lines))
-        cut(self.seconds, -(-len(self.lines) // chunk))
+        cut(self.seconds, sum(start < len(self.lines) for start, _ in read_seconds(self.seconds)))
 
     def append(self, lines: Sequence[Line], seconds: float) -> None:
         """Put a chunk on the disk."""

@@ -129,18 +129,14 @@ evaluate(Path({str(model)!r}), [after(10, killed, sums(14))], Options(out=Path({
     assert [len(result["header"]["sessions"]) for result in (resumed, whole)] == [2, 1]
 
 
-@given(st.data())
+@given(st.integers(1, 12), st.integers(1, 5), st.floats(0, 1), st.floats(0, 1), st.sampled_from([b"", b"\0\0"]))
 @settings(max_examples=30)
-def test_cut_anywhere_and_resumed_ends_with_the_same_bytes(tmp_path_factory, data):
+def test_cut_anywhere_and_resumed_ends_with_the_same_bytes(tmp_path_factory, n, chunk, items_left, seconds_left, tail):
     """Also where items and seconds were cut at different places, and where the disk left zeros."""
-    n, chunk = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 5))
     task, folder = in_company(n=n, chunk=chunk), tmp_path_factory.mktemp("log")
-    through = logged(folder, task)
-    seconds = (folder / SECONDS).read_bytes()
-    (folder / ITEMS).write_bytes(
-        through[: data.draw(st.integers(0, len(through)))] + data.draw(st.sampled_from([b"", b"\0\0"]))
-    )
-    (folder / SECONDS).write_bytes(seconds[: data.draw(st.integers(0, len(seconds)))])
+    through, seconds = logged(folder, task), (folder / SECONDS).read_bytes()
+    (folder / ITEMS).write_bytes(through[: round(items_left * len(through))] + tail)
+    (folder / SECONDS).write_bytes(seconds[: round(seconds_left * len(seconds))])
     assert logged(folder, task) == through
     rows = [json.loads(row) for row in (folder / SECONDS).read_text().splitlines()]
     assert [row["start"] for row in rows] == sorted({row["start"] for row in rows})
@@ -150,6 +146,16 @@ def test_cut_anywhere_and_resumed_ends_with_the_same_bytes(tmp_path_factory, dat
 def test_a_log_that_is_whole_asks_nothing(tmp_path):
     through = logged(tmp_path, sums(6))
     assert logged(tmp_path, after(0, lambda: pytest.fail("asked again"), sums(6))) == through
+
+
+def test_a_chunk_whose_seconds_were_lost_counts_once(tmp_path):
+    """Killed between the two files, resumed, then cut back to before that."""
+    through = logged(tmp_path, sums(12))
+    seconds = (tmp_path / SECONDS).read_bytes().splitlines(keepends=True)
+    (tmp_path / SECONDS).write_bytes(seconds[0] + seconds[2])
+    (tmp_path / ITEMS).write_bytes(b"".join(through.splitlines(keepends=True)[:8]))
+    logged(tmp_path, sums(12))
+    assert [json.loads(row)["start"] for row in (tmp_path / SECONDS).read_text().splitlines()] == [0, 8]
 
 
 @pytest.mark.parametrize("limit", [1, 4, 6, 8, 11])
