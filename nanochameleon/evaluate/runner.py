@@ -179,7 +179,7 @@ def rescore(tasks: Sequence[Task], options: Options) -> dict:
         for task in tasks:
             total, lines = header["tasks"].get(task.name, 0), rescore_log(task, out / task.name)
             if total and len(lines) == total:
-                export(task, lines, options)
+                export(task, lines, headers.options_of(header, task.name, options))
             results[task.name] = task_result(task, lines, total, total_seconds(out / task.name))
         content = write_results(out, header, results)
     say(summary(content))

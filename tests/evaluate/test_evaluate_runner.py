@@ -316,6 +316,15 @@ def test_rescore_with_another_rule_changes_scores_and_tables(model, tmp_path, ca
     assert rescore([sums(9)], Options(out=tmp_path))["tasks"]["sums"]["figures"][0]["value"] == pytest.approx(6 / 9)
 
 
+def test_rescore_writes_the_files_for_official_scorers_with_the_options_of_the_run(model, tmp_path):
+    given = []
+    task = sums(6, export=lambda lines, options, folder: given.append((len(lines), options.limit, options.seed)))
+    run(model, tmp_path, task, limit=4, seed=3)
+    run(model, tmp_path, sums(6, name="more"), seed=3)
+    rescore([task], Options(out=tmp_path))
+    assert given == [(4, 4, 3), (4, 4, 3)]
+
+
 def test_rescore_keeps_items_that_could_not_be_asked_out(model, tmp_path):
     with pytest.raises(UserError):
         run(model, tmp_path, with_problem(["sum-2"]))
