@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nanochameleon.evaluate.cider import cider_d
-from nanochameleon.evaluate.statistics import mean_figure
+from nanochameleon.evaluate.statistics import mean_interval
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import files
 from nanochameleon.evaluate.vision.files import Captioned
@@ -59,17 +59,18 @@ def figures(lines: Sequence[Line], n_images: int, paper: str) -> list[Figure]:
     return [cider_figure(lines, paper if len(lines) == n_images else f"{n_images:,} images make the set: {paper}")]
 
 
-def cider_figure(lines: Sequence[Line], note: str, **rest) -> Figure:
+def cider_figure(lines: Sequence[Line], note: str, ceiling: float | None = None) -> Figure:
     """CIDEr-D of the captions, times 100 as papers print it.
 
     The baseline is the first reference of the next image: a caption that did not look.
     """
     references = [line.content["references"] for line in lines]
     first = [texts[0] for texts in references]
-    _, scores = cider_d([line.extracted for line in lines], references)
+    mean, scores = cider_d([line.extracted for line in lines], references)
     elsewhere, _ = cider_d([*first[1:], *first[:1]], references)
-    levels = {"scale": 1.0, "baseline": 100 * elsewhere, "note": note} | rest
-    return mean_figure("CIDEr-D", [100 * score for score in scores], "images", **levels)
+    interval = [100 * bound for bound in mean_interval(scores)]  # not mean_figure's: scores of 0 are no shares
+    how, levels = "bootstrap over images", {"baseline": 100 * elsewhere, "ceiling": ceiling}
+    return Figure("CIDEr-D", 100 * mean, len(lines), "images", *interval, how, scale=1.0, note=note, **levels)
 
 
 def export(lines: Sequence[Line], options: Options, folder: Path) -> None:

@@ -137,7 +137,7 @@ def question_task(name: str, title: str, wanted: str, source: str, reader: Read,
         read=lambda options: read(options, reader),
         answer=answer,
         score=score,
-        figures=lambda lines: figures(lines, note),
+        figures=lambda lines: figures(lines, f"asked as {FORM.format('...')!r}; {note}"),
         export=export,
         chunk=32,
     )
