@@ -166,6 +166,14 @@ def test_a_file_that_holds_no_votes_is_one_sentence(tmp_path):
         Votes(study)
 
 
+def test_votes_do_not_pass_to_a_study_that_was_changed(tmp_path):
+    study, _ = small_study(tmp_path)
+    Votes(study).cast("ann", pairs(study)[0].id, "preference", "same", 1.0)
+    changed = replace(study, id="another")
+    with pytest.raises(UserError, match="has votes on another study"):
+        Votes(changed).live()
+
+
 def test_each_vote_is_flushed_to_the_disk(shared):
     votes = Votes(shared)
     assert votes.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -154,6 +154,8 @@ class Votes:
             query = f"SELECT number, {FIELDS} FROM votes WHERE number > ? ORDER BY number"
             for number, *row in self.db.execute(query, (self.n_read,)):
                 self.n_read, vote = number, vote_of(row)
+                if vote.study != self.study.id:
+                    raise UserError(f"{self.study.folder / FILE} has votes on another study: restore the study's files")
                 own, before = self.latest[vote.annotator], self.latest[vote.annotator].get((vote.item, vote.question))
                 if before is None or before.time <= vote.time:
                     own[vote.item, vote.question] = vote
