@@ -14,8 +14,8 @@ from nanochameleon.evaluate.cider import cider_d
 from nanochameleon.evaluate.statistics import mean_interval
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import files
-from nanochameleon.evaluate.vision.files import Captioned
-from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots
+from nanochameleon.evaluate.vision.files import Captioned, official_id
+from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots, one_line
 from nanochameleon.files import write_file
 from nanochameleon.training.run import Run
 
@@ -35,10 +35,6 @@ def read(options: Options, reader: Read) -> list[Item]:
 def content(image: Captioned, training: Sequence[Captioned], n: int, seed: int) -> dict:
     shots = [[shot.image, one_line(shot.references[0]) + "\n"] for shot in draw_shots(training, image, n, seed)]
     return {"parts": [*shots, [image.image, ""]], "references": list(image.references)}
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
@@ -77,15 +73,10 @@ def export(lines: Sequence[Line], options: Options, folder: Path) -> None:
     """Write results.json for COCO's scorer, and per_image.jsonl with the CIDEr-D of each image."""
     kept = [line for line in lines if "problem" not in line.output]
     _, scores = cider_d([line.extracted for line in kept], [line.content["references"] for line in kept])
-    results = [{"image_id": number(line.id), "caption": line.extracted} for line in kept]
+    results = [{"image_id": official_id(line.id), "caption": line.extracted} for line in kept]
     write_file(folder / "results.json", json.dumps(results).encode())
     rows = [result | {"cider_d": score} for result, score in zip(results, scores, strict=True)]
     write_file(folder / "per_image.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def number(name: str) -> int | str:
-    """Return an id as in the official files: a number, if it is one."""
-    return int(name) if name.isdecimal() else name
 
 
 def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, n_images: int, paper: str) -> Task:

@@ -46,6 +46,11 @@ class Asked:
     answer_type: str
 
 
+def official_id(name: str) -> int | str:
+    """Return an id as the official files have it: a number, if it is one."""
+    return int(name) if name.isdecimal() else name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where files and images are
 
