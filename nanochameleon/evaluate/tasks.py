@@ -1,5 +1,6 @@
 """The tasks that `python -m nanochameleon.evaluate` knows: each room of this folder adds a line."""
 
+from nanochameleon.evaluate import definitions, toy_tasks
 from nanochameleon.evaluate.task import Task
 from nanochameleon.evaluate.text import choices, mmlu, word_problems
 from nanochameleon.evaluate.vision import captioning, questions, shapes_tasks
@@ -11,4 +12,6 @@ TASKS: tuple[Task, ...] = (
     *captioning.TASKS,
     *questions.TASKS,
     *shapes_tasks.TASKS,
+    *toy_tasks.TASKS,
+    *definitions.TASKS,
 )
