@@ -88,7 +88,11 @@ def judge(scene: Scene, image: np.ndarray, world: World) -> dict[str, bool]:
 
     'all_facts' is true if every fact is, the things match as wholes and no cell is unreadable.
     """
-    reading = read(image, world)
+    return compare(scene, read(image, world))
+
+
+def compare(scene: Scene, reading: Reading) -> dict[str, bool]:
+    """Return the facts of `judge` for an image that was read."""
     facts = {
         "background": reading.background == scene.background,
         "count": len(reading.things) + reading.unreadable == len(scene.things),

@@ -1,6 +1,7 @@
 """The tasks that `python -m nanochameleon.evaluate` knows: each room of this folder adds a line."""
 
 from nanochameleon.evaluate import definitions, toy_tasks
+from nanochameleon.evaluate.drawing import shapes_alignment, shapes_geneval
 from nanochameleon.evaluate.task import Task
 from nanochameleon.evaluate.text import choices, mmlu, word_problems
 from nanochameleon.evaluate.vision import captioning, questions, shapes_tasks
@@ -14,4 +15,6 @@ TASKS: tuple[Task, ...] = (
     *shapes_tasks.TASKS,
     *toy_tasks.TASKS,
     *definitions.TASKS,
+    *shapes_geneval.TASKS,
+    *shapes_alignment.TASKS,
 )

@@ -118,21 +118,14 @@ def open_to_draw(args: Args) -> "Run":
 
 def header(args: Args, run: "Run", params: SamplingParams, prompts: Sequence[Prompt]) -> dict:
     """Return everything that decides what is drawn. The limit is no part of it."""
-    from nanochameleon.evaluate.drawing.images import weights_digest
+    from nanochameleon.evaluate.header import describe_model
     from nanochameleon.evaluate.task import digest
 
-    weight = run.model.tok_embeddings.weight
-    return {
-        "layout": args.layout,
-        "prompts": digest([[prompt.name, prompt.text, prompt.line] for prompt in prompts]),
-        "model": args.model.resolve().name,
-        "weights": weights_digest(run),
-        "samples": args.samples,
-        "seed": args.seed,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-        "params": dataclasses.asdict(params),
-    }
+    names = [[prompt.name, prompt.text, prompt.line] for prompt in prompts]
+    described = describe_model(run, args.model.resolve())
+    del described["path"]  # the same model in another place draws the same images
+    options = {"layout": args.layout, "prompts": digest(names), "samples": args.samples, "seed": args.seed}
+    return {"model": args.model.resolve().name} | options | described | {"params": dataclasses.asdict(params)}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def header_of(out: Path) -> Path:
 
 
 def check_same(known: dict, header: dict, out: Path) -> None:
-    for name in sorted(known.keys() | header.keys()):
+    for name in {**header, **known}:
         there, here = known.get(name), header.get(name)
         if there != here:
             differ = f"with {name} {shown(json.dumps(there))}, and this one has {shown(json.dumps(here))}"

@@ -3,7 +3,6 @@
 ImageFile -> tokens of its prompt, a seed a sample -> generate_each -> codes -> pixels -> a grid -> PNG -> OUT/path
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,13 +72,3 @@ def grid(images: Sequence[np.ndarray]) -> np.ndarray:
     side = math.isqrt(len(images))
     rows = [np.concatenate(images[i : i + side], axis=1) for i in range(0, len(images), side)]
     return np.concatenate(rows, axis=0)
-
-
-def weights_digest(run: Run) -> str:
-    """16 hexadecimal digits of the weights of the transformer and the image tokenizer."""
-    hashed = hashlib.sha256()
-    for module in (run.model, run.image_tokenizer.vqgan):
-        for name, x in sorted(module.state_dict().items()):
-            hashed.update(f"{name} {tuple(x.shape)} ".encode())
-            hashed.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return hashed.hexdigest()[:16]
