@@ -3,23 +3,23 @@
     study, votes = open_study(DIR), Votes(study)            what annotators may see, and what they said
     asked = next_question(study, votes, "ann")              a prompt, one or two answers and a question; None at the end
     votes.cast("ann", asked.item, asked.question.name, "first", seconds)
-    votes.undo("ann"); progress(study, votes, "ann"); live(DIR)
+    votes.undo("ann"); progress(study, votes, "ann"); live(study, votes, open_key(DIR))
 
     python -m nanochameleon.evaluate human make | annotate | report | export | import | paper        (people/)
 
 Any page or program on which people vote needs these functions alone; people/terminal.py is one. `live` is for the owner
-of the study, since it reads the unblinding table.
+of the study, who has the unblinding table.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanochameleon.evaluate.people.questions import Question
 from nanochameleon.evaluate.people.results import Results, results
-from nanochameleon.evaluate.people.study import Item, Segments, Study, check_annotator, open_key, open_study
+from nanochameleon.evaluate.people.study import Item, Key, Segments, Study, check_annotator, open_key, open_study
 from nanochameleon.evaluate.people.votes import Votes
 
-__all__ = ["AskedQuestion", "Progress", "Votes", "live", "next_question", "open_study", "progress"]
+__all__ = ["AskedQuestion", "Progress", "Votes", "live", "next_question", "open_key", "open_study", "progress"]
 
 
 @dataclass(frozen=True)
@@ -38,43 +38,34 @@ class Progress:
     total: int  # with those that are still open
 
 
-def open_questions(study: Study, votes: Votes, annotator: str) -> list[tuple[Item, Question]]:
-    """All that this annotator can still answer, in order.
+def open_questions(study: Study, votes: Votes, annotator: str) -> Iterator[tuple[Item, Question]]:
+    """Yield all that this annotator can still answer, in order.
 
     An item with enough votes is left out, unless this annotator has begun it. Two people who work at once may both get
     the last vote that an item lacks; then it has one more.
     """
     said = {(vote.item, vote.question) for vote in votes.live(check_annotator(annotator))}
-    begun, others = {item for item, _ in said}, votes.voters(annotator)
-    return [
-        (item, question)
-        for item in study.order(annotator)
-        if item.everyone or item.id in begun or others[item.id] < study.wanted
-        for question in study.questions(item)
-        if (item.id, question.name) not in said
-    ]
+    begun = {item for item, _ in said}
+    for item in study.order(annotator):
+        if item.everyone or item.id in begun or votes.n_others(item.id, annotator) < study.wanted:
+            for question in study.questions(item):
+                if (item.id, question.name) not in said:
+                    yield item, question
 
 
 def next_question(study: Study, votes: Votes, annotator: str) -> AskedQuestion | None:
     """Return what to ask this annotator next; None: there is nothing left."""
-    left = open_questions(study, votes, annotator)
-    if not left:
-        return None
-    item, question = left[0]
-    answers = [study.answers[name] for name in study.sides(annotator, item)]
-    return AskedQuestion(item.id, question, study.prompts[item.prompt], answers)
+    for item, question in open_questions(study, votes, annotator):
+        answers = [study.answers[name] for name in study.sides(annotator, item)]
+        return AskedQuestion(item.id, question, study.prompts[item.prompt], answers)
+    return None
 
 
 def progress(study: Study, votes: Votes, annotator: str) -> Progress:
     done = len(votes.live(check_annotator(annotator)))
-    return Progress(done, done + len(open_questions(study, votes, annotator)))
+    return Progress(done, done + sum(1 for _ in open_questions(study, votes, annotator)))
 
 
-def live(folder: Path) -> Results:
-    """The results so far, of every item with a vote, for the owner of a study."""
-    study = open_study(folder)
-    votes = Votes(study)
-    try:
-        return results(study, open_key(folder), votes.live(), least=1)
-    finally:
-        votes.close()
+def live(study: Study, votes: Votes, key: Key) -> Results:
+    """The results so far, of every item with a vote."""
+    return results(study, key, votes.live(), least=1)

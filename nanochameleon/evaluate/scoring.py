@@ -1,6 +1,6 @@
 """Score continuations: the log-probability that a model gives to them after a context.
 
-    contexts and continuations -> packed sequences -> hidden states that predict a continuation -> logits -> sums
+    contexts and continuations -> trees (token_trees.py) -> hidden states that predict a token -> logits -> sums
 
 Log-probabilities are over the whole vocabulary, image tokens included, and are summed in float64.
 """
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nanochameleon.errors import UserError
+from nanochameleon.evaluate.token_trees import Tokens, Tree, read_prefix, read_trees, shared_prefixes
 from nanochameleon.kernels import use_kernels
-from nanochameleon.packing import best_fit, collate
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
 from nanochameleon.vocab import Vocab
@@ -58,7 +58,7 @@ def fit(context: Sequence[int], room: int, vocab: Vocab) -> tuple[list[int], boo
 
 @torch.inference_mode()
 def score(run: Run, requests: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
-    """Score each (context with <s> first, continuation). Equal requests are computed once.
+    """Score each (context with <s> first, continuation). What requests share is computed once.
 
     Raises UserError for a continuation that does not fit into the model's context after <s>.
     """
@@ -66,75 +66,83 @@ def score(run: Run, requests: Sequence[tuple[list[int], list[int]]]) -> list[Sco
     if (most := max((len(continuation) for _, continuation in requests), default=0)) >= longest:
         raise UserError(f"a continuation has {most} tokens, and the model's context {longest - 1}: give shorter ones")
     fitted = [fit(context, longest - len(continuation), run.vocab) for context, continuation in requests]
-    asked = [(tuple(c), tuple(new)) for (c, _), (_, new) in zip(fitted, requests, strict=True)]
-    distinct = sorted(dict.fromkeys(pair for pair in asked if pair[1]), key=lambda pair: -len(pair[0] + pair[1]))
+    asked = [(tuple(context), tuple(new)) for (context, _), (_, new) in zip(fitted, requests, strict=True)]
+    continuations: dict[Tokens, dict[Tokens, None]] = {}  # dictionaries keep the order, as sets do not
+    for context, continuation in asked:
+        if continuation:
+            continuations.setdefault(context, {})[continuation] = None
     found = {pair: (0.0, True) for pair in asked}  # what empty continuations get
-    for batch in batches(distinct):
-        for pair, hidden in zip(batch, predicting(run, batch), strict=True):
-            found[pair] = sum_log_probs(run, hidden, pair[1])
+    for length, contexts in shared_prefixes(list(continuations)):
+        grown = [(context, Tree.grow(context[length:], list(continuations[context]))) for context in contexts]
+        found |= score_trees(run, grown, length)
     return [Scored(*found[pair], cut) for pair, (_, cut) in zip(asked, fitted, strict=True)]
 
 
-@torch.inference_mode()
 def next_scores(run: Run, contexts: Sequence[Sequence[int]], candidates: Sequence[int]) -> list[list[float]]:
     """Return, for each context with <s> first, the log-probabilities of single tokens that may come next."""
-    fitted = [tuple(fit(context, run.cfg.model.max_seq_len, run.vocab)[0]) for context in contexts]
-    pairs = sorted(((context, (0,)) for context in dict.fromkeys(fitted)), key=lambda pair: -len(pair[0]))
-    found = {}
-    for batch in batches(pairs):
-        hidden = torch.cat(list(predicting(run, batch)))  # (contexts, D)
-        log_probs = run.model.logits(hidden).double().log_softmax(-1)[:, list(candidates)]
-        found |= {context: row for (context, _), row in zip(batch, log_probs.tolist(), strict=True)}
-    return [list(found[context]) for context in fitted]
+    scored = score(run, [(list(context), [token]) for context in contexts for token in candidates])
+    n = len(candidates)
+    return [[each.log_prob for each in scored[i * n : (i + 1) * n]] for i in range(len(contexts))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Running the model
+# Trees -> sums
 
-Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context, continuation
+Grown = list[tuple[Tokens, Tree]]  # contexts, and the trees that have them and their continuations
 
 
-def batches(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Split into batches of about BATCH_TOKENS tokens."""
-    batch, size = [], 0
-    for context, continuation in pairs:
-        batch.append((context, continuation))
-        size += len(context) + len(continuation)
-        if size >= BATCH_TOKENS:
+def score_trees(run: Run, grown: Grown, length: int) -> dict[tuple[Tokens, Tokens], tuple[float, bool]]:
+    """Return {(context, continuation): (log-probability, is it greedy)} of contexts that share `length` tokens."""
+    found = {}
+    with use_kernels("auto"):  # in the weights' dtype, for which the kernels requested for training may not exist
+        prefix = read_prefix(run.model, grown[0][0][:length]) if length else None
+        for batch in batches(grown, length):
+            hidden = read_trees(run.model, [tree for _, tree in batch], run.vocab.pad, prefix)
+            found |= sums(run, hidden, batch)
+    return found
+
+
+def batches(grown: Grown, length: int) -> Iterator[Grown]:
+    """Split into batches of trees of similar size, of about BATCH_TOKENS tokens with prefix and padding."""
+    batch: Grown = []
+    for each in sorted(grown, key=lambda pair: len(pair[1].tokens)):
+        if batch and (len(batch) + 1) * (length + len(each[1].tokens)) > BATCH_TOKENS:
             yield batch
-            batch, size = [], 0
+            batch = []
+        batch.append(each)
     if batch:
         yield batch
 
 
-def predicting(run: Run, pairs: Sequence[Pair]) -> Iterator[Tensor]:
-    """Run the model on packed sequences -> for each pair the hidden states (n, D) that predict its continuation."""
-    documents = [[*context, *continuation[:-1]] for context, continuation in pairs]
-    lengths = [len(document) for document in documents]
-    seq_len = max(lengths)
-    rows = best_fit(lengths, seq_len)
-    sequences: list[list[list[int]]] = [[] for _ in range(rows.max() + 1)]
-    ends = np.zeros(len(sequences), np.int64)
-    packed = []
-    for document, row in zip(documents, rows.tolist(), strict=True):
-        sequences[row].append(document)
-        ends[row] += len(document)
-        packed.append((row, int(ends[row])))
-    batch = collate(sequences, seq_len, run.vocab.pad).to(run.device)
-    with use_kernels("auto"):  # in the weights' dtype, for which the kernels requested for training may not exist
-        hidden = run.model(batch.tokens, batch.positions, batch.documents)
-    for (row, end), (_, continuation) in zip(packed, pairs, strict=True):
-        yield hidden[row, end - len(continuation) : end]
+def sums(run: Run, hidden: Tensor, batch: Grown) -> dict[tuple[Tokens, Tokens], tuple[float, bool]]:
+    """Sum the log-probabilities of each continuation from the hidden states (trees, nodes, D)."""
+    keys = [(context, continuation) for context, tree in batch for continuation in tree.paths]
+    nodes, size = [], hidden.shape[1]  # the nodes that predict a token, in the order of all tokens to predict
+    for i, (_, tree) in enumerate(batch):
+        nodes += [i * size + node for path in tree.paths.values() for node in path]
+    distinct, which = np.unique(nodes, return_inverse=True)
+    targets = [token for _, continuation in keys for token in continuation]
+    log_probs, greedy = predictions(
+        run, hidden.flatten(0, 1)[torch.from_numpy(distinct).to(run.device)], which, targets
+    )
+    ends = np.cumsum([len(continuation) for _, continuation in keys])[:-1]
+    parts = zip(np.split(log_probs, ends), np.split(greedy, ends), strict=True)
+    return {key: (float(x.sum()), bool(y.all())) for key, (x, y) in zip(keys, parts, strict=True)}
 
 
-def sum_log_probs(run: Run, hidden: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
-    """Return (log-probability, is it greedy) of a continuation from the hidden states (n, D) that predict it."""
-    total, greedy = 0.0, True
-    targets = torch.tensor(continuation, device=run.device)
+def predictions(run: Run, hidden: Tensor, which: np.ndarray, targets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log-probabilities (tokens,) of targets, float64, and whether each is the likeliest token.
+
+    which: for each target the row of hidden (n, D) that predicts it.
+    """
+    rows, targets = torch.from_numpy(which).to(run.device), torch.tensor(targets, device=run.device)
+    log_probs = torch.empty(len(targets), dtype=torch.float64, device=run.device)
+    greedy = torch.empty(len(targets), dtype=torch.bool, device=run.device)
     step = max(1, LOGITS // run.vocab.size)
-    for part, target in zip(hidden.split(step), targets.split(step), strict=True):
-        logits = run.model.logits(part)  # (n, V)
-        log_probs = logits.double().log_softmax(-1).gather(1, target[:, None])
-        total += float(log_probs.sum())
-        greedy = greedy and bool((logits.argmax(-1) == target).all())
-    return total, greedy
+    for start in range(0, len(hidden), step):
+        logits = run.model.logits(hidden[start : start + step])  # (step, V)
+        here = (rows >= start) & (rows < start + step)
+        row, target = rows[here] - start, targets[here]
+        log_probs[here] = logits.double().log_softmax(-1)[row, target]
+        greedy[here] = logits.argmax(-1)[row] == target
+    return log_probs.cpu().numpy(), greedy.cpu().numpy()

@@ -10,8 +10,9 @@ from strategies import any_text
 from tiny import N_CODES, TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run
 
 from nanochameleon.errors import UserError
-from nanochameleon.evaluate import scoring
+from nanochameleon.evaluate import scoring, token_trees
 from nanochameleon.evaluate.scoring import context_and_continuation, fit, next_scores, score
+from nanochameleon.evaluate.token_trees import Tree, shared_prefixes
 from nanochameleon.training.run import Run
 from nanochameleon.weights.model_folder import open_model
 
@@ -67,6 +68,15 @@ def test_scores_of_every_kind_of_model_are_sums(run, changes):
     shared = [VOCAB.bos, 30, 31, 32]
     asked = [(shared, [40, 41]), (shared, [40, 42, 43]), ([VOCAB.bos], [50]), ([*shared, 40], [41, 44])]
     check(with_model(run, tiny_model(1, **changes)), asked)
+
+
+@settings(max_examples=20)
+@given(contexts, requests)
+def test_shots_that_all_contexts_share_change_nothing(run, shots, asked):
+    """With a prefix that is computed once, however little that saves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_trees, "WORTH_SHARING", 1)
+        check(run, [(shots[:12] + context[1:20], continuation) for context, continuation in asked])
 
 
 @settings(max_examples=20)
@@ -182,3 +192,39 @@ def test_the_pair_rule_by_example():
     assert context_and_continuation(TOKENIZER, "a tar \n", "red") == (encode("a tar"), encode(" \nred"))
     assert context_and_continuation(TOKENIZER, "", "red") == ([], encode("red"))
     assert context_and_continuation(TOKENIZER, "  ", "red") == ([], encode("  red"))
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tree_holds_every_distinct_prefix_once():
+    tree = Tree.grow((0, 7), [(1, 2, 3), (1, 2, 4), (1, 5), (6,)])
+    assert (tree.tokens, tree.parents) == ([0, 7, 1, 2], [-1, 0, 1, 2])
+    assert tree.paths == {(1, 2, 3): [1, 2, 3], (1, 2, 4): [1, 2, 3], (1, 5): [1, 2], (6,): [1]}
+
+
+def test_a_node_sees_its_ancestors_alone():
+    tree = Tree.grow((0, 7), [(1, 2, 3), (4, 5, 6)])
+    seen = [[j for j in range(7) if row[j]] for row in tree.ancestors(7)]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [6]]  # the last one pads
+
+
+def test_only_prefixes_that_save_enough_are_shared(monkeypatch):
+    shots, others = tuple(range(9)), tuple(range(20, 24))
+    contexts = [*((*shots, i) for i in range(4)), *((*others, i) for i in range(2)), (50, 51)]
+    monkeypatch.setattr(token_trees, "WORTH_SHARING", 3 * 9)
+    groups = list(shared_prefixes(contexts))
+    assert groups == [(9, contexts[:4]), (0, contexts[4:])]
+    monkeypatch.setattr(token_trees, "WORTH_SHARING", 4)
+    assert list(shared_prefixes(contexts)) == [(9, contexts[:4]), (4, contexts[4:6]), (0, contexts[6:])]
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12).map(tuple), unique=True, max_size=20))
+def test_groups_hold_each_context_once_and_what_they_share(contexts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_trees, "WORTH_SHARING", 1)
+        groups = list(shared_prefixes(contexts))
+    assert sorted(context for _, group in groups for context in group) == sorted(contexts)
+    for length, group in groups:
+        assert len({context[:length] for context in group}) <= 1
+        assert all(len(context) > length for context in group)  # each has a token that predicts the next one

@@ -223,7 +223,7 @@ def test_figures_have_chance_the_longest_option_and_the_paper(data):
     assert acc.value == pytest.approx(1 / 3)  # the first option is right once
     assert acc.chance == pytest.approx((1 / 4 + 1 / 3 + 1 / 5) / 3)
     assert acc.baseline == 0.0  # "iron bars", "steam" and "a stone" are the longest, and wrong
-    assert "76.1" in norm.note and "84.1" in norm.note and acc.note == ""
+    assert "76.1" in norm.note and "84.1" in norm.note and acc.note == "sum of log P"
 
 
 def test_mmlu_counts_questions_and_subjects(data):

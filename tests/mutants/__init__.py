@@ -14,8 +14,10 @@ from mutants import (
     kernels_cpu,
     kernels_gpu,
     parallel,
+    people,
     scripts,
     training,
+    vision,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -33,8 +35,10 @@ ROOMS = [
     kernels_cpu,
     kernels_gpu,
     parallel,
+    people,
     scripts,
     training,
+    vision,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped

@@ -33,9 +33,23 @@ MUTANTS = [
     ),
     Mutant(
         "a continuation is predicted one token late",
-        "evaluate/scoring.py",
-        "end - len(continuation) : end]",
-        "end - len(continuation) - 1 : end - 1]",
+        "evaluate/token_trees.py",
+        "path = [n - 1]",
+        "path = [max(n - 2, 0)]",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
+        "a candidate sees the others",
+        "evaluate/token_trees.py",
+        "seen[node] |= seen[self.parents[node]]",
+        "seen[node, :node] = True",
+        "evaluate/test_scoring.py",
+    ),
+    Mutant(
+        "positions start again after a shared prefix",
+        "evaluate/token_trees.py",
+        "seen.sum(-1) - 1 + length",
+        "seen.sum(-1) - 1",
         "evaluate/test_scoring.py",
     ),
     Mutant(

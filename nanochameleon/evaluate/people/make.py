@@ -50,31 +50,30 @@ def build(
     check_new(folder)
     secret = read_secret(folder)
     names = {(model, prompt.id): hashed(secret, "answer", model, prompt.id) for model in answers for prompt in prompts}
-    shown_prompts = {
-        hashed(secret, "prompt", p.id): blinded(folder, p.segments, secret, "prompt", p.id) for p in prompts
-    }
-    shown_answers = {
-        names[model, prompt.id]: blinded(folder, segments, secret, "answer", model, prompt.id)
-        for model, own in answers.items()
-        for prompt, segments in zip(prompts, own, strict=True)
-    }
     items = make_items(secret, prompts, list(answers), names, questions, pairing)
     items, repeats = with_duplicates(secret, items, duplicates)
+    shown_prompts, shown_answers = blind_all(folder, secret, prompts, answers, names)
     checks = make_checks(secret, items, attention)
-    for item, prompt, texts, _ in checks:
-        shown_prompts[item.prompt] = [{"text": prompt}]
+    for item, sentence, texts, _ in checks:
+        items.append(item)
+        shown_prompts[item.prompt] = [{"text": sentence}]
         shown_answers |= dict(zip(item.answers, texts, strict=True))
-    items += [item for item, *_ in checks]
-    asked = {
-        hashed(secret, "prompt", p.id): Asked(p.id, p.task_type, any("image" in s for s in p.segments)) for p in prompts
-    }
-    models_of = {name: model for (model, _), name in names.items()}
-    key = Key(tuple(answers), asked, models_of, repeats, {item.id: right for item, *_, right in checks})
+    key = Key(
+        tuple(answers),
+        {hashed(secret, "prompt", prompt.id): as_asked(prompt) for prompt in prompts},
+        {name: model for (model, _), name in names.items()},
+        repeats,
+        {item.id: right for item, *_, right in checks},
+    )
     write_json(folder / KEY, asdict(key))
     write_json(folder / SHOWN, contents(seed, wanted, shown_prompts, shown_answers, items))
     study = open_study(folder)
     Votes(study).close()  # the file is there before several annotators open it at once
     return study
+
+
+def as_asked(prompt: Prompt) -> Asked:
+    return Asked(prompt.id, prompt.task_type, any("image" in segment for segment in prompt.segments))
 
 
 def check_new(folder: Path) -> None:
@@ -90,6 +89,22 @@ def read_secret(folder: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, os.urandom(16).hex().encode())
     return path.read_text()
+
+
+def blind_all(
+    folder: Path, secret: str, prompts: Sequence[Prompt], answers: dict[str, list[Segments]],
+    names: dict[tuple[str, str], str],
+) -> tuple[dict[str, Segments], dict[str, Segments]]:  # fmt: skip
+    """Return the prompts and the answers under their random names.
+
+    Images are written in the order of these names, so the times of the files do not tell whose they are, either.
+    """
+    asked = {hashed(secret, "prompt", prompt.id): blinded(folder, prompt.segments, secret, "prompt", prompt.id)
+             for prompt in prompts}  # fmt: skip
+    said = {(model, prompt.id): segments for model, own in answers.items()
+            for prompt, segments in zip(prompts, own, strict=True)}  # fmt: skip
+    in_order = sorted(said, key=names.__getitem__)
+    return asked, {names[owner]: blinded(folder, said[owner], secret, "answer", *owner) for owner in in_order}
 
 
 def blinded(folder: Path, segments: Segments, secret: str, *owner: str) -> Segments:

@@ -4,7 +4,8 @@
     {"id": "7", "segments": [{"text": "What is "}, {"image": "cat.jpg"}], "task_type": "Identification"}
     {"id": "7", "segments": [{"text": "A cat:"}, {"image": "out/7-1.png"}]}                       an answer
 
-The first form is that of the paper's released prompts. Nothing is downloaded: of a URL only the file name counts.
+The first form is that of the paper's released prompts; a file may also be one list. Nothing is downloaded: of a URL
+only the file name counts.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from nanochameleon.errors import UserError, shown
 from nanochameleon.evaluate.people.study import Segments
-from nanochameleon.evaluate.records import check_ids, get, image_path, read_json_lines
+from nanochameleon.evaluate.records import check_ids, get, image_path, read_bytes, read_json_file, read_json_lines
 
 MARK = "<img>"
 UNNAMED = "unnamed"  # the kind of task where the file names none
@@ -29,7 +30,7 @@ class Prompt:
 def read_prompts(path: Path, images: Path | None, limit: int | None = None) -> list[Prompt]:
     """Read prompts of either form. images: the folder of the image files; None: that of the prompts."""
     folder, prompts, places = images or path.parent, [], []
-    for place, row in read_json_lines(path)[:limit]:
+    for place, row in read_rows(path)[:limit]:
         own = "segments" in row
         segments = read_segments(row, folder, place) if own else marked(row, folder, place)
         if not segments:
@@ -39,6 +40,16 @@ def read_prompts(path: Path, images: Path | None, limit: int | None = None) -> l
         places.append((place, prompts[-1].id))
     check_ids(places)
     return prompts
+
+
+def read_rows(path: Path) -> list[tuple[str, dict]]:
+    """Return [(place, object)] of JSON lines, or of one list."""
+    if not read_bytes(path).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return read_json_lines(path)
+    rows = [(f"{path}, entry {number}", row) for number, row in enumerate(read_json_file(path, list), 1)]
+    if wrong := [place for place, row in rows if not isinstance(row, dict)]:
+        raise UserError(f"{wrong[0]} is not a JSON object: write objects, such as {{...}}")
+    return rows
 
 
 def read_answers(path: Path, prompts: list[Prompt]) -> list[Segments]:

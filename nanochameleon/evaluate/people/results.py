@@ -100,13 +100,13 @@ class Results:
             rates[pair] = win_rate(*counts)[0], *win_rate_interval(*counts), sum(counts)
         return rates
 
-    def alphas(self) -> dict[str, tuple[float, float, float, int] | str]:
+    def alphas(self, n_resamples: int = 1_000) -> dict[str, tuple[float, float, float, int] | str]:
         """{question, or "A against B": Krippendorff's alpha, its 95% interval, number of items; or why it has none}."""
         groups = defaultdict(list)
         for each in self.judged:
             name = " against ".join(each.subject) if isinstance(each.subject, tuple) else each.question
             groups[name].append(each.said)
-        return {name: alpha_of(said) for name, said in groups.items()}
+        return {name: alpha_of(said, n_resamples) for name, said in groups.items()}
 
     def agreement(self, pair: Pair) -> tuple[int, int, int]:
         """How many items have votes that are all equal, only a majority, no majority."""
@@ -164,11 +164,11 @@ def level(said: Sequence[str]) -> str:
     return "none" if majority(said, otherwise=None) is None else "majority"
 
 
-def alpha_of(said: list[dict[str, str]]) -> tuple[float, float, float, int] | str:
+def alpha_of(said: list[dict[str, str]], n_resamples: int) -> tuple[float, float, float, int] | str:
     people = sorted({name for each in said for name in each})
     ratings = [[each.get(name) for each in said] for name in people]
     try:
-        low, high, _ = alpha_interval(ratings)
+        low, high, _ = alpha_interval(ratings, n_resamples=n_resamples)
         return krippendorff_alpha(ratings), low, high, sum(len(each) >= 2 for each in said)
     except ValueError as error:
         return str(error)

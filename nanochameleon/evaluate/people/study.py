@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Study:
     prompts: dict[str, Segments]
     answers: dict[str, Segments]
     items: dict[str, Item]
+    orders: dict[str, list[Item]] = field(default_factory=dict, compare=False, repr=False)  # a cache, by annotator
 
     def sides(self, annotator: str, item: Item) -> tuple[str, ...]:
         """The answers in the order in which this annotator sees them."""
@@ -55,8 +56,24 @@ class Study:
         return item.answers[::-1] if swap else item.answers
 
     def order(self, annotator: str) -> list[Item]:
-        """The items in the order in which this annotator meets them."""
-        return sorted(self.items.values(), key=lambda item: hashed(self.seed, "order", annotator, item.id))
+        """The items in the order in which this annotator meets them.
+
+        Of two items with the same answers, one comes in the first third and one in the last: too far to remember.
+        """
+        if annotator not in self.orders:
+            self.orders[annotator] = self.new_order(annotator)
+        return self.orders[annotator]
+
+    def new_order(self, annotator: str) -> list[Item]:
+        place = {name: int(hashed(self.seed, "order", annotator, name), 16) / 16**32 for name in self.items}
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for name in sorted(self.items, key=place.__getitem__):
+            groups.setdefault(self.items[name].answers, []).append(name)
+        for first, *again in groups.values():
+            if again:
+                place[first] /= 3
+                place[again[0]] = (2 + place[again[0]]) / 3
+        return sorted(self.items.values(), key=lambda item: place[item.id])
 
     def questions(self, item: Item) -> list[Question]:
         if len(item.answers) == 2:

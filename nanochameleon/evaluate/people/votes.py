@@ -2,20 +2,21 @@
 
     cast -> one transaction, appended to the log        live -> the last vote of each (annotator, item, question)
 
-The log only grows. To undo is to append a record with the answer "", and to vote again is to append another: the latest
-record of an (annotator, item, question) is the one that counts. A WAL with synchronous=FULL loses no vote that was
-acknowledged, even when the power fails. It needs a local disk: SQLite does not support a WAL on network folders.
+The log only grows, so a reader keeps what it has read, and each call reads what is new. To undo is to append a record
+with the answer "", and to vote again is to append another: the latest record of an (annotator, item, question) is the
+one that counts. A WAL with synchronous=FULL loses no vote that was acknowledged, even when the power fails. It needs a
+local disk: SQLite does not support a WAL on network folders.
 """
 
 import json
 import math
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from threading import Lock
+from threading import RLock
 
 from nanochameleon.errors import UserError, shown
 from nanochameleon.evaluate.people.questions import VERSION
@@ -23,6 +24,7 @@ from nanochameleon.evaluate.people.study import Study, check_annotator
 
 FILE, UNDONE = "votes.sqlite", ""
 BUSY = 60.0  # seconds that a vote waits for those of other processes
+DAY = 86_400.0  # seconds
 TICK = 1e-6  # seconds: the least time between two votes of an annotator
 SCHEMA = """CREATE TABLE IF NOT EXISTS votes (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -30,8 +32,6 @@ SCHEMA = """CREATE TABLE IF NOT EXISTS votes (
     sides TEXT NOT NULL, answer TEXT NOT NULL, seconds REAL NOT NULL, time REAL NOT NULL, version INTEGER NOT NULL,
     UNIQUE (annotator, item, question, time))"""
 FIELDS = "study, item, question, annotator, sides, answer, seconds, time, version"
-# With one MAX, SQLite takes the other columns from the row that holds it.
-LIVE = f"SELECT {FIELDS}, MAX(time) AS latest FROM votes {{where}} GROUP BY annotator, item, question"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Votes:
     """The votes of one study. Several threads may share one object; each process opens its own."""
 
     def __init__(self, study: Study):
-        self.study, self.lock, path = study, Lock(), study.folder / FILE
+        self.study, self.lock, path = study, RLock(), study.folder / FILE
+        self.n_read = 0  # the number of the last record that was read
+        self.latest: dict[str, dict[tuple[str, str], Vote]] = defaultdict(dict)  # {annotator: {(item, question): vote}}
+        self.people: dict[str, Counter] = defaultdict(Counter)  # {item: {annotator: how many votes count}}
         try:
             self.db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
             self.db.execute("PRAGMA journal_mode = WAL")
@@ -69,6 +72,7 @@ class Votes:
         with self.lock:
             try:
                 self.db.execute("BEGIN IMMEDIATE")
+                self.refresh()
                 yield
                 self.db.execute("COMMIT")
             except BaseException as error:
@@ -91,9 +95,8 @@ class Votes:
         vote = Vote(self.study.id, item, question, annotator, order, answer, seconds, 0.0)
         self.check(vote)
         with self.transaction():
-            before = self.read(LIVE.format(where="WHERE annotator = ? AND item = ? AND question = ?"), vote.annotator,
-                               item, question)  # fmt: skip
-            if before and before[0].answer == answer:
+            before = self.latest[annotator].get((item, question))
+            if before and before.answer == answer:
                 return False
             self.append(vote)
         return True
@@ -110,13 +113,13 @@ class Votes:
 
     def append(self, vote: Vote) -> None:
         """Append a vote with the time of now. An annotator's votes have increasing times, even if the clock jumps."""
-        (last,) = self.db.execute("SELECT MAX(time) FROM votes WHERE annotator = ?", (vote.annotator,)).fetchone()
-        self.insert(vote, max(time.time(), (last or 0.0) + TICK))
+        last = max((each.time for each in self.latest[vote.annotator].values()), default=0.0)
+        self.insert("INSERT", vote, max(time.time(), last + TICK))
 
-    def insert(self, vote: Vote, when: float) -> int:
+    def insert(self, how: str, vote: Vote, when: float) -> int:
         row = (*astuple(vote)[:4], json.dumps(vote.order), vote.answer, vote.seconds, when, vote.version)
         marks = ", ".join("?" * len(row))
-        return self.db.execute(f"INSERT OR IGNORE INTO votes ({FIELDS}) VALUES ({marks})", row).rowcount
+        return self.db.execute(f"{how} INTO votes ({FIELDS}) VALUES ({marks})", row).rowcount
 
     def add(self, votes: Iterable[Vote]) -> int:
         """Save votes that were exported, all or none, and return how many of them are new."""
@@ -124,7 +127,7 @@ class Votes:
         for vote in votes:
             self.check(vote)
         with self.transaction():
-            return sum(self.insert(vote, vote.time) for vote in votes)
+            return sum(self.insert("INSERT OR IGNORE", vote, vote.time) for vote in votes)
 
     def check(self, vote: Vote) -> None:
         """Raise UserError for a vote that cannot belong to this study."""
@@ -139,27 +142,41 @@ class Votes:
             raise UserError(f"the vote says {shown(vote.answer)!r}: answer one of {', '.join(labels)}")
         if sorted(vote.order) != sorted(item.answers):
             raise UserError(f"the vote on {vote.item} has other answers than the item: send it as it was exported")
-        if not (0 <= vote.seconds < math.inf and 0 <= vote.time < math.inf):
+        if not (0 <= vote.seconds < math.inf and 0 <= vote.time < time.time() + DAY):  # clocks may differ by hours
             raise UserError(f"the vote on {vote.item} has no real time: send it as it was exported")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
 
-    def read(self, query: str, *values: str) -> list[Vote]:
-        rows = self.db.execute(query, values).fetchall()
-        return [Vote(*row[:4], tuple(json.loads(row[4])), *row[5:9]) for row in rows]
+    def refresh(self) -> None:
+        """Read what is new in the file. Of two votes on the same question, the one with the later time counts."""
+        with self.lock:
+            query = f"SELECT number, {FIELDS} FROM votes WHERE number > ? ORDER BY number"
+            for number, *row in self.db.execute(query, (self.n_read,)):
+                self.n_read, vote = number, vote_of(row)
+                if vote.study != self.study.id:
+                    raise UserError(f"{self.study.folder / FILE} has votes on another study: restore the study's files")
+                own, before = self.latest[vote.annotator], self.latest[vote.annotator].get((vote.item, vote.question))
+                if before is None or before.time <= vote.time:
+                    own[vote.item, vote.question] = vote
+                    was, now = before is not None and before.answer != UNDONE, vote.answer != UNDONE
+                    self.people[vote.item][vote.annotator] += now - was
 
     def log(self) -> list[Vote]:
         """Every record, in the order in which they were saved."""
-        return self.read(f"SELECT {FIELDS} FROM votes ORDER BY number")
+        return [vote_of(row) for row in self.db.execute(f"SELECT {FIELDS} FROM votes ORDER BY number")]
 
     def live(self, annotator: str | None = None) -> list[Vote]:
         """The votes that count: of one annotator, or of all."""
-        where, values = ("", ()) if annotator is None else ("WHERE annotator = ?", (annotator,))
-        return [vote for vote in self.read(LIVE.format(where=where), *values) if vote.answer != UNDONE]
+        with self.lock:
+            self.refresh()
+            chosen = [self.latest[annotator]] if annotator is not None else self.latest.values()
+            return [vote for own in chosen for vote in own.values() if vote.answer != UNDONE]
 
-    def voters(self, annotator: str) -> Counter:
-        """How many other annotators have votes on each item."""
-        query = f"""SELECT item, COUNT(DISTINCT annotator) FROM ({LIVE.format(where="WHERE annotator != ?")})
-                    WHERE answer != '' GROUP BY item"""
-        return Counter(dict(self.db.execute(query, (annotator,)).fetchall()))
+    def n_others(self, item: str, annotator: str) -> int:
+        """How many other annotators have votes on an item, as far as was read."""
+        return sum(count > 0 and name != annotator for name, count in self.people[item].items())
+
+
+def vote_of(row: Sequence) -> Vote:
+    return Vote(*row[:4], tuple(json.loads(row[4])), *row[5:])

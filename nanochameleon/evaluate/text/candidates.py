@@ -31,6 +31,7 @@ from nanochameleon.evaluate.text.prompts import QUESTIONS, Question
 from nanochameleon.training.run import Run
 
 BETWEEN_SHOTS = "\n\n"
+NOTES = {"acc": "sum of log P", "acc_norm": "log P by character", "acc_answer": 'log P less that after "Answer:"'}
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,12 @@ def likeliest(metric: str, question: Question, output: dict) -> int:
 
 
 def figures(benchmark: Benchmark, lines: Sequence[Line]) -> list[Figure]:
-    """Return a figure for each metric: the paper's, which its note names, and the others."""
+    """Return a figure for each metric: the paper's, with what the paper has, and the others."""
     questions = [question_of(line.content) for line in lines]
     chance = fmean(1 / len(question.options) for question in questions)
     baseline = fmean(longest(question) == question.right for question in questions)
-    notes = dict.fromkeys(benchmark.metrics, "") | {benchmark.metrics[0]: f"as the paper: {benchmark.paper}"}
+    notes = {metric: NOTES[metric] for metric in benchmark.metrics}
+    notes[benchmark.metrics[0]] += f"; the paper has {benchmark.paper}; baseline: the longest option"
     return [
         mean_figure(metric, [line.metrics[metric] for line in lines], chance=chance, baseline=baseline, note=note)
         for metric, note in notes.items()

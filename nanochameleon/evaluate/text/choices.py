@@ -12,7 +12,7 @@ NORM, ANSWER = ("acc_norm", "acc"), ("acc_answer", "acc", "acc_norm")  # the pap
 
 
 def paper(small: float, large: float, llama: str) -> str:
-    return f"Chameleon-7B {small:.1f}, 34B {large:.1f}; Llama-2-{llama}"
+    return f"7B {small:.1f}, 34B {large:.1f}, Llama-2-{llama}"
 
 
 BENCHMARKS = (

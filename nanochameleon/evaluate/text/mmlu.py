@@ -23,7 +23,7 @@ from nanochameleon.training.run import Run
 
 MMLU = Benchmark(
     "mmlu", "MMLU: 57 subjects from school to profession, 4 options, 5 shots", "mmlu", "test", ("acc",),
-    "Chameleon-7B 52.1, 34B 65.8; Llama-2-7B 45.3, 34B 62.6",
+    "7B 52.1, 34B 65.8, Llama-2-7B 45.3, 34B 62.6",
     "mmlu/data/test/*_test.csv and dev/*_dev.csv, or mmlu/all/test-*.parquet and dev-*.parquet",
     "github.com/hendrycks/test (data.tar), or cais/mmlu on the hub",
     shots=5,

@@ -59,17 +59,17 @@ def figures(lines: Sequence[Line], n_images: int, paper: str) -> list[Figure]:
     return [cider_figure(lines, paper if len(lines) == n_images else f"{n_images:,} images make the set: {paper}")]
 
 
-def cider_figure(lines: Sequence[Line], note: str) -> Figure:
+def cider_figure(lines: Sequence[Line], note: str, **rest) -> Figure:
     """CIDEr-D of the captions, times 100 as papers print it.
 
-    The baseline is the first reference of the next image, a caption that did not look. The ceiling is its own first one.
+    The baseline is the first reference of the next image: a caption that did not look.
     """
     references = [line.content["references"] for line in lines]
     first = [texts[0] for texts in references]
     _, scores = cider_d([line.extracted for line in lines], references)
-    elsewhere, own = (100 * cider_d(texts, references)[0] for texts in ([*first[1:], *first[:1]], first))
-    hundredfold, levels = [100 * score for score in scores], {"baseline": elsewhere, "ceiling": own}
-    return mean_figure("CIDEr-D", hundredfold, "images", scale=1.0, note=note, **levels)
+    elsewhere, _ = cider_d([*first[1:], *first[:1]], references)
+    levels = {"scale": 1.0, "baseline": 100 * elsewhere, "note": note} | rest
+    return mean_figure("CIDEr-D", [100 * score for score in scores], "images", **levels)
 
 
 def export(lines: Sequence[Line], options: Options, folder: Path) -> None:

@@ -9,6 +9,7 @@ correctly, and the score of the truth as a ceiling.
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import permutations
+from statistics import fmean
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from nanochameleon.documents import EndOfTurn, Text, render
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import shapes
 from nanochameleon.evaluate.captions import score_caption
+from nanochameleon.evaluate.cider import cider_d
 from nanochameleon.evaluate.statistics import mean_figure
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import captioning, questions
@@ -107,10 +109,12 @@ def score_facts(content: dict, output: dict) -> tuple[str, dict[str, float]]:
 
 
 def caption_figures(lines: Sequence[Line]) -> list[Figure]:
+    references = [line.content["references"] for line in lines]
+    truth, _ = cider_d([texts[0] for texts in references], references)
     blind = sum(line.metrics["facts_blind"] for line in lines) / len(lines)
     facts = [line.metrics["facts"] for line in lines]
     return [
-        captioning.cider_figure(lines, "the baseline is another image's caption"),
+        captioning.cider_figure(lines, "the baseline is another image's caption", ceiling=100 * truth),
         mean_figure("facts", facts, "images", baseline=blind, ceiling=1.0, note="the baseline sees no image"),
     ]
 
@@ -138,11 +142,16 @@ def answer_type(question: str, truth: str) -> str:
 
 
 def question_figures(lines: Sequence[Line]) -> list[Figure]:
-    """Return the figures of VQA, and what the most common answer to the same words gets: the best without an image."""
+    """Return the figures of VQA, with chance, and what the most common answer to the same words gets."""
     answers = [shapes.Answer(scene_from(c := line.content), c["question"], c["references"][0], "") for line in lines]
     words = shapes.question_only(World(**lines[0].content["world"]), answers)
     note = f"the baseline sees no image; the most common answer to the same words gets {words:.1%}"
-    return questions.figures(lines, note)
+    known = {
+        line.group: {each.content["references"][0] for each in lines if each.group == line.group} for line in lines
+    }
+    chances = {"acc": fmean(1 / len(known[line.group]) for line in lines)}
+    chances |= {f"acc, {kind}": 1 / len(texts) for kind, texts in known.items()}  # a guess among the answers of a type
+    return [replace(each, chance=chances.get(each.name)) for each in questions.figures(lines, note)]
 
 
 TASKS = (
