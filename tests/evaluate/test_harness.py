@@ -404,6 +404,12 @@ def test_wrong_options_are_one_sentence(folder, arguments, sentence, capsys):
     assert sentence in error
 
 
+def test_no_item_is_asked_twice(folder, tmp_path, capsys):
+    twice = ["--tasks", "mmlu_abstract_algebra,mmlu", "--data", str(folder / "data"), "--out", str(tmp_path)]
+    error = failed([str(folder / "nano"), *twice], capsys)
+    assert "mmlu_abstract_algebra is in mmlu_abstract_algebra and in mmlu: leave one of them out" in error
+
+
 def test_a_task_file_that_cannot_be_loaded_is_named(folder, tmp_path, capsys):
     files = "dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\n"
     (tmp_path / "bad.yaml").write_text(f"task: bad\n{files}output_type: multiple_choice\n")
