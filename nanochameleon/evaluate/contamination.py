@@ -3,7 +3,7 @@
     python -m nanochameleon.evaluate contamination prepared/ extra.jsonl --tasks arc_easy,gsm8k --data benchmarks
     python -m nanochameleon.evaluate contamination prepared/ --tasks gsm8k --data benchmarks --results OUT
 
-    items -> words -> n-grams (kept in memory); training documents -> words -> n-grams (streamed) -> those that both have
+    python -m nanochameleon.evaluate contamination prepared/ --tasks gsm8k --data DIR --results OUT
 
 Words are letters and digits in lower case, so punctuation and line breaks do not hide a copy. 13 words are GPT-3's
 choice (arXiv 2005.14165, appendix C), and so is to ignore what more than 10 documents have: such runs are phrases, not
