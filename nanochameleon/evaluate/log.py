@@ -140,11 +140,15 @@ def cut(path: Path, n_rows: int) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file, and wait until that is on the disk."""
+    """Add to the end of a file, and wait until that is on the disk. Raises UserError where the disk is full."""
     new = not path.exists()
-    with open(path, "ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if new:
-        fsync(path.parent)
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            fsync(path.parent)
+    except OSError as error:
+        why = f"cannot write to {path} ({error.strerror})"
+        raise UserError(f"{why}: free some space, and the same command resumes") from None
