@@ -213,4 +213,18 @@ MUTANTS = [
         "if False:",
         "evaluate/test_text_files.py",
     ),
+    Mutant(
+        "training data are searched with their test split",
+        "evaluate/contamination.py",
+        "if path.parent.name != TEST",
+        "",
+        "evaluate/test_contamination.py",
+    ),
+    Mutant(
+        "a run of words across two blocks is lost",
+        "evaluate/contamination.py",
+        "tail(kept + block)",
+        '""',
+        "evaluate/test_contamination.py",
+    ),
 ]
