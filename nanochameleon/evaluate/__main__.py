@@ -83,6 +83,8 @@ class Args:
         if not (self.tasks or self.rescore):
             raise UserError("--tasks is missing: give names, such as --tasks arc_easy,boolq, or see --tasks list")
         names = self.names
+        if "" in names:
+            raise UserError("--tasks has an empty name: join names by single commas")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"--tasks has {shown(twice)} twice: name it once")
 

@@ -1,5 +1,6 @@
 """The tasks that `python -m nanochameleon.evaluate` knows: each room of this folder adds a line."""
 
+from nanochameleon.evaluate import definitions, toy_tasks
 from nanochameleon.evaluate.drawing import shapes_alignment, shapes_geneval
 from nanochameleon.evaluate.task import Task
 from nanochameleon.evaluate.text import choices, mmlu, word_problems
@@ -12,6 +13,8 @@ TASKS: tuple[Task, ...] = (
     *captioning.TASKS,
     *questions.TASKS,
     *shapes_tasks.TASKS,
+    *toy_tasks.TASKS,
+    *definitions.TASKS,
     *shapes_geneval.TASKS,
     *shapes_alignment.TASKS,
 )

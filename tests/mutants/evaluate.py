@@ -67,6 +67,27 @@ MUTANTS = [
         "evaluate/test_scoring.py",
     ),
     Mutant(
+        "the blind baseline sees the image",
+        "evaluate/choosing.py",
+        "scored[len(items) + i]]",
+        "scored[i]]",
+        "evaluate/test_toy_tasks.py",
+    ),
+    Mutant(
+        "a wrong caption shows what training never shows",
+        "evaluate/toy_tasks.py",
+        "not in world.held_out",
+        "not in ()",
+        "evaluate/test_toy_tasks.py",
+    ),
+    Mutant(
+        "another sense of the word counts as wrong",
+        "evaluate/definitions.py",
+        "if not set(other.words) & set(entry.words)",
+        "if other != entry",
+        "evaluate/test_definitions.py",
+    ),
+    Mutant(
         "CIDEr without clipping",
         "evaluate/cider.py",
         "min(weight, r.get(x, 0.0))",

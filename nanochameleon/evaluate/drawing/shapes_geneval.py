@@ -16,6 +16,7 @@ from typing import Any
 from nanochameleon.data.sources.scenes import World, draw
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.drawing.each import generate_each
+from nanochameleon.evaluate.drawing.folder import save
 from nanochameleon.evaluate.drawing.geneval import COMPOSITIONS, cases, judge, metadata
 from nanochameleon.evaluate.drawing.geneval import TASKS as TAGS
 from nanochameleon.evaluate.drawing.images import pixels, tokens_of
@@ -24,7 +25,6 @@ from nanochameleon.evaluate.drawing.summary import figures as figures_of
 from nanochameleon.evaluate.oracle import read as read_image
 from nanochameleon.evaluate.shapes import SCENE_SEED, has_room
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, item_seed
-from nanochameleon.files import write_file
 from nanochameleon.images.terminal import png
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import Run
@@ -60,7 +60,7 @@ def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     prompts = [tokens_of(run, item.content["metadata"]["prompt"]) for item in items]
     fitting = [i for i, prompt in enumerate(prompts) if has_room(run, prompt)]
     params = dataclasses.replace(run.cfg.sample, max_new_tokens=run.image_tokenizer.n_codes_per_image + 1)
-    seeds = [seed_of(items[i], options) for i in fitting]
+    seeds = [item_seed(options.seed, items[i].id) for i in fitting]
     context = run.model.cfg.max_seq_len
     outputs: list[dict] = [
         {"problem": f"{NAME}: the prompt of item {item.id} and an image are too long for a context of {context} tokens"}
@@ -71,19 +71,14 @@ def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     return [Answer(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
 
-def seed_of(item: Item, options: Options) -> int:
-    return item_seed(options.seed, item.content["metadata"]["prompt"], item.content["sample"])
-
-
 def judged(run: Run, tokens: Sequence[int], item: Item, options: Options) -> dict[str, Any]:
     """Save an image, and return its name and what the oracle reads in it; also in the true scene, before and after the
     image tokenizer."""
     image = pixels(run, tokens)
     name = f"{item.content['number']:05}/samples/{item.content['sample']:04}.png"
     path = options.out / NAME / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path.parents[1] / "metadata.jsonl", (json.dumps(item.content["metadata"]) + "\n").encode())
-    write_file(path, png(image))
+    save(path.parents[1] / "metadata.jsonl", (json.dumps(item.content["metadata"]) + "\n").encode())
+    save(path, png(image))
     clean = draw(scene_of(item.content["scene"]), options.world)
     again = run.image_tokenizer.decode(run.image_tokenizer.encode(clean[None]))[0]
     shown = {"drawn": image, "clean": clean, "reconstructed": again}
@@ -142,7 +137,7 @@ def chance(lines: Sequence[Line]) -> float | None:
 def export(lines: Sequence[Line], options: Options, folder: Path) -> None:
     """Write results.jsonl. As in the official file, metadata and details are JSON in a text."""
     rows = [result(line) for line in lines if "drawn" in line.output]
-    write_file(folder / "results.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    save(folder / "results.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 def result(line: Line) -> dict[str, Any]:
