@@ -151,7 +151,7 @@ def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log)
             log.append([make_line(task, *pair) for pair in zip(chunk, answers, strict=True)], time.monotonic() - begun)
             bar.update(len(chunk))
             left = (time.monotonic() - begun) / len(chunk) * (len(items) - len(log.lines))
-            if start == first and left > WORTH_SAYING:
+            if bar.disable and start == first and left > WORTH_SAYING:  # a bar says so itself
                 say(f"{task.name}: about {duration(left)} left")
 
 

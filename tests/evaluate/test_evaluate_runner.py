@@ -133,6 +133,12 @@ def test_a_task_writes_its_files_for_official_scorers_once_all_items_are_there(m
     assert calls == [(6, 0, True, tmp_path / "sums")]
 
 
+def test_without_a_progress_bar_the_time_left_is_said_once_after_the_first_chunk(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "WORTH_SAYING", -1.0)
+    run(model, tmp_path, sums(12))
+    assert capsys.readouterr().out.count("sums: about 0 s left\n") == 1
+
+
 def test_tasks_of_an_earlier_session_stay_in_the_table(model, tmp_path):
     run(model, tmp_path, sums(3))
     result = run(model, tmp_path, sums(4, name="more"))
