@@ -58,7 +58,7 @@ def as_json(value: Any, task: Task, name: str) -> Any:
 
 def to_bytes(lines: Sequence[Line]) -> bytes:
     # ASCII alone: a text of a model may hold half a character, which UTF-8 cannot
-    rows = (json.dumps(dataclasses.asdict(line), sort_keys=True, allow_nan=False) for line in lines)
+    rows = (json.dumps(vars(line), sort_keys=True, allow_nan=False) for line in lines)
     return "".join(f"{row}\n" for row in rows).encode()
 
 
