@@ -94,6 +94,7 @@ def test_a_clock_that_jumps_back_changes_no_order(shared, monkeypatch):
         ({"answer": "left"}, "answer one of first, same, second"),
         ({"seconds": -1.0}, "has no real time"),
         ({"seconds": float("nan")}, "has no real time"),
+        ({"seconds": 10**400}, "has no real time"),
     ],
 )
 def test_a_vote_that_cannot_be_is_refused(shared, change, sentence):
@@ -109,6 +110,7 @@ def test_a_vote_that_cannot_be_is_refused(shared, change, sentence):
     [
         ({"study": "another"}, "open the right study"),
         ({"order": ("a", "b")}, "has other answers than the item"),
+        ({"version": 10**30}, "has no real time or version"),
         ({"time": 1e12}, "has no real time"),  # later votes could not be later than this one
     ],
 )

@@ -67,6 +67,27 @@ MUTANTS = [
         "evaluate/test_scoring.py",
     ),
     Mutant(
+        "the blind baseline sees the image",
+        "evaluate/choosing.py",
+        "scored[len(items) + i]]",
+        "scored[i]]",
+        "evaluate/test_toy_tasks.py",
+    ),
+    Mutant(
+        "a wrong caption shows what training never shows",
+        "evaluate/toy_tasks.py",
+        "not in world.held_out",
+        "not in ()",
+        "evaluate/test_toy_tasks.py",
+    ),
+    Mutant(
+        "another sense of the word counts as wrong",
+        "evaluate/definitions.py",
+        "if not set(other.words) & set(entry.words)",
+        "if other != entry",
+        "evaluate/test_definitions.py",
+    ),
+    Mutant(
         "CIDEr without clipping",
         "evaluate/cider.py",
         "min(weight, r.get(x, 0.0))",
@@ -191,5 +212,19 @@ MUTANTS = [
         'if pattern.startswith("*") and home.name not in names:',
         "if False:",
         "evaluate/test_text_files.py",
+    ),
+    Mutant(
+        "training data are searched with their test split",
+        "evaluate/contamination.py",
+        "if path.parent.name != TEST",
+        "",
+        "evaluate/test_contamination.py",
+    ),
+    Mutant(
+        "a run of words across two blocks is lost",
+        "evaluate/contamination.py",
+        "tail(kept + block)",
+        '""',
+        "evaluate/test_contamination.py",
     ),
 ]
