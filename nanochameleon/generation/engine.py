@@ -20,40 +20,9 @@ from tqdm import tqdm
 from nanochameleon.config import SamplingParams
 from nanochameleon.errors import UserError
 from nanochameleon.generation.decoder import Decoder
-from nanochameleon.generation.request import Request, cfg_branches, make_request
+from nanochameleon.generation.request import Request, RequestOutput, RunningRequest, Slot, cfg_branches, make_request
 from nanochameleon.generation.sampling import COND, IMAGE_COND, UNCOND, Modality, required_filters
 from nanochameleon.vocab import Vocab
-
-
-@dataclass(eq=False)
-class Slot:
-    """One row of the batch, taken by one guidance branch of a request."""
-
-    index: int
-    cfg_branch: int
-    prompt: tuple[int, ...]
-    prefilled: bool = False
-
-
-@dataclass(eq=False)
-class RunningRequest:
-    """A request that holds slots: one, or up to three with guidance. The first is COND."""
-
-    request_id: int
-    request: Request
-    slots: list[Slot]
-    image_tokens_left: int  # as in Grammar, at the last sync
-    n_new: int = 0  # tokens sampled, at the last sync
-    prefilled: bool = False
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """The tokens that one request got since the last sync."""
-
-    request_id: int
-    tokens: tuple[int, ...]
-    finished: bool
 
 
 @dataclass
