@@ -57,7 +57,7 @@ def test_images_of_all_models_have_one_size_and_one_encoder(tmp_path):
 def test_neither_the_order_of_answers_nor_their_names_depend_on_the_model(tmp_path):
     (study, key), (again, _) = small_study(tmp_path / "a", 60), small_study(tmp_path / "b", 60)
     first = Counter(key.answers[item.answers[0]] for item in pairs(study))
-    assert all(15 <= first[model] <= 45 for model in MODELS)  # fair coins miss this once in 10,000 times
+    assert all(12 <= first[model] <= 48 for model in MODELS)  # fair coins miss this once in 200,000 times
     assert not study.answers.keys() & again.answers.keys() and not study.items.keys() & again.items.keys()
     assert list(study.answers) == sorted(study.answers) and list(study.items) == sorted(study.items)
 
@@ -67,8 +67,8 @@ def test_sides_are_fair_fixed_and_differ_between_annotators(tmp_path):
     left = {
         name: [key.answers[study.sides(name, item)[0]] == MODELS[0] for item in pairs(study)] for name in ("ann", "bob")
     }
-    assert all(15 <= sum(sides) <= 45 for sides in left.values())
-    assert 15 <= sum(a != b for a, b in zip(*left.values(), strict=True)) <= 45
+    assert all(12 <= sum(sides) <= 48 for sides in left.values())
+    assert 12 <= sum(a != b for a, b in zip(*left.values(), strict=True)) <= 48
     same = open_study(tmp_path)
     assert all(same.sides("ann", item) == study.sides("ann", item) for item in pairs(study))
     other, _ = small_study(tmp_path / "other", 60, seed=1)
