@@ -267,9 +267,9 @@ def test_lines_of_two_versions_are_warned_of(model, tmp_path, capsys, monkeypatc
     run(model, tmp_path, sums(9), limit=4)
     monkeypatch.setattr("nanochameleon.evaluate.header.commit", lambda: "1234567")
     run(model, tmp_path, sums(9))
-    assert "sums is resumed at commit 1234567" in capsys.readouterr().err
+    assert "sums was begun with another commit: its answers come from two versions" in capsys.readouterr().err
     run(model, tmp_path, sums(9))  # asks nothing
-    assert "resumed" not in capsys.readouterr().err
+    assert "begun" not in capsys.readouterr().err
 
 
 def test_a_folder_without_its_header_or_with_a_strange_one_is_refused(model, tmp_path):
