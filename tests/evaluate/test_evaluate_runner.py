@@ -13,6 +13,8 @@ import torch
 from made_up_tasks import after, refused, score, sums, with_problem
 from tiny import nano_folder, tiny_model, tiny_run
 
+from nanochameleon.convert import Args as ConvertArgs
+from nanochameleon.convert import convert
 from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.evaluate import __main__ as command
 from nanochameleon.evaluate import runner, tasks
@@ -93,13 +95,20 @@ def test_lines_do_not_depend_on_the_machine_or_the_time(model, tmp_path):
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
 
-def test_the_same_weights_have_one_hash_in_every_layout_and_others_another():
-    same, again, other = tiny_model(0), tiny_model(0), tiny_model(1)
-    assert tensors_hash(same) == tensors_hash(again) != tensors_hash(other)
-    assert tensors_hash(same.to(torch.bfloat16)) != tensors_hash(again)
+def test_a_model_has_the_same_hashes_in_another_layout(model, tmp_path):
+    convert(ConvertArgs(model, tmp_path / "nano", "nano"))
+    run(model, tmp_path / "out", sums(3))
+    result = run(tmp_path / "nano", tmp_path / "out", sums(3))
+    assert len(result["header"]["sessions"]) == 2
+
+
+def test_other_weights_have_another_hash():
+    model, same, other = tiny_model(0), tiny_model(0), tiny_model(1)
+    assert tensors_hash(model) == tensors_hash(same) != tensors_hash(other)
     with torch.no_grad():
-        again.output.weight[0, 0] += 1e-3
-    assert tensors_hash(again) != tensors_hash(tiny_model(0))
+        same.output.weight[0, 0] += 1e-3
+    assert tensors_hash(model) != tensors_hash(same)
+    assert tensors_hash(model) != tensors_hash(model.to(torch.bfloat16))
 
 
 def test_int8_weights_are_another_evaluation(model, tmp_path):
