@@ -131,7 +131,7 @@ def spelling(answer: str) -> str:
 
 
 def same_spelling(a: str, b: str) -> bool:
-    """The equality of MATH's authors. Where their code fails, such as on a/b of letters, it compares texts as they are."""
+    """The equality of MATH's authors. Where their code fails, as on a/b of letters, it compares texts as they are."""
     return spelling(a) == spelling(b)
 
 
