@@ -96,7 +96,9 @@ def check_same_items(name: str, a: dict[str, Line], b: dict[str, Line]) -> None:
     if differ:
         more = f" and {len(differ) - SHOWN:,} more" if len(differ) > SHOWN else ""
         which = f"{', '.join(shown(key) for key in differ[:SHOWN])}{more}"
-        raise UserError(f"{name}: items {which} are not the same in a and b: evaluate both with the same files")
+        raise UserError(
+            f"{name}: items {which} are not the same in a and b: evaluate both with the same files, shots and seed"
+        )
 
 
 def compare_metric(a: Sequence[float], b: Sequence[float]) -> dict[str, str]:
