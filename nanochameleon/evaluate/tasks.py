@@ -1,6 +1,7 @@
 """The tasks that `python -m nanochameleon.evaluate` knows: each room of this folder adds a line."""
 
 from nanochameleon.evaluate.drawing import shapes_alignment, shapes_geneval
+from nanochameleon.evaluate.harm import prompt_set, shapes_requests
 from nanochameleon.evaluate.task import Task
 from nanochameleon.evaluate.text import choices, mmlu, word_problems
 from nanochameleon.evaluate.vision import captioning, questions, shapes_tasks
@@ -14,4 +15,6 @@ TASKS: tuple[Task, ...] = (
     *shapes_tasks.TASKS,
     *shapes_geneval.TASKS,
     *shapes_alignment.TASKS,
+    *prompt_set.TASKS,
+    *shapes_requests.TASKS,
 )
