@@ -21,6 +21,7 @@ from nanochameleon.evaluate.log import ITEMS, PROBLEM, read_lines
 from nanochameleon.evaluate.statistics import mcnemar, paired_interval
 from nanochameleon.evaluate.table import markdown_table, number
 from nanochameleon.evaluate.task import Line
+from nanochameleon.evaluate.tasks import TASKS
 
 SHOWN = 5  # items that are named
 
@@ -63,15 +64,23 @@ def compare_task(name: str, a: Sequence[Line], b: Sequence[Line]) -> list[dict[s
     first, second = ({line.id: line for line in lines} for lines in (a, b))
     check_same_items(name, first, second)
     asked = [{key for key, line in lines.items() if PROBLEM not in line.output} for lines in (first, second)]
-    pairs = [(first[key].metrics, second[key].metrics) for key in first if key in asked[0] & asked[1]]
-    if not pairs:
+    keys = [key for key in first if key in asked[0] & asked[1]]
+    if not keys:
         raise UserError(f"{name}: no item was asked in both evaluations, so there is nothing to compare")
+    pairs = list(zip(*(metrics(name, [lines[key] for key in keys]) for lines in (first, second)), strict=True))
     only = {"only in a": f"{len(asked[0] - asked[1]):,}", "only in b": f"{len(asked[1] - asked[0]):,}"}
     rows = []
     for metric in sorted({metric for x, y in pairs for metric in x.keys() & y.keys()}):
         values = [(x[metric], y[metric]) for x, y in pairs if metric in x and metric in y]
         rows.append({"task": name, "metric": metric} | compare_metric(*zip(*values, strict=True)) | only)
     return rows
+
+
+def metrics(name: str, lines: Sequence[Line]) -> list[dict[str, float]]:
+    """Return the metrics of each line, and those that the task gives to a line among all lines."""
+    task = next((task for task in TASKS if task.name == name), None)
+    more = task.score_set(lines) if task and task.score_set else [{}] * len(lines)
+    return [line.metrics | each for line, each in zip(lines, more, strict=True)]
 
 
 def check_same_items(name: str, a: dict[str, Line], b: dict[str, Line]) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,12 @@ def check_versions(header: dict, task: str) -> None:
     """Warn that a log which is resumed has lines of another version of the code."""
     if len(found := commits(header)) > 1:
         warn(f"{task} is resumed at commit {found[-1]} and was begun before it: its answers come from two versions")
+
+
+def options_of(header: dict, task: str, options: Options) -> Options:
+    """Return the options that a task was last run with; `options` give the rest."""
+    limit = next((each["limit"] for each in reversed(header["sessions"]) if task in each["tasks"]), None)
+    return replace(options, limit=limit, **header["options"])
 
 
 def commits(header: dict) -> list[str]:

@@ -58,7 +58,7 @@ def as_json(value: Any, task: Task, name: str) -> Any:
 
 def to_bytes(lines: Sequence[Line]) -> bytes:
     # ASCII alone: a text of a model may hold half a character, which UTF-8 cannot
-    rows = (json.dumps(dataclasses.asdict(line), sort_keys=True, allow_nan=False) for line in lines)
+    rows = (json.dumps(vars(line), sort_keys=True, allow_nan=False) for line in lines)
     return "".join(f"{row}\n" for row in rows).encode()
 
 
@@ -140,11 +140,15 @@ def cut(path: Path, n_rows: int) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file, and wait until that is on the disk."""
+    """Add to the end of a file, and wait until that is on the disk. Raises UserError where the disk is full."""
     new = not path.exists()
-    with open(path, "ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if new:
-        fsync(path.parent)
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            fsync(path.parent)
+    except OSError as error:
+        why = f"cannot write to {path} ({error.strerror})"
+        raise UserError(f"{why}: free some space, and the same command resumes") from None

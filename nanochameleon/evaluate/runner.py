@@ -151,7 +151,7 @@ def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log)
             log.append([make_line(task, *pair) for pair in zip(chunk, answers, strict=True)], time.monotonic() - begun)
             bar.update(len(chunk))
             left = (time.monotonic() - begun) / len(chunk) * (len(items) - len(log.lines))
-            if start == first and left > WORTH_SAYING:
+            if bar.disable and start == first and left > WORTH_SAYING:  # a bar says so itself
                 say(f"{task.name}: about {duration(left)} left")
 
 
@@ -179,7 +179,7 @@ def rescore(tasks: Sequence[Task], options: Options) -> dict:
         for task in tasks:
             total, lines = header["tasks"].get(task.name, 0), rescore_log(task, out / task.name)
             if total and len(lines) == total:
-                export(task, lines, options)
+                export(task, lines, headers.options_of(header, task.name, options))
             results[task.name] = task_result(task, lines, total, total_seconds(out / task.name))
         content = write_results(out, header, results)
     say(summary(content))

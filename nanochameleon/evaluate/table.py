@@ -26,7 +26,7 @@ def number(value: float | None, scale: float) -> str:
         return ""
     scaled = value * scale
     if scale != 100:
-        return f"{scaled:.3f}"
+        return f"{scaled:.3f}" if abs(scaled) < 100 else f"{scaled:,.1f}"
     return f"{scaled:.1f}%" if abs(scaled) >= 1 or scaled == 0 else f"{scaled:.3f}%"
 
 

@@ -136,7 +136,7 @@ def plot_row(label: str, figure: dict, top: int, x: Callable[[float], str]) -> s
 
 
 MORE_STYLE = textwrap.dedent("""
-    svg { display: block; width: 100%; margin-bottom: 1rem; overflow: hidden;
+    svg { display: block; width: 100%; margin-bottom: 1rem; overflow: clip; overflow-clip-margin: 6px;
       font: 14px/1 ui-sans-serif, system-ui, "DejaVu Sans", sans-serif }
     svg text { fill: var(--ink); stroke: var(--paper); stroke-width: 4; paint-order: stroke }
     svg .value { font-weight: 600; text-anchor: end }

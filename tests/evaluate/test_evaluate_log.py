@@ -1,6 +1,7 @@
 """The log of a task: an evaluation that is killed and resumed ends with the bytes of one that ran through."""
 
 import dataclasses
+import errno
 import json
 import math
 import signal
@@ -164,6 +165,19 @@ def test_a_larger_limit_extends_the_log(tmp_path, limit):
     short = logged(tmp_path / "grown", in_company(n=11), limit)
     assert short.count(b"\n") == limit
     assert logged(tmp_path / "grown", in_company(n=11)) == logged(tmp_path / "through", in_company(n=11))
+
+
+def test_a_full_disk_is_said_and_the_log_resumes(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(
+            UserError, match=r"cannot write to .*items.jsonl \(No space left on device\): free some space"
+        ):
+            logged(tmp_path / "full", in_company())
+    assert logged(tmp_path / "full", in_company()) == logged(tmp_path / "through", in_company())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,6 +133,12 @@ def test_a_task_writes_its_files_for_official_scorers_once_all_items_are_there(m
     assert calls == [(6, 0, True, tmp_path / "sums")]
 
 
+def test_without_a_progress_bar_the_time_left_is_said_once_after_the_first_chunk(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "WORTH_SAYING", -1.0)
+    run(model, tmp_path, sums(12))
+    assert capsys.readouterr().out.count("sums: about 0 s left\n") == 1
+
+
 def test_tasks_of_an_earlier_session_stay_in_the_table(model, tmp_path):
     run(model, tmp_path, sums(3))
     result = run(model, tmp_path, sums(4, name="more"))
@@ -314,6 +320,15 @@ def test_rescore_with_another_rule_changes_scores_and_tables(model, tmp_path, ca
     assert [line.output for line in read_lines(tmp_path / "sums" / ITEMS)] == answers
     assert "sums: 9 of 9 items have another score than before" in capsys.readouterr().out
     assert rescore([sums(9)], Options(out=tmp_path))["tasks"]["sums"]["figures"][0]["value"] == pytest.approx(6 / 9)
+
+
+def test_rescore_writes_the_files_for_official_scorers_with_the_options_of_the_run(model, tmp_path):
+    given = []
+    task = sums(6, export=lambda lines, options, folder: given.append((len(lines), options.limit, options.seed)))
+    run(model, tmp_path, task, limit=4, seed=3)
+    run(model, tmp_path, sums(6, name="more"), seed=3)
+    rescore([task], Options(out=tmp_path))
+    assert given == [(4, 4, 3), (4, 4, 3)]
 
 
 def test_rescore_keeps_items_that_could_not_be_asked_out(model, tmp_path):

@@ -9,6 +9,7 @@ most 30 tokens. Captions follow their images without a word between, as in pre-t
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from nanochameleon.evaluate.cider import cider_d
 from nanochameleon.evaluate.statistics import mean_interval
@@ -55,27 +56,29 @@ def figures(lines: Sequence[Line], n_images: int, paper: str) -> list[Figure]:
     return [cider_figure(lines, paper if len(lines) == n_images else f"{n_images:,} images make the set: {paper}")]
 
 
-def cider_figure(lines: Sequence[Line], note: str, ceiling: float | None = None) -> Figure:
-    """CIDEr-D of the captions, times 100 as papers print it.
+def cider(lines: Sequence[Line]) -> list[dict[str, float]]:
+    """Return the CIDEr-D of each image among all of these, times 100 as papers print it."""
+    _, scores = cider_d([line.extracted for line in lines], [line.content["references"] for line in lines])
+    return [{"CIDEr-D": 100 * score} for score in scores]
 
-    The baseline is the first reference of the next image: a caption that did not look.
-    """
+
+def cider_figure(lines: Sequence[Line], note: str, ceiling: float | None = None) -> Figure:
+    """Return the mean CIDEr-D. The baseline is the first reference of the next image: a caption that did not look."""
+    scores = [each["CIDEr-D"] for each in cider(lines)]
     references = [line.content["references"] for line in lines]
     first = [texts[0] for texts in references]
-    mean, scores = cider_d([line.extracted for line in lines], references)
     elsewhere, _ = cider_d([*first[1:], *first[:1]], references)
-    interval = [100 * bound for bound in mean_interval(scores)]  # not mean_figure's: scores of 0 are no shares
-    how, levels = "bootstrap over images", {"baseline": 100 * elsewhere, "ceiling": ceiling}
-    return Figure("CIDEr-D", 100 * mean, len(lines), "images", *interval, how, scale=1.0, note=note, **levels)
+    interval, how = mean_interval(scores), "bootstrap over images"  # not mean_figure's: scores of 0 are no shares
+    levels = {"baseline": 100 * elsewhere, "ceiling": ceiling}
+    return Figure("CIDEr-D", fmean(scores), len(lines), "images", *interval, how, scale=1.0, note=note, **levels)
 
 
 def export(lines: Sequence[Line], options: Options, folder: Path) -> None:
     """Write results.json for COCO's scorer, and per_image.jsonl with the CIDEr-D of each image."""
     kept = [line for line in lines if "problem" not in line.output]
-    _, scores = cider_d([line.extracted for line in kept], [line.content["references"] for line in kept])
     results = [{"image_id": official_id(line.id), "caption": line.extracted} for line in kept]
     write_file(folder / "results.json", json.dumps(results).encode())
-    rows = [result | {"cider_d": score} for result, score in zip(results, scores, strict=True)]
+    rows = [result | scores for result, scores in zip(results, cider(kept), strict=True)]
     write_file(folder / "per_image.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
@@ -89,6 +92,7 @@ def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, 
         answer=answer,
         score=score,
         figures=lambda lines: figures(lines, n_images, paper),
+        score_set=cider,
         export=export,
         chunk=32,
     )

@@ -164,6 +164,7 @@ TASKS = (
         answer=answer,
         score=score_facts,
         figures=caption_figures,
+        score_set=captioning.cider,
         export=captioning.export,
     ),
     Task(
