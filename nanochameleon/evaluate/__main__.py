@@ -10,7 +10,6 @@ MODEL is a run, models/toy or a model in any layout. Nothing is downloaded: --da
 files. An evaluation that was stopped is resumed by the same command. More commands, each with its --help: COMMANDS.
 """
 
-import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +82,8 @@ class Args:
         if not (self.tasks or self.rescore):
             raise UserError("--tasks is missing: give names, such as --tasks arc_easy,boolq, or see --tasks list")
         names = self.names
+        if "" in names:
+            raise UserError("--tasks has an empty name: join names by single commas")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"--tasks has {shown(twice)} twice: name it once")
 
@@ -106,24 +107,13 @@ def main(args: Args) -> None:
         return
     args.check()
     from nanochameleon.evaluate.runner import evaluate, rescore, tasks_in
-    from nanochameleon.evaluate.tasks import TASKS
+    from nanochameleon.evaluate.tasks import TASKS, pick
 
-    tasks, options = pick(args.names, TASKS), args.options
+    tasks, options = pick(args.names), args.options
     if args.rescore:
         rescore(tasks or tasks_in(options.out, TASKS), options)
     else:
         evaluate(args.model, tasks, options, args.device, args.dtype, args.vqgan)
-
-
-def pick(names: Sequence[str], tasks: "Sequence[Task]") -> "list[Task]":
-    """Return the tasks of these names. Raises UserError for an unknown one, with the nearest that exists."""
-    known = {task.name: task for task in tasks}
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"there is no task {shown(name)!r}: {meant}see them all with --tasks list")
-    return [known[name] for name in names]
 
 
 def listed(tasks: "Sequence[Task]") -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -94,17 +95,36 @@ def check_same(out: Path, header: dict, model: dict, options: dict) -> None:
     """Raise UserError, naming the first difference, unless the folder is empty or of this model and these options."""
     if not header["sessions"]:
         return
-    for name in NAMES:
+    settings = {name: model[name] for name in ("dtype", "device")} | options
+    for name, value in settings.items():
+        before = (header["model"] | header["options"]).get(name)
+        if before != value:
+            was = f"{name} was {said(before)} and is {said(value)}"
+            raise UserError(f"{out} holds another evaluation ({was}): choose another --out, or the same --{name}")
+    for name, words in NAMES.items():
         if header["model"].get(name) != model[name]:
-            raise UserError(f"{out} holds an evaluation with another {NAMES[name]}: choose another --out")
-    for old, new in ((header["model"], {key: model[key] for key in ("dtype", "device")}), (header["options"], options)):
-        for name, value in new.items():
-            if old.get(name) != value:
-                was = f"{name} was {old.get(name)} and is {value}"
-                raise UserError(f"{out} holds another evaluation ({was}): choose another --out, or the same --{name}")
-    earlier = header["sessions"][-1].get("commit")
-    if earlier != commit():
-        warn(f"{out} was made at commit {earlier} and is resumed at {commit()}: its lines come from two versions")
+            raise UserError(f"{out} holds an evaluation with another {words}: choose another --out")
+
+
+def said(value: object) -> object:
+    return "the task's own" if value is None else value
+
+
+def check_versions(header: dict, task: str) -> None:
+    """Warn that a log which is resumed has lines of another version of the code."""
+    if len(found := commits(header)) > 1:
+        warn(f"{task} is resumed at commit {found[-1]} and was begun before it: its answers come from two versions")
+
+
+def options_of(header: dict, task: str, options: Options) -> Options:
+    """Return the options that a task was last run with; `options` give the rest."""
+    limit = next((each["limit"] for each in reversed(header["sessions"]) if task in each["tasks"]), None)
+    return replace(options, limit=limit, **header["options"])
+
+
+def commits(header: dict) -> list[str]:
+    """Return the commits of all sessions, without repeats."""
+    return list(dict.fromkeys(session["commit"] for session in header["sessions"]))
 
 
 def write_header(out: Path, header: dict) -> None:

@@ -20,6 +20,9 @@ from nanochameleon.evaluate.task import Answer, Item, Line, Task, digest
 from nanochameleon.files import fsync
 
 ITEMS, SECONDS = "items.jsonl", "seconds.jsonl"
+KINDS = {  # of a line's fields; what was extracted may be anything
+    "id": str, "group": str, "content": dict, "output": dict, "metrics": dict, "truncated": bool, "hashes": dict
+}  # fmt: skip
 PROBLEM = "problem"  # the key of the output of an item that could not be asked
 
 
@@ -50,12 +53,12 @@ def as_json(value: Any, task: Task, name: str) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except ValueError:
         why = "a number that is not finite: check the weights, or choose another --dtype"
-        raise UserError(f"{task.name}: the answer to item {shown(name)} holds {why}") from None
+        raise UserError(f"{task.name}: the answer to item {shown(name)!r} holds {why}") from None
 
 
 def to_bytes(lines: Sequence[Line]) -> bytes:
     # ASCII alone: a text of a model may hold half a character, which UTF-8 cannot
-    rows = (json.dumps(dataclasses.asdict(line), sort_keys=True, allow_nan=False) for line in lines)
+    rows = (json.dumps(vars(line), sort_keys=True, allow_nan=False) for line in lines)
     return "".join(f"{row}\n" for row in rows).encode()
 
 
@@ -70,28 +73,27 @@ def read_lines(path: Path) -> list[Line]:
 
 def parse(text: bytes, place: str) -> Line:
     row = load(text, place)
-    kinds = {
-        "id": str,
-        "group": str,
-        "content": dict,
-        "output": dict,
-        "metrics": dict,
-        "truncated": bool,
-        "hashes": dict,
-    }
-    if not isinstance(row, dict) or set(row) != {"extracted", *kinds}:
+    if not isinstance(row, dict) or set(row) != {"extracted", *KINDS}:
         raise UserError(f"{place} is not a line of an evaluation: delete the folder, or choose another --out")
-    return Line(**{name: get(row, name, kind, place) for name, kind in kinds.items()}, extracted=row["extracted"])
+    for name in row["metrics"] if isinstance(row["metrics"], dict) else ():
+        get(row["metrics"], name, (int, float), place)
+    return Line(**{name: get(row, name, kind, place) for name, kind in KINDS.items()}, extracted=row["extracted"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
+def read_seconds(path: Path) -> list[tuple[int, float]]:
+    """Return (first item, seconds) of each chunk. A kill may have lost some of them."""
+    rows = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    chunks = [(load(row, f"{path}:{number}"), f"{path}:{number}") for number, row in enumerate(rows, 1)]
+    return [(get(row, "start", int, place), get(row, "seconds", (int, float), place)) for row, place in chunks]
+
+
 def total_seconds(folder: Path) -> float:
     """Return the seconds that the answers of a log took."""
-    rows = (folder / SECONDS).read_bytes().split(b"\n")[:-1] if (folder / SECONDS).exists() else []
-    return sum(get(load(row, str(folder / SECONDS)), "seconds", (int, float), str(folder / SECONDS)) for row in rows)
+    return sum(seconds for _, seconds in read_seconds(folder / SECONDS))
 
 
 class Log:
@@ -106,7 +108,7 @@ class Log:
         whole = len(lines) == len(items)  # then the last chunk may be shorter
         self.lines = lines if whole else lines[: len(lines) // chunk * chunk]
         cut(self.items, len(self.lines))
-        cut(self.seconds, -(-len(self.lines) // chunk))
+        cut(self.seconds, sum(start < len(self.lines) for start, _ in read_seconds(self.seconds)))
 
     def append(self, lines: Sequence[Line], seconds: float) -> None:
         """Put a chunk on the disk."""
@@ -138,11 +140,15 @@ def cut(path: Path, n_rows: int) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file, and wait until that is on the disk."""
+    """Add to the end of a file, and wait until that is on the disk. Raises UserError where the disk is full."""
     new = not path.exists()
-    with open(path, "ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    if new:
-        fsync(path.parent)
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            fsync(path.parent)
+    except OSError as error:
+        why = f"cannot write to {path} ({error.strerror})"
+        raise UserError(f"{why}: free some space, and the same command resumes") from None

@@ -48,7 +48,8 @@ def read_bytes(path: Path) -> bytes:
 def load(text: bytes, place: str, slim: Callable[[dict], Any] | None = None) -> Any:
     """Return the JSON value of a text. slim: what takes the place of each object, as soon as it is read."""
     try:
-        return json.loads(text.decode("utf-8-sig"), object_hook=slim)
+        text = text.decode("utf-8-sig")  # in place of the bytes, whose memory a large file needs
+        return json.loads(text, object_hook=slim)
     except UnicodeDecodeError:
         raise UserError(f"{place} is not UTF-8: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand

@@ -30,6 +30,8 @@ from nanochameleon.training.run import Run, command
 from nanochameleon.training.run_folder import claim
 from nanochameleon.weights.model_folder import open_config, open_model
 
+WORTH_SAYING = 5.0  # seconds: less time is left before anybody has read how much
+
 
 @dataclass
 class Faults:
@@ -73,7 +75,7 @@ def evaluate(
         try:
             with sampling_mode(), use_kernels("auto"):
                 begin(header, run, model, asked, options)
-                results = ask_all(run, asked, options, faults)
+                results = ask_all(run, asked, options, header, faults)
         except KeyboardInterrupt:
             say(f"\nstopped; what was answered is kept, and this resumes: {same_command()}", file=sys.stderr)
             raise Interrupted from None
@@ -118,13 +120,17 @@ def begin(header: dict, run: Run, model: Path, asked: Sequence[tuple[Task, list[
     say(f"{sum(len(items) for _, items in asked):,} items ({counts}) -> {options.out}")
 
 
-def ask_all(run: Run, asked: Sequence[tuple[Task, list[Item]]], options: Options, faults: Faults) -> dict[str, dict]:
+def ask_all(
+    run: Run, asked: Sequence[tuple[Task, list[Item]]], options: Options, header: dict, faults: Faults
+) -> dict[str, dict]:
     """Return the result of each task. A UserError ends its task alone."""
     results = {}
     for task, items in asked:
         folder = options.out / task.name
         try:
             log = Log(folder, items, task.chunk)
+            if 0 < len(log.lines) < len(items):
+                headers.check_versions(header, task.name)
             ask(run, task, items, options, log)
             export(task, log.lines, options)
         except UserError as error:
@@ -144,8 +150,8 @@ def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log)
             answers = task.answer(run, chunk, options)
             log.append([make_line(task, *pair) for pair in zip(chunk, answers, strict=True)], time.monotonic() - begun)
             bar.update(len(chunk))
-            if start == first and len(log.lines) < len(items):
-                left = (time.monotonic() - begun) / len(chunk) * (len(items) - len(log.lines))
+            left = (time.monotonic() - begun) / len(chunk) * (len(items) - len(log.lines))
+            if bar.disable and start == first and left > WORTH_SAYING:  # a bar says so itself
                 say(f"{task.name}: about {duration(left)} left")
 
 
@@ -173,7 +179,7 @@ def rescore(tasks: Sequence[Task], options: Options) -> dict:
         for task in tasks:
             total, lines = header["tasks"].get(task.name, 0), rescore_log(task, out / task.name)
             if total and len(lines) == total:
-                export(task, lines, options)
+                export(task, lines, headers.options_of(header, task.name, options))
             results[task.name] = task_result(task, lines, total, total_seconds(out / task.name))
         content = write_results(out, header, results)
     say(summary(content))

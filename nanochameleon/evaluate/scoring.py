@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from nanochameleon.errors import UserError
+from nanochameleon.evaluate.fit import fit
 from nanochameleon.evaluate.token_trees import Tokens, Tree, read_prefix, read_trees, shared_prefixes
 from nanochameleon.kernels import use_kernels
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
-from nanochameleon.vocab import Vocab
 
 BATCH_TOKENS, BATCH_TOKENS_GPU = 2_048, 16_384  # that run at once: on a CPU, what fits its caches
 LOGITS = 2**24  # logits at once: 64 MB in float32, and as much for their powers
@@ -42,20 +42,6 @@ def context_and_continuation(tokenizer: TextTokenizer, context: str, continuatio
     return whole[:n], whole[n:]
 
 
-def fit(context: Sequence[int], room: int, vocab: Vocab) -> tuple[list[int], bool]:
-    """Return a context of at most `room` tokens, and whether it was cut: <s> and the right end stay.
-
-    An empty context is <s> alone. Raises UserError where an image would be cut off.
-    """
-    tokens = list(context) or [vocab.bos]
-    if (over := len(tokens) - room) <= 0:
-        return tokens, False
-    if any(vocab.is_image(t) or t in (vocab.boi, vocab.eoi) for t in tokens[1 : 1 + over]):
-        why = f"a prompt of {len(tokens)} tokens has room for {room} only, and an image would be cut off"
-        raise UserError(f"{why}: give fewer shots")
-    return [vocab.bos, *tokens[1 + over :]], True
-
-
 @torch.inference_mode()
 def score(run: Run, requests: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
     """Score each (context with <s> first, continuation). What requests share is computed once.
@@ -76,13 +62,6 @@ def score(run: Run, requests: Sequence[tuple[list[int], list[int]]]) -> list[Sco
         grown = [(context, Tree.grow(context[length:], list(continuations[context]))) for context in contexts]
         found |= score_trees(run, grown, length)
     return [Scored(*found[pair], cut) for pair, (_, cut) in zip(asked, fitted, strict=True)]
-
-
-def next_scores(run: Run, contexts: Sequence[Sequence[int]], candidates: Sequence[int]) -> list[list[float]]:
-    """Return, for each context with <s> first, the log-probabilities of single tokens that may come next."""
-    scored = score(run, [(list(context), [token]) for context in contexts for token in candidates])
-    n = len(candidates)
-    return [[each.log_prob for each in scored[i * n : (i + 1) * n]] for i in range(len(contexts))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

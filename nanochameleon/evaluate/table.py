@@ -11,7 +11,7 @@ TITLE = "Evaluation"
 COLUMNS = (
     "task", "figure", "value", "95% interval", "n", "chance", "baseline", "ceiling", "left out", "truncated", "note"
 )  # fmt: skip
-NUMBERS = COLUMNS[2:-1]  # these are aligned to the right
+WORDS = ("task", "figure", "metric", "note")  # columns that are aligned to the left
 MAX_FIGURES = 6  # of a task in the terminal: MMLU has 58
 LEGEND = (
     "n: what the value is a mean of. Chance: what guessing gets. Baseline: what a model gets that cannot see. Ceiling: "
@@ -26,7 +26,7 @@ def number(value: float | None, scale: float) -> str:
         return ""
     scaled = value * scale
     if scale != 100:
-        return f"{scaled:.3f}"
+        return f"{scaled:.3f}" if abs(scaled) < 100 else f"{scaled:,.1f}"
     return f"{scaled:.1f}%" if abs(scaled) >= 1 or scaled == 0 else f"{scaled:.3f}%"
 
 
@@ -49,23 +49,25 @@ def rows_of(content: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def rows_of_task(name: str, result: dict) -> list[dict[str, str]]:
-    common = {"task": name, "left out": count(result["left_out"]), "truncated": count(result["truncated"])}
-    stopped = result["answered"] < result["items"]
-    warning = f"only {result['answered']:,} of {result['items']:,} items were asked so far" if stopped else ""
-    figures = result["figures"]
-    if not figures:
-        return [dict.fromkeys(COLUMNS, "") | common | {"note": warning or "no item could be asked"}]
-    return [common | row_of(figure, warning) for figure in figures]
+    """Return the rows of one task. The first one says how many items were left out or truncated."""
+    counts = {"left out": count(result["left_out"]), "truncated": count(result["truncated"])}
+    figures = [row_of(figure) for figure in result["figures"]] or [{"note": "no item could be asked"}]
+    if result["answered"] < result["items"]:
+        stopped = f"only {result['answered']:,} of {result['items']:,} items were asked so far"
+        figures[0]["note"] = "; ".join(filter(None, (stopped, figures[0]["note"])))
+    figures[0] |= counts
+    return [dict.fromkeys(COLUMNS, "") | {"task": name} | figure for figure in figures]
 
 
-def row_of(figure: dict, warning: str) -> dict[str, str]:
+def row_of(figure: dict) -> dict[str, str]:
+    unit = figure["unit"].removesuffix("s") if figure["n"] == 1 else figure["unit"]
     return {
         "figure": figure["name"],
         "value": number(figure["value"], figure["scale"]),
         "95% interval": interval(figure),
-        "n": f"{figure['n']:,} {figure['unit']}",
+        "n": f"{figure['n']:,} {unit}",
         **{name: number(figure[name], figure["scale"]) for name in ("chance", "baseline", "ceiling")},
-        "note": "; ".join(filter(None, (figure["note"], warning))),
+        "note": figure["note"],
     }
 
 
@@ -88,7 +90,7 @@ def facts(header: dict) -> dict[str, str]:
         "model": f"{model['path']}, {model['parameters']:,} numbers, {model['dtype']} on {model['device']}",
         "weights": f"{model['weights']}, image tokenizer {model['image_tokenizer']}, text {model['text_tokenizer']}",
         "options": ", ".join(f"{name} {'of the task' if v is None else v}" for name, v in options.items()),
-        "code": f"commit {last['commit']}{changed}",
+        "code": f"commit {', '.join(dict.fromkeys(each['commit'] for each in header['sessions']))}{changed}",
         "versions": ", ".join(f"{name} {version}" for name, version in last["versions"].items()),
         "machine": last["machine"],
         "kernels": ", ".join(f"{op}: {name}" for op, name in last["kernels"].items()),
@@ -122,7 +124,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 def markdown_table(columns: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
     line = "| " + " | ".join(columns) + " |"
-    rule = "|" + "|".join(" ---: " if column in NUMBERS else " --- " for column in columns) + "|"
+    rule = "|" + "|".join(" --- " if column in WORDS else " ---: " for column in columns) + "|"
     return "\n".join([line, rule, *("| " + " | ".join(escape(row[c]) for c in columns) + " |" for row in rows)])
 
 

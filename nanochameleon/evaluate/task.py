@@ -92,6 +92,7 @@ class Task:
     read: the items in a fixed order, at most options.limit of them, the same in every run.
     answer: one Answer an item, in order. An answer depends on its item and the seed, not on its neighbours, up to
     rounding. score: ("what was found", {"acc": 1.0}) from an item's content and the model's output; needs no model.
+    score_set: the metrics of each line that depend on the others, such as CIDEr-D; only `compare` asks for them.
     export: writes the files that official scorers read into a folder that exists, from all lines, at the end of a run.
     """
 
@@ -103,6 +104,7 @@ class Task:
     answer: Callable[[Run, Sequence[Item], Options], list[Answer]]
     score: Callable[[dict, dict], tuple[Any, dict[str, float]]]
     figures: Callable[[Sequence[Line]], list[Figure]] | None = None  # None: the mean of each metric, by group, too
+    score_set: Callable[[Sequence[Line]], list[dict[str, float]]] | None = None  # metrics that need all lines, by line
     export: Callable[[Sequence[Line], Options, Path], None] | None = None  # writes files for others' scorers
     chunk: int = 64  # items between two writes to the log
 

@@ -1,5 +1,9 @@
 """The tasks that `python -m nanochameleon.evaluate` knows: each room of this folder adds a line."""
 
+import difflib
+from collections.abc import Sequence
+
+from nanochameleon.errors import UserError, shown
 from nanochameleon.evaluate import definitions, toy_tasks
 from nanochameleon.evaluate.drawing import shapes_alignment, shapes_geneval
 from nanochameleon.evaluate.task import Task
@@ -18,3 +22,14 @@ TASKS: tuple[Task, ...] = (
     *shapes_geneval.TASKS,
     *shapes_alignment.TASKS,
 )
+
+
+def pick(names: Sequence[str]) -> list[Task]:
+    """Return the tasks of these names. Raises UserError for an unknown one, with the nearest that exists."""
+    known = {task.name: task for task in TASKS}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"there is no task {shown(name)!r}: {meant}see them all with --tasks list")
+    return [known[name] for name in names]

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from nanochameleon.config import SamplingParams
-from nanochameleon.errors import UserError
+from nanochameleon.evaluate.fit import fit
 from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.request import make_request
 from nanochameleon.training.run import Run
-from nanochameleon.vocab import Vocab
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,16 @@ def write(
     """Return what the model writes after each prompt, whose first token is <s>. No image is drawn.
 
     stop_tokens: </s>, end of turn or <boi>; None: </s>. seeds: one for each prompt; they are needed unless
-    temperature is 0 (greedy). batch_size: slots at most. A prompt too long for max_new_tokens keeps <s> and its right
-    end. Raises UserError where that would cut an image, or where nothing of the prompt would be left.
+    temperature is 0 (greedy). batch_size: slots at most. A prompt too long for max_new_tokens is cut (fit.py).
     """
     if temperature > 0 and seeds is None:
         raise ValueError("a temperature above 0 needs a seed for each prompt")
     vocab, image_len, context = run.vocab, run.image_tokenizer.n_codes_per_image, run.model.cfg.max_seq_len
     params = SamplingParams(temperature, top_p, repetition_penalty=1.0, max_new_tokens=max_new_tokens)
-    fitted = [fit(prompt, max_new_tokens, context, vocab) for prompt in prompts]
+    fitted = [fit(prompt, context - max_new_tokens, vocab) for prompt in prompts]
     requests = [
         make_request(prompt, vocab, image_len, context, params, "text", (seed,), stop_tokens)
-        for prompt, seed in zip(fitted, [0] * len(fitted) if seeds is None else seeds, strict=True)
+        for (prompt, _), seed in zip(fitted, [0] * len(fitted) if seeds is None else seeds, strict=True)
     ]
     if not requests:
         return []
@@ -65,22 +63,7 @@ def write(
             engine.cancel(output.request_id)
         elif output.finished:
             text.stopped = output.tokens[-1] in (stop_tokens or (vocab.eos,))
-    pairs = zip(texts, fitted, prompts, strict=True)
-    return [Written(text.decode(), len(kept) < len(prompt), text.stopped) for text, kept, prompt in pairs]
-
-
-def fit(prompt: Sequence[int], max_new_tokens: int, context: int, vocab: Vocab) -> list[int]:
-    """Return the prompt, or <s> and as much of its right end as leaves room for max_new_tokens in the context."""
-    room, n = context - max_new_tokens, len(prompt)
-    if n <= room:
-        return list(prompt)
-    lengths = f"{n} tokens, and {max_new_tokens} new ones must fit in a context of {context}"
-    if room < 2:
-        raise UserError(f"the prompt has {lengths}: nothing of it would be left; ask for fewer new tokens")
-    first = prompt[n - room + 1]  # of those that are kept
-    if vocab.first_code <= first <= vocab.eoi:
-        raise UserError(f"the prompt has {lengths}: its left end would be cut inside an image; give a shorter prompt")
-    return [prompt[0], *prompt[n - room + 1 :]]
+    return [Written(text.decode(), cut, text.stopped) for text, (_, cut) in zip(texts, fitted, strict=True)]
 
 
 def slots_that_fit(run: Run, context: int) -> int:

@@ -20,40 +20,9 @@ from tqdm import tqdm
 from nanochameleon.config import SamplingParams
 from nanochameleon.errors import UserError
 from nanochameleon.generation.decoder import Decoder
-from nanochameleon.generation.request import Request, cfg_branches, make_request
+from nanochameleon.generation.request import Request, RequestOutput, RunningRequest, Slot, cfg_branches, make_request
 from nanochameleon.generation.sampling import COND, IMAGE_COND, UNCOND, Modality, required_filters
 from nanochameleon.vocab import Vocab
-
-
-@dataclass(eq=False)
-class Slot:
-    """One row of the batch, taken by one guidance branch of a request."""
-
-    index: int
-    cfg_branch: int
-    prompt: tuple[int, ...]
-    prefilled: bool = False
-
-
-@dataclass(eq=False)
-class RunningRequest:
-    """A request that holds slots: one, or up to three with guidance. The first is COND."""
-
-    request_id: int
-    request: Request
-    slots: list[Slot]
-    image_tokens_left: int  # as in Grammar, at the last sync
-    n_new: int = 0  # tokens sampled, at the last sync
-    prefilled: bool = False
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """The tokens that one request got since the last sync."""
-
-    request_id: int
-    tokens: tuple[int, ...]
-    finished: bool
 
 
 @dataclass
@@ -148,11 +117,13 @@ class Engine:
             self.running.append(RunningRequest(request_id, request, slots, request.image_tokens_left))
 
     def prefill(self) -> None:
-        """Read a chunk of the oldest prompts. Equal prompts are read once and copied."""
+        """Read a chunk of the oldest prompts. Equal prompts are read once and copied, and so are equal beginnings."""
         # 1. Choose chunks of the oldest prompts, up to the budget.
         budget, chunks, complete = self.prefill_chunk, [], []
         for prompt, slots in self.prefilling.items():
-            start = self.n_prefilled.get(prompt, 0)
+            if prompt not in self.n_prefilled:
+                self.n_prefilled[prompt] = self.copy_beginning(slots[0])
+            start = self.n_prefilled[prompt]
             # Not cut to the budget: chunks begin at fixed positions, so rounding does not depend on other prompts.
             tokens = prompt[start : start + self.prefill_chunk]
             chunks.append((tokens, slots[0].index, start))
@@ -173,6 +144,27 @@ class Engine:
             for slot in slots:
                 slot.prefilled = True
         self.start_prefilled()
+
+    def copy_beginning(self, slot: Slot) -> int:
+        """Copy as much of a slot's prompt as another slot has read of the same beginning. Returns the number of tokens.
+
+        Whole chunks are copied, so rounding does not depend on other prompts. The last token is always read, because
+        sampling starts from its hidden state. What is read in this round is not yet in the cache: a whole chunk is the
+        last one of its round, so no later prompt of the round asks for it.
+        """
+        sources = [(slots[0], self.n_prefilled.get(prompt, 0)) for prompt, slots in self.prefilling.items()]
+        slots = [slot for running in self.running for slot in running.slots if slot.prefilled]
+        # UNCOND writes each image over the one before, prompt or not.
+        sources += [(slot, len(slot.prompt)) for slot in slots if slot.cfg_branch != UNCOND]
+        best, source, chunk = 0, slot, self.prefill_chunk
+        for other, n_read in sources:
+            n = min(n_read, len(slot.prompt) - 1) // chunk * chunk
+            while slot.prompt[:n] != other.prompt[:n]:
+                n -= chunk
+            best, source = (n, other) if n > best else (best, source)
+        if best:
+            self.decoder.copy_prefix(source.index, slot.index, best)
+        return best
 
     def stop_reading(self, slot: Slot) -> None:
         """Take a slot away from those that need a prompt. What was read of the prompt moves to the next of them."""

@@ -1,4 +1,4 @@
-"""A request: one sample to generate, checked before any work is done.
+"""A request: one sample to generate, checked before any work is done, and the slots that it holds while it runs.
 
 prompt tokens, SamplingParams, modality, seed -> Request, and what each guidance branch reads of its prompt
 """
@@ -21,6 +21,37 @@ class Request:
     stops: tuple[int, ...] | None  # None: </s> alone
     image_tokens_left: int  # tokens that the image left open by the prompt lacks; -1 without one
     max_new_tokens: int  # params.max_new_tokens, or fewer where the context ends first
+
+
+@dataclass(eq=False)
+class Slot:
+    """One row of the batch, taken by one guidance branch of a request."""
+
+    index: int
+    cfg_branch: int
+    prompt: tuple[int, ...]
+    prefilled: bool = False
+
+
+@dataclass(eq=False)
+class RunningRequest:
+    """A request that holds slots: one, or up to three with guidance. The first is COND."""
+
+    request_id: int
+    request: Request
+    slots: list[Slot]
+    image_tokens_left: int  # as in Grammar, at the last sync
+    n_new: int = 0  # tokens sampled, at the last sync
+    prefilled: bool = False
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The tokens that one request got since the last sync."""
+
+    request_id: int
+    tokens: tuple[int, ...]
+    finished: bool
 
 
 def open_image(tokens: Sequence[int], vocab: Vocab) -> list[int] | None:

@@ -142,8 +142,13 @@ def test_options_reach_the_engine(model, tmp_path, monkeypatch):
 # Seeds
 
 
-@settings(max_examples=12)
-@given(st.lists(st.sampled_from(WORDS), min_size=1, unique=True), st.integers(1, 3), st.integers(1, 5), st.data())
+@settings(max_examples=8)
+@given(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=4, unique=True),
+    st.integers(1, 2),
+    st.integers(1, 5),
+    st.data(),
+)
 def test_an_image_does_not_depend_on_what_else_is_drawn(run, texts, samples, batch_size, data):
     """Any prompts in any order, any number of samples, any batch: each image equals the one that is drawn alone."""
     files = files_of(texts, samples)
@@ -320,6 +325,16 @@ def test_other_weights_under_the_same_name_are_another_run(model, tmp_path):
     assert draw(model, "dpg", path, tmp_path / "o", samples=1)  # the same
     with pytest.raises(UserError, match="images of another run, with weights "):
         draw(tiny_run(tmp_path / "tiny"), "dpg", path, tmp_path / "o", samples=1)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(model, tmp_path):
+    path = write_prompts(tmp_path / "p", "dpg", WORDS[:1])
+    (tmp_path / "o").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot write to .*o: "):
+        draw(model, "dpg", path, tmp_path / "o", samples=1)
+    (tmp_path / "q" / "n0.png").mkdir(parents=True)  # where a file should be
+    with pytest.raises(UserError, match=r"cannot write .*n0\.png: "):
+        write_whole(tmp_path / "q", Path("n0.png"), b"1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

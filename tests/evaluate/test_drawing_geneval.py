@@ -16,6 +16,7 @@ from nanochameleon.evaluate.drawing.geneval import COMPOSITIONS, cases, judge, m
 from nanochameleon.evaluate.drawing.readings import reading_of, scene_of, to_json
 from nanochameleon.evaluate.drawing.summary import TASKS, figures, summarise, table
 from nanochameleon.evaluate.intervals import wilson
+from nanochameleon.evaluate.log import parse, to_bytes
 from nanochameleon.evaluate.oracle import read
 from nanochameleon.evaluate.task import Line, Options
 
@@ -216,7 +217,7 @@ def test_any_beginning_is_balanced_and_prompts_do_not_depend_on_the_limit():
     assert all(sum(item.group == group for item in few) == 2 for group in {item.group for item in few})
     several = shapes_geneval.read(Options(world=TOY, limit=6, samples=3))
     assert [item.id[-4:] for item in several] == ["0000", "0001", "0002"] * 2
-    assert several[0].content["metadata"] == items[0].content["metadata"]
+    assert several[0].content["line"] == items[0].content["line"]
 
 
 @pytest.mark.parametrize("task", [*shapes_geneval.TASKS, *shapes_alignment.TASKS], ids=lambda task: task.name)
@@ -263,7 +264,7 @@ def test_chance_is_the_mean_over_all_pairs_of_different_prompts():
     items = [item for item in shapes_geneval.read(Options(world=TOY, samples=2)) if item.group == "single_object, seen"]
     lines = [line_of(item, scene_of(item.content["scene"])) for item in items[:14]]
     pairs = [
-        judge(a.content["metadata"], reading_of(b.output["drawn"]))[0]
+        judge(json.loads(a.content["line"]), reading_of(b.output["drawn"]))[0]
         for a in lines
         for b in lines
         if a.content["number"] != b.content["number"]
@@ -291,6 +292,11 @@ def test_wrong_images_count_for_their_task_alone(tmp_path):
     wrong = next(row for row in results if not row["correct"])
     assert wrong["tag"] == "position" and "1 wanted" in wrong["reason"]
     assert json.loads(wrong["metadata"])["prompt"] == wrong["prompt"] and json.loads(wrong["details"])["things"] == []
+    # A line that was read back from the log, which sorts keys, is exported as the same bytes.
+    logged = [parse(to_bytes([line])[:-1], "log") for line in lines]
+    (tmp_path / "again").mkdir()
+    shapes_geneval.export(logged, Options(world=TOY), tmp_path / "again")
+    assert (tmp_path / "again/results.jsonl").read_bytes() == (tmp_path / "results.jsonl").read_bytes()
     summed = {row.name: row for row in summarise(tmp_path / "results.jsonl")}
     assert summed["position"].value == 0.5 and summed["overall"].value == pytest.approx(5.5 / 6)
 

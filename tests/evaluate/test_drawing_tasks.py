@@ -66,7 +66,8 @@ def test_images_are_saved_as_geneval_has_them_and_judged_by_what_they_show(run, 
         assert image.shape == (32, 32, 3)
         assert answer.output["drawn"] == to_json(read(image, WORLD))
         line = tmp_path / "shapes_geneval" / answer.output["image"].split("/")[0] / "metadata.jsonl"
-        assert json.loads(line.read_text()) == item.content["metadata"]
+        assert line.read_text() == item.content["line"] + "\n"
+        assert json.loads(item.content["line"])["prompt"] == item.content["prompt"]
         _, metrics = shapes_geneval.score(item.content, answer.output)
         assert set(metrics) == {"correct", "clean", "reconstructed"} and metrics["clean"] == 1
 
@@ -85,9 +86,7 @@ def test_an_answer_depends_on_its_item_and_the_seed_alone(run, tmp_path):
 def test_a_prompt_without_room_for_an_image_is_a_problem_and_the_others_are_drawn(run, tmp_path):
     options = Options(world=WORLD, limit=4, out=tmp_path)
     items = shapes_geneval.read(options)
-    content = items[1].content
-    long = content | {"metadata": content["metadata"] | {"prompt": "x" * 400}}
-    items[1] = dataclasses.replace(items[1], content=long)
+    items[1] = dataclasses.replace(items[1], content=items[1].content | {"prompt": "x" * 400})
     answers = shapes_geneval.answer(run, items, options)
     assert ["problem" in answer.output for answer in answers] == [False, True, False, False]
     assert "context of 360" in answers[1].output["problem"]

@@ -1,12 +1,20 @@
 """Prompts and other systems' answers from files: both forms, every mistake one sentence with its line."""
 
 import json
+from dataclasses import asdict, fields
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from small_studies import pairs, small_study
 
 from nanochameleon.errors import UserError
+from nanochameleon.evaluate.human import Votes, open_key, open_study
+from nanochameleon.evaluate.people.export import read_jsonl
 from nanochameleon.evaluate.people.prompts import Prompt, read_answers, read_prompts
+from nanochameleon.evaluate.people.results import results
+from nanochameleon.evaluate.people.votes import Vote
 
 PAPER = [
     {"id": 5, "prompt": "<img> or <img>?", "task_type": "Comparison", "image_urls": ["https://a.org/x/a%20b.png?w=3",
@@ -69,6 +77,7 @@ GOOD = {"id": "1", "prompt": "x"}
         ({"id": 2, "segments": ["a"]}, "has a broken segment"),
         ({"id": 2, "segments": [{"image": "/etc/passwd"}]}, "names must stay inside"),
         ({"id": 2, "segments": [{"image": 3}]}, "has 3 as 'image'"),
+        ({"id": 2, "prompt": "\ud800"}, "has half a surrogate pair"),
         ({"id": 2, "segments": {}}, "has {} as 'segments'"),
     ],
 )
@@ -92,3 +101,38 @@ def test_answers_come_in_the_order_of_the_prompts(folder):
         read_answers(write(folder, one, name="other.jsonl"), asked)
     with pytest.raises(UserError, match=r"other.jsonl:2 has the id '8', as"):
         read_answers(write(folder, one, one, name="other.jsonl"), asked)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("c.png"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "image"]), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(["id", "prompt", "task_type", "image_urls", "segments"]), anything))
+def test_any_row_is_a_prompt_or_one_sentence(folder, row):
+    try:
+        (found,) = read_prompts(write(folder, row), None)
+        assert found.segments and all(len(segment) == 1 for segment in found.segments)
+    except UserError as error:
+        assert "prompts.jsonl" in str(error)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([f.name for f in fields(Vote)]), anything)
+def test_any_field_of_a_vote_is_good_or_refused(tmp_path, field, value):
+    folder = tmp_path / "study"
+    study = open_study(folder) if folder.exists() else small_study(folder, 1)[0]
+    item = pairs(study)[0]
+    good = Vote(study.id, item.id, "preference", "ann", item.answers, "same", 1.0, 1.0)
+    path = write(tmp_path, {**asdict(good), field: value}, name="votes.jsonl")
+    votes = Votes(study)
+    try:
+        votes.add(read_jsonl(path))
+        results(study, open_key(folder), votes.live(), least=1)
+    except UserError:
+        pass
+    finally:
+        votes.close()

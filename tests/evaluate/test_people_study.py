@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -30,7 +31,8 @@ def image_answers(folder) -> dict[str, list]:
 
 def test_nothing_on_the_annotators_side_names_a_model_a_path_or_a_prompts_id(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "study"
-    study = build(folder, prompts(2), image_answers(tmp_path), duplicates=0.5)
+    asked = [replace(prompt, id=f"id-of-the-owner-{prompt.id}") for prompt in prompts(2)]
+    study = build(folder, asked, image_answers(tmp_path), duplicates=0.5)
     votes = Votes(study)
     for keys in ("1\n2\n" * 50, "2\n1\n" * 50):
         monkeypatch.setattr("sys.stdin", io.StringIO(keys))
@@ -40,7 +42,7 @@ def test_nothing_on_the_annotators_side_names_a_model_a_path_or_a_prompts_id(tmp
     assert len([path for path in files if path.suffix == ".png"]) == 4
     held = {str(path.relative_to(folder)): path.read_bytes().decode("latin-1") for path in files}
     for name, text in {**held, "printed": printed, "names": " ".join(held), "log": str(votes.log())}.items():
-        for secret in (*MODELS, "q0", "q1", "jpg", str(tmp_path / MODELS[0])):
+        for secret in (*MODELS, "id-of-the-owner"):  # names of files and paths hold those of models
             assert secret not in text, f"{name} holds {secret}"
     keys_of_pages = [json.dumps(vars(next_question(study, votes, "new")), default=vars)]
     assert not any(model in page for page in keys_of_pages for model in MODELS)
@@ -57,7 +59,7 @@ def test_images_of_all_models_have_one_size_and_one_encoder(tmp_path):
 def test_neither_the_order_of_answers_nor_their_names_depend_on_the_model(tmp_path):
     (study, key), (again, _) = small_study(tmp_path / "a", 60), small_study(tmp_path / "b", 60)
     first = Counter(key.answers[item.answers[0]] for item in pairs(study))
-    assert all(15 <= first[model] <= 45 for model in MODELS)  # fair coins miss this once in 10,000 times
+    assert all(12 <= first[model] <= 48 for model in MODELS)  # fair coins miss this once in 200,000 times
     assert not study.answers.keys() & again.answers.keys() and not study.items.keys() & again.items.keys()
     assert list(study.answers) == sorted(study.answers) and list(study.items) == sorted(study.items)
 
@@ -67,8 +69,8 @@ def test_sides_are_fair_fixed_and_differ_between_annotators(tmp_path):
     left = {
         name: [key.answers[study.sides(name, item)[0]] == MODELS[0] for item in pairs(study)] for name in ("ann", "bob")
     }
-    assert all(15 <= sum(sides) <= 45 for sides in left.values())
-    assert 15 <= sum(a != b for a, b in zip(*left.values(), strict=True)) <= 45
+    assert all(12 <= sum(sides) <= 48 for sides in left.values())
+    assert 12 <= sum(a != b for a, b in zip(*left.values(), strict=True)) <= 48
     same = open_study(tmp_path)
     assert all(same.sides("ann", item) == study.sides("ann", item) for item in pairs(study))
     other, _ = small_study(tmp_path / "other", 60, seed=1)

@@ -35,9 +35,9 @@ def test_keys_are_labels_in_order_and_every_vote_is_saved_at_once(tmp_path, caps
 
 
 def test_what_is_first_on_the_screen_is_first_in_the_vote(tmp_path, capsys, monkeypatch):
-    answers = {MODELS[0]: ["good"] * 8, MODELS[1]: ["bad"] * 8}
-    study, key = small_study(tmp_path, 8, answers, questions="relative")
-    printed = vote_by_keys(tmp_path, "1\n" * 8, capsys, monkeypatch)
+    answers = {MODELS[0]: ["good"] * 20, MODELS[1]: ["bad"] * 20}
+    study, key = small_study(tmp_path, 20, answers, questions="relative")
+    printed = vote_by_keys(tmp_path, "1\n" * 20, capsys, monkeypatch)
     shown = [words.split()[0] for words in printed.split("First answer\n\n")[1:]]
     voted = {vote.item: key.answers[vote.order[0]] for vote in Votes(study).log()}
     assert shown == [{MODELS[0]: "good", MODELS[1]: "bad"}[voted[item.id]] for item in study.order("ann")]

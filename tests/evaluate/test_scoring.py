@@ -11,7 +11,7 @@ from tiny import N_CODES, TOKENIZER, VOCAB, tiny_config, tiny_model, tiny_run
 
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import scoring, token_trees
-from nanochameleon.evaluate.scoring import context_and_continuation, fit, next_scores, score
+from nanochameleon.evaluate.scoring import context_and_continuation, score
 from nanochameleon.evaluate.token_trees import Tree, shared_prefixes
 from nanochameleon.training.run import Run
 from nanochameleon.weights.model_folder import open_model
@@ -116,7 +116,7 @@ def test_an_empty_continuation_costs_nothing_and_an_empty_context_is_the_start(r
     assert score(run, [([VOCAB.bos, 30], []), ([], [])]) == [(0.0, True, False)] * 2
     empty, start = score(run, [([], [40, 41]), ([VOCAB.bos], [40, 41])])
     assert empty == start and empty.log_prob < 0
-    assert score(run, []) == [] and next_scores(run, [], [1]) == []
+    assert score(run, []) == []
 
 
 # --- what does not fit -----------------------------------------------------------------------------------------------
@@ -133,36 +133,18 @@ def test_of_a_long_context_start_and_right_end_stay(run):
         [found] = score(run, [(context, continuation)])
         assert found.truncated == cut
         assert found.log_prob == pytest.approx(one_by_one(run, kept, continuation)[0], abs=1e-4)
-    [[letter]] = next_scores(run, [[VOCAB.bos, *body]], [40])
-    assert letter == pytest.approx(one_by_one(run, [VOCAB.bos, *body[-63:]], [40])[0], abs=1e-4)
 
 
-def test_images_are_never_cut(run):
-    shown = [VOCAB.boi, *[VOCAB.first_code] * N_CODES, VOCAB.eoi]
-    context = [VOCAB.bos, 30, 31, *shown, 32]  # 10 tokens
-    assert fit(context, 8, VOCAB) == ([VOCAB.bos, *shown, 32], True)
-    for room in range(1, 8):
-        with pytest.raises(UserError, match="image"):
-            fit(context, room, VOCAB)
+def test_an_image_that_does_not_fit_is_an_error(run):
+    context = [VOCAB.bos, 30, 31, VOCAB.boi, *[VOCAB.first_code] * N_CODES, VOCAB.eoi, *[33] * 66]
     with pytest.raises(UserError, match=r"75 tokens.*63"):
-        score(run, [([*context, *[33] * 65], [34, 35])])
+        score(run, [(context, [34, 35])])
 
 
 def test_a_continuation_longer_than_the_context_is_an_error(run):
     assert score(run, [([VOCAB.bos, 30], [40] * 64)])[0].truncated
     with pytest.raises(UserError, match=r"65 tokens.*64"):
         score(run, [([VOCAB.bos], [40] * 65)])
-
-
-# --- single tokens ---------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=20)
-@given(st.lists(contexts, max_size=6), st.lists(st.integers(0, VOCAB.size - 1), min_size=1, max_size=4))
-def test_next_scores_are_the_scores_of_single_tokens(run, asked, candidates):
-    wanted = [[each.log_prob for each in score(run, [(context, [t]) for t in candidates])] for context in asked]
-    for found, want in zip(next_scores(run, asked, candidates), wanted, strict=True):
-        assert found == pytest.approx(want, abs=1e-4)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

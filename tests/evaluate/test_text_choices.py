@@ -137,9 +137,9 @@ def test_shots_depend_on_the_seed_and_the_item_alone(data, tmp_path):
 
 
 def test_too_many_shots_are_refused(data):
-    with pytest.raises(UserError, match="12 items for 13 shots"):
+    with pytest.raises(UserError, match="12 items, too few for 13 shots"):
         TASKS["piqa"].read(Options(data=data, shots=13))
-    with pytest.raises(UserError, match="mmlu has 5 dev items of abstract_algebra for 6 shots"):
+    with pytest.raises(UserError, match="mmlu has 5 dev items of abstract_algebra, too few for 6 shots"):
         TASKS["mmlu"].read(Options(data=data, shots=6))
     with pytest.raises(UserError, match="hellaswag_10shot has no 3 shots"):
         TASKS["hellaswag_10shot"].read(Options(data=data, shots=3))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from text_sets import ITEMS, authors_file, put, write_authors, write_hub, write_parquet
+from text_sets import AUTHORS, ITEMS, authors_file, put, write_authors, write_hub, write_parquet
 
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.text.files import SOURCES, find_split, read_split
@@ -139,14 +139,16 @@ def setting(**fields):
     return change
 
 
-def same_id(line: str) -> str:
-    """Give the second item the id of the first one."""
-    return setting(id="E1", qID=f"Q-{ITEMS['winogrande']['validation'][0]['sentence']}")(line)
+FIRST_SENTENCE = ITEMS["winogrande"]["validation"][0]["sentence"]
+
+
+def broken(line: str) -> str:
+    return line[:-5]
 
 
 BAD = [
     ("piqa", setting(sol2=None), "has no 'sol2': it must be a text"),
-    ("piqa", lambda line: line[:-5], "is not JSON"),
+    *((name, broken, "is not JSON") for name in AUTHORS),
     ("piqa", lambda line: "[1]", "is not a JSON object"),
     ("social_iqa", setting(answerC=3), "has 3 as 'answerC': it must be a text"),
     ("hellaswag", setting(endings=["a", "b", "c"]), "has 3 'endings': there must be 4 texts"),
@@ -155,8 +157,9 @@ BAD = [
     ("winogrande", setting(sentence="no gap"), "has 0 '_' in its sentence"),
     ("winogrande", setting(sentence="_ and _"), "has 2 '_' in its sentence"),
     ("winogrande", setting(answer="3"), "has '3' as 'answer': it must be one of 1, 2"),
-    ("winogrande", same_id, "ids must differ"),
-    ("arc_easy", same_id, "ids must differ"),
+    ("winogrande", setting(qID=f"Q-{FIRST_SENTENCE}"), "ids must differ"),
+    ("arc_easy", setting(id="E1"), "has the id 'E1'"),
+    ("openbookqa", setting(id="7-1"), "ids must differ"),
     ("arc_easy", setting(answerKey="Z"), "has 'Z' as 'answerKey': it must be one of 1, 2, 3"),
     ("arc_easy", setting(question={"stem": "q", "choices": []}), "has 0 'label': there must be 3 to 5 texts"),
     ("arc_easy", setting(question={"stem": "q", "choices": "ab"}), "has \"ab\" as 'choices': it must be a list"),
@@ -177,6 +180,19 @@ BAD = [
 def test_a_bad_row_is_named(tmp_path, name, change, said):
     path, sentence = edited(tmp_path, name, USED[name], 2, change)
     assert sentence.startswith(f"{path}:2 ") and said in sentence
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_an_empty_file_is_named(tmp_path, name):
+    path = put(authors_file(tmp_path, name, USED[name]), "\n")
+    assert message(name, tmp_path, USED[name]).startswith(f"{path} is empty")
+
+
+def test_a_bad_problem_is_named(tmp_path):
+    path = put(tmp_path / "MATH/test/algebra/7.json", '{"problem": "p", "level": "Level 1", "type": "Algebra"}')
+    assert message("math", tmp_path, "test") == f"{path} has no 'solution': it must be a text"
+    path.write_text("[]")
+    assert message("math", tmp_path, "test").startswith(f"{path} does not hold an object")
 
 
 @pytest.mark.parametrize(

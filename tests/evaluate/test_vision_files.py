@@ -87,6 +87,14 @@ def test_no_image_is_read_from_outside_of_the_folder(tmp_path):
             find_image(tmp_path / "data", name)
 
 
+@pytest.mark.parametrize("name", ["x" * 5_000, "\ud800.jpg", "", ".", "val2014", "con\n.jpg"])
+def test_an_odd_name_is_an_image_that_is_not_there(tmp_path, name):
+    (tmp_path / "val2014").mkdir()
+    with pytest.raises(UserError, match=r"^image .* is not in ") as error:
+        find_image(tmp_path, name)
+    assert str(error.value).isprintable() and not is_there(tmp_path, name)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a user can get wrong: one sentence that names the file and the entry
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def with_context(run: Run, context: int) -> Run:
 
 
 def test_more_images_than_fit_are_refused_with_the_numbers(run):
-    """An image of the tiny model has 6 tokens; the released model's 1,026 are checked against the same rule."""
+    """An image of the tiny model has 6 tokens."""
     check_room(with_context(run, 1 + 3 * 6 + 10), 3, 10)
     with pytest.raises(
         UserError, match=r"2 examples make 3 images of 6 tokens and 10 new .* context has 28: use --shots 1"
@@ -78,6 +79,16 @@ def test_more_images_than_fit_are_refused_with_the_numbers(run):
         check_room(with_context(run, 28), 3, 10)
     with pytest.raises(UserError, match=r"this model has no room for an image"):
         check_room(with_context(run, 16), 1, 10)
+
+
+def test_the_released_models_have_room_for_two_examples_and_not_for_three():
+    model = SimpleNamespace(cfg=SimpleNamespace(max_seq_len=4096))
+    released = SimpleNamespace(model=model, image_tokenizer=SimpleNamespace(n_codes_per_image=1024))
+    check_room(released, 3, 30)
+    with pytest.raises(
+        UserError, match=r"3 examples make 4 images of 1,026 tokens .* context has 4,096: use --shots 2"
+    ):
+        check_room(released, 4, 30)
 
 
 def test_an_image_that_is_asked_about_often_is_encoded_once(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tasks about images as the command runs them: what is bad is named and counted, and all else is evaluated."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from tiny import tiny_model, tiny_run
 from vision_sets import coco_name, write_coco, write_flickr, write_vqa
 
 from nanochameleon.errors import UserError
+from nanochameleon.evaluate.compare import compare_task
 from nanochameleon.evaluate.runner import evaluate
-from nanochameleon.evaluate.task import Options
+from nanochameleon.evaluate.task import Line, Options
 from nanochameleon.evaluate.tasks import TASKS
 
 BY_NAME = {task.name: task for task in TASKS}
@@ -71,3 +73,19 @@ def test_the_same_questions_get_the_same_answers_whatever_their_chunk(model, tmp
     evaluate(model, [BY_NAME["vqav2"]], few, "cpu")
     assert whole[0]["n"] == 3
     assert (tmp_path / "few" / "vqav2" / "items.jsonl").read_text() == lines.splitlines(keepends=True)[0]
+
+
+def test_captions_of_two_models_are_compared_image_by_image_over_those_that_both_saw():
+    references = [["a b c d"], ["e f g h"], ["i j k l"], ["m n o p"]]
+    said = ["a b c d", "e f", "nothing", "m n o p"], ["a b", "e f g h", "i j k l", "?"]
+    a, b = (
+        [
+            Line(str(i), "", {"references": texts}, {}, text, {})
+            for i, (texts, text) in enumerate(zip(references, each, strict=True))
+        ]
+        for each in said
+    )
+    b[3] = replace(b[3], output={"problem": "no image"})
+    [row] = compare_task("coco", a, b)
+    assert (row["metric"], row["n"], row["b"], row["only in a"]) == ("CIDEr-D", "3", "767.920", "1")  # 10, 10, 3.0376
+    assert (row["better in a"], row["better in b"]) == ("1", "2")

@@ -248,4 +248,18 @@ MUTANTS = [
         "elif False:",
         "generation/test_cancel.py",
     ),
+    Mutant(
+        "a prompt is copied from a branch that has written over it",
+        "generation/engine.py",
+        "for slot in slots if slot.cfg_branch != UNCOND]",
+        "for slot in slots]",
+        "generation/test_shared_prompts.py",
+    ),
+    Mutant(
+        "a prompt is copied up to where nobody has read yet",
+        "generation/engine.py",
+        "n = min(n_read, len(slot.prompt) - 1) // chunk * chunk",
+        "n = (len(slot.prompt) - 1) // chunk * chunk",
+        "generation/test_shared_prompts.py",
+    ),
 ]

@@ -30,6 +30,7 @@ from nanochameleon.weights.ranges import out_of_range
 if TYPE_CHECKING:  # torch is imported after the prompts are read, so that mistakes in them are found at once
     from nanochameleon.training.run import Run
 
+PROGRAM = "python -m nanochameleon.evaluate draw"
 MAX_SAMPLES = 10_000  # the four digits of geneval
 
 
@@ -57,7 +58,7 @@ class Args:
     """Temperature of image tokens; None is the model's own value."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Type of the transformer's weights; auto keeps that of its files."""
     vqgan: Path | None = None
     """A file with the image decoder, for a model from transformers, which drops it: Meta's vqgan.ckpt or a
@@ -105,14 +106,17 @@ def main(args: Args) -> None:
 
 
 def open_to_draw(args: Args) -> "Run":
+    from nanochameleon.generation.quantize import quantize_
     from nanochameleon.images.tokenizer import NO_DECODER
     from nanochameleon.training.run import pick_device
     from nanochameleon.weights.model_folder import open_model
 
     check_kernels(pick_device(args.device))
-    run = open_model(args.model, args.device, args.dtype, args.vqgan)
+    run = open_model(args.model, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
     if not run.image_tokenizer.can_draw:
         raise UserError(NO_DECODER)
+    if args.dtype == "int8":
+        quantize_(run.model)
     return run
 
 
@@ -125,7 +129,8 @@ def header(args: Args, run: "Run", params: SamplingParams, prompts: Sequence[Pro
     described = describe_model(run, args.model.resolve())
     del described["path"]  # the same model in another place draws the same images
     options = {"layout": args.layout, "prompts": digest(names), "samples": args.samples, "seed": args.seed}
-    return {"model": args.model.resolve().name} | options | described | {"params": dataclasses.asdict(params)}
+    options |= {"dtype": described["dtype"], "device": described["device"], "params": dataclasses.asdict(params)}
+    return {"model": args.model.resolve().name} | options | described
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,9 @@ def cli(arguments: Sequence[str] | None = None) -> None:
     """The command line, without the word draw."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["summary"]:
-        exit_on_user_error(lambda: summary(parse(SummaryArgs, arguments[1:])))
+        exit_on_user_error(lambda: summary(parse(SummaryArgs, arguments[1:], prog=f"{PROGRAM} summary")))
     else:
-        exit_on_user_error(lambda: main(parse(Args, arguments, description=__doc__)))
+        exit_on_user_error(lambda: main(parse(Args, arguments, description=__doc__, prog=PROGRAM)))
 
 
 def summary(args: SummaryArgs) -> None:

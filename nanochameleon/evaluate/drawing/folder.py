@@ -57,13 +57,24 @@ def check_same(known: dict, header: dict, out: Path) -> None:
 def write_whole(out: Path, path: PurePath, data: bytes) -> None:
     """Write OUT/path, whole or not at all, and the folders on the way. A name of 255 bytes leaves no room for more, so
     the unfinished file has another name in another folder."""
-    aside = out / f"{UNFINISHED}-{os.getpid()}"
-    try:
-        aside.mkdir(exist_ok=True)
+    aside = out / f"{UNFINISHED}-{os.getpid()}" / "file"
+    save(aside, data)
+    with explained(out / path):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
-        write_file(aside / "file", data)
-        os.replace(aside / "file", out / path)
+        os.replace(aside, out / path)
+
+
+def save(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all, and the folders on the way. Raises UserError."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise UserError for an OSError within."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {shown(out / path, 200)}: {error.strerror}; run the same command again"
-        ) from None
+        raise UserError(f"cannot write {shown(path, 200)}: {error.strerror}; run the same command again") from None

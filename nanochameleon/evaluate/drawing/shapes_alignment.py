@@ -19,6 +19,7 @@ from nanochameleon.data.sources.scenes import Scene, draw
 from nanochameleon.documents import EndOfTurn, Image, Text, parse
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.drawing.each import generate_each
+from nanochameleon.evaluate.drawing.folder import save
 from nanochameleon.evaluate.drawing.readings import reading_of, scene_of, to_json
 from nanochameleon.evaluate.drawing.shapes_geneval import need_world
 from nanochameleon.evaluate.oracle import compare
@@ -26,7 +27,6 @@ from nanochameleon.evaluate.oracle import read as read_image
 from nanochameleon.evaluate.shapes import SCENE_SEED
 from nanochameleon.evaluate.statistics import mean_figure
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, item_seed
-from nanochameleon.files import write_file
 from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import png
 from nanochameleon.images.tokenizer import NO_DECODER
@@ -80,8 +80,7 @@ def said_json(run: Run, tokens: list[int], item: Item, options: Options) -> list
         elif isinstance(segment, Image):
             image = run.image_tokenizer.decode(torch.tensor([segment.codes]))[0]
             path = options.out / NAME / item.group / f"{item.id}-{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, png(image))
+            save(path, png(image))
             reading = to_json(read_image(image, options.world))
             said.append({"image": f"{item.group}/{path.name}", "reading": reading})
         else:

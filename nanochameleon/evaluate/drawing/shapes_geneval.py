@@ -16,6 +16,7 @@ from typing import Any
 from nanochameleon.data.sources.scenes import World, draw
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.drawing.each import generate_each
+from nanochameleon.evaluate.drawing.folder import save
 from nanochameleon.evaluate.drawing.geneval import COMPOSITIONS, cases, judge, metadata
 from nanochameleon.evaluate.drawing.geneval import TASKS as TAGS
 from nanochameleon.evaluate.drawing.images import pixels, tokens_of
@@ -24,7 +25,6 @@ from nanochameleon.evaluate.drawing.summary import figures as figures_of
 from nanochameleon.evaluate.oracle import read as read_image
 from nanochameleon.evaluate.shapes import SCENE_SEED, has_room
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, item_seed
-from nanochameleon.files import write_file
 from nanochameleon.images.terminal import png
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import Run
@@ -42,12 +42,8 @@ def need_world(options: Options, name: str) -> World:
 def read(options: Options) -> list[Item]:
     items = []
     for number, (tag, compositions, scene) in enumerate(cases(need_world(options, NAME), SCENE_SEED)):
-        content = {
-            "number": number,
-            "metadata": metadata(tag, scene),
-            "compositions": compositions,
-            "scene": to_json(scene),
-        }
+        line = json.dumps(metadata(tag, scene))  # a text, since the log sorts the keys of objects
+        content = {"number": number, "line": line, "prompt": scene.caption(), "scene": to_json(scene)}
         for sample in range(options.samples):
             item = Item(f"{number:05}-{sample:04}", content | {"sample": sample}, f"{tag}, {compositions}")
             items.append(item)
@@ -57,10 +53,10 @@ def read(options: Options) -> list[Item]:
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     if not run.image_tokenizer.can_draw:
         raise UserError(NO_DECODER)
-    prompts = [tokens_of(run, item.content["metadata"]["prompt"]) for item in items]
+    prompts = [tokens_of(run, item.content["prompt"]) for item in items]
     fitting = [i for i, prompt in enumerate(prompts) if has_room(run, prompt)]
     params = dataclasses.replace(run.cfg.sample, max_new_tokens=run.image_tokenizer.n_codes_per_image + 1)
-    seeds = [seed_of(items[i], options) for i in fitting]
+    seeds = [item_seed(options.seed, items[i].id) for i in fitting]
     context = run.model.cfg.max_seq_len
     outputs: list[dict] = [
         {"problem": f"{NAME}: the prompt of item {item.id} and an image are too long for a context of {context} tokens"}
@@ -71,19 +67,14 @@ def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     return [Answer(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
 
-def seed_of(item: Item, options: Options) -> int:
-    return item_seed(options.seed, item.content["metadata"]["prompt"], item.content["sample"])
-
-
 def judged(run: Run, tokens: Sequence[int], item: Item, options: Options) -> dict[str, Any]:
     """Save an image, and return its name and what the oracle reads in it; also in the true scene, before and after the
     image tokenizer."""
     image = pixels(run, tokens)
     name = f"{item.content['number']:05}/samples/{item.content['sample']:04}.png"
     path = options.out / NAME / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path.parents[1] / "metadata.jsonl", (json.dumps(item.content["metadata"]) + "\n").encode())
-    write_file(path, png(image))
+    save(path.parents[1] / "metadata.jsonl", f"{item.content['line']}\n".encode())
+    save(path, png(image))
     clean = draw(scene_of(item.content["scene"]), options.world)
     again = run.image_tokenizer.decode(run.image_tokenizer.encode(clean[None]))[0]
     shown = {"drawn": image, "clean": clean, "reconstructed": again}
@@ -92,7 +83,7 @@ def judged(run: Run, tokens: Sequence[int], item: Item, options: Options) -> dic
 
 def score(content: dict, output: dict) -> tuple[str, dict[str, float]]:
     """Return what is wrong with the image, and whether it and the true scene are correct."""
-    line = content["metadata"]
+    line = json.loads(content["line"])
     verdicts = {key: judge(line, reading_of(output[key])) for key in ("drawn", "clean", "reconstructed")}
     metrics = {key: float(correct) for key, (correct, _) in verdicts.items()}
     return verdicts["drawn"][1], {"correct": metrics.pop("drawn")} | metrics
@@ -130,8 +121,9 @@ def mean(values: Sequence[float | None]) -> float | None:
 def chance(lines: Sequence[Line]) -> float | None:
     """Return how often an image that was drawn for another prompt is correct; None for a single prompt."""
     drawn = [(line.content["number"], reading_of(line.output["drawn"])) for line in lines]
+    asked = [json.loads(line.content["line"]) for line in lines]
     verdicts = [
-        judge(line.content["metadata"], reading)[0]
+        judge(asked[i], reading)[0]
         for i, line in enumerate(lines)
         for number, reading in (drawn * 2)[i + 1 : i + 1 + min(OTHERS, len(lines) - 1)]
         if number != line.content["number"]
@@ -142,19 +134,18 @@ def chance(lines: Sequence[Line]) -> float | None:
 def export(lines: Sequence[Line], options: Options, folder: Path) -> None:
     """Write results.jsonl. As in the official file, metadata and details are JSON in a text."""
     rows = [result(line) for line in lines if "drawn" in line.output]
-    write_file(folder / "results.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    save(folder / "results.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 def result(line: Line) -> dict[str, Any]:
-    known = line.content["metadata"]
     return {
         "filename": line.output["image"],
-        "tag": known["tag"],
-        "prompt": known["prompt"],
+        "tag": json.loads(line.content["line"])["tag"],
+        "prompt": line.content["prompt"],
         "correct": line.metrics["correct"] == 1,
         "reason": line.extracted,
-        "metadata": json.dumps(known),
-        "details": json.dumps(line.output["drawn"]),
+        "metadata": line.content["line"],
+        "details": json.dumps(line.output["drawn"], sort_keys=True),
     }
 
 

@@ -72,7 +72,7 @@ def read_segments(row: dict, folder: Path, place: str) -> Segments:
         if not isinstance(part, dict) or len(part) != 1 or part.keys() - {"text", "image"}:
             raise UserError(f'{place} has a broken segment: write {{"text": "..."}} or {{"image": "FILE"}}')
         if "text" in part:
-            add_text(segments, get(part, "text", str, place))
+            add_text(segments, get(part, "text", str, place), place)
         else:
             segments.append({"image": str(existing(folder, get(part, "image", str, place), place))})
     return segments
@@ -90,12 +90,14 @@ def marked(row: dict, folder: Path, place: str) -> Segments:
     for number, piece in enumerate(pieces):
         if number:
             segments.append({"image": str(existing(folder, file_name(str(urls[number - 1])), place))})
-        add_text(segments, piece)
+        add_text(segments, piece, place)
     return segments
 
 
-def add_text(segments: Segments, text: str) -> None:
+def add_text(segments: Segments, text: str, place: str) -> None:
     """Append a text, joined to the one before it, if any. Space alone is no segment."""
+    if text.encode("utf-8", "replace").decode() != text:
+        raise UserError(f"{place} has half a surrogate pair in its text: save it as UTF-8")
     if segments and "text" in segments[-1]:
         segments[-1] = {"text": segments[-1]["text"] + text}
     elif text.strip():

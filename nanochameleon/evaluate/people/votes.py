@@ -9,7 +9,6 @@ local disk: SQLite does not support a WAL on network folders.
 """
 
 import json
-import math
 import sqlite3
 import time
 from collections import Counter, defaultdict
@@ -24,7 +23,7 @@ from nanochameleon.evaluate.people.study import Study, check_annotator
 
 FILE, UNDONE = "votes.sqlite", ""
 BUSY = 60.0  # seconds that a vote waits for those of other processes
-DAY = 86_400.0  # seconds
+DAY, MAX_SECONDS = 86_400.0, 1e9  # seconds
 TICK = 1e-6  # seconds: the least time between two votes of an annotator
 SCHEMA = """CREATE TABLE IF NOT EXISTS votes (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -142,8 +141,9 @@ class Votes:
             raise UserError(f"the vote says {shown(vote.answer)!r}: answer one of {', '.join(labels)}")
         if sorted(vote.order) != sorted(item.answers):
             raise UserError(f"the vote on {vote.item} has other answers than the item: send it as it was exported")
-        if not (0 <= vote.seconds < math.inf and 0 <= vote.time < time.time() + DAY):  # clocks may differ by hours
-            raise UserError(f"the vote on {vote.item} has no real time: send it as it was exported")
+        good = 0 <= vote.seconds < MAX_SECONDS and 0 <= vote.version < 2**31
+        if not (good and 0 <= vote.time < time.time() + DAY):  # clocks may differ by hours
+            raise UserError(f"the vote on {vote.item} has no real time or version: send it as it was exported")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading

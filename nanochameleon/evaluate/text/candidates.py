@@ -55,14 +55,15 @@ class Benchmark:
 
 def read(benchmark: Benchmark, options: Options) -> list[Item]:
     """Return the items, each with its shots."""
-    name, k = benchmark.data, number_of_shots(benchmark, options)
-    rows = [row for _, row in read_split(name, options.data, benchmark.split)][: options.limit]
-    shots = training_shots(name, options) if k else []
+    k = number_of_shots(benchmark, options)
+    rows = [row for _, row in read_split(benchmark.data, options.data, benchmark.split)][: options.limit]
+    shots = training_shots(benchmark.data, options) if k else []
     if len(shots) < k:
-        raise UserError(f"the training split of {name} has {len(shots)} items for {k} shots: give fewer --shots")
+        which = f"the training split of {benchmark.data} has {len(shots)} items"
+        raise UserError(f"{which}, too few for {k} shots: give fewer --shots")
     return [
-        item(name, row, draw(shots, k, item_seed(options.seed, "shots", name)))
-        for name, row in zip(names(rows), map(QUESTIONS[benchmark.data], rows), strict=True)
+        item(name, question, draw(shots, k, item_seed(options.seed, "shots", name)))
+        for name, question in zip(names(rows), map(QUESTIONS[benchmark.data], rows), strict=True)
     ]
 
 
@@ -89,9 +90,8 @@ def names(rows: Sequence[dict]) -> list[str]:
 
 def training_shots(name: str, options: Options) -> list[str]:
     """Return the text of every training item, in an order that is not the file's."""
-    return sorted(
-        (QUESTIONS[name](row).with_answer() for _, row in read_split(name, options.data, "train")), key=digest
-    )
+    rows = [row for _, row in read_split(name, options.data, "train")]
+    return sorted((QUESTIONS[name](row).with_answer() for row in rows), key=digest)
 
 
 def draw(shots: Sequence[str], k: int, seed: int) -> str:
@@ -159,7 +159,7 @@ def score_each(run: Run, asked: Sequence[list[Pair]]) -> list[list[Scored]]:
 
 
 def score(benchmark: Benchmark, content: dict, output: dict) -> tuple[str, dict[str, float]]:
-    """Return the option that the paper's metric chooses, and which metrics choose the right one."""
+    """Return the option that the paper's metric chooses, and 1.0 for each metric that chooses the right one."""
     question = question_of(content)
     chosen = {metric: likeliest(metric, question, output) for metric in benchmark.metrics}
     metrics = {metric: float(index == question.right) for metric, index in chosen.items()}

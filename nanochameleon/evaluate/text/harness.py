@@ -81,7 +81,7 @@ def is_path(name: str) -> bool:
 
 
 def main(args: Args) -> dict[str, Any] | None:
-    """Evaluate; returns what lm-eval returns."""
+    """Print the list of tasks, or evaluate and return what lm-eval returns."""
     if find_spec("lm_eval") is None:
         raise UserError(MISSING)
     if args.tasks == "list":
@@ -91,21 +91,24 @@ def main(args: Args) -> dict[str, Any] | None:
     args.check()
     out = args.out or args.model / "harness"
     check_writable(out)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        os.environ.update(offline(folder))  # before the import of datasets, which reads them once
-        from nanochameleon.evaluate.text.harness_tasks import write_tasks
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ.update(offline(Path(folder)))  # before the import of datasets, which reads them once
+        return run_tasks(args, Path(folder), out)
 
-        problems = write_tasks([name for name in args.names if not is_path(name)], args.data, folder, args.shots)
-        names = [str(Path(name).resolve()) if is_path(name) else name for name in args.names if name not in problems]
-        for problem in problems.values():
-            warn(problem)
-        if names:
-            results = evaluate(args, names, folder)
-            write_results(results, out)
-            say(summary(results, out))
-        if problems:
-            raise UserError(f"{len(problems)} of {len(args.names)} tasks were not run: {next(iter(problems.values()))}")
+
+def run_tasks(args: Args, folder: Path, out: Path) -> dict[str, Any]:
+    """Run what can be run, then raise UserError if something could not."""
+    from nanochameleon.evaluate.text.harness_tasks import write_tasks
+
+    problems = write_tasks([name for name in args.names if not is_path(name)], args.data, folder, args.shots)
+    for problem in problems.values():
+        warn(problem)
+    if names := [str(Path(name).resolve()) if is_path(name) else name for name in args.names if name not in problems]:
+        results = evaluate(args, names, folder)
+        write_results(results, out)
+        say(summary(results, out))
+    if problems:
+        raise UserError(f"{len(problems)} of {len(args.names)} tasks were not run: {next(iter(problems.values()))}")
     return results
 
 
@@ -130,25 +133,33 @@ def evaluate(args: Args, names: Sequence[str], folder: Path) -> dict[str, Any]:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    for name in filter(is_path, names):
-        load_own(manager, name)
+    tasks = load(manager, names)
     run = open_model(args.model, args.device, args.dtype)
     model = Harness(run, args.chat, args.seed, str(args.model))
     seeds = dict.fromkeys(("numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
     how = dict(num_fewshot=args.shots, limit=args.limit, task_manager=manager, **seeds)
-    results = simple_evaluate(model, tasks=names, **how)
+    results = simple_evaluate(model, tasks=tasks, **how)
     results["requests"] = {"asked": model.n_requests, "truncated": model.n_truncated}
     options = Options(args.data, args.limit, args.seed, args.shots)
     results["nanochameleon"] = describe_model(run, args.model) | describe_session(run, names, options)
     return results
 
 
-def load_own(manager, path: str) -> None:
-    """Load a task file of the user, which may run Python of theirs. Any fault is found before the model is loaded."""
-    try:
-        manager.load([path])
-    except Exception as error:
-        raise UserError(f"{path} is no task that lm-eval can load offline ({shown(error, 120)}): mend it") from None
+def load(manager, names: Sequence[str]) -> list:
+    """Return lm-eval's objects of tasks and groups. Raises UserError for a task file of the user that does not load."""
+    found, where = [], {}
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # a task file may run Python of the user's
+            if not is_path(name):
+                raise
+            raise UserError(f"{name} is no task that lm-eval can load offline ({shown(error, 120)}): mend it") from None
+        for task in loaded["tasks"]:
+            if (other := where.setdefault(task, name)) != name:
+                raise UserError(f"{task} is in {other} and in {name}: leave one of them out")
+        found += [next(iter(loaded["groups"].values()))] if loaded["groups"] else loaded["tasks"].values()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,4 +208,4 @@ def number(value: Any) -> str:
 def cli(arguments: list[str]) -> None:
     """The command line: python -m nanochameleon.evaluate harness ..."""
     program = "python -m nanochameleon.evaluate harness"
-    exit_on_user_error(lambda: main(parse(Args, arguments, description=__doc__, prog=program)) and None)
+    exit_on_user_error(lambda: main(parse(Args, arguments, description=__doc__, prog=program)))

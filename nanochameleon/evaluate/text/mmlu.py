@@ -4,7 +4,8 @@
 
 The figure that the paper prints is the mean over all questions, as the authors' own script has it, so large subjects
 count more. Each subject has its figure, too. The wording is that of lm-evaluation-harness; the authors' own differs by
-one space. Items of all subjects take turns, so that --limit asks about all of them.
+one space. Items of all subjects take turns, so that --limit asks about all of them. A chunk has 8 of each, whose shots
+the model reads once (scoring.py), and one pass gives all four letters.
 """
 
 from collections import defaultdict
@@ -12,14 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nanochameleon.errors import UserError
-from nanochameleon.evaluate.scoring import next_scores
 from nanochameleon.evaluate.statistics import default_figures
-from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options
+from nanochameleon.evaluate.task import Figure, Item, Line, Options
 from nanochameleon.evaluate.text import candidates
 from nanochameleon.evaluate.text.candidates import BETWEEN_SHOTS, Benchmark
 from nanochameleon.evaluate.text.files import read_split
 from nanochameleon.evaluate.text.prompts import mmlu as question_of
-from nanochameleon.training.run import Run
 
 MMLU = Benchmark(
     "mmlu", "MMLU: 57 subjects from school to profession, 4 options, 5 shots", "mmlu", "test", ("acc",),
@@ -38,7 +37,7 @@ def read(options: Options) -> list[Item]:
     for subject, rows in by_subject("test", options).items():
         shots = [question_of(row).with_answer() for row in dev.get(subject, [])[:k]]
         if len(shots) < k:
-            raise UserError(f"mmlu has {len(shots)} dev items of {subject} for {k} shots: give fewer --shots")
+            raise UserError(f"mmlu has {len(shots)} dev items of {subject}, too few for {k} shots: give fewer --shots")
         preamble = BETWEEN_SHOTS.join([description(subject), *shots, ""])
         named = zip(candidates.names(rows), rows, strict=True)
         found.append([candidates.item(name, question_of(row), preamble, subject) for name, row in named])
@@ -57,24 +56,9 @@ def description(subject: str) -> str:
     return f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
 
 
-def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
-    """Return the log-probability of each letter: one pass for all four, if each is a single token."""
-    asked = [candidates.encode_item(run, item) for item in items]
-    letters = [letter for _, letter in asked[0]]
-    if any(len(letter) > 1 for letter in letters):
-        return candidates.answer(MMLU, run, items, options)
-    contexts = [pairs[0][0] for pairs in asked]
-    found = next_scores(run, contexts, [token for (token,) in letters])
-    longest = run.cfg.model.max_seq_len
-    return [
-        Answer(context, {"log_probs": log_probs}, len(context) > longest)
-        for context, log_probs in zip(contexts, found, strict=True)
-    ]
-
-
 def figures(lines: Sequence[Line]) -> list[Figure]:
     """Return the figure over all questions, with what the paper has, and one for each subject."""
     return [*candidates.figures(MMLU, lines), *default_figures(lines, chance=lambda line: 0.25)[1:]]
 
 
-TASKS = (replace(candidates.task(MMLU), read=read, answer=answer, figures=figures),)
+TASKS = (replace(candidates.task(MMLU), read=read, figures=figures, chunk=57 * 8),)

@@ -9,13 +9,14 @@ most 30 tokens. Captions follow their images without a word between, as in pre-t
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from nanochameleon.evaluate.cider import cider_d
-from nanochameleon.evaluate.statistics import mean_figure
+from nanochameleon.evaluate.statistics import mean_interval
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import files
-from nanochameleon.evaluate.vision.files import Captioned
-from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots
+from nanochameleon.evaluate.vision.files import Captioned, official_id
+from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots, one_line
 from nanochameleon.files import write_file
 from nanochameleon.training.run import Run
 
@@ -37,10 +38,6 @@ def content(image: Captioned, training: Sequence[Captioned], n: int, seed: int) 
     return {"parts": [*shots, [image.image, ""]], "references": list(image.references)}
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     return ask(run, [item.content["parts"] for item in items], options.data, MAX_NEW_TOKENS, blind=False)
 
@@ -59,32 +56,30 @@ def figures(lines: Sequence[Line], n_images: int, paper: str) -> list[Figure]:
     return [cider_figure(lines, paper if len(lines) == n_images else f"{n_images:,} images make the set: {paper}")]
 
 
-def cider_figure(lines: Sequence[Line], note: str, **rest) -> Figure:
-    """CIDEr-D of the captions, times 100 as papers print it.
+def cider(lines: Sequence[Line]) -> list[dict[str, float]]:
+    """Return the CIDEr-D of each image among all of these, times 100 as papers print it."""
+    _, scores = cider_d([line.extracted for line in lines], [line.content["references"] for line in lines])
+    return [{"CIDEr-D": 100 * score} for score in scores]
 
-    The baseline is the first reference of the next image: a caption that did not look.
-    """
+
+def cider_figure(lines: Sequence[Line], note: str, ceiling: float | None = None) -> Figure:
+    """Return the mean CIDEr-D. The baseline is the first reference of the next image: a caption that did not look."""
+    scores = [each["CIDEr-D"] for each in cider(lines)]
     references = [line.content["references"] for line in lines]
     first = [texts[0] for texts in references]
-    _, scores = cider_d([line.extracted for line in lines], references)
     elsewhere, _ = cider_d([*first[1:], *first[:1]], references)
-    levels = {"scale": 1.0, "baseline": 100 * elsewhere, "note": note} | rest
-    return mean_figure("CIDEr-D", [100 * score for score in scores], "images", **levels)
+    interval, how = mean_interval(scores), "bootstrap over images"  # not mean_figure's: scores of 0 are no shares
+    levels = {"baseline": 100 * elsewhere, "ceiling": ceiling}
+    return Figure("CIDEr-D", fmean(scores), len(lines), "images", *interval, how, scale=1.0, note=note, **levels)
 
 
 def export(lines: Sequence[Line], options: Options, folder: Path) -> None:
     """Write results.json for COCO's scorer, and per_image.jsonl with the CIDEr-D of each image."""
     kept = [line for line in lines if "problem" not in line.output]
-    _, scores = cider_d([line.extracted for line in kept], [line.content["references"] for line in kept])
-    results = [{"image_id": number(line.id), "caption": line.extracted} for line in kept]
+    results = [{"image_id": official_id(line.id), "caption": line.extracted} for line in kept]
     write_file(folder / "results.json", json.dumps(results).encode())
-    rows = [result | {"cider_d": score} for result, score in zip(results, scores, strict=True)]
+    rows = [result | scores for result, scores in zip(results, cider(kept), strict=True)]
     write_file(folder / "per_image.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def number(name: str) -> int | str:
-    """Return an id as in the official files: a number, if it is one."""
-    return int(name) if name.isdecimal() else name
 
 
 def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, n_images: int, paper: str) -> Task:
@@ -97,6 +92,7 @@ def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, 
         answer=answer,
         score=score,
         figures=lambda lines: figures(lines, n_images, paper),
+        score_set=cider,
         export=export,
         chunk=32,
     )

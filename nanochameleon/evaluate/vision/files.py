@@ -12,6 +12,7 @@ Sources: cs.stanford.edu/people/karpathy/deepimagesent, github.com/salesforce/BL
 okvqa.allenai.org/download.html, vizwiz.org/tasks-and-datasets/vqa.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,11 @@ class Asked:
     answer_type: str
 
 
+def official_id(name: str) -> int | str:
+    """Return an id as the official files have it: a number, if it is one."""
+    return int(name) if name.isdecimal() else name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where files and images are
 
@@ -63,14 +69,14 @@ def find_image(data: Path, name: str) -> Path:
     for folder in FOLDERS:
         for each in (name, PurePosixPath(name).name):
             path = image_path(data / folder, each, "an item")
-            if path.is_file():
+            if os.path.isfile(path):  # unlike Path.is_file, never raises, however odd the name
                 return path
     raise UserError(f"image {shown(name)} is not in {data}: put it there")
 
 
 def is_there(data: Path, name: str) -> bool:
     try:
-        return find_image(data, name).is_file()
+        return bool(find_image(data, name))
     except UserError:
         return False
 

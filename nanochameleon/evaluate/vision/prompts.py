@@ -91,6 +91,10 @@ def see(run: Run, names: Iterable[str], data: Path) -> dict[str, Image | str]:
     return seen
 
 
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def make_prompt(run: Run, parts: Sequence[Part], seen: dict[str, Image | str], max_new_tokens: int) -> list[int] | str:
     """Return the tokens of a prompt, or one sentence on why there is none."""
     for name, _ in parts:

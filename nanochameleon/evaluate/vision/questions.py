@@ -18,9 +18,8 @@ from nanochameleon.errors import warn
 from nanochameleon.evaluate.statistics import mean_figure
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import files
-from nanochameleon.evaluate.vision.captioning import number, one_line
-from nanochameleon.evaluate.vision.files import Asked
-from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots
+from nanochameleon.evaluate.vision.files import Asked, official_id
+from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots, one_line
 from nanochameleon.evaluate.vqa import accuracy
 from nanochameleon.files import write_file
 from nanochameleon.training.run import Run
@@ -91,7 +90,7 @@ def figures(lines: Sequence[Line], note: str = "") -> list[Figure]:
     ]
 
 
-def test_figures(lines: Sequence[Line]) -> list[Figure]:
+def answered_figures(lines: Sequence[Line]) -> list[Figure]:
     """Return how many test questions have an answer: whether it is right, EvalAI knows."""
     answered = [float(line.extracted != "") for line in lines]
     return [mean_figure("answered", answered, "questions", note="accuracy is EvalAI's, from results.json")]
@@ -108,7 +107,7 @@ def accuracy_figure(name: str, lines: Sequence[Line], note: str = "") -> Figure:
 def export(lines: Sequence[Line], options: Options, folder: Path, key: str = "question_id") -> None:
     """Write results.json for the official scorer: [{"question_id": ..., "answer": ...}]; VizWiz has "image"."""
     kept = [line for line in lines if "problem" not in line.output]
-    results = [{key: number(line.id), "answer": line.extracted} for line in kept]
+    results = [{key: official_id(line.id), "answer": line.extracted} for line in kept]
     write_file(folder / "results.json", json.dumps(results).encode())
 
 
@@ -137,7 +136,7 @@ def question_task(name: str, title: str, wanted: str, source: str, reader: Read,
         read=lambda options: read(options, reader),
         answer=answer,
         score=score,
-        figures=lambda lines: figures(lines, note),
+        figures=lambda lines: figures(lines, f"asked as {FORM.format('...')!r}; {note}"),
         export=export,
         chunk=32,
     )
@@ -166,7 +165,7 @@ TASKS = (
             "https://visualqa.org/download.html; scored at https://eval.ai",
             files.vqav2_test,
         ),
-        figures=test_figures,
+        figures=answered_figures,
         export=export_test,
     ),
     question_task(

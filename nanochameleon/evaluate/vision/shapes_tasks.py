@@ -35,7 +35,8 @@ N_PEOPLE = 10  # who answer a question of VQA
 # Scenes
 
 
-def test_scenes(options: Options, seed: int) -> list[Scene]:
+def unseen_scenes(options: Options, seed: int) -> list[Scene]:
+    """Return scenes of the test split. Raises UserError for a model that was not trained on shapes."""
     if options.world is None:
         raise UserError("the model knows no shapes world: ask models/toy, or a run of train.py toy")
     return list(scenes(options.world, seed, options.limit or N_ITEMS, test=True))
@@ -49,7 +50,7 @@ def scene_from(content: dict) -> Scene:
 
 
 def true_captions(scene: Scene) -> list[str]:
-    """Return every caption of the scene that the world can say, the one it would say first.
+    """Return every caption of the scene that the world can say, starting with the scene's own.
 
     A pair may start with either thing, a trio with any; the background may be left out.
     """
@@ -97,7 +98,7 @@ def read_captions(options: Options) -> list[Item]:
                 "world": asdict(options.world),
             },
         )
-        for i, scene in enumerate(test_scenes(options, shapes.SCENE_SEED + 1))
+        for i, scene in enumerate(unseen_scenes(options, shapes.SCENE_SEED + 1))
     ]
 
 
@@ -126,7 +127,7 @@ def caption_figures(lines: Sequence[Line]) -> list[Figure]:
 def read_questions(options: Options) -> list[Item]:
     """Return the scenes and questions of evaluate/shapes.py's question_accuracy."""
     rng, items = np.random.default_rng(shapes.SCENE_SEED), []
-    for i, scene in enumerate(test_scenes(options, shapes.SCENE_SEED + 2)):
+    for i, scene in enumerate(unseen_scenes(options, shapes.SCENE_SEED + 2)):
         question, truth = shapes.one_question(scene, options.world, rng)
         content = {"question": question, "references": [truth] * N_PEOPLE}
         content |= {"scene": asdict(scene), "world": asdict(options.world)}
@@ -144,12 +145,11 @@ def answer_type(question: str, truth: str) -> str:
 def question_figures(lines: Sequence[Line]) -> list[Figure]:
     """Return the figures of VQA, with chance, and what the most common answer to the same words gets."""
     answers = [shapes.Answer(scene_from(c := line.content), c["question"], c["references"][0], "") for line in lines]
+    given = [(line.group, line.content["references"]) for line in lines]
     words = shapes.question_only(World(**lines[0].content["world"]), answers)
     note = f"the baseline sees no image; the most common answer to the same words gets {words:.1%}"
-    known = {
-        line.group: {each.content["references"][0] for each in lines if each.group == line.group} for line in lines
-    }
-    chances = {"acc": fmean(1 / len(known[line.group]) for line in lines)}
+    known = {kind: {texts[0] for group, texts in given if group == kind} for kind in {group for group, _ in given}}
+    chances = {"acc": fmean(1 / len(known[kind]) for kind, _ in given)}
     chances |= {f"acc, {kind}": 1 / len(texts) for kind, texts in known.items()}  # a guess among the answers of a type
     return [replace(each, chance=chances.get(each.name)) for each in questions.figures(lines, note)]
 
@@ -164,6 +164,7 @@ TASKS = (
         answer=answer,
         score=score_facts,
         figures=caption_figures,
+        score_set=captioning.cider,
         export=captioning.export,
     ),
     Task(

@@ -1,0 +1,446 @@
+"""The command that runs tasks on a model: what it writes, how it resumes, and what it refuses."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from made_up_tasks import after, refused, score, sums, with_problem
+from tiny import nano_folder, tiny_model, tiny_run
+
+from nanochameleon.errors import Interrupted, UserError
+from nanochameleon.evaluate import __main__ as command
+from nanochameleon.evaluate import runner, tasks
+from nanochameleon.evaluate.header import HEADER, tensors_hash
+from nanochameleon.evaluate.log import ITEMS, read_lines
+from nanochameleon.evaluate.runner import evaluate, rescore
+from nanochameleon.evaluate.task import Options
+from nanochameleon.training.run_folder import claim
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_run(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def opened_once():
+    """Opening the same model again takes most of the time of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open_model", "open_config"):
+            patch.setattr(runner, name, cache(getattr(runner, name)))
+        yield
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The command line knows these tasks."""
+
+    def know(*names):
+        monkeypatch.setattr(tasks, "TASKS", tuple(sums(8, name=name) for name in names))
+
+    return know
+
+
+def run(model: Path, out: Path, *asked, **options) -> dict:
+    device, dtype = options.pop("device", "cpu"), options.pop("dtype", "auto")
+    return evaluate(model, asked, Options(out=out, **options), device, dtype)
+
+
+def log_of(out: Path, name: str = "sums") -> bytes:
+    return (out / name / ITEMS).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it does
+
+
+def test_tasks_run_one_after_another_and_everything_is_written(model, tmp_path, capsys):
+    result = run(model, tmp_path / "out", sums(9), sums(4, name="more"), limit=6)
+    assert {name: (each["items"], each["answered"]) for name, each in result["tasks"].items()} == {
+        "sums": (6, 6),
+        "more": (4, 4),
+    }
+    figures = {figure["name"]: figure["value"] for figure in result["tasks"]["sums"]["figures"]}
+    assert figures == {"acc": pytest.approx(4 / 6), "acc, even": pytest.approx(2 / 3), "acc, odd": pytest.approx(2 / 3)}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"header.json", "results.json", "table.md", "table.html", "sums", "more"}
+    said = capsys.readouterr().out
+    assert said.startswith(f"10 items (sums 6, more 4) -> {tmp_path / 'out'}\n")
+    assert re.search(r"^sums +acc +66.7% +22.3% to 95.7% +6 items$", said, re.MULTILINE)
+    assert said.endswith("table.html\n")
+
+
+def test_the_header_says_what_the_figures_depend_on(model, tmp_path):
+    header = run(model, tmp_path, sums(3), seed=5, data=tmp_path)["header"]
+    assert header == json.loads((tmp_path / HEADER).read_text())
+    assert header["model"].items() >= {"path": str(model), "dtype": "float32", "device": "cpu"}.items()
+    assert header["options"] == {"seed": 5, "shots": None, "samples": 1} and header["tasks"] == {"sums": 3}
+    [session] = header["sessions"]
+    assert session["versions"]["torch"] == torch.__version__ and session["seconds"] >= 0
+    assert session["kernels"].keys() >= {"rms_norm", "decoder"} and "thread" in session["machine"]
+    assert re.fullmatch(r"[0-9a-f]{7,}|unknown", session["commit"]) and type(session["uncommitted_changes"]) is bool
+
+
+def test_lines_do_not_depend_on_the_machine_or_the_time(model, tmp_path):
+    run(model, tmp_path / "a", sums(9))
+    run(model, tmp_path / "b", sums(9))
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+
+
+def test_the_same_weights_have_one_hash_in_every_layout_and_others_another():
+    same, again, other = tiny_model(0), tiny_model(0), tiny_model(1)
+    assert tensors_hash(same) == tensors_hash(again) != tensors_hash(other)
+    assert tensors_hash(same.to(torch.bfloat16)) != tensors_hash(again)
+    with torch.no_grad():
+        again.output.weight[0, 0] += 1e-3
+    assert tensors_hash(again) != tensors_hash(tiny_model(0))
+
+
+def test_int8_weights_are_another_evaluation(model, tmp_path):
+    run(model, tmp_path / "out", sums(3))
+    same = tiny_run(tmp_path / "same")
+    with pytest.raises(UserError, match=r"dtype was float32 and is int8"):
+        run(same, tmp_path / "out", sums(3), dtype="int8")
+    assert run(same, tmp_path / "int8", sums(3), dtype="int8")["header"]["model"]["dtype"] == "int8"
+
+
+def test_a_task_knows_the_world_of_the_model(model, tmp_path):
+    seen = []
+    task = sums(2)
+
+    def read(options):
+        seen.append(options.world)
+        return task.read(options)
+
+    run(model, tmp_path / "a", dataclasses.replace(task, read=read))
+    other = nano_folder(tmp_path / "model")  # says nothing of a world
+    run(other, tmp_path / "b", dataclasses.replace(task, read=read))
+    assert [world is not None for world in seen] == [True, False]
+
+
+def test_a_task_writes_its_files_for_official_scorers_once_all_items_are_there(model, tmp_path):
+    calls = []
+    task = sums(
+        6, export=lambda lines, options, folder: calls.append((len(lines), options.seed, folder.is_dir(), folder))
+    )
+    run(model, tmp_path, task)
+    assert calls == [(6, 0, True, tmp_path / "sums")]
+
+
+def test_without_a_progress_bar_the_time_left_is_said_once_after_the_first_chunk(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "WORTH_SAYING", -1.0)
+    run(model, tmp_path, sums(12))
+    assert capsys.readouterr().out.count("sums: about 0 s left\n") == 1
+
+
+def test_tasks_of_an_earlier_session_stay_in_the_table(model, tmp_path):
+    run(model, tmp_path, sums(3))
+    result = run(model, tmp_path, sums(4, name="more"))
+    assert list(result["tasks"]) == ["sums", "more"] and result["header"]["tasks"] == {"sums": 3, "more": 4}
+    assert [session["tasks"] for session in result["header"]["sessions"]] == [["sums"], ["more"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults of some tasks and items
+
+
+def test_a_bad_file_ends_the_command_with_its_sentence_after_the_others_ran(model, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"^x.jsonl:3 is not JSON$"):
+        run(model, tmp_path, refused("x.jsonl:3 is not JSON"), sums(3))
+    assert "refused is left out: x.jsonl:3 is not JSON" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "results.json").read_text())["tasks"]) == ["sums"]
+
+
+def test_a_bad_file_alone_leaves_nothing(model, tmp_path):
+    with pytest.raises(UserError, match=r"^no file$"):
+        run(model, tmp_path / "out", refused("no file"))
+    with pytest.raises(UserError, match=r"^2 tasks could not be run; the first: no file$"):
+        run(model, tmp_path / "out", refused("no file"), refused("not JSON", name="other"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        (sums(0), "sums has no items: look at its file"),
+        (
+            sums(2, read=lambda options: sums(2).read(options) * 2),
+            "sums: an item has the id 'sum-0', as sums: an item has",
+        ),
+    ],
+)
+def test_a_task_without_items_or_with_equal_ids_is_refused(model, tmp_path, task, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(model, tmp_path, task)
+
+
+def test_items_that_cannot_be_asked_are_left_out_and_end_with_exit_code_2(model, tmp_path):
+    with pytest.raises(UserError, match=r"^2 items could not be asked; the first: a.png:1 has no image: mend it$"):
+        run(model, tmp_path, with_problem(["sum-2", "sum-5"]))
+    result = json.loads((tmp_path / "results.json").read_text())["tasks"]["sums"]
+    assert (result["left_out"], result["figures"][0]["n"]) == (2, 18)
+    with pytest.raises(UserError, match=r"2 items"):  # also where nothing is left to ask
+        run(model, tmp_path, with_problem(["sum-2", "sum-5"]))
+
+
+def test_faults_of_tasks_and_items_are_counted_together(model, tmp_path):
+    with pytest.raises(UserError, match=r"^1 task could not be run and 1 item could not be asked; the first: bad$"):
+        run(model, tmp_path, with_problem(["sum-1"]), refused("bad"))
+
+
+def test_an_answer_that_is_refused_ends_its_task_alone(model, tmp_path):
+    def act():
+        raise UserError("the model cannot draw")
+
+    with pytest.raises(UserError, match=r"^the model cannot draw$"):
+        run(model, tmp_path, after(6, act, sums(9)), sums(3, name="more"))
+    assert len(read_lines(tmp_path / "sums" / ITEMS)) == 4
+    assert list(json.loads((tmp_path / "results.json").read_text())["tasks"]) == ["more"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped, resumed, refused
+
+
+def test_ctrl_c_says_the_command_that_resumes(model, tmp_path, capsys, monkeypatch):
+    def act():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["/x/__main__.py", "models/toy", "--tasks", "sums", "--out", "a folder"])
+    with pytest.raises(Interrupted):
+        run(model, tmp_path, after(6, act, sums(9)))
+    said = capsys.readouterr().err
+    assert "stopped; what was answered is kept" in said
+    assert said.rstrip().endswith("-m nanochameleon.evaluate models/toy --tasks sums --out 'a folder'")
+    assert len(read_lines(tmp_path / "sums" / ITEMS)) == 4
+    run(model, tmp_path, sums(9))
+    run(model, tmp_path / "through", sums(9))
+    assert log_of(tmp_path) == log_of(tmp_path / "through")
+
+
+def test_another_model_is_refused(model, tmp_path):
+    run(model, tmp_path / "out", sums(3))
+    other = tiny_run(tmp_path / "other", tiny_model(seed=1))
+    with pytest.raises(UserError, match=r"holds an evaluation with another model: choose another --out"):
+        run(other, tmp_path / "out", sums(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seed": 1}, r"another evaluation \(seed was 0 and is 1\): choose another --out, or the same --seed"),
+        ({"shots": 2}, r"\(shots was the task's own and is 2\)"),
+        ({"samples": 4}, r"\(samples was 1 and is 4\)"),
+        ({"dtype": "bf16"}, r"\(dtype was float32 and is bfloat16\)"),
+    ],
+)
+def test_other_options_are_refused(model, tmp_path, changes, sentence):
+    run(model, tmp_path, sums(3))
+    before = log_of(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        run(model, tmp_path, sums(9), **changes)
+    assert log_of(tmp_path) == before and len(json.loads((tmp_path / HEADER).read_text())["sessions"]) == 1
+
+
+def test_a_log_with_other_items_is_refused_and_other_tasks_run(model, tmp_path):
+    run(model, tmp_path, sums(5))
+    with pytest.raises(UserError, match=rf"{ITEMS} has 5 items, of which this command wants 3"):
+        run(model, tmp_path, sums(3), sums(2, name="more"))
+    assert (tmp_path / "more" / ITEMS).exists()
+
+
+def test_two_processes_in_one_folder_are_refused(model, tmp_path):
+    with (
+        claim(tmp_path, "evaluates"),
+        pytest.raises(UserError, match=rf"evaluates in {tmp_path}: wait for it, stop it"),
+    ):
+        run(model, tmp_path, sums(3))
+
+
+def test_lines_of_two_versions_are_warned_of(model, tmp_path, capsys, monkeypatch):
+    run(model, tmp_path, sums(9), limit=4)
+    monkeypatch.setattr("nanochameleon.evaluate.header.commit", lambda: "1234567")
+    run(model, tmp_path, sums(9))
+    assert "sums is resumed at commit 1234567" in capsys.readouterr().err
+    run(model, tmp_path, sums(9))  # asks nothing
+    assert "resumed" not in capsys.readouterr().err
+
+
+def test_a_folder_without_its_header_or_with_a_strange_one_is_refused(model, tmp_path):
+    run(model, tmp_path, sums(3))
+    (tmp_path / HEADER).write_text("{}")
+    with pytest.raises(UserError, match=r"is not the header of an evaluation: choose another --out"):
+        run(model, tmp_path, sums(3))
+    (tmp_path / HEADER).unlink()
+    with pytest.raises(UserError, match=r"has logs of an evaluation and no header.json: choose another --out"):
+        run(model, tmp_path, sums(3))
+
+
+def test_what_is_no_model_is_refused_before_any_item_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"nothing does not exist: give a model's folder"):
+        run(tmp_path / "nothing", tmp_path / "out", refused("read"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is not a run"):
+        run(tmp_path / "empty", tmp_path / "out", refused("read"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_any_item_is_read(model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError, match=r"choose another --out"):
+            run(model, out, refused("read"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring again
+
+
+def test_rescore_needs_neither_the_model_nor_the_data_and_changes_no_byte(model, tmp_path, capsys):
+    first = run(model, tmp_path, sums(9))
+    before = log_of(tmp_path)
+    without = sums(9, read=lambda options: 1 / 0, answer=lambda run, items, options: 1 / 0)
+    again = rescore([without], Options(out=tmp_path))
+    assert log_of(tmp_path) == before and again["tasks"] == first["tasks"]
+    assert "another score" not in capsys.readouterr().out
+
+
+def test_rescore_with_another_rule_changes_scores_and_tables(model, tmp_path, capsys):
+    run(model, tmp_path, sums(9))
+    answers = [line.output for line in read_lines(tmp_path / "sums" / ITEMS)]
+    lenient = sums(9, score=lambda content, output: ("any", {"acc": 1.0}))
+    result = rescore([lenient], Options(out=tmp_path))
+    assert result["tasks"]["sums"]["figures"][0]["value"] == 1
+    assert [line.output for line in read_lines(tmp_path / "sums" / ITEMS)] == answers
+    assert "sums: 9 of 9 items have another score than before" in capsys.readouterr().out
+    assert rescore([sums(9)], Options(out=tmp_path))["tasks"]["sums"]["figures"][0]["value"] == pytest.approx(6 / 9)
+
+
+def test_rescore_writes_the_files_for_official_scorers_with_the_options_of_the_run(model, tmp_path):
+    given = []
+    task = sums(6, export=lambda lines, options, folder: given.append((len(lines), options.limit, options.seed)))
+    run(model, tmp_path, task, limit=4, seed=3)
+    run(model, tmp_path, sums(6, name="more"), seed=3)
+    rescore([task], Options(out=tmp_path))
+    assert given == [(4, 4, 3), (4, 4, 3)]
+
+
+def test_rescore_keeps_items_that_could_not_be_asked_out(model, tmp_path):
+    with pytest.raises(UserError):
+        run(model, tmp_path, with_problem(["sum-2"]))
+    strict = sums(score=lambda content, output: score(content, output))
+    assert rescore([strict], Options(out=tmp_path))["tasks"]["sums"]["left_out"] == 1
+
+
+def test_rescore_of_a_stopped_task_says_so_and_writes_no_file_for_official_scorers(model, tmp_path):
+    def act():
+        raise UserError("stopped")
+
+    with pytest.raises(UserError):
+        run(model, tmp_path, after(6, act, sums(9)))
+    result = rescore([sums(9, export=lambda *_: 1 / 0)], Options(out=tmp_path))
+    assert (result["tasks"]["sums"]["answered"], result["tasks"]["sums"]["items"]) == (4, 9)
+    assert "only 4 of 9 items" in (tmp_path / "table.md").read_text()
+
+
+def test_rescore_refuses_a_folder_without_an_evaluation_or_without_the_task(model, tmp_path):
+    with pytest.raises(UserError, match=r"holds no evaluation: give the --out of one"):
+        rescore([sums()], Options(out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    run(model, tmp_path, sums(3))
+    with pytest.raises(UserError, match=r"more has no items.jsonl: more was not run into this --out"):
+        rescore([sums(name="more")], Options(out=tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_the_command_line_runs_tasks_into_the_models_folder(model, known, capsys):
+    known("sums", "more", "other")
+    command.start([str(model), "--tasks", "sums, more", "--limit", "3", "--device", "cpu"])
+    out = model / "evaluation"
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"sums", "more"}
+    command.start([str(model), "--rescore"])
+    command.start(["--rescore", "--out", str(out), "--tasks", "sums"])
+    assert json.loads((out / "results.json").read_text())["tasks"].keys() == {"sums", "more"}
+
+
+def test_the_list_says_what_each_task_wants(known, capsys, monkeypatch):
+    wants = sums(name="arc_easy", files="ARC-Easy-Test.jsonl", source="allenai.org/data/arc")
+    monkeypatch.setattr(tasks, "TASKS", (sums(), wants))
+    for arguments in (["--tasks", "list"], ["models/toy", "--tasks", "list"]):
+        command.start(arguments)
+        said = capsys.readouterr().out
+        assert all(
+            each in said for each in ("sums ", "Sums of two numbers", "ARC-Easy-Test.jsonl", "allenai.org/data/arc")
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["m"], "--tasks is missing: give names, such as --tasks arc_easy,boolq, or see --tasks list"),
+        (["--tasks", "sums"], "the model is missing: give a folder, such as models/toy"),
+        (["--rescore"], "the model is missing"),
+        (["m", "--tasks", "sums,sums"], "--tasks has sums twice: name it once"),
+        (["m", "--tasks", "sums,"], "--tasks has an empty name: join names by single commas"),
+        (["m", "--tasks", "sums,list"], "there is no task 'list': see them all with --tasks list"),
+        (["m", "--tasks", "smus"], "there is no task 'smus': did you mean sums?"),
+        (["m", "--tasks", "qqqqq"], "there is no task 'qqqqq': see them all with --tasks list"),
+        (["m", "--tasks", "sums", "--limit", "0"], "--limit must be 1 or more, not 0"),
+        (["m", "--tasks", "sums", "--seed", "-1"], "--seed must be from 0 to 4294967295, not -1"),
+        (["m", "--tasks", "sums", "--shots", "-1"], "--shots must be 0 or more, not -1"),
+        (["m", "--tasks", "sums", "--samples", "0"], "--samples must be 1 or more, not 0"),
+        (["m", "--tasks", "sums", "--data", "no/where"], "--data must be a folder, not no/where"),
+        (["m", "--tasks", "sums"], "m does not exist: give a model's folder"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused(known, tmp_path, monkeypatch, arguments, sentence):
+    known("sums", "more")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        command.start(arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_in_an_option_is_found_before_torch_is_imported():
+    code = """
+import sys
+from nanochameleon.errors import UserError
+from nanochameleon.evaluate.__main__ import start
+try:
+    start(["models/toy", "--tasks", "arc_easy", "--limit", "0"])
+except UserError as error:
+    print(error, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "--limit must be 1 or more, not 0 False\n"
+
+
+def test_commands_with_options_of_their_own_get_them(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.start(["compare", "--help"])
+    assert end.value.code == 0 and "item by item" in capsys.readouterr().out
+
+
+def test_missing_data_is_refused_by_the_task_that_needs_it(model, tmp_path, monkeypatch):
+    from nanochameleon.evaluate.records import find_file
+
+    monkeypatch.setattr(tasks, "TASKS", (sums(read=lambda options: find_file(options.data, "a.jsonl")),))
+    with pytest.raises(UserError, match=r"--data is missing: give the folder that holds a.jsonl"):
+        command.start([str(model), "--tasks", "sums", "--out", str(tmp_path)])
+
+
+def test_all_tasks_have_names_of_their_own_that_can_be_folders():
+    names = [task.name for task in tasks.TASKS]
+    assert len(names) == len(set(names)) and all(re.fullmatch("[a-z0-9_]+", name) for name in names)
+    assert not {"list", *command.COMMANDS} & set(names)
+    for task in tasks.TASKS:
+        assert task.title and bool(task.files) == bool(task.source) and task.chunk >= 1
