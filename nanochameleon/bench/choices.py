@@ -3,8 +3,9 @@
     items -> ours: trees of tokens (evaluate/token_trees.py)
           -> theirs: each context with each candidate, padded to the longest of a batch, all logits, their log-softmax
 
-Items have a context and 4 candidates of 4 to 12 tokens. Both choose the same candidates, or the bench fails. In
-bfloat16, whose rounding differs from one order of sums to another, near ties may fall either way.
+Items have a context and 4 candidates of 4 to 12 tokens. As in real sets, the lengths of questions vary, by half around
+their mean, and items come in any order. Both choose the same candidates, or the bench fails. In bfloat16, whose
+rounding differs from one order of sums to another, near ties may fall either way.
 """
 
 from collections.abc import Iterator
@@ -36,17 +37,18 @@ class Item(NamedTuple):
 class Case(NamedTuple):
     name: str
     n_items: int
-    shots: int  # tokens that all contexts start with
-    codes: int  # image codes in each context
-    words: int  # text tokens in each context
+    words: int  # text tokens of the question, on average
+    codes: int = 0  # image codes before it
+    shots: int = 0  # tokens of the examples before that
+    shared: bool = True  # are the examples the same for all items?
     near: bool = False  # do the candidates of an item differ in one token, as in shapes_choice?
 
 
 CASES = (
-    Case("30 tokens", 1_000, 0, 0, 29),
-    Case("70 tokens, an image", 1_000, 0, 64, 3, near=True),
-    Case("400 tokens, own shots", 100, 0, 0, 399),
-    Case("400 tokens, shared shots", 100, 370, 0, 29),
+    Case("30 tokens", 1_000, words=29),
+    Case("70 tokens, an image", 1_000, codes=64, words=3, near=True),
+    Case("400 tokens, own shots", 100, shots=370, words=29, shared=False),
+    Case("400 tokens, shared shots", 100, shots=370, words=29),
 )
 
 
@@ -67,11 +69,13 @@ def items(case: Case) -> list[Item]:
         places = draw(CHOICES - 1, 0, len(first))
         return [first, *([*first[:i], *draw(1), *first[i + 1 :]] for i in places)]
 
-    shots = [v.bos, *draw(case.shots)]
+    shared = draw(case.shots)
 
     def context() -> list[int]:
         image = [v.boi, *draw(case.codes, v.first_code, v.eoi), v.eoi] if case.codes else []
-        return [*shots, *image, *draw(case.words)]
+        [words] = draw(1, (case.words + 1) // 2, case.words * 3 // 2 + 1)
+        shots = shared if case.shared else draw(case.shots)
+        return [v.bos, *shots, *image, *draw(words)]
 
     return [Item(context(), candidates()) for _ in range(case.n_items)]
 
