@@ -10,6 +10,7 @@ baseline of the figures.
 import random
 from collections.abc import Sequence
 from itertools import islice
+from statistics import fmean
 
 from nanochameleon.evaluate.scoring import score as score_pairs
 from nanochameleon.evaluate.statistics import mean_figure
@@ -76,15 +77,21 @@ def score(content: dict, output: dict) -> tuple[str, dict[str, float]]:
 
 def figures(lines: Sequence[Line]) -> list[Figure]:
     """Return the mean of each metric with chance, the blind baseline, and the ceiling, which is 1 by construction."""
-    chance = sum(1 / len(line.content["candidates"]) for line in lines) / len(lines)
     names = sorted({name for line in lines for name in line.metrics if not name.endswith(BLIND)})
-    return [figure(name, lines, chance if name.startswith("acc") else 0.5) for name in names]
+    return [figure(name, [line for line in lines if name in line.metrics]) for name in names]
 
 
-def figure(name: str, lines: Sequence[Line], chance: float) -> Figure:
-    having = [line.metrics for line in lines if name in line.metrics]
-    blind = [metrics[name + BLIND] for metrics in having if name + BLIND in metrics]
-    baseline = sum(blind) / len(blind) if blind else None
-    note = "" if name.startswith("acc") else "right if the true one is likelier than the one with this fact wrong"
-    values = [metrics[name] for metrics in having]
-    return mean_figure(name, values, chance=chance, baseline=baseline, ceiling=1.0, note=note)
+def figure(name: str, lines: Sequence[Line]) -> Figure:
+    """Return the mean of a metric that all of these lines have."""
+    values = [line.metrics[name] for line in lines]
+    blind = [line.metrics[name + BLIND] for line in lines if name + BLIND in line.metrics]
+    levels = {"chance": fmean(guessed(name, line.content) for line in lines), "ceiling": 1.0}
+    levels["baseline"] = fmean(blind) if blind else None
+    note = "" if name.startswith("acc") else "right if the true one is likelier than those with this fact wrong"
+    return mean_figure(name, values, note=note, **levels)
+
+
+def guessed(name: str, content: dict) -> float:
+    """Return how often a guess is right: among all candidates, or among the right one and those of a kind."""
+    n = len(content["candidates"]) if name.startswith("acc") else 1 + content["kinds"].count(name)
+    return 1 / n

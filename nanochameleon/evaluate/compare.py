@@ -43,6 +43,8 @@ def main(args: Args) -> None:
     names = shared_tasks(args.a, args.b, [name.strip() for name in args.tasks.split(",") if name.strip()])
     pairs = {name: [read_lines(out / name / ITEMS) for out in (args.a, args.b)] for name in names}
     rows = [row for name, (a, b) in pairs.items() for row in compare_task(name, a, b)]
+    if not rows:
+        raise UserError(f"{', '.join(names)}: a and b have no metric in common, as after different --samples")
     say(f"- a: {described(args.a)}\n- b: {described(args.b)}\n\n{markdown_table(list(rows[0]), rows)}")
 
 

@@ -102,6 +102,15 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path, monkeypatch, name
         cli(names)
 
 
+def test_without_a_common_metric_there_is_one_sentence(tmp_path):
+    """The task of one run has maj@1 and that of the other maj@8; and some tasks have no metrics at all."""
+    none, other = ([Line("i0", "", {"n": 0}, {}, None, metrics)] for metrics in ({}, {"maj@8": 1.0}))
+    a = logged(tmp_path / "a", gsm8k=lines(1), test=none)
+    b = logged(tmp_path / "b", gsm8k=other, test=none)
+    with pytest.raises(UserError, match="gsm8k, test: a and b have no metric in common, as after different --samples"):
+        cli([str(a), str(b)])
+
+
 def test_a_damaged_log_is_named(tmp_path):
     a, b = (logged(tmp_path / name, boolq=lines(1)) for name in "ab")
     with open(b / "boolq" / ITEMS, "ab") as file:

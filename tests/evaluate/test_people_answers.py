@@ -1,5 +1,6 @@
 """Our models' answers: images and texts in order, the same after a kill; and the command from prompts to report."""
 
+import copy
 import io
 import json
 from dataclasses import replace
@@ -9,6 +10,7 @@ from PIL import Image
 from tiny import VOCAB, tiny_model, tiny_run
 
 from nanochameleon.errors import UserError
+from nanochameleon.evaluate.drawing import each
 from nanochameleon.evaluate.people import answers
 from nanochameleon.evaluate.people.answers import answer_all, generated
 from nanochameleon.evaluate.people.command import cli
@@ -73,13 +75,27 @@ def test_a_killed_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch):
     assert answer_all(run, "ours", asked(6), whole, 0) == expected
 
 
-@pytest.mark.parametrize("change", ["seed", "prompt", "model"])
+@pytest.mark.parametrize("change", ["seed", "prompt", "sampling", "a weight", "the image tokenizer"])
 def test_answers_to_something_else_are_not_taken(run, tmp_path, change):
     answer_all(run, "ours", asked(2), tmp_path, 0)
     prompts = asked(2) if change != "prompt" else [replace(asked(1)[0], segments=[{"text": "a"}])]
-    other = run if change != "model" else replace(run, cfg=replace(run.cfg, sample=replace(run.cfg.sample, top_p=0.5)))
-    with pytest.raises(UserError, match="holds answers to other prompts, or of another model or seed"):
+    other = copy.deepcopy(run)
+    if change == "sampling":
+        other = replace(run, cfg=replace(run.cfg, sample=replace(run.cfg.sample, top_p=0.5)))
+    elif change == "a weight":
+        other.model.layers[-1].feed_forward.w2.weight.data[0, 0] += 1
+    elif change == "the image tokenizer":
+        next(other.image_tokenizer.vqgan.parameters()).data.view(-1)[0] += 1
+    with pytest.raises(UserError, match="holds answers to other prompts, or of another model, device or seed"):
         answer_all(other, "ours", prompts, tmp_path, int(change == "seed"))
+
+
+def test_a_gpu_that_holds_few_slots_gives_the_same_answers(run, monkeypatch):
+    expected, made, start = list(generated(run, asked(5), 0)), [], each.Engine
+    monkeypatch.setattr(each, "slots_that_fit", lambda run, context: 2)
+    monkeypatch.setattr(each, "Engine", lambda *args: made.append(args[3]) or start(*args))
+    assert list(generated(run, asked(5), 0)) == expected
+    assert made == [3]  # a guided request needs three
 
 
 def test_a_prompt_that_does_not_fit_is_named(run, tmp_path):

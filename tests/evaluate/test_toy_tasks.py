@@ -185,5 +185,6 @@ def test_figures_have_chance_baseline_and_ceiling():
         1.0,
     )
     assert (figures["count"].value, figures["count"].chance, figures["count"].baseline) == (0.5, 0.5, 1.0)
+    assert figures["size"].chance == 1 / 3  # the likeliest of three: two candidates have the wrong size
     wordless = [replace(line, metrics=choosing.score(CHOICE, {"log_probs": [-1, -2, -3, -4]})[1]) for line in lines]
     assert choosing.figures(wordless)[0].baseline is None

@@ -26,8 +26,10 @@ from nanochameleon.data.sources.scenes import NUMBERS, World, scenes
 from nanochameleon.documents import Text, parse
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.captions import facts, parse_caption, score_caption
+from nanochameleon.evaluate.contamination import strings
 from nanochameleon.evaluate.task import Line, Options, Task
 from nanochameleon.evaluate.vision import captioning, prompts, questions, shapes_tasks
+from nanochameleon.evaluate.vision.prompts import parts_of
 from nanochameleon.evaluate.vision.shapes_tasks import true_captions
 from nanochameleon.evaluate.writing import Written
 from nanochameleon.training.run import Run
@@ -119,7 +121,17 @@ def test_the_blind_baseline_of_captions_is_another_images_caption():
 @pytest.mark.parametrize(("shots", "n"), [(0, 1), (1, 2), (None, 3)])
 def test_shots_are_two_unless_asked_otherwise(tmp_path, shots, n):
     write_coco(tmp_path)
-    assert {len(item.content["parts"]) for item in TASKS["coco"].read(Options(data=tmp_path, shots=shots))} == {n}
+    assert {len(parts_of(item.content)) for item in TASKS["coco"].read(Options(data=tmp_path, shots=shots))} == {n}
+
+
+@pytest.mark.parametrize("name", ["coco", "vqav2"])
+def test_words_of_examples_are_no_words_of_an_item(tmp_path, name):
+    """Else the check for contamination would find training data in every item."""
+    write_coco(tmp_path)
+    write_vqa(tmp_path)
+    without, with_examples = (TASKS[name].read(Options(data=tmp_path, shots=shots)) for shots in (0, None))
+    assert all(len(parts_of(item.content)) == 3 for item in with_examples)
+    assert [[*strings(item.content)] for item in with_examples] == [[*strings(item.content)] for item in without]
 
 
 def test_without_examples_training_files_and_images_are_not_needed(run, tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from nanochameleon.config import SamplingParams
 from nanochameleon.evaluate.writing import slots_that_fit
 from nanochameleon.generation.engine import Engine
-from nanochameleon.generation.request import cfg_branches, make_request
+from nanochameleon.generation.request import Request, cfg_branches, make_request
 from nanochameleon.generation.sampling import Modality
 from nanochameleon.training.run import Run
 
@@ -19,14 +19,18 @@ def generate_each(
     run: Run, prompts: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams, modality: Modality,
     stops: Sequence[int] | None = None, batch_size: int = 64,
 ) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
-    """Yield (i, new tokens of prompt i), stop token included. batch_size: requests at once; fewer on a full GPU."""
-    vocab, image_len, context = run.vocab, run.image_tokenizer.n_codes_per_image, run.model.cfg.max_seq_len
-    requests = [
-        make_request(prompt, vocab, image_len, context, params, modality, (seed,), stops)
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    """Return (i, new tokens of prompt i) ..., with the stop token. batch_size: requests at once; fewer on a full GPU."""
+    sizes = run.vocab, run.image_tokenizer.n_codes_per_image, run.model.cfg.max_seq_len
+    pairs = zip(prompts, seeds, strict=True)
+    requests = [make_request(prompt, *sizes, params, modality, (seed,), stops) for prompt, seed in pairs]
+    return run_each(run, requests, batch_size)
+
+
+def run_each(run: Run, requests: Sequence[Request], batch_size: int = 64) -> Iterator[tuple[int, list[int]]]:
+    """The same for requests that are there already."""
     if not requests:
         return
+    vocab, image_len = run.vocab, run.image_tokenizer.n_codes_per_image
     # Slots need only hold the longest request, which may be far shorter than the model's context.
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     branches = max(len(cfg_branches(request, vocab)) for request in requests)

@@ -16,15 +16,16 @@ import torch
 from nanochameleon.data import RawImage
 from nanochameleon.documents import Image, Text
 from nanochameleon.errors import UserError, say
+from nanochameleon.evaluate.drawing.each import run_each
+from nanochameleon.evaluate.header import describe_model
 from nanochameleon.evaluate.people.prompts import Prompt
 from nanochameleon.evaluate.people.study import Segments, hashed
 from nanochameleon.evaluate.records import read_json_lines
 from nanochameleon.evaluate.task import item_seed
 from nanochameleon.files import fsync, write_file
-from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.events import Detokenizer
 from nanochameleon.generation.prompts import MODALITY, prompt_tokens, stop_tokens
-from nanochameleon.generation.request import Request, cfg_branches, make_request
+from nanochameleon.generation.request import Request, make_request
 from nanochameleon.images.terminal import enlarge, png
 from nanochameleon.images.tokenizer import NO_DECODER, load_square
 from nanochameleon.training.run import Run
@@ -39,13 +40,15 @@ def answer_all(run: Run, name: str, prompts: Sequence[Prompt], folder: Path, see
         raise UserError(NO_DECODER)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
-    done = whole_lines(path, [fingerprint(prompt, run, seed) for prompt in prompts])
+    about = model_hash(run)
+    made_from = [hashed(prompt.id, prompt.segments, seed, about) for prompt in prompts]
+    done = whole_lines(path, made_from)
     with open(path, "ab") as log:
         for start in range(len(done), len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
             for prompt, answer in zip(chunk, generated(run, chunk, seed), strict=True):
                 done.append(saved(answer, f"{name}-{hashed(prompt.id)[:16]}", folder))
-                row = {"id": prompt.id, "made_from": fingerprint(prompt, run, seed), "segments": done[-1]}
+                row = {"id": prompt.id, "made_from": made_from[len(done) - 1], "segments": done[-1]}
                 log.write((json.dumps(row) + "\n").encode())
             log.flush()
             os.fsync(log.fileno())
@@ -53,10 +56,10 @@ def answer_all(run: Run, name: str, prompts: Sequence[Prompt], folder: Path, see
     return [[{k: str(folder / v) if k == "image" else v for k, v in s.items()} for s in answer] for answer in done]
 
 
-def fingerprint(prompt: Prompt, run: Run, seed: int) -> str:
-    """A hash of what decides an answer: the prompt, the seed, how the model samples, and some of its weights."""
-    weights = run.model.output.weight.detach().flatten()[:4096].double().tolist()
-    return hashed(prompt.id, prompt.segments, seed, str(run.cfg.sample), weights)
+def model_hash(run: Run) -> str:
+    """A hash of what answers: all weights, the tokenizers, the device, and how the model samples."""
+    described = describe_model(run, Path())  # no path: the same model in another place gives the same answers
+    return hashed(described, str(run.cfg.sample))
 
 
 def whole_lines(path: Path, expected: list[str]) -> list[Segments]:
@@ -70,7 +73,8 @@ def whole_lines(path: Path, expected: list[str]) -> list[Segments]:
     rows = [row for _, row in read_json_lines(path)] if whole else []
     for row, wanted in zip(rows, expected, strict=False):
         if row.get("made_from") != wanted:
-            raise UserError(f"{path} holds answers to other prompts, or of another model or seed: give another --out")
+            which = "answers to other prompts, or of another model, device or seed"
+            raise UserError(f"{path} holds {which}: give another --out")
     return [row["segments"] for row in rows[: len(expected)]]
 
 
@@ -108,16 +112,9 @@ def request_of(run: Run, prompt: Prompt, seed: int) -> Request:
 def generated(run: Run, prompts: Sequence[Prompt], seed: int) -> Iterator[list[str | bytes]]:
     """Yield the answer to each prompt: texts, and images as PNG. No answer depends on the other prompts."""
     requests = [request_of(run, prompt, seed) for prompt in prompts]
-    n_slots = sum(len(cfg_branches(request, run.vocab)) for request in requests)
-    context = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    engine = Engine(run.model, run.vocab, run.image_tokenizer.n_codes_per_image, n_slots, context)
-    new: list[list[int]] = [[] for _ in requests]
-    for request in requests:
-        engine.add_request(request)
-    for output in engine.run():
-        new[output.request_id] += output.tokens
-    for request, tokens in zip(requests, new, strict=True):
-        yield read_answer(run, request, tokens)
+    new = dict(run_each(run, requests))
+    for number, request in enumerate(requests):
+        yield read_answer(run, request, new[number])
 
 
 def read_answer(run: Run, request: Request, tokens: Sequence[int]) -> list[str | bytes]:

@@ -16,7 +16,7 @@ from nanochameleon.evaluate.statistics import mean_interval
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import files
 from nanochameleon.evaluate.vision.files import Captioned, official_id
-from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots, one_line
+from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots, make_content, one_line, parts_of
 from nanochameleon.files import write_file
 from nanochameleon.training.run import Run
 
@@ -35,11 +35,11 @@ def read(options: Options, reader: Read) -> list[Item]:
 
 def content(image: Captioned, training: Sequence[Captioned], n: int, seed: int) -> dict:
     shots = [[shot.image, one_line(shot.references[0]) + "\n"] for shot in draw_shots(training, image, n, seed)]
-    return {"parts": [*shots, [image.image, ""]], "references": list(image.references)}
+    return make_content(shots, image.image, "", image.references)
 
 
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
-    return ask(run, [item.content["parts"] for item in items], options.data, MAX_NEW_TOKENS, blind=False)
+    return ask(run, [parts_of(item.content) for item in items], options.data, MAX_NEW_TOKENS, blind=False)
 
 
 def score(content: dict, output: dict) -> tuple[str, dict[str, float]]:

@@ -1,6 +1,6 @@
 """Prompts of images and texts, and what a model writes after them.
 
-    parts of an item: (image, text), ... -> codes of the images -> one document -> tokens -> write (writing.py)
+    shots, image, text -> parts: (image, text), ... -> codes of the images -> one document -> tokens -> write
 
 A prompt is one document, as in pre-training: the image of an example, its text, a newline, the next example, and at
 last the image in question with the start of its text. Examples are drawn by a hash of (seed, item) from training items,
@@ -63,6 +63,15 @@ def check_pool(pool: Sequence[Captioned | Asked], n: int, data: Path | None) -> 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
+
+
+def make_content(shots: Sequence[Part], image: str, text: str, references: Sequence[str]) -> dict:
+    """Return the content of an item. text: how the line starts that the model completes."""
+    return {"shots": shots, "image": image, "text": text, "references": list(references)}
+
+
+def parts_of(content: dict) -> list[Part]:
+    return [*content["shots"], [content["image"], content["text"]]]
 
 
 def check_room(run: Run, n_images: int, max_new_tokens: int) -> None:

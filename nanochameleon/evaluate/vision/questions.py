@@ -19,7 +19,7 @@ from nanochameleon.evaluate.statistics import mean_figure
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.evaluate.vision import files
 from nanochameleon.evaluate.vision.files import Asked, official_id
-from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots, one_line
+from nanochameleon.evaluate.vision.prompts import SHOTS, ask, check_pool, draw_shots, make_content, one_line, parts_of
 from nanochameleon.evaluate.vqa import accuracy
 from nanochameleon.files import write_file
 from nanochameleon.training.run import Run
@@ -41,9 +41,9 @@ def read(options: Options, reader: Read) -> list[Item]:
 
 
 def content(asked: Asked, training: Sequence[Asked], n: int, seed: int) -> dict:
-    shots = draw_shots(training, asked, n, seed)
-    parts = [[shot.image, f"{form(shot)} {one_line(most_common(shot.references))}\n"] for shot in shots]
-    return {"parts": [*parts, [asked.image, form(asked)]], "references": list(asked.references)}
+    drawn = draw_shots(training, asked, n, seed)
+    shots = [[shot.image, f"{form(shot)} {one_line(most_common(shot.references))}\n"] for shot in drawn]
+    return make_content(shots, asked.image, form(asked), asked.references)
 
 
 def form(asked: Asked) -> str:
@@ -57,7 +57,7 @@ def most_common(texts: Sequence[str]) -> str:
 
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     known = any(item.content["references"] for item in items)  # test questions get no figure to compare with
-    return ask(run, [item.content["parts"] for item in items], options.data, MAX_NEW_TOKENS, blind=known)
+    return ask(run, [parts_of(item.content) for item in items], options.data, MAX_NEW_TOKENS, blind=known)
 
 
 def score(content: dict, output: dict) -> tuple[str, dict[str, float]]:
