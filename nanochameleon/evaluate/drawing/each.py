@@ -19,7 +19,7 @@ def generate_each(
     run: Run, prompts: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams, modality: Modality,
     stops: Sequence[int] | None = None, batch_size: int = 64,
 ) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
-    """Return (i, new tokens of prompt i) ..., with the stop token. batch_size: requests at once; fewer on a full GPU."""
+    """Return (i, new tokens of prompt i) ..., stop token included. batch_size: requests at once, less on a full GPU."""
     sizes = run.vocab, run.image_tokenizer.n_codes_per_image, run.model.cfg.max_seq_len
     pairs = zip(prompts, seeds, strict=True)
     requests = [make_request(prompt, *sizes, params, modality, (seed,), stops) for prompt, seed in pairs]
