@@ -69,7 +69,7 @@ class Annotate:
 
 @dataclass(frozen=True)
 class Report:
-    """Print the results, and write them to STUDY/owner: report.md, and a CSV file for each table in tables/."""
+    """Print the results, and write them to STUDY/owner: one page of Markdown, and a CSV file for each table."""
 
     study: tyro.conf.Positional[Path]
     least: int | None = None

@@ -12,7 +12,7 @@ from nanochameleon.files import write_file
 
 
 def make_report(folder: Path, least: int | None = None, without: Sequence[str] = ()) -> str:
-    """Write STUDY/owner/report.md, and a CSV file for each table in STUDY/owner/tables; return the Markdown.
+    """Write STUDY/owner/report as Markdown, and a CSV file for each table in STUDY/owner/tables; return the Markdown.
 
     Tables of an earlier report are removed, since this one may lack some of them.
     """
