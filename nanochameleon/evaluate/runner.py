@@ -130,7 +130,7 @@ def ask_all(
         try:
             log = Log(folder, items, task.chunk)
             if 0 < len(log.lines) < len(items):
-                headers.check_versions(header, task.name)
+                headers.check_sessions(header, task.name)
             ask(run, task, items, options, log)
             export(task, log.lines, options)
         except UserError as error:
