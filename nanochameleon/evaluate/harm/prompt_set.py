@@ -69,6 +69,6 @@ TASKS = (
         read,
         answer,
         score,
-        figures,
+        figures=figures,
     ),
 )

@@ -77,6 +77,6 @@ TASKS = (
         read,
         answer,
         score,
-        figures,
+        figures=figures,
     ),
 )
