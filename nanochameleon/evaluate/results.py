@@ -42,6 +42,6 @@ def write_results(out: Path, header: dict, results: dict[str, dict]) -> dict[str
     earlier = read_json(out / RESULTS).get("tasks", {}) if (out / RESULTS).exists() else {}
     content = {"header": header, "tasks": earlier | results}
     write_file(out / RESULTS, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-    write_file(out / MARKDOWN, markdown(content).encode())
-    write_file(out / HTML, page(content).encode())
+    for name, text in ((MARKDOWN, markdown(content)), (HTML, page(content))):
+        write_file(out / name, text.encode(errors="backslashreplace"))  # JSON and file names may hold half a character
     return content

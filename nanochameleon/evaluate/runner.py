@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanochameleon.data.build import world
-from nanochameleon.errors import Interrupted, UserError, say, warn
+from nanochameleon.errors import Interrupted, UserError, say, shown, warn
 from nanochameleon.evaluate import header as headers
 from nanochameleon.evaluate.log import ITEMS, PROBLEM, Log, make_line, read_lines, rescored, to_bytes, total_seconds
 from nanochameleon.evaluate.records import check_ids
@@ -113,7 +113,6 @@ def begin(header: dict, run: Run, model: Path, asked: Sequence[tuple[Task, list[
     chosen = {name: getattr(options, name) for name in ("seed", "shots", "samples")}
     headers.check_same(options.out, header, described, chosen)
     header |= {"model": described, "options": chosen}
-    header["tasks"] |= {task.name: len(items) for task, items in asked}
     header["sessions"].append(headers.describe_session(run, [task.name for task, _ in asked], options))
     headers.write_header(options.out, header)
     counts = ", ".join(f"{task.name} {len(items):,}" for task, items in asked)
@@ -129,6 +128,8 @@ def ask_all(
         folder = options.out / task.name
         try:
             log = Log(folder, items, task.chunk)
+            header["tasks"][task.name] = len(items)  # not before: a log of other items keeps its own number
+            headers.write_header(options.out, header)
             if 0 < len(log.lines) < len(items):
                 headers.check_versions(header, task.name)
             ask(run, task, items, options, log)
@@ -136,7 +137,8 @@ def ask_all(
         except UserError as error:
             faults.task(task.name, str(error))
             continue
-        faults.items += [line.output[PROBLEM] for line in log.lines if PROBLEM in line.output]
+        left_out = [line for line in log.lines if PROBLEM in line.output]
+        faults.items += [f"{task.name}, item {shown(line.id)}: {line.output[PROBLEM]}" for line in left_out]
         results[task.name] = task_result(task, log.lines, len(items), total_seconds(folder))
     return results
 

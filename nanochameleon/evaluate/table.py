@@ -139,7 +139,8 @@ def summary(content: dict[str, Any]) -> str:
     for name, result in content["tasks"].items():
         rows = rows_of_task(name, result)
         lines += [
-            (name, *(row[column] for column in ("figure", "value", "95% interval", "n"))) for row in rows[:MAX_FIGURES]
+            (name, row["figure"] or row["note"], *(row[column] for column in ("value", "95% interval", "n")))
+            for row in rows[:MAX_FIGURES]
         ]
         if len(rows) > MAX_FIGURES:
             lines.append(("", f"and {len(rows) - MAX_FIGURES} more", "", "", ""))

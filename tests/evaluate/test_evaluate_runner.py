@@ -181,12 +181,28 @@ def test_a_task_without_items_or_with_equal_ids_is_refused(model, tmp_path, task
 
 
 def test_items_that_cannot_be_asked_are_left_out_and_end_with_exit_code_2(model, tmp_path):
-    with pytest.raises(UserError, match=r"^2 items could not be asked; the first: a.png:1 has no image: mend it$"):
+    with pytest.raises(UserError, match=r"^2 items could not be asked; the first: sums, item sum-2: a.png:1 has no image: mend it$"):
         run(model, tmp_path, with_problem(["sum-2", "sum-5"]))
     result = json.loads((tmp_path / "results.json").read_text())["tasks"]["sums"]
     assert (result["left_out"], result["figures"][0]["n"]) == (2, 18)
     with pytest.raises(UserError, match=r"2 items"):  # also where nothing is left to ask
         run(model, tmp_path, with_problem(["sum-2", "sum-5"]))
+
+
+def test_a_folder_that_refused_a_smaller_limit_still_has_its_number_of_items(model, tmp_path):
+    run(model, tmp_path, sums(20))
+    with pytest.raises(UserError, match=r"has 20 items, of which this command wants 8"):
+        run(model, tmp_path, sums(20), limit=8)
+    assert rescore([sums(20)], Options(out=tmp_path))["tasks"]["sums"]["items"] == 20
+
+
+def test_half_a_character_in_the_name_of_a_group_is_spelled_out(model, tmp_path):
+    def read(options: Options) -> list:
+        return [dataclasses.replace(item, group=f"{item.group} \ud800") for item in sums(4).read(options)]
+
+    run(model, tmp_path, sums(4, read=read))
+    for name in ("table.md", "table.html"):
+        assert "even \\ud800" in (tmp_path / name).read_text(encoding="utf-8")
 
 
 def test_faults_of_tasks_and_items_are_counted_together(model, tmp_path):
