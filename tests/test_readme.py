@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochameleon.cli import parse, parse_run
+from nanochameleon.evaluate import __main__ as evaluation
 from nanochameleon.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.na
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
 PYTHON = [line for line in LINES if re.match(r"(\.venv/bin/)?python \w+\.py ", line)]
 TRAIN, SAMPLE = ([line for line in PYTHON if f"python {name}.py" in line] for name in ("train", "sample"))
+EVALUATE = [line for line in LINES if re.match(r"(\.venv/bin/)?python -m nanochameleon\.evaluate ", line)]
 CONVERT = [line for line in LINES if re.match(r"(\.venv/bin/)?python -m nanochameleon\.convert ", line)]
 TINY = shlex.split("""
     --vqgan.ch 4 --vqgan.n-groups 4 --vqgan.z-channels 4 --vqgan.embed-dim 4 --vqgan.n-codes 16
@@ -30,6 +32,7 @@ TINY = shlex.split("""
     --tokenizers.batch-size 2 --train.steps 2 --train.batch-size 2
     --evaluation.images 2 --evaluation.answers 2 --evaluation.reconstructions 2 --device cpu
 """)
+EVALUATION = {"results.json", "table.html", "header.json"}  # what an evaluation leaves, not a training
 OVERRIDES = {"toy": TINY, "toy_long": TINY, "toy_rich": TINY}  # presets that need nothing from outside
 
 
@@ -59,7 +62,7 @@ def test_there_are_commands_to_train_draw_and_answer():
 
 
 def test_training_ends_with_the_results_that_are_named(place):
-    promised = set(re.findall(r"`(\w+\.(?:png|json|html))`", README))
+    promised = set(re.findall(r"`(\w+\.(?:png|json|html))`", README)) - EVALUATION
     assert {"samples.png", "curves.png", "report.json", "report.html"} <= promised
     for line in TRAIN:
         words = shlex.split(line)
@@ -72,6 +75,14 @@ def test_the_sampling_lines_run_as_written(line, place):
     said = run(line, place, [])
     if "image.png" not in line and "--mode chat" not in line:
         assert (place / said.splitlines()[-1]).suffix == ".png" and (place / said.splitlines()[-1]).is_file()
+
+
+def test_the_lines_that_evaluate_run_as_written(place):
+    assert len(EVALUATE) >= 3
+    for line in EVALUATE:
+        assert run(line, place, [])
+    (out,) = {words[words.index("--out") + 1] for words in map(shlex.split, EVALUATE) if "--out" in words}
+    assert {path.name for path in (place / out).iterdir() if path.is_file()} > EVALUATION
 
 
 def test_the_lines_of_python_run_as_written(place):
@@ -92,12 +103,14 @@ def test_every_preset_is_in_the_table_and_takes_the_options_given_there():
 
 
 def test_every_override_that_is_named_exists():
-    """Options in the text, of training such as `--train.steps 3000`, or of sampling such as `--mode chat`."""
+    """Of training such as `--train.steps 3000`, of sampling such as `--mode chat`, of evaluating: `--tasks list`."""
     options = [option.split() for option in re.findall(r"`(--[\w.-]+ \S+)`", README)]
     of_sampling = [option for option in options if option[0].removeprefix("--").replace("-", "_") in vars(sample.Args)]
     assert 0 < len(of_sampling) < len(options)
     for option in options:
-        if option in of_sampling:
+        if option[0].removeprefix("--") in {"tasks"}:
+            assert parse(evaluation.Args, ["models/toy", *option]) != parse(evaluation.Args, ["models/toy"])
+        elif option in of_sampling:
             assert parse(sample.Args, ["runs/toy", *option]) != parse(sample.Args, ["runs/toy"])
         else:
             assert parse_run(["toy", *option]) != parse_run(["toy"])

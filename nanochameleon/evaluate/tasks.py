@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from nanochameleon.errors import UserError, shown
 from nanochameleon.evaluate import definitions, toy_tasks
 from nanochameleon.evaluate.drawing import shapes_alignment, shapes_geneval
+from nanochameleon.evaluate.harm import prompt_set, shapes_requests
 from nanochameleon.evaluate.task import Task
 from nanochameleon.evaluate.text import choices, mmlu, word_problems
 from nanochameleon.evaluate.vision import captioning, questions, shapes_tasks
@@ -21,6 +22,8 @@ TASKS: tuple[Task, ...] = (
     *definitions.TASKS,
     *shapes_geneval.TASKS,
     *shapes_alignment.TASKS,
+    *prompt_set.TASKS,
+    *shapes_requests.TASKS,
 )
 
 

@@ -77,6 +77,8 @@ def test_numbers_are_equal_by_value_without_rounding():
         [r"\left(1,2\right)", "(1, 2)"],
         [r"3\!\cdot\!4", r"3\cdot4"],
         ["{.3}", "{0.3}"],
+        [r"{90^\circ}", "{90}"],
+        [r"1\\2", r"1\2"],
     ],
 )
 def test_equal_spellings_of_math(group):

@@ -104,9 +104,10 @@ def final_answer(text: str) -> str | None:
 
 SPELLINGS: list[tuple[str, str]] = [  # in this order
     (r"\n|\\!", ""),
+    (r"\\\\", r"\\"),
     (r"\\[td]frac", r"\\frac"),
     (r"\\left|\\right", ""),  # before a bracket
-    (r"\^\{?\\circ\}?", ""),
+    (r"\^\\circ|\^\{\\circ\}", ""),
     (r"\\\$", ""),
     (r"\\text\{ .*", ""),  # a unit; without the space it may be the answer
     (r"\\%", ""),
@@ -130,7 +131,7 @@ def spelling(answer: str) -> str:
 
 
 def same_spelling(a: str, b: str) -> bool:
-    """The equality of MATH's authors."""
+    """The equality of MATH's authors. Where their code fails, as on a/b of letters, it compares texts as they are."""
     return spelling(a) == spelling(b)
 
 
