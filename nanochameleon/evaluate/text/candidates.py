@@ -70,7 +70,9 @@ def read(benchmark: Benchmark, options: Options) -> list[Item]:
 def number_of_shots(benchmark: Benchmark, options: Options) -> int:
     k = benchmark.shots if options.shots is None else options.shots
     if benchmark.name.endswith("shot") and k != benchmark.shots:
-        raise UserError(f"{benchmark.name} has no {k} shots: leave --shots out, or ask for {benchmark.data}")
+        raise UserError(
+            f"{benchmark.name} always has {benchmark.shots} shots, not {k}: leave --shots out, or run {benchmark.data}"
+        )
     return k
 
 
