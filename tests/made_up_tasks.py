@@ -72,3 +72,13 @@ def with_problem(bad: Sequence[str], **changes) -> Task:
 
 def line(name: int | str, group: str = "", **metrics: float) -> Line:
     return Line(str(name), group, {"n": str(name)}, {}, None, metrics)
+
+
+def header(name: str) -> dict:
+    """The header of an evaluation of a model of this name."""
+    model = {"path": f"models/{name}", "weights": "aa", "image_tokenizer": "bb", "text_tokenizer": "cc"}
+    model |= {"parameters": 1234, "dtype": "float32", "device": "cpu"}
+    session = {"date": "2026-01-01T00:00:00+00:00", "tasks": [], "limit": None, "data": None, "commit": "abc"}
+    session |= {"uncommitted_changes": True, "versions": {"torch": "2.13"}, "machine": "a CPU"}
+    session |= {"kernels": {"linear": "joined"}, "seconds": 75.0}
+    return {"model": model, "options": {"seed": 3, "shots": None}, "tasks": {}, "sessions": [session]}

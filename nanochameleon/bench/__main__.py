@@ -1,5 +1,6 @@
-"""python -m nanochameleon.bench kernels|engine|first|train|data [--device cpu|cuda] [--quick] [--json FILE]; or prove
+"""python -m nanochameleon.bench kernels|engine|choices|first|train|data [--device cpu|cuda] [--quick] [--json FILE]
 
+python -m nanochameleon.bench prove checks CUDA kernels on the GPU at hand.
 python -m nanochameleon.bench gpu runs all that one GPU should show; see its --help.
 """
 
@@ -21,9 +22,9 @@ from nanochameleon.files import check_writable
 class Args:
     """Measure ours next to the peers that are installed, and print a row for each figure."""
 
-    bench: tyro.conf.Positional[Literal["kernels", "engine", "first", "train", "data", "prove"]]
-    """What to measure. first: a whole command, to the first image of models/toy. prove: check the CUDA kernels on this
-    GPU, and let `auto` take those that are right and fast."""
+    bench: tyro.conf.Positional[Literal["kernels", "engine", "choices", "first", "train", "data", "prove"]]
+    """What to measure. choices: scoring multiple-choice items. first: a whole command, to the first image of
+    models/toy. prove: check the CUDA kernels on this GPU, and let `auto` take those that are right and fast."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to measure it. prove takes the first GPU that CUDA_VISIBLE_DEVICES shows."""
     quick: bool = False
@@ -48,9 +49,10 @@ def measure(args: Args) -> Iterator[dict]:
     if args.bench != "kernels" and (args.op != "all" or args.plot):
         raise UserError("--op and --plot belong to the bench `kernels`: leave them out")
     if args.bench != "kernels":
-        from nanochameleon.bench import data, engine, first, train
+        from nanochameleon.bench import choices, data, engine, first, train
 
-        return {"engine": engine, "first": first, "train": train, "data": data}[args.bench].bench(device, args.quick)
+        benches = {"engine": engine, "choices": choices, "first": first, "train": train, "data": data}
+        return benches[args.bench].bench(device, args.quick)
     if args.op == "decode" and args.device == "cpu":
         raise UserError("decode has cases for a GPU only: add --device cuda, or run the bench `engine`")
     from nanochameleon.bench import kernels, subjects

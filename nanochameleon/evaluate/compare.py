@@ -17,9 +17,10 @@ import tyro
 
 from nanochameleon.cli import parse
 from nanochameleon.errors import UserError, say, shown
+from nanochameleon.evaluate.header import read_header
 from nanochameleon.evaluate.log import ITEMS, PROBLEM, read_lines
 from nanochameleon.evaluate.statistics import mcnemar, paired_interval
-from nanochameleon.evaluate.table import markdown_table, number
+from nanochameleon.evaluate.table import facts, markdown_table, number
 from nanochameleon.evaluate.task import Line
 from nanochameleon.evaluate.tasks import TASKS
 
@@ -42,7 +43,13 @@ def main(args: Args) -> None:
     names = shared_tasks(args.a, args.b, [name.strip() for name in args.tasks.split(",") if name.strip()])
     pairs = {name: [read_lines(out / name / ITEMS) for out in (args.a, args.b)] for name in names}
     rows = [row for name, (a, b) in pairs.items() for row in compare_task(name, a, b)]
-    say(f"a: {args.a}\nb: {args.b}\n\n{markdown_table(list(rows[0]), rows)}")
+    say(f"- a: {described(args.a)}\n- b: {described(args.b)}\n\n{markdown_table(list(rows[0]), rows)}")
+
+
+def described(out: Path) -> str:
+    """Return what tells two evaluations apart: the model, and how it was asked."""
+    how = facts(read_header(out))
+    return f"{out}: {how['model']}; {how['options']}"
 
 
 def shared_tasks(a: Path, b: Path, names: Sequence[str]) -> list[str]:
@@ -89,7 +96,9 @@ def check_same_items(name: str, a: dict[str, Line], b: dict[str, Line]) -> None:
     if differ:
         more = f" and {len(differ) - SHOWN:,} more" if len(differ) > SHOWN else ""
         which = f"{', '.join(shown(key) for key in differ[:SHOWN])}{more}"
-        raise UserError(f"{name}: items {which} are not the same in a and b: evaluate both with the same files")
+        raise UserError(
+            f"{name}: items {which} are not the same in a and b: evaluate both with the same files, shots and seed"
+        )
 
 
 def compare_metric(a: Sequence[float], b: Sequence[float]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from nanochameleon.weights.tokenizer_json import to_json
 
 HEADER = "header.json"
 NAMES = {"weights": "model", "image_tokenizer": "image tokenizer", "text_tokenizer": "text tokenizer"}
+SHOW = ("commit", "versions", "machine", "kernels")  # of a session: what may show in its answers
 
 
 def describe_model(run: Run, path: Path) -> dict[str, Any]:
@@ -109,21 +110,18 @@ def said(value: object) -> object:
     return "the task's own" if value is None else value
 
 
-def check_versions(header: dict, task: str) -> None:
-    """Warn that a log which is resumed has lines of another version of the code."""
-    if len(found := commits(header)) > 1:
-        warn(f"{task} is resumed at commit {found[-1]} and was begun before it: its answers come from two versions")
+def check_sessions(header: dict, task: str) -> None:
+    """Warn that a log which is resumed was begun in another way that may show in the last digits of its answers."""
+    *earlier, last = header["sessions"]
+    changed = [name for name in SHOW if any(each.get(name) != last[name] for each in earlier)]
+    if changed:
+        warn(f"{task} was begun with another {' and '.join(changed)}: its answers come from two versions")
 
 
 def options_of(header: dict, task: str, options: Options) -> Options:
     """Return the options that a task was last run with; `options` give the rest."""
     limit = next((each["limit"] for each in reversed(header["sessions"]) if task in each["tasks"]), None)
     return replace(options, limit=limit, **header["options"])
-
-
-def commits(header: dict) -> list[str]:
-    """Return the commits of all sessions, without repeats."""
-    return list(dict.fromkeys(session["commit"] for session in header["sessions"]))
 
 
 def write_header(out: Path, header: dict) -> None:

@@ -131,7 +131,7 @@ def ask_all(
             header["tasks"][task.name] = len(items)  # not before: a log of other items keeps its own number
             headers.write_header(options.out, header)
             if 0 < len(log.lines) < len(items):
-                headers.check_versions(header, task.name)
+                headers.check_sessions(header, task.name)
             ask(run, task, items, options, log)
             export(task, log.lines, options)
         except UserError as error:

@@ -2,7 +2,7 @@
 
     contexts and continuations -> trees (token_trees.py) -> hidden states that predict a token -> logits -> sums
 
-Log-probabilities are over the whole vocabulary, image tokens included, and are summed in float64.
+Log-probabilities are over the whole vocabulary, image tokens included. All sums are in float64.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ from nanochameleon.kernels import use_kernels
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
 
-BATCH_TOKENS = 8_192  # of the sequences that run at once
-LOGITS = 2**24  # float64 logits at once: 128 MB
+BATCH_TOKENS, BATCH_TOKENS_GPU = 2_048, 16_384  # that run at once: on a CPU, what fits its caches
+LOGITS = 2**24  # logits at once: 64 MB in float32, and as much for their powers
 
 
 class Scored(NamedTuple):
@@ -81,17 +81,18 @@ def score_trees(run: Run, grown: Grown, length: int) -> dict[tuple[Tokens, Token
     found = {}
     with use_kernels("auto"):  # in the weights' dtype, for which the kernels requested for training may not exist
         prefix = read_prefix(run.model, grown[0][0][:length]) if length else None
-        for batch in batches(grown, length):
+        most = BATCH_TOKENS if run.device.type == "cpu" else BATCH_TOKENS_GPU
+        for batch in batches(grown, length, most):
             hidden = read_trees(run.model, [tree for _, tree in batch], run.vocab.pad, prefix)
             found |= sums(run, hidden, batch)
     return found
 
 
-def batches(grown: Grown, length: int) -> Iterator[Grown]:
-    """Split into batches of trees of similar size, of about BATCH_TOKENS tokens with prefix and padding."""
+def batches(grown: Grown, length: int, most: int) -> Iterator[Grown]:
+    """Split into batches of trees of similar size, of at most `most` tokens with prefix and padding."""
     batch: Grown = []
     for each in sorted(grown, key=lambda pair: len(pair[1].tokens)):
-        if batch and (len(batch) + 1) * (length + len(each[1].tokens)) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * (length + len(each[1].tokens)) > most:
             yield batch
             batch = []
         batch.append(each)
@@ -126,8 +127,12 @@ def predictions(run: Run, hidden: Tensor, which: np.ndarray, targets: Sequence[i
     step = max(1, LOGITS // run.vocab.size)
     for start in range(0, len(hidden), step):
         logits = run.model.logits(hidden[start : start + step])  # (step, V)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        best, likeliest = logits.max(-1)  # of equal ones the first
+        # float32 powers are within 1e-7 of float64's, which take ten times as long; the sum needs float64
+        log_z = (logits - best[:, None]).exp_().sum(-1, dtype=torch.float64).log() + best
         here = (rows >= start) & (rows < start + step)
         row, target = rows[here] - start, targets[here]
-        log_probs[here] = logits.double().log_softmax(-1)[row, target]
-        greedy[here] = logits.argmax(-1)[row] == target
+        log_probs[here] = logits[row, target] - log_z[row]
+        greedy[here] = likeliest[row] == target
     return log_probs.cpu().numpy(), greedy.cpu().numpy()

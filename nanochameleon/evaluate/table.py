@@ -88,7 +88,7 @@ def facts(header: dict) -> dict[str, str]:
     total = [session["seconds"] for session in header["sessions"]]
     seconds = duration(sum(total)) if None not in total else "unknown, since a session was stopped"
     return {
-        "model": f"{model['path']}, {model['parameters']:,} numbers, {model['dtype']} on {model['device']}",
+        "model": f"{model['path']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}",
         "weights": f"{model['weights']}, image tokenizer {model['image_tokenizer']}, text {model['text_tokenizer']}",
         "options": ", ".join(f"{name} {'of the task' if v is None else v}" for name, v in options.items()),
         "code": f"commit {', '.join(dict.fromkeys(each['commit'] for each in header['sessions']))}{changed}",

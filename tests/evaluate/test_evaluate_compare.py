@@ -1,11 +1,14 @@
 """Two evaluations over the same items, compared item by item."""
 
+import json
 from pathlib import Path
 
 import pytest
+from made_up_tasks import header
 
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.compare import cli, compare_metric, compare_task
+from nanochameleon.evaluate.header import HEADER
 from nanochameleon.evaluate.log import ITEMS, PROBLEM, to_bytes
 from nanochameleon.evaluate.statistics import mcnemar
 from nanochameleon.evaluate.task import Line
@@ -19,6 +22,8 @@ def lines(*accs: float, first: int = 0, content: dict | None = None, **more) -> 
 
 
 def logged(out: Path, **tasks: list[Line]) -> Path:
+    out.mkdir()
+    (out / HEADER).write_text(json.dumps(header(out.name)))
     for name, of_task in tasks.items():
         (out / name).mkdir(parents=True)
         (out / name / ITEMS).write_bytes(to_bytes(of_task))
@@ -71,7 +76,8 @@ def test_the_command_prints_markdown(tmp_path, capsys):
     b = logged(tmp_path / "b", boolq=lines(1, 1, f1=0.25), piqa=lines(0))
     cli([str(a), str(b)])
     said = capsys.readouterr().out.splitlines()
-    assert said[:3] == [f"a: {a}", f"b: {b}", ""]
+    assert said[0] == f"- a: {a}: models/a, 1,234 parameters, float32 on cpu; seed 3, shots of the task"
+    assert said[1].startswith(f"- b: {b}: models/b, ") and said[2] == ""
     assert [row.split(" | ")[:2] for row in said[5:]] == [["| boolq", "acc"], ["| boolq", "f1"], ["| piqa", "acc"]]
     assert len({row.count("|") for row in said[3:]}) == 1
     cli([str(a), str(b), "--tasks", "piqa"])

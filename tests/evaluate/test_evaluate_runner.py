@@ -13,6 +13,8 @@ import torch
 from made_up_tasks import after, refused, score, sums, with_problem
 from tiny import nano_folder, tiny_model, tiny_run
 
+from nanochameleon.convert import Args as ConvertArgs
+from nanochameleon.convert import convert
 from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.evaluate import __main__ as command
 from nanochameleon.evaluate import runner, tasks
@@ -93,13 +95,20 @@ def test_lines_do_not_depend_on_the_machine_or_the_time(model, tmp_path):
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
 
-def test_the_same_weights_have_one_hash_in_every_layout_and_others_another():
-    same, again, other = tiny_model(0), tiny_model(0), tiny_model(1)
-    assert tensors_hash(same) == tensors_hash(again) != tensors_hash(other)
-    assert tensors_hash(same.to(torch.bfloat16)) != tensors_hash(again)
+def test_a_model_has_the_same_hashes_in_another_layout(model, tmp_path):
+    convert(ConvertArgs(model, tmp_path / "nano", "nano"))
+    run(model, tmp_path / "out", sums(3))
+    result = run(tmp_path / "nano", tmp_path / "out", sums(3))
+    assert len(result["header"]["sessions"]) == 2
+
+
+def test_other_weights_have_another_hash():
+    model, same, other = tiny_model(0), tiny_model(0), tiny_model(1)
+    assert tensors_hash(model) == tensors_hash(same) != tensors_hash(other)
     with torch.no_grad():
-        again.output.weight[0, 0] += 1e-3
-    assert tensors_hash(again) != tensors_hash(tiny_model(0))
+        same.output.weight[0, 0] += 1e-3
+    assert tensors_hash(model) != tensors_hash(same)
+    assert tensors_hash(model) != tensors_hash(model.to(torch.bfloat16))
 
 
 def test_int8_weights_are_another_evaluation(model, tmp_path):
@@ -285,9 +294,9 @@ def test_lines_of_two_versions_are_warned_of(model, tmp_path, capsys, monkeypatc
     run(model, tmp_path, sums(9), limit=4)
     monkeypatch.setattr("nanochameleon.evaluate.header.commit", lambda: "1234567")
     run(model, tmp_path, sums(9))
-    assert "sums is resumed at commit 1234567" in capsys.readouterr().err
+    assert "sums was begun with another commit: its answers come from two versions" in capsys.readouterr().err
     run(model, tmp_path, sums(9))  # asks nothing
-    assert "resumed" not in capsys.readouterr().err
+    assert "begun" not in capsys.readouterr().err
 
 
 def test_a_folder_without_its_header_or_with_a_strange_one_is_refused(model, tmp_path):
@@ -449,6 +458,13 @@ except UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "--limit must be 1 or more, not 0 False\n"
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_each_command_says_what_it_does(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.start([name, "--help"])
+    assert end.value.code == 0 and f"{command.PROGRAM} {name}" in capsys.readouterr().out
 
 
 def test_commands_with_options_of_their_own_get_them(monkeypatch, capsys):

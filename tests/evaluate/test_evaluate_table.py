@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_tasks import line, sums
+from made_up_tasks import header, line, sums
 
 from nanochameleon.evaluate.log import PROBLEM
 from nanochameleon.evaluate.results import task_result, write_results
@@ -17,15 +17,7 @@ from nanochameleon.evaluate.table import COLUMNS, aligned, duration, filled, mar
 from nanochameleon.evaluate.table_html import axis, page, round_up
 from nanochameleon.evaluate.task import Figure
 
-MODEL = {
-    "path": "models/<toy>", "weights": "aa", "image_tokenizer": "bb", "text_tokenizer": "cc", "parameters": 1234,
-    "dtype": "float32", "device": "cpu",
-}  # fmt: skip
-SESSION = {
-    "date": "2026-01-01T00:00:00+00:00", "commit": "abc", "uncommitted_changes": True, "versions": {"torch": "2.13"},
-    "machine": "a CPU", "kernels": {"linear": "joined"}, "seconds": 75.0, "tasks": [], "limit": None, "data": None,
-}  # fmt: skip
-HEADER = {"model": MODEL, "options": {"seed": 3, "shots": None}, "tasks": {}, "sessions": [SESSION]}
+HEADER = header("<toy>")
 
 
 def content(*figures: Figure, **changes) -> dict:

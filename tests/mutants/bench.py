@@ -4,6 +4,13 @@ from mutants.mutant import Mutant
 
 MUTANTS = [
     Mutant(
+        "transformers' candidates end a token late",
+        "bench/choices.py",
+        "len(context) - 1 : len(context) + len(new) - 1]",
+        "len(context) - 1 : len(context) + len(new)]",
+        "bench/test_bench_choices.py",
+    ),
+    Mutant(
         "memory is summed, not what is held",
         "bench/measure.py",
         'event["args"]["Bytes"])',
