@@ -20,6 +20,7 @@ from torch import nn
 
 from nanochameleon.bench.rows import device_name
 from nanochameleon.errors import UserError, warn
+from nanochameleon.evaluate.log import writing
 from nanochameleon.evaluate.task import Options, digest
 from nanochameleon.files import commit, has_changes, read_json, write_file
 from nanochameleon.generation import fastest
@@ -125,4 +126,5 @@ def options_of(header: dict, task: str, options: Options) -> Options:
 
 
 def write_header(out: Path, header: dict) -> None:
-    write_file(out / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+    with writing(out / HEADER):
+        write_file(out / HEADER, (json.dumps(header, indent=1) + "\n").encode())

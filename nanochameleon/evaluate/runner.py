@@ -17,7 +17,17 @@ from tqdm import tqdm
 from nanochameleon.data.build import world
 from nanochameleon.errors import Interrupted, UserError, say, shown, warn
 from nanochameleon.evaluate import header as headers
-from nanochameleon.evaluate.log import ITEMS, PROBLEM, Log, make_line, read_lines, rescored, to_bytes, total_seconds
+from nanochameleon.evaluate.log import (
+    ITEMS,
+    PROBLEM,
+    Log,
+    make_line,
+    read_lines,
+    rescored,
+    to_bytes,
+    total_seconds,
+    writing,
+)
 from nanochameleon.evaluate.records import check_ids
 from nanochameleon.evaluate.results import HTML, task_result, write_results
 from nanochameleon.evaluate.table import duration, summary
@@ -160,7 +170,8 @@ def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log)
 def export(task: Task, lines: Sequence[Line], options: Options) -> None:
     """Write the files that official scorers read, if the task has any."""
     if task.export:
-        task.export(lines, options, options.out / task.name)
+        with writing(options.out / task.name):
+            task.export(lines, options, options.out / task.name)
 
 
 def same_command() -> str:
@@ -196,7 +207,8 @@ def rescore_log(task: Task, folder: Path) -> list[Line]:
     lines = read_lines(folder / ITEMS)
     new = [rescored(task, line) for line in lines]
     if changed := sum(a != b for a, b in zip(lines, new, strict=True)):
-        write_file(folder / ITEMS, to_bytes(new))
+        with writing(folder / ITEMS):
+            write_file(folder / ITEMS, to_bytes(new))
         say(f"{task.name}: {changed:,} of {len(lines):,} items have another score than before")
     return new
 

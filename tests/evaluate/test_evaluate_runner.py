@@ -1,7 +1,9 @@
 """The command that runs tasks on a model: what it writes, how it resumes, and what it refuses."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from nanochameleon.evaluate.header import HEADER, tensors_hash
 from nanochameleon.evaluate.log import ITEMS, read_lines
 from nanochameleon.evaluate.runner import evaluate, rescore
 from nanochameleon.evaluate.task import Options
+from nanochameleon.files import write_file
 from nanochameleon.training.run_folder import claim
 
 
@@ -214,6 +217,23 @@ def test_half_a_character_in_the_name_of_a_group_is_spelled_out(model, tmp_path)
     run(model, tmp_path, sums(4, read=read))
     for name in ("table.md", "table.html"):
         assert "even \\ud800" in (tmp_path / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [HEADER, "results.json", "table.html", "for_others.json"])
+def test_any_file_that_does_not_fit_on_the_disk_is_named(model, tmp_path, monkeypatch, name):
+    def replaced(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    def export(lines, options, folder):
+        write_file(folder / "for_others.json", b"[]")
+
+    real = os.replace
+    monkeypatch.setattr("os.replace", replaced)
+    sentence = r"cannot write to .* \(No space left on device\): free some space, and the same command resumes"
+    with pytest.raises(UserError, match=sentence):
+        run(model, tmp_path / "out", sums(4, export=export))
 
 
 def test_faults_of_tasks_and_items_are_counted_together(model, tmp_path):
