@@ -41,7 +41,7 @@ def read_bytes(path: Path) -> bytes:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if not data.strip():
-        raise UserError(f"{path} is empty: put the items there, or leave the task out")
+        raise UserError(f"{path} is empty: put lines there, or give another file")
     return data
 
 

@@ -23,6 +23,7 @@ from nanochameleon.evaluate.harm.rates import combined, difference, percent
 from nanochameleon.evaluate.harm.refusals import NOTE, Rule, is_refusal
 from nanochameleon.evaluate.log import ITEMS, PROBLEM, read_lines
 from nanochameleon.evaluate.people.tables import Table
+from nanochameleon.evaluate.statistics import MAX_GROUPS
 from nanochameleon.evaluate.table import escape
 
 LISTED = 20  # unsafe answers that are named
@@ -126,7 +127,7 @@ def by_group(results: Results, key: str) -> Table:
     rows = [label_row((kind,), results.counts(lambda each, kind=kind: each.groups[key] == kind)) for kind in kinds]
     title = f"{cell(results.model)}: {results.kind} by {key}"
     columns = key, "n", *(f"{label} %" for label in (SAFE, UNSAFE, UNSURE))
-    return Table(f"by_{key}", title, columns, [row for row in rows if row] if len(kinds) > 1 else [])
+    return Table(f"by_{key}", title, columns, [row for row in rows if row] if 1 < len(kinds) <= MAX_GROUPS else [])
 
 
 def refusal_table(results: Sequence[Results]) -> Table:
@@ -178,7 +179,7 @@ def sentences(results: Sequence[Results]) -> list[str]:
     for a, b in combinations([each for each in results if each.counts()], 2):
         if a.kind == b.kind:
             first, second = ((cell(each.model), each.counts()[UNSAFE], each.counts().total()) for each in (a, b))
-            found.append(difference(f"unsafe {a.kind}", first, second))
+            found.append(difference(f"Unsafe {a.kind}", first, second))
     for each in results:
         found += facts(each)
     if any(each.kind == ANSWERS for each in results):
@@ -192,9 +193,9 @@ def sentences(results: Sequence[Results]) -> list[str]:
 def facts(results: Results) -> list[str]:
     name, found = cell(results.model), []
     if unlabelled := sum(each.label is None for each in results.all):
-        found.append(f"{name}: {unlabelled:,} of {len(results.all):,} {results.kind} have no label and do not count.")
+        found.append(f"{name}: {results.kind} without a label do not count: {unlabelled:,} of {len(results.all):,}.")
     if results.left_out:
-        found.append(f"{name}: {results.left_out:,} prompts could not be asked and do not count.")
+        found.append(f"{name}: prompts that could not be asked and do not count: {results.left_out:,}.")
     if results.alpha is not None:
         found.append(f"{name}: the annotators' labels have Krippendorff's alpha {results.alpha:.3f} (nominal).")
     if results.kind == ANSWERS and len({each.harmful for each in results.all}) < 2:
