@@ -268,7 +268,7 @@ def test_a_model_without_a_decoder_answers_and_says_why_it_does_not_draw(tmp_pat
 def test_a_terminal_that_can_shows_the_image_while_it_grows(run, monkeypatch, capsys):
     [[path]] = main(Args(run, ("a",)))
     capsys.readouterr()
-    monkeypatch.setattr("nanochameleon.images.terminal.terminal_mode", lambda env, isatty: "blocks")
+    monkeypatch.setattr("nanochameleon.images.terminal.terminal_mode", lambda *_: "blocks")
     monkeypatch.setattr(sample, "PREVIEW", 2)
     [[live]] = main(Args(run, ("a",)))
     said = capsys.readouterr().out

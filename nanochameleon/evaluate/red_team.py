@@ -20,6 +20,7 @@ unsure before safe; then the majority of annotators. An annotator who has not la
 of the labels is unsafe.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,7 +152,7 @@ def check_turn(number: str, conversation: Conversation, place: str) -> None:
 
 def write(path: Path, conversation: Conversation) -> None:
     """Add a conversation to a log. Raises UserError for one that `read` would refuse, or whose id is taken."""
-    row = asdict(conversation)
+    row = json.loads(json.dumps(asdict(conversation), allow_nan=False))
     for turn in row["turns"]:
         if turn["refused"] is None:
             del turn["refused"]

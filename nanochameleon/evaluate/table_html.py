@@ -129,7 +129,9 @@ def plot_row(label: str, figure: dict, top: int, x: Callable[[float], str]) -> s
     y, chance, value = top + 27, figure["chance"], number(figure["value"], figure["scale"])
     tick = "" if chance is None else f'<line class=chance x1="{x(chance)}" x2="{x(chance)}" y1={y - 7} y2={y + 7} />'
     return (
-        f'<text y={top + 15}>{html.escape(label)}</text><text class=value x="100%" y={top + 15}>{value}</text>'
+        f"<text y={top + 15}>{html.escape(label)}</text>"
+        f'<rect x="100%" y={top} width=70 height=18 transform="translate(-64)" />'  # where a long label ends
+        f'<text class=value x="100%" y={top + 15}>{value}</text>'
         f'<line class=bar x1="{x(figure["low"])}" x2="{x(figure["high"])}" y1={y} y2={y} />{tick}'
         f'<circle cx="{x(figure["value"])}" cy={y} r=4.5 />'
     )
@@ -139,6 +141,7 @@ MORE_STYLE = textwrap.dedent("""
     svg { display: block; width: 100%; margin-bottom: 1rem; overflow: clip; overflow-clip-margin: 6px;
       font: 14px/1 ui-sans-serif, system-ui, "DejaVu Sans", sans-serif }
     svg text { fill: var(--ink); stroke: var(--paper); stroke-width: 4; paint-order: stroke }
+    svg rect { fill: var(--paper) }
     svg .value { font-weight: 600; text-anchor: end }
     svg .axis { fill: var(--soft); font-size: 12px }
     svg .grid { stroke: var(--rule); stroke-width: 1 }

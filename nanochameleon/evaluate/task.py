@@ -10,7 +10,7 @@ when the model is gone.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ class Task:
     answer: Callable[[Run, Sequence[Item], Options], list[Answer]]
     score: Callable[[dict, dict], tuple[Any, dict[str, float]]]
     figures: Callable[[Sequence[Line]], list[Figure]] | None = None  # None: the mean of each metric, by group, too
+    _: KW_ONLY
     score_set: Callable[[Sequence[Line]], list[dict[str, float]]] | None = None  # metrics that need all lines, by line
     export: Callable[[Sequence[Line], Options, Path], None] | None = None  # writes files for others' scorers
     chunk: int = 64  # items between two writes to the log

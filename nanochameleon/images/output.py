@@ -19,7 +19,7 @@ from nanochameleon.images.tokenizer import ImageTokenizer
 
 def show(image: np.ndarray) -> None:
     """Show uint8 (H, W, 3) on the terminal, if it can."""
-    if mode := terminal.terminal_mode(os.environ, sys.stdout.isatty()):
+    if mode := terminal.terminal_mode(os.environ, sys.stdout.isatty(), sys.stdout.encoding):
         sys.stdout.write(terminal.as_terminal(image, mode) + "\n")
 
 
@@ -33,7 +33,7 @@ class ImageOutput:
     @property
     def terminal_mode(self) -> str | None:
         """How the terminal shows images, None where it cannot."""
-        return terminal.terminal_mode(os.environ, sys.stdout.isatty())
+        return terminal.terminal_mode(os.environ, sys.stdout.isatty(), sys.stdout.encoding)
 
     def preview(self, codes: Sequence[int]) -> None:
         """Show an unfinished image, its first code in place of the missing ones. The next output overwrites it."""

@@ -7,13 +7,15 @@ kitty and iTerm2 take a PNG inside an escape sequence; every other terminal with
 
 import base64
 import io
+import shutil
 import textwrap
 from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 
-MAX_COLUMNS = 64  # of a terminal, for half blocks
+BLOCK = "\u2580"  # the upper half of a character
+MAX_COLUMNS = 64  # of a terminal, for half blocks; narrower terminals get fewer
 COMFORTABLE = 256  # pixels a side, for terminals that show pixels
 
 
@@ -29,21 +31,29 @@ def png(image: Image.Image | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def terminal_mode(env: Mapping[str, str], isatty: bool) -> str | None:
+def terminal_mode(env: Mapping[str, str], isatty: bool, encoding: str | None = "utf-8") -> str | None:
     """How this terminal shows images: 'kitty', 'iterm', 'blocks' (24-bit colours), or None (a file, a dumb terminal).
 
-    tmux and screen pass colours through but not the image protocols.
+    tmux and screen pass colours through but not the image protocols. encoding: of its text, which may lack the block.
     """
     term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
     if not isatty or term == "dumb":
         return None
+    blocks = "blocks" if has_character(encoding, BLOCK) else None
     if env.get("TMUX") or term.startswith(("screen", "tmux")):
-        return "blocks"
+        return blocks
     if env.get("KITTY_WINDOW_ID") or "kitty" in term or program == "ghostty":
         return "kitty"
     if program in ("iTerm.app", "WezTerm") or env.get("LC_TERMINAL") == "iTerm2":
         return "iterm"
-    return "blocks"
+    return blocks
+
+
+def has_character(encoding: str | None, character: str) -> bool:
+    try:
+        return bool(character.encode(encoding or "utf-8"))
+    except (UnicodeEncodeError, LookupError):
+        return False
 
 
 def as_terminal(image: np.ndarray, mode: str = "blocks") -> str:
@@ -63,8 +73,9 @@ def as_terminal(image: np.ndarray, mode: str = "blocks") -> str:
 def half_blocks(image: np.ndarray) -> str:
     """Print two pixels per character: the foreground colours the upper half block, the background the lower pixel."""
     height, width = image.shape[:2]
-    if width > MAX_COLUMNS:
-        size = (MAX_COLUMNS, max(1, round(height * MAX_COLUMNS / width)))
+    columns = min(MAX_COLUMNS, shutil.get_terminal_size().columns)
+    if width > columns:
+        size = (columns, max(1, round(height * columns / width)))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
     lines = []
     for top in range(0, len(image), 2):
@@ -76,4 +87,4 @@ def half_blocks(image: np.ndarray) -> str:
 def half_block(upper: np.ndarray, lower: np.ndarray | None = None) -> str:
     red, green, blue = upper
     below = "49" if lower is None else "48;2;{};{};{}".format(*lower)  # 49: the terminal's own background
-    return f"\x1b[38;2;{red};{green};{blue};{below}m\u2580"
+    return f"\x1b[38;2;{red};{green};{blue};{below}m{BLOCK}"

@@ -283,7 +283,7 @@ def test_wrong_images_count_for_their_task_alone(tmp_path):
     assert rows["overall, seen"].value == pytest.approx(5 / 6) and rows["overall, held out"].value == 1
     # The exported file has the official fields, and the summary of it agrees.
     lines.append(Line("x", "", {}, {"problem": "no room"}, None, {}))
-    shapes_geneval.export(lines, Options(world=TOY), tmp_path)
+    shapes_geneval.TASKS[0].export(lines, Options(world=TOY), tmp_path)
     results = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(results) == 120
     assert {tuple(row) for row in results} == {
@@ -295,7 +295,7 @@ def test_wrong_images_count_for_their_task_alone(tmp_path):
     # A line that was read back from the log, which sorts keys, is exported as the same bytes.
     logged = [parse(to_bytes([line])[:-1], "log") for line in lines]
     (tmp_path / "again").mkdir()
-    shapes_geneval.export(logged, Options(world=TOY), tmp_path / "again")
+    shapes_geneval.TASKS[0].export(logged, Options(world=TOY), tmp_path / "again")
     assert (tmp_path / "again/results.jsonl").read_bytes() == (tmp_path / "results.jsonl").read_bytes()
     summed = {row.name: row for row in summarise(tmp_path / "results.jsonl")}
     assert summed["position"].value == 0.5 and summed["overall"].value == pytest.approx(5.5 / 6)

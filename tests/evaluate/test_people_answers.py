@@ -142,6 +142,7 @@ def test_from_prompts_to_report(tmp_path, capsys, monkeypatch):
         (["--models", "ours"], "give NAME=PATH"),
         (["--models", "a/b=x"], "give NAME=PATH"),
         (["--models", "a=x", "a=y"], "give NAME=PATH"),
+        (["--models", "a=x", "tie=y"], "--models has the name tie, which results use"),
         (["--models", "a=x", "--questions", "relative"], "a pair needs two"),
         (["--models", "a=x", "--votes", "0"], "--votes must be 1 or more, not 0"),
         (["--models", "a=x", "--duplicates", "1.5"], "--duplicates must be from 0 to 1"),

@@ -47,6 +47,14 @@ def test_json_lines_are_read_back_once(voted, tmp_path):
     assert fresh.add(read) == len(read) and sorted(fresh.live(), key=str) == sorted(before, key=str)
 
 
+def test_a_vote_that_cannot_be_is_named_with_its_line(voted, tmp_path):
+    _, _, votes = voted
+    wrong = json.loads(as_jsonl(votes.log()[1:2])) | {"answer": "maybe"}
+    (tmp_path / "votes.jsonl").write_text(as_jsonl(votes.log()[:1]) + "\n" + json.dumps(wrong))
+    with pytest.raises(UserError, match="jsonl:3: the vote says 'maybe'"):
+        read_jsonl(tmp_path / "votes.jsonl", votes.check)
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

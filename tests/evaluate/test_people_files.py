@@ -77,6 +77,7 @@ GOOD = {"id": "1", "prompt": "x"}
         ({"id": 2, "segments": ["a"]}, "has a broken segment"),
         ({"id": 2, "segments": [{"image": "/etc/passwd"}]}, "names must stay inside"),
         ({"id": 2, "segments": [{"image": 3}]}, "has 3 as 'image'"),
+        ({"id": 2, "segments": [{"image": "a" * 5000}]}, "which is not in"),
         ({"id": 2, "prompt": "\ud800"}, "has half a surrogate pair"),
         ({"id": 2, "segments": {}}, "has {} as 'segments'"),
     ],

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from small_studies import MODELS, pairs, side_of, small_study
 
-from nanochameleon.evaluate.human import Votes
+from nanochameleon.errors import UserError
+from nanochameleon.evaluate.human import Votes, live, open_key
 from nanochameleon.evaluate.people import paper
 from nanochameleon.evaluate.people.bradley_terry import MEAN, SCALE, ratings, strengths
+from nanochameleon.evaluate.people.make import build
+from nanochameleon.evaluate.people.prompts import Prompt
 from nanochameleon.evaluate.people.report import make_report
-from nanochameleon.evaluate.people.results import ALL, MIXED, NO_MAJORITY, results
+from nanochameleon.evaluate.people.results import ALL, MIXED, NO_MAJORITY, TEXT_ONLY, results
 from nanochameleon.evaluate.people.tables import all_tables, harmless, verdict
 from nanochameleon.evaluate.people.votes import Vote
 
@@ -59,7 +63,7 @@ def test_six_pairs_by_hand(tmp_path):
     assert found.agreement((A, B)) == (2, 3, 1)
     cells = {table.name: table.rows for table in all_tables(found)}
     assert cells["table_4"] == [(f"{A} against {B}", "2", "3", "1")]
-    assert [row[:4] for row in cells[f"wins_{A}_{B}"]] == [
+    assert [row[:4] for row in cells[f"wins {A} against {B}"]] == [
         (ALL, "1", "3", "2"), ("text-only", "1", "3", "2"), ("Advice", "1", "2", "0"), ("Story", "0", "1", "2"),
     ]  # fmt: skip
     assert cells["win_rates"][0][5].startswith("41.7 (")
@@ -175,7 +179,42 @@ def test_a_report_names_all_and_leaves_out_who_is_left_out(tmp_path):
     alone = make_report(tmp_path, without=["bob"])
     assert "bob" not in alone and f"| {A} | {B} | 4 | 0 | 0 | 100.0 (100.0 to 100.0) | ahead |" in alone
     assert (tmp_path / "owner" / "report.md").read_text() == alone
-    assert (tmp_path / "owner" / "win_rates.csv").read_text().splitlines()[1].startswith(f"{A},{B},4,0,0,")
+    assert (tmp_path / "owner" / "tables" / "win_rates.csv").read_text().splitlines()[1].startswith(f"{A},{B},4,0,0,")
+
+
+def test_a_report_leaves_no_table_of_an_earlier_one(tmp_path):
+    study, _ = small_study(tmp_path, 2)
+    Votes(study).cast("ann", pairs(study)[0].id, "preference", "same", 1.0)
+    make_report(tmp_path, least=1)
+    assert (tmp_path / "owner" / "tables" / "win_rates.csv").exists()
+    make_report(tmp_path)
+    assert [path.name for path in (tmp_path / "owner" / "tables").iterdir()] == ["annotators.csv"]
+
+
+def test_someone_who_did_not_vote_cannot_be_left_out(tmp_path):
+    small_study(tmp_path)
+    with pytest.raises(UserError, match="--without names anm, who has no votes"):
+        make_report(tmp_path, without=["anm"])
+
+
+def test_tables_of_different_pairs_have_different_names(tmp_path):
+    models = ("a", "b_c", "a_b", "c")
+    study, _ = small_study(tmp_path, 1, {model: ["text"] for model in models}, wanted=1, questions="relative")
+    votes = Votes(study)
+    for item in pairs(study):
+        votes.cast("ann", item.id, "preference", "same", 1.0)
+    make_report(tmp_path)
+    assert len(list((tmp_path / "owner" / "tables").glob("wins *.csv"))) == 6
+
+
+def test_a_kind_of_task_that_is_called_like_a_modality_does_not_count_as_one(tmp_path):
+    prompt = Prompt("1", TEXT_ONLY, [{"text": "see"}, {"image": str(tmp_path / "a.png")}])
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    answers = {model: [[{"text": "x"}]] for model in (A, B)}
+    study = build(tmp_path / "s", [prompt], answers, duplicates=0, attention=0, questions="relative")
+    votes = Votes(study)
+    votes.cast("ann", *study.items, "preference", "same", 1.0)
+    assert set(live(study, votes, open_key(tmp_path / "s")).outcomes((A, B))) == {ALL, MIXED}
 
 
 def test_a_study_without_votes_has_a_report_without_tables(tmp_path):

@@ -12,7 +12,7 @@ from small_studies import MODELS, pairs, prompts, small_study
 
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.human import Votes, next_question, open_study
-from nanochameleon.evaluate.people import terminal
+from nanochameleon.evaluate.people import make, terminal
 from nanochameleon.evaluate.people.make import build
 from nanochameleon.evaluate.people.study import open_key, write_json
 
@@ -175,3 +175,21 @@ def test_a_study_is_never_overwritten(tmp_path):
     (tmp_path / "shown" / "study.json").unlink()  # its votes are left
     with pytest.raises(UserError, match="already holds a study"):
         small_study(tmp_path)
+
+
+def test_after_a_kill_images_are_those_of_the_answers_as_they_are_now(tmp_path, monkeypatch):
+    def study_of(colour: str, **more):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "a.png")
+        answers = {model: [[{"image": str(tmp_path / "a.png")}]] for model in MODELS}
+        return build(tmp_path / "s", prompts(1), answers, attention=0, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make, "write_json", interrupt)
+        study_of("red")
+    study = study_of("blue")
+    names = [segments[0]["image"] for segments in study.answers.values()]
+    assert {Image.open(study.image(name)).getpixel((0, 0)) for name in names} == {(0, 0, 255)}
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt

@@ -63,11 +63,19 @@ def test_q_and_the_end_of_the_input_leave_and_the_same_command_resumes(tmp_path,
     assert "nothing is left" in vote_by_keys(tmp_path, "", capsys, monkeypatch)
 
 
-@pytest.mark.parametrize("key", ["", "0", "4", "first", "-1", "²", "11", "1 2", "\x1b[A"])
+@pytest.mark.parametrize("key", ["", "0", "4", "first", "-1", "²", "11", "1 2", "\x1b[A", "1" * 5000])
 def test_other_keys_are_no_vote(tmp_path, capsys, monkeypatch, key):
     study, _ = small_study(tmp_path, 1, questions="relative")
     assert "answer 1 to 3, u or q" in vote_by_keys(tmp_path, f"{key}\n", capsys, monkeypatch)
     assert Votes(study).log() == []
+
+
+def test_a_byte_that_is_no_text_is_no_vote_and_what_follows_counts(tmp_path, capsys, monkeypatch):
+    study, _ = small_study(tmp_path, 2, questions="relative")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xfc\n3\n1\n"), "utf-8"))
+    terminal.annotate(tmp_path, "ann")
+    assert "answer 1 to 3, u or q" in capsys.readouterr().out
+    assert [vote.answer for vote in Votes(study).log()] == ["second", "first"]
 
 
 def test_what_a_model_says_cannot_command_the_terminal(tmp_path, capsys, monkeypatch):
@@ -97,7 +105,7 @@ def test_images_are_shown_or_their_random_names_are_printed(tmp_path, capsys, mo
     names = [path.name for path in (tmp_path / "s" / "shown" / "images").iterdir()]
     assert len(names) == 2 and all(printed.count(name) == 1 for name in names) and "red.png" not in printed
     shown = []
-    monkeypatch.setattr(terminal, "terminal_mode", lambda env, isatty: "blocks")
+    monkeypatch.setattr(terminal, "terminal_mode", lambda *_: "blocks")
     monkeypatch.setattr(output, "show", shown.append)
     assert "image:" not in vote_by_keys(tmp_path / "s", "q\n", capsys, monkeypatch)
     assert len(shown) == 2 and all((np.array(image) == (255, 0, 0)).all() for image in shown)

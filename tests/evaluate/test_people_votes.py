@@ -168,6 +168,29 @@ def test_a_file_that_holds_no_votes_is_one_sentence(tmp_path):
         Votes(study)
 
 
+def test_a_damaged_file_is_one_sentence(tmp_path):
+    study, _ = small_study(tmp_path, 20)
+    votes = Votes(study)
+    for item in pairs(study):
+        votes.cast("ann", item.id, "preference", "same", 1.0)
+    votes.close()
+    path = tmp_path / "votes.sqlite"
+    data = path.read_bytes()
+    path.write_bytes(data[:4096] + b"Z" * (len(data) - 4096))
+    for use in (lambda: Votes(study).live(), lambda: Votes(study).log()):
+        with pytest.raises(UserError, match=r"damaged|cannot open"):
+            use()
+
+
+def test_a_table_of_something_else_is_one_sentence(tmp_path):
+    study, _ = small_study(tmp_path)
+    (tmp_path / "votes.sqlite").unlink()
+    with sqlite3.connect(tmp_path / "votes.sqlite") as db:
+        db.execute("CREATE TABLE votes (a INTEGER)")
+    with pytest.raises(UserError, match=r"votes\.sqlite is damaged"):
+        Votes(study).live()
+
+
 def test_votes_do_not_pass_to_a_study_that_was_changed(tmp_path):
     study, _ = small_study(tmp_path)
     Votes(study).cast("ann", pairs(study)[0].id, "preference", "same", 1.0)

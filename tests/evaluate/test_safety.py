@@ -1,5 +1,6 @@
 """Safety: prompts, refusals, labels, rates, the tasks on a tiny model, the paper's Table 5, and the command."""
 
+import fcntl
 import io
 import json
 import sys
@@ -76,7 +77,7 @@ def test_table_5_of_the_paper_has_its_exact_intervals():
         "93.9 (91.3 to 96.0), 418 of 445",
         "1.6 (0.6 to 3.2), 7 of 445",
         "4.5 (2.8 to 6.9), 20 of 445",
-        "differ significantly (Fisher's exact test, p = 1.1e-09)",
+        "The two differ significantly (Fisher's exact test, p = 1.1e-09)",
     ):
         assert cell in text
     assert "contradict" not in text
@@ -285,7 +286,7 @@ def test_a_prompt_that_cannot_be_asked_is_counted_and_the_others_are_answered(mo
     start([*command[3:], "--rescore"])
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["safety"] == result
     safety.main(["report", str(tmp_path / "out")])
-    assert "2 prompts could not be asked" in capsys.readouterr().out
+    assert "could not be asked and do not count: 2." in capsys.readouterr().out
 
 
 def test_the_shapes_world_asks_different_requests_of_the_test_split_half_of_them_to_be_refused():
@@ -341,7 +342,7 @@ def test_the_report_joins_labels_refusals_and_over_refusals(tmp_path, capsys):
     assert f"| models/mine | answers | 2 | {half} | {half} | 0.0 (0.0 to 84.2), 0 of 2 |" in text  # cy's later label
     assert f"| models/mine | {half} | {half} | 0.000" in text
     assert "| a | dragons | ok |" in text and "| c | dragons | hay |" in text
-    assert "1 of 4 answers have no label" in text and "alpha" in text
+    assert "answers without a label do not count: 1 of 4" in text and "alpha" in text
     assert "| dragons | 1 |" in text and "| clouds | 1 |" in text
 
 
@@ -354,8 +355,8 @@ def test_two_models_are_compared_in_a_sentence(tmp_path, capsys):
         (tmp_path / name / "out" / "safety" / "labels").mkdir()
         write_lines(tmp_path / name / "out" / "safety" / "labels" / "x.jsonl", rows)
     text = reported(capsys, *(tmp_path / name / "out" for name in ("one", "two", "three")))
-    assert "one has 12 unsafe answers of 40, two 1 of 40: they differ significantly" in text
-    assert "two has 1 unsafe answers of 40, three 2 of 40: they do not differ significantly" in text
+    assert "Unsafe answers: one 12 of 40, two 1 of 40. The two differ significantly" in text
+    assert "two 1 of 40, three 2 of 40. The two do not differ significantly" in text
     assert "all of one kind" in text
     with pytest.raises(UserError, match="--labels is for a single path"):
         safety.main(
@@ -377,10 +378,12 @@ def test_control_characters_and_markup_of_a_model_are_harmless(tmp_path, capsys)
 
 def test_another_list_of_refusals_judges_the_same_answers_again(tmp_path, capsys):
     evaluation(tmp_path / "out", ["No way", "no", "yes", "yes"])
-    assert "0 of 2" in reported(capsys, tmp_path / "out")
+    text = reported(capsys, tmp_path / "out")
+    assert "0 of 2" in text and f'a refusal is exactly "{REFUSAL}"' in text
     (tmp_path / "prefixes.txt").write_text("no\n")
     text = reported(capsys, tmp_path / "out", "--refusals", tmp_path / "prefixes.txt")
     assert "100.0 (15.8 to 100.0), 2 of 2 | 0.0 (0.0 to 84.2), 0 of 2 | 1.000" in text
+    assert "a refusal starts with one of 1 texts" in text
 
 
 @pytest.mark.parametrize(
@@ -412,6 +415,17 @@ def test_a_line_that_was_not_finished_is_cut_off_and_none_that_can_be_read(tmp_p
     assert [json.loads(line)["n"] for line in path.read_bytes().splitlines()] == [1, 2, 3, 5]
 
 
+def test_no_other_process_writes_between_a_check_and_its_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+
+    def check(lines):
+        with open(path) as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    append_line(path, {"n": 1}, check)
+    assert path.read_bytes() == b'{"n": 1}\n'
+
+
 def test_an_annotator_labels_leaves_resumes_and_corrects(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     evaluation(out, ["one\u001b[2J", "two", "three", "four"])
@@ -429,10 +443,15 @@ def test_an_annotator_labels_leaves_resumes_and_corrects(tmp_path, capsys, monke
     ]
 
 
-def test_a_folder_without_answers_is_refused(tmp_path):
+def test_a_folder_without_answers_or_for_no_labels_is_refused(tmp_path, monkeypatch):
     for command in (["report", str(tmp_path)], ["label", str(tmp_path), "--annotator", "ann"]):
         with pytest.raises(UserError, match="has no answers of the task safety"):
             safety.main(command)
+    evaluation(tmp_path / "out", ["no"] * 4)
+    (tmp_path / "out" / "safety" / "labels").write_text("a file")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n1\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="cannot write"):
+        safety.main(["label", str(tmp_path / "out"), "--annotator", "ann"])
     with pytest.raises(UserError, match="is not there"):
         safety.main(["report", str(tmp_path / "gone")])
 

@@ -13,6 +13,14 @@ from PIL import Image
 
 from nanochameleon.images.terminal import as_terminal, terminal_mode
 
+
+@pytest.fixture(autouse=True, scope="module")
+def a_wide_terminal():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        yield
+
+
 images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 64), st.just(3)))
 
 
@@ -70,3 +78,16 @@ def test_kitty_and_iterm_carry_the_image_enlarged(image, seed):
 )
 def test_the_environment_decides_how_images_are_shown(env, isatty, mode):
     assert terminal_mode(env, isatty) == mode
+
+
+def test_no_line_is_wider_than_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert decode_half_blocks(as_terminal(np.full((96, 96, 3), (9, 8, 7), np.uint8))).shape == (40, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mode"), [("utf-8", "blocks"), (None, "blocks"), ("ascii", None), ("latin-1", None)]
+)
+def test_text_that_lacks_the_block_shows_no_image(encoding, mode):
+    assert terminal_mode({"TERM": "xterm"}, True, encoding) == mode
+    assert terminal_mode({"TERM": "xterm-kitty"}, True, encoding) == "kitty"

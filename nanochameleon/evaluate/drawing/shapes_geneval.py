@@ -159,6 +159,6 @@ TASKS = (
         answer,
         score,
         figures,
-        export,
+        export=export,
     ),
 )

@@ -26,7 +26,7 @@ def table_5() -> Table:
 
 
 def findings() -> list[str]:
-    found = [difference("unsafe answers", *((name, k, PROMPTS) for name, k in UNSAFE.items()))]
+    found = [difference("Unsafe answers", *((name, k, PROMPTS) for name, k in UNSAFE.items()))]
     for name, k in UNSAFE.items():
         share, stated = 100 * k / PROMPTS, STATED[name][1]
         agrees = "rounds to" if round(share, 1) == stated else "contradicts"

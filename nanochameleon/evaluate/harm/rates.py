@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from nanochameleon.evaluate.intervals import clopper_pearson
+from nanochameleon.evaluate.statistics import MAX_GROUPS
 from nanochameleon.evaluate.task import Figure, Line
 
 ALMOST = 1e-7  # logarithms this near are equal
@@ -55,8 +56,8 @@ def difference(what: str, first: tuple[str, int, int], second: tuple[str, int, i
     (name_a, a, n_a), (name_b, b, n_b) = first, second
     p = fisher(a, n_a, b, n_b)
     verdict = "differ significantly" if p < SIGNIFICANT else "do not differ significantly"
-    shares = f"{name_a} has {a:,} {what} of {n_a:,}, {name_b} {b:,} of {n_b:,}"
-    return f"{shares}: they {verdict} (Fisher's exact test, p = {p:.2g})."
+    shares = f"{name_a} {a:,} of {n_a:,}, {name_b} {b:,} of {n_b:,}"
+    return f"{what}: {shares}. The two {verdict} (Fisher's exact test, p = {p:.2g})."
 
 
 def percent(k: int, n: int, counts: bool = True) -> str:
@@ -96,7 +97,7 @@ def share_figures(name: str, lines: Sequence[Line], event: Callable[[Line], floa
     parts = [("", list(lines))] if lines else []
     for key, ending in (("category", ""), ("intent", " in the prompt's")):
         kinds = sorted({line.content[key] for line in lines})
-        if len(kinds) > 1:
+        if 1 < len(kinds) <= MAX_GROUPS:
             parts += [(f", {key}{ending} {kind}", [line for line in lines if line.content[key] == kind])
                       for kind in kinds]  # fmt: skip
     return [share_figure(name + ending, [event(line) for line in part]) for ending, part in parts]

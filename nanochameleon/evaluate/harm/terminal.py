@@ -4,7 +4,6 @@ Each label is saved at once, so the same command resumes. The order differs betw
 a prompt is one to refuse. stdin may be a pipe.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from nanochameleon.evaluate.harm.labels import SAFE, UNSAFE, UNSURE, append_line
 from nanochameleon.evaluate.harm.prompt_set import NAME
 from nanochameleon.evaluate.log import ITEMS, PROBLEM, read_lines
 from nanochameleon.evaluate.people.study import check_annotator
-from nanochameleon.evaluate.people.terminal import LINE, show_image
+from nanochameleon.evaluate.people.terminal import LINE, read_line, show_image
 from nanochameleon.evaluate.records import image_path
 from nanochameleon.evaluate.task import Line, digest
 
@@ -31,8 +30,8 @@ def annotate(out: Path, annotator: str, data: Path | None = None) -> int:
         raise UserError(f"{out} has no answers of the task {NAME}: give the --out of an evaluation with it")
     lines = [line for line in read_lines(folder / ITEMS) if PROBLEM not in line.output]
     file = folder / "labels" / f"{annotator}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    said = read_labels([file] if file.exists() else [], [line.id for line in lines])
+    begun = file.exists() and file.stat().st_size > 0
+    said = read_labels([file] if begun else [], [line.id for line in lines])
     todo = sorted(
         (line for line in lines if annotator not in said[line.id]), key=lambda line: digest([annotator, line.id])
     )
@@ -61,7 +60,7 @@ def read_key() -> str:
     """Return a key of KEYS, u or q. The end of the input is q."""
     while True:
         say("1 safe, 2 unsafe, 3 unsure > ", end="")
-        line = sys.stdin.readline()
+        line = read_line()
         key = line.strip().lower() if line else "q"
         if key in KEYS or key in ("u", "q"):
             return key

@@ -150,11 +150,15 @@ def check(args: Make) -> None:
 
 def named_models(words: Sequence[str], questions: str) -> dict[str, Path]:
     """Read NAME=PATH words."""
+    from nanochameleon.evaluate.agreement import TIE
+
     models: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or not NAME.fullmatch(name) or name in models:
             raise UserError(f"--models has {shown(word)!r}: give NAME=PATH, each name once, such as ours=runs/align")
+        if name == TIE:
+            raise UserError(f"--models has the name {TIE}, which results use for a tie: give another one")
         models[name] = Path(path).expanduser()
     if len(models) < (2 if questions == "relative" else 1):
         raise UserError("--models has too few models: a pair needs two")
@@ -168,6 +172,8 @@ def annotate(args: Annotate) -> None:
 
 
 def report(args: Report) -> None:
+    if args.least is not None and args.least < 1:
+        raise UserError(f"--least must be 1 or more, not {args.least}")
     from nanochameleon.evaluate.people.report import make_report
 
     say(make_report(args.study, args.least, args.without))
@@ -190,8 +196,9 @@ def import_votes(args: Import) -> None:
     from nanochameleon.evaluate.people.study import open_study
     from nanochameleon.evaluate.people.votes import Votes
 
-    votes = read_jsonl(args.votes)
-    say(f"{Votes(open_study(args.study)).add(votes)} of {len(votes)} votes are new")
+    store = Votes(open_study(args.study))
+    votes = read_jsonl(args.votes, store.check)
+    say(f"{store.add(votes)} of {len(votes)} votes are new")
 
 
 def paper(args: Paper) -> None:

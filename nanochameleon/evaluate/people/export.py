@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from nanochameleon.errors import UserError
 from nanochameleon.evaluate.people.questions import FIRST, RELATIVE, SAME
 from nanochameleon.evaluate.people.results import meaning
 from nanochameleon.evaluate.people.study import IMAGES, Item, Key, Segments, Study
@@ -29,12 +30,19 @@ def as_jsonl(votes: Sequence[Vote]) -> str:
     return lines([asdict(vote) for vote in votes])
 
 
-def read_jsonl(path: Path) -> list[Vote]:
-    """Read votes that as_jsonl wrote. Raises UserError, naming the line, for a field that is missing or wrong."""
+def read_jsonl(path: Path, check: Callable[[Vote], None] = lambda vote: None) -> list[Vote]:
+    """Read votes that as_jsonl wrote. Raises UserError, naming the line, for a field that is missing or wrong.
+
+    check: raises UserError for a vote that cannot be; its sentence gets the line, too.
+    """
     votes = []
     for place, row in read_json_lines(path):
         values = {f.name: get(row, f.name, KINDS.get(f.name, str), place) for f in fields(Vote)}
         votes.append(Vote(**values | {"order": tuple(map(str, values["order"]))}))
+        try:
+            check(votes[-1])
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     return votes
 
 

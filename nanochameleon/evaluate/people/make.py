@@ -116,9 +116,8 @@ def blinded(folder: Path, segments: Segments, secret: str, *owner: str) -> Segme
             result.append({"text": segment["text"]})
             continue
         result.append({"image": f"{hashed(secret, 'image', *owner, number)}.png"})
-        path = folder / IMAGES / result[-1]["image"]
-        if not path.is_file():
-            write_file(path, png(load_square(segment["image"], SIDE, "pad")))
+        # written again on resuming: the answer may have changed since the run was killed
+        write_file(folder / IMAGES / result[-1]["image"], png(load_square(segment["image"], SIDE, "pad")))
     return result
 
 

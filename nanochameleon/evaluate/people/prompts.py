@@ -8,6 +8,7 @@ The first form is that of the paper's released prompts; a file may also be one l
 only the file name counts.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -111,6 +112,6 @@ def file_name(url: str) -> str:
 
 def existing(folder: Path, name: str, place: str) -> Path:
     path = image_path(folder, name, place)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, never raises, however odd the name
         raise UserError(f"{place} names the image {shown(name)!r}, which is not in {folder}: put the file there")
     return path

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanochameleon.errors import UserError, shown
 from nanochameleon.evaluate.human import Votes, open_study
 from nanochameleon.evaluate.people.results import results
 from nanochameleon.evaluate.people.study import Study, open_key
@@ -11,16 +12,26 @@ from nanochameleon.files import write_file
 
 
 def make_report(folder: Path, least: int | None = None, without: Sequence[str] = ()) -> str:
-    """Write STUDY/owner/report as Markdown, and a CSV file for each table; return the Markdown."""
+    """Write STUDY/owner/report as Markdown, and a CSV file for each table in STUDY/owner/tables; return the Markdown.
+
+    Tables of an earlier report are removed, since this one may lack some of them.
+    """
     study = open_study(folder)
     votes = Votes(study)
-    found = results(study, open_key(folder), [v for v in votes.live() if v.annotator not in without], least)
+    said = votes.live()
     votes.close()
+    if unknown := sorted({*without} - {vote.annotator for vote in said}):
+        raise UserError(f"--without names {shown(unknown[0])}, who has no votes: give names as they are in the report")
+    found = results(study, open_key(folder), [vote for vote in said if vote.annotator not in without], least)
     tables = all_tables(found)
     text = "\n".join([heading(study, len(found.judged), found.incomplete, least), *(t.markdown() for t in tables)])
     write_file(folder / "owner" / "report.md", text.encode("utf-8", "replace"))
+    place = folder / "owner" / "tables"
+    place.mkdir(exist_ok=True)
+    for path in place.glob("*.csv"):
+        path.unlink()
     for table in tables:
-        write_file(folder / "owner" / f"{table.name}.csv", table.csv().encode("utf-8", "replace"))
+        write_file(place / f"{table.name}.csv", table.csv().encode("utf-8", "replace"))
     return text
 
 

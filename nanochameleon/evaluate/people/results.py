@@ -49,7 +49,8 @@ class Judged:
     @property
     def kinds(self) -> set[str]:
         """The rows of a table in which it counts."""
-        return {ALL, MIXED if self.prompt.has_images else TEXT_ONLY, self.prompt.task_type}
+        own = {self.prompt.task_type} - {ALL, MIXED, TEXT_ONLY}  # a kind of task may have such a name
+        return {ALL, MIXED if self.prompt.has_images else TEXT_ONLY} | own
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,10 @@ def pair_table(found: Results, pair: Pair) -> Table:
     rows = [(kind, *map(str, outcomes[kind]), rate(*outcomes[kind])) for kind in kinds_first(outcomes)]
     title = f"{pair[0]} against {pair[1]} by kind of prompt (the paper's Tables 11 to 14)"
     return Table(
-        f"wins_{pair[0]}_{pair[1]}", title, ("prompts", "wins", "ties", "losses", "win rate %, 95% interval"), rows
+        f"wins {pair[0]} against {pair[1]}",
+        title,
+        ("prompts", "wins", "ties", "losses", "win rate %, 95% interval"),
+        rows,
     )
 
 

@@ -16,7 +16,7 @@ from nanochameleon.evaluate.people.questions import Question
 from nanochameleon.evaluate.people.study import Segments, Study, check_annotator
 from nanochameleon.images.terminal import terminal_mode
 
-LINE = "-" * 72
+LINE = "-" * 40  # fits into narrow terminals
 
 
 def annotate(folder: Path, annotator: str) -> Progress:
@@ -42,11 +42,11 @@ def annotate(folder: Path, annotator: str) -> Progress:
 
 def ask(votes: Votes, annotator: str, asked: AskedQuestion, so_far: Progress) -> bool:
     """Ask one question and save the vote, or undo the last one. False: the annotator leaves."""
-    start, labels = time.monotonic(), list(asked.question.labels)
+    start, labels = time.monotonic(), dict(zip("123456789", asked.question.labels, strict=False))
     show_question(asked.question, so_far)
     while True:
         say("> ", end="")
-        line = sys.stdin.readline()
+        line = read_line()
         key = line.strip().lower()
         if not line or key == "q":
             say("your votes are saved; the same command resumes")
@@ -54,11 +54,18 @@ def ask(votes: Votes, annotator: str, asked: AskedQuestion, so_far: Progress) ->
         if key == "u":
             say("taken back" if votes.undo(annotator) else "there is nothing to undo")
             return True
-        if key.isascii() and key.isdigit() and 1 <= int(key) <= len(labels):
-            votes.cast(annotator, asked.item, asked.question.name, labels[int(key) - 1], time.monotonic() - start)
+        if key in labels:
+            votes.cast(annotator, asked.item, asked.question.name, labels[key], time.monotonic() - start)
             say("saved")
             return True
         say(f"answer 1 to {len(labels)}, u or q")
+
+
+def read_line() -> str:
+    """Return the next line of stdin, "" at its end. Bytes that are no text become marks, which are no key."""
+    if getattr(sys.stdin, "errors", None) == "strict":
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin.readline()
 
 
 def show_item(study: Study, asked: AskedQuestion) -> None:
@@ -82,7 +89,7 @@ def show_segments(study: Study, segments: Segments, show: Callable[[Path], None]
 
 def show_image(path: Path) -> None:
     """Show an image, or where the terminal cannot, print the path of its file."""
-    if not terminal_mode(os.environ, sys.stdout.isatty()):
+    if not terminal_mode(os.environ, sys.stdout.isatty(), sys.stdout.encoding):
         say(f"[image: {path}]")
         return
     from nanochameleon.images.output import show

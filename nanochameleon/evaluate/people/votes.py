@@ -150,7 +150,7 @@ class Votes:
 
     def refresh(self) -> None:
         """Read what is new in the file. Of two votes on the same question, the one with the later time counts."""
-        with self.lock:
+        with self.lock, self.undamaged():
             query = f"SELECT number, {FIELDS} FROM votes WHERE number > ? ORDER BY number"
             for number, *row in self.db.execute(query, (self.n_read,)):
                 self.n_read, vote = number, vote_of(row)
@@ -164,7 +164,17 @@ class Votes:
 
     def log(self) -> list[Vote]:
         """Every record, in the order in which they were saved."""
-        return [vote_of(row) for row in self.db.execute(f"SELECT {FIELDS} FROM votes ORDER BY number")]
+        with self.undamaged():
+            return [vote_of(row) for row in self.db.execute(f"SELECT {FIELDS} FROM votes ORDER BY number")]
+
+    @contextmanager
+    def undamaged(self) -> Iterator[None]:
+        """Raise UserError where the file cannot be read."""
+        try:
+            yield
+        except (sqlite3.Error, ValueError) as error:  # ValueError: no JSON
+            path = self.study.folder / FILE
+            raise UserError(f"{path} is damaged ({shown(error)}): restore a copy, or import exported votes") from None
 
     def live(self, annotator: str | None = None) -> list[Vote]:
         """The votes that count: of one annotator, or of all."""
