@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ from nanochameleon.training.run import Run
 from nanochameleon.weights.tokenizer_json import to_json
 
 HEADER = "header.json"
-NAMES = {"weights": "model", "image_tokenizer": "image tokenizer", "text_tokenizer": "text tokenizer"}
+NAMES = {  # what must be the same, and its name for people
+    "weights": "model", "image_tokenizer": "image tokenizer", "text_tokenizer": "text tokenizer",
+    "sampling": "set of sampling parameters",
+}  # fmt: skip
 SHOW = ("commit", "versions", "machine", "kernels")  # of a session: what may show in its answers
 
 
@@ -43,6 +46,7 @@ def describe_model(run: Run, path: Path) -> dict[str, Any]:
         "parameters": sum(x.numel() for x in run.model.state_dict().values()),
         "dtype": dtype_of(run),
         "device": run.device.type,
+        "sampling": asdict(run.cfg.sample),  # the model's own, for images
     }
 
 

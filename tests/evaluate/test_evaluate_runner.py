@@ -25,6 +25,7 @@ from nanochameleon.evaluate.log import ITEMS, read_lines
 from nanochameleon.evaluate.runner import evaluate, rescore
 from nanochameleon.evaluate.task import Options
 from nanochameleon.files import write_file
+from nanochameleon.training.run import CONFIG
 from nanochameleon.training.run_folder import claim
 
 
@@ -112,6 +113,17 @@ def test_other_weights_have_another_hash():
         same.output.weight[0, 0] += 1e-3
     assert tensors_hash(model) != tensors_hash(same)
     assert tensors_hash(model) != tensors_hash(model.to(torch.bfloat16))
+
+
+def test_another_guidance_is_another_evaluation(model, tmp_path):
+    """Tasks that draw take the model's own parameters."""
+    run(model, tmp_path / "out", sums(3))
+    same = tiny_run(tmp_path / "same")
+    config = json.loads((same / CONFIG).read_text())
+    config["sample"]["guidance_scale"] = 2.5
+    (same / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="with another set of sampling parameters"):
+        run(same, tmp_path / "out", sums(3))
 
 
 def test_int8_weights_are_another_evaluation(model, tmp_path):
