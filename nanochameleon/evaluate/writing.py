@@ -7,8 +7,10 @@ one is cancelled, and the next prompt takes its slot. What is written depends on
 other prompts (engine.py).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -67,12 +69,22 @@ def write(
 
 
 def slots_that_fit(run: Run, context: int) -> int:
-    """Return how many slots of so many tokens half of the free memory of a GPU can hold; on a CPU there is no limit."""
-    if run.device.type != "cuda":
-        return 2**31
-    cfg, free = run.model.cfg, torch.cuda.mem_get_info(run.device)[0]
+    """Return how many slots of so many tokens half of the free memory can hold. A slot of a 7B model takes GiB."""
+    cfg = run.model.cfg
     values = 2 * cfg.n_layers * cfg.kv_heads * cfg.head_dim * context  # of keys and values
-    return max(1, free // 2 // (values * run.model.tok_embeddings.weight.element_size()))
+    n_bytes = values * run.model.tok_embeddings.weight.element_size()
+    return max(1, free_memory(run.device) // 2 // n_bytes)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU, or of the machine. Where nothing says how many, there is no limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        [kib] = re.findall(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # no Linux
+        return 2**62
+    return int(kib) * 1024
 
 
 @dataclass

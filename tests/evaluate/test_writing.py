@@ -4,13 +4,15 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import N_CODES, TOKENIZER, VOCAB, tiny_model
 
 from nanochameleon.config import SamplingParams
 from nanochameleon.errors import UserError
-from nanochameleon.evaluate.writing import TextUntil, Written, write
+from nanochameleon.evaluate import writing
+from nanochameleon.evaluate.writing import TextUntil, Written, slots_that_fit, write
 from nanochameleon.generation.engine import Engine, generate
 
 MODEL = tiny_model()
@@ -164,3 +166,13 @@ def test_an_image_that_does_not_fit_and_too_many_new_tokens_are_named():
     with pytest.raises(UserError, match=r"has 4 tokens, and the context has room for 0: nothing of it"):
         write(RUN, [prompt(0)], CONTEXT)
     assert len(write(RUN, [[VOCAB.bos]], CONTEXT - 1)) == 1
+
+
+def test_slots_are_those_that_half_of_the_free_memory_holds(monkeypatch):
+    assert writing.free_memory(torch.device("cpu")) > 2**20
+    cache = MODEL.empty_cache(1, 40, torch.float32)
+    for n in (0, 1, 3, 5.9):
+        monkeypatch.setattr(
+            writing, "free_memory", lambda device, n=n: int(2 * n * (cache.keys.nbytes + cache.values.nbytes))
+        )
+        assert slots_that_fit(RUN, 40) == max(1, int(n))
