@@ -30,7 +30,6 @@ def annotate(out: Path, annotator: str, data: Path | None = None) -> int:
         raise UserError(f"{out} has no answers of the task {NAME}: give the --out of an evaluation with it")
     lines = [line for line in read_lines(folder / ITEMS) if PROBLEM not in line.output]
     file = folder / "labels" / f"{annotator}.jsonl"
-    file.parent.mkdir(exist_ok=True)
     drop_unfinished(file)
     said = read_labels([file] if file.exists() else [], [line.id for line in lines])
     todo = sorted(
