@@ -113,13 +113,16 @@ def drop_unfinished(path: Path) -> None:
     """Cut off a last line that a killed process did not finish, and remove a file without any line."""
     if not path.exists():
         return
-    with open(path, "r+b") as file:
-        lock(file)
-        tail = file.read().rpartition(b"\n")[2]
-        if not is_json(tail):
-            file.truncate(file.tell() - len(tail))
-        if not file.seek(0, os.SEEK_END):
-            path.unlink()
+    try:
+        with open(path, "r+b") as file:
+            lock(file)
+            tail = file.read().rpartition(b"\n")[2]
+            if not is_json(tail):
+                file.truncate(file.tell() - len(tail))
+            if not file.seek(0, os.SEEK_END):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
 
 
 def lock(file) -> None:
