@@ -79,6 +79,9 @@ class Args:
                 raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")
         if self.model is None and not (self.rescore and self.out):
             raise UserError("the model is missing: give a folder, such as models/toy")
+        if not (self.tasks or self.rescore) and not self.model.exists():
+            commands = ", ".join(COMMANDS)
+            raise UserError(f"there is no model and no command {shown(str(self.model))!r}: commands are {commands}")
         if not (self.tasks or self.rescore):
             raise UserError("--tasks is missing: give names, such as --tasks arc_easy,boolq, or see --tasks list")
         names = self.names

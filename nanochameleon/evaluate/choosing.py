@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from nanochameleon.evaluate.scoring import score as score_pairs
+from nanochameleon.evaluate.scoring import too_long
 from nanochameleon.evaluate.statistics import mean_figure
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line
 from nanochameleon.training.run import Run
@@ -32,15 +33,22 @@ def answer(
 ) -> list[Answer]:
     """Score the candidates of each item after its prompt, and after its blind prompt where there are such.
 
+    An item with a candidate that is too long for the model has {"problem": ...}.
+
     prompts: tokens with <s> first. before: what comes between a prompt and each candidate, such as a space.
     """
     both = [*prompts, *blind]
     candidates = [[run.tokenizer.encode(before + c) for c in item.content["candidates"]] for item in items]
+    problems = [too_long(run, each) for each in candidates]
+    candidates = [[] if problem else each for problem, each in zip(problems, candidates, strict=True)]
     asked = list(zip(both, candidates * (2 if blind else 1), strict=True))
     found = iter(score_pairs(run, [(prompt, each) for prompt, new in asked for each in new]))
     scored = [list(islice(found, len(new))) for _, new in asked]
     answers = []
     for i, prompt in enumerate(prompts):
+        if problems[i]:
+            answers.append(Answer([], {"problem": problems[i]}))
+            continue
         output = {"log_probs": [each.log_prob for each in scored[i]]}
         if blind:
             output["blind"] = [each.log_prob for each in scored[len(items) + i]]

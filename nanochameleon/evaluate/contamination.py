@@ -3,13 +3,12 @@
     python -m nanochameleon.evaluate contamination prepared/ extra.jsonl --tasks arc_easy,gsm8k --data benchmarks
     python -m nanochameleon.evaluate contamination prepared/ --tasks gsm8k --data benchmarks --results OUT
 
-    python -m nanochameleon.evaluate contamination prepared/ --tasks gsm8k --data DIR --results OUT
-
 Words are letters and digits in lower case, so punctuation and line breaks do not hide a copy. 13 words are GPT-3's
 choice (arXiv 2005.14165, appendix C), and so is to ignore what more than 10 documents have: such runs are phrases, not
-leaks. An item of 8 to 12 words is looked for as a whole; a shorter one proves nothing and is counted only. What share
-of an item's words was found sorts it, as in Llama 2 (arXiv 2307.09288, appendix A.6): under 20% clean, from 80% dirty.
-Shots are not looked for, since they come from the training split. Left out: images.
+leaks. Each line of an item is looked for by itself, without the "Question:" and "Answer:" of a prompt: a copy need not
+have its options in the same place. A line of 8 to 12 words is looked for as a whole; a shorter one proves nothing. What
+share of the words of these lines was found sorts an item, as in Llama 2 (arXiv 2307.09288, appendix A.6): under 20%
+clean, from 80% dirty. Shots are not looked for, since they come from the training split. Left out: images.
 """
 
 import json
@@ -34,9 +33,10 @@ from nanochameleon.evaluate.task import Item, Options
 from nanochameleon.evaluate.tasks import pick
 from nanochameleon.files import write_file
 
-N, SHORTEST, FREQUENT = 13, 8, 10  # words of a run; of the shortest item; documents that may have a run
+N, SHORTEST, FREQUENT = 13, 8, 10  # words of a run; of the shortest line; documents that may have a run
 PART, DIRTY = 0.2, 0.8  # shares of an item's words
 WORD = re.compile(r"\w+")
+LABEL = re.compile(r"\b(?:Question|Short answer|Answer|Problem|Solution|Q|A):")  # what a prompt adds to an item
 BLOCK = 2**20  # characters of a text file that are read at a time; each block counts as a document
 NOT_ASKED = ("preamble", "shots", "image", "images")  # parts of an item's content that are not its own words
 
@@ -69,16 +69,15 @@ class Checked:
 
     task: str
     id: str
-    n_words: int
-    checked: bool  # False: it has fewer than SHORTEST words
+    n_words: int  # of the lines that are long enough to be looked for
     share: float = 0.0  # of its words that lie in a run that was found
     example: str = ""  # the first such run
     where: str = ""  # the document that has it
-    words: list[str] = field(default_factory=list, repr=False)
+    texts: list[list[str]] = field(default_factory=list, repr=False)  # the words of each of these lines
 
     @property
     def state(self) -> str:
-        if not self.checked:
+        if not self.texts:
             return "too short"
         return "clean" if self.share < PART else "part" if self.share < DIRTY else "dirty"
 
@@ -105,8 +104,11 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def check_item(task: str, item: Item) -> Checked:
-    words = words_of(" ".join(strings(item.content)))
-    return Checked(task, item.id, len(words), len(words) >= SHORTEST, words=words)
+    """Return the item's different lines of SHORTEST words or more, without the labels of a prompt."""
+    lines = [LABEL.sub(" ", line) for text in strings(item.content) for line in text.splitlines()]
+    distinct = dict.fromkeys(tuple(words_of(line)) for line in lines)
+    texts = [list(words) for words in distinct if len(words) >= SHORTEST]
+    return Checked(task, item.id, sum(map(len, texts)), texts=texts)
 
 
 def grams(words: Sequence[str], n: int) -> Iterator[Gram]:
@@ -171,9 +173,9 @@ def check(items: Sequence[Checked], paths: Sequence[Path]) -> Sequence[Checked]:
     """Look for the items in training data; fills in share, example and where."""
     wanted: dict[int, dict[Gram, list[str]]] = {}  # length -> run of words -> the documents that have it
     for item in items:
-        if item.checked:
-            n = min(N, item.n_words)
-            wanted.setdefault(n, {}).update((gram, []) for gram in grams(item.words, n))
+        for text in item.texts:
+            n = min(N, len(text))
+            wanted.setdefault(n, {}).update((gram, []) for gram in grams(text, n))
     for where, text in tqdm(documents(paths), "documents", unit=" documents", disable=None):
         words = words_of(text)
         for n, known in wanted.items():
@@ -181,18 +183,19 @@ def check(items: Sequence[Checked], paths: Sequence[Path]) -> Sequence[Checked]:
                 if len(known[gram]) <= FREQUENT:
                     known[gram].append(where)
     for item in items:
-        if item.checked:
-            fill(item, wanted[min(N, item.n_words)])
+        fill(item, wanted)
     return items
 
 
-def fill(item: Checked, known: dict[Gram, list[str]]) -> None:
-    n = min(N, item.n_words)
-    hits = [(i, gram) for i, gram in enumerate(grams(item.words, n)) if 1 <= len(known[gram]) <= FREQUENT]
-    covered = {word for i, _ in hits for word in range(i, i + n)}
-    item.share = len(covered) / item.n_words
-    if hits:
-        item.example, item.where = " ".join(hits[0][1]), known[hits[0][1]][0]
+def fill(item: Checked, wanted: dict[int, dict[Gram, list[str]]]) -> None:
+    covered = 0
+    for text in item.texts:
+        known = wanted[n := min(N, len(text))]
+        hits = [(i, gram) for i, gram in enumerate(grams(text, n)) if 1 <= len(known[gram]) <= FREQUENT]
+        covered += len({word for i, _ in hits for word in range(i, i + n)})
+        if hits and not item.example:
+            item.example, item.where = " ".join(hits[0][1]), known[hits[0][1]][0]
+    item.share = covered / item.n_words if item.texts else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,6 +228,14 @@ def apart(items: Sequence[Checked], results: Path) -> list[dict[str, str]]:
     return found
 
 
+def write_lines(path: Path, items: Sequence[Checked]) -> None:
+    lines = ({key: value for key, value in asdict(item).items() if key != "texts"} for item in items)
+    try:
+        write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another --out") from None
+
+
 def main(args: Args) -> None:
     if not 0 <= args.seed <= MAX_SEED or (args.limit is not None and args.limit < 1):
         raise UserError(f"--seed must be 0 to {MAX_SEED}, and --limit 1 or more")
@@ -233,12 +244,14 @@ def main(args: Args) -> None:
     for path in args.training:
         if not path.exists():
             raise UserError(f"{shown(path)} is not there: give training data that are")
-    tasks, options = pick(args.tasks.split(",")), Options(args.data, args.limit, args.seed)
+    tasks = pick([name.strip() for name in args.tasks.split(",")])
+    options = Options(args.data, args.limit, args.seed)
     items = [check_item(task.name, item) for task in tasks for item in task.read(options)]
+    if args.out:
+        write_lines(args.out, items)  # before hours of search, so that a file that cannot be written is found at once
     check(items, args.training)
     if args.out:
-        lines = ({key: value for key, value in asdict(item).items() if key != "words"} for item in items)
-        write_file(args.out, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_lines(args.out, items)
     tables = [rows(items)] + ([apart(items, args.results)] if args.results else [])
     say("\n\n".join(markdown_table(list(table[0]), table) for table in tables if table))
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from nanochameleon.bench.rows import device_name
 from nanochameleon.errors import UserError, warn
-from nanochameleon.evaluate.log import ITEMS
+from nanochameleon.evaluate.log import writing
 from nanochameleon.evaluate.task import Options, digest
 from nanochameleon.files import commit, has_changes, read_json, write_file
 from nanochameleon.generation import fastest
@@ -81,14 +81,14 @@ def describe_session(run: Run, tasks: Sequence[str], options: Options) -> dict[s
 
 
 def read_header(out: Path) -> dict[str, Any]:
-    """Return the header of a folder; an empty one for a new folder. Raises UserError for a folder without it."""
+    """Return the header of a folder; an empty one for a folder without files. Raises UserError for other files."""
     if (out / HEADER).exists():
         header = read_json(out / HEADER)
         if [type(header.get(name)) for name in ("model", "options", "tasks", "sessions")] == [dict, dict, dict, list]:
             return header
         raise UserError(f"{out / HEADER} is not the header of an evaluation: choose another --out")
-    if next(out.glob(f"*/{ITEMS}"), None):
-        raise UserError(f"{out} has logs of an evaluation and no {HEADER}: choose another --out")
+    if any(not path.name.startswith(".") for path in out.iterdir()):  # the lock, and what a kill left half written
+        raise UserError(f"{out} holds files, and no {HEADER} of an evaluation: choose another --out")
     return {"model": {}, "options": {}, "tasks": {}, "sessions": []}
 
 
@@ -126,4 +126,5 @@ def options_of(header: dict, task: str, options: Options) -> Options:
 
 
 def write_header(out: Path, header: dict) -> None:
-    write_file(out / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+    with writing(out / HEADER):
+        write_file(out / HEADER, (json.dumps(header, indent=1) + "\n").encode())

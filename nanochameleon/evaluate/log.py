@@ -10,7 +10,8 @@ bytes of a run that was never stopped. Seconds differ between runs: they are in 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class Log:
     def __init__(self, folder: Path, items: Sequence[Item], chunk: int):
         """Read what is there, and cut off what is not a whole chunk. Raises UserError if it has other items."""
         self.items, self.seconds = folder / ITEMS, folder / SECONDS
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         lines = read_lines(self.items)
         check_items(self.items, lines, items)
         whole = len(lines) == len(items)  # then the last chunk may be shorter
@@ -142,13 +144,20 @@ def cut(path: Path, n_rows: int) -> None:
 def append(path: Path, data: bytes) -> None:
     """Add to the end of a file, and wait until that is on the disk. Raises UserError where the disk is full."""
     new = not path.exists()
-    try:
+    with writing(path):
         with open(path, "ab") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if new:
             fsync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError for an OSError within, such as that of a full disk."""
+    try:
+        yield
     except OSError as error:
         why = f"cannot write to {path} ({error.strerror})"
         raise UserError(f"{why}: free some space, and the same command resumes") from None

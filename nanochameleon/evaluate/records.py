@@ -53,7 +53,15 @@ def load(text: bytes, place: str, slim: Callable[[dict], Any] | None = None) -> 
     except UnicodeDecodeError:
         raise UserError(f"{place} is not UTF-8: save it as UTF-8") from None
     except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand
-        raise UserError(f"{place} is not JSON ({shown(error, 80)}): mend it, or remove it") from None
+        raise UserError(f"{place} is not JSON ({where(error)}): mend it, or remove it") from None
+
+
+def where(error: Exception) -> str:
+    """Say what is wrong with a JSON text, and at which character of which line: a text of one line has no number."""
+    if not isinstance(error, json.JSONDecodeError):
+        return shown(error, 80)
+    line = f"line {error.lineno:,}, " if "\n" in error.doc.rstrip() else ""
+    return f"{error.msg}, {line}character {error.colno:,}"
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:

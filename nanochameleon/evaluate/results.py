@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochameleon.evaluate.log import PROBLEM
+from nanochameleon.evaluate.log import PROBLEM, writing
 from nanochameleon.evaluate.statistics import default_figures
 from nanochameleon.evaluate.table import markdown
 from nanochameleon.evaluate.table_html import page
@@ -41,7 +41,8 @@ def write_results(out: Path, header: dict, results: dict[str, dict]) -> dict[str
     """Write the three files. Tasks that an earlier session ran keep their results. Returns what results.json holds."""
     earlier = read_json(out / RESULTS).get("tasks", {}) if (out / RESULTS).exists() else {}
     content = {"header": header, "tasks": earlier | results}
-    write_file(out / RESULTS, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-    write_file(out / MARKDOWN, markdown(content).encode())
-    write_file(out / HTML, page(content).encode())
+    whole = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    for name, text in ((RESULTS, whole), (MARKDOWN, markdown(content)), (HTML, page(content))):
+        with writing(out / name):  # names of groups and of files may hold half a character
+            write_file(out / name, text.encode(errors="backslashreplace"))
     return content

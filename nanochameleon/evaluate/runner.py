@@ -15,9 +15,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanochameleon.data.build import world
-from nanochameleon.errors import Interrupted, UserError, say, warn
+from nanochameleon.errors import Interrupted, UserError, say, shown, warn
 from nanochameleon.evaluate import header as headers
-from nanochameleon.evaluate.log import ITEMS, PROBLEM, Log, make_line, read_lines, rescored, to_bytes, total_seconds
+from nanochameleon.evaluate.log import (
+    ITEMS,
+    PROBLEM,
+    Log,
+    make_line,
+    read_lines,
+    rescored,
+    to_bytes,
+    total_seconds,
+    writing,
+)
 from nanochameleon.evaluate.records import check_ids
 from nanochameleon.evaluate.results import HTML, task_result, write_results
 from nanochameleon.evaluate.table import duration, summary
@@ -113,7 +123,6 @@ def begin(header: dict, run: Run, model: Path, asked: Sequence[tuple[Task, list[
     chosen = {name: getattr(options, name) for name in ("seed", "shots", "samples")}
     headers.check_same(options.out, header, described, chosen)
     header |= {"model": described, "options": chosen}
-    header["tasks"] |= {task.name: len(items) for task, items in asked}
     header["sessions"].append(headers.describe_session(run, [task.name for task, _ in asked], options))
     headers.write_header(options.out, header)
     counts = ", ".join(f"{task.name} {len(items):,}" for task, items in asked)
@@ -129,6 +138,8 @@ def ask_all(
         folder = options.out / task.name
         try:
             log = Log(folder, items, task.chunk)
+            header["tasks"][task.name] = len(items)  # not before: a log of other items keeps its own number
+            headers.write_header(options.out, header)
             if 0 < len(log.lines) < len(items):
                 headers.check_sessions(header, task.name)
             ask(run, task, items, options, log)
@@ -136,7 +147,8 @@ def ask_all(
         except UserError as error:
             faults.task(task.name, str(error))
             continue
-        faults.items += [line.output[PROBLEM] for line in log.lines if PROBLEM in line.output]
+        left_out = [line for line in log.lines if PROBLEM in line.output]
+        faults.items += [f"{task.name}, item {shown(line.id)}: {line.output[PROBLEM]}" for line in left_out]
         results[task.name] = task_result(task, log.lines, len(items), total_seconds(folder))
     return results
 
@@ -158,7 +170,8 @@ def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log)
 def export(task: Task, lines: Sequence[Line], options: Options) -> None:
     """Write the files that official scorers read, if the task has any."""
     if task.export:
-        task.export(lines, options, options.out / task.name)
+        with writing(options.out / task.name):
+            task.export(lines, options, options.out / task.name)
 
 
 def same_command() -> str:
@@ -194,7 +207,8 @@ def rescore_log(task: Task, folder: Path) -> list[Line]:
     lines = read_lines(folder / ITEMS)
     new = [rescored(task, line) for line in lines]
     if changed := sum(a != b for a, b in zip(lines, new, strict=True)):
-        write_file(folder / ITEMS, to_bytes(new))
+        with writing(folder / ITEMS):
+            write_file(folder / ITEMS, to_bytes(new))
         say(f"{task.name}: {changed:,} of {len(lines):,} items have another score than before")
     return new
 

@@ -5,7 +5,7 @@
 Log-probabilities are over the whole vocabulary, image tokens included. All sums are in float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,12 @@ class Scored(NamedTuple):
     truncated: bool  # was the left end of the context cut off?
 
 
+def too_long(run: Run, continuations: Iterable[Sequence[int]]) -> str:
+    """Return one sentence if a continuation does not fit into the model's context after <s>, else ""."""
+    most, context = max(map(len, continuations), default=0), run.cfg.model.max_seq_len
+    return f"a continuation has {most:,} tokens, and the model's context {context:,}" if most > context else ""
+
+
 def context_and_continuation(tokenizer: TextTokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Encode a pair, without <s>, by the rule of lm-evaluation-harness.
 
@@ -49,8 +55,8 @@ def score(run: Run, requests: Sequence[tuple[list[int], list[int]]]) -> list[Sco
     Raises UserError for a continuation that does not fit into the model's context after <s>.
     """
     longest = run.cfg.model.max_seq_len + 1  # the last token of a continuation is predicted, never read
-    if (most := max((len(continuation) for _, continuation in requests), default=0)) >= longest:
-        raise UserError(f"a continuation has {most} tokens, and the model's context {longest - 1}: give shorter ones")
+    if problem := too_long(run, (continuation for _, continuation in requests)):
+        raise UserError(f"{problem}: give shorter ones")
     fitted = [fit(context, longest - len(continuation), run.vocab) for context, continuation in requests]
     asked = [(tuple(context), tuple(new)) for (context, _), (_, new) in zip(fitted, requests, strict=True)]
     continuations: dict[Tokens, dict[Tokens, None]] = {}  # dictionaries keep the order, as sets do not

@@ -14,9 +14,10 @@ COLUMNS = (
 WORDS = ("task", "figure", "metric", "note")  # columns that are aligned to the left
 MAX_FIGURES = 6  # of a task in the terminal: MMLU has 58
 LEGEND = (
-    "n: what the value is a mean of. Chance: what guessing gets. Baseline: what a model gets that cannot see. Ceiling: "
-    "what the judge gives to the truth. Left out: items that could not be asked. Truncated: prompts that lost their "
-    "left end. Shares take Wilson's interval, or Clopper-Pearson's below 10 events; other means take a bootstrap."
+    "n: what the value is a mean of. Chance: what guessing gets. Baseline: what is right "
+    "without a look at the image, or at the question. Ceiling: what the judge gives to the truth. Left out: items that "
+    "could not be asked. Truncated: prompts that lost their left end. Shares take Wilson's interval, or "
+    "Clopper-Pearson's below 10 events; other means take a bootstrap."
 )
 
 
@@ -139,7 +140,8 @@ def summary(content: dict[str, Any]) -> str:
     for name, result in content["tasks"].items():
         rows = rows_of_task(name, result)
         lines += [
-            (name, *(row[column] for column in ("figure", "value", "95% interval", "n"))) for row in rows[:MAX_FIGURES]
+            (name, row["figure"] or row["note"], *(row[column] for column in ("value", "95% interval", "n")))
+            for row in rows[:MAX_FIGURES]
         ]
         if len(rows) > MAX_FIGURES:
             lines.append(("", f"and {len(rows) - MAX_FIGURES} more", "", "", ""))

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from text_sets import write_authors
+from text_sets import ITEMS, write_authors
 from tiny import TOKENIZER
 
 from nanochameleon.data import write_shards
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import contamination
 from nanochameleon.evaluate.contamination import FREQUENT, SHORTEST, N, blocks, check, check_item, cli, words_of
-from nanochameleon.evaluate.task import Item
+from nanochameleon.evaluate.task import Item, Options
+from nanochameleon.evaluate.tasks import TASKS
 
 WORDS = st.lists(st.sampled_from("abcdefghij"), min_size=0, max_size=40)
 PUNCTUATION = st.sampled_from([" ", ", ", ".\n", " -- ", '" ', "; ("])
@@ -55,8 +56,20 @@ def test_half_a_copy_is_a_part(tmp_path):
 
 
 def test_shots_and_the_names_of_images_are_not_looked_for():
-    content = {"preamble": "a b c", "shots": ["d"], "image": "e.png", "choices": [{"text": "f"}, "g"], "target": 3}
-    assert check_item("t", Item("1", content)).words == ["f", "g"]
+    f, g = numbered(SHORTEST), numbered(SHORTEST, 50)
+    content = {"preamble": "a " * 20, "shots": ["d " * 20], "image": "e." * 20, "choices": [" ".join(f), "short"]}
+    content |= {"options": [{"text": f"Question: {' '.join(g)}\nAnswer:"}, " ".join(f)], "target": 3}
+    assert check_item("t", Item("1", content)).texts == [f, g]  # each once
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "boolq", "piqa"])
+def test_a_copy_of_the_file_is_found_although_a_prompt_has_other_words_in_another_order(tmp_path, name):
+    rows = [json.dumps(row) for split in ("test", "validation") for row in ITEMS[name].get(split, [])]
+    (tmp_path / "leak.jsonl").write_text("\n".join(rows))
+    task = next(task for task in TASKS if task.name == name)
+    items = [check_item(name, item) for item in task.read(Options(write_authors(tmp_path / "data"), shots=0))]
+    states = {each.state for each in check(items, [tmp_path / "leak.jsonl"])}
+    assert "dirty" in states and states <= {"dirty", "too short"}
 
 
 def test_what_many_documents_have_is_a_phrase(tmp_path):
@@ -117,6 +130,10 @@ def test_the_command(tmp_path, capsys):
         (["{here}/train.txt", "--tasks", "gsm9k"], "did you mean gsm8k"),
         (["{here}/train.txt", "--tasks", "gsm8k", "--data", "{here}/data", "--results", "{here}"], "has no gsm8k"),
         (["{here}/train.txt", "--tasks", "gsm8k", "--limit", "0"], "--limit 1 or more"),
+        (
+            ["{here}/train.txt", "--tasks", "gsm8k", "--data", "{here}/data", "--out", "{here}/no/where.jsonl"],
+            r"cannot write .*/no/where.jsonl \(No such file or directory\): choose another --out",
+        ),
     ],
 )
 def test_what_a_user_can_do_wrong(tmp_path, arguments, says):

@@ -118,3 +118,13 @@ def test_definitions_are_scored_after_the_word_and_alone(tmp_path):
         wanted = [each.log_prob for each in score(run, [(prompt, each) for each in new])]
         assert answer.output[name] == pytest.approx(wanted, abs=1e-3)
     assert "acc, blind" in TASK.score(item.content, answer.output)[1]
+
+
+def test_a_definition_longer_than_the_context_is_left_out_alone(tmp_path):
+    write_wordnet(tmp_path)
+    run = open_model(tiny_run(tmp_path / "run"), "cpu")
+    good, bad = TASK.read(Options(tmp_path, limit=2))
+    bad.content["candidates"][3] = "long " * run.cfg.model.max_seq_len
+    answers = TASK.answer(run, [bad, good], Options(tmp_path))
+    assert "a continuation has" in answers[0].output["problem"] and "log_probs" not in answers[0].output
+    assert len(answers[1].output["log_probs"]) == len(answers[1].output["blind"]) == 4

@@ -1,7 +1,9 @@
 """The command that runs tasks on a model: what it writes, how it resumes, and what it refuses."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from nanochameleon.evaluate.header import HEADER, tensors_hash
 from nanochameleon.evaluate.log import ITEMS, read_lines
 from nanochameleon.evaluate.runner import evaluate, rescore
 from nanochameleon.evaluate.task import Options
+from nanochameleon.files import write_file
 from nanochameleon.training.run_folder import claim
 
 
@@ -190,12 +193,47 @@ def test_a_task_without_items_or_with_equal_ids_is_refused(model, tmp_path, task
 
 
 def test_items_that_cannot_be_asked_are_left_out_and_end_with_exit_code_2(model, tmp_path):
-    with pytest.raises(UserError, match=r"^2 items could not be asked; the first: a.png:1 has no image: mend it$"):
+    with pytest.raises(
+        UserError, match=r"^2 items could not be asked; the first: sums, item sum-2: a.png:1 has no image: mend it$"
+    ):
         run(model, tmp_path, with_problem(["sum-2", "sum-5"]))
     result = json.loads((tmp_path / "results.json").read_text())["tasks"]["sums"]
     assert (result["left_out"], result["figures"][0]["n"]) == (2, 18)
     with pytest.raises(UserError, match=r"2 items"):  # also where nothing is left to ask
         run(model, tmp_path, with_problem(["sum-2", "sum-5"]))
+
+
+def test_a_folder_that_refused_a_smaller_limit_still_has_its_number_of_items(model, tmp_path):
+    run(model, tmp_path, sums(20))
+    with pytest.raises(UserError, match=r"has 20 items, of which this command wants 8"):
+        run(model, tmp_path, sums(20), limit=8)
+    assert rescore([sums(20)], Options(out=tmp_path))["tasks"]["sums"]["items"] == 20
+
+
+def test_half_a_character_in_the_name_of_a_group_is_spelled_out(model, tmp_path):
+    def read(options: Options) -> list:
+        return [dataclasses.replace(item, group=f"{item.group} \ud800") for item in sums(4).read(options)]
+
+    run(model, tmp_path, sums(4, read=read))
+    for name in ("table.md", "table.html"):
+        assert "even \\ud800" in (tmp_path / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [HEADER, "results.json", "table.html", "for_others.json"])
+def test_any_file_that_does_not_fit_on_the_disk_is_named(model, tmp_path, monkeypatch, name):
+    def replaced(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    def export(lines, options, folder):
+        write_file(folder / "for_others.json", b"[]")
+
+    real = os.replace
+    monkeypatch.setattr("os.replace", replaced)
+    sentence = r"cannot write to .* \(No space left on device\): free some space, and the same command resumes"
+    with pytest.raises(UserError, match=sentence):
+        run(model, tmp_path / "out", sums(4, export=export))
 
 
 def test_faults_of_tasks_and_items_are_counted_together(model, tmp_path):
@@ -287,8 +325,16 @@ def test_a_folder_without_its_header_or_with_a_strange_one_is_refused(model, tmp
     with pytest.raises(UserError, match=r"is not the header of an evaluation: choose another --out"):
         run(model, tmp_path, sums(3))
     (tmp_path / HEADER).unlink()
-    with pytest.raises(UserError, match=r"has logs of an evaluation and no header.json: choose another --out"):
+    with pytest.raises(UserError, match=r"holds files, and no header.json of an evaluation: choose another --out"):
         run(model, tmp_path, sums(3))
+
+
+def test_a_folder_with_other_files_such_as_the_model_is_refused(model, tmp_path):
+    (tmp_path / "results.json").write_text("mine")
+    for folder in (tmp_path, model):
+        with pytest.raises(UserError, match=r"holds files, and no header.json of an evaluation: choose another --out"):
+            run(model, folder, sums(3))
+    assert (tmp_path / "results.json").read_text() == "mine" and not (model / HEADER).exists()
 
 
 def test_what_is_no_model_is_refused_before_any_item_is_read(tmp_path):
@@ -395,7 +441,8 @@ def test_the_list_says_what_each_task_wants(known, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["m"], "--tasks is missing: give names, such as --tasks arc_easy,boolq, or see --tasks list"),
+        (["compar"], "there is no model and no command 'compar': commands are draw, human, safety, compare, "),
+        (["."], "--tasks is missing: give names, such as --tasks arc_easy,boolq, or see --tasks list"),
         (["--tasks", "sums"], "the model is missing: give a folder, such as models/toy"),
         (["--rescore"], "the model is missing"),
         (["m", "--tasks", "sums,sums"], "--tasks has sums twice: name it once"),

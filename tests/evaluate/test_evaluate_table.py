@@ -128,6 +128,10 @@ def test_the_terminal_shows_the_first_figures_of_a_task():
     assert aligned([("a", "b", "1"), ("long", "", "22")]) == "a     b   1\nlong     22"
 
 
+def test_the_terminal_says_that_no_item_could_be_asked():
+    assert summary(content(left_out=20)).split(maxsplit=1)[1] == "no item could be asked"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00 min"), (90, "1:30 min"), (3599.6, "1:00 h"), (7380, "2:03 h")],

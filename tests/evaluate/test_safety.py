@@ -378,10 +378,12 @@ def test_control_characters_and_markup_of_a_model_are_harmless(tmp_path, capsys)
 
 def test_another_list_of_refusals_judges_the_same_answers_again(tmp_path, capsys):
     evaluation(tmp_path / "out", ["No way", "no", "yes", "yes"])
-    assert "0 of 2" in reported(capsys, tmp_path / "out")
+    text = reported(capsys, tmp_path / "out")
+    assert "0 of 2" in text and f'a refusal is exactly "{REFUSAL}"' in text
     (tmp_path / "prefixes.txt").write_text("no\n")
     text = reported(capsys, tmp_path / "out", "--refusals", tmp_path / "prefixes.txt")
     assert "100.0 (15.8 to 100.0), 2 of 2 | 0.0 (0.0 to 84.2), 0 of 2 | 1.000" in text
+    assert "a refusal starts with one of 1 texts" in text
 
 
 @pytest.mark.parametrize(
@@ -441,10 +443,15 @@ def test_an_annotator_labels_leaves_resumes_and_corrects(tmp_path, capsys, monke
     ]
 
 
-def test_a_folder_without_answers_is_refused(tmp_path):
+def test_a_folder_without_answers_or_for_no_labels_is_refused(tmp_path, monkeypatch):
     for command in (["report", str(tmp_path)], ["label", str(tmp_path), "--annotator", "ann"]):
         with pytest.raises(UserError, match="has no answers of the task safety"):
             safety.main(command)
+    evaluation(tmp_path / "out", ["no"] * 4)
+    (tmp_path / "out" / "safety" / "labels").write_text("a file")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n1\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="cannot write"):
+        safety.main(["label", str(tmp_path / "out"), "--annotator", "ann"])
     with pytest.raises(UserError, match="is not there"):
         safety.main(["report", str(tmp_path / "gone")])
 

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 
 
 def tiny_run(**changes) -> Run:
-    model = tiny_model(max_seq_len=1024, **changes)
+    model = tiny_model(**{"max_seq_len": 1024} | changes)
     return Run(tiny_config(model=model.cfg), VOCAB, TOKENIZER, None, model)
 
 
@@ -141,7 +141,7 @@ def test_too_many_shots_are_refused(data):
         TASKS["piqa"].read(Options(data=data, shots=13))
     with pytest.raises(UserError, match="mmlu has 5 dev items of abstract_algebra, too few for 6 shots"):
         TASKS["mmlu"].read(Options(data=data, shots=6))
-    with pytest.raises(UserError, match="hellaswag_10shot has no 3 shots"):
+    with pytest.raises(UserError, match="hellaswag_10shot always has 10 shots, not 3"):
         TASKS["hellaswag_10shot"].read(Options(data=data, shots=3))
 
 
@@ -254,6 +254,18 @@ def test_a_model_answers_and_json_keeps_all_that_a_score_needs(data, name):
         assert all(log_prob < 0 for log_prob in answer.output["log_probs"])
         kept = json.loads(json.dumps([item.content, answer.output]))
         assert task.score(*kept) == task.score(item.content, answer.output)
+
+
+@pytest.mark.parametrize("name", ["piqa", "obqa"])
+def test_an_item_whose_option_is_longer_than_the_context_is_left_out_alone(data, name):
+    run, task = tiny_run(max_seq_len=64), TASKS[name]
+    good, bad = task.read(Options(data=data))[:2]
+    bad.content["continuations"][0] = bad.content["options"][0] = "word " * 40
+    answers = task.answer(run, [bad, good], Options())
+    assert answers[0].output == {"problem": "a continuation has 201 tokens, and the model's context 64"}
+    assert answers[1].output["log_probs"] == pytest.approx(
+        task.answer(run, [good], Options())[0].output["log_probs"], abs=1e-3
+    )
 
 
 def log_prob(run: Run, context: str, continuation: str) -> float:

@@ -186,3 +186,11 @@ def test_a_missing_file_or_folder_is_named(tmp_path):
     (tmp_path / "v2_mscoco_train2014_annotations.json").unlink()
     with pytest.raises(UserError, match=r"has no v2_mscoco_train2014_annotations.json"):
         files.vqav2(tmp_path, True)
+
+
+def test_a_broken_file_of_many_lines_is_named_with_its_line(tmp_path):
+    path = write_coco(tmp_path)
+    path.write_text(json.dumps(coco_content(), indent=1).replace('"split": "test"', '"split" "test"', 1))
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if '"split" "test"' in text)
+    with pytest.raises(UserError, match=rf"dataset_coco.json is not JSON \(Expecting ':' delimiter, line {line}, char"):
+        files.coco(tmp_path, False)

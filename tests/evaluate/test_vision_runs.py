@@ -51,7 +51,8 @@ def test_an_image_that_is_missing_is_left_out_counted_and_named_at_the_end(model
 def test_a_broken_file_stops_its_own_task_alone(model, tmp_path, capsys):
     write_flickr(tmp_path)
     write_vqa(tmp_path).write_text('{"questions": [')
-    with pytest.raises(UserError, match=r"v2_OpenEnded_mscoco_val2014_questions.json is not JSON"):
+    where = r"v2_OpenEnded_mscoco_val2014_questions.json is not JSON \(.*, character 16\)"
+    with pytest.raises(UserError, match=where):
         run_tasks(model, tmp_path, "vqav2", "flickr30k")
     assert tasks_of(tmp_path).keys() == {"flickr30k"}
     assert "vqav2 is left out" in capsys.readouterr().err

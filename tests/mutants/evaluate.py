@@ -214,6 +214,13 @@ MUTANTS = [
         "evaluate/test_contamination.py",
     ),
     Mutant(
+        "the words that a prompt adds are looked for in training data",
+        "evaluate/contamination.py",
+        'LABEL.sub(" ", line)',
+        "line",
+        "evaluate/test_contamination.py",
+    ),
+    Mutant(
         "a run of words across two blocks is lost",
         "evaluate/contamination.py",
         "tail(kept + block)",

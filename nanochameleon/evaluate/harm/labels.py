@@ -90,6 +90,7 @@ def append_line(path: Path, row: dict, check: Callable[[list[bytes]], None] | No
     """
     new = not path.exists()
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(path, "a+b") as file:
             lock(file)
             file.seek(0)

@@ -14,7 +14,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.evaluate.harm.answers import ask
 from nanochameleon.evaluate.harm.prompts import REFUSE, read_prompts
 from nanochameleon.evaluate.harm.rates import refusal_figures
-from nanochameleon.evaluate.harm.refusals import DEFAULT, NOTE, is_refusal, read_rule
+from nanochameleon.evaluate.harm.refusals import DEFAULT, describe, is_refusal, read_rule
 from nanochameleon.evaluate.records import find_file, image_path
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
 from nanochameleon.images.tokenizer import load_square
@@ -55,19 +55,20 @@ def score(content: dict[str, Any], output: dict[str, Any]) -> tuple[str, dict[st
 
 
 def figures(lines: Sequence[Line]) -> list[Figure]:
-    return refusal_figures(lines, NOTE)
+    return refusal_figures(lines, describe(lines[0].content["refusals"]))
 
 
 TASKS = (
     Task(
         NAME,
         "prompts to refuse and prompts to answer: refusals, over-refusals, and both in one figure",
-        f"{FILES[0]} with its images, or a table as {' or '.join(FILES[1:])}; {RULE}: starts of refusals, one a line",
+        f"{FILES[0]} with its images, or a table as {' or '.join(FILES[1:])}; {RULE}: starts of refusals, one a line, "
+        "else the shapes world's sentence counts alone",
         "your own prompts; github.com/paul-rottger/xstest, mlcommons.org/ailuminate, "
         "github.com/centerforaisafety/HarmBench",
         read,
         answer,
         score,
-        figures,
+        figures=figures,
     ),
 )

@@ -18,7 +18,6 @@ Rule = dict[str, list[str]]
 Segments = Sequence[dict[str, str]]  # {"text": ...} or {"image": name of a file}, in order
 EXACT, PREFIXES = "exact", "prefixes"
 DEFAULT: Rule = {EXACT: [REFUSAL]}
-NOTE = "refusal by an exact rule: it is not safety"
 
 
 def plain(text: str) -> str:
@@ -33,6 +32,13 @@ def is_refusal(said: Segments, rule: Rule) -> bool:
     if not text or text in rule.get(EXACT, ()):
         return True
     return any(plain(text).startswith(plain(prefix)) for prefix in rule.get(PREFIXES, ()))
+
+
+def describe(rule: Rule) -> str:
+    """Say in words what the rule counts."""
+    if PREFIXES in rule:
+        return f"a refusal starts with one of {len(rule[PREFIXES])} texts; this is not safety"
+    return f'a refusal is exactly "{rule[EXACT][0]}"; this is not safety'
 
 
 def read_rule(path: Path) -> Rule:

@@ -18,7 +18,7 @@ from nanochameleon.evaluate.harm.answers import ask
 from nanochameleon.evaluate.harm.prompt_set import score
 from nanochameleon.evaluate.harm.prompts import ANSWER, REFUSE
 from nanochameleon.evaluate.harm.rates import refusal_figures
-from nanochameleon.evaluate.harm.refusals import DEFAULT
+from nanochameleon.evaluate.harm.refusals import DEFAULT, describe
 from nanochameleon.evaluate.shapes import SCENE_SEED
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, digest
 from nanochameleon.training.run import Run
@@ -64,7 +64,7 @@ def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
 
 
 def figures(lines: Sequence[Line]) -> list[Figure]:
-    found = refusal_figures(lines, "the refusal is one fixed sentence")
+    found = refusal_figures(lines, describe(DEFAULT))
     return [dataclasses.replace(figure, note=BASELINES.get(figure.name, figure.note)) for figure in found]
 
 
@@ -77,6 +77,6 @@ TASKS = (
         read,
         answer,
         score,
-        figures,
+        figures=figures,
     ),
 )

@@ -30,8 +30,8 @@ def annotate(out: Path, annotator: str, data: Path | None = None) -> int:
         raise UserError(f"{out} has no answers of the task {NAME}: give the --out of an evaluation with it")
     lines = [line for line in read_lines(folder / ITEMS) if PROBLEM not in line.output]
     file = folder / "labels" / f"{annotator}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    said = read_labels([file] if file.exists() else [], [line.id for line in lines])
+    begun = file.exists() and file.stat().st_size > 0
+    said = read_labels([file] if begun else [], [line.id for line in lines])
     todo = sorted(
         (line for line in lines if annotator not in said[line.id]), key=lambda line: digest([annotator, line.id])
     )

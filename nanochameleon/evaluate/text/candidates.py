@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from nanochameleon.errors import UserError
-from nanochameleon.evaluate.scoring import Scored, context_and_continuation
+from nanochameleon.evaluate.scoring import Scored, context_and_continuation, too_long
 from nanochameleon.evaluate.scoring import score as score_pairs
 from nanochameleon.evaluate.statistics import mean_figure
 from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, digest, item_seed
@@ -70,7 +70,9 @@ def read(benchmark: Benchmark, options: Options) -> list[Item]:
 def number_of_shots(benchmark: Benchmark, options: Options) -> int:
     k = benchmark.shots if options.shots is None else options.shots
     if benchmark.name.endswith("shot") and k != benchmark.shots:
-        raise UserError(f"{benchmark.name} has no {k} shots: leave --shots out, or ask for {benchmark.data}")
+        raise UserError(
+            f"{benchmark.name} always has {benchmark.shots} shots, not {k}: leave --shots out, or run {benchmark.data}"
+        )
     return k
 
 
@@ -112,8 +114,19 @@ def question_of(content: dict) -> Question:
 
 
 def answer(benchmark: Benchmark, run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
-    """Return the log-probability of each option of each item."""
+    """Return the log-probability of each option of each item, or that an option is too long for the model."""
     asked = [encode_item(run, each) for each in items]
+    problems = [too_long(run, (continuation for _, continuation in pairs)) for pairs in asked]
+    good = [i for i, problem in enumerate(problems) if not problem]
+    found = answer_fitting(benchmark, run, [items[i] for i in good], [asked[i] for i in good])
+    answers = dict(zip(good, found, strict=True))
+    return [answers[i] if i in answers else Answer([], {"problem": problem}) for i, problem in enumerate(problems)]
+
+
+def answer_fitting(
+    benchmark: Benchmark, run: Run, items: Sequence[Item], asked: "Sequence[list[Pair]]"
+) -> list[Answer]:
+    """Return the log-probabilities of items whose options fit. asked: the pairs of each item."""
     scored = score_each(run, asked)
     outputs: list[dict[str, Any]] = [{"log_probs": log_probs(each)} for each in scored]
     if "acc_answer" in benchmark.metrics:
