@@ -1,6 +1,6 @@
 """Answers of one of our models to the prompts of a study: text and images in any order, resumable.
 
-    prompt -> <s> text, image, ..., end of turn (an aligned model) -> engine -> one line of NAME.jsonl, images as PNG
+    prompt -> <s> text, image, ..., end of turn -> engine -> one line of NAME.jsonl, images as PNG
 
 A line is written after its images, so a killed run resumes after its last whole line, and makes the same bytes.
 """
@@ -92,17 +92,16 @@ def saved(answer: Sequence[str | bytes], stem: str, folder: Path) -> Segments:
 
 
 def request_of(run: Run, prompt: Prompt, seed: int) -> Request:
-    """Chat with an aligned model; any other one continues the prompt with text and images."""
-    mode = "chat" if run.cfg.train.assistant_only_loss else "free"
+    """The prompt as a user's turn. A study asks aligned models, and their files need not say that they are."""
     side = run.cfg.vqgan.resolution
     segments = [
         Text(s["text"]) if "text" in s else RawImage(load_square(s["image"], side, "pad")) for s in prompt.segments
     ]
-    tokens = prompt_tokens(segments, run, mode)
+    tokens = prompt_tokens(segments, run, "chat")
     try:
         return make_request(
             tokens, run.vocab, run.image_tokenizer.n_codes_per_image, run.cfg.model.max_seq_len, run.cfg.sample,
-            MODALITY[mode], (item_seed(seed, prompt.id),), stop_tokens(mode, run.vocab),
+            MODALITY["chat"], (item_seed(seed, prompt.id),), stop_tokens("chat", run.vocab),
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"the prompt {prompt.id} cannot be asked: {error}") from None
