@@ -91,7 +91,8 @@ def test_words_that_look_like_a_file_or_a_mark_are_words(run, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
     tokens = answers.request_of(run, Prompt("p", "x", [{"text": "cat.png"}]), 0).prompt
-    assert run.vocab.boi not in tokens and run.tokenizer.decode(list(tokens[1:])) == "cat.png"
+    assert run.vocab.boi not in tokens and run.tokenizer.decode(list(tokens[1:-1])) == "cat.png"
+    assert tokens[-1] == run.vocab.eot  # the model's turn, whatever its files say of it
 
 
 def test_from_prompts_to_report(tmp_path, capsys, monkeypatch):

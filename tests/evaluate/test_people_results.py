@@ -205,6 +205,8 @@ def test_tables_of_different_pairs_have_different_names(tmp_path):
         votes.cast("ann", item.id, "preference", "same", 1.0)
     make_report(tmp_path)
     assert len(list((tmp_path / "owner" / "tables").glob("wins *.csv"))) == 6
+    names = list(live(study, votes, open_key(tmp_path)).alphas())
+    assert len(names) == 6 and names == sorted(names)  # items have random names, so their order is none
 
 
 def test_a_kind_of_task_that_is_called_like_a_modality_does_not_count_as_one(tmp_path):
@@ -219,7 +221,7 @@ def test_a_kind_of_task_that_is_called_like_a_modality_does_not_count_as_one(tmp
 
 def test_a_study_without_votes_has_a_report_without_tables(tmp_path):
     small_study(tmp_path)
-    assert "0 questions about items" in make_report(tmp_path) and "|" not in make_report(tmp_path)
+    assert "0 questions, each about one item," in make_report(tmp_path) and "|" not in make_report(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

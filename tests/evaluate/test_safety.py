@@ -443,6 +443,23 @@ def test_an_annotator_labels_leaves_resumes_and_corrects(tmp_path, capsys, monke
     ]
 
 
+@pytest.mark.parametrize(("torn", "left"), [(b'{"id": "a", "ann', 3), (b"", 4)])
+def test_an_annotator_who_was_killed_resumes(tmp_path, capsys, monkeypatch, torn, left):
+    out = tmp_path / "out"
+    evaluation(out, ["one", "two", "three", "four"])
+    file = out / "safety" / "labels" / "ann.jsonl"
+    if torn:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
+        safety.main(["label", str(out), "--annotator", "ann"])
+    file.parent.mkdir(exist_ok=True)
+    with open(file, "ab") as labels:
+        labels.write(torn)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("3\n" * 4))
+    safety.main(["label", str(out), "--annotator", "ann"])
+    assert f"{left} of 4 answers are left" in capsys.readouterr().out
+    assert len(file.read_bytes().splitlines()) == 4 and all(map(json.loads, file.read_bytes().splitlines()))
+
+
 def test_a_folder_without_answers_or_for_no_labels_is_refused(tmp_path, monkeypatch):
     for command in (["report", str(tmp_path)], ["label", str(tmp_path), "--annotator", "ann"]):
         with pytest.raises(UserError, match="has no answers of the task safety"):

@@ -109,6 +109,22 @@ def append_line(path: Path, row: dict, check: Callable[[list[bytes]], None] | No
         fsync(path.parent)
 
 
+def drop_unfinished(path: Path) -> None:
+    """Cut off a last line that a killed process did not finish, and remove a file without any line."""
+    if not path.exists():
+        return
+    try:
+        with open(path, "r+b") as file:
+            lock(file)
+            tail = file.read().rpartition(b"\n")[2]
+            if not is_json(tail):
+                file.truncate(file.tell() - len(tail))
+            if not file.seek(0, os.SEEK_END):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
+
+
 def lock(file) -> None:
     """Wait for other processes that write the same file. The lock ends when the file is closed."""
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochameleon.errors import UserError, say, shown
-from nanochameleon.evaluate.harm.labels import SAFE, UNSAFE, UNSURE, append_line, read_labels
+from nanochameleon.evaluate.harm.labels import SAFE, UNSAFE, UNSURE, append_line, drop_unfinished, read_labels
 from nanochameleon.evaluate.harm.prompt_set import NAME
 from nanochameleon.evaluate.log import ITEMS, PROBLEM, read_lines
 from nanochameleon.evaluate.people.study import check_annotator
@@ -30,8 +30,8 @@ def annotate(out: Path, annotator: str, data: Path | None = None) -> int:
         raise UserError(f"{out} has no answers of the task {NAME}: give the --out of an evaluation with it")
     lines = [line for line in read_lines(folder / ITEMS) if PROBLEM not in line.output]
     file = folder / "labels" / f"{annotator}.jsonl"
-    begun = file.exists() and file.stat().st_size > 0
-    said = read_labels([file] if begun else [], [line.id for line in lines])
+    drop_unfinished(file)
+    said = read_labels([file] if file.exists() else [], [line.id for line in lines])
     todo = sorted(
         (line for line in lines if annotator not in said[line.id]), key=lambda line: digest([annotator, line.id])
     )

@@ -1,6 +1,6 @@
 """Answers of one of our models to the prompts of a study: text and images in any order, resumable.
 
-    prompt -> <s> text, image, ..., end of turn (an aligned model) -> engine -> one line of NAME.jsonl, images as PNG
+    prompt -> <s> text, image, ..., end of turn -> engine -> one line of NAME.jsonl, images as PNG
 
 A line is written after its images, so a killed run resumes after its last whole line, and makes the same bytes.
 """
@@ -16,10 +16,12 @@ import torch
 from nanochameleon.data import RawImage
 from nanochameleon.documents import Image, Text
 from nanochameleon.errors import UserError, say
+from nanochameleon.evaluate.header import tensors_hash
 from nanochameleon.evaluate.people.prompts import Prompt
 from nanochameleon.evaluate.people.study import Segments, hashed
 from nanochameleon.evaluate.records import read_json_lines
 from nanochameleon.evaluate.task import item_seed
+from nanochameleon.evaluate.writing import slots_that_fit
 from nanochameleon.files import fsync, write_file
 from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.events import Detokenizer
@@ -39,24 +41,20 @@ def answer_all(run: Run, name: str, prompts: Sequence[Prompt], folder: Path, see
         raise UserError(NO_DECODER)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
-    done = whole_lines(path, [fingerprint(prompt, run, seed) for prompt in prompts])
+    model = f"{tensors_hash(run.model)} {run.cfg.sample}"
+    made_from = [hashed(prompt.id, prompt.segments, seed, model) for prompt in prompts]  # all that decides an answer
+    done = whole_lines(path, made_from)
     with open(path, "ab") as log:
         for start in range(len(done), len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
             for prompt, answer in zip(chunk, generated(run, chunk, seed), strict=True):
                 done.append(saved(answer, f"{name}-{hashed(prompt.id)[:16]}", folder))
-                row = {"id": prompt.id, "made_from": fingerprint(prompt, run, seed), "segments": done[-1]}
+                row = {"id": prompt.id, "made_from": made_from[len(done) - 1], "segments": done[-1]}
                 log.write((json.dumps(row) + "\n").encode())
             log.flush()
             os.fsync(log.fileno())
             say(f"{name}: {len(done)} of {len(prompts)} answers")
     return [[{k: str(folder / v) if k == "image" else v for k, v in s.items()} for s in answer] for answer in done]
-
-
-def fingerprint(prompt: Prompt, run: Run, seed: int) -> str:
-    """A hash of what decides an answer: the prompt, the seed, how the model samples, and some of its weights."""
-    weights = run.model.output.weight.detach().flatten()[:4096].double().tolist()
-    return hashed(prompt.id, prompt.segments, seed, str(run.cfg.sample), weights)
 
 
 def whole_lines(path: Path, expected: list[str]) -> list[Segments]:
@@ -89,17 +87,16 @@ def saved(answer: Sequence[str | bytes], stem: str, folder: Path) -> Segments:
 
 
 def request_of(run: Run, prompt: Prompt, seed: int) -> Request:
-    """Chat with an aligned model; any other one continues the prompt with text and images."""
-    mode = "chat" if run.cfg.train.assistant_only_loss else "free"
+    """The prompt as a user's turn. A study asks aligned models, and their files need not say that they are."""
     side = run.cfg.vqgan.resolution
     segments = [
         Text(s["text"]) if "text" in s else RawImage(load_square(s["image"], side, "pad")) for s in prompt.segments
     ]
-    tokens = prompt_tokens(segments, run, mode)
+    tokens = prompt_tokens(segments, run, "chat")
     try:
         return make_request(
             tokens, run.vocab, run.image_tokenizer.n_codes_per_image, run.cfg.model.max_seq_len, run.cfg.sample,
-            MODALITY[mode], (item_seed(seed, prompt.id),), stop_tokens(mode, run.vocab),
+            MODALITY["chat"], (item_seed(seed, prompt.id),), stop_tokens("chat", run.vocab),
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"the prompt {prompt.id} cannot be asked: {error}") from None
@@ -108,8 +105,9 @@ def request_of(run: Run, prompt: Prompt, seed: int) -> Request:
 def generated(run: Run, prompts: Sequence[Prompt], seed: int) -> Iterator[list[str | bytes]]:
     """Yield the answer to each prompt: texts, and images as PNG. No answer depends on the other prompts."""
     requests = [request_of(run, prompt, seed) for prompt in prompts]
-    n_slots = sum(len(cfg_branches(request, run.vocab)) for request in requests)
+    branches = [len(cfg_branches(request, run.vocab)) for request in requests]
     context = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    n_slots = max(*branches, min(sum(branches), slots_that_fit(run, context)))
     engine = Engine(run.model, run.vocab, run.image_tokenizer.n_codes_per_image, n_slots, context)
     new: list[list[int]] = [[] for _ in requests]
     for request in requests:

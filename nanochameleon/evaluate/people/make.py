@@ -79,7 +79,7 @@ def as_asked(prompt: Prompt) -> Asked:
 def check_new(folder: Path) -> None:
     """Raise UserError if a study is there: its votes would lose their meaning."""
     if (folder / SHOWN).exists() or (folder / FILE).exists():
-        raise UserError(f"{folder} already holds a study: annotate that one, or give another --out")
+        raise UserError(f"{folder} already holds a study, or the votes of one: give another --out")
 
 
 def read_secret(folder: Path) -> str:

@@ -38,7 +38,7 @@ def make_report(folder: Path, least: int | None = None, without: Sequence[str] =
 def heading(study: Study, judged: int, incomplete: int, least: int | None) -> str:
     least = study.wanted if least is None else least
     return (
-        f"# Human evaluation\n\nStudy {study.id[:12]}. {judged} questions about items have at least {least} votes and "
-        f"count; {incomplete} have fewer and do not. A majority decides; without one, a pair is a tie. Shares have "
-        f"Wilson's 95% interval, or the exact one for rare events; win rates resample prompts.\n"
+        f"# Human evaluation\n\nStudy {study.id[:12]}. {judged} questions, each about one item, have at least {least} "
+        f"votes and count; {incomplete} have fewer and do not. A majority decides; without one, a pair is a tie. "
+        f"Shares have Wilson's 95% interval, or the exact one for rare events; win rates resample prompts.\n"
     )

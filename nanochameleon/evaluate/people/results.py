@@ -107,7 +107,7 @@ class Results:
         for each in self.judged:
             name = " against ".join(each.subject) if isinstance(each.subject, tuple) else each.question
             groups[name].append(each.said)
-        return {name: alpha_of(said, n_resamples) for name, said in groups.items()}
+        return {name: alpha_of(groups[name], n_resamples) for name in sorted(groups)}
 
     def agreement(self, pair: Pair) -> tuple[int, int, int]:
         """How many items have votes that are all equal, only a majority, no majority."""
