@@ -18,7 +18,7 @@ from typing import Any
 from nanochameleon.errors import UserError, shown
 from nanochameleon.evaluate.records import get, load
 from nanochameleon.evaluate.task import Answer, Item, Line, Task, digest
-from nanochameleon.files import fsync
+from nanochameleon.files import fsync, write_file
 
 ITEMS, SECONDS = "items.jsonl", "seconds.jsonl"
 KINDS = {  # of a line's fields; what was extracted may be anything
@@ -118,6 +118,12 @@ class Log:
         append(self.items, to_bytes(lines))
         append(self.seconds, (json.dumps(row) + "\n").encode())
         self.lines += lines
+
+    def replace(self, start: int, lines: Sequence[Line]) -> None:
+        """Put a chunk on the disk in the place of the one that starts there."""
+        self.lines[start : start + len(lines)] = lines
+        with writing(self.items):
+            write_file(self.items, to_bytes(self.lines))
 
 
 def check_items(path: Path, lines: Sequence[Line], items: Sequence[Item]) -> None:

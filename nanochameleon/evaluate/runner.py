@@ -142,6 +142,7 @@ def ask_all(
             headers.write_header(options.out, header)
             if 0 < len(log.lines) < len(items):
                 headers.check_sessions(header, task.name)
+            ask_again(run, task, items, options, log)
             ask(run, task, items, options, log)
             export(task, log.lines, options)
         except UserError as error:
@@ -151,6 +152,20 @@ def ask_all(
         faults.items += [f"{task.name}, item {shown(line.id)}: {line.output[PROBLEM]}" for line in left_out]
         results[task.name] = task_result(task, log.lines, len(items), total_seconds(folder))
     return results
+
+
+def ask_again(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log) -> None:
+    """Ask the items again that could not be asked: a missing image may be there now.
+
+    If it is, its whole chunk is asked, because a batch changes the last digits of its answers.
+    """
+    for start in range(0, len(log.lines), task.chunk):
+        chunk = items[start : start + task.chunk]
+        pairs = zip(chunk, log.lines[start : start + task.chunk], strict=True)
+        left_out = [item for item, line in pairs if PROBLEM in line.output]
+        if left_out and any(PROBLEM not in answer.output for answer in task.answer(run, left_out, options)):
+            answers = task.answer(run, chunk, options)
+            log.replace(start, [make_line(task, *pair) for pair in zip(chunk, answers, strict=True)])
 
 
 def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log) -> None:

@@ -58,7 +58,7 @@ def task_rows(name: str, result: dict, rows: Sequence[dict[str, str]], columns: 
     counts = [f"{result['items']:,} items"]
     counts += [f"{result[key]:,} {key.replace('_', ' ')}" for key in ("left_out", "truncated") if result[key]]
     about = f"<small>{html.escape(result['title'])} · {', '.join(counts)}</small>"
-    heading = f"<tr><th colspan={len(columns)} scope=rowgroup>{html.escape(name)} {about}</th></tr>"
+    heading = f"<tr><th colspan={len(columns)} scope=rowgroup><div>{html.escape(name)} {about}</div></th></tr>"
     lines = "".join(f"<tr>{''.join(cell(row, column) for column in columns)}</tr>" for row in rows)
     return f"<tbody>{heading}{lines}</tbody>"
 
@@ -153,6 +153,7 @@ MORE_STYLE = textwrap.dedent("""
     .figures { max-width: none }
     .figures thead th { padding: 0 0 .3rem 1rem; text-align: right; color: var(--soft); white-space: nowrap }
     .figures tbody th { padding: 1.1rem 0 .2rem }
+    .figures tbody th div { max-width: min(100%, 100vw - 3rem) }
     .figures td { vertical-align: top }
     .figures td:first-child, .figures th:first-child { padding-left: 0; text-align: left; white-space: normal }
     small { color: var(--soft); font-weight: 400 }
@@ -161,5 +162,5 @@ MORE_STYLE = textwrap.dedent("""
     dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 }
     dt { color: var(--soft) }
     dd { margin: 0; overflow-wrap: anywhere }
-    h1 { overflow-wrap: anywhere }
+    h1, li { overflow-wrap: anywhere }
 """).rstrip()

@@ -215,6 +215,30 @@ def test_items_that_cannot_be_asked_are_left_out_and_end_with_exit_code_2(model,
         run(model, tmp_path, with_problem(["sum-2", "sum-5"]))
 
 
+def test_what_could_not_be_asked_is_asked_again_and_ends_with_the_same_bytes(model, tmp_path):
+    with pytest.raises(UserError, match=r"3 items"):
+        run(model, tmp_path / "mended", with_problem(["sum-2", "sum-5", "sum-17"]), limit=18)
+    with pytest.raises(UserError, match=r"sum-5: a.png:1 has no image"):  # the other two are there now
+        run(model, tmp_path / "mended", with_problem(["sum-5"]))
+    result = run(model, tmp_path / "mended", sums())["tasks"]["sums"]
+    assert (result["left_out"], result["answered"]) == (0, 20)
+    run(model, tmp_path / "through", sums())
+    assert log_of(tmp_path / "mended") == log_of(tmp_path / "through")
+
+
+def test_chunks_without_a_problem_are_not_asked_again(model, tmp_path):
+    with pytest.raises(UserError, match=r"1 item|sum-5"):
+        run(model, tmp_path, with_problem(["sum-5"]))
+    asked = []
+
+    def answer(_, items, options) -> list:
+        asked.append([item.id for item in items])
+        return sums().answer(None, items, options)
+
+    run(model, tmp_path, sums(answer=answer))
+    assert asked == [["sum-5"], ["sum-4", "sum-5", "sum-6", "sum-7"]]
+
+
 def test_a_folder_that_refused_a_smaller_limit_still_has_its_number_of_items(model, tmp_path):
     run(model, tmp_path, sums(20))
     with pytest.raises(UserError, match=r"has 20 items, of which this command wants 8"):

@@ -226,3 +226,11 @@ def test_all_that_is_drawn_is_on_the_axis(numbers, scale):
 @pytest.mark.parametrize(("value", "end"), [(0.863, 1), (1, 1), (23, 40), (0.011, 0.02), (8.1, 10), (0, 0), (-3, 0)])
 def test_an_axis_ends_at_a_round_number(value, end):
     assert round_up(value) == pytest.approx(end)
+
+
+def test_long_words_wrap_wherever_the_page_has_text_from_outside():
+    """A narrow screen must not scroll sideways for the name of a file; the table scrolls by itself."""
+    text = page(content(ACC, left_out=1, problems=[{"id": "1", "problem": "image " + "x" * 99}]))
+    wrapping = re.search(r"([a-z0-9, ]+) { overflow-wrap: anywhere }", text)[1]
+    assert {"h1", "li"} <= {each.strip() for each in wrapping.split(",")} and "dd { margin: 0; overflow-wrap" in text
+    assert ".figures tbody th div { max-width: min(100%, 100vw - 3rem) }" in text

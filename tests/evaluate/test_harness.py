@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -381,6 +382,24 @@ def failed(arguments: list[str], capsys) -> str:
         cli(arguments)
     assert ended.value.code == 2
     return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_out_that_cannot_be_written_is_one_sentence(folder, tmp_path, capsys, monkeypatch, full):
+    def replaced(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = [str(folder / "nano"), "--tasks", "boolq", "--data", str(write_authors(tmp_path / "data"))]
+    if full:
+        monkeypatch.setattr("nanochameleon.evaluate.text.harness.evaluate", lambda *_: {"samples": {}})
+        monkeypatch.setattr("nanochameleon.evaluate.text.harness.write_file", replaced)
+        error = failed([*arguments, "--out", str(tmp_path / "out")], capsys)
+        assert "out (No space left on device): choose another --out" in error
+    else:
+        (tmp_path / "file").write_text("")
+        error = failed([*arguments, "--out", str(tmp_path / "file")], capsys)
+        assert "file (File exists): choose another --out" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_a_bad_file_leaves_out_its_task_alone(folder, tmp_path, capsys):

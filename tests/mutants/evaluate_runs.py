@@ -47,6 +47,13 @@ MUTANTS = [
         RUNNER,
     ),
     Mutant(
+        "only the item that can be asked now is asked again, not its chunk",
+        "evaluate/runner.py",
+        "answers = task.answer(run, chunk, options)\n            log.replace(",
+        "chunk = left_out\n            answers = task.answer(run, chunk, options)\n            log.replace(",
+        RUNNER,
+    ),
+    Mutant(
         "rare events take Wilson's interval",
         "evaluate/statistics.py",
         "if min(k, n - k) < RARE:",

@@ -12,7 +12,8 @@ samples_TASK.jsonl: a line for each item, with lm-eval's hashes of the item, its
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,10 +91,20 @@ def main(args: Args) -> dict[str, Any] | None:
         return say(listed())
     args.check()
     out = args.out or args.model / "harness"
-    check_writable(out)
+    with writing(out):
+        check_writable(out)  # before hours of answers
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ.update(offline(Path(folder)))  # before the import of datasets, which reads them once
         return run_tasks(args, Path(folder), out)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raise UserError for an OSError within, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from None
 
 
 def run_tasks(args: Args, folder: Path, out: Path) -> dict[str, Any]:
@@ -105,7 +116,8 @@ def run_tasks(args: Args, folder: Path, out: Path) -> dict[str, Any]:
         warn(problem)
     if names := [str(Path(name).resolve()) if is_path(name) else name for name in args.names if name not in problems]:
         results = evaluate(args, names, folder)
-        write_results(results, out)
+        with writing(out):
+            write_results(results, out)
         say(summary(results, out))
     if problems:
         raise UserError(f"{len(problems)} of {len(args.names)} tasks were not run: {next(iter(problems.values()))}")
@@ -188,7 +200,8 @@ def summary(results: dict[str, Any], out: Path) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     asked, cut = results["requests"]["asked"], results["requests"]["truncated"]
-    lines.append(f"{cut:,} of {asked:,} requests were longer than the model's context: the left ends of these were cut")
+    if cut:
+        lines.append(f"{cut:,} of {asked:,} requests were longer than the model's context: their left ends were cut")
     return "\n".join([*lines, f"results and samples are in {out}"])
 
 
