@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "two processes may write the same id at once",
         "evaluate/harm/labels.py",
-        "            lock(file)\n",
-        "",
+        "            lock(file)\n            file.seek(0)\n",
+        "            file.seek(0)\n",
         SAFETY,
     ),
     Mutant(
