@@ -105,8 +105,8 @@ def check_same_items(name: str, a: dict[str, Line], b: dict[str, Line]) -> None:
 
 def compare_metric(a: Sequence[float], b: Sequence[float]) -> dict[str, str]:
     """Return the means, their difference with its interval, and p where every value is 0 or 1."""
-    share, n = set(a) | set(b) <= {0.0, 1.0}, len(a)
-    scale = 100 if share else 1
+    values, n = {*a, *b}, len(a)
+    share, scale = values <= {0.0, 1.0}, 100 if 0 <= min(values) <= max(values) <= 1 else 1  # percent, as in the tables
     means = fsum(a) / n, fsum(b) / n
     low, high = paired_interval(a, b)
     wins = [sum(x > y for x, y in zip(a, b, strict=True)), sum(x < y for x, y in zip(a, b, strict=True))]

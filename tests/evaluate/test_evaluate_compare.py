@@ -49,6 +49,8 @@ def test_a_difference_on_many_items_is_sure_and_none_is_not():
 
 
 def test_a_metric_that_is_no_share_has_an_interval_and_no_p():
+    row = compare_metric([0.3, 0.9, 1.0], [0.6, 0.9, 1.0])  # VQA's accuracy: in percent, as in its table
+    assert row["McNemar's p"] == "" and (row["a"], row["b - a"]) == ("73.3%", "10.0%")
     row = compare_metric([0.5, 0.7, 1.5], [0.6, 0.8, 1.4])
     assert row["McNemar's p"] == "" and row["b - a"] == "0.033"
 
