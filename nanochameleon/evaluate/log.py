@@ -120,8 +120,11 @@ class Log:
         self.lines += lines
 
     def replace(self, start: int, lines: Sequence[Line]) -> None:
-        """Put a chunk on the disk in the place of the one that starts there."""
+        """Put a chunk in the place of the one that starts there. `save` puts it on the disk."""
         self.lines[start : start + len(lines)] = lines
+
+    def save(self) -> None:
+        """Write the whole file again."""
         with writing(self.items):
             write_file(self.items, to_bytes(self.lines))
 
