@@ -44,7 +44,12 @@ def score(task: Task, name: str, content: dict, output: dict) -> tuple[Any, dict
 
 
 def rescored(task: Task, line: Line) -> Line:
-    extracted, metrics = score(task, line.id, line.content, line.output)
+    """Score a line again. Raises UserError for one that lacks what the task scores now."""
+    try:
+        extracted, metrics = score(task, line.id, line.content, line.output)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        why = f"{task.name}: item {shown(line.id)!r} cannot be scored ({shown(repr(error))})"
+        raise UserError(f"{why}: its line is of another version, or was edited; evaluate into another --out") from None
     return dataclasses.replace(line, extracted=extracted, metrics=metrics)
 
 
