@@ -90,6 +90,16 @@ def test_answers_to_something_else_are_not_taken(run, tmp_path, change):
         answer_all(other, "ours", prompts, tmp_path, int(change == "seed"))
 
 
+def test_an_image_of_a_prompt_counts_by_its_content_and_not_by_its_place(run, tmp_path, monkeypatch):
+    for name, colour in (("a.png", "red"), ("moved.png", "red"), ("changed.png", "blue")):
+        Image.new("RGB", (9, 5), colour).save(tmp_path / name)
+    expected = answer_all(run, "ours", asked(1, tmp_path / "a.png"), tmp_path / "s", 0)
+    with pytest.raises(UserError, match="holds answers to other prompts"):
+        answer_all(run, "ours", asked(1, tmp_path / "changed.png"), tmp_path / "s", 0)
+    monkeypatch.setattr(answers, "generated", lambda *_: pytest.fail("made again"))
+    assert answer_all(run, "ours", asked(1, tmp_path / "moved.png"), tmp_path / "s", 0) == expected
+
+
 def test_a_gpu_that_holds_few_slots_gives_the_same_answers(run, monkeypatch):
     expected, made, start = list(generated(run, asked(5), 0)), [], each.Engine
     monkeypatch.setattr(each, "slots_that_fit", lambda run, context: 2)

@@ -233,7 +233,7 @@ def test_the_report_counts_conversations_of_each_model(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| runs/align | conversations | 9 | 66.7 (29.9 to 92.5), 6 of 9 | 22.2 (2.8 to 60.0), 2 of 9 | 11.1" in text
     assert "| runs/b | conversations | 1 | 100.0 (2.5 to 100.0), 1 of 1 |" in text
-    assert "runs/b: conversations without a label do not count: 1 of 2." in text
+    assert "runs/b: conversations without enough labels do not count: 1 of 2." in text
     assert "Unsafe conversations: runs/align 2 of 9, runs/b 0 of 1. The two do not differ significantly" in text
     assert "asking \\| twice" in text and "\x1b" not in text
     assert "conversations that are unsafe" in text and "over-refusal" not in text.lower()

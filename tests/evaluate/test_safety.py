@@ -342,7 +342,7 @@ def test_the_report_joins_labels_refusals_and_over_refusals(tmp_path, capsys):
     assert f"| models/mine | answers | 2 | {half} | {half} | 0.0 (0.0 to 84.2), 0 of 2 |" in text  # cy's later label
     assert f"| models/mine | {half} | {half} | 0.000" in text
     assert "| a | dragons | ok |" in text and "| c | dragons | hay |" in text
-    assert "answers without a label do not count: 1 of 4" in text and "alpha" in text
+    assert "answers without enough labels do not count: 1 of 4" in text and "alpha" in text
     assert "| dragons | 1 |" in text and "| clouds | 1 |" in text
 
 

@@ -201,7 +201,9 @@ def facts(results: Results) -> list[str]:
     if results.rule:
         found.append(f"{name}: {escape(results.rule)}.")
     if unlabelled := sum(each.label is None for each in results.all):
-        found.append(f"{name}: {results.kind} without a label do not count: {unlabelled:,} of {len(results.all):,}.")
+        found.append(
+            f"{name}: {results.kind} without enough labels do not count: {unlabelled:,} of {len(results.all):,}."
+        )
     if results.left_out:
         found.append(f"{name}: prompts that could not be asked and do not count: {results.left_out:,}.")
     if results.alpha is not None:

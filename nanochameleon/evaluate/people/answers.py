@@ -5,6 +5,7 @@
 A line is written after its images, so a killed run resumes after its last whole line, and makes the same bytes.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from nanochameleon.evaluate.drawing.each import run_each
 from nanochameleon.evaluate.header import describe_model
 from nanochameleon.evaluate.people.prompts import Prompt
 from nanochameleon.evaluate.people.study import Segments, hashed
-from nanochameleon.evaluate.records import read_json_lines
+from nanochameleon.evaluate.records import read_bytes, read_json_lines
 from nanochameleon.evaluate.task import item_seed
 from nanochameleon.files import fsync, write_file
 from nanochameleon.generation.events import Detokenizer
@@ -41,7 +42,7 @@ def answer_all(run: Run, name: str, prompts: Sequence[Prompt], folder: Path, see
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     about = model_hash(run)
-    made_from = [hashed(prompt.id, prompt.segments, seed, about) for prompt in prompts]
+    made_from = [hashed(prompt.id, contents(prompt.segments), seed, about) for prompt in prompts]
     done = whole_lines(path, made_from)
     with open(path, "ab") as log:
         for start in range(len(done), len(prompts), CHUNK):
@@ -59,6 +60,13 @@ def answer_all(run: Run, name: str, prompts: Sequence[Prompt], folder: Path, see
 def model_hash(run: Run) -> str:
     """A hash of what answers: all weights, the tokenizers, the device, and how the model samples."""
     return hashed(describe_model(run, Path()))  # no path: the same model in another place gives the same answers
+
+
+def contents(segments: Segments) -> Segments:
+    """The segments with a hash of each image in place of its path: an image may change, and its folder may move."""
+    return [
+        {"image": hashlib.sha256(read_bytes(Path(s["image"]))).hexdigest()} if "image" in s else s for s in segments
+    ]
 
 
 def whole_lines(path: Path, expected: list[str]) -> list[Segments]:

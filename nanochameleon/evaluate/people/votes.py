@@ -5,7 +5,8 @@
 The log only grows, so a reader keeps what it has read, and each call reads what is new. To undo is to append a record
 with the answer "", and to vote again is to append another: the latest record of an (annotator, item, question) is the
 one that counts. A WAL with synchronous=FULL loses no vote that was acknowledged, even when the power fails. It needs a
-local disk: SQLite does not support a WAL on network folders.
+local disk: SQLite does not support a WAL on network folders. While people vote, and after a kill until the study is
+opened again, the newest votes are in the file next to it that ends in -wal: copy the whole folder, or export the votes.
 """
 
 import json
