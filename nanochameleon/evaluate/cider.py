@@ -96,7 +96,7 @@ WORD = re.compile(
 def words(text: str) -> list[str]:
     """Split a caption into words as Stanford's PTBTokenizer does, in lower case and without punctuation.
 
-    Known to differ: the year in '90s, and <tags>.
+    Known to differ: abbreviations such as Ave. and Sgt., gimme and wanna, the year in '90s, and <tags>.
 
     Brackets stay as -lrb- and -rrb-: COCO's list of punctuation names them in upper case and so never finds them.
     """

@@ -44,7 +44,12 @@ def score(task: Task, name: str, content: dict, output: dict) -> tuple[Any, dict
 
 
 def rescored(task: Task, line: Line) -> Line:
-    extracted, metrics = score(task, line.id, line.content, line.output)
+    """Score a line again. Raises UserError for one that lacks what the task scores now."""
+    try:
+        extracted, metrics = score(task, line.id, line.content, line.output)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        why = f"{task.name}: item {shown(line.id)!r} cannot be scored ({shown(repr(error))})"
+        raise UserError(f"{why}: its line is of another version, or was edited; evaluate into another --out") from None
     return dataclasses.replace(line, extracted=extracted, metrics=metrics)
 
 
@@ -120,8 +125,11 @@ class Log:
         self.lines += lines
 
     def replace(self, start: int, lines: Sequence[Line]) -> None:
-        """Put a chunk on the disk in the place of the one that starts there."""
+        """Put a chunk in the place of the one that starts there. `save` puts it on the disk."""
         self.lines[start : start + len(lines)] = lines
+
+    def save(self) -> None:
+        """Write the whole file again."""
         with writing(self.items):
             write_file(self.items, to_bytes(self.lines))
 

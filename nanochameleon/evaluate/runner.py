@@ -40,6 +40,7 @@ from nanochameleon.training.run import Run, command
 from nanochameleon.training.run_folder import claim
 from nanochameleon.weights.model_folder import open_config, open_model
 
+SAVE_EVERY = 60.0  # seconds, while items are asked again
 WORTH_SAYING = 5.0  # seconds: less time is left before anybody has read how much
 
 
@@ -157,15 +158,27 @@ def ask_all(
 def ask_again(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log) -> None:
     """Ask the items again that could not be asked: a missing image may be there now.
 
-    If it is, its whole chunk is asked, because a batch changes the last digits of its answers.
+    If it is, its whole chunk is asked, because a batch changes the last digits of its answers. The log of VQAv2 has
+    hundreds of MB, so it is not written again for each chunk.
     """
-    for start in range(0, len(log.lines), task.chunk):
-        chunk = items[start : start + task.chunk]
-        pairs = zip(chunk, log.lines[start : start + task.chunk], strict=True)
-        left_out = [item for item, line in pairs if PROBLEM in line.output]
-        if left_out and any(PROBLEM not in answer.output for answer in task.answer(run, left_out, options)):
-            answers = task.answer(run, chunk, options)
-            log.replace(start, [make_line(task, *pair) for pair in zip(chunk, answers, strict=True)])
+    saved, changed = time.monotonic(), False
+    try:
+        for start in range(0, len(log.lines), task.chunk):
+            chunk = items[start : start + task.chunk]
+            pairs = zip(chunk, log.lines[start : start + task.chunk], strict=True)
+            left_out = [item for item, line in pairs if PROBLEM in line.output]
+            answers = task.answer(run, left_out, options) if left_out else []
+            if any(PROBLEM not in answer.output for answer in answers):
+                if len(left_out) < len(chunk):
+                    answers = task.answer(run, chunk, options)
+                log.replace(start, [make_line(task, *pair) for pair in zip(chunk, answers, strict=True)])
+                changed = True
+            if changed and time.monotonic() - saved > SAVE_EVERY:
+                log.save()
+                saved, changed = time.monotonic(), False
+    finally:
+        if changed:
+            log.save()
 
 
 def ask(run: Run, task: Task, items: Sequence[Item], options: Options, log: Log) -> None:

@@ -21,7 +21,7 @@ MERGED = ("task", "left out", "truncated", "note")  # columns whose texts are in
 def page(content: dict[str, Any]) -> str:
     """Return the whole page."""
     legend = f"<p class=note>{html.escape(LEGEND)}</p>"
-    sections = [section("Figures", table(content["tasks"]) + legend)]
+    sections = [section("Figures", table(content) + legend)]
     if plots := [plot(figures, scale) for scale, figures in by_scale(content["tasks"])]:
         key = "<p class=note>Dot: value. Bar: 95% interval. Upright line: chance.</p>"
         sections.insert(0, section("Intervals", "".join(plots) + key))
@@ -42,20 +42,24 @@ def section(heading: str, body: str) -> str:
 # The table: it scrolls within the page where the screen is narrow
 
 
-def table(tasks: dict[str, dict]) -> str:
+def table(content: dict[str, Any]) -> str:
+    tasks, shots = content["tasks"], content["header"]["options"].get("shots")
     rows = {name: rows_of_task(name, result) for name, result in tasks.items()}
     columns = [column for column in filled([row for each in rows.values() for row in each]) if column not in MERGED]
     head = "".join(f"<th scope=col>{column}</th>" for column in columns)
-    body = "".join(task_rows(name, tasks[name], rows[name], columns) for name in rows)
+    body = "".join(task_rows(name, tasks[name], rows[name], columns, shots) for name in rows)
     return (
         '<div class=wide tabindex=0 role=region aria-label="all figures"><table class=figures>'
         f"<thead><tr>{head}</tr></thead>{body}</table></div>"
     )
 
 
-def task_rows(name: str, result: dict, rows: Sequence[dict[str, str]], columns: Sequence[str]) -> str:
+def task_rows(
+    name: str, result: dict, rows: Sequence[dict[str, str]], columns: Sequence[str], shots: int | None
+) -> str:
     """Return a heading with the task's name and counts, then its figures, each with its note under its name."""
     counts = [f"{result['items']:,} items"]
+    counts += [] if shots is None else [f"--shots {shots}"]  # the title has the task's own number
     counts += [f"{result[key]:,} {key.replace('_', ' ')}" for key in ("left_out", "truncated") if result[key]]
     about = f"<small>{html.escape(result['title'])} · {', '.join(counts)}</small>"
     heading = f"<tr><th colspan={len(columns)} scope=rowgroup><div>{html.escape(name)} {about}</div></th></tr>"

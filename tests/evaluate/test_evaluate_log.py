@@ -236,3 +236,9 @@ def test_a_line_with_a_field_of_another_kind_is_named(tmp_path):
     (tmp_path / ITEMS).write_text(json.dumps(row | {"metrics": {"acc": "1"}}) + "\n")
     with pytest.raises(UserError, match="jsonl:1 has \"1\" as 'acc': it must be a whole number or a number"):
         read_lines(tmp_path / ITEMS)
+
+
+def test_a_line_that_lacks_what_is_scored_is_named():
+    line = make_line(sums(), sums(1).read(Options())[0], Answer([1], {"text": "0 + 0 = 0"}))
+    with pytest.raises(UserError, match=r"sums: item 'sum-0' cannot be scored \(KeyError\('text'\)\)"):
+        rescored(sums(), dataclasses.replace(line, output={"texts": []}))

@@ -21,7 +21,7 @@ from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.evaluate import __main__ as command
 from nanochameleon.evaluate import runner, tasks
 from nanochameleon.evaluate.header import HEADER, tensors_hash
-from nanochameleon.evaluate.log import ITEMS, read_lines
+from nanochameleon.evaluate.log import ITEMS, Log, read_lines
 from nanochameleon.evaluate.runner import evaluate, rescore
 from nanochameleon.evaluate.task import Options
 from nanochameleon.files import write_file
@@ -237,6 +237,23 @@ def test_chunks_without_a_problem_are_not_asked_again(model, tmp_path):
 
     run(model, tmp_path, sums(answer=answer))
     assert asked == [["sum-5"], ["sum-4", "sum-5", "sum-6", "sum-7"]]
+
+
+def test_chunks_that_lacked_every_image_are_asked_once_and_written_together(model, tmp_path, monkeypatch):
+    """As after a benchmark's images were forgotten: thousands of chunks, and a log of hundreds of MB."""
+    with pytest.raises(UserError, match=r"20 items"):
+        run(model, tmp_path, with_problem([f"sum-{i}" for i in range(20)]))
+    asked, saves, save = [], [], Log.save
+    monkeypatch.setattr(Log, "save", lambda log: saves.append(1) or save(log))
+
+    def answer(_, items, options) -> list:
+        asked.extend(item.id for item in items)
+        return sums().answer(None, items, options)
+
+    run(model, tmp_path, sums(answer=answer))
+    assert asked == [f"sum-{i}" for i in range(20)] and len(saves) == 1
+    run(model, tmp_path / "through", sums())
+    assert log_of(tmp_path) == log_of(tmp_path / "through")
 
 
 def test_a_folder_that_refused_a_smaller_limit_still_has_its_number_of_items(model, tmp_path):

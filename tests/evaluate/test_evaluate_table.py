@@ -228,6 +228,13 @@ def test_an_axis_ends_at_a_round_number(value, end):
     assert round_up(value) == pytest.approx(end)
 
 
+def test_a_heading_says_how_many_shots_were_asked_for_instead_of_those_in_the_title():
+    found = content(ACC)
+    assert "--shots" not in page(found)
+    header = found["header"] | {"options": found["header"]["options"] | {"shots": 2}}
+    assert "20 items, --shots 2" in page(found | {"header": header})
+
+
 def test_long_words_wrap_wherever_the_page_has_text_from_outside():
     """A narrow screen must not scroll sideways for the name of a file; the table scrolls by itself."""
     text = page(content(ACC, left_out=1, problems=[{"id": "1", "problem": "image " + "x" * 99}]))

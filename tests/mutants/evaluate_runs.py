@@ -49,8 +49,8 @@ MUTANTS = [
     Mutant(
         "only the item that can be asked now is asked again, not its chunk",
         "evaluate/runner.py",
-        "answers = task.answer(run, chunk, options)\n            log.replace(",
-        "chunk = left_out\n            answers = task.answer(run, chunk, options)\n            log.replace(",
+        "if len(left_out) < len(chunk):\n                    answers = task.answer(run, chunk, options)\n",
+        "chunk = left_out\n",
         RUNNER,
     ),
     Mutant(

@@ -2,8 +2,8 @@
 
     prompt -> <s> images, text, end of turn -> engine -> text and images -> {"said": [{"text": ...}, {"image": FILE}]}
 
-A model that was not aligned has no turns: it continues the prompt. Images of an answer are saved, so people can judge
-them. An answer depends on its prompt and its seed alone.
+Every model is asked as in a chat, aligned or not. Images of an answer are saved, so people can judge them. An answer
+depends on its prompt and its seed alone.
 """
 
 import dataclasses
