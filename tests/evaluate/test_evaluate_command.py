@@ -67,6 +67,8 @@ def test_the_list_says_what_each_task_wants(known, capsys, monkeypatch):
         (["m", "--tasks", "sums", "--seed", "-1"], "--seed must be from 0 to 4294967295, not -1"),
         (["m", "--tasks", "sums", "--shots", "-1"], "--shots must be 0 or more, not -1"),
         (["m", "--tasks", "sums", "--samples", "0"], "--samples must be 1 or more, not 0"),
+        (["m", "--tasks", "sums,more", "--shots", "0"], "--shots changes nothing in sums, more: leave it out"),
+        (["m", "--tasks", "sums", "--samples", "4"], "--samples changes nothing in sums: leave it out"),
         (["m", "--tasks", "sums", "--data", "no/where"], "--data must be a folder, not no/where"),
         (["m", "--tasks", "sums"], "m does not exist: give a model's folder"),
     ],
