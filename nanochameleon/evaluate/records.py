@@ -65,7 +65,7 @@ def where(error: Exception) -> str:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
-    """Return [(place, object)] of a file with one JSON object a line. A place is "file:3". Blank lines are skipped."""
+    """Return [(place, object)] of a file with one JSON object per line. A place is "file:3". Skips blank lines."""
     rows = []
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         place = f"{path}:{number}"
@@ -74,7 +74,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
         if line.strip():
             row = load(line, place)
             if not isinstance(row, dict):
-                raise UserError(f"{place} is not a JSON object: write one object a line, such as {{...}}")
+                raise UserError(f"{place} is not a JSON object: write one object per line, such as {{...}}")
             rows.append((place, row))
     return rows
 

@@ -55,7 +55,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Line:
-    """One item in the log: what was asked, what came out, what that is worth."""
+    """One item in the log: what was asked, what came out, and its score."""
 
     id: str
     group: str
@@ -80,7 +80,7 @@ class Figure:
     how: str = ""  # of the interval: "Wilson", "Clopper-Pearson", "bootstrap over items"
     chance: float | None = None  # what guessing gets
     baseline: float | None = None  # what a model that cannot see the image gets
-    ceiling: float | None = None  # what the judge gives to the truth
+    ceiling: float | None = None  # the judge's score of the correct answer
     scale: float = 100.0
     note: str = ""
 
@@ -90,7 +90,7 @@ class Task:
     """The functions raise UserError for what a user can do wrong.
 
     read: the items in a fixed order, at most options.limit of them, the same in every run.
-    answer: one Answer an item, in order. An answer depends on its item and the seed, not on its neighbours, up to
+    answer: one Answer per item, in order. An answer depends on its item and the seed, not on its neighbours, up to
     rounding. score: ("what was found", {"acc": 1.0}) from an item's content and the model's output; needs no model.
     score_set: the metrics of each line that depend on the others, such as CIDEr-D; only `compare` asks for them.
     export: writes the files that official scorers read into a folder that exists, from all lines, at the end of a run.

@@ -100,7 +100,7 @@ def figures(lines: Sequence[Line]) -> list[Figure]:
 
 
 def figures_for(compositions: str, lines: Sequence[Line]) -> list[Figure]:
-    """Return the overall figure and one a task, for prompts of one kind of compositions."""
+    """Return the overall figure and one per task, for prompts of one kind of compositions."""
     by_tag = {tag: here for tag in TAGS if (here := [line for line in lines if line.group == f"{tag}, {compositions}"])}
     if not by_tag:
         return []

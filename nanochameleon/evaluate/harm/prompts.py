@@ -45,7 +45,7 @@ def json_rows(path: Path) -> Iterator[Row]:
         if not (text.strip() or images):
             raise UserError(f"{place} has neither text nor images: give the prompt, or remove the line")
         content = {
-            "text": sound(text, place),
+            "text": check_unicode(text, place),
             "images": images,
             "intent": one_of(row, "intent", INTENTS, place, "text" if not images else "image" if not text else "both"),
             "category": get(row, "category", str, place).strip() or UNNAMED if "category" in row else UNNAMED,
@@ -63,7 +63,7 @@ def one_of(row: dict, name: str, choices: tuple[str, ...], place: str, default: 
     return value
 
 
-def sound(text: str, place: str) -> str:
+def check_unicode(text: str, place: str) -> str:
     if text.encode("utf-8", "replace").decode() != text:
         raise UserError(f"{place} has half a surrogate pair in its text: save it as UTF-8")
     return text

@@ -42,7 +42,7 @@ def describe(rule: Rule) -> str:
 
 
 def read_rule(path: Path) -> Rule:
-    """Read prefixes, one a line. Blank lines are skipped: they would make every answer a refusal."""
+    """Read prefixes, one per line. Blank lines are skipped: they would make every answer a refusal."""
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:

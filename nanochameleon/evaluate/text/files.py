@@ -33,7 +33,7 @@ class Source:
     folders: tuple[str, ...] = ("",)  # of the authors' archive
     names: tuple[str, ...] = ()  # NAME may be one of these, too
     configs: tuple[str, ...] = ("", "data", "default", "plain_text")  # folders of the hub's parquet
-    labels: str = ""  # the labels of a file that has them alone, one a line: dev-labels.lst next to dev.jsonl
+    labels: str = ""  # the labels of a file that has them alone, one per line: dev-labels.lst next to dev.jsonl
     id: str = ""  # the field whose values differ, where there is one
 
 

@@ -94,7 +94,7 @@ def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, 
         figures=lambda lines: figures(lines, n_images, paper),
         score_set=cider,
         export=export,
-        chunk=32,
+        chunk=128,
     )
 
 

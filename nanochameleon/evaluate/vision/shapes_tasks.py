@@ -66,14 +66,14 @@ def true_captions(scene: Scene) -> list[str]:
 
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     """Ask each item's question twice: {"text": about its image, "blind": without it}."""
-    shown = [[picture(item), Text(item.content["question"]), EndOfTurn()] for item in items]
+    shown = [[image_of(item), Text(item.content["question"]), EndOfTurn()] for item in items]
     prompts = render_all(run, shown)
     outputs = write_lines(run, prompts, captioning.MAX_NEW_TOKENS, "text")
     blind = write_lines(run, render_all(run, [doc[1:] for doc in shown]), captioning.MAX_NEW_TOKENS, "blind")
     return [Answer(prompts[i], outputs[i] | blind[i]) for i in range(len(items))]
 
 
-def picture(item: Item) -> RawImage:
+def image_of(item: Item) -> RawImage:
     return RawImage(draw(scene_from(item.content), World(**item.content["world"])))
 
 
