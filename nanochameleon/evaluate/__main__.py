@@ -116,7 +116,15 @@ def main(args: Args) -> None:
     if args.rescore:
         rescore(tasks or tasks_in(options.out, TASKS), options)
     else:
+        check_taken(args, tasks)
         evaluate(args.model, tasks, options, args.device, args.dtype, args.vqgan)
+
+
+def check_taken(args: Args, tasks: "Sequence[Task]") -> None:
+    """Raise UserError for an option that no task takes: its figures would not be what the user asked for."""
+    for name, given in (("shots", args.shots is not None), ("samples", args.samples != 1)):
+        if given and not any(name in task.takes for task in tasks):
+            raise UserError(f"--{name} changes nothing in {', '.join(args.names)}: leave it out")
 
 
 def listed(tasks: "Sequence[Task]") -> str:

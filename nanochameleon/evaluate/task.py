@@ -105,6 +105,7 @@ class Task:
     score: Callable[[dict, dict], tuple[Any, dict[str, float]]]
     figures: Callable[[Sequence[Line]], list[Figure]] | None = None  # None: the mean of each metric, by group, too
     _: KW_ONLY
+    takes: tuple[str, ...] = ()  # of the options "shots" and "samples"
     score_set: Callable[[Sequence[Line]], list[dict[str, float]]] | None = None  # metrics that need all lines, by line
     export: Callable[[Sequence[Line], Options, Path], None] | None = None  # writes files for others' scorers
     chunk: int = 64  # items between two writes to the log

@@ -117,6 +117,11 @@ def test_a_lead_is_called_significant_only_if_half_is_outside_the_interval():
     assert verdict(375, 331, 342) == "not significant"
 
 
+def test_a_few_prompts_that_agree_are_no_lead():
+    assert verdict(2, 0, 0) == verdict(0, 9, 5) == verdict(0, 3, 0) == "not significant"  # 2 of 2 by chance: 25%
+    assert verdict(6, 0, 0) == "ahead" and verdict(0, 3, 6) == "not ahead"  # 6 of 6: 1.6%
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Absolute questions
 
@@ -177,7 +182,7 @@ def test_a_report_names_all_and_leaves_out_who_is_left_out(tmp_path):
     text = make_report(tmp_path)
     assert "| ann | 4 |" in text and "50.0 (50.0 to 50.0)" in text
     alone = make_report(tmp_path, without=["bob"])
-    assert "bob" not in alone and f"| {A} | {B} | 4 | 0 | 0 | 100.0 (100.0 to 100.0) | ahead |" in alone
+    assert "bob" not in alone and f"| {A} | {B} | 4 | 0 | 0 | 100.0 (100.0 to 100.0) | not significant |" in alone
     assert (tmp_path / "owner" / "report.md").read_text() == alone
     assert (tmp_path / "owner" / "tables" / "win_rates.csv").read_text().splitlines()[1].startswith(f"{A},{B},4,0,0,")
 

@@ -159,6 +159,7 @@ TASKS = (
         answer,
         score,
         figures,
+        takes=("samples",),
         export=export,
     ),
 )

@@ -74,9 +74,14 @@ def rate(wins: int, ties: int, losses: int) -> str:
 
 
 def verdict(wins: int, ties: int, losses: int) -> str:
-    """Say whether a lead may be chance: whether 50% is inside the interval."""
+    """Say whether a lead may be chance: whether 50% is inside the interval.
+
+    Two wins in two prompts have an interval without width, since every resample is the same. So the exact interval of
+    the wins among wins and losses must exclude 50%, too.
+    """
     low, high = win_rate_interval(wins, ties, losses)
-    return "ahead" if low > 0.5 else "not ahead" if high < 0.5 else "not significant"
+    least, most = clopper_pearson(wins, wins + losses) if wins + losses else (0.0, 1.0)
+    return "ahead" if min(low, least) > 0.5 else "not ahead" if max(high, most) < 0.5 else "not significant"
 
 
 def kinds_first(kinds: Iterable[str]) -> list[str]:

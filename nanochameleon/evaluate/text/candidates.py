@@ -217,4 +217,5 @@ def task(benchmark: Benchmark) -> Task:
         partial(answer, benchmark),
         partial(score, benchmark),
         partial(figures, benchmark),
+        takes=("shots",),
     )

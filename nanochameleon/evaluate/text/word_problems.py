@@ -154,7 +154,8 @@ def is_main(name: str) -> bool:
 
 def task(benchmark: Benchmark) -> Task:
     functions = (partial(function, benchmark) for function in (read, answer, score, figures))
-    return Task(benchmark.name, benchmark.title, benchmark.files, benchmark.source, *functions)
+    texts = benchmark.name, benchmark.title, benchmark.files, benchmark.source
+    return Task(*texts, *functions, takes=("shots", "samples"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, 
         figures=lambda lines: figures(lines, n_images, paper),
         score_set=cider,
         export=export,
+        takes=("shots",),
         chunk=128,
     )
 

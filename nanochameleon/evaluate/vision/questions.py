@@ -138,6 +138,7 @@ def question_task(name: str, title: str, wanted: str, source: str, reader: Read,
         score=score,
         figures=lambda lines: figures(lines, f"asked as {FORM.format('...')!r}; {note}"),
         export=export,
+        takes=("shots",),
         chunk=128,
     )
 
