@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochameleon.data.sources.scenes import World
+from nanochameleon.errors import UserError
 from nanochameleon.training.run import Run
 
 
@@ -29,6 +30,13 @@ class Options:
     samples: int = 1  # answers to each item, for a majority (maj@k)
     world: World | None = None  # the shapes world that the model learnt; None: none
     out: Path = Path("evaluation")  # where images and other large outputs may go: out / task name
+
+
+def need_world(options: Options) -> World:
+    """Return the shapes world. Raises UserError for a model that was not trained on it."""
+    if options.world is None:
+        raise UserError("the model knows no shapes world: ask models/toy, or a run of train.py toy")
+    return options.world
 
 
 @dataclass(frozen=True)

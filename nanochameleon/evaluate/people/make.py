@@ -145,7 +145,7 @@ def make_items(
 
 
 def with_duplicates(secret: str, items: list[Item], share: float) -> tuple[list[Item], dict[str, str]]:
-    """Repeat a share of the items, for all annotators, and ask all for the originals, so each is asked twice for sure."""
+    """Repeat a share of the items. All annotators get the copies and their originals, so each is asked twice."""
     repeated = random.Random(secret).sample(items, math.ceil(share * len(items)))
     copies = {hashed(secret, "again", item.id): item for item in repeated}
     twice = {item.id for item in repeated}
