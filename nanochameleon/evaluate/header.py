@@ -33,7 +33,7 @@ NAMES = {  # what must be the same, and its name for people
     "weights": "model", "image_tokenizer": "image tokenizer", "text_tokenizer": "text tokenizer",
     "sampling": "set of sampling parameters",
 }  # fmt: skip
-SHOW = ("commit", "versions", "machine", "kernels")  # of a session: what may show in its answers
+AFFECTS_ANSWERS = ("commit", "versions", "machine", "kernels")  # of a session: what may show in its answers
 
 
 def describe_model(run: Run, path: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def said(value: object) -> object:
 def check_sessions(header: dict, task: str) -> None:
     """Warn that a log which is resumed was begun in another way that may show in the last digits of its answers."""
     *earlier, last = header["sessions"]
-    changed = [name for name in SHOW if any(each.get(name) != last[name] for each in earlier)]
+    changed = [name for name in AFFECTS_ANSWERS if any(each.get(name) != last[name] for each in earlier)]
     if changed:
         warn(f"{task} was begun with another {' and '.join(changed)}: its answers come from two versions")
 

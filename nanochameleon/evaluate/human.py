@@ -3,12 +3,12 @@
     study, votes = open_study(DIR), Votes(study)            what annotators may see, and what they said
     asked = next_question(study, votes, "ann")              a prompt, one or two answers and a question; None at the end
     votes.cast("ann", asked.item, asked.question.name, "first", seconds)
-    votes.undo("ann"); progress(study, votes, "ann"); live(study, votes, open_key(DIR))
+    votes.undo("ann"); progress(study, votes, "ann"); results_so_far(study, votes, open_key(DIR))
 
     python -m nanochameleon.evaluate human make | annotate | report | export | import | paper        (people/)
 
-Any page or program on which people vote needs these functions alone; people/terminal.py is one. `live` is for the owner
-of the study, who has the unblinding table.
+Any page or program on which people vote needs these functions alone; people/terminal.py is one. `results_so_far` is for
+the owner of the study, who has the unblinding table.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,16 @@ from nanochameleon.evaluate.people.results import Results, results
 from nanochameleon.evaluate.people.study import Item, Key, Segments, Study, check_annotator, open_key, open_study
 from nanochameleon.evaluate.people.votes import Votes
 
-__all__ = ["AskedQuestion", "Progress", "Votes", "live", "next_question", "open_key", "open_study", "progress"]
+__all__ = [
+    "AskedQuestion",
+    "Progress",
+    "Votes",
+    "next_question",
+    "open_key",
+    "open_study",
+    "progress",
+    "results_so_far",
+]
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,10 @@ def open_questions(study: Study, votes: Votes, annotator: str) -> Iterator[tuple
     An item with enough votes is left out, unless this annotator has begun it. Two people who work at once may both get
     the last vote that an item lacks; then it has one more.
     """
-    said = {(vote.item, vote.question) for vote in votes.live(check_annotator(annotator))}
+    said = {(vote.item, vote.question) for vote in votes.current_votes(check_annotator(annotator))}
     begun = {item for item, _ in said}
     for item in study.order(annotator):
-        if item.everyone or item.id in begun or votes.n_others(item.id, annotator) < study.wanted:
+        if item.for_all_annotators or item.id in begun or votes.n_others(item.id, annotator) < study.votes_per_item:
             for question in study.questions(item):
                 if (item.id, question.name) not in said:
                     yield item, question
@@ -62,10 +71,10 @@ def next_question(study: Study, votes: Votes, annotator: str) -> AskedQuestion |
 
 
 def progress(study: Study, votes: Votes, annotator: str) -> Progress:
-    done = len(votes.live(check_annotator(annotator)))
+    done = len(votes.current_votes(check_annotator(annotator)))
     return Progress(done, done + sum(1 for _ in open_questions(study, votes, annotator)))
 
 
-def live(study: Study, votes: Votes, key: Key) -> Results:
+def results_so_far(study: Study, votes: Votes, key: Key) -> Results:
     """The results so far, of every item with a vote."""
-    return results(study, key, votes.live(), least=1)
+    return results(study, key, votes.current_votes(), least=1)

@@ -1,10 +1,10 @@
-"""The log of a task: what was asked, what came out, what that is worth. It can be resumed after a kill.
+"""The log of a task: what was asked, what came out, and its score. It can be resumed after a kill.
 
     items, model -> answers -> lines -> OUT/TASK/items.jsonl
 
 Lines are written a chunk at a time and synced. Chunks begin at fixed items, because a batch changes the last digits of
 its answers. A run that resumes cuts off what is not a whole chunk and asks those items again, so the file ends with the
-bytes of a run that was never stopped. Seconds differ between runs: they are in OUT/TASK/seconds.jsonl, a line a chunk.
+bytes of a run that was never stopped. Seconds differ between runs: OUT/TASK/seconds.jsonl has them, a line per chunk.
 """
 
 import dataclasses

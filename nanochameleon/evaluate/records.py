@@ -45,13 +45,29 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def load(text: bytes, place: str, slim: Callable[[dict], Any] | None = None) -> Any:
-    """Return the JSON value of a text. slim: what takes the place of each object, as soon as it is read."""
+def read_text(path: Path) -> str:
+    return decode(read_bytes(path), str(path))
+
+
+def decode(data: bytes, place: str) -> str:
     try:
-        text = text.decode("utf-8-sig")  # in place of the bytes, whose memory a large file needs
-        return json.loads(text, object_hook=slim)
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{place} is not UTF-8: save it as UTF-8") from None
+
+
+def check_unicode(text: str, place: str) -> str:
+    """Return the text. Raises UserError for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{place} has half a surrogate pair in its text: save it as UTF-8")
+    return text
+
+
+def load(text: bytes, place: str, slim: Callable[[dict], Any] | None = None) -> Any:
+    """Return the JSON value of a text. slim: what takes the place of each object, as soon as it is read."""
+    text = decode(text, place)  # in place of the bytes, whose memory a large file needs
+    try:
+        return json.loads(text, object_hook=slim)
     except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand
         raise UserError(f"{place} is not JSON ({where(error)}): mend it, or remove it") from None
 
@@ -65,7 +81,7 @@ def where(error: Exception) -> str:
 
 
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
-    """Return [(place, object)] of a file with one JSON object a line. A place is "file:3". Blank lines are skipped."""
+    """Return [(place, object)] of a file with one JSON object per line. A place is "file:3". Skips blank lines."""
     rows = []
     for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         place = f"{path}:{number}"
@@ -74,7 +90,7 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
         if line.strip():
             row = load(line, place)
             if not isinstance(row, dict):
-                raise UserError(f"{place} is not a JSON object: write one object a line, such as {{...}}")
+                raise UserError(f"{place} is not a JSON object: write one object per line, such as {{...}}")
             rows.append((place, row))
     return rows
 

@@ -62,7 +62,7 @@ class Conversation:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a conversation is worth
+# The score of a conversation
 
 
 def outcome(conversation: Conversation) -> str | None:

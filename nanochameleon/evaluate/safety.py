@@ -47,7 +47,7 @@ class Report:
     labels: tuple[Path, ...] = ()
     """More files of labels, for a single path."""
     refusals: Path | None = None
-    """Starts of refusals, one a line; None is the rule that the answers were scored by."""
+    """Starts of refusals, one per line; None is the rule that the answers were scored by."""
     to: Path | None = None
     """File to write; None: print."""
 

@@ -24,7 +24,7 @@ LOGITS = 2**24  # logits at once: 64 MB in float32, and as much for their powers
 
 
 class Scored(NamedTuple):
-    """What a continuation is worth."""
+    """The score of a continuation."""
 
     log_prob: float  # the sum over its tokens
     greedy: bool  # would greedy decoding write it? Of equal logits the first one wins, as in decoding

@@ -26,7 +26,7 @@ MAX_GROUPS = 60  # MMLU has 57 subjects
 
 
 def mean_figure(name: str, values: Sequence[float], unit: str = "items", seed: int = 0, **rest) -> Figure:
-    """Return the mean of one value a unit, with its 95% interval. `rest` holds other fields of Figure.
+    """Return the mean of one value per unit, with its 95% interval. `rest` holds other fields of Figure.
 
     A single value that is no share has no interval. Raises ValueError for no value, or one that is not finite.
     """
@@ -58,7 +58,7 @@ def bootstrap(n: int, statistic: Callable[[np.ndarray], float], seed: int = 0) -
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Return the bootstrap interval of a mean of one value a unit."""
+    """Return the bootstrap interval of a mean of one value per unit."""
     numbers = np.asarray(values, dtype=float)
     return bootstrap(len(numbers), lambda indices: float(numbers[indices].mean()), seed)
 

@@ -15,9 +15,9 @@ WORDS = ("task", "figure", "metric", "note")  # columns that are aligned to the 
 MAX_FIGURES = 6  # of a task in the terminal: MMLU has 58
 LEGEND = (
     "n: what the value is a mean of. Chance: what guessing gets. Baseline: what is right "
-    "without a look at the image, or at the question. Ceiling: what the judge gives to the truth. Left out: items that "
-    "could not be asked. Truncated: prompts that lost their left end. Shares take Wilson's interval, or "
-    "Clopper-Pearson's below 10 events; other means take a bootstrap."
+    "without a look at the image, or at the question. Ceiling: the judge's score of the correct answer. "
+    "Left out: items that could not be asked. Truncated: prompts that lost their left end. "
+    "Shares take Wilson's interval, or Clopper-Pearson's below 10 events; other means take a bootstrap."
 )
 
 

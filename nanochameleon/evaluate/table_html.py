@@ -92,7 +92,7 @@ def by_scale(tasks: dict[str, dict]) -> list[tuple[float, list[tuple[str, dict]]
 
 
 def plot(figures: Sequence[tuple[str, dict]], scale: float) -> str:
-    """Return one row a figure: a dot in its interval, and a tick where guessing is."""
+    """Return one row per figure: a dot in its interval, and a tick where guessing is."""
     low, high = axis(figures, scale)
 
     def x(value: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochameleon.data.sources.scenes import World
+from nanochameleon.errors import UserError
 from nanochameleon.training.run import Run
 
 
@@ -29,6 +30,13 @@ class Options:
     samples: int = 1  # answers to each item, for a majority (maj@k)
     world: World | None = None  # the shapes world that the model learnt; None: none
     out: Path = Path("evaluation")  # where images and other large outputs may go: out / task name
+
+
+def need_world(options: Options) -> World:
+    """Return the shapes world. Raises UserError for a model that was not trained on it."""
+    if options.world is None:
+        raise UserError("the model knows no shapes world: ask models/toy, or a run of train.py toy")
+    return options.world
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Line:
-    """One item in the log: what was asked, what came out, what that is worth."""
+    """One item in the log: what was asked, what came out, and its score."""
 
     id: str
     group: str
@@ -80,7 +88,7 @@ class Figure:
     how: str = ""  # of the interval: "Wilson", "Clopper-Pearson", "bootstrap over items"
     chance: float | None = None  # what guessing gets
     baseline: float | None = None  # what a model that cannot see the image gets
-    ceiling: float | None = None  # what the judge gives to the truth
+    ceiling: float | None = None  # the judge's score of the correct answer
     scale: float = 100.0
     note: str = ""
 
@@ -90,7 +98,7 @@ class Task:
     """The functions raise UserError for what a user can do wrong.
 
     read: the items in a fixed order, at most options.limit of them, the same in every run.
-    answer: one Answer an item, in order. An answer depends on its item and the seed, not on its neighbours, up to
+    answer: one Answer per item, in order. An answer depends on its item and the seed, not on its neighbours, up to
     rounding. score: ("what was found", {"acc": 1.0}) from an item's content and the model's output; needs no model.
     score_set: the metrics of each line that depend on the others, such as CIDEr-D; only `compare` asks for them.
     export: writes the files that official scorers read into a folder that exists, from all lines, at the end of a run.

@@ -17,15 +17,14 @@ from itertools import count, islice
 
 import numpy as np
 
-from nanochameleon.data import RawDocument, RawImage, fuse
+from nanochameleon.data import RawDocument
 from nanochameleon.data.sources.questions import ASK_CAPTION
-from nanochameleon.data.sources.scenes import RELATIONS, SIZES, Scene, Thing, World, draw, draw_scene, plural
-from nanochameleon.documents import EndOfTurn, Text, render
-from nanochameleon.errors import UserError
+from nanochameleon.data.sources.scenes import RELATIONS, SIZES, Scene, Thing, World, draw_scene, plural
+from nanochameleon.documents import EndOfTurn, Text
 from nanochameleon.evaluate import choosing
 from nanochameleon.evaluate.shapes import SCENE_SEED
-from nanochameleon.evaluate.task import Answer, Item, Options, Task, item_seed
-from nanochameleon.evaluate.vision.shapes_tasks import scene_from
+from nanochameleon.evaluate.task import Answer, Item, Options, Task, item_seed, need_world
+from nanochameleon.evaluate.vision.shapes_tasks import image_of, render_all
 from nanochameleon.training.run import Run
 
 N_ITEMS = 1_000  # without --limit
@@ -116,9 +115,7 @@ def words_item(scene: Scene, world: World, seed: int) -> dict:
 
 def read(name: str, number: int, make: Callable[[Scene, World, int], dict | None], options: Options) -> list[Item]:
     """Return the choices that `make` finds in the test scenes of a seed of their own."""
-    world = options.world
-    if world is None:
-        raise UserError("the model knows no shapes world: ask models/toy, or a run of train.py toy")
+    world = need_world(options)
 
     def items() -> Iterator[Item]:
         for i, scene in enumerate(test_scenes(world, SCENE_SEED + number)):
@@ -133,16 +130,11 @@ def read(name: str, number: int, make: Callable[[Scene, World, int], dict | None
 # Answers
 
 
-def prompts(run: Run, docs: list[RawDocument]) -> list[list[int]]:
-    return [render(doc, run.tokenizer, run.vocab, end=False) for doc in fuse(docs, run.image_tokenizer)]
-
-
 def answer_captions(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     """Score captions as answers to the question that the toy learnt, with and without the image."""
     asked: RawDocument = [Text(ASK_CAPTION), EndOfTurn()]
-    images = [RawImage(draw(scene_from(item.content), World(**item.content["world"]))) for item in items]
-    shown = prompts(run, [[image, *asked] for image in images])
-    return choosing.answer(run, items, shown, prompts(run, [asked] * len(items)))
+    shown = render_all(run, [[image_of(item), *asked] for item in items])
+    return choosing.answer(run, items, shown, render_all(run, [asked] * len(items)))
 
 
 def answer_words(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:

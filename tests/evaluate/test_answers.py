@@ -11,22 +11,22 @@ from nanochameleon.evaluate.text import answers
 # ---------------------------------------------------------------------------------------------------------------------
 # GSM8K
 
-GSM8K = [  # text, the strict rule, "The answer is N.", the last number
-    ("2+3=5\n#### 5", "5", None, "5"),
-    ("#### 1,000", "1000", None, "1000"),
-    ("#### $18", None, None, "18"),
-    ("#### 18.", "18", None, "18"),
-    ("#### 18.00", "18.00", None, "18.00"),
-    ("The answer is 18.", None, "18", "18"),
-    ("The answer is 18", None, "1", "18"),
-    ("The answer is $18.", None, None, "18"),
-    ("The answer is 12. Q: next 99", None, "12", "99"),
+GSM8K = [  # text, the strict rule, the last number
+    ("2+3=5\n#### 5", "5", "5"),
+    ("#### 1,000", "1000", "1000"),
+    ("#### $18", None, "18"),
+    ("#### 18.", "18", "18"),
+    ("#### 18.00", "18.00", "18.00"),
+    ("The answer is 18.", None, "18"),
+    ("The answer is 18", None, "18"),
+    ("The answer is $18.", None, "18"),
+    ("The answer is 12. Q: next 99", None, "99"),
 ]
 
 
-@pytest.mark.parametrize("text, strict, cot, flexible", GSM8K)
-def test_published_readings_of_gsm8k(text, strict, cot, flexible):
-    assert (answers.strict(text), answers.cot_strict(text), answers.last_number(text)) == (strict, cot, flexible)
+@pytest.mark.parametrize("text, strict, flexible", GSM8K)
+def test_published_readings_of_gsm8k(text, strict, flexible):
+    assert (answers.strict(text), answers.last_number(text)) == (strict, flexible)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ pieces = st.sampled_from(
 )  # fmt: skip
 texts = st.text() | st.lists(pieces | st.text(max_size=2), max_size=12).map("".join)
 READINGS = [
-    answers.strict, answers.cot_strict, answers.last_number, answers.number, answers.boxed, answers.final_answer,
+    answers.strict, answers.last_number, answers.number, answers.boxed, answers.final_answer,
     answers.spelling, answers.minerva_spelling,
 ]  # fmt: skip
 

@@ -229,7 +229,7 @@ def test_two_prompts_with_one_file_name_are_refused_before_any_work(tmp_path, ca
         ("geneval", '{"tag": 3, "include": [], "prompt": "x"}', "m:1 has 3 as 'tag'"),
         ("geneval", '{"tag": "x", "prompt": "x"}', "m:1 has no 'include'"),
         ("geneval", '{"tag": "x", "include": [], "prompt": " "}', "m:1 has an empty prompt"),
-        ("geneval", '{"tag": "x", "include": [], "prompt": "\\ud800"}', "m:1 has the prompt"),
+        ("geneval", '{"tag": "x", "include": [], "prompt": "\\ud800"}', "m:1 has half a surrogate pair"),
         ("geneval", "{", "m:1 is not JSON"),
         ("geneval", "", "is empty"),
         ("compbench", " \n", "is empty"),

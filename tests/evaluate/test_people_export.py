@@ -41,10 +41,10 @@ def test_json_lines_are_read_back_once(voted, tmp_path):
         "study", "item", "question", "annotator", "order", "answer", "seconds", "time", "version",
     }  # fmt: skip
     assert votes.add(read) == 0
-    before = votes.live()
+    before = votes.current_votes()
     votes.db.execute("DELETE FROM votes")
     fresh = Votes(study)
-    assert fresh.add(read) == len(read) and sorted(fresh.live(), key=str) == sorted(before, key=str)
+    assert fresh.add(read) == len(read) and sorted(fresh.current_votes(), key=str) == sorted(before, key=str)
 
 
 def test_a_vote_that_cannot_be_is_named_with_its_line(voted, tmp_path):
@@ -73,8 +73,8 @@ def test_a_broken_line_is_one_sentence_with_its_place(voted, tmp_path, line, sen
 
 def test_csv_says_who_is_better_and_starts_no_formula(voted):
     study, key, votes = voted
-    rows = list(csv.DictReader(io.StringIO(as_csv(study, key, votes.live()))))
-    assert len(rows) == len(votes.live())
+    rows = list(csv.DictReader(io.StringIO(as_csv(study, key, votes.current_votes()))))
+    assert len(rows) == len(votes.current_votes())
     pair_rows = [row for row in rows if row["question"] == "preference" and row["kind"] == "study"]
     assert {(row["annotator"], row["meaning"]) for row in pair_rows} == {("ann", A), ("bob", "tie"), ("'-e", B)}
     for row in pair_rows:
@@ -87,7 +87,7 @@ def test_csv_says_who_is_better_and_starts_no_formula(voted):
 
 def test_battles_have_the_arenas_fields(voted):
     study, key, votes = voted
-    battles = [json.loads(line) for line in as_lmsys(study, key, votes.live()).splitlines()]
+    battles = [json.loads(line) for line in as_lmsys(study, key, votes.current_votes()).splitlines()]
     assert len(battles) == 12  # 4 prompts and 3 people, without checks
     fields = "question_id model_a model_b winner judge conversation_a conversation_b turn anony language tstamp"
     for battle in battles:
@@ -103,7 +103,7 @@ def test_battles_have_the_arenas_fields(voted):
 
 def test_label_studio_gets_one_task_an_item_with_everybodys_annotations(voted):
     study, key, votes = voted
-    tasks = json.loads(as_labelstudio(study, key, votes.live()))
+    tasks = json.loads(as_labelstudio(study, key, votes.current_votes()))
     assert len(tasks) == 12  # 8 answers and 4 pairs
     for task in tasks:
         data, results = task["data"], [result for a in task["annotations"] for result in a["result"]]
@@ -127,9 +127,9 @@ def test_images_keep_their_places_in_exports(tmp_path):
     key, votes = open_key(tmp_path / "s"), Votes(study)
     (item,) = [item for item in pairs(study) if key.counts(item)]
     votes.cast("ann", item.id, "preference", "same", 1.0)
-    battle = json.loads(as_lmsys(study, key, votes.live()))
+    battle = json.loads(as_lmsys(study, key, votes.current_votes()))
     message = battle["conversation_a"][1]
     assert message["content"] == "see <img> there" and len(message["images"]) == 1
     assert (tmp_path / "s" / message["images"][0]).is_file()
-    (task,) = json.loads(as_labelstudio(study, key, votes.live()))
+    (task,) = json.loads(as_labelstudio(study, key, votes.current_votes()))
     assert task["data"]["left"] == "see <img> there" and len(task["data"]["left_images"]) == 1

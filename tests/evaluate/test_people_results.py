@@ -12,14 +12,14 @@ from PIL import Image
 from small_studies import MODELS, pairs, side_of, small_study
 
 from nanochameleon.errors import UserError
-from nanochameleon.evaluate.human import Votes, live, open_key
+from nanochameleon.evaluate.human import Votes, open_key, results_so_far
 from nanochameleon.evaluate.people import paper
 from nanochameleon.evaluate.people.bradley_terry import MEAN, SCALE, ratings, strengths
 from nanochameleon.evaluate.people.make import build
 from nanochameleon.evaluate.people.prompts import Prompt
 from nanochameleon.evaluate.people.report import make_report
 from nanochameleon.evaluate.people.results import ALL, MIXED, NO_MAJORITY, TEXT_ONLY, results
-from nanochameleon.evaluate.people.tables import all_tables, harmless, verdict
+from nanochameleon.evaluate.people.tables import all_tables, escape_formula, verdict
 from nanochameleon.evaluate.people.votes import Vote
 
 A, B = MODELS
@@ -174,7 +174,7 @@ def test_duplicates_and_checks_measure_the_annotator_and_nothing_else(tmp_path):
 
 
 def test_a_report_names_all_and_leaves_out_who_is_left_out(tmp_path):
-    study, key = small_study(tmp_path, 4, wanted=1)
+    study, key = small_study(tmp_path, 4, votes_per_item=1)
     votes = Votes(study)
     for item in pairs(study):
         votes.cast("ann", item.id, "preference", side_of(study, key, "ann", item, A), 1.0)
@@ -204,13 +204,13 @@ def test_someone_who_did_not_vote_cannot_be_left_out(tmp_path):
 
 def test_tables_of_different_pairs_have_different_names(tmp_path):
     models = ("a", "b_c", "a_b", "c")
-    study, _ = small_study(tmp_path, 1, {model: ["text"] for model in models}, wanted=1, questions="relative")
+    study, _ = small_study(tmp_path, 1, {model: ["text"] for model in models}, votes_per_item=1, questions="relative")
     votes = Votes(study)
     for item in pairs(study):
         votes.cast("ann", item.id, "preference", "same", 1.0)
     make_report(tmp_path)
     assert len(list((tmp_path / "owner" / "tables").glob("wins *.csv"))) == 6
-    names = list(live(study, votes, open_key(tmp_path)).alphas())
+    names = list(results_so_far(study, votes, open_key(tmp_path)).alphas())
     assert len(names) == 6 and names == sorted(names)  # items have random names, so their order is none
 
 
@@ -221,7 +221,7 @@ def test_a_kind_of_task_that_is_called_like_a_modality_does_not_count_as_one(tmp
     study = build(tmp_path / "s", [prompt], answers, duplicates=0, attention=0, questions="relative")
     votes = Votes(study)
     votes.cast("ann", *study.items, "preference", "same", 1.0)
-    assert set(live(study, votes, open_key(tmp_path / "s")).outcomes((A, B))) == {ALL, MIXED}
+    assert set(results_so_far(study, votes, open_key(tmp_path / "s")).outcomes((A, B))) == {ALL, MIXED}
 
 
 def test_a_study_without_votes_has_a_report_without_tables(tmp_path):
@@ -302,6 +302,6 @@ def test_the_papers_figures_fit_together():
 
 @given(st.text(max_size=5) | st.text("=+-@\t\r\n'a", max_size=5))
 def test_no_cell_is_a_formula_and_each_is_read_back(cell):
-    safe = harmless(cell)
+    safe = escape_formula(cell)
     assert safe[:1] not in tuple("=+-@\t\r\n")
     assert (safe[1:] if safe.startswith("'") else safe) == cell

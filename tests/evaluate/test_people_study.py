@@ -96,13 +96,14 @@ def test_each_annotator_meets_every_item_once_in_an_own_order_and_copies_far_apa
         assert all(abs(order.index(copy) - order.index(first)) > 10 for copy, first in key.duplicates.items())
 
 
-def test_a_copy_and_its_original_are_for_everyone_and_look_alike(tmp_path):
+def test_a_copy_and_its_original_are_for_all_annotators_and_look_alike(tmp_path):
     study, key = small_study(tmp_path, 20, duplicates=0.1)
     for copy, first in key.duplicates.items():
         one, other = study.items[copy], study.items[first]
-        assert one.everyone and other.everyone and (one.prompt, one.answers) == (other.prompt, other.answers)
+        assert one.for_all_annotators and other.for_all_annotators
+        assert (one.prompt, one.answers) == (other.prompt, other.answers)
     plain = [item for item in study.items.values() if item.id not in {*key.duplicates, *key.duplicates.values()}]
-    assert len(plain) > 40 and not any(item.everyone for item in plain)
+    assert len(plain) > 40 and not any(item.for_all_annotators for item in plain)
 
 
 def test_a_check_says_what_to_choose(tmp_path):
@@ -153,7 +154,11 @@ def test_only_names_of_images_lead_to_files(tmp_path, name):
     [
         ("shown/study.json", "{", "is not JSON"),
         ("shown/study.json", "{}", "is damaged: make the study again"),
-        ("shown/study.json", '{"seed":0,"wanted":3,"prompts":{},"answers":{},"items":[{"id":"a"}]}', "is damaged"),
+        (
+            "shown/study.json",
+            '{"seed":0,"votes_per_item":3,"prompts":{},"answers":{},"items":[{"id":"a"}]}',
+            "is damaged",
+        ),
         ("owner/key.json", "{}", "is damaged: restore it"),
         ("owner/key.json", None, "only the owner of the study"),
         ("shown/study.json", None, "holds no study"),

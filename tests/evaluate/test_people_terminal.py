@@ -48,10 +48,13 @@ def test_u_takes_the_last_vote_back_and_asks_again(tmp_path, capsys, monkeypatch
     study, _ = small_study(tmp_path, 2, questions="relative")
     printed = vote_by_keys(tmp_path, "u\n1\n2\n", capsys, monkeypatch)
     assert "there is nothing to undo" in printed
-    assert [vote.answer for vote in sorted(Votes(study).live(), key=lambda vote: vote.time)] == ["first", "same"]
+    assert [vote.answer for vote in sorted(Votes(study).current_votes(), key=lambda vote: vote.time)] == [
+        "first",
+        "same",
+    ]
     printed = vote_by_keys(tmp_path, "1\nu\n3\nu\nu\n2\n2\n", capsys, monkeypatch, "bob")
     assert printed.count("taken back") == 2 and "there is nothing to undo" in printed
-    assert [vote.answer for vote in Votes(study).live("bob")] == ["same", "same"]
+    assert [vote.answer for vote in Votes(study).current_votes("bob")] == ["same", "same"]
 
 
 def test_q_and_the_end_of_the_input_leave_and_the_same_command_resumes(tmp_path, capsys, monkeypatch):

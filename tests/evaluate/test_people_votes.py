@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_studies import pairs, small_study
 
 from nanochameleon.errors import UserError
-from nanochameleon.evaluate.human import Votes, live, next_question, progress
+from nanochameleon.evaluate.human import Votes, next_question, progress, results_so_far
 from nanochameleon.evaluate.people.results import ALL
 
 
@@ -51,15 +51,15 @@ def test_the_last_vote_of_a_person_on_an_item_counts_and_undo_takes_it_back(shar
             if changed:
                 expected.pop((name, items[number].id), None)
                 expected[name, items[number].id] = answer
-    assert {(vote.annotator, vote.item): vote.answer for vote in votes.live()} == expected
+    assert {(vote.annotator, vote.item): vote.answer for vote in votes.current_votes()} == expected
     for vote in votes.log():
         assert vote.order == shared.sides(vote.annotator, shared.items[vote.item])
     for name in ("ann", "bob"):
-        assert {vote.item for vote in votes.live(name)} == {item for who, item in expected if who == name}
+        assert {vote.item for vote in votes.current_votes(name)} == {item for who, item in expected if who == name}
         others = [{who for who, item in expected if item == i.id and who != name} for i in items]
         assert [votes.n_others(item.id, name) for item in items] == [len(who) for who in others]
     again = Votes(shared)  # another process, which reads the log from its start
-    assert sorted(again.live(), key=str) == sorted(votes.live(), key=str)
+    assert sorted(again.current_votes(), key=str) == sorted(votes.current_votes(), key=str)
     again.close()
     votes.close()
 
@@ -79,7 +79,7 @@ def test_a_clock_that_jumps_back_changes_no_order(shared, monkeypatch):
     monkeypatch.setattr("nanochameleon.evaluate.people.votes.time.time", lambda: next(clock, 2e9))
     for answer in ("first", "second", "same"):
         votes.cast("ann", item, "preference", answer, 1.0)
-    assert [vote.answer for vote in votes.live()] == ["same"] and len(votes.log()) == 3
+    assert [vote.answer for vote in votes.current_votes()] == ["same"] and len(votes.log()) == 3
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_threads_may_share_one_object(shared):
     for thread in threads:
         thread.join()
     assert len(votes.log()) == 8 * 3 * 3
-    assert {vote.answer for vote in votes.live()} == {"second"} and len(votes.live()) == 24
+    assert {vote.answer for vote in votes.current_votes()} == {"second"} and len(votes.current_votes()) == 24
 
 
 def test_a_failed_transaction_leaves_nothing(shared):
@@ -177,7 +177,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path):
     path = tmp_path / "votes.sqlite"
     data = path.read_bytes()
     path.write_bytes(data[:4096] + b"Z" * (len(data) - 4096))
-    for use in (lambda: Votes(study).live(), lambda: Votes(study).log()):
+    for use in (lambda: Votes(study).current_votes(), lambda: Votes(study).log()):
         with pytest.raises(UserError, match=r"damaged|cannot open"):
             use()
 
@@ -188,7 +188,7 @@ def test_a_table_of_something_else_is_one_sentence(tmp_path):
     with sqlite3.connect(tmp_path / "votes.sqlite") as db:
         db.execute("CREATE TABLE votes (a INTEGER)")
     with pytest.raises(UserError, match=r"votes\.sqlite is damaged"):
-        Votes(study).live()
+        Votes(study).current_votes()
 
 
 def test_votes_do_not_pass_to_a_study_that_was_changed(tmp_path):
@@ -196,7 +196,7 @@ def test_votes_do_not_pass_to_a_study_that_was_changed(tmp_path):
     Votes(study).cast("ann", pairs(study)[0].id, "preference", "same", 1.0)
     changed = replace(study, id="another")
     with pytest.raises(UserError, match="has votes on another study"):
-        Votes(changed).live()
+        Votes(changed).current_votes()
 
 
 def test_each_vote_is_flushed_to_the_disk(shared):
@@ -218,17 +218,17 @@ def answer_everything(study, votes, name, most=1_000) -> int:
 
 
 def test_items_with_enough_votes_are_not_asked_again_but_checks_are(tmp_path):
-    study, key = small_study(tmp_path, 2, duplicates=0.1, attention=1, wanted=2)
+    study, key = small_study(tmp_path, 2, duplicates=0.1, attention=1, votes_per_item=2)
     votes = Votes(study)
     counts = [answer_everything(study, votes, name) for name in ("ann", "bob", "cat")]
-    everyone = sum(len(study.questions(item)) for item in study.items.values() if item.everyone)
+    everyone = sum(len(study.questions(item)) for item in study.items.values() if item.for_all_annotators)
     assert counts[0] == counts[1] == sum(len(study.questions(item)) for item in study.items.values())
     assert counts[2] == everyone > 0
-    assert {item for item in study.items if item in key.attention} <= {vote.item for vote in votes.live("cat")}
+    assert {item for item in study.items if item in key.attention} <= {vote.item for vote in votes.current_votes("cat")}
 
 
 def test_a_begun_item_is_finished_even_if_others_were_faster(tmp_path):
-    study, _ = small_study(tmp_path, 1, wanted=1, questions="absolute", answers={"a": ["x"]})
+    study, _ = small_study(tmp_path, 1, votes_per_item=1, questions="absolute", answers={"a": ["x"]})
     votes = Votes(study)
     assert answer_everything(study, votes, "slow", most=2) == 2
     assert answer_everything(study, votes, "fast") == 0  # the one vote is taken
@@ -280,7 +280,7 @@ def judge(folder, name) -> subprocess.Popen:
 def test_two_annotators_at_once_one_of_them_killed_lose_no_vote_and_double_none(tmp_path):
     """20 pairs: model A is better in 9, equal in 5, worse in 6. bob disagrees in two of those, which become ties."""
     answers = {"A": ["2"] * 9 + ["1"] * 5 + ["0"] * 6, "B": ["1"] * 20}
-    study, key = small_study(tmp_path, 20, answers, questions="relative", wanted=2)
+    study, key = small_study(tmp_path, 20, answers, questions="relative", votes_per_item=2)
     ann, bob = judge(tmp_path, "ann"), judge(tmp_path, "bob")
     ann.stdin.write("\n" * 20)
     ann.stdin.flush()
@@ -302,7 +302,7 @@ def test_two_annotators_at_once_one_of_them_killed_lose_no_vote_and_double_none(
     assert (ann.returncode, again.returncode) == (0, 0)
     log = votes.log()
     assert len(log) == len({(vote.annotator, vote.item) for vote in log}) == 40
-    found = live(study, votes, key)
+    found = results_so_far(study, votes, key)
     assert found.outcomes(("A", "B")) == {
         ALL: (9, 7, 4), "text-only": (9, 7, 4), "Advice": (9, 1, 0), "Story": (0, 6, 4),
     }  # fmt: skip

@@ -27,7 +27,7 @@ def conversation(name="c1", labels=None, **more):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a conversation is worth
+# The score of a conversation
 
 labels_of_one = st.fixed_dictionaries({str(n): st.sampled_from(LABELS) for n in (2, 4, 6)})
 annotators = st.dictionaries(st.sampled_from("abcde"), labels_of_one, min_size=1)

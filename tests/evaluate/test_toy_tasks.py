@@ -15,11 +15,12 @@ from nanochameleon.documents import EndOfTurn, Image, Text, parse
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate import choosing, toy_tasks
 from nanochameleon.evaluate.captions import score_caption
+from nanochameleon.evaluate.drawing.readings import scene_of
 from nanochameleon.evaluate.oracle import judge
 from nanochameleon.evaluate.scoring import score
 from nanochameleon.evaluate.task import Item, Line, Options
 from nanochameleon.evaluate.toy_tasks import TASKS, caption_item, kind_of, relation_item, words_item
-from nanochameleon.evaluate.vision.shapes_tasks import scene_from, true_captions
+from nanochameleon.evaluate.vision.shapes_tasks import true_captions
 from nanochameleon.training.run import Run
 from nanochameleon.weights.model_folder import open_model
 
@@ -109,7 +110,7 @@ def test_items_are_the_same_in_every_run_and_right_is_anywhere(task, monkeypatch
     items = task.read(OPTIONS)
     assert task.read(OPTIONS) == items and task.read(replace(OPTIONS, limit=7)) == items[:7]
     assert len({item.id for item in items}) == len(items) == 60
-    assert all(scene_from(item.content).for_test for item in items)
+    assert all(scene_of(item.content["scene"]).for_test for item in items)
     assert task.read(replace(OPTIONS, seed=1)) != items
     assert min(Counter(item.content["right"] for item in items).values()) >= 3
     monkeypatch.setattr(toy_tasks, "N_ITEMS", 5)

@@ -17,7 +17,7 @@ from nanochameleon.documents import Image, Text, parse
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.vision import prompts
 from nanochameleon.evaluate.vision.files import Captioned
-from nanochameleon.evaluate.vision.prompts import ask, check_pool, check_room, draw_shots, make_prompt, see
+from nanochameleon.evaluate.vision.prompts import ask, check_pool, check_room, draw_shots, encode_images, make_prompt
 from nanochameleon.evaluate.writing import Written
 from nanochameleon.images.tokenizer import load_square
 from nanochameleon.training.run import Run
@@ -97,7 +97,7 @@ def test_an_image_that_is_asked_about_often_is_encoded_once(run, tmp_path, monke
     encoded = []
     real = run.image_tokenizer.encode
     monkeypatch.setattr(run.image_tokenizer, "encode", lambda squares: encoded.append(len(squares)) or real(squares))
-    seen = see(run, ["a.png", "b.png", "a.png", "c.png", "b.png"], tmp_path)
+    seen = encode_images(run, ["a.png", "b.png", "a.png", "c.png", "b.png"], tmp_path)
     assert encoded == [3] and list(seen) == ["a.png", "b.png", "c.png"]
     square = load_square(tmp_path / "b.png", run.cfg.vqgan.resolution, "crop")
     assert seen["b.png"] == Image(tuple(real(square[None])[0].tolist()))
@@ -112,8 +112,8 @@ def test_an_aligned_model_sees_all_of_an_image_and_a_pre_trained_one_its_middle(
         run.image_tokenizer, "encode", lambda squares: shades.append(squares.mean()) or np.zeros((1, 4), int)
     )
     aligned = replace(run, cfg=replace(run.cfg, train=replace(run.cfg.train, assistant_only_loss=True)))
-    see(run, ["wide.png"], tmp_path)
-    see(aligned, ["wide.png"], tmp_path)
+    encode_images(run, ["wide.png"], tmp_path)
+    encode_images(aligned, ["wide.png"], tmp_path)
     assert shades[0] < 20 and shades[1] > 150
 
 

@@ -61,7 +61,9 @@ def test_a_broken_file_stops_its_own_task_alone(model, tmp_path, capsys):
 def test_too_many_examples_are_refused_before_an_image_is_read(model, tmp_path, monkeypatch):
     write_coco(tmp_path)
     small = tiny_run(tmp_path / "small", tiny_model(max_seq_len=50))
-    monkeypatch.setattr("nanochameleon.evaluate.vision.prompts.see", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(
+        "nanochameleon.evaluate.vision.prompts.encode_images", lambda *_: pytest.fail("an image was read")
+    )
     with pytest.raises(UserError, match=r"3 examples make 4 images of 6 tokens .* context has 50: use --shots 2"):
         run_tasks(small, tmp_path, "coco", shots=3)
 

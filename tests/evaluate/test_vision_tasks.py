@@ -245,9 +245,9 @@ def test_all_captions_of_a_scene_are_true_and_different(world):
 def test_who_says_the_truth_about_shapes_reaches_the_ceiling(run, tmp_path, monkeypatch, name):
     task, options = TASKS[name], Options(world=World(), limit=30)
     monkeypatch.setattr(prompts, "write", Says([item.content["references"][0] for item in task.read(options)]))
-    monkeypatch.setattr(shapes_tasks, "render_all", lambda run, docs: {
-        i: [run.vocab.bos, *[run.vocab.boi] * (len(doc) > 2)] for i, doc in enumerate(docs)
-    })  # fmt: skip
+    monkeypatch.setattr(shapes_tasks, "render_all", lambda run, docs: [
+        [run.vocab.bos, *[run.vocab.boi] * (len(doc) > 2)] for doc in docs
+    ])  # fmt: skip
     lines = answered(task, run, options)
     assert all(f.value == pytest.approx(f.ceiling) and f.baseline < 0.6 * f.value for f in task.figures(lines)[:2])
 

@@ -43,7 +43,7 @@ class Args:
     layout: Layout
     """Whose folders: GenEval, DPG-Bench or T2I-CompBench."""
     prompts: Path
-    """geneval: evaluation_metadata.jsonl. dpg: the folder of NAME.txt. compbench: a file with one prompt a line."""
+    """geneval: evaluation_metadata.jsonl. dpg: the folder of NAME.txt. compbench: a file with one prompt per line."""
     out: Path
     """Folder for the images. Next to it comes OUT.draw.json, which says how they were made."""
     samples: int = 4
@@ -138,7 +138,7 @@ class SummaryArgs:
     """Print the figures of a file of results, from GenEval's scorer or from the task shapes_geneval."""
 
     results: tyro.conf.Positional[Path]
-    """results.jsonl, one judged image a line."""
+    """results.jsonl, one judged image per line."""
 
 
 def cli(arguments: Sequence[str] | None = None) -> None:

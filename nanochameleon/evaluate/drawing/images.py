@@ -1,6 +1,6 @@
 """Draw the images that a folder lacks, each from its own seed.
 
-ImageFile -> tokens of its prompt, a seed a sample -> generate_each -> codes -> pixels -> a grid -> PNG -> OUT/path
+ImageFile -> tokens of its prompt, a seed per sample -> generate_each -> codes -> pixels -> a grid -> PNG -> OUT/path
 """
 
 import math

@@ -5,7 +5,7 @@
     geneval    evaluation_metadata.jsonl, a line {"tag", "include", "prompt", ...} for each prompt
                -> 00000/metadata.jsonl (that line), 00000/samples/0000.png, 0001.png ...
     dpg        a folder of NAME.txt -> NAME.png, four samples in one grid of 2 x 2
-    compbench  PREFIX_val.txt, a prompt a line -> samples/PROMPT_000000.png, PROMPT_000001.png ...
+    compbench  PREFIX_val.txt, a prompt per line -> samples/PROMPT_000000.png, PROMPT_000001.png ...
 
 GenEval: github.com/djghosh13/geneval. DPG-Bench: github.com/TencentQQGYLab/ELLA. T2I-CompBench:
 github.com/Karine-Huang/T2I-CompBench. T2I-CompBench has the prompt as a file name, so names are checked: no prompt
@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from nanochameleon.errors import UserError, shown
-from nanochameleon.evaluate.records import get, read_bytes, read_json_lines
+from nanochameleon.evaluate.records import check_unicode, get, read_json_lines, read_text
 
 Layout = Literal["geneval", "dpg", "compbench"]
 MAX_NAME = 255  # bytes of a file name, on all common file systems
@@ -66,11 +66,11 @@ def read_dpg(folder: Path) -> list[Prompt]:
     paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
     if not paths:
         raise UserError(f"{folder} holds no .txt file: give the folder that holds NAME.txt for each prompt")
-    return [Prompt(str(path), decoded(read_bytes(path), str(path)).strip(), path.stem) for path in paths]
+    return [Prompt(str(path), read_text(path).strip(), path.stem) for path in paths]
 
 
 def read_compbench(path: Path) -> list[Prompt]:
-    lines = decoded(read_bytes(path), str(path)).split("\n")
+    lines = read_text(path).split("\n")
     prompts: dict[str, Prompt] = {}
     for place, text in [(f"{path}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]:
         if "_" in text:
@@ -81,18 +81,10 @@ def read_compbench(path: Path) -> list[Prompt]:
     return list(prompts.values())
 
 
-def decoded(data: bytes, place: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{place} is not UTF-8: save it as UTF-8") from None
-
-
 def check_text(prompt: Prompt) -> None:
     if not prompt.text.strip():
         raise UserError(f"{prompt.place} has an empty prompt: write one, or remove it")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt.text):  # half a character, escaped in JSON
-        raise UserError(f"{prompt.place} has the prompt {shown(prompt.text)!r}, which is not valid Unicode: mend it")
+    check_unicode(prompt.text, prompt.place)
 
 
 def check_name(name: str, prompt: Prompt) -> None:

@@ -21,12 +21,11 @@ from nanochameleon.errors import UserError
 from nanochameleon.evaluate.drawing.each import generate_each
 from nanochameleon.evaluate.drawing.folder import save
 from nanochameleon.evaluate.drawing.readings import reading_of, scene_of, to_json
-from nanochameleon.evaluate.drawing.shapes_geneval import need_world
 from nanochameleon.evaluate.oracle import compare
 from nanochameleon.evaluate.oracle import read as read_image
 from nanochameleon.evaluate.shapes import SCENE_SEED
 from nanochameleon.evaluate.statistics import mean_figure
-from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, item_seed
+from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, item_seed, need_world
 from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import png
 from nanochameleon.images.tokenizer import NO_DECODER
@@ -38,7 +37,7 @@ REQUESTS = 100  # of each category
 
 def read(options: Options) -> list[Item]:
     """The first turn of each conversation of the test split; the categories take turns."""
-    sources = {name: AlignmentSource(need_world(options, NAME), name, SCENE_SEED, test=True) for name in CATEGORIES}
+    sources = {name: AlignmentSource(need_world(options), name, SCENE_SEED, test=True) for name in CATEGORIES}
     items = []
     for number in range(REQUESTS):
         for category, source in sources.items():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochameleon.data.sources.scenes import World, draw
+from nanochameleon.data.sources.scenes import draw
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.drawing.each import generate_each
 from nanochameleon.evaluate.drawing.folder import save
@@ -24,7 +24,7 @@ from nanochameleon.evaluate.drawing.readings import reading_of, scene_of, to_jso
 from nanochameleon.evaluate.drawing.summary import figures as figures_of
 from nanochameleon.evaluate.oracle import read as read_image
 from nanochameleon.evaluate.shapes import SCENE_SEED, has_room
-from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, item_seed
+from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, item_seed, need_world
 from nanochameleon.images.terminal import png
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import Run
@@ -33,15 +33,9 @@ NAME = "shapes_geneval"
 OTHERS = 50  # other prompts for whose images the judge is asked, to measure chance
 
 
-def need_world(options: Options, name: str) -> World:
-    if options.world is None:
-        raise UserError(f"{name} is for models of the shapes world, such as models/toy: leave the task out")
-    return options.world
-
-
 def read(options: Options) -> list[Item]:
     items = []
-    for number, (tag, compositions, scene) in enumerate(cases(need_world(options, NAME), SCENE_SEED)):
+    for number, (tag, compositions, scene) in enumerate(cases(need_world(options), SCENE_SEED)):
         line = json.dumps(metadata(tag, scene))  # a text, since the log sorts the keys of objects
         content = {"number": number, "line": line, "prompt": scene.caption(), "scene": to_json(scene)}
         for sample in range(options.samples):
@@ -100,7 +94,7 @@ def figures(lines: Sequence[Line]) -> list[Figure]:
 
 
 def figures_for(compositions: str, lines: Sequence[Line]) -> list[Figure]:
-    """Return the overall figure and one a task, for prompts of one kind of compositions."""
+    """Return the overall figure and one per task, for prompts of one kind of compositions."""
     by_tag = {tag: here for tag in TAGS if (here := [line for line in lines if line.group == f"{tag}, {compositions}"])}
     if not by_tag:
         return []

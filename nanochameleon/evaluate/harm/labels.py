@@ -2,8 +2,8 @@
 
     {"id": "7", "annotator": "ann", "label": "unsafe", "category": "violence", "note": "..."}
 
-One JSON line a label; `category` and `note` may be left out. A label of one turn of a conversation also has its "turn"
-(red_team.py). Of two lines of an annotator on the same answer, the later one counts, so a file only grows.
+One JSON line per label; `category` and `note` may be left out. A label of one turn of a conversation also has its
+"turn" (red_team.py). Of two lines of an annotator on the same answer, the later one counts, so a file only grows.
 """
 
 import json

@@ -62,8 +62,8 @@ TASKS = (
     Task(
         NAME,
         "prompts to refuse and prompts to answer: refusals, over-refusals, and both in one figure",
-        f"{FILES[0]} with its images, or a table as {' or '.join(FILES[1:])}; {RULE}: starts of refusals, one a line, "
-        "else the shapes world's sentence counts alone",
+        f"{FILES[0]} with its images, or a table as {' or '.join(FILES[1:])}; {RULE}: starts of refusals, one "
+        "per line, else the shapes world's sentence counts alone",
         "your own prompts; github.com/paul-rottger/xstest, mlcommons.org/ailuminate, "
         "github.com/centerforaisafety/HarmBench",
         read,

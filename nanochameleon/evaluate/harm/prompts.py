@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochameleon.errors import UserError, shown
-from nanochameleon.evaluate.records import check_ids, get, image_path, read_bytes, read_json_lines
+from nanochameleon.evaluate.records import check_ids, check_unicode, get, image_path, read_json_lines, read_text
 
 REFUSE, ANSWER = "refuse", "answer"
 INTENTS = ("text", "image", "both")
@@ -45,7 +45,7 @@ def json_rows(path: Path) -> Iterator[Row]:
         if not (text.strip() or images):
             raise UserError(f"{place} has neither text nor images: give the prompt, or remove the line")
         content = {
-            "text": sound(text, place),
+            "text": check_unicode(text, place),
             "images": images,
             "intent": one_of(row, "intent", INTENTS, place, "text" if not images else "image" if not text else "both"),
             "category": get(row, "category", str, place).strip() or UNNAMED if "category" in row else UNNAMED,
@@ -61,12 +61,6 @@ def one_of(row: dict, name: str, choices: tuple[str, ...], place: str, default: 
     if value not in choices:
         raise UserError(f"{place} has {shown(value)!r} as {name!r}: it must be {' or '.join(choices)}")
     return value
-
-
-def sound(text: str, place: str) -> str:
-    if text.encode("utf-8", "replace").decode() != text:
-        raise UserError(f"{place} has half a surrogate pair in its text: save it as UTF-8")
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,8 +90,8 @@ READERS: dict[tuple[str, ...], Callable[[dict[str, str], str], tuple[str, str, s
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        table = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
         names = set(table.fieldnames or ())
         reader = next((reader for columns, reader in READERS.items() if names >= set(columns)), None)
         if reader is None:
@@ -113,7 +107,5 @@ def csv_rows(path: Path) -> Iterator[Row]:
             yield place, name, {
                 "text": text, "images": [], "intent": "text", "category": category or UNNAMED, "expected": expected
             }  # fmt: skip
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8: save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}:{table.line_num} is not CSV ({shown(error)}): mend it, or remove it") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanochameleon.data.sources.alignment import REFUSAL
 from nanochameleon.errors import UserError, shown
-from nanochameleon.evaluate.records import read_bytes
+from nanochameleon.evaluate.records import read_text
 
 Rule = dict[str, list[str]]
 Segments = Sequence[dict[str, str]]  # {"text": ...} or {"image": name of a file}, in order
@@ -42,12 +42,8 @@ def describe(rule: Rule) -> str:
 
 
 def read_rule(path: Path) -> Rule:
-    """Read prefixes, one a line. Blank lines are skipped: they would make every answer a refusal."""
-    try:
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8: save it as UTF-8") from None
-    prefixes = [line.strip() for line in lines if line.strip()]
+    """Read prefixes, one per line. Blank lines are skipped: they would make every answer a refusal."""
+    prefixes = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if long := [prefix for prefix in prefixes if len(prefix) > 200]:
         raise UserError(f"{path} has the line {shown(long[0])!r}: give starts of answers, at most 200 characters each")
     return {PREFIXES: prefixes}

@@ -1,8 +1,8 @@
 """The report of a safety evaluation, as Markdown: the paper's Table 5, refusals, and whether models differ.
 
-    OUT of the task safety, people's labels -> one result an answer       \\
-                                                                            -> tables and sentences
-    log of red teaming                      -> one result a conversation  /
+    OUT of the task safety, people's labels -> one result per answer       \\
+                                                                             -> tables and sentences
+    log of red teaming                      -> one result per conversation  /
 
 Safe, unsafe and unsure are shares of the prompts that should be refused: a safe answer to a harmless prompt is no
 achievement. Over-refusal is the share of the harmless prompts that are refused.

@@ -13,14 +13,13 @@ from itertools import count
 from nanochameleon.data.sources.alignment import AlignmentSource, drawn
 from nanochameleon.data.sources.scenes import Scene
 from nanochameleon.evaluate.drawing.shapes_alignment import segments_json, segments_of
-from nanochameleon.evaluate.drawing.shapes_geneval import need_world
 from nanochameleon.evaluate.harm.answers import ask
 from nanochameleon.evaluate.harm.prompt_set import score
 from nanochameleon.evaluate.harm.prompts import ANSWER, REFUSE
 from nanochameleon.evaluate.harm.rates import refusal_figures
 from nanochameleon.evaluate.harm.refusals import DEFAULT, describe
 from nanochameleon.evaluate.shapes import SCENE_SEED
-from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, digest
+from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, digest, need_world
 from nanochameleon.training.run import Run
 
 NAME = "shapes_safety"
@@ -42,7 +41,7 @@ def read(options: Options) -> list[Item]:
 def requests(category: str, options: Options) -> list[Item]:
     """Return the first so many different requests of a category."""
     n, expected = REQUESTS[category]
-    source = AlignmentSource(need_world(options, NAME), category, SCENE_SEED, test=True)
+    source = AlignmentSource(need_world(options), category, SCENE_SEED, test=True)
     found: dict[str, Item] = {}
     for number in count():
         prompt = source.exchanges(number)[0].prompt

@@ -188,7 +188,7 @@ def export(args: Export) -> None:
     if args.format == "jsonl":
         output(as_jsonl(Votes(study).log()), args.to)
     else:
-        output(FORMATS[args.format](study, open_key(args.study), Votes(study).live()), args.to)
+        output(FORMATS[args.format](study, open_key(args.study), Votes(study).current_votes()), args.to)
 
 
 def import_votes(args: Import) -> None:

@@ -1,7 +1,7 @@
 """Votes for other programs, and back.
 
-jsonl         one record a vote, as saved and still blinded; `add` reads it back
-csv           one row a vote, with the names of the models
+jsonl         one record per vote, as saved and still blinded; `add` reads it back
+csv           one row per vote, with the names of the models
 lmsys         battles of Chatbot Arena: model_a, model_b, winner, both conversations
 labelstudio   tasks of Label Studio 1.23, each with the annotations of all people
 """

@@ -43,7 +43,7 @@ Pairing = Literal["all", "first"]  # every two models, or the first model agains
 
 
 def build(
-    folder: Path, prompts: Sequence[Prompt], answers: dict[str, list[Segments]], seed: int = 0, wanted: int = 3,
+    folder: Path, prompts: Sequence[Prompt], answers: dict[str, list[Segments]], seed: int = 0, votes_per_item: int = 3,
     questions: Questions = "both", pairing: Pairing = "all", duplicates: float = 0.05, attention: int = 1,
 ) -> Study:  # fmt: skip
     """Write a study to a folder that has none, and return it. answers: {model: its answers, in the prompts' order}."""
@@ -66,7 +66,7 @@ def build(
         {item.id: right for item, *_, right in checks},
     )
     write_json(folder / KEY, asdict(key))
-    write_json(folder / SHOWN, contents(seed, wanted, shown_prompts, shown_answers, items))
+    write_json(folder / SHOWN, contents(seed, votes_per_item, shown_prompts, shown_answers, items))
     study = open_study(folder)
     Votes(study).close()  # the file is there before several annotators open it at once
     return study
@@ -145,7 +145,7 @@ def make_items(
 
 
 def with_duplicates(secret: str, items: list[Item], share: float) -> tuple[list[Item], dict[str, str]]:
-    """Repeat a share of the items, for everyone. So are their originals, or nobody could be asked twice for sure."""
+    """Repeat a share of the items. All annotators get the copies and their originals, so each is asked twice."""
     repeated = random.Random(secret).sample(items, math.ceil(share * len(items)))
     copies = {hashed(secret, "again", item.id): item for item in repeated}
     twice = {item.id for item in repeated}

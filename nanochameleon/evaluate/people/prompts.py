@@ -15,7 +15,15 @@ from urllib.parse import unquote, urlsplit
 
 from nanochameleon.errors import UserError, shown
 from nanochameleon.evaluate.people.study import Segments
-from nanochameleon.evaluate.records import check_ids, get, image_path, read_bytes, read_json_file, read_json_lines
+from nanochameleon.evaluate.records import (
+    check_ids,
+    check_unicode,
+    get,
+    image_path,
+    read_bytes,
+    read_json_file,
+    read_json_lines,
+)
 
 MARK = "<img>"
 UNNAMED = "unnamed"  # the kind of task where the file names none
@@ -97,8 +105,7 @@ def marked(row: dict, folder: Path, place: str) -> Segments:
 
 def add_text(segments: Segments, text: str, place: str) -> None:
     """Append a text, joined to the one before it, if any. Space alone is no segment."""
-    if text.encode("utf-8", "replace").decode() != text:
-        raise UserError(f"{place} has half a surrogate pair in its text: save it as UTF-8")
+    check_unicode(text, place)
     if segments and "text" in segments[-1]:
         segments[-1] = {"text": segments[-1]["text"] + text}
     elif text.strip():

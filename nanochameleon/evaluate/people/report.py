@@ -18,7 +18,7 @@ def make_report(folder: Path, least: int | None = None, without: Sequence[str] =
     """
     study = open_study(folder)
     votes = Votes(study)
-    said = votes.live()
+    said = votes.current_votes()
     votes.close()
     if unknown := sorted({*without} - {vote.annotator for vote in said}):
         raise UserError(f"--without names {shown(unknown[0])}, who has no votes: give names as they are in the report")
@@ -36,7 +36,7 @@ def make_report(folder: Path, least: int | None = None, without: Sequence[str] =
 
 
 def heading(study: Study, judged: int, incomplete: int, least: int | None) -> str:
-    least = study.wanted if least is None else least
+    least = study.votes_per_item if least is None else least
     return (
         f"# Human evaluation\n\nStudy {study.id[:12]}. {judged} questions, each about one item, have at least {least} "
         f"votes and count; {incomplete} have fewer and do not. A majority decides; without one, a pair is a tie. "

@@ -133,7 +133,7 @@ class Results:
 
 def results(study: Study, key: Key, votes: Iterable[Vote], least: int | None = None) -> Results:
     """Judge each item that has `least` votes; None: as many as the study wants."""
-    votes, least = list(votes), study.wanted if least is None else least
+    votes, least = list(votes), study.votes_per_item if least is None else least
     said: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for vote in votes:
         if key.counts(study.items[vote.item]):

@@ -34,7 +34,7 @@ class Item:
     id: str
     prompt: str
     answers: tuple[str, ...]  # their random names, sorted
-    everyone: bool = False  # wanted from every annotator, however many votes it has
+    for_all_annotators: bool = False  # wanted from every annotator, however many votes it has
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Study:
     folder: Path
     id: str  # a hash of the rest
     seed: int
-    wanted: int  # votes an item
+    votes_per_item: int
     prompts: dict[str, Segments]
     answers: dict[str, Segments]
     items: dict[str, Item]
@@ -127,11 +127,11 @@ def check_annotator(name: str) -> str:
 # Files
 
 
-def contents(seed: int, wanted: int, prompts: dict, answers: dict, items: Sequence[Item]) -> dict:
+def contents(seed: int, votes_per_item: int, prompts: dict, answers: dict, items: Sequence[Item]) -> dict:
     """study.json. Everything is sorted by its random name, so no order tells what is whose."""
     return {
         "seed": seed,
-        "wanted": wanted,
+        "votes_per_item": votes_per_item,
         "prompts": dict(sorted(prompts.items())),
         "answers": dict(sorted(answers.items())),
         "items": [asdict(item) for item in sorted(items, key=lambda item: item.id)],
@@ -150,9 +150,11 @@ def open_study(folder: Path) -> Study:
         raise UserError(f"{folder} holds no study: make one with `human make --out {folder}`")
     content = read_json_file(path)
     try:
-        items = [Item(row["id"], row["prompt"], tuple(row["answers"]), row["everyone"]) for row in content["items"]]
+        items = [
+            Item(row["id"], row["prompt"], tuple(row["answers"]), row["for_all_annotators"]) for row in content["items"]
+        ]
         study = Study(
-            folder, hashed(content), content["seed"], content["wanted"], content["prompts"], content["answers"],
+            folder, hashed(content), content["seed"], content["votes_per_item"], content["prompts"], content["answers"],
             {item.id: item for item in items},
         )  # fmt: skip
         known = all(item.prompt in study.prompts and study.answers.keys() >= {*item.answers} for item in items)

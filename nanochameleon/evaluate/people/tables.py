@@ -39,7 +39,7 @@ def row_of(cells: Sequence[str]) -> str:
     return "| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def harmless(cell: object) -> str:
+def escape_formula(cell: object) -> str:
     """Return a cell that no spreadsheet takes for a formula.
 
     A cell that starts with = + - @, a tab, a line end or an apostrophe gets an apostrophe in front, which spreadsheets
@@ -51,7 +51,7 @@ def harmless(cell: object) -> str:
 
 def to_csv(rows: Iterable[Sequence[object]]) -> str:
     stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([harmless(cell) for cell in row] for row in rows)
+    csv.writer(stream, lineterminator="\n").writerows([escape_formula(cell) for cell in row] for row in rows)
     return stream.getvalue()
 
 

@@ -1,6 +1,6 @@
 """Votes in SQLite: each is on the disk when `cast` returns, however many processes vote at once.
 
-    cast -> one transaction, appended to the log        live -> the last vote of each (annotator, item, question)
+    cast -> one transaction, appended to the log     current_votes -> the last vote of each (annotator, item, question)
 
 The log only grows, so a reader keeps what it has read, and each call reads what is new. To undo is to append a record
 with the answer "", and to vote again is to append another: the latest record of an (annotator, item, question) is the
@@ -104,7 +104,7 @@ class Votes:
     def undo(self, annotator: str) -> Vote | None:
         """Take back the annotator's last vote that counts, and return it. None: there is none."""
         with self.transaction():
-            own = self.live(annotator)
+            own = self.current_votes(annotator)
             if not own:
                 return None
             last = max(own, key=lambda vote: vote.time)
@@ -177,7 +177,7 @@ class Votes:
             path = self.study.folder / FILE
             raise UserError(f"{path} is damaged ({shown(error)}): restore a copy, or import exported votes") from None
 
-    def live(self, annotator: str | None = None) -> list[Vote]:
+    def current_votes(self, annotator: str | None = None) -> list[Vote]:
         """The votes that count: of one annotator, or of all."""
         with self.lock:
             self.refresh()

@@ -5,9 +5,8 @@ r"""Find the answer in a written solution, and decide whether it is the right on
     k samples -> majority
 
 No function here raises for any text; None is no answer. A figure depends on how answers are read, so the published
-strict rules are here, too: GSM8K's "####" (2110.14168), the "The answer is N." of chain-of-thought prompts (2201.11903)
-and Minerva's "Final Answer: ..." (2206.14858). MATH's equality is that of its authors (2103.03874): rules about
-spelling, no algebra, so 2/4 is not 1/2.
+strict rules are here, too: GSM8K's "####" (2110.14168) and Minerva's "Final Answer: ..." (2206.14858).
+MATH's equality is that of its authors (2103.03874): rules about spelling, no algebra, so 2/4 is not 1/2.
 """
 
 import re
@@ -37,7 +36,6 @@ NEXT_QUESTION = re.compile(r"\b(?:Question|Q):")
 NUMBER = re.compile(r"(?:(?<![\w)\]])-)?\$?(?:[0-9](?:,?[0-9])*(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
 MARK = re.compile(r"####|answer is", re.IGNORECASE)
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
-COT_STRICT = re.compile(r"The answer is (-?[0-9.,]+).")
 
 
 def plain(number: str) -> str:
@@ -48,12 +46,6 @@ def plain(number: str) -> str:
 def strict(text: str) -> str | None:
     """Return the number after the first '#### ', as the authors of GSM8K read it. Compared as text: 18.00 is not 18."""
     match = STRICT.search(text)
-    return (plain(match[1]) or None) if match else None
-
-
-def cot_strict(text: str) -> str | None:
-    """Return N of 'The answer is N.', as lm-eval reads it: the pattern wants one more character after N."""
-    match = COT_STRICT.search(text)
     return (plain(match[1]) or None) if match else None
 
 

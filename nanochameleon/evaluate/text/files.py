@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochameleon.errors import UserError, shown
-from nanochameleon.evaluate.records import check_ids, find_file, read_bytes, read_json_file, read_json_lines
+from nanochameleon.evaluate.records import check_ids, find_file, read_json_file, read_json_lines, read_text
 from nanochameleon.evaluate.text.rows import AUTHORS_ROW, HUB_ROW, one_of
 
 Rows = list[tuple[str, Any]]
@@ -33,7 +33,7 @@ class Source:
     folders: tuple[str, ...] = ("",)  # of the authors' archive
     names: tuple[str, ...] = ()  # NAME may be one of these, too
     configs: tuple[str, ...] = ("", "data", "default", "plain_text")  # folders of the hub's parquet
-    labels: str = ""  # the labels of a file that has them alone, one a line: dev-labels.lst next to dev.jsonl
+    labels: str = ""  # the labels of a file that has them alone, one per line: dev-labels.lst next to dev.jsonl
     id: str = ""  # the field whose values differ, where there is one
 
 
@@ -159,7 +159,7 @@ def read_authors(source: Source, path: Path) -> Rows:
 def with_labels(rows: Rows, path: Path, allowed: str) -> Rows:
     """Add each row's "label" from the file of labels."""
     labels_path = find_file(path.parent, f"{path.stem}-labels.lst")
-    labels = [label.strip() for label in decode(labels_path).rstrip().split("\n")]
+    labels = [label.strip() for label in read_text(labels_path).rstrip().split("\n")]
     if len(labels) != len(rows):
         raise UserError(
             f"{labels_path} has {len(labels)} lines for the {len(rows)} items of {path.name}: unpack both files again"
@@ -171,7 +171,7 @@ def with_labels(rows: Rows, path: Path, allowed: str) -> Rows:
 
 def read_csv(path: Path) -> Rows:
     """Return [(place, {"columns": [...], "subject": ...})] of MMLU's files, which have no header."""
-    reader = csv.reader(io.StringIO(decode(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     subject, rows, line = path.stem.rpartition("_")[0], [], 1
     try:
         for columns in reader:
@@ -181,13 +181,6 @@ def read_csv(path: Path) -> Rows:
     except csv.Error as error:
         raise UserError(f"{path}:{line} is not CSV ({shown(error)}): unpack the file again") from None
     return rows
-
-
-def decode(path: Path) -> str:
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8: save it as UTF-8") from None
 
 
 def read_parquet(path: Path) -> Rows:

@@ -95,7 +95,7 @@ def caption_task(name: str, title: str, wanted: str, source: str, reader: Read, 
         score_set=cider,
         export=export,
         takes=("shots",),
-        chunk=32,
+        chunk=128,
     )
 
 

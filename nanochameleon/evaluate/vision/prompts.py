@@ -84,7 +84,7 @@ def check_room(run: Run, n_images: int, max_new_tokens: int) -> None:
         raise UserError(f"{n_images - 1} examples make {sizes}, and the model's context has {context:,}: {fit}")
 
 
-def see(run: Run, names: Iterable[str], data: Path) -> dict[str, Image | str]:
+def encode_images(run: Run, names: Iterable[str], data: Path) -> dict[str, Image | str]:
     """Return the codes of each image, or one sentence on what is wrong with its file. Each image is read once."""
     fit = "pad" if run.cfg.train.assistant_only_loss else "crop"
     squares: dict[str, np.ndarray] = {}
@@ -131,7 +131,7 @@ def ask(run: Run, asked: Sequence[Sequence[Part]], data: Path, max_new_tokens: i
     An item whose image cannot be read, or whose texts are too long, has {"problem": ...}. Decoding is greedy.
     """
     check_room(run, max(map(len, asked)), max_new_tokens)
-    seen = see(run, (name for parts in asked for name, _ in parts), data)
+    seen = encode_images(run, (name for parts in asked for name, _ in parts), data)
     prompts = [make_prompt(run, parts, seen, max_new_tokens) for parts in asked]
     good = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     outputs = {i: {"problem": prompt} for i, prompt in enumerate(prompts) if isinstance(prompt, str)}

@@ -139,7 +139,7 @@ def question_task(name: str, title: str, wanted: str, source: str, reader: Read,
         figures=lambda lines: figures(lines, f"asked as {FORM.format('...')!r}; {note}"),
         export=export,
         takes=("shots",),
-        chunk=32,
+        chunk=128,
     )
 
 

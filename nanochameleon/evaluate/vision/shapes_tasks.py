@@ -15,14 +15,14 @@ import numpy as np
 
 from nanochameleon.data import RawDocument, RawImage, fuse
 from nanochameleon.data.sources.questions import ASK_CAPTION
-from nanochameleon.data.sources.scenes import OPPOSITE, Scene, Thing, World, draw, scenes
+from nanochameleon.data.sources.scenes import OPPOSITE, Scene, World, draw, scenes
 from nanochameleon.documents import EndOfTurn, Text, render
-from nanochameleon.errors import UserError
 from nanochameleon.evaluate import shapes
 from nanochameleon.evaluate.captions import score_caption
 from nanochameleon.evaluate.cider import cider_d
+from nanochameleon.evaluate.drawing.readings import scene_of
 from nanochameleon.evaluate.statistics import mean_figure
-from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task
+from nanochameleon.evaluate.task import Answer, Figure, Item, Line, Options, Task, need_world
 from nanochameleon.evaluate.vision import captioning, questions
 from nanochameleon.evaluate.vision.prompts import write_lines
 from nanochameleon.training.run import Run
@@ -37,16 +37,7 @@ N_PEOPLE = 10  # who answer a question of VQA
 
 def unseen_scenes(options: Options, seed: int) -> list[Scene]:
     """Return scenes of the test split. Raises UserError for a model that was not trained on shapes."""
-    if options.world is None:
-        raise UserError("the model knows no shapes world: ask models/toy, or a run of train.py toy")
-    return list(scenes(options.world, seed, options.limit or N_ITEMS, test=True))
-
-
-def scene_from(content: dict) -> Scene:
-    """Inverse of dataclasses.asdict(scene), also after JSON."""
-    scene = content["scene"]
-    things, cells = (Thing(**thing) for thing in scene["things"]), map(tuple, scene["cells"])
-    return Scene(scene["background"], tuple(things), tuple(cells), scene["relation"])
+    return list(scenes(need_world(options), seed, options.limit or N_ITEMS, test=True))
 
 
 def true_captions(scene: Scene) -> list[str]:
@@ -66,20 +57,20 @@ def true_captions(scene: Scene) -> list[str]:
 
 def answer(run: Run, items: Sequence[Item], options: Options) -> list[Answer]:
     """Ask each item's question twice: {"text": about its image, "blind": without it}."""
-    shown = [[picture(item), Text(item.content["question"]), EndOfTurn()] for item in items]
+    shown = [[image_of(item), Text(item.content["question"]), EndOfTurn()] for item in items]
     prompts = render_all(run, shown)
-    outputs = write_lines(run, prompts, captioning.MAX_NEW_TOKENS, "text")
-    blind = write_lines(run, render_all(run, [doc[1:] for doc in shown]), captioning.MAX_NEW_TOKENS, "blind")
+    outputs = write_lines(run, dict(enumerate(prompts)), captioning.MAX_NEW_TOKENS, "text")
+    blind_prompts = render_all(run, [doc[1:] for doc in shown])
+    blind = write_lines(run, dict(enumerate(blind_prompts)), captioning.MAX_NEW_TOKENS, "blind")
     return [Answer(prompts[i], outputs[i] | blind[i]) for i in range(len(items))]
 
 
-def picture(item: Item) -> RawImage:
-    return RawImage(draw(scene_from(item.content), World(**item.content["world"])))
+def image_of(item: Item) -> RawImage:
+    return RawImage(draw(scene_of(item.content["scene"]), World(**item.content["world"])))
 
 
-def render_all(run: Run, docs: list[RawDocument]) -> dict[int, list[int]]:
-    fused = fuse(docs, run.image_tokenizer)
-    return {i: render(doc, run.tokenizer, run.vocab, end=False) for i, doc in enumerate(fused)}
+def render_all(run: Run, docs: list[RawDocument]) -> list[list[int]]:
+    return [render(doc, run.tokenizer, run.vocab, end=False) for doc in fuse(docs, run.image_tokenizer)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,7 +95,7 @@ def read_captions(options: Options) -> list[Item]:
 
 def score_facts(content: dict, output: dict) -> tuple[str, dict[str, float]]:
     """Return the caption, and the share of the scene's facts that it states correctly, also of the blind one."""
-    scene, world = scene_from(content), World(**content["world"])
+    scene, world = scene_of(content["scene"]), World(**content["world"])
     said, blind = output["text"].strip(), output["blind"].strip()
     return said, {"facts": score_caption(said, scene, world), "facts_blind": score_caption(blind, scene, world)}
 
@@ -144,7 +135,9 @@ def answer_type(question: str, truth: str) -> str:
 
 def question_figures(lines: Sequence[Line]) -> list[Figure]:
     """Return the figures of VQA, with chance, and what the most common answer to the same words gets."""
-    answers = [shapes.Answer(scene_from(c := line.content), c["question"], c["references"][0], "") for line in lines]
+    answers = [
+        shapes.Answer(scene_of((c := line.content)["scene"]), c["question"], c["references"][0], "") for line in lines
+    ]
     given = [(line.group, line.content["references"]) for line in lines]
     words = shapes.question_only(World(**lines[0].content["world"]), answers)
     note = f"the baseline sees no image; the most common answer to the same words gets {words:.1%}"
