@@ -21,8 +21,8 @@ from typing import Annotated
 import tyro
 
 from nanochameleon.cli import parse
-from nanochameleon.errors import UserError, exit_on_user_error, say
-from nanochameleon.files import write_file
+from nanochameleon.errors import UserError, exit_on_user_error
+from nanochameleon.evaluate.table import output
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,6 @@ def paper(args: Paper) -> None:
     from nanochameleon.evaluate.harm.paper import report
 
     output(report(), args.to)
-
-
-def output(text: str, path: Path | None) -> None:
-    """Write a file, or print."""
-    if path is None:
-        say(text, end="")
-        return
-    try:
-        write_file(path, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --to") from None
 
 
 COMMANDS = {Label: label, Report: report, Paper: paper}

@@ -5,7 +5,11 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from nanochameleon.errors import UserError, say
+from nanochameleon.files import write_file
 
 TITLE = "Evaluation"
 COLUMNS = (
@@ -153,3 +157,14 @@ def aligned(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cells = ([f"{x:{'<' if i < 2 else '>'}{widths[i]}}" for i, x in enumerate(line)] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def output(text: str, path: Path | None) -> None:
+    """Write a file, or print."""
+    if path is None:
+        say(text, end="")
+        return
+    try:
+        write_file(path, text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --to") from None

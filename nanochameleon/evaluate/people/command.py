@@ -21,7 +21,7 @@ import tyro
 
 from nanochameleon.cli import parse
 from nanochameleon.errors import UserError, exit_on_user_error, say, shown
-from nanochameleon.files import write_file
+from nanochameleon.evaluate.table import output
 
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,31}", re.ASCII)  # of a model: it becomes a file name
 
@@ -205,17 +205,6 @@ def paper(args: Paper) -> None:
     from nanochameleon.evaluate.people.paper import report
 
     output(report(), args.to)
-
-
-def output(text: str, path: Path | None) -> None:
-    """Write a file, or print."""
-    if path is None:
-        say(text, end="")
-        return
-    try:
-        write_file(path, text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --to") from None
 
 
 COMMANDS = {
