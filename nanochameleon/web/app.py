@@ -1,0 +1,47 @@
+"""The application: which address is answered by which function.
+
+    site = Site(...); uvicorn.run(application(site))
+
+Each part of the page brings its ROUTES; guard.py stands before all of them.
+"""
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from nanochameleon.errors import UserError
+from nanochameleon.training.run import Run
+from nanochameleon.web.refusals import on_error
+from nanochameleon.web.worker import Worker
+
+
+@dataclass
+class Site:
+    """What handlers need. They find it in request.app.state.site."""
+
+    name: str  # of the model, as the API says it: never a path
+    run: Run
+    worker: Worker
+    red_team: Path | None = None  # the log
+
+
+async def healthz(request: Request) -> JSONResponse:
+    return JSONResponse({"status": "ok"})
+
+
+def application(site: Site) -> Starlette:
+    @asynccontextmanager
+    async def lifespan(_: Starlette):
+        site.worker.start()
+        yield
+        site.worker.stop()
+
+    routes = [Route("/healthz", healthz)]
+    app = Starlette(routes=routes, exception_handlers={UserError: on_error}, lifespan=lifespan)
+    app.state.site = site
+    return app

@@ -1,0 +1,34 @@
+"""Runs an application on a free port of this machine, in a thread, for as long as a test needs it."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+
+@contextmanager
+def served(app: Any) -> Iterator[str]:
+    """Yield the address, such as http://127.0.0.1:49152. Raises RuntimeError where the server does not start."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        ready, startup = threading.Event(), server.startup
+
+        async def start(sockets=None) -> None:
+            await startup(sockets)
+            ready.set()
+
+        server.startup = start
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        try:
+            if not ready.wait(60) or not server.started:
+                raise RuntimeError("the server did not start")
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
