@@ -6,7 +6,7 @@ Each part of the page brings its ROUTES; guard.py stands before all of them.
 """
 
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -16,7 +16,9 @@ from starlette.routing import Route
 
 from nanochameleon.errors import UserError
 from nanochameleon.training.run import Run
+from nanochameleon.web.images import ROUTES as IMAGES
 from nanochameleon.web.refusals import on_error
+from nanochameleon.web.uploads import Uploads
 from nanochameleon.web.worker import Worker
 
 
@@ -28,6 +30,7 @@ class Site:
     run: Run
     worker: Worker
     red_team: Path | None = None  # the log
+    uploads: Uploads = field(default_factory=Uploads)
 
 
 async def healthz(request: Request) -> JSONResponse:
@@ -41,7 +44,7 @@ def application(site: Site) -> Starlette:
         yield
         site.worker.stop()
 
-    routes = [Route("/healthz", healthz)]
+    routes = [Route("/healthz", healthz), *IMAGES]
     app = Starlette(routes=routes, exception_handlers={UserError: on_error}, lifespan=lifespan)
     app.state.site = site
     return app
