@@ -6,8 +6,6 @@ Each part of the page brings its ROUTES; guard.py stands before all of them.
 """
 
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -15,22 +13,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from nanochameleon.errors import UserError
-from nanochameleon.training.run import Run
 from nanochameleon.web.images import ROUTES as IMAGES
 from nanochameleon.web.refusals import on_error
-from nanochameleon.web.uploads import Uploads
-from nanochameleon.web.worker import Worker
-
-
-@dataclass
-class Site:
-    """What handlers need. They find it in request.app.state.site."""
-
-    name: str  # of the model, as the API says it: never a path
-    run: Run
-    worker: Worker
-    red_team: Path | None = None  # the log
-    uploads: Uploads = field(default_factory=Uploads)
+from nanochameleon.web.site import Site
 
 
 async def healthz(request: Request) -> JSONResponse:

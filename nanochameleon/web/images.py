@@ -9,15 +9,13 @@ rest get 429 (uploads.py). Left out: addresses. Nothing is ever fetched.
 
 import base64
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import anyio
 import numpy as np
 import torch
 from PIL import Image as Pillow
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
@@ -29,13 +27,10 @@ from nanochameleon.images.tokenizer import Fit, load_square
 from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import read_codes
 from nanochameleon.web.refusals import Refused
-
-if TYPE_CHECKING:
-    from nanochameleon.web.app import Site
+from nanochameleon.web.site import Site
 
 MAX_IMAGE = 2**23  # bytes of a file
 MAX_DECODED = 64  # images that one request decodes
-SECONDS = 30  # in which a file must arrive
 DATA_URL = re.compile(r"data:image/[\w.+-]+(;[\w-]+=[\w-]+)*;base64", re.ASCII | re.IGNORECASE)
 NO_FETCH = "must be a data URL, data:image/png;base64,...: the server fetches nothing"
 UNREADABLE = f"the file is not an image that can be read: use a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -45,13 +40,13 @@ UNREADABLE = f"the file is not an image that can be read: use a whole {', '.join
 # Files and URLs
 
 
-async def read_image(data: bytes, site: "Site", fit: Fit = "crop") -> tuple[Image, np.ndarray]:
+async def read_image(data: bytes, site: Site, fit: Fit = "crop") -> tuple[Image, np.ndarray]:
     """Return a file's codes and its square, uint8 (R, R, 3). Raises Refused for a file that is no good image."""
     with site.uploads.place():
         return await encode(data, site, fit)
 
 
-async def encode(data: bytes, site: "Site", fit: Fit) -> tuple[Image, np.ndarray]:
+async def encode(data: bytes, site: Site, fit: Fit) -> tuple[Image, np.ndarray]:
     async with site.uploads.threads:
         square = await anyio.to_thread.run_sync(read_square, data, site.run.cfg.vqgan.resolution, fit)
     codes = await site.worker.call(lambda run: run.image_tokenizer.encode(square[None])[0].tolist())
@@ -92,7 +87,7 @@ def png_url(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
-async def urls_of(codes: Sequence[Sequence[int]], site: "Site") -> list[str]:
+async def urls_of(codes: Sequence[Sequence[int]], site: Site) -> list[str]:
     """Decode images, a batch of bounded size at a time: between two batches the model has time for other clients."""
     urls: list[str] = []
     size = site.run.image_tokenizer.batch_size
@@ -127,24 +122,11 @@ async def file_body(request: Request) -> bytes:
     if not (kind.startswith("image/") or kind == "application/octet-stream"):
         raise Refused("the body must have the content-type image/... or application/octet-stream", 415)
     data = bytearray()
-    async with in_time():
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > MAX_IMAGE:
-                raise Refused(f"the image has more than {MAX_IMAGE:,} bytes: use a smaller one", 413)
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_IMAGE:
+            raise Refused(f"the image has more than {MAX_IMAGE:,} bytes: use a smaller one", 413)
     return bytes(data)
-
-
-@asynccontextmanager
-async def in_time() -> AsyncIterator[None]:
-    """A client that sends a byte now and then would hold its place for ever."""
-    try:
-        with anyio.fail_after(SECONDS):
-            yield
-    except TimeoutError:
-        raise Refused(f"the image did not arrive in {SECONDS} seconds: send it again", 408) from None
-    except ClientDisconnect:
-        raise Refused("the client left") from None
 
 
 async def decode(request: Request) -> JSONResponse:

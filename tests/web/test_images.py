@@ -172,22 +172,6 @@ def test_a_hundred_at_once_are_served_or_sent_away_and_the_places_are_free_again
     assert codes.count(429) and codes[-1] == 200 and site.uploads.n == 0
 
 
-def test_who_sends_slowly_loses_the_place(client, site, monkeypatch):
-    monkeypatch.setattr(images, "SECONDS", 0.01)
-    app = application(site)
-
-    async def never():
-        yield b"\x89PNG"
-        await asyncio.Event().wait()
-
-    async def slow():
-        async with AsyncClient(transport=ASGITransport(app), base_url="http://x") as client:
-            return await client.post("/api/images", content=never(), headers=PNG)
-
-    answer = asyncio.run(slow())
-    assert answer.status_code == 408 and site.uploads.n == 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Codes
 

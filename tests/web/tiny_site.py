@@ -8,7 +8,7 @@ from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
-from nanochameleon.web.app import Site
+from nanochameleon.web.site import Site
 from nanochameleon.web.worker import Worker
 
 
