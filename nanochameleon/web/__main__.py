@@ -89,14 +89,11 @@ def listen(args: Args) -> socket.socket:
     return listening
 
 
-def open_site(args: Args) -> "Site":
-    from nanochameleon.web.app import Site
-
-    if args.study:
-        return Site(name="", study=args.study)
+def open_model_site(args: Args) -> "Site":
     from nanochameleon.generation.quantize import quantize_
-    from nanochameleon.web.worker import Worker
     from nanochameleon.weights.model_folder import open_model
+    from nanochameleon.web.app import Site
+    from nanochameleon.web.worker import Worker
 
     run = open_model(args.model, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
     if args.dtype == "int8":
@@ -106,11 +103,12 @@ def open_site(args: Args) -> "Site":
 
 def main(args: Args) -> None:
     args.check()
+    from nanochameleon.web import judge
     from nanochameleon.web.app import application
     from nanochameleon.web.server import serve
 
     with listen(args) as listening:
-        serve(application(open_site(args)), listening)
+        serve(application(judge.open_site(args.study) if args.study else open_model_site(args)), listening)
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

@@ -20,21 +20,22 @@ from nanochameleon.errors import UserError
 from nanochameleon.web import metrics, static_files
 from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.refusals import Refused, error_response, on_error
+from nanochameleon.web.static_files import page
 
 if TYPE_CHECKING:  # a study runs without torch
     from nanochameleon.training.run import Run
+    from nanochameleon.web.judge import StudySite
     from nanochameleon.web.worker import Worker
 
 
 @dataclass
 class Site:
-    """What handlers need. They find it in request.app.state.site. A study has no model."""
+    """What handlers need. They find it in request.app.state.site. A study has its own (judge.py)."""
 
     name: str  # of the model, as the API says it: never a path
-    run: "Run | None" = None
-    worker: "Worker | None" = None
+    run: "Run"
+    worker: "Worker"
     red_team: Path | None = None  # the log
-    study: Path | None = None  # the folder
     metrics: Metrics = field(default_factory=Metrics)
 
 
@@ -42,11 +43,14 @@ async def healthz(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ok"})
 
 
-def routes(site: Site) -> list[Route]:
-    common = [Route("/healthz", healthz), *metrics.ROUTES, *static_files.ROUTES]
-    if site.study:
-        return common
-    return [Route("/", static_files.page("index.html")), *common]
+def routes_of_model() -> list[Route]:
+    return [Route("/", page("index.html"))]
+
+
+def routes_of_study() -> list[Route]:
+    from nanochameleon.web import judge
+
+    return [Route("/", page("study.html")), *judge.ROUTES]
 
 
 async def on_http_error(_: Request, error: HTTPException) -> Response:
@@ -69,16 +73,18 @@ async def on_bug(_: Request, error: Exception) -> Response:
 HANDLERS = {UserError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect, Exception: on_bug}
 
 
-def application(site: Site) -> Starlette:
+def application(site: "Site | StudySite") -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette):
-        if site.worker:
+        if has_model:
             site.worker.start()
         yield
-        if site.worker:
-            site.worker.stop()
+        site.worker.stop() if has_model else site.votes.close()
 
-    app = Starlette(routes=routes(site), exception_handlers=HANDLERS, lifespan=lifespan)
+    has_model = isinstance(site, Site)
+    routes = routes_of_model() if has_model else routes_of_study()
+    routes += [Route("/healthz", healthz), *metrics.ROUTES, *static_files.ROUTES]
+    app = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would repeat what a client put into its Host header
     app.state.site, app.state.files = site, static_files.read_files()
     return app
