@@ -91,9 +91,9 @@ def listen(args: Args) -> socket.socket:
 
 def open_model_site(args: Args) -> "Site":
     from nanochameleon.generation.quantize import quantize_
-    from nanochameleon.weights.model_folder import open_model
     from nanochameleon.web.app import Site
     from nanochameleon.web.worker import Worker
+    from nanochameleon.weights.model_folder import open_model
 
     run = open_model(args.model, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
     if args.dtype == "int8":

@@ -33,7 +33,7 @@ class File:
 
 def read_files() -> dict[str, File]:
     """Every file of the folder, by name. The application keeps them in app.state.files."""
-    return {path.name: read(path) for path in sorted(FOLDER.iterdir()) if path.suffix in TYPES}
+    return {path.name: read(path) for path in sorted(FOLDER.glob("*")) if path.suffix in TYPES}
 
 
 def read(path: Path) -> File:
