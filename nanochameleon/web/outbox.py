@@ -8,6 +8,7 @@ So what waits is never more than the client's own samples hold.
 
 import asyncio
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,10 +77,8 @@ class Outbox:
 
     def wake(self) -> None:
         """Let the reader know that there is something to read."""
-        try:
+        with suppress(RuntimeError):  # its loop has ended, so nobody reads
             self.loop.call_soon_threadsafe(self.filled.set)
-        except RuntimeError:  # its loop has ended, so nobody reads
-            pass
 
     async def take(self) -> list[tuple[int, Event]]:
         """Wait for events, and return all of them. Raises the error once they have been read."""

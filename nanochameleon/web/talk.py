@@ -3,8 +3,8 @@
     GET  /api/settings   the model, and what may be asked of it
     POST /api/generate   {"turns", "mode", "options", "seed", "samples", "preview"} -> Server-Sent Events
 
-The events are {"mode"} first; then {"sample", "text"}, {"sample", "image_started"}, {"sample", "image": {"codes", "url",
-"complete"}} in the order in which they came; {"sample", "end"} for each sample. Sample i is that of sample.py --n.
+The first event is {"mode"}. Then come {"sample", "text"}, {"sample", "image_started"} and {"sample", "image": {"codes",
+"url", "complete"}} as they happen, and {"sample", "end"} for each sample. Sample i is that of sample.py --n.
 """
 
 import dataclasses
@@ -26,24 +26,24 @@ from nanochameleon.generation.prompts import MODALITY, Mode, stop_tokens
 from nanochameleon.generation.request import Request, make_request
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import Run
-from nanochameleon.web import conversation
+from nanochameleon.web import conversation, limits
 from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, prompt_tokens, read_turns, resolve
 from nanochameleon.web.images import png_url
+from nanochameleon.web.outbox import DecodedImage, Finished
 from nanochameleon.web.refusals import Refused
-from nanochameleon.web.worker import DecodedImage, Finished
-from nanochameleon.weights.ranges import MAX_NUMBER, out_of_range
+from nanochameleon.web.worker import Stream
+from nanochameleon.weights.ranges import out_of_range
 
 if TYPE_CHECKING:
-    from nanochameleon.web.app import Site
+    from nanochameleon.web.site import Site
 
 OPTIONS = {
     "temperature": float, "top_p": float, "top_k": int, "guidance_scale": float, "image_guidance_scale": float,
     "repetition_penalty": float, "max_new_tokens": int,
 }  # fmt: skip
 FIELDS = ("turns", "mode", "options", "seed", "samples", "preview")
-MAX_SAMPLES = 8
-
+MAX_SEED = 2**53 - 1  # the largest whole number that every reader of JSON keeps exactly
 # ---------------------------------------------------------------------------------------------------------------------
 # From JSON to the engine's requests
 
@@ -56,7 +56,7 @@ def check_fields(row: dict, known: tuple[str, ...], place: str = "") -> None:
 
 
 def read_options(row: dict, place: str = "") -> dict[str, int | float]:
-    """Return the options of sampling that an object gives, each of its type. Other fields are left alone."""
+    """Return the options of sampling that an object gives, each of its type; null is one that is left out."""
     read = {name: field(row, name, kind, None, place) for name, kind in OPTIONS.items()}
     return {name: value for name, value in read.items() if value is not None}
 
@@ -116,7 +116,7 @@ def read_body(row: dict, run: Run) -> tuple[Mode, list[Request]]:
         raise Refused(f"mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param="mode")
     options = field(row, "options", dict, {})
     check_fields(options, tuple(OPTIONS), "options.")
-    seed, n = read_whole(row, "seed", 0, 0, MAX_NUMBER), read_whole(row, "samples", 1, 1, MAX_SAMPLES)
+    seed, n = read_whole(row, "seed", 0, 0, MAX_SEED), read_whole(row, "samples", 1, 1, limits.SAMPLES)
     resolved, document = resolve(mode, read_turns(row, run), run)
     return resolved, make_requests(run, resolved, document, read_options(options, "options."), seed, n, "options.")
 
@@ -130,15 +130,15 @@ async def generate(request: HTTPRequest) -> Response:
     row = await json_body(request)
     preview = field(row, "preview", bool, False)
     mode, requests = await anyio.to_thread.run_sync(read_body, row, site.run)  # a long text takes a while
-    return event_stream(events(site, mode, requests, preview))
+    return event_stream(events(mode, len(requests[0].prompt), site.worker.streams(requests, preview)))
 
 
-async def events(site: "Site", mode: Mode, requests: list[Request], preview: bool) -> AsyncIterator[dict]:
+async def events(mode: Mode, n_prompt: int, stream: Stream) -> AsyncIterator[dict]:
     """Yield the events of /api/generate."""
-    start, prompt = time.perf_counter(), len(requests[0].prompt)
+    start = time.perf_counter()
     yield {"mode": mode}
-    async with aclosing(site.worker.streams(requests, preview)) as merged:
-        async for sample, event in merged:
+    async with aclosing(stream):
+        async for sample, event in stream:
             if isinstance(event, Text):
                 yield {"sample": sample, "text": event.text}
             elif isinstance(event, ImageStarted):
@@ -150,7 +150,7 @@ async def events(site: "Site", mode: Mode, requests: list[Request], preview: boo
             elif isinstance(event, Finished):
                 seconds = round(time.perf_counter() - start, 3)
                 reason = "stop" if event.stopped else "length"
-                counts = {"new_tokens": len(event.tokens), "prompt_tokens": prompt, "seconds": seconds}
+                counts = {"new_tokens": len(event.tokens), "prompt_tokens": n_prompt, "seconds": seconds}
                 yield {"sample": sample, "end": {"reason": reason, **counts}}
 
 
@@ -164,12 +164,12 @@ async def settings(request: HTTPRequest) -> JSONResponse:
         "aligned": run.cfg.train.assistant_only_loss,
     }  # fmt: skip
     modes = [mode for mode in AUTO_MODES if images.can_draw or MODALITY.get(mode, "text") == "text"]
-    limits = {
-        "samples": MAX_SAMPLES, "seed": MAX_NUMBER, "turns": conversation.MAX_TURNS,
+    most = {
+        "samples": limits.SAMPLES, "seed": MAX_SEED, "turns": conversation.MAX_TURNS,
         "segments": conversation.MAX_SEGMENTS, "text": conversation.MAX_TEXT,
     }  # fmt: skip
     return JSONResponse({
-        "model": model, "modes": modes, "defaults": dataclasses.asdict(run.cfg.sample), "limits": limits,
+        "model": model, "modes": modes, "defaults": dataclasses.asdict(run.cfg.sample), "limits": most,
         "red_team": site.red_team is not None,
     })  # fmt: skip
 

@@ -24,7 +24,6 @@ import torch
 
 from nanochameleon.config import SamplingParams
 from nanochameleon.documents import Image
-from nanochameleon.errors import UserError
 from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.events import Detokenizer, End
 from nanochameleon.generation.request import Request, RequestOutput, cfg_branches, make_request
@@ -309,7 +308,9 @@ class Worker:
         start = time.perf_counter()
         self.admit()
         watched = any(sample.client.preview for sample in self.running.values())
-        self.engine.max_steps_between_syncs = min(self.steps, self.engine.image_len // PREVIEWS or 1) if watched else self.steps
+        self.engine.max_steps_between_syncs = (
+            min(self.steps, self.engine.image_len // PREVIEWS or 1) if watched else self.steps
+        )
         try:
             outputs = self.engine.step()
         except Exception as error:
