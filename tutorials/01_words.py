@@ -298,5 +298,5 @@ check("words.unstable", my_unstable)
 # encoding. `merge_word` there encodes a word of a million letters without hanging. Next: [lesson 2](02_images.ipynb)
 # does to images what this one did to text.
 #
-# To see the tokens of any conversation, run `make web` and turn on **Tokens** on its page ([docs/web.md](../docs/web.md)).
-# It shows text pieces and image codes in one sequence, each with its number and its probability.
+# `make web` opens a page that talks to a model ([docs/web.md](../docs/web.md)). Its switch **Tokens** shows text pieces
+# and image codes in one sequence, each with its number and its probability.
