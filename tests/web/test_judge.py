@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from nanochameleon.errors import UserError
@@ -23,7 +22,7 @@ from nanochameleon.evaluate.people.prompts import Prompt
 from nanochameleon.evaluate.people.tables import all_tables
 from nanochameleon.images.terminal import png
 from nanochameleon.web import judge
-from nanochameleon.web.refusals import on_error
+from nanochameleon.web.app import application
 
 MODELS = ("secretive", "Hidden-7B")
 
@@ -43,19 +42,12 @@ def make_study(folder: Path, n: int = 3, **more) -> None:
     build(folder / "study", prompts, answers, **{"duplicates": 0.5, "attention": 1} | more)
 
 
-def application(site: judge.StudySite) -> Starlette:
-    app = Starlette(routes=judge.ROUTES, exception_handlers={UserError: on_error})
-    app.state.site = site
-    return app
-
-
 @contextmanager
 def opened(folder: Path, locked: float = 5.0):
     """Yield a client of a server of the study, and its site."""
     site = judge.open_site(folder, locked)
-    with TestClient(application(site)) as client:
+    with TestClient(application(site), base_url="http://127.0.0.1") as client:
         yield client, site
-    site.votes.close()
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +281,7 @@ def test_vote_that_waits_for_the_database_does_not_hold_up_other_requests(study_
 
     async def run():
         transport = httpx.ASGITransport(application(site))
-        async with httpx.AsyncClient(transport=transport, base_url="http://study") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             body = vote_of((await client.post("/api/study/next", json={"annotator": "ann"})).json())
             other.execute("BEGIN IMMEDIATE")
             waiting = asyncio.create_task(client.post("/api/study/vote", json=body))
@@ -374,8 +366,9 @@ def test_study_is_served_without_torch(study_folder):
     code = f"""
 import sys, pathlib
 from nanochameleon.web import judge
+from nanochameleon.web.app import application
 site = judge.open_site(pathlib.Path({str(study_folder)!r}))
-judge.screen(site, "ann"), judge.count(site, judge.tag_of_votes(site))
+application(site), judge.screen(site, "ann"), judge.count(site, judge.tag_of_votes(site))
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
