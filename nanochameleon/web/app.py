@@ -16,6 +16,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.web.images import ROUTES as IMAGES
 from nanochameleon.web.refusals import on_error
 from nanochameleon.web.site import Site
+from nanochameleon.web.tokens import ROUTES as TOKENS
 
 
 async def healthz(request: Request) -> JSONResponse:
@@ -29,7 +30,7 @@ def application(site: Site) -> Starlette:
         yield
         site.worker.stop()
 
-    routes = [Route("/healthz", healthz), *IMAGES]
+    routes = [Route("/healthz", healthz), *IMAGES, *TOKENS]
     app = Starlette(routes=routes, exception_handlers={UserError: on_error}, lifespan=lifespan)
     app.state.site = site
     return app
