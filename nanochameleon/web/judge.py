@@ -37,6 +37,7 @@ from nanochameleon.evaluate.people.study import KEY, Key, Segments, Study, check
 from nanochameleon.evaluate.people.tables import all_tables
 from nanochameleon.web.bodies import field as read_field
 from nanochameleon.web.bodies import json_body
+from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.refusals import Refused
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ class StudySite:
     turn: anyio.CapacityLimiter = field(default_factory=partial(anyio.CapacityLimiter, 1))  # of requests for votes
     counting: anyio.CapacityLimiter = field(default_factory=partial(anyio.CapacityLimiter, 1))
     counted: dict[str, dict] = field(default_factory=dict)  # {ETag: results}; only the newest
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 def open_site(folder: Path, locked: float = LOCKED) -> StudySite:
