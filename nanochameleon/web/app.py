@@ -64,7 +64,7 @@ def application(site: "Site | StudySite") -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette):
         if has_model:
-            site.worker.start()
+            site.worker.start(site.metrics)
         yield
         site.worker.stop() if has_model else site.votes.close()
 
