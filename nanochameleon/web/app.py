@@ -16,6 +16,8 @@ from starlette.routing import Route
 
 from nanochameleon.errors import UserError
 from nanochameleon.web import metrics, static_files
+from nanochameleon.web.guard import Guard
+from nanochameleon.web.head import Access
 from nanochameleon.web.refusals import Refused, error_response, on_error
 from nanochameleon.web.site import Site
 from nanochameleon.web.static_files import page
@@ -60,7 +62,7 @@ async def on_bug(_: Request, error: Exception) -> Response:
 HANDLERS = {UserError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect, Exception: on_bug}
 
 
-def application(site: "Site | StudySite") -> Starlette:
+def application(site: "Site | StudySite", access: Access | None = None) -> Guard:
     @asynccontextmanager
     async def lifespan(_: Starlette):
         if has_model:
@@ -74,4 +76,4 @@ def application(site: "Site | StudySite") -> Starlette:
     app = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would repeat what a client put into its Host header
     app.state.site, app.state.files = site, static_files.read_files()
-    return app
+    return Guard(app, site.metrics, access or Access())
