@@ -31,9 +31,9 @@ async def healthz(request: Request) -> JSONResponse:
 
 
 def routes_of_model() -> list[Route]:
-    from nanochameleon.web import images
+    from nanochameleon.web import images, talk  # a study runs without torch
 
-    return [Route("/", page("index.html")), *images.ROUTES]
+    return [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES]
 
 
 def routes_of_study() -> list[Route]:

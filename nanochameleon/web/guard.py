@@ -115,7 +115,7 @@ class Guard:
         return None
 
     def compare(self, given: str, address: str) -> None:
-        """Raises Refused for a wrong token. After several of them the right one must wait, too: else one could guess."""
+        """Raises Refused for a wrong token. After several the right one must wait, too: else one could guess."""
         if seconds := self.wrong_tokens.wait(address):
             raise busy("too many wrong tokens: try again later", math.ceil(seconds))
         if not hmac.compare_digest(given.encode(), self.access.token.encode()):

@@ -11,6 +11,7 @@ from nanochameleon.web import limits
 from nanochameleon.web.refusals import Refused
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+BODY_TYPES = ("application/json", "application/octet-stream")  # and image/*
 PAGES = ("/", "/owner")  # a link on any site may lead to them
 NAME = "this server does not answer to that name: open it by its own address, or start it with --allow-host NAME"
 FOREIGN = "this request came from the page of another site: open this server's own page"
@@ -84,14 +85,14 @@ def is_link(head: Head) -> bool:
 
 
 def check_body(head: Head) -> None:
-    """Check what the head says of the body. A form of another site can send neither of the two content-types."""
+    """Check what the head says of the body. No form can send these content-types, so none of another site can post."""
     length = head.get("content-length") or "0"
     if not (length.isascii() and length.isdecimal()):
         raise Refused("the content-length is no number")
     if len(length) > 15 or int(length) > limits.BODY:
         raise too_long()
     kind = head.get("content-type").partition(";")[0].strip().lower()
-    if head.method == "POST" and kind != "application/json" and not kind.startswith("image/"):
+    if head.method == "POST" and kind not in BODY_TYPES and not kind.startswith("image/"):
         raise Refused("the content-type must be application/json, or that of an image", 415)
 
 
