@@ -35,7 +35,7 @@ class Head:
 
     def __init__(self, scope: Scope):
         self.method, self.path, self.query = scope["method"], scope["path"], scope["query_string"]
-        self.port = scope["server"][1]
+        self.port = (scope.get("server") or ("", None))[1] or 80
         self.address = scope["client"][0] if scope.get("client") else ""
         self.headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
