@@ -170,6 +170,26 @@ def test_previews_take_a_fifth_of_the_time(monkeypatch):
         assert times[0] > clock[0] - n * 0.7  # each has its turn
 
 
+def test_metrics_count_what_was_made():
+    metrics, requests = Metrics(), [request(0, "text"), request(1, "image"), request(2, "image")]
+    worker = Worker(tiny_run(), n_slots=4)
+    worker.start(metrics)
+    try:
+        ends = [events[-1] for events in outcomes(worker, requests)]
+        slots_in_use(worker)
+    finally:
+        worker.stop()
+    n_image = sum(tiny.VOCAB.is_image(token) for end in ends for token in end.tokens)
+    n_text = sum(len(end.tokens) for end in ends) - n_image
+    lines = metrics.text().splitlines()
+    assert n_image == 2 * tiny.N_CODES
+    for line in (
+        f'tokens_total{{modality="image"}} {n_image}', f'tokens_total{{modality="text"}} {n_text}',
+        "requests_waiting 0", "slots_in_use 0", "seconds_to_first_token_count 3",
+    ):  # fmt: skip
+        assert f"nanochameleon_{line}" in lines
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Clients that leave, too many clients, the end
 
