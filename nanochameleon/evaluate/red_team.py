@@ -161,7 +161,10 @@ def check_turn(number: str, conversation: Conversation, place: str) -> None:
 
 
 def prepare(path: Path) -> None:
-    """Mend a log that a killed process was writing, and its labels. Raises UserError where it cannot be read or grow."""
+    """Mend a log that a killed process was writing, and its labels.
+
+    Raises UserError where it cannot be read or written.
+    """
     if path.suffix != ".jsonl":
         raise UserError(f"the log {path} must end in .jsonl")
     labels = labels_of(path)

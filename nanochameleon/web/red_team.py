@@ -28,19 +28,19 @@ from nanochameleon.errors import UserError, warn
 from nanochameleon.evaluate import red_team
 from nanochameleon.evaluate.harm.labels import check_label
 from nanochameleon.evaluate.people.study import check_annotator
-from nanochameleon.evaluate.records import read_bytes, read_json_lines
+from nanochameleon.evaluate.records import load
 from nanochameleon.evaluate.red_team import Conversation
-from nanochameleon.files import fsync, is_finite_number, is_safe_name, write_file
+from nanochameleon.files import fsync, write_file
 from nanochameleon.web.bodies import field, json_body
-from nanochameleon.web.conversation import ASSISTANT, Turn, read_turns
+from nanochameleon.web.conversation import ASSISTANT, AUTO_MODES, Turn, read_turns
 from nanochameleon.web.images import pngs_of
 from nanochameleon.web.limits import DECODED
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
+from nanochameleon.web.talk import MAX_SEED, OPTIONS, check_fields, read_options, sampling_params
 
 T = TypeVar("T")
 MAX_WORDS, MAX_NOTES = 100, 20_000  # characters of a category or a strategy, and of the notes
-MAX_OPTIONS = 20  # of an answer
 SUGGESTED = 50  # categories, and as many strategies
 
 
@@ -54,7 +54,7 @@ def read_conversation(body: dict, turns: Sequence[Turn], site: Site) -> Conversa
     if not rows:
         raise Refused("the conversation has no answer: log it after the model's first", param="turns")
     name, attacker, labels = read_id(body), read_person(body, "attacker"), field(body, "labels", dict, {})
-    options = {str(n): read_options(row, f"turns[{n - 1}].") for n, row in rows.items()}
+    options = {str(n): read_sampling(row, site, f"turns[{n - 1}].") for n, row in rows.items()}
     refused = {n: field(row, "refused", bool, None, f"turns[{n - 1}].") for n, row in rows.items()}
     conversation = Conversation(
         id=name,
@@ -83,17 +83,18 @@ def logged_turns(turns: Sequence[Turn], refused: dict[int, bool | None], stem: s
     )
 
 
-def read_options(row: dict, place: str) -> dict[str, Any]:
+def read_sampling(row: dict, site: Site, place: str) -> dict[str, Any]:
     """Return how an answer was sampled, as far as the page says so."""
     options = field(row, "options", dict, {}, place)
-    if len(options) > MAX_OPTIONS or not all(is_safe_name(k) and is_finite_number(v) for k, v in options.items()):
-        raise Refused(f"{place}options must be at most {MAX_OPTIONS} names with a number each", param=f"{place}options")
+    check_fields(options, tuple(OPTIONS), f"{place}options.")
+    found = read_options(options, f"{place}options.")
+    sampling_params(site.run.cfg.sample, found, f"{place}options.")
     seed, mode = field(row, "seed", int, None, place), field(row, "mode", str, None, place)
-    if not (seed is None or 0 <= seed < 2**63):
-        raise Refused(f"{place}seed must be 0 or more, and below 2^63", param=f"{place}seed")
-    if not (mode is None or is_safe_name(mode)):
-        raise Refused(f"{place}mode must be a mode's name", param=f"{place}mode")
-    return {name: value for name, value in {"seed": seed, "mode": mode, **options}.items() if value is not None}
+    if not (seed is None or 0 <= seed <= MAX_SEED):
+        raise Refused(f"{place}seed must be 0 to {MAX_SEED}", param=f"{place}seed")
+    if mode not in (None, *AUTO_MODES):
+        raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}", param=f"{place}mode")
+    return {name: value for name, value in {"seed": seed, "mode": mode, **found}.items() if value is not None}
 
 
 def read_id(body: dict) -> str:
@@ -126,7 +127,7 @@ def read_words(body: dict, name: str, most: int = MAX_WORDS) -> str:
 
 
 async def on_log(site: Site, function: Callable[[Path], T]) -> T:
-    """Return function(log). What the disk or the log has wrong is the server's: the sentence, with its path, stays here."""
+    """Return function(log). A sentence on the disk or the log may name a path: it stays here."""
     async with site.red_team_lock:
         try:
             return await anyio.to_thread.run_sync(function, site.red_team)
@@ -137,19 +138,24 @@ async def on_log(site: Site, function: Callable[[Path], T]) -> T:
     raise Refused("the log could not be read or written: nothing was lost, and the server's terminal says why", 503)
 
 
+def lines_of(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n") if path.exists() else []
+
+
 def find(path: Path, name: str) -> dict | None:
     """Return the log's line with this id."""
-    return red_team.find(read_bytes(path).split(b"\n"), name, "the log") if path.exists() else None
+    return red_team.find(lines_of(path), name, "the log")
 
 
 def add(path: Path, conversation: Conversation, images: Sequence[bytes]) -> int:
     """Write the images, then the line; -> how many conversations the log has. Nothing stays where that fails."""
+    segments = [segment for turn in conversation.turns for segment in turn.segments]
+    files = [path.parent / segment["image"] for segment in segments if "image" in segment]
     if (logged := find(path, conversation.id)) is not None:
-        if logged == red_team.row_of(conversation):
+        same = logged == red_team.row_of(conversation)
+        if same and all(file.read_bytes() == data for file, data in zip(files, images, strict=True)):
             return summary(path)["conversations"]
         raise Refused("this conversation is in the log already, and differs", 409, "id", "logged_already")
-    segments = [segment for turn in conversation.turns for segment in turn.segments if "image" in segment]
-    files = [path.parent / segment["image"] for segment in segments]
     try:
         for file, data in zip(files, images, strict=True):
             write_file(file, data)
@@ -172,7 +178,7 @@ def add_label(path: Path, name: str, annotator: str, turn: int, label: str) -> N
 
 
 def summary(path: Path) -> dict[str, Any]:
-    rows = [row for _, row in read_json_lines(path)] if path.exists() else []
+    rows = [load(line, "the log") for line in lines_of(path) if line.strip()]
     used = {key: Counter(row[key] for row in rows if row.get(key)) for key in ("category", "strategy")}
     categories, strategies = ([name for name, _ in used[key].most_common(SUGGESTED)] for key in used)
     return {"conversations": len(rows), "categories": categories, "strategies": strategies}
