@@ -6,9 +6,9 @@
     POST /api/red-team/labels    {"id", "annotator", "turn", "label"}: given after logging -> {}
 
 The id is a random UUID that the page makes: a conversation that is sent again, since an answer was lost, is one line.
-Turns are those of conversation.py; an answer may also have "refused", "seed", "mode" and "options". The log's seed is
-that of the first answer, its options are those of all answers, by turn. Images are decoded from their codes, so they
-are what the model saw; their files are on the disk before the line that names them.
+Turns are those of conversation.py; an answer may also have "refused", "seed", "sample", "mode" and "options". The log's
+seed is that of the first answer, its options are those of all answers, by turn. Images are decoded from their codes, so
+they are what the model saw; their files are on the disk before the line that names them.
 """
 
 import uuid
@@ -89,12 +89,13 @@ def read_sampling(row: dict, site: Site, place: str) -> dict[str, Any]:
     check_fields(options, tuple(OPTIONS), f"{place}options.")
     found = read_options(options, f"{place}options.")
     sampling_params(site.run.cfg.sample, found, f"{place}options.")
-    seed, mode = field(row, "seed", int, None, place), field(row, "mode", str, None, place)
-    if not (seed is None or 0 <= seed <= MAX_SEED):
-        raise Refused(f"{place}seed must be 0 to {MAX_SEED}", param=f"{place}seed")
+    numbers = {name: field(row, name, int, None, place) for name in ("seed", "sample")}
+    if wrong := [name for name, value in numbers.items() if value is not None and not 0 <= value <= MAX_SEED]:
+        raise Refused(f"{place}{wrong[0]} must be 0 to {MAX_SEED}", param=f"{place}{wrong[0]}")
+    mode = field(row, "mode", str, None, place)
     if mode not in (None, *AUTO_MODES):
         raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}", param=f"{place}mode")
-    return {name: value for name, value in {"seed": seed, "mode": mode, **found}.items() if value is not None}
+    return {name: value for name, value in {**numbers, "mode": mode, **found}.items() if value is not None}
 
 
 def read_id(body: dict) -> str:

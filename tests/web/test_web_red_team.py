@@ -24,6 +24,7 @@ from nanochameleon.errors import UserError
 from nanochameleon.evaluate import red_team, safety
 from nanochameleon.evaluate.harm.labels import LABELS
 from nanochameleon.evaluate.red_team import Conversation, Turn
+from nanochameleon.web.__main__ import start
 from nanochameleon.web.app import application
 from nanochameleon.web.red_team import add
 
@@ -47,7 +48,14 @@ def body(said=("safe",), **more) -> dict:
     for number in range(len(said)):
         turns += [
             {"role": "user", "segments": [{"text": f"ask {number}"}]},
-            {"role": "assistant", "segments": [{"text": "no"}], "refused": True, "seed": number, "mode": "chat"},
+            {
+                "role": "assistant",
+                "segments": [{"text": "no"}],
+                "refused": True,
+                "seed": number,
+                "sample": 1,
+                "mode": "chat",
+            },
         ]
     labels = {str(2 * n): label for n, label in enumerate(said, 1) if label}
     return {"id": str(uuid.uuid4()), "attacker": "ann", "turns": turns, "labels": labels, "category": "tickling"} | more
@@ -84,7 +92,7 @@ def test_a_conversation_is_logged_whole(client, log):
                 Turn("user", [{"text": "ask 0"}, {"image": names[0]}, {"text": "this"}, {"image": names[1]}]),
                 Turn("assistant", [{"text": "no"}, {"image": names[2]}], True),
             ),
-            {"2": {"seed": 0, "mode": "chat", "temperature": 0.5, "max_new_tokens": 7}},
+            {"2": {"seed": 0, "sample": 1, "mode": "chat", "temperature": 0.5, "max_new_tokens": 7}},
             "tickling", "role play", {"ann": {"2": "unsafe"}}, "a\nb",
         )
     ]  # fmt: skip
@@ -229,6 +237,7 @@ def test_a_bad_conversation_is_refused_and_nothing_is_written(client, log, chang
         ({"seed": -1}, "turns[1].seed"),
         ({"seed": 2**53}, "turns[1].seed"),
         ({"seed": True}, "turns[1].seed"),
+        ({"sample": -1}, "turns[1].sample"),
         ({"mode": "../x"}, "turns[1].mode"),
         ({"options": [1]}, "turns[1].options"),
         ({"options": {"temperature": -1}}, "turns[1].options.temperature"),
@@ -344,6 +353,28 @@ def test_a_killed_server_loses_no_conversation_that_it_confirmed(log):
         process.join()
         red_team.prepare(log)  # as the next start of the server does
         assert {each.id for each in red_team.read(log)} >= set(confirmed)
+
+
+def test_a_log_is_mended_or_refused_before_a_model_is_loaded(log):
+    (log.parent / "a.txt").write_text("")
+    (log.parent / "bad.jsonl").write_text('{"id": 1}\n')
+    (log.parent / "folder.jsonl").mkdir()
+    for name, said in (
+        ("a.txt", "must end in .jsonl"),
+        ("bad.jsonl", "bad.jsonl:1 has no 'attacker'"),
+        ("folder.jsonl", "cannot write"),
+        ("a.txt/log.jsonl", "cannot write"),
+    ):
+        with pytest.raises(UserError, match=said):
+            start([str(log.parent / "no-model"), "--red-team", str(log.parent / name)])
+    with pytest.raises(UserError, match="--red-team is for a model"):
+        start(["--study", str(log.parent), "--red-team", str(log)])
+    red_team.write(log, Conversation("c1", "ann", "tiny", 0, (Turn("assistant", [{"text": "no"}]),)))
+    whole = log.read_bytes()
+    log.write_bytes(whole + whole[:-9])
+    red_team.labels_of(log).write_text('{"id": "c1", ')
+    red_team.prepare(log)
+    assert log.read_bytes() == whole and not red_team.labels_of(log).exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
