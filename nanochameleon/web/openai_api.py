@@ -9,8 +9,6 @@
 Errors are OpenAI's, too (refusals.py). Left out: everything else of that API.
 """
 
-from typing import TYPE_CHECKING
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -18,12 +16,10 @@ from starlette.routing import Route
 from nanochameleon.web.openai_chat import chat_completions
 from nanochameleon.web.openai_fields import check_model
 from nanochameleon.web.openai_images import images_generations
-
-if TYPE_CHECKING:
-    from nanochameleon.web.app import Site
+from nanochameleon.web.site import Site
 
 
-def describe(site: "Site") -> dict:
+def describe(site: Site) -> dict:
     # OpenAI's type needs a time. That of a file would tell something of the disk.
     return {"id": site.name, "object": "model", "created": 0, "owned_by": "nanochameleon"}
 

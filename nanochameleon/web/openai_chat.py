@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 from starlette.requests import Request as HTTPRequest
@@ -27,12 +27,10 @@ from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, Turn, resolve
 from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed, read_stops
 from nanochameleon.web.openai_messages import NO_TOOLS, read_messages
-from nanochameleon.web.openai_samples import Ended, answers, image_part, unless_left
+from nanochameleon.web.openai_samples import Ended, Piece, answers, image_part, open_streams, unless_left
 from nanochameleon.web.refusals import Refused
+from nanochameleon.web.site import Site
 from nanochameleon.web.talk import make_requests, read_options
-
-if TYPE_CHECKING:
-    from nanochameleon.web.app import Site
 
 FIELDS = SAMPLING | {
     "messages", "model", "n", "seed", "stop", "max_tokens", "max_completion_tokens", "modalities", "mode", "stream",
@@ -51,6 +49,7 @@ NEUTRAL = {
     "presence_penalty": ([0], USE_PENALTY),
     "logit_bias": ([{}], "single tokens cannot be favoured"),
 }
+Samples = AsyncIterator[tuple[int, Piece]]
 MODES = {("image",): "draw", ("text",): "answer", ("image", "text"): "chat"}  # of the modalities, sorted
 
 
@@ -68,7 +67,7 @@ class Chat:
 # The body
 
 
-async def read_chat(body: dict, site: "Site") -> Chat:
+async def read_chat(body: dict, site: Site) -> Chat:
     check_fields(body, FIELDS, NEUTRAL)
     check_model(body, site.name)
     mode, stops, n, seed = read_mode(body), read_stops(body), read_n(body), read_seed(body)
@@ -115,10 +114,10 @@ def read_max_tokens(body: dict) -> dict[str, int]:
 # The answer, whole
 
 
-async def complete(site: "Site", chat: Chat) -> JSONResponse:
+async def complete(chat: Chat, samples: Samples) -> JSONResponse:
     parts: list[list[dict]] = [[] for _ in chat.requests]
     ends: dict[int, Ended] = {}
-    async with aclosing(answers(site, chat.requests, chat.stops)) as pieces:
+    async with aclosing(samples) as pieces:
         async for sample, piece in pieces:
             if isinstance(piece, Ended):
                 ends[sample] = piece
@@ -161,13 +160,13 @@ def usage(chat: Chat, ends: dict[int, Ended]) -> dict[str, int]:
 # The answer, streamed
 
 
-async def chunks(site: "Site", chat: Chat) -> AsyncIterator[dict | str]:
+async def chunks(chat: Chat, samples: Samples) -> AsyncIterator[dict | str]:
     """Yield chunks as OpenAI sends them: roles, deltas, the reason of each end, the usage where it is wanted."""
     for sample in range(len(chat.requests)):
         yield chunk(chat, sample, {"role": "assistant", "content": ""})
     ends: dict[int, Ended] = {}
     n_images = [0] * len(chat.requests)
-    async with aclosing(answers(site, chat.requests, chat.stops)) as pieces:
+    async with aclosing(samples) as pieces:
         async for sample, piece in pieces:
             if isinstance(piece, Ended):
                 ends[sample] = piece
@@ -194,6 +193,7 @@ async def chat_completions(request: HTTPRequest) -> Response:
     body = await json_body(request)
     streamed = field(body, "stream", bool, False)
     chat = await read_chat(body, site)
+    samples = answers(open_streams(site, chat.requests), site.run.tokenizer, chat.stops)
     if streamed:
-        return event_stream(chunks(site, chat))
-    return await unless_left(request, complete(site, chat))
+        return event_stream(chunks(chat, samples))
+    return await unless_left(request, complete(chat, samples))

@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nanochameleon.errors import shown
+from nanochameleon.web import limits
 from nanochameleon.web.bodies import field
 from nanochameleon.web.refusals import Refused
-from nanochameleon.web.talk import MAX_SAMPLES, OPTIONS, read_whole
+from nanochameleon.web.talk import OPTIONS, read_whole
 from nanochameleon.weights.ranges import MAX_NUMBER
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 100
@@ -45,12 +46,12 @@ def check_model(body: dict, served: str) -> None:
 
 
 def read_n(body: dict) -> int:
-    return read_whole(body, "n", 1, 1, MAX_SAMPLES)
+    return read_whole(body, "n", 1, 1, limits.SAMPLES)
 
 
 def read_seed(body: dict) -> int:
     """The given seed, or a random one, which the answer names."""
-    return read_whole(body, "seed", secrets.randbelow(MAX_NUMBER), 0, MAX_NUMBER)
+    return read_whole(body, "seed", secrets.randbelow(2**31), 0, MAX_NUMBER)
 
 
 def read_stops(body: dict) -> tuple[str, ...]:

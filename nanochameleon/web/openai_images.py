@@ -7,7 +7,6 @@ draw gives an image every time, and its images of "a big red star on white" and 
 
 import time
 from contextlib import aclosing
-from typing import TYPE_CHECKING
 
 import anyio
 from starlette.requests import Request as HTTPRequest
@@ -17,13 +16,11 @@ from nanochameleon.documents import Text
 from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import MAX_TEXT
 from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed
-from nanochameleon.web.openai_samples import Ended, answers, image_part, unless_left
+from nanochameleon.web.openai_samples import Ended, answers, image_part, open_streams, unless_left
 from nanochameleon.web.refusals import Refused
+from nanochameleon.web.site import Site
 from nanochameleon.web.talk import make_requests, read_options
 from nanochameleon.web.worker import DecodedImage
-
-if TYPE_CHECKING:
-    from nanochameleon.web.app import Site
 
 FIELDS = SAMPLING | {"prompt", "model", "n", "seed"}
 NO_STREAM = "images come whole here: ask /v1/chat/completions for a stream"
@@ -40,7 +37,7 @@ def neutral(side: int) -> dict:
     }
 
 
-async def generate(site: "Site", body: dict) -> JSONResponse:
+async def generate(site: Site, body: dict) -> JSONResponse:
     side = site.run.cfg.vqgan.resolution
     check_fields(body, FIELDS, neutral(side))
     check_model(body, site.name)
@@ -50,7 +47,7 @@ async def generate(site: "Site", body: dict) -> JSONResponse:
     how = site.run, "draw", [Text(prompt)], read_options(body), seed, n
     requests = await anyio.to_thread.run_sync(make_requests, *how)
     data, n_new = [{}] * n, 0
-    async with aclosing(answers(site, requests)) as pieces:
+    async with aclosing(answers(open_streams(site, requests), site.run.tokenizer)) as pieces:
         async for sample, piece in pieces:
             if isinstance(piece, DecodedImage):
                 part = await image_part(piece)

@@ -12,7 +12,7 @@ read as the user's, which puts it at the beginning, and neighbouring messages of
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from nanochameleon.documents import Image, Text
 from nanochameleon.training.run import Run
@@ -21,9 +21,7 @@ from nanochameleon.web.conversation import ASSISTANT, MAX_SEGMENTS, MAX_TEXT, MA
 from nanochameleon.web.images import from_data_url, read_image
 from nanochameleon.web.openai_fields import check_fields
 from nanochameleon.web.refusals import Refused
-
-if TYPE_CHECKING:
-    from nanochameleon.web.app import Site
+from nanochameleon.web.site import Site
 
 SPEAKERS = {"user": USER, "system": USER, "developer": USER, "assistant": ASSISTANT}
 FIELDS = ("role", "content", "images", "parts", "name", "refusal", "annotations")
@@ -31,10 +29,19 @@ NO_TOOLS = "this model calls no tools"
 NEUTRAL = {"tool_calls": ([[]], NO_TOOLS), "function_call": ([], NO_TOOLS), "audio": ([], "this model hears nothing")}
 FORM_OF_PARTS = '{"type": "text", "text": "..."} or {"type": "image", "image": 0}'
 
-Unread = Text | Image | bytes  # bytes: of an image file
+
+@dataclass(frozen=True)
+class ImageFile:
+    """The bytes of an image that is not decoded yet, and the field that they came in."""
+
+    data: bytes
+    place: str
 
 
-async def read_messages(body: dict, site: "Site") -> list[Turn]:
+Unread = Text | Image | ImageFile
+
+
+async def read_messages(body: dict, site: Site) -> list[Turn]:
     """Return the checked "messages" of a body. All but the pixels is checked before the first image is decoded."""
     messages = field(body, "messages", list)
     if not 1 <= len(messages) <= MAX_TURNS:
@@ -63,8 +70,13 @@ def check_conversation(spoken: Sequence[tuple[str, list[Unread]]], run: Run) -> 
         raise Refused(f"messages have {n_images} images, which do not fit in a context of {context}", param="messages")
 
 
-async def read_pixels(segment: Unread, site: "Site") -> Text | Image:
-    return (await read_image(segment, site))[0] if isinstance(segment, bytes) else segment
+async def read_pixels(segment: Unread, site: Site) -> Text | Image:
+    if not isinstance(segment, ImageFile):
+        return segment
+    try:
+        return (await read_image(segment.data, site))[0]
+    except Refused as error:
+        raise Refused(f"{segment.place}: {error}", error.status, segment.place, error.code, error.retry_after) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,14 +118,15 @@ def read_part(part: object, place: str, run: Run) -> Unread:
     return read_image_part(part, place, run)
 
 
-def read_image_part(part: object, place: str, run: Run) -> Image | bytes:
+def read_image_part(part: object, place: str, run: Run) -> Image | ImageFile:
     """Return the image's codes where they are given, or the bytes in its URL."""
     if not isinstance(part, dict):
         raise Refused(f"{place} must be an object", param=place)
     if part.get("codes") is not None:
         return Image(read_codes(part["codes"], f"{place}.codes", run))
     url = field(field(part, "image_url", dict, place=f"{place}."), "url", str, place=f"{place}.image_url.")
-    return from_data_url(url, f"{place}.image_url.url")
+    place = f"{place}.image_url.url"
+    return ImageFile(from_data_url(url, place), place)
 
 
 def in_order(segments: list[Unread], parts: list | None, place: str) -> list[Unread]:

@@ -1,26 +1,25 @@
 """Samples for answers in OpenAI's form: several at once, each up to a stop string, while the client is there.
 
-    answers(site, requests, stops) -> (0, Text("a red")), (1, DecodedImage(...)), (0, Ended("stop", 7)), ...
+open_streams -> answers(streams, tokenizer, stops) -> (0, Text("a red")), (1, DecodedImage(...)), (0, Ended("stop", 7)), ...
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import anyio
 from starlette.requests import Request as HTTPRequest
 
 from nanochameleon.documents import Text
 from nanochameleon.generation.request import Request
+from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.web.images import png_url
 from nanochameleon.web.refusals import Refused
+from nanochameleon.web.site import Site
 from nanochameleon.web.stop_strings import StopStrings
-from nanochameleon.web.worker import DecodedImage, Finished
-
-if TYPE_CHECKING:
-    from nanochameleon.web.app import Site
+from nanochameleon.web.worker import DecodedImage, Finished, Stream
 
 T = TypeVar("T")
 
@@ -34,11 +33,16 @@ class Ended:
 Piece = Text | DecodedImage | Ended
 
 
-async def answer(site: "Site", request: Request, stops: Sequence[str]) -> AsyncIterator[Piece]:
+def open_streams(site: Site, requests: Sequence[Request]) -> list[Stream]:
+    """Return a stream for each sample. Raises Refused (429) if too many requests wait; those opened close then."""
+    return [site.worker.streams([request]) for request in requests]
+
+
+async def answer(stream: Stream, tokenizer: TextTokenizer, stops: Sequence[str]) -> AsyncIterator[Piece]:
     """Yield one sample's pieces. It ends at a stop string, which frees its slots."""
     stop, written, n_image_tokens = StopStrings(stops), "", 0
-    async with aclosing(site.worker.stream(request)) as events:
-        async for event in events:
+    async with aclosing(stream):
+        async for _, event in stream:
             if isinstance(event, Text):
                 written += event.text
             elif isinstance(event, DecodedImage):
@@ -46,8 +50,8 @@ async def answer(site: "Site", request: Request, stops: Sequence[str]) -> AsyncI
             if text := stop.add(event.text) if isinstance(event, Text) else stop.flush():
                 yield Text(text)
             if stop.met:
-                # The engine may be some tokens ahead. Those that the client has a use for are counted.
-                yield Ended("stop", len(site.run.tokenizer.encode(written)) + n_image_tokens)
+                # The engine is some tokens ahead, and the client has no use for those: count what was read.
+                yield Ended("stop", len(tokenizer.encode(written)) + n_image_tokens)
                 return
             if isinstance(event, DecodedImage):
                 yield event
@@ -55,7 +59,9 @@ async def answer(site: "Site", request: Request, stops: Sequence[str]) -> AsyncI
                 yield Ended("stop" if event.stopped else "length", len(event.tokens))
 
 
-async def answers(site: "Site", requests: Sequence[Request], stops: Sequence[str] = ()) -> AsyncIterator[tuple[int, Piece]]:
+async def answers(
+    streams: Sequence[Stream], tokenizer: TextTokenizer, stops: Sequence[str] = ()
+) -> AsyncIterator[tuple[int, Piece]]:
     """Yield the pieces of several samples as they come. The first error ends them all."""
     queue: asyncio.Queue = asyncio.Queue()
 
@@ -67,7 +73,7 @@ async def answers(site: "Site", requests: Sequence[Request], stops: Sequence[str
         except Exception as error:
             queue.put_nowait((sample, error))
 
-    tasks = [asyncio.create_task(forward(i, answer(site, request, stops))) for i, request in enumerate(requests)]
+    tasks = [asyncio.create_task(forward(i, answer(stream, tokenizer, stops))) for i, stream in enumerate(streams)]
     try:
         n_left = len(tasks)
         while n_left:
