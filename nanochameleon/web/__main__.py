@@ -21,7 +21,7 @@ from nanochameleon.cli import parse
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 
 if TYPE_CHECKING:  # torch is imported after the arguments are parsed, so that mistakes in them are found at once
-    from nanochameleon.web.app import Site
+    from nanochameleon.web.site import Site
 
 PROGRAM = "python -m nanochameleon.web"
 MAKE_TOKEN = 'python -c "import secrets; print(secrets.token_urlsafe())"'
@@ -91,7 +91,7 @@ def listen(args: Args) -> socket.socket:
 
 def open_model_site(args: Args) -> "Site":
     from nanochameleon.generation.quantize import quantize_
-    from nanochameleon.web.app import Site
+    from nanochameleon.web.site import Site
     from nanochameleon.web.worker import Worker
     from nanochameleon.weights.model_folder import open_model
 

@@ -6,8 +6,6 @@ Each part of the page brings its ROUTES; guard.py stands before all of them.
 """
 
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -18,27 +16,12 @@ from starlette.routing import Route
 
 from nanochameleon.errors import UserError
 from nanochameleon.web import metrics, static_files
-from nanochameleon.web.images import ROUTES as IMAGES
-from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.refusals import Refused, error_response, on_error
 from nanochameleon.web.site import Site
 from nanochameleon.web.static_files import page
 
-if TYPE_CHECKING:  # a study runs without torch
-    from nanochameleon.training.run import Run
+if TYPE_CHECKING:
     from nanochameleon.web.judge import StudySite
-    from nanochameleon.web.worker import Worker
-
-
-@dataclass
-class Site:
-    """What handlers need. They find it in request.app.state.site. A study has its own (judge.py)."""
-
-    name: str  # of the model, as the API says it: never a path
-    run: "Run"
-    worker: "Worker"
-    red_team: Path | None = None  # the log
-    metrics: Metrics = field(default_factory=Metrics)
 
 
 async def healthz(request: Request) -> JSONResponse:
@@ -46,7 +29,9 @@ async def healthz(request: Request) -> JSONResponse:
 
 
 def routes_of_model() -> list[Route]:
-    return [Route("/", page("index.html"))]
+    from nanochameleon.web import images
+
+    return [Route("/", page("index.html")), *images.ROUTES]
 
 
 def routes_of_study() -> list[Route]:
@@ -83,9 +68,6 @@ def application(site: "Site | StudySite") -> Starlette:
         yield
         site.worker.stop() if has_model else site.votes.close()
 
-    routes = [Route("/healthz", healthz), *IMAGES]
-    app = Starlette(routes=routes, exception_handlers={UserError: on_error}, lifespan=lifespan)
-    app.state.site = site
     has_model = isinstance(site, Site)
     routes = routes_of_model() if has_model else routes_of_study()
     routes += [Route("/healthz", healthz), *metrics.ROUTES, *static_files.ROUTES]

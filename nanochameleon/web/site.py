@@ -1,17 +1,22 @@
-"""What handlers of requests need. They find it in request.app.state.site."""
+"""What handlers of requests need. They find it in request.app.state.site. A study has its own (judge.py)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nanochameleon.training.run import Run
+from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.uploads import Uploads
-from nanochameleon.web.worker import Worker
+
+if TYPE_CHECKING:  # app.py imports this for a study, too, which needs no torch
+    from nanochameleon.training.run import Run
+    from nanochameleon.web.worker import Worker
 
 
 @dataclass
 class Site:
     name: str  # of the model, as the API says it: never a path
-    run: Run
-    worker: Worker
+    run: "Run"
+    worker: "Worker"
     red_team: Path | None = None  # the log
     uploads: Uploads = field(default_factory=Uploads)
+    metrics: Metrics = field(default_factory=Metrics)
