@@ -29,9 +29,9 @@ async def healthz(request: Request) -> JSONResponse:
 
 
 def routes_of_model() -> list[Route]:
-    from nanochameleon.web import images
+    from nanochameleon.web import images, openai_api
 
-    return [Route("/", page("index.html")), *images.ROUTES]
+    return [Route("/", page("index.html")), *images.ROUTES, *openai_api.ROUTES]
 
 
 def routes_of_study() -> list[Route]:
