@@ -82,8 +82,10 @@ async def read_chat(body: dict, site: Site) -> Chat:
 
 
 def chat_requests(run: Run, mode: str, turns: Sequence[Turn], options: dict, seed: int, n: int) -> list[Request]:
-    resolved, document = resolve(mode, turns, run)
-    return make_requests(run, resolved, document, options, seed, n)
+    # An aligned model answers to the whole conversation, and others to a question about an image.
+    as_chat = mode == "answer" and run.cfg.train.assistant_only_loss
+    resolved, document = resolve("chat" if as_chat else mode, turns, run)
+    return make_requests(run, "answer" if as_chat else resolved, document, options, seed, n)
 
 
 def read_mode(body: dict) -> str:

@@ -13,8 +13,7 @@ from nanochameleon.errors import shown
 from nanochameleon.web import limits
 from nanochameleon.web.bodies import field
 from nanochameleon.web.refusals import Refused
-from nanochameleon.web.talk import OPTIONS, read_whole
-from nanochameleon.weights.ranges import MAX_NUMBER
+from nanochameleon.web.talk import MAX_SEED, OPTIONS, read_whole
 
 MAX_STOPS, MAX_STOP_LENGTH = 4, 100
 SAMPLING = OPTIONS.keys() - {"max_new_tokens"}  # temperature and top_p are OpenAI's, the others our own
@@ -51,7 +50,7 @@ def read_n(body: dict) -> int:
 
 def read_seed(body: dict) -> int:
     """The given seed, or a random one, which the answer names."""
-    return read_whole(body, "seed", secrets.randbelow(2**31), 0, MAX_NUMBER)
+    return read_whole(body, "seed", secrets.randbelow(MAX_SEED), 0, MAX_SEED)
 
 
 def read_stops(body: dict) -> tuple[str, ...]:

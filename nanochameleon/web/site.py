@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.uploads import Uploads
 
-if TYPE_CHECKING:  # app.py imports this for a study, too, which needs no torch
+if TYPE_CHECKING:  # a study runs without torch
     from nanochameleon.training.run import Run
     from nanochameleon.web.worker import Worker
 
@@ -18,5 +18,5 @@ class Site:
     run: "Run"
     worker: "Worker"
     red_team: Path | None = None  # the log
-    uploads: Uploads = field(default_factory=Uploads)
     metrics: Metrics = field(default_factory=Metrics)
+    uploads: Uploads = field(default_factory=Uploads)

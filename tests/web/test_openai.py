@@ -122,7 +122,7 @@ def test_the_models_own_images_come_back_as_they_were(ask, toy_site, monkeypatch
     monkeypatch.setattr(
         toy_site.worker, "streams", lambda requests: prompts.append(requests[0].prompt) or opened(requests)
     )
-    ask([{"role": "user", "content": "a"}, message, {"role": "user", "content": COUNT}], modalities=["text"])
+    ask([{"role": "user", "content": "a"}, message, {"role": "user", "content": COUNT}], extra_body={"mode": "chat"})
     vocab, encode = toy_site.run.vocab, toy_site.run.tokenizer.encode
     expected = [vocab.bos, *encode("a"), vocab.eot]
     for part in message.parts:
