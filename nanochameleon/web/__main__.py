@@ -9,6 +9,7 @@ MODEL is a run, models/toy or a model in any layout. Only this machine is answer
 """
 
 import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -67,6 +68,8 @@ class Args:
                 raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")
         if (self.model is None) == (self.study is None):
             raise UserError("give either a model, such as models/toy, or --study DIR")
+        if self.red_team and self.study:
+            raise UserError("--red-team is for a model, and --study for a study: give one of the two")
         if self.token is not None and not (
             len(self.token) >= MIN_TOKEN and self.token.isascii() and self.token.isprintable()
         ):
@@ -97,10 +100,29 @@ def access_of(args: Args, listening: socket.socket) -> "Access":
 
     address, given = ip_address(listening.getsockname()[0]), args.host.lower()
     if not (address.is_loopback or args.token):
+        host = shown(args.host)
+        raise UserError(f"--host {host} lets other machines in, so it needs a --token: make one by {MAKE_TOKEN}")
+    names = [] if address.is_unspecified else [f"[{given}]" if ":" in given else given]
+    return Access((*map(str.lower, args.allow_host), *names), args.token)
+
+
+def check_log(path: Path) -> None:
+    """Raise UserError for a log of red teaming that could not be continued."""
+    from nanochameleon.evaluate import red_team
+    from nanochameleon.evaluate.harm.labels import drop_unfinished
+
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            open(path, "ab").close()
+            drop_unfinished(path)
+    except OSError as error:
         raise UserError(
-            f"--host {shown(args.host)} lets other machines in, so it needs a --token: make one by {MAKE_TOKEN}"
-        )
-    return Access((f"[{given}]" if ":" in given else given, *map(str.lower, args.allow_host)), args.token)
+            f"--red-team {path} cannot be written ({error.strerror}): give a file in a folder of yours"
+        ) from None
+    if path.exists():
+        red_team.read(path)
 
 
 def open_model_site(args: Args) -> "Site":
@@ -121,10 +143,15 @@ def main(args: Args) -> None:
     from nanochameleon.web.app import application
     from nanochameleon.web.server import serve
 
+    if args.red_team:
+        check_log(args.red_team)
     with listen(args) as listening:
         access = access_of(args, listening)
         site = judge.open_site(args.study) if args.study else open_model_site(args)
-        serve(application(site, access), listening)
+        address = access.address(listening.getsockname()[1])
+        lines = [f"the page is at {address}{'?token=TOKEN' if args.token else ''} (Ctrl-C ends the server)"]
+        lines += [f"its owner sees the results at {address}owner#key={site.owner_key}"] if args.study else []
+        serve(application(site, access), listening, lines)
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

@@ -29,6 +29,10 @@ class Access:
         names = {*self.names, *(LOOPBACK if port == 80 else ())}
         return names | {f"{name}:{port}" for name in (*LOOPBACK, *self.names)}
 
+    def address(self, port: int) -> str:
+        """Return where a browser finds the page."""
+        return f"http://{(*self.names, *LOOPBACK)[0]}:{port}/"
+
 
 class Head:
     """The head of a request: its headers by lower-case name, each with all its values."""
