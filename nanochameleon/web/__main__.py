@@ -114,13 +114,11 @@ def check_log(path: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-        if path.exists():
-            open(path, "ab").close()
-            drop_unfinished(path)
     except OSError as error:
         raise UserError(
             f"--red-team {path} cannot be written ({error.strerror}): give a file in a folder of yours"
         ) from None
+    drop_unfinished(path)
     if path.exists():
         red_team.read(path)
 

@@ -1,6 +1,8 @@
 """uvicorn, with what it lacks: slow clients are cut off, open streams end at Ctrl-C, and its log is printed safely.
 
-serve(application(site), listening, lines)        until Ctrl-C, which raises KeyboardInterrupt
+    serve(application(site), listening, lines)        until Ctrl-C, which raises KeyboardInterrupt
+
+Left out: TLS, which a proxy adds.
 """
 
 import asyncio
@@ -60,15 +62,18 @@ class Log(logging.Handler):
         say(self.format(record), file=sys.stderr)
 
 
-def serve(app: ASGIApp, listening: socket.socket, lines: Sequence[str]) -> None:
-    """Answer until Ctrl-C. lines: to print when clients can come."""
-    logger = logging.getLogger("uvicorn")
-    logger.propagate, logger.handlers = False, [Log()]
-    logger.setLevel(logging.ERROR)  # a warning is about a client's mistake: anyone could fill the log
-    config = uvicorn.Config(
+def configure(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
         app, loop="asyncio", http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False,
         proxy_headers=False,  # else a client could name any address as its own
         server_header=False, limit_concurrency=limits.CONNECTIONS, timeout_keep_alive=limits.HEAD_SECONDS,
         timeout_graceful_shutdown=2, h11_max_incomplete_event_size=limits.HEAD,
     )  # fmt: skip
-    Server(config, lines).run([listening])
+
+
+def serve(app: ASGIApp, listening: socket.socket, lines: Sequence[str]) -> None:
+    """Answer until Ctrl-C. lines: to print when clients can come."""
+    logger = logging.getLogger("uvicorn")
+    logger.propagate, logger.handlers = False, [Log()]
+    logger.setLevel(logging.ERROR)  # a warning is about a client's mistake: anyone could fill the log
+    Server(configure(app), lines).run([listening])
