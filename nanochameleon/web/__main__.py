@@ -9,7 +9,6 @@ MODEL is a run, models/toy or a model in any layout. Only this machine is answer
 """
 
 import socket
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -68,8 +67,8 @@ class Args:
                 raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")
         if (self.model is None) == (self.study is None):
             raise UserError("give either a model, such as models/toy, or --study DIR")
-        if self.red_team and self.study:
-            raise UserError("--red-team is for a model, and --study for a study: give one of the two")
+        if self.study and self.red_team:
+            raise UserError("--red-team is for a model: leave it out with --study")
         if self.token is not None and not (
             len(self.token) >= MIN_TOKEN and self.token.isascii() and self.token.isprintable()
         ):
@@ -106,23 +105,6 @@ def access_of(args: Args, listening: socket.socket) -> "Access":
     return Access((*map(str.lower, args.allow_host), *names), args.token)
 
 
-def check_log(path: Path) -> None:
-    """Raise UserError for a log of red teaming that could not be continued."""
-    from nanochameleon.evaluate import red_team
-    from nanochameleon.evaluate.harm.labels import drop_unfinished
-
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--red-team {path} cannot be written ({error.strerror}): give a file in a folder of yours"
-        ) from None
-    drop_unfinished(path)
-    if path.exists():
-        red_team.read(path)
-
-
 def open_model_site(args: Args) -> "Site":
     from nanochameleon.generation.quantize import quantize_
     from nanochameleon.web.site import Site
@@ -137,12 +119,14 @@ def open_model_site(args: Args) -> "Site":
 
 def main(args: Args) -> None:
     args.check()
+    if args.red_team:
+        from nanochameleon.evaluate.red_team import prepare
+
+        prepare(args.red_team)
     from nanochameleon.web import judge
     from nanochameleon.web.app import application
     from nanochameleon.web.server import serve
 
-    if args.red_team:
-        check_log(args.red_team)
     with listen(args) as listening:
         access = access_of(args, listening)
         site = judge.open_site(args.study) if args.study else open_model_site(args)

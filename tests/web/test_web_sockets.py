@@ -50,7 +50,6 @@ def address():
         Route("/", echo),
         Route("/post", echo, methods=["POST"]),
         Route("/stream", stream),
-        Route("/crash", crash),
     ]
     with served(Guard(Starlette(routes=routes, exception_handlers=HANDLERS), Metrics(), Access())) as at:
         yield at
