@@ -34,7 +34,7 @@ def site():
 
 @pytest.fixture(scope="module")
 def client(site):
-    with TestClient(application(site)) as client:
+    with TestClient(application(site), base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -81,7 +81,7 @@ def test_crop_is_the_default_and_another_fit_is_refused(client):
 
 def test_a_model_without_a_decoder_gives_the_square_back():
     picture = noise(size=8)
-    with TestClient(application(tiny_site(run=tiny_run(can_draw=False)))) as client:
+    with TestClient(application(tiny_site(run=tiny_run(can_draw=False))), base_url="http://127.0.0.1") as client:
         answer = send(client, encoded(picture)).json()
         assert np.array_equal(pixels_of(answer["url"]), preprocess(picture, 4, "crop"))
         refused = client.post("/api/images/decode", json={"codes": [answer["codes"]]})
@@ -160,7 +160,7 @@ def test_a_hundred_at_once_are_served_or_sent_away_and_the_places_are_free_again
     app, data = application(site), encoded(noise())
 
     async def crowd() -> list[int]:
-        async with AsyncClient(transport=ASGITransport(app), base_url="http://x") as client:
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://127.0.0.1") as client:
             posts = [client.post("/api/images", content=data, headers=PNG) for _ in range(100)]
             answers = await asyncio.gather(*posts)
             assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
