@@ -124,7 +124,7 @@ def main(args: Args) -> None:
     with listen(args) as listening:
         access = access_of(args, listening)
         site = judge.open_site(args.study) if args.study else open_model_site(args)
-        serve(application(site, access), listening)
+        serve(application(site, access), listening, site.owner_key if args.study else None)
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

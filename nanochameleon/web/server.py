@@ -33,10 +33,15 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
+    owner_key: str | None = None  # of a study
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
-        say(f"the page is at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it)")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if self.owner_key is not None:
+            say(f"the owner's results, for nobody else: {address}/owner#key={self.owner_key}")
+        say(f"the page is at {address}/ (Ctrl-C ends it)")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection first: to a stream it looks as if its client had left."""
@@ -50,7 +55,7 @@ class Log(logging.Handler):
         say(self.format(record), file=sys.stderr)
 
 
-def serve(app: Any, listening: socket.socket) -> None:
+def serve(app: Any, listening: socket.socket, owner_key: str | None = None) -> None:
     logger = logging.getLogger("uvicorn")
     logger.propagate, logger.handlers = False, [Log()]
     logger.setLevel(logging.ERROR)  # a warning is about a client's mistake: anyone could fill the log
@@ -60,4 +65,6 @@ def serve(app: Any, listening: socket.socket) -> None:
         server_header=False, limit_concurrency=limits.CONNECTIONS, timeout_keep_alive=limits.HEAD_SECONDS,
         timeout_graceful_shutdown=2, h11_max_incomplete_event_size=limits.HEAD,
     )  # fmt: skip
-    Server(config).run([listening])
+    server = Server(config)
+    server.owner_key = owner_key
+    server.run([listening])

@@ -13,6 +13,7 @@ from pathlib import Path
 import browser
 import numpy as np
 import pytest
+from playwright.sync_api import expect
 from serving import served
 
 from nanochameleon.evaluate.human import Votes, open_study
@@ -53,14 +54,11 @@ def begin(page, name="ann"):
 
 
 def press(page, *keys):
-    """Press keys, and wait until the next question is shown."""
-    before = page.evaluate("document.querySelector('#labels').firstChild?.outerHTML + count.textContent")
-    mark = "document.querySelector('#labels').firstChild.seen = true"
-    page.evaluate(mark)
+    """Press keys, and wait until another question is shown, or the end."""
+    page.evaluate("document.querySelector('#labels').firstChild.dataset.seen = ''")
     for key in keys:
         page.keyboard.press(key)
-    page.wait_for_function("!document.querySelector('#labels').firstChild.seen || !end.hidden")
-    return before
+    page.locator("#labels [data-seen]").wait_for(state="hidden")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +125,8 @@ def test_pages_are_accessible(visit, tmp_path, width, theme):
         browser.check_accessible(page)
         begin(page)
         page.keyboard.press("1")
-        page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth)")
+        for image in page.locator("img").all():
+            expect(image).to_have_js_property("naturalWidth", 512)
         browser.check_accessible(page)
         press(page, "Enter")
         browser.check_accessible(page)
@@ -169,19 +168,21 @@ HIDE = """hidden => {
 }"""
 
 
-def with_a_clock(visit, address):
-    """Open a page whose time runs only when the test says so."""
+def with_a_clock(visit, address, ready):
+    """Open a page whose time runs only when the test says so. ready: what it shows when it has loaded."""
     page = visit(address)
+    page.wait_for_selector(ready)
+    page.wait_for_load_state("networkidle")  # a request that is broken off counts as a problem
     page.clock.install()
     page.reload()
+    page.wait_for_selector(ready)
     page.clock.pause_at(page.evaluate("Date.now()") + 1000)
     return page
 
 
 def test_seconds_do_not_run_while_the_page_is_hidden_and_have_a_bound(visit, tmp_path):
     with serving(make_study(tmp_path, 4, questions="relative", duplicates=0.0, attention=0)) as (address, site):
-        page = with_a_clock(visit, f"{address}/#annotator=ann")
-        page.wait_for_selector("#judging:visible")
+        page = with_a_clock(visit, f"{address}/#annotator=ann", "#judging:visible")
         press(page, "2", "Enter")
         for hidden in (False, True, False):
             page.evaluate(HIDE, hidden)
@@ -211,8 +212,7 @@ def test_wrong_name_is_one_sentence(visit, tmp_path, name):
 
 def test_owner_sees_votes_as_they_come_and_asks_only_while_the_page_is_visible(visit, tmp_path):
     with serving(make_study(tmp_path, 2, questions="relative", duplicates=0.0, attention=0)) as (address, site):
-        owner = with_a_clock(visit, f"{address}/owner#key={site.owner_key}")
-        owner.wait_for_function("summary.textContent.startsWith('No votes')")
+        owner = with_a_clock(visit, f"{address}/owner#key={site.owner_key}", "text=No votes so far")
         screen = judge.screen(site, "ann")["asked"]
         judge.save(site, "ann", screen["item"], "preference", "same", 1.0)
         owner.clock.run_for(5000)
@@ -222,7 +222,7 @@ def test_owner_sees_votes_as_they_come_and_asks_only_while_the_page_is_visible(v
             owner.clock.run_for(5000)
         assert unchanged.value.response().status == 304
         asked = []
-        owner.on("request", asked.append)
+        owner.on("request", lambda request: asked.append(request))
         owner.evaluate(HIDE, True)
         owner.clock.run_for(60_000)
         assert not asked
@@ -327,7 +327,7 @@ def test_twenty_pairs_by_two_people_with_a_killed_browser_and_a_killed_server(ch
                 server.kill()
                 server.start()
             for name, count in before.items():
-                pages[name].wait_for_function("before => count.textContent !== before", arg=count)
+                expect(pages[name].locator("#count")).not_to_have_text(count)
         owner = visits["ann"](server.owner_link)
         owner.wait_for_selector("table")
         tables = {
@@ -337,7 +337,7 @@ def test_twenty_pairs_by_two_people_with_a_killed_browser_and_a_killed_server(ch
             for table in owner.locator("#results section").all()
         }
         for visit in visits.values():  # a killed server is what these may complain about, and nothing else
-            visit.problems = [p for p in visit.problems if not re.search("ERR_CONNECTION|ERR_EMPTY|ERR_SOCKET", p)]
+            visit.problems = [p for p in visit.problems if "net::ERR_" not in p]
             visit.close()
         for started in browsers.values():
             started.close()
