@@ -67,6 +67,8 @@ class Args:
                 raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")
         if (self.model is None) == (self.study is None):
             raise UserError("give either a model, such as models/toy, or --study DIR")
+        if self.study and self.red_team:
+            raise UserError("--red-team is for a model: leave it out with --study")
         if self.token is not None and not (
             len(self.token) >= MIN_TOKEN and self.token.isascii() and self.token.isprintable()
         ):
@@ -97,10 +99,10 @@ def access_of(args: Args, listening: socket.socket) -> "Access":
 
     address, given = ip_address(listening.getsockname()[0]), args.host.lower()
     if not (address.is_loopback or args.token):
-        raise UserError(
-            f"--host {shown(args.host)} lets other machines in, so it needs a --token: make one by {MAKE_TOKEN}"
-        )
-    return Access((f"[{given}]" if ":" in given else given, *map(str.lower, args.allow_host)), args.token)
+        host = shown(args.host)
+        raise UserError(f"--host {host} lets other machines in, so it needs a --token: make one by {MAKE_TOKEN}")
+    names = [] if address.is_unspecified else [f"[{given}]" if ":" in given else given]
+    return Access((*map(str.lower, args.allow_host), *names), args.token)
 
 
 def open_model_site(args: Args) -> "Site":
@@ -117,6 +119,10 @@ def open_model_site(args: Args) -> "Site":
 
 def main(args: Args) -> None:
     args.check()
+    if args.red_team:
+        from nanochameleon.evaluate.red_team import prepare
+
+        prepare(args.red_team)
     from nanochameleon.web import judge
     from nanochameleon.web.app import application
     from nanochameleon.web.server import serve
@@ -124,7 +130,10 @@ def main(args: Args) -> None:
     with listen(args) as listening:
         access = access_of(args, listening)
         site = judge.open_site(args.study) if args.study else open_model_site(args)
-        serve(application(site, access), listening, site.owner_key if args.study else None)
+        address = access.address(listening.getsockname()[1])
+        lines = [f"the page is at {address}{'?token=TOKEN' if args.token else ''} (Ctrl-C ends the server)"]
+        lines += [f"its owner sees the results at {address}owner#key={site.owner_key}"] if args.study else []
+        serve(application(site, access), listening, lines)
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

@@ -32,9 +32,10 @@ async def healthz(request: Request) -> JSONResponse:
 
 
 def routes_of_model() -> list[Route]:
-    from nanochameleon.web import images, talk, tokens  # a study runs without torch
+    from nanochameleon.web import images, openai_api, red_team, talk, tokens  # a study runs without torch
 
-    return [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES, *tokens.ROUTES]
+    routes = [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES, *tokens.ROUTES, *red_team.ROUTES]
+    return [*routes, *openai_api.ROUTES]
 
 
 def routes_of_study() -> list[Route]:
@@ -57,7 +58,10 @@ async def on_disconnect(_: Request, error: ClientDisconnect) -> Response:
 
 
 async def on_bug(_: Request, error: Exception) -> Response:
-    return error_response(error)  # Starlette raises it again, so that the server logs it
+    response = error_response(error)
+    # Starlette raises it again, so that the server logs it; and the server then closes the connection.
+    response.headers["connection"] = "close"
+    return response
 
 
 HANDLERS = {UserError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect, Exception: on_bug}
@@ -74,7 +78,7 @@ def application(site: "Site | StudySite", access: Access | None = None) -> Starl
     @asynccontextmanager
     async def lifespan(_: Starlette):
         if has_model:
-            site.worker.start()
+            site.worker.start(site.metrics)
         yield
         site.worker.stop() if has_model else site.votes.close()
 

@@ -20,6 +20,8 @@ from mutants import (
     scripts,
     training,
     vision,
+    web,
+    web_api,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -43,6 +45,8 @@ ROOMS = [
     scripts,
     training,
     vision,
+    web,
+    web_api,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped
