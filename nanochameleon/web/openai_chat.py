@@ -8,6 +8,7 @@ parts, too: its texts and the numbers of its images, in the order in which they 
 from. Beyond OpenAI's, a body may have mode and the other options of sample.py.
 """
 
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -27,10 +28,18 @@ from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, Turn, resolve
 from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed, read_stops
 from nanochameleon.web.openai_messages import NO_TOOLS, read_messages
-from nanochameleon.web.openai_samples import Ended, Piece, answers, image_part, open_streams, unless_left
+from nanochameleon.web.openai_samples import (
+    Ended,
+    Piece,
+    answers,
+    fitting_requests,
+    image_part,
+    open_streams,
+    unless_left,
+)
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
-from nanochameleon.web.talk import make_requests, read_options
+from nanochameleon.web.talk import read_options
 
 FIELDS = SAMPLING | {
     "messages", "model", "n", "seed", "stop", "max_tokens", "max_completion_tokens", "modalities", "mode", "stream",
@@ -85,7 +94,11 @@ def chat_requests(run: Run, mode: str, turns: Sequence[Turn], options: dict, see
     # An aligned model answers to the whole conversation, and others to a question about an image.
     as_chat = mode == "answer" and run.cfg.train.assistant_only_loss
     resolved, document = resolve("chat" if as_chat else mode, turns, run)
-    return make_requests(run, "answer" if as_chat else resolved, document, options, seed, n)
+    least, most = run.image_tokenizer.n_codes_per_image + 1, options.get("max_new_tokens")
+    if resolved == "draw" and most is not None and most < least:
+        name = "max_completion_tokens"
+        raise Refused(f"{name} must be at least {least} to draw an image, not {most}", param=name)
+    return fitting_requests("messages", run, "answer" if as_chat else resolved, document, options, seed, n)
 
 
 def read_mode(body: dict) -> str:
@@ -146,10 +159,10 @@ def message(parts: Sequence[dict]) -> dict:
     """A message as OpenAI has it, and with images and their places among the text where there are any."""
     content = "".join(part["text"] for part in parts if part["type"] == "text")
     said = {"role": "assistant", "content": content, "refusal": None}
-    if not (images := [part for part in parts if part["type"] == "image_url"]):
-        return said
-    places = [part if part["type"] == "text" else {"type": "image", "image": images.index(part)} for part in parts]
-    return said | {"images": images, "parts": places}
+    images = [part for part in parts if part["type"] == "image_url"]
+    numbers = itertools.count()
+    places = [part if part["type"] == "text" else {"type": "image", "image": next(numbers)} for part in parts]
+    return said | {"images": images, "parts": places} if images else said
 
 
 def usage(chat: Chat, ends: dict[int, Ended]) -> dict[str, int]:
