@@ -29,6 +29,7 @@ from nanochameleon.training.run import Run
 from nanochameleon.web import conversation, limits
 from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, prompt_tokens, read_turns, resolve
+from nanochameleon.web.examples import examples
 from nanochameleon.web.images import png_url
 from nanochameleon.web.outbox import DecodedImage, Finished
 from nanochameleon.web.refusals import Refused
@@ -170,7 +171,7 @@ async def settings(request: HTTPRequest) -> JSONResponse:
     }  # fmt: skip
     return JSONResponse({
         "model": model, "modes": modes, "defaults": dataclasses.asdict(run.cfg.sample), "limits": most,
-        "red_team": site.red_team is not None,
+        "red_team": site.red_team is not None, "examples": examples(run),
     })  # fmt: skip
 
 
