@@ -244,6 +244,7 @@ def test_the_answers_are_of_openais_types(client, ask):
         ({"response_format": {"type": "json_object"}}, "response_format", "no other form"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "repetition_penalty"),
         ({"extra_body": {"best_of": 2}}, "best_of", "not known"),
+        ({"extra_body": {"moderation": {"model": "m"}}}, "moderation", "not known"),
         ({"extra_body": {"mode": "sing"}}, "mode", "auto, draw"),
         ({"extra_body": {"mode": "draw"}, "modalities": ["text"]}, "mode", "one of them"),
         ({"modalities": ["audio"]}, "modalities", '["text", "image"]'),
