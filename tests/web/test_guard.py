@@ -373,11 +373,11 @@ def test_a_bucket_gives_its_burst_and_then_its_rate():
 @given(st.lists(st.tuples(st.floats(0, 2), st.booleans()), max_size=40))
 def test_no_order_of_requests_gets_more_than_burst_and_rate(events):
     clock = Clock()
-    buckets, given_, start = Buckets(rate=3, burst=4, clock=clock), 0, clock.now
-    for pause, ask in events:
+    buckets, served, start = Buckets(rate=3, burst=4, clock=clock), 0, clock.now
+    for pause, asks in events:
         clock.now += pause
-        given_ += ask and not buckets.take("a")
-        assert given_ <= 4 + 3 * (clock.now - start) + 1e-6
+        served += asks and not buckets.take("a")
+        assert served <= 4 + 3 * (clock.now - start) + 1e-6
 
 
 def test_a_crowd_of_addresses_costs_no_memory_and_forgets_the_oldest():

@@ -46,8 +46,9 @@ def test_files_that_differ_have_tags_that_differ():
 
 
 OTHERS = [
-    "../app.py", "..", ".", "../static/page.js", "..\\app.py", "/etc/passwd", "page.js/", "page.js\0", "PAGE.JS", "page.js.",
-    "%2e%2e/app.py", "%2e%2e%2fapp.py", "....//app.py", "page", "", "page.js;x", "C:page.js", "page.js::$DATA", "\ufffd",
+    "../app.py", "..", ".", "../static/page.js", "..\\app.py", "/etc/passwd", "page.js/", "page.js\0", "PAGE.JS",
+    "page.js.", "%2e%2e/app.py", "%2e%2e%2fapp.py", "....//app.py", "page", "", "page.js;x", "C:page.js",
+    "page.js::$DATA", "\ufffd",
 ]  # fmt: skip
 
 
