@@ -187,23 +187,13 @@ def test_no_answer_lets_other_sites_read_it():
 
 
 def test_without_the_token_nothing_is_answered_but_the_health():
-    client = TestClient(application(tiny_site(), Access(token=TOKEN)), base_url=BASE)
-    for path in (
-        "/",
-        "/static/style.css",
-        "/metrics",
-        "/api/settings",
-        "/nothing",
-        "/healthz/",
-        "/healthz?x",
-        "//healthz",
-    ):
-        answer = client.get(path)
-        health = path.startswith("/healthz?")
-        assert answer.status_code == (200 if health else 401)
-        if not health:
-            assert "/?token=TOKEN" in sentence(answer) and answer.headers["www-authenticate"] == "Bearer"
-    assert client.get("/healthz").json() == {"status": "ok"}
+    paths = ["/", "/static/style.css", "/metrics", "/api/settings", "/nothing", "/healthz/", "/healthz%2f", "/Healthz"]
+    with TestClient(application(tiny_site(), Access(token=TOKEN)), base_url=BASE) as client:
+        for path in paths:
+            answer = client.get(path)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert "/?token=TOKEN" in sentence(answer)
+        assert client.get("/healthz?x").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
@@ -426,11 +416,12 @@ def crash(request: Request) -> None:
 def test_every_answer_has_the_headers(path, status):
     app = application(tiny_site())
     app.router.routes.append(Route("/crash", crash))
-    for headers in ({}, {"host": "evil.example"}):
-        answer = TestClient(app, base_url=BASE, raise_server_exceptions=False).get(path, headers=headers)
-        assert answer.status_code == (403 if headers else status)
-        assert {name: answer.headers[name] for name in HEADERS} == HEADERS
-        assert answer.headers["cache-control"] == ("no-cache" if answer.headers.get("etag") else "no-store")
+    with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
+        for headers in ({}, {"host": "evil.example"}):
+            answer = client.get(path, headers=headers)
+            assert answer.status_code == (403 if headers else status)
+            assert {name: answer.headers[name] for name in HEADERS} == HEADERS
+            assert answer.headers["cache-control"] == ("no-cache" if answer.headers.get("etag") else "no-store")
 
 
 def test_the_policy_allows_nothing_inline_and_nothing_from_elsewhere():
@@ -443,11 +434,20 @@ def test_the_policy_allows_nothing_inline_and_nothing_from_elsewhere():
 def test_a_crash_is_500_in_our_form_and_says_no_detail_and_the_server_answers_again():
     app = application(tiny_site())
     app.router.routes.append(Route("/crash", crash))
-    client = TestClient(app, base_url=BASE, raise_server_exceptions=False)
-    answer = client.get("/crash")
-    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
-    assert "secret" not in answer.text and "ZeroDivision" not in answer.text
-    assert client.get("/healthz").status_code == 200
+    with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
+        answer = client.get("/crash")
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert "secret" not in answer.text and "ZeroDivision" not in answer.text
+        assert client.get("/healthz").status_code == 200
+
+
+def test_the_health_is_that_of_the_model():
+    site = tiny_site()
+    with TestClient(application(site), base_url=BASE) as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+        site.worker.stop()
+        answer = client.get("/healthz")
+    assert answer.status_code == 503 and sentence(answer) == site.worker.closed
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "POST"])

@@ -100,12 +100,12 @@ def crash(request: Request) -> None:
 def test_requests_are_counted_by_the_pattern_of_their_route_and_by_status():
     app = application(tiny_site())
     app.router.routes.append(Route("/crash", crash))
-    client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
-    for path in ("/static/style.css", "/static/x", "/static/y", "/healthz", "/a", "/b/c", "/crash"):
-        client.get(path)
-    client.get("/healthz", headers={"host": "evil.example"})
-    client.post("/healthz", json={})
-    answer = client.get("/metrics")
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        for path in ("/static/style.css", "/static/x", "/static/y", "/healthz", "/a", "/b/c", "/crash"):
+            client.get(path)
+        client.get("/healthz", headers={"host": "evil.example"})
+        client.post("/healthz", json={})
+        answer = client.get("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = parsed(answer.text)
     counted = {labels: value for (name, labels), value in found.items() if name == "requests_total"}
