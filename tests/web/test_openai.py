@@ -244,6 +244,7 @@ def test_the_answers_are_of_openais_types(client, ask):
         ({"response_format": {"type": "json_object"}}, "response_format", "no other form"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "repetition_penalty"),
         ({"extra_body": {"best_of": 2}}, "best_of", "not known"),
+        ({"extra_body": {"moderation": {"model": "m"}}}, "moderation", "not known"),
         ({"extra_body": {"mode": "sing"}}, "mode", "auto, draw"),
         ({"extra_body": {"mode": "draw"}, "modalities": ["text"]}, "mode", "one of them"),
         ({"modalities": ["audio"]}, "modalities", '["text", "image"]'),
@@ -293,8 +294,13 @@ USER = {"role": "user", "content": "a"}
         ([{"role": "assistant", "content": "a"}, USER], "messages", "first and the last"),
         ([USER, {"role": "assistant", "content": "a"}], "messages", "first and the last"),
         ([USER, {"role": "assistant", "tool_calls": [{}]}, USER], "messages[1].tool_calls", "no tools"),
-        ([USER, {"role": "assistant", "content": "a", "parts": []}, USER], "messages[1].parts", "left out"),
+        (
+            [USER, {"role": "assistant", "content": "a", "parts": [{"type": "text", "text": "b"}]}, USER],
+            "messages[1].parts",
+            "left out",
+        ),
         ([USER, {"role": "assistant", "images": [{"codes": [1]}]}, USER], "messages[1].images[0].codes", "64 codes"),
+        ([{"role": "user", "content": [{"type": "text", "text": ""}] * 257}], "messages[0].content", "at most 256"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]", "text or image_url"),
         ([{"role": "user", "content": "a" * 100_001}], "messages", "100,000"),
         (part("http://127.0.0.1:1/a.png"), "messages[0].content[0].image_url.url", "fetches nothing"),
@@ -338,6 +344,16 @@ def test_images_that_cannot_be_made_are_refused_by_name(client, how, param, word
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.generate(**how)
     assert refused.value.param == param and words in refused.value.body["message"]
+
+
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(client, ask):
+    for param, too_long in (
+        ("messages", lambda: ask("a star " * 600)),
+        ("prompt", lambda: client.images.generate(prompt="a star " * 600)),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            too_long()
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", param)
 
 
 def test_a_wrong_model_is_not_found(client):
@@ -433,18 +449,24 @@ def test_a_client_that_leaves_a_stream_frees_all_its_samples(ask, endless):
 
 
 @pytest.mark.parametrize("route", ["chat", "images"])
-def test_a_client_that_leaves_before_its_answer_frees_all_its_samples(client, ask, endless, route):
-    hasty = client.with_options(timeout=0.3)
-    with pytest.raises(openai.APITimeoutError):
-        if route == "chat":
-            hasty.chat.completions.create(model="toy", messages=[USER], n=2)
-        else:
-            hasty.images.generate(prompt=STAR, n=2)
-    assert len(endless) == 2 and all(sample.left.wait(10) for sample in endless)
+def test_a_client_that_leaves_before_its_answer_frees_all_its_samples(toy_address, endless, route):
+    async def leave():
+        async with openai.AsyncOpenAI(base_url=f"{toy_address}/v1", api_key="-", max_retries=0) as hasty:
+            chat = hasty.chat.completions.create(model="toy", messages=[USER], n=2)
+            images = hasty.images.generate(prompt=STAR, n=2)
+            chosen, other = (chat, images) if route == "chat" else (images, chat)
+            other.close()
+            asking = asyncio.create_task(chosen)
+            await asyncio.to_thread(wait_for, lambda: len(endless) == 2)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert all(sample.left.wait(10) for sample in endless)
 
 
 def test_a_client_that_leaves_frees_its_slots_of_the_engine(ask, toy_site, monkeypatch):
-    engine = toy_site.worker.engine
+    engine = toy_site.worker.batch.engine
 
     @torch.inference_mode()
     def step():  # gives slots to requests, and no token to any
