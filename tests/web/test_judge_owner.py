@@ -57,6 +57,24 @@ def test_vote_that_waits_for_the_database_does_not_hold_up_other_requests(study_
     site.votes.close()
 
 
+def test_votes_that_wait_too_long_for_each_other_are_503_and_none_is_saved(study_folder, monkeypatch):
+    monkeypatch.setattr(judge, "WAIT", 0.05)
+    site = judge.open_site(study_folder, locked=0.3)
+    site.votes.db.execute("DELETE FROM votes")
+    bodies = [vote_of(judge.screen(site, name), name) for name in ("ann", "bob")]
+
+    async def run():
+        transport = httpx.ASGITransport(application(site))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await asyncio.gather(*(client.post("/api/study/vote", json=body) for body in bodies))
+
+    with closing(sqlite3.connect(study_folder / "votes.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert [answer.status_code for answer in asyncio.run(run())] == [503, 503]
+    assert site.votes.log() == []
+    site.votes.close()
+
+
 def test_votes_outlive_the_server(study_folder):
     with opened(study_folder) as (client, site):
         site.votes.db.execute("DELETE FROM votes")
