@@ -94,7 +94,7 @@ async function build(settings) {
     (await import("./red_team.js")).redTeam(page, $("red-team"));
   }
   const { turns, draft } = await restored(settings);
-  composer.fill(draft);
+  if (draft.length) composer.fill(draft);
   talk.replace(turns);
   scrollTo(0, root.scrollHeight);
   composer.focus();
