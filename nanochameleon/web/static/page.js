@@ -6,17 +6,19 @@
  *    page.mode()             the mode that is set
  *    page.options()          the options of sampling that are set
  *    page.turnElement(i)     the element of page.turns()[i]
+ *    page.answer(i)          the answer that page.turns()[i] is (conversation.js); undefined for the user's turns
+ *    page.finished()         false where the last turn is an answer that was cut, stopped or broke off
  *    page.on(name, callback) "turns": a turn was added, changed or removed; "busy", "idle": an answer begins, ends
  */
 
 import { composerView } from "./composer.js";
-import { placesRead, tokensUsed, turnsRead } from "./conversation.js";
+import { chosen, placesRead, tokensUsed, turnsRead } from "./conversation.js";
 import { dropAndPaste } from "./drop.js";
 import { following, keepingFocus, make } from "./elements.js";
 import { showExamples } from "./examples.js";
 import { keep, openFile, restored, saveFile } from "./files.js";
 import { getJson } from "./net.js";
-import { closeNotice, notice } from "./notices.js";
+import { notice } from "./notices.js";
 import { serverWatch } from "./server.js";
 import { settingsView } from "./settings.js";
 import { makeTalk } from "./talk.js";
@@ -37,7 +39,7 @@ async function start() {
 
 async function build(settings) {
   const { model } = settings;
-  const lost = serverWatch($("banner"), () => lookAgain(model));
+  const lost = serverWatch($("banner"), () => lookAgain(model).catch(() => lost()));
   const composer = composerView($("parts"), $("composer-error"), {
     fit: () => setting.values().fit ?? "crop",
     send: () => talk.send(),
@@ -45,7 +47,8 @@ async function build(settings) {
   });
   const setting = settingsView($("settings"), settings, (summary) => ($("set").textContent = summary));
   const { page, emit } = makePage(settings, setting, () => ({ talk, thread }));
-  const talk = makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer: (...which) => thread.showAnswer(...which) });
+  const showAnswer = (turn, answer) => thread.showAnswer(turn, answer);
+  const talk = makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer });
   const thread = threadView($("thread"), { ...talk.actions, reuse: (answer) => setting.apply(valuesOf(answer)) });
 
   let isLeaving = false; // an answer that breaks off because the page is left is no failure
@@ -77,7 +80,7 @@ async function build(settings) {
   $("model").textContent = model.name;
   root.dataset.pixels = model.resolution <= 128 ? "few" : "many";
   showExamples($("lesson"), settings, (example) => {
-    if (example.mode) setting.apply({ ...setting.values(), mode: example.mode });
+    setting.apply({ ...setting.values(), mode: example.mode ?? "auto" });
     composer.fill([{ text: example.messages[0] }]);
     talk.next = example.messages.slice(1);
     talk.send();
@@ -85,27 +88,30 @@ async function build(settings) {
   joinFiles(talk, composer, setting, settings);
   joinControls(talk, composer);
   joinTokens(page);
-  page.on("busy", closeNotice);
   if (settings.red_team) {
     $("red-team").hidden = false;
+    addStyle("red_team.css");
     (await import("./red_team.js")).redTeam(page, $("red-team"));
   }
-  await restore(talk, composer, settings);
+  const { turns, draft } = await restored(settings);
+  if (draft.length) composer.fill(draft);
+  talk.replace(turns);
+  scrollTo(0, root.scrollHeight);
   composer.focus();
 }
 
 /** The object that parts in other files get, and emit(name), which calls those that listen. */
 function makePage(settings, setting, parts) {
+  const turn = (i) => parts().talk.turns[placesRead(parts().talk.turns).at(i)];
   const listeners = { turns: [], busy: [], idle: [] };
   const page = {
     settings,
     turns: () => turnsRead(parts().talk.turns),
     mode: setting.mode,
     options: setting.options,
-    turnElement(i) {
-      const { talk, thread } = parts();
-      return thread.element(talk.turns[placesRead(talk.turns)[i]]);
-    },
+    turnElement: (i) => parts().thread.element(turn(i)),
+    answer: (i) => turn(i).answers && chosen(turn(i)),
+    finished: () => (turn(-1)?.answers ? chosen(turn(-1)).end?.reason === "stop" : true),
     on: (name, callback) => listeners[name].push(callback),
   };
   return { page, emit: (name) => listeners[name].forEach((callback) => callback()) };
@@ -163,17 +169,7 @@ function joinFiles(talk, composer, setting, settings) {
   });
 }
 
-async function restore(talk, composer, settings) {
-  try {
-    const kept = await restored(settings);
-    composer.fill(kept?.draft ?? []);
-    talk.replace(kept?.turns ?? []);
-    scrollTo(0, root.scrollHeight);
-  } catch (error) {
-    talk.replace([]);
-    notice(`The conversation of before is not shown: ${error.message}`);
-  }
-}
+const addStyle = (name) => document.head.append(make("link", { rel: "stylesheet", href: `/static/${name}` }));
 
 /** The switch of the token view, which is loaded when it is first wanted. */
 function joinTokens(page) {
@@ -184,7 +180,7 @@ function joinTokens(page) {
     $("tokens").hidden = !isOn;
     if (!isOn || isJoined) return;
     isJoined = true;
-    document.head.append(make("link", { rel: "stylesheet", href: "/static/tokens.css" }));
+    addStyle("tokens.css");
     (await import("./tokens.js")).tokenView(page, $("token-view"));
   });
 }
