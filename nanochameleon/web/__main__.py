@@ -67,6 +67,8 @@ class Args:
                 raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")
         if (self.model is None) == (self.study is None):
             raise UserError("give either a model, such as models/toy, or --study DIR")
+        if self.study and self.red_team:
+            raise UserError("--red-team is for a model: leave it out with --study")
         if self.token is not None and not (
             len(self.token) >= MIN_TOKEN and self.token.isascii() and self.token.isprintable()
         ):
@@ -117,6 +119,10 @@ def open_model_site(args: Args) -> "Site":
 
 def main(args: Args) -> None:
     args.check()
+    if args.red_team:
+        from nanochameleon.evaluate.red_team import prepare
+
+        prepare(args.red_team)
     from nanochameleon.web import judge
     from nanochameleon.web.app import application
     from nanochameleon.web.server import serve

@@ -32,9 +32,9 @@ async def healthz(request: Request) -> JSONResponse:
 
 
 def routes_of_model() -> list[Route]:
-    from nanochameleon.web import images, openai_api, talk, tokens  # a study runs without torch
+    from nanochameleon.web import images, openai_api, red_team, talk, tokens  # a study runs without torch
 
-    routes = [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES, *tokens.ROUTES]
+    routes = [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES, *tokens.ROUTES, *red_team.ROUTES]
     return [*routes, *openai_api.ROUTES]
 
 
