@@ -35,6 +35,7 @@ function wordsBlock() {
 function imageBlock(image) {
   const into = make("div", { className: "patches", hidden: image.folded });
   const element = make("li", { className: "drawn" }, ...imageParts(image), into);
+  element.dataset.image = image.number;
   element.style.setProperty("--grid", image.grid);
   return { element, into };
 }

@@ -24,6 +24,9 @@ export function tokenView(page, element) {
   const details = detailsView(list);
   element.replaceChildren(about(), length, marking(list), status, error, list, details.element);
 
+  const sheet = new CSSStyleSheet(); // of the images' patches
+  document.adoptedStyleSheets.push(sheet);
+
   let view = EMPTY; // of one sequence: its answer, images, buttons, and patches by token
   let current = 0; // the token that Tab reaches
   let shown = null; // the token whose details are shown
@@ -62,6 +65,7 @@ export function tokenView(page, element) {
     const images = answer ? imagesOf(answer, view.images) : [];
     const { blocks, buttons } = answer ? tokenList(answer, images) : { blocks: [], buttons: [] };
     view = { answer, images, buttons, patches: new Map() };
+    sheet.replaceSync("");
     list.replaceChildren(...blocks);
     length.replaceChildren(...(answer ? meter(answer) : []));
     images.filter(({ url }) => url).forEach(shownIn(view));
@@ -72,7 +76,7 @@ export function tokenView(page, element) {
   }
 
   /** Shows a decoded image, unless another sequence has come. */
-  const shownIn = (of) => (image) => of === view && showImage(blockOf(image), image);
+  const shownIn = (of) => (image) => of === view && showImage(blockOf(image), image, sheet);
   const blockOf = ({ first }) => view.buttons[first].closest("li");
 
   // -------------------------------------------------------------------------------------------------------------------
