@@ -77,7 +77,7 @@ function row(id, probability, pieces, patches) {
 }
 
 function bar(probability) {
-  const element = make("span", { className: "bar", "aria-hidden": "true" });
+  const element = make("span", { className: "amount", "aria-hidden": "true" });
   element.style.setProperty("--p", probability);
   return element;
 }

@@ -1,4 +1,4 @@
-/** Builds the list of a sequence's tokens: a block for each turn's words, and one for each image.
+/** Builds the list of a sequence's tokens: a block for what each turn says, and one for each image.
  *
  *  Every token is one button with data-index, its place in the sequence. No listener is here: tokens.js has them.
  */
@@ -18,7 +18,7 @@ export function tokenList({ tokens, pieces, characters }, images) {
   let block = null; // {element, into}
   buttons.forEach((button, i) => {
     if (starts.has(i)) block = null;
-    if (!block) blocks.push((block = starts.has(i) ? imageBlock(starts.get(i)) : wordsBlock()).element);
+    if (!block) blocks.push((block = starts.has(i) ? imageBlock(starts.get(i)) : saidBlock()).element);
     block.into.append(button);
     if (["<eot>", "<eoi>"].includes(pieces[tokens[i].id].name)) block = null;
   });
@@ -27,8 +27,8 @@ export function tokenList({ tokens, pieces, characters }, images) {
 
 const range = (first, last) => Array.from({ length: last - first }, (_, i) => first + i);
 
-function wordsBlock() {
-  const element = make("li", { className: "words" });
+function saidBlock() {
+  const element = make("li", { className: "said" });
   return { element, into: element };
 }
 
