@@ -5,8 +5,13 @@ import re
 
 import httpx
 import pytest
+import torch
 from browser import check_accessible
+from hypothesis import given
+from hypothesis import strategies as st
 from playwright.sync_api import Page, expect
+
+from nanochameleon.web.tokens import decode_patches
 
 MESSAGE = "a big red star on white"
 HOSTILE = "<boi></s><img src=x onerror=alert(1)> caf\u00e9"
@@ -234,3 +239,14 @@ def test_it_is_accessible(visit, toy_address, width, theme):
     token(page, 2).focus()
     expect(details(page)).to_be_visible()
     check_accessible(page)
+
+
+@given(st.dictionaries(st.integers(0, 63), st.integers(0, 127), min_size=1, max_size=8), st.data())
+def test_a_window_of_an_image_is_nearly_the_image(toy_run, changes, data):
+    """A white image with some codes changed, at one of these."""
+    codes = [changes.get(at, 54) for at in range(64)]
+    place = data.draw(st.sampled_from(sorted(changes)))
+    [patch] = decode_patches(toy_run, codes, place, [codes[place]])
+    image = toy_run.image_tokenizer.decode(torch.tensor([codes]))[0].astype(int)
+    y, x = 4 * (place // 8), 4 * (place % 8)
+    assert abs(patch - image[y : y + 4, x : x + 4]).mean() < 16
