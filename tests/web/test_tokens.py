@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 from starlette.testclient import TestClient
@@ -116,6 +116,9 @@ def test_pieces_and_characters_together_are_the_text(text):
 
 
 @given(st.lists(st.sampled_from([0x61, 0xC3, 0xA9, 0xE2, 0x98, 0x85, 0xF0, 0x9F, 0x80, 0xFF, None]), max_size=12))
+@example([0xC3, None, 0xA9])
+@example([0xE2, 0x98, None, 0x85, 0xE2, 0xC3, 0xA9])
+@example([0xF0, 0x9F, 0x98, 0x80, 0x61])
 def test_characters_are_those_of_the_bytes(data):
     """Byte tokens in any order, None a special token. Python's own decoder says which bytes are whole characters."""
     tokens = [VOCAB.eot if byte is None else VOCAB.first_text + byte for byte in data]
