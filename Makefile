@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-long toy-model emoji gpu test fuzz mutants peers notebooks tutorials lint format size clean clean-runs
+.PHONY: help demo demo-long toy-model emoji gpu test fuzz mutants peers notebooks tutorials web lint format size clean clean-runs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-12s%s\n", $$1, $$2 }'
@@ -44,6 +44,9 @@ notebooks: .venv/.dev  ## builds tutorials/*.ipynb from the .py next to each; AR
 tutorials: .venv/.tutorials  ## opens the lessons in Jupyter, on this machine alone
 	cd tutorials && ../$(BIN)/python -m jupyterlab --ip 127.0.0.1
 
+web: .venv/.web  ## the page in the browser, with models/toy: http://127.0.0.1:8000; ARGS="--port 9000" for options
+	$(BIN)/python -m nanochameleon.web models/toy $(ARGS)
+
 lint: .venv/.dev  ## style
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -77,3 +80,6 @@ clean-runs:  ## removes all runs
 
 .venv/.tutorials: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[tutorials]' && touch $@
+
+.venv/.web: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[web]' && touch $@

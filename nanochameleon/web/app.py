@@ -6,42 +6,72 @@ Each part of the page brings its ROUTES; guard.py stands before all of them.
 """
 
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nanochameleon.errors import UserError
-from nanochameleon.training.run import Run
-from nanochameleon.web.refusals import on_error
-from nanochameleon.web.worker import Worker
+from nanochameleon.web import metrics, static_files
+from nanochameleon.web.refusals import Refused, error_response, on_error
+from nanochameleon.web.site import Site
+from nanochameleon.web.static_files import page
 
-
-@dataclass
-class Site:
-    """What handlers need. They find it in request.app.state.site."""
-
-    name: str  # of the model, as the API says it: never a path
-    run: Run
-    worker: Worker
-    red_team: Path | None = None  # the log
+if TYPE_CHECKING:
+    from nanochameleon.web.judge import StudySite
 
 
 async def healthz(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ok"})
 
 
-def application(site: Site) -> Starlette:
+def routes_of_model() -> list[Route]:
+    from nanochameleon.web import images, talk  # a study runs without torch
+
+    return [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES]
+
+
+def routes_of_study() -> list[Route]:
+    from nanochameleon.web import judge
+
+    return [Route("/", page("study.html")), *judge.ROUTES]
+
+
+async def on_http_error(_: Request, error: HTTPException) -> Response:
+    """404 and 405, which Starlette raises for addresses and methods that nothing answers."""
+    if error.status_code == 405:
+        response = error_response(Refused("this address does not take this method", 405))
+        response.headers.update(error.headers or {})  # which methods it takes
+        return response
+    return error_response(Refused("nothing is here: the page is at /", error.status_code))
+
+
+async def on_disconnect(_: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
+async def on_bug(_: Request, error: Exception) -> Response:
+    return error_response(error)  # Starlette raises it again, so that the server logs it
+
+
+HANDLERS = {UserError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect, Exception: on_bug}
+
+
+def application(site: "Site | StudySite") -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette):
-        site.worker.start()
+        if has_model:
+            site.worker.start()
         yield
-        site.worker.stop()
+        site.worker.stop() if has_model else site.votes.close()
 
-    routes = [Route("/healthz", healthz)]
-    app = Starlette(routes=routes, exception_handlers={UserError: on_error}, lifespan=lifespan)
-    app.state.site = site
+    has_model = isinstance(site, Site)
+    routes = routes_of_model() if has_model else routes_of_study()
+    routes += [Route("/healthz", healthz), *metrics.ROUTES, *static_files.ROUTES]
+    app = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
+    app.router.redirect_slashes = False  # a redirect would repeat what a client put into its Host header
+    app.state.site, app.state.files = site, static_files.read_files()
     return app

@@ -34,7 +34,7 @@ def toy_run():
 
 @pytest.fixture(scope="module")
 def toy_site(toy_run):
-    from nanochameleon.web.app import Site
+    from nanochameleon.web.site import Site
     from nanochameleon.web.worker import Worker
 
     return Site("toy", toy_run, Worker(toy_run))

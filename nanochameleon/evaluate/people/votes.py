@@ -50,13 +50,13 @@ class Vote:
 class Votes:
     """The votes of one study. Several threads may share one object; each process opens its own."""
 
-    def __init__(self, study: Study):
+    def __init__(self, study: Study, wait: float = BUSY):
         self.study, self.lock, path = study, RLock(), study.folder / FILE
         self.n_read = 0  # the number of the last record that was read
         self.latest: dict[str, dict[tuple[str, str], Vote]] = defaultdict(dict)  # {annotator: {(item, question): vote}}
         self.people: dict[str, Counter] = defaultdict(Counter)  # {item: {annotator: how many votes count}}
         try:
-            self.db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+            self.db = sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = FULL")
             self.db.execute(SCHEMA)
@@ -85,9 +85,12 @@ class Votes:
     # -----------------------------------------------------------------------------------------------------------------
     # Writing
 
-    def cast(self, annotator: str, item: str, question: str, answer: str, seconds: float) -> bool:
+    def cast(
+        self, annotator: str, item: str, question: str, answer: str, seconds: float, replace: bool = True
+    ) -> bool:  # fmt: skip
         """Save a vote, and return whether anything changed: a click that arrives twice does not.
 
+        replace=False keeps a vote that this annotator already has on the question.
         Raises UserError for an unknown annotator's name, item, question or answer.
         """
         known = self.study.items.get(item)
@@ -96,18 +99,20 @@ class Votes:
         self.check(vote)
         with self.transaction():
             before = self.latest[annotator].get((item, question))
-            if before and before.answer == answer:
+            if before and (before.answer == answer or (not replace and before.answer != UNDONE)):
                 return False
             self.append(vote)
         return True
 
-    def undo(self, annotator: str) -> Vote | None:
-        """Take back the annotator's last vote that counts, and return it. None: there is none."""
+    def undo(self, annotator: str, only: tuple[str, str] | None = None) -> Vote | None:
+        """Take back the annotator's last vote that counts, and return it. None: there is none.
+
+        only: (item, question); any other vote stays.
+        """
         with self.transaction():
-            own = self.current_votes(annotator)
-            if not own:
+            last = self.last_vote(annotator)
+            if last is None or only not in (None, (last.item, last.question)):
                 return None
-            last = max(own, key=lambda vote: vote.time)
             self.append(Vote(*astuple(last)[:5], UNDONE, 0.0, 0.0))
         return last
 
@@ -181,8 +186,12 @@ class Votes:
         """The votes that count: of one annotator, or of all."""
         with self.lock:
             self.refresh()
-            chosen = [self.latest[annotator]] if annotator is not None else self.latest.values()
+            chosen = [self.latest.get(annotator, {})] if annotator is not None else self.latest.values()
             return [vote for own in chosen for vote in own.values() if vote.answer != UNDONE]
+
+    def last_vote(self, annotator: str) -> Vote | None:
+        """The newest vote of an annotator that counts."""
+        return max(self.current_votes(annotator), key=lambda vote: vote.time, default=None)
 
     def n_others(self, item: str, annotator: str) -> int:
         """How many other annotators have votes on an item, as far as was read."""

@@ -1,0 +1,22 @@
+"""What handlers of requests need. They find it in request.app.state.site. A study has its own (judge.py)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochameleon.web.metrics import Metrics
+from nanochameleon.web.uploads import Uploads
+
+if TYPE_CHECKING:  # a study runs without torch
+    from nanochameleon.training.run import Run
+    from nanochameleon.web.worker import Worker
+
+
+@dataclass
+class Site:
+    name: str  # of the model, as the API says it: never a path
+    run: "Run"
+    worker: "Worker"
+    red_team: Path | None = None  # the log
+    metrics: Metrics = field(default_factory=Metrics)
+    uploads: Uploads = field(default_factory=Uploads)
