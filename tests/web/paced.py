@@ -4,6 +4,7 @@ pace = Pace(); monkeypatch.setattr("nanochameleon.web.worker.Engine", paced_engi
 pace.allow(20)  # tokens, or image codes, of all requests together in the batch
 """
 
+import math
 import threading
 
 from nanochameleon.generation.engine import Engine
@@ -13,11 +14,16 @@ PATIENCE = 0.01  # seconds that the engine waits for a permit before the worker 
 
 
 class Pace:
-    def __init__(self, permits: float = 0):
-        self.permits, self.changed = permits, threading.Condition()
+    def __init__(self):
+        self.permits, self.changed = math.inf, threading.Condition()
 
-    def allow(self, steps: float) -> None:
-        """Let the engine do so many steps more; float("inf") lets it run."""
+    def hold(self) -> None:
+        """Let the engine do nothing."""
+        with self.changed:
+            self.permits = 0
+
+    def allow(self, steps: float = math.inf) -> None:
+        """Let the engine do so many steps more."""
         with self.changed:
             self.permits += steps
             self.changed.notify_all()
