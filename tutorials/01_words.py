@@ -297,3 +297,6 @@ check("words.unstable", my_unstable)
 # All of it is in [nanochameleon/text_tokenizer.py](../nanochameleon/text_tokenizer.py), in this order: words, merges,
 # encoding. `merge_word` there encodes a word of a million letters without hanging. Next: [lesson 2](02_images.ipynb)
 # does to images what this one did to text.
+#
+# `make web` opens a page that talks to a model ([docs/web.md](../docs/web.md)). Its switch **Tokens** shows text pieces
+# and image codes in one sequence, each with its number and its probability.

@@ -3,8 +3,12 @@
     [{"role": "user", "segments": [{"text": "how many stars?"}, {"codes": [7, 3, ...]}]}, {"role": "assistant", ...}]
 
 Images travel as codes, so an image that the model drew returns to it exactly. Special tokens come from roles and modes
-alone: no text can spell one. A chat and an answer separate the turns by <eot>, as in alignment (section 3.1); to draw
-and to continue, the turns are one document.
+alone: no text can spell one. What the model reads of a conversation depends on the mode:
+
+    draw          the last message
+    answer        the last image and all that was said after it
+    chat          every turn, each ended by <eot>, as in alignment (section 3.1)
+    text, free    every turn, as one document that the model continues
 """
 
 from collections.abc import Sequence
@@ -71,29 +75,62 @@ def read_codes(codes: object, place: str, run: Run) -> tuple[int, ...]:
 
 
 def resolve(mode: Mode | Literal["auto"], turns: Sequence[Turn], run: Run) -> tuple[Mode, Document]:
-    """Decide what `auto` means, as sample.py does, and return the document before the answer.
+    """Decide what `auto` means, and return the document before the answer.
 
-    Raises Refused where the last turn is not the user's, or where a segment is missing.
+    As in sample.py, and over several turns: words that end with "?" are a question about an earlier image. Raises
+    Refused where the last turn is not the user's, or where a segment is missing.
     """
     if not turns or turns[-1].role != USER:
         raise Refused("the last turn must be the user's", param="turns")
-    last = list(turns[-1].segments)
-    has_image, words_last = any(isinstance(s, Image) for s in last), bool(last) and isinstance(last[-1], Text)
-    caption = caption_question(run.cfg)
-    if mode == "auto" and not last:
-        raise Refused("the message is empty: write words to draw, or give an image and a question", param="turns")
-    if mode == "auto" and run.cfg.train.assistant_only_loss:
-        mode = "chat"
     if mode == "auto":
-        mode = "draw" if not has_image else "answer" if words_last or caption else "text"
-    if mode == "answer" and not words_last:
-        if not (has_image and caption):
-            raise Refused("the mode answer needs a question as its last words", param="mode")
-        last.append(Text(caption))
+        mode = chosen_mode(turns, run)
+    if mode == "answer":
+        return mode, question(turns, caption_question(run.cfg))
+    if mode == "draw":
+        return mode, list(turns[-1].segments)
     document: Document = []
     for turn in turns[:-1]:
-        document += [*turn.segments, *[EndOfTurn()] * (mode in ("answer", "chat"))]
-    return mode, document + last
+        document += [*turn.segments, *[EndOfTurn()] * (mode == "chat")]
+    return mode, document + list(turns[-1].segments)
+
+
+def chosen_mode(turns: Sequence[Turn], run: Run) -> Mode:
+    last = turns[-1].segments
+    if not last:
+        raise Refused("the message is empty: write words to draw, or give an image and a question", param="turns")
+    if run.cfg.train.assistant_only_loss:
+        return "chat"
+    words_last = isinstance(last[-1], Text)
+    if has_image(last):
+        return "answer" if words_last or caption_question(run.cfg) else "text"
+    asks = words_last and last[-1].text.rstrip().endswith("?") and any(has_image(turn.segments) for turn in turns)
+    return "answer" if asks else "draw"
+
+
+def has_image(segments: Sequence[Text | Image]) -> bool:
+    return any(isinstance(segment, Image) for segment in segments)
+
+
+def question(turns: Sequence[Turn], caption: str | None) -> Document:
+    """The last image and all that was said after it; where the last turn has an image, or none has, that turn alone.
+
+    caption: the question to add after an image without words.
+    """
+    last = list(turns[-1].segments)
+    if not (last and isinstance(last[-1], Text)):
+        if not (has_image(last) and caption):
+            raise Refused("the mode answer needs a question as its last words", param="mode")
+        last.append(Text(caption))
+    seen = [number for number, turn in enumerate(turns[:-1]) if has_image(turn.segments)]
+    if has_image(last) or not seen:
+        return last
+    first, *later = turns[seen[-1] : -1]
+    start = max(i for i, segment in enumerate(first.segments) if isinstance(segment, Image))
+    # An image that the model drew begins the next question, as images do in training; after words the turn ends.
+    document: Document = [*first.segments[start:], *[EndOfTurn()] * (start + 1 < len(first.segments))]
+    for turn in later:
+        document += [*turn.segments, EndOfTurn()]
+    return document + last
 
 
 def prompt_tokens(document: Document, run: Run, mode: Mode) -> list[int]:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import anyio
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nanochameleon.errors import UserError, shown, warn
@@ -33,15 +33,15 @@ from nanochameleon.evaluate.human import (
     progress,
     results_so_far,
 )
-from nanochameleon.evaluate.people.study import KEY, Key, Segments, Study, check_annotator
+from nanochameleon.evaluate.people.study import KEY, Key, Study, check_annotator
 from nanochameleon.evaluate.people.tables import all_tables
 from nanochameleon.web.bodies import field as read_field
 from nanochameleon.web.bodies import json_body
 from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.refusals import Refused
+from nanochameleon.web.static_files import page
 
 T = TypeVar("T")
-STATIC = Path(__file__).parent / "static"
 LOCKED, WAIT = 5.0, 10.0  # seconds that a request waits for another program's lock, and for all requests before it
 MAX_SECONDS = 600.0  # of one vote; the page stops counting there
 MAX_ORDERS = 256  # annotators whose order of items is kept in memory
@@ -115,10 +115,10 @@ def screen(site: StudySite, annotator: str, note: str | None = None) -> dict:
 def images_of_next_item(site: StudySite, annotator: str, now: str) -> list[str]:
     study = site.study
     item = next((item for item, _ in open_questions(study, site.votes, annotator) if item.id != now), None)
-    segments: list[Segments] = (
-        [study.prompts[item.prompt], *map(study.answers.__getitem__, item.answers)] if item else []
-    )
-    return [segment["image"] for each in segments for segment in each if "image" in segment]
+    if item is None:
+        return []
+    shown = [study.prompts[item.prompt], *(study.answers[name] for name in study.sides(annotator, item))]
+    return [segment["image"] for segments in shown for segment in segments if "image" in segment]
 
 
 def save(site: StudySite, annotator: str, item: str, question: str, answer: str, seconds: float) -> dict:
@@ -196,10 +196,6 @@ async def image(request: Request) -> Response:
 # The owner
 
 
-async def owner_page(request: Request) -> FileResponse:
-    return FileResponse(STATIC / "owner.html", media_type="text/html")
-
-
 async def owner_results(request: Request) -> Response:
     """The results so far, for the holder of the owner's key. 304 where no vote is new."""
     site = request.app.state.site
@@ -238,6 +234,6 @@ ROUTES = [
     Route("/api/study/vote", vote, methods=["POST"]),
     Route("/api/study/undo", undo, methods=["POST"]),
     Route("/api/study/images/{name}", image),
-    Route("/owner", owner_page),
+    Route("/owner", page("owner.html")),
     Route("/api/owner/results", owner_results),
 ]

@@ -308,3 +308,16 @@ def test_two_annotators_at_once_one_of_them_killed_lose_no_vote_and_double_none(
     }  # fmt: skip
     assert found.win_rates()["A", "B"][0] == pytest.approx(12.5 / 20)
     assert found.agreement(("A", "B")) == (18, 0, 2)
+
+
+def test_a_vote_that_must_not_replace_and_an_undo_of_one_vote_leave_all_others(shared):
+    votes, (one, other) = emptied(shared), [item.id for item in pairs(shared)[:2]]
+    assert votes.cast("ann", one, "preference", "first", 1.0, replace=False)
+    assert not votes.cast("ann", one, "preference", "second", 1.0, replace=False)
+    assert votes.cast("ann", other, "preference", "same", 1.0, replace=False)
+    assert votes.undo("ann", only=(one, "preference")) is None
+    assert [(vote.item, vote.answer) for vote in votes.current_votes("ann")] == [(one, "first"), (other, "same")]
+    assert votes.undo("ann", only=(other, "preference")).answer == "same"
+    assert votes.undo("ann", only=(other, "preference")) is None
+    assert votes.cast("ann", other, "preference", "second", 1.0, replace=False)  # what was undone is no vote
+    assert votes.last_vote("ann").answer == "second" and votes.last_vote("bob") is None

@@ -1,0 +1,26 @@
+/** Makes elements. Text reaches the page as text nodes alone. */
+
+/** make("button", {type: "button", className: "quiet"}, "Send"): an element with properties and children.
+ *  Properties that have a hyphen or are not the element's own are set as attributes. */
+export function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** A button with words; onclick may be async. */
+export function button(words, onclick, properties = {}) {
+  return make("button", { type: "button", onclick, ...properties }, words);
+}
+
+/** Carry out a change that may hide or remove the focused element; the focus then passes to `fallback`. */
+export function keepingFocus(change, fallback) {
+  const focused = document.activeElement;
+  change();
+  const lost = focused !== document.body && (!focused.isConnected || focused.disabled || focused.closest("[hidden]"));
+  if (lost) fallback().focus();
+}

@@ -1,0 +1,146 @@
+/** What may be set: the mode, the numbers of sampling, and how images are cut. The address keeps it after the #.
+ *
+ *  What is left empty is the model's own value, which the placeholder shows.
+ */
+
+import { button, make } from "./elements.js";
+
+const number = (words, test) => ({ words, test });
+const POSITIVE = number("0 or more", (x) => x >= 0);
+
+/** The fields, from what GET /api/settings answered. */
+function fieldsOf({ model, modes, defaults, limits }) {
+  const both = (name) => {
+    const [text, image] = [defaults[name], defaults[`image_${name}`]];
+    return text === image || !model.can_draw ? `${text}` : `${text}; images ${image}`;
+  };
+  const seeds = Math.min(limits.seed ?? 2 ** 31 - 1, Number.MAX_SAFE_INTEGER);
+  const samples = limits.samples ?? 8;
+  const whole = (low, high, words) => number(words, (x) => Number.isInteger(x) && x >= low && x <= high);
+  return [
+    { name: "mode", label: "Mode", choices: modes.map((mode) => [mode, helpOfMode(mode, model.aligned)]) },
+    { name: "temperature", label: "Temperature", ...POSITIVE, placeholder: both("temperature"),
+      help: "Higher is more surprising; 0 takes the likeliest token at each step." },
+    { name: "top_p", label: "Top-p", ...number("above 0 and at most 1", (x) => x > 0 && x <= 1),
+      placeholder: both("top_p"), help: "Draws from the smallest set of tokens that holds this probability." },
+    model.can_draw && { name: "guidance_scale", label: "Guidance", ...POSITIVE,
+      placeholder: `${defaults.guidance_scale}`,
+      help: "Of images by the prompt: 1 is off, more keeps closer to the prompt." },
+    { name: "max_new_tokens", label: "Length", ...whole(1, model.context, `a whole number from 1 to ${model.context}`),
+      placeholder: `${Math.min(defaults.max_new_tokens, model.context)}`, help: "The most tokens of an answer." },
+    { name: "samples", label: "Answers", ...whole(1, samples, `a whole number from 1 to ${samples}`), placeholder: "1",
+      help: "Several are shown next to one another; one is chosen to continue with." },
+    { name: "seed", label: "Seed", ...whole(0, seeds, "a whole number, 0 or more"), placeholder: "a new one each time",
+      help: "The same seed and settings give the same answer." },
+    { name: "fit", label: "Images that are not square", choices: [
+      ["crop", "Keep the middle, as for training images."],
+      ["pad", "Keep all of it and add a white border, as the paper does for prompts."]] },
+  ].filter(Boolean); // prettier-ignore
+}
+
+function helpOfMode(mode, aligned) {
+  const auto = aligned
+    ? "Chat, since this model is aligned."
+    : "Draw after words alone, answer where words follow an image, and say what is in an image that comes last.";
+  const helps = {
+    auto,
+    draw: "One image.",
+    answer: "End the turn, then text.",
+    chat: "End the turn, then text and images.",
+    text: "Continue with text only.",
+    free: "Continue with text and images.",
+  };
+  return helps[mode] ?? "";
+}
+
+/** The value that a text means for a field; undefined where it has none. */
+function valueOf(field, text) {
+  if (field.choices) return field.choices.some(([name]) => name === text) ? text : undefined;
+  const value = /^\d{0,16}(\.\d{0,16})?$/.test(text) && /\d/.test(text) ? Number(text) : NaN;
+  return field.test(value) ? value : undefined;
+}
+
+/** Build the dialog. changed(values) is called after each change.
+ *
+ *  Returns {values(), apply(values)}; values holds what is set, of the right type.
+ */
+export function settingsView(dialog, settings, changed) {
+  const fields = fieldsOf(settings);
+  const values = {};
+  const views = fields.map((field) => (field.choices ? choiceView : numberView)(field, set));
+
+  function set(name, value) {
+    const first = fields.find((field) => field.name === name).choices?.[0][0];
+    if (value === undefined || value === first) delete values[name];
+    else values[name] = value;
+    keepInAddress(values);
+    changed(values);
+  }
+
+  /** Take the values that are right; forget the others. */
+  function apply(given) {
+    fields.forEach((field, i) => {
+      const value = Object.hasOwn(given, field.name) ? valueOf(field, String(given[field.name])) : undefined;
+      views[i].show(value);
+      set(field.name, value);
+    });
+  }
+
+  dialog.append(
+    make("div", { className: "row head" }, make("h2", { id: "settings-title" }, "Settings"),
+      button("Reset", () => apply({}), { className: "plain" }),
+      button("Close", () => dialog.close(), { className: "main" })),
+    make("p", { className: "quiet small" }, "Left empty, a value is the model's own. The address of this page keeps them."),
+    ...views.map((view) => view.element),
+  ); // prettier-ignore
+  const fromAddress = () => apply(Object.fromEntries(new URLSearchParams(location.hash.slice(1))));
+  addEventListener("hashchange", fromAddress);
+  fromAddress();
+  return { values: () => values, apply };
+}
+
+function keepInAddress(values) {
+  const hash = new URLSearchParams(values).toString();
+  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+}
+
+function choiceView(field, set) {
+  const radios = field.choices.map(([name]) =>
+    make("input", { type: "radio", name: field.name, value: name, onchange: () => set(field.name, name) }),
+  );
+  const lines = field.choices.map(([name, help], i) =>
+    make("label", { className: "choice" }, radios[i], make("span", {}, name, make("span", { className: "help" }, help))),
+  );
+  const element = make("fieldset", { className: "choices" }, make("legend", {}, field.label), ...lines);
+  const show = (value = field.choices[0][0]) => radios.forEach((radio) => (radio.checked = radio.value === value));
+  return { element, show };
+}
+
+function numberView(field, set) {
+  const id = `set-${field.name}`;
+  const error = make("p", { className: "help wrong", id: `${id}-error`, role: "alert" });
+  const input = make("input", {
+    id, type: "text", inputMode: "decimal", autocomplete: "off", placeholder: field.placeholder,
+    "aria-describedby": `${id}-help ${id}-error`, oninput: check,
+  }); // prettier-ignore
+  const label = make("label", { htmlFor: id }, field.label);
+  const help = make("p", { className: "help", id: `${id}-help` }, field.help);
+  const element = make("div", { className: "field" }, label, input, help, error);
+
+  function check() {
+    const text = input.value.trim();
+    const value = valueOf(field, text);
+    const wrong = text !== "" && value === undefined;
+    input.setAttribute("aria-invalid", String(wrong));
+    error.textContent = wrong ? `${field.label} must be ${field.words}; the model's own value is used.` : "";
+    set(field.name, value);
+  }
+
+  function show(value) {
+    input.value = value ?? "";
+    input.setAttribute("aria-invalid", "false");
+    error.textContent = "";
+  }
+
+  return { element, show };
+}
