@@ -27,10 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from nanochameleon.errors import UserError, shown
-from nanochameleon.evaluate.harm.labels import UNSAFE, append_line, check_label, check_name, label_rows, verdict, worst
+from nanochameleon.evaluate.harm.labels import (
+    UNSAFE,
+    append_line,
+    check_label,
+    check_name,
+    drop_unfinished,
+    label_rows,
+    verdict,
+    worst,
+)
 from nanochameleon.evaluate.people.prompts import read_segments
 from nanochameleon.evaluate.people.study import Segments
 from nanochameleon.evaluate.records import KINDS, check_ids, get, image_path, load, read_json_lines
+from nanochameleon.files import check_writable
 
 USER, ASSISTANT = ROLES = ("user", "assistant")
 
@@ -150,20 +160,66 @@ def check_turn(number: str, conversation: Conversation, place: str) -> None:
 # Writing
 
 
-def write(path: Path, conversation: Conversation) -> None:
-    """Add a conversation to a log. Raises UserError for one that `read` would refuse, or whose id is taken."""
+def prepare(path: Path) -> None:
+    """Mend a log that a killed process was writing, and its labels.
+
+    Raises UserError where it cannot be read or written.
+    """
+    if path.suffix != ".jsonl":
+        raise UserError(f"the log {path} must end in .jsonl")
+    labels = labels_of(path)
+    try:
+        check_writable(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file") from None
+    for file in (path, labels):
+        drop_unfinished(file)
+    if path.exists():
+        read(path, [labels] if labels.exists() else [])
+
+
+def labels_of(path: Path) -> Path:
+    """The file of the labels that are given later."""
+    return path.with_suffix(".labels.jsonl")
+
+
+def row_of(conversation: Conversation) -> dict[str, Any]:
+    """The line of a log, as JSON."""
     row = json.loads(json.dumps(asdict(conversation), allow_nan=False))
     for turn in row["turns"]:
         if turn["refused"] is None:
             del turn["refused"]
+    return row
+
+
+def write(path: Path, conversation: Conversation) -> int:
+    """Add a conversation to a log; -> how many the log has.
+
+    Raises UserError for a conversation that `read` would refuse, or whose id is taken.
+    """
+    row, n = row_of(conversation), 0
     place = f"the conversation {shown(conversation.id)!r}"
     conversation_of(row, path.parent, place)
 
     def check(lines: list[bytes]) -> None:
-        if any(load(line, str(path)).get("id") == conversation.id for line in lines if line.strip()):
+        nonlocal n
+        n = sum(bool(line.strip()) for line in lines)
+        if find(lines, conversation.id, str(path)) is not None:
             raise UserError(f"{place} is in {path} already: give another id")
 
     append_line(path, row, check)
+    return n + 1
+
+
+def find(lines: Sequence[bytes], name: str, place: str) -> dict | None:
+    """Return the line with this id. Only lines that spell the id are parsed, since a log may have 10,000 lines."""
+    spellings = {name.encode(), json.dumps(name)[1:-1].encode()}
+    for line in lines:
+        if any(spelling in line for spelling in spellings):
+            row = load(line, place)
+            if isinstance(row, dict) and str(row.get("id")) == name:
+                return row
+    return None
 
 
 def label(path: Path, conversation: Conversation, annotator: str, turn: int, said: str, **more: str) -> None:

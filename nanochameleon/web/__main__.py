@@ -12,6 +12,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,7 @@ from nanochameleon.cli import parse
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 
 if TYPE_CHECKING:  # torch is imported after the arguments are parsed, so that mistakes in them are found at once
+    from nanochameleon.web.head import Access
     from nanochameleon.web.site import Site
 
 PROGRAM = "python -m nanochameleon.web"
@@ -65,6 +67,8 @@ class Args:
                 raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")
         if (self.model is None) == (self.study is None):
             raise UserError("give either a model, such as models/toy, or --study DIR")
+        if self.study and self.red_team:
+            raise UserError("--red-team is for a model: leave it out with --study")
         if self.token is not None and not (
             len(self.token) >= MIN_TOKEN and self.token.isascii() and self.token.isprintable()
         ):
@@ -89,6 +93,18 @@ def listen(args: Args) -> socket.socket:
     return listening
 
 
+def access_of(args: Args, listening: socket.socket) -> "Access":
+    """Return who may ask. Raises UserError where other machines could, and no token is set."""
+    from nanochameleon.web.head import Access
+
+    address, given = ip_address(listening.getsockname()[0]), args.host.lower()
+    if not (address.is_loopback or args.token):
+        raise UserError(
+            f"--host {shown(args.host)} lets other machines in, so it needs a --token: make one by {MAKE_TOKEN}"
+        )
+    return Access((f"[{given}]" if ":" in given else given, *map(str.lower, args.allow_host)), args.token)
+
+
 def open_model_site(args: Args) -> "Site":
     from nanochameleon.generation.quantize import quantize_
     from nanochameleon.web.site import Site
@@ -103,12 +119,18 @@ def open_model_site(args: Args) -> "Site":
 
 def main(args: Args) -> None:
     args.check()
+    if args.red_team:
+        from nanochameleon.evaluate.red_team import prepare
+
+        prepare(args.red_team)
     from nanochameleon.web import judge
     from nanochameleon.web.app import application
     from nanochameleon.web.server import serve
 
     with listen(args) as listening:
-        serve(application(judge.open_site(args.study) if args.study else open_model_site(args)), listening)
+        access = access_of(args, listening)
+        site = judge.open_site(args.study) if args.study else open_model_site(args)
+        serve(application(site, access), listening)
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

@@ -13,9 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from nanochameleon.errors import UserError
 from nanochameleon.web import metrics, static_files
+from nanochameleon.web.guard import Guard
+from nanochameleon.web.head import Access
 from nanochameleon.web.refusals import Refused, error_response, on_error
 from nanochameleon.web.site import Site
 from nanochameleon.web.static_files import page
@@ -29,9 +32,10 @@ async def healthz(request: Request) -> JSONResponse:
 
 
 def routes_of_model() -> list[Route]:
-    from nanochameleon.web import images, talk, tokens  # a study runs without torch
+    from nanochameleon.web import images, openai_api, red_team, talk, tokens  # a study runs without torch
 
-    return [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES, *tokens.ROUTES]
+    routes = [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES, *tokens.ROUTES, *red_team.ROUTES]
+    return [*routes, *openai_api.ROUTES]
 
 
 def routes_of_study() -> list[Route]:
@@ -54,13 +58,23 @@ async def on_disconnect(_: Request, error: ClientDisconnect) -> Response:
 
 
 async def on_bug(_: Request, error: Exception) -> Response:
-    return error_response(error)  # Starlette raises it again, so that the server logs it
+    response = error_response(error)
+    # Starlette raises it again, so that the server logs it; and the server then closes the connection.
+    response.headers["connection"] = "close"
+    return response
 
 
 HANDLERS = {UserError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect, Exception: on_bug}
 
 
-def application(site: "Site | StudySite") -> Starlette:
+class Guarded(Starlette):
+    """The guard stands before the handlers of errors, so that it adds its headers to their answers, too."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Guard(super().build_middleware_stack(), self.state.site.metrics, self.state.access)
+
+
+def application(site: "Site | StudySite", access: Access | None = None) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette):
         if has_model:
@@ -71,7 +85,7 @@ def application(site: "Site | StudySite") -> Starlette:
     has_model = isinstance(site, Site)
     routes = routes_of_model() if has_model else routes_of_study()
     routes += [Route("/healthz", healthz), *metrics.ROUTES, *static_files.ROUTES]
-    app = Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
+    app = Guarded(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would repeat what a client put into its Host header
-    app.state.site, app.state.files = site, static_files.read_files()
+    app.state.site, app.state.files, app.state.access = site, static_files.read_files(), access or Access()
     return app

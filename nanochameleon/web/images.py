@@ -24,13 +24,12 @@ from nanochameleon.errors import UserError
 from nanochameleon.images.files import FORMATS, MAX_SIDE
 from nanochameleon.images.terminal import png
 from nanochameleon.images.tokenizer import Fit, load_square
+from nanochameleon.web import limits
 from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import read_codes
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
 
-MAX_IMAGE = 2**23  # bytes of a file
-MAX_DECODED = 64  # images that one request decodes
 DATA_URL = re.compile(r"data:image/[\w.+-]+(;[\w-]+=[\w-]+)*;base64", re.ASCII | re.IGNORECASE)
 NO_FETCH = "must be a data URL, data:image/png;base64,...: the server fetches nothing"
 UNREADABLE = f"the file is not an image that can be read: use a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -55,8 +54,8 @@ async def encode(data: bytes, site: Site, fit: Fit) -> tuple[Image, np.ndarray]:
 
 def read_square(data: bytes, resolution: int, fit: Fit) -> np.ndarray:
     """load_square, whose sentences may end in a library's words: those stay here."""
-    if len(data) > MAX_IMAGE:
-        raise Refused(f"the image has {len(data):,} bytes: at most {MAX_IMAGE:,} are read", 413)
+    if len(data) > limits.IMAGE:
+        raise Refused(f"the image has {len(data):,} bytes: at most {limits.IMAGE:,} are read", 413)
     if not data:
         raise Refused("the image is empty: send the bytes of an image file")
     try:
@@ -70,32 +69,37 @@ def read_square(data: bytes, resolution: int, fit: Fit) -> np.ndarray:
 
 def from_data_url(url: str, place: str) -> bytes:
     """Return the bytes in a data URL. place: the name of its field."""
-    most = -(-MAX_IMAGE // 3) * 4  # characters of base64
+    most = -(-limits.IMAGE // 3) * 4  # characters of base64
     head, comma, text = url[: most + 200].partition(",")
     if not comma or not DATA_URL.fullmatch(head):
         raise Refused(f"{place} {NO_FETCH}", param=place)
     if len(url) - len(head) - 1 > most:
-        raise Refused(f"{place} has an image of more than {MAX_IMAGE:,} bytes: use a smaller one", 413, place)
+        raise Refused(f"{place} has an image of more than {limits.IMAGE:,} bytes: use a smaller one", 413, place)
     try:
         return base64.b64decode(text, validate=True)
     except ValueError:
         raise Refused(f"{place} is not base64 after its comma: encode the bytes of the file", param=place) from None
 
 
+def data_url(file: bytes) -> str:
+    """The data URL of a PNG file."""
+    return "data:image/png;base64," + base64.b64encode(file).decode()
+
+
 def png_url(pixels: np.ndarray) -> str:
-    """A data URL of uint8 (H, W, 3)."""
-    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+    """The data URL of uint8 (H, W, 3)."""
+    return data_url(png(pixels))
 
 
-async def urls_of(codes: Sequence[Sequence[int]], site: Site) -> list[str]:
-    """Decode images, a batch of bounded size at a time: between two batches the model has time for other clients."""
-    urls: list[str] = []
+async def pngs_of(codes: Sequence[Sequence[int]], site: Site) -> list[bytes]:
+    """Decode images into PNG files, a batch of bounded size at a time: in between, the model serves other clients."""
+    files: list[bytes] = []
     size = site.run.image_tokenizer.batch_size
     for i in range(0, len(codes), size):
         part = torch.tensor(codes[i : i + size])
         images = await site.worker.call(lambda run, part=part: run.image_tokenizer.decode(part))
-        urls += await anyio.to_thread.run_sync(lambda images=images: [png_url(pixels) for pixels in images])
-    return urls
+        files += await anyio.to_thread.run_sync(lambda images=images: [png(pixels) for pixels in images])
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ async def upload(request: Request) -> JSONResponse:
     with site.uploads.place():
         image, square = await encode(await file_body(request), site, fit)
     if site.run.image_tokenizer.can_draw:
-        [url] = await urls_of([image.codes], site)
+        url = data_url(*await pngs_of([image.codes], site))
     else:
         url = await anyio.to_thread.run_sync(png_url, square)
     return JSONResponse({"codes": image.codes, "url": url})
@@ -124,20 +128,20 @@ async def file_body(request: Request) -> bytes:
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
-        if len(data) > MAX_IMAGE:
-            raise Refused(f"the image has more than {MAX_IMAGE:,} bytes: use a smaller one", 413)
+        if len(data) > limits.IMAGE:
+            raise Refused(f"the image has more than {limits.IMAGE:,} bytes: use a smaller one", 413)
     return bytes(data)
 
 
 async def decode(request: Request) -> JSONResponse:
     site = request.app.state.site
     images = field(await json_body(request), "codes", list)
-    if len(images) > MAX_DECODED:
-        raise Refused(f"codes has {len(images):,} images: at most {MAX_DECODED} are decoded at once", param="codes")
+    if len(images) > limits.DECODED:
+        raise Refused(f"codes has {len(images):,} images: at most {limits.DECODED} are decoded at once", param="codes")
     if not site.run.image_tokenizer.can_draw:
         raise Refused("this model has no image decoder: it reads images and cannot draw them", code="no_decoder")
     codes = [read_codes(image, f"codes[{number}]", site.run) for number, image in enumerate(images)]
-    return JSONResponse({"urls": await urls_of(codes, site)})
+    return JSONResponse({"urls": [data_url(file) for file in await pngs_of(codes, site)]})
 
 
 ROUTES = [

@@ -17,6 +17,7 @@ DECODED = 64  # images in one request to decode
 
 # All requests
 CONNECTIONS = 512
+BODIES = 256 * MiB  # bytes of bodies in memory
 WAITING = 64  # samples that wait for a slot
 
 # One address: the bucket holds BURST requests and gets RATE a second

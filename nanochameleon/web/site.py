@@ -1,5 +1,6 @@
 """What handlers of requests need. They find it in request.app.state.site. A study has its own (judge.py)."""
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,4 +20,5 @@ class Site:
     worker: "Worker"
     red_team: Path | None = None  # the log
     metrics: Metrics = field(default_factory=Metrics)
+    red_team_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     uploads: Uploads = field(default_factory=Uploads)

@@ -249,8 +249,8 @@ async def patches(request: Request) -> JSONResponse:
     others, n_codes = field(row, "alternatives", list), site.run.cfg.vqgan.n_codes
     if not 0 <= place < len(codes):
         raise Refused(f"place must be from 0 to {len(codes) - 1}", param="place")
-    if not 1 <= len(others) <= N_ALTERNATIVES or not all(type(c) is int and 0 <= c < n_codes for c in others):
-        raise Refused(f"alternatives must be 1 to {N_ALTERNATIVES} codes below {n_codes}", param="alternatives")
+    if not 1 <= len(others) <= 1 + N_ALTERNATIVES or not all(type(c) is int and 0 <= c < n_codes for c in others):
+        raise Refused(f"alternatives must be 1 to {1 + N_ALTERNATIVES} codes below {n_codes}", param="alternatives")
     images = await site.worker.call(lambda run: decode_patches(run, codes, place, others))
     return JSONResponse({"urls": [png_url(pixels) for pixels in images]})
 

@@ -1,6 +1,7 @@
 """Red teaming: conversations in a log, worst turns, labels that are given later, the report."""
 
 import json
+import resource
 from dataclasses import replace
 from multiprocessing import get_context
 
@@ -113,6 +114,31 @@ def test_an_id_is_written_once_and_a_line_that_was_not_finished_is_cut_off(tmp_p
     red_team.write(path, conversation("c3"))
     assert [each.id for each in red_team.read(path)] == ["c1", "c3"]
     assert path.read_bytes().startswith(whole)
+
+
+def test_a_log_says_how_many_it_has_and_finds_an_id_however_it_is_spelled(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows = [ROW | {"id": name} for name in ("c1", "é", 7)]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=row["id"] == "c1") for row in rows) + "\n\n")
+    for name in ("c1", "é", "7"):
+        with pytest.raises(UserError, match="give another id"):
+            red_team.write(path, conversation(name))
+    assert red_team.write(path, conversation("c")) == 4  # a part of another's id
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_the_log_as_it_was(tmp_path):
+    path = tmp_path / "log.jsonl"
+    red_team.write(path, conversation())
+    whole, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 50, hard))  # in the middle of the next line
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            red_team.write(path, conversation("c2"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == whole
+    red_team.write(path, conversation("c2"))
+    assert [each.id for each in red_team.read(path)] == ["c1", "c2"]
 
 
 def write_many(path, who):

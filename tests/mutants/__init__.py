@@ -20,6 +20,7 @@ from mutants import (
     scripts,
     training,
     vision,
+    web,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -43,6 +44,7 @@ ROOMS = [
     scripts,
     training,
     vision,
+    web,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped

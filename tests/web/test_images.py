@@ -20,7 +20,7 @@ from tiny_site import tiny_run, tiny_site
 
 from nanochameleon.errors import UserError
 from nanochameleon.images.tokenizer import preprocess
-from nanochameleon.web import images
+from nanochameleon.web import images, limits
 from nanochameleon.web.app import application
 from nanochameleon.web.images import from_data_url, png_url
 
@@ -34,7 +34,7 @@ def site():
 
 @pytest.fixture(scope="module")
 def client(site):
-    with TestClient(application(site)) as client:
+    with TestClient(application(site), base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -81,7 +81,7 @@ def test_crop_is_the_default_and_another_fit_is_refused(client):
 
 def test_a_model_without_a_decoder_gives_the_square_back():
     picture = noise(size=8)
-    with TestClient(application(tiny_site(run=tiny_run(can_draw=False)))) as client:
+    with TestClient(application(tiny_site(run=tiny_run(can_draw=False))), base_url="http://127.0.0.1") as client:
         answer = send(client, encoded(picture)).json()
         assert np.array_equal(pixels_of(answer["url"]), preprocess(picture, 4, "crop"))
         refused = client.post("/api/images/decode", json={"codes": [answer["codes"]]})
@@ -129,10 +129,10 @@ def test_no_damage_is_an_error_of_the_server(client, kind):
 
 
 def test_bytes_are_limited_before_they_are_decoded(client, site):
-    many = images.MAX_IMAGE + 1
+    many = limits.IMAGE + 1
     for data in (bytes(many), (bytes(2**16) for _ in range(many // 2**16 + 1))):  # the second comes in chunks
         answer = send(client, data)
-        assert answer.status_code == 413 and f"{images.MAX_IMAGE:,}" in sentence(answer)
+        assert answer.status_code == 413 and f"{limits.IMAGE:,}" in sentence(answer)
     with pytest.raises(UserError, match="at most"):
         asyncio.run(images.read_image(bytes(many), site))
 
@@ -160,7 +160,7 @@ def test_a_hundred_at_once_are_served_or_sent_away_and_the_places_are_free_again
     app, data = application(site), encoded(noise())
 
     async def crowd() -> list[int]:
-        async with AsyncClient(transport=ASGITransport(app), base_url="http://x") as client:
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://127.0.0.1") as client:
             posts = [client.post("/api/images", content=data, headers=PNG) for _ in range(100)]
             answers = await asyncio.gather(*posts)
             assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
@@ -177,7 +177,7 @@ def test_a_hundred_at_once_are_served_or_sent_away_and_the_places_are_free_again
 
 
 def test_codes_are_decoded_in_order(client, site):
-    codes = torch.tensor(np.random.default_rng(0).integers(0, 8, (images.MAX_DECODED, 4)))
+    codes = torch.tensor(np.random.default_rng(0).integers(0, 8, (limits.DECODED, 4)))
     urls = client.post("/api/images/decode", json={"codes": codes.tolist()}).json()["urls"]
     assert np.array_equal(np.stack([pixels_of(url) for url in urls]), site.run.image_tokenizer.decode(codes))
     assert client.post("/api/images/decode", json={"codes": []}).json() == {"urls": []}
@@ -237,7 +237,7 @@ def test_any_text_gives_bytes_or_a_sentence(text, start):
 
 @pytest.mark.parametrize("more", [0, 1, 2, 3])
 def test_the_size_of_a_data_url_is_limited_before_decoding(more, monkeypatch):
-    monkeypatch.setattr(images, "MAX_IMAGE", 1_002)
+    monkeypatch.setattr(limits, "IMAGE", 1_002)
     url = "data:image/png;base64," + base64.b64encode(bytes(1_002 + more)).decode()
     if more == 0:
         assert len(from_data_url(url, "url")) == 1_002

@@ -9,6 +9,8 @@ One JSON line per label; `category` and `note` may be left out. A label of one t
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 from nanochameleon.errors import UserError, shown
@@ -91,7 +93,7 @@ def append_line(path: Path, row: dict, check: Callable[[list[bytes]], None] | No
     new = not path.exists()
     try:
         path.parent.mkdir(exist_ok=True)
-        with open(path, "a+b") as file:
+        with open(path, "a+b", buffering=0) as file:
             lock(file)
             file.seek(0)
             *lines, tail = file.read().split(b"\n")
@@ -100,13 +102,24 @@ def append_line(path: Path, row: dict, check: Callable[[list[bytes]], None] | No
             if tail and not is_json(tail):
                 os.ftruncate(file.fileno(), sum(len(line) + 1 for line in lines))
             start = b"\n" if is_json(tail) else b""
-            file.write(start + json.dumps(row, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            write_whole(file, start + json.dumps(row, allow_nan=False).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room, or give another file") from None
     if new:
         fsync(path.parent)
+
+
+def write_whole(file: FileIO, data: bytes) -> None:
+    """Append all of it and wait until it is on the disk; append nothing where that fails."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            file.truncate(size)
+        raise
 
 
 def drop_unfinished(path: Path) -> None:

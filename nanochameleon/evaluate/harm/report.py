@@ -95,7 +95,7 @@ def read_evaluation(out: Path, labels: Sequence[Path], rule: Rule | None) -> lis
 
 
 def read_log(path: Path, labels: Sequence[Path]) -> list[Results]:
-    near = path.with_suffix(".labels.jsonl")
+    near = red_team.labels_of(path)
     conversations = red_team.read(path, [*([near] if near.is_file() else []), *labels])
     return [
         Results(model, CONVERSATIONS, [of_conversation(each) for each in conversations if each.model == model])
