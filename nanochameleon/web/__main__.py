@@ -99,10 +99,10 @@ def access_of(args: Args, listening: socket.socket) -> "Access":
 
     address, given = ip_address(listening.getsockname()[0]), args.host.lower()
     if not (address.is_loopback or args.token):
-        raise UserError(
-            f"--host {shown(args.host)} lets other machines in, so it needs a --token: make one by {MAKE_TOKEN}"
-        )
-    return Access((f"[{given}]" if ":" in given else given, *map(str.lower, args.allow_host)), args.token)
+        host = shown(args.host)
+        raise UserError(f"--host {host} lets other machines in, so it needs a --token: make one by {MAKE_TOKEN}")
+    names = [] if address.is_unspecified else [f"[{given}]" if ":" in given else given]
+    return Access((*map(str.lower, args.allow_host), *names), args.token)
 
 
 def open_model_site(args: Args) -> "Site":
@@ -130,7 +130,10 @@ def main(args: Args) -> None:
     with listen(args) as listening:
         access = access_of(args, listening)
         site = judge.open_site(args.study) if args.study else open_model_site(args)
-        serve(application(site, access), listening)
+        address = access.address(listening.getsockname()[1])
+        lines = [f"the page is at {address}{'?token=TOKEN' if args.token else ''} (Ctrl-C ends the server)"]
+        lines += [f"its owner sees the results at {address}owner#key={site.owner_key}"] if args.study else []
+        serve(application(site, access), listening, lines)
 
 
 def start(arguments: Sequence[str] | None = None) -> None:

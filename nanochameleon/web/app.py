@@ -78,7 +78,7 @@ def application(site: "Site | StudySite", access: Access | None = None) -> Starl
     @asynccontextmanager
     async def lifespan(_: Starlette):
         if has_model:
-            site.worker.start()
+            site.worker.start(site.metrics)
         yield
         site.worker.stop() if has_model else site.votes.close()
 

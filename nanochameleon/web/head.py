@@ -29,6 +29,10 @@ class Access:
         names = {*self.names, *(LOOPBACK if port == 80 else ())}
         return names | {f"{name}:{port}" for name in (*LOOPBACK, *self.names)}
 
+    def address(self, port: int) -> str:
+        """Return where a browser finds the page."""
+        return f"http://{(*self.names, *LOOPBACK)[0]}:{port}/"
+
 
 class Head:
     """The head of a request: its headers by lower-case name, each with all its values."""
@@ -89,6 +93,8 @@ def check_body(head: Head) -> None:
     length = head.get("content-length") or "0"
     if not (length.isascii() and length.isdecimal()):
         raise Refused("the content-length is no number")
+    if "content-length" in head.headers and "transfer-encoding" in head.headers:
+        raise Refused("the body has a content-length and a transfer-encoding: send one of them")
     if len(length) > 15 or int(length) > limits.BODY:
         raise too_long()
     kind = head.get("content-type").partition(";")[0].strip().lower()

@@ -8,6 +8,7 @@ parts, too: its texts and the numbers of its images, in the order in which they 
 from. Beyond OpenAI's, a body may have mode and the other options of sample.py.
 """
 
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -85,6 +86,10 @@ def chat_requests(run: Run, mode: str, turns: Sequence[Turn], options: dict, see
     # An aligned model answers to the whole conversation, and others to a question about an image.
     as_chat = mode == "answer" and run.cfg.train.assistant_only_loss
     resolved, document = resolve("chat" if as_chat else mode, turns, run)
+    least, most = run.image_tokenizer.n_codes_per_image + 1, options.get("max_new_tokens")
+    if resolved == "draw" and most is not None and most < least:
+        name = "max_completion_tokens"
+        raise Refused(f"{name} must be at least {least} to draw an image, not {most}", param=name)
     return make_requests(run, "answer" if as_chat else resolved, document, options, seed, n)
 
 
@@ -146,10 +151,10 @@ def message(parts: Sequence[dict]) -> dict:
     """A message as OpenAI has it, and with images and their places among the text where there are any."""
     content = "".join(part["text"] for part in parts if part["type"] == "text")
     said = {"role": "assistant", "content": content, "refusal": None}
-    if not (images := [part for part in parts if part["type"] == "image_url"]):
-        return said
-    places = [part if part["type"] == "text" else {"type": "image", "image": images.index(part)} for part in parts]
-    return said | {"images": images, "parts": places}
+    images = [part for part in parts if part["type"] == "image_url"]
+    numbers = itertools.count()
+    places = [part if part["type"] == "text" else {"type": "image", "image": next(numbers)} for part in parts]
+    return said | {"images": images, "parts": places} if images else said
 
 
 def usage(chat: Chat, ends: dict[int, Ended]) -> dict[str, int]:

@@ -17,10 +17,10 @@ from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import MAX_TEXT
 from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed
 from nanochameleon.web.openai_samples import Ended, answers, image_part, open_streams, unless_left
+from nanochameleon.web.outbox import DecodedImage
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
 from nanochameleon.web.talk import make_requests, read_options
-from nanochameleon.web.worker import DecodedImage
 
 FIELDS = SAMPLING | {"prompt", "model", "n", "seed"}
 NO_STREAM = "images come whole here: ask /v1/chat/completions for a stream"

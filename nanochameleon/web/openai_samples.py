@@ -17,10 +17,11 @@ from nanochameleon.documents import Text
 from nanochameleon.generation.request import Request
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.web.images import png_url
+from nanochameleon.web.outbox import DecodedImage, Finished
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
 from nanochameleon.web.stop_strings import StopStrings
-from nanochameleon.web.worker import DecodedImage, Finished, Stream
+from nanochameleon.web.worker import Stream
 
 T = TypeVar("T")
 

@@ -52,6 +52,7 @@ class Outbox:
         self.lock = threading.Lock()
         self.unread: list[tuple[int, Event]] = []  # (sample, event)
         self.last: dict[int, int] = {}  # sample -> where its newest event is
+        self.woken = False  # since the reader took what was there
         self.error: Exception | None = None
 
     def put(self, sample: int, event: Event) -> None:
@@ -77,6 +78,10 @@ class Outbox:
 
     def wake(self) -> None:
         """Let the reader know that there is something to read."""
+        with self.lock:
+            woken, self.woken = self.woken, True
+        if woken:
+            return
         with suppress(RuntimeError):  # its loop has ended, so nobody reads
             self.loop.call_soon_threadsafe(self.filled.set)
 
@@ -86,7 +91,7 @@ class Outbox:
             await self.filled.wait()
             self.filled.clear()
             with self.lock:
-                taken, self.unread, self.last = self.unread, [], {}
+                taken, self.unread, self.last, self.woken = self.unread, [], {}, False
             if taken:
                 if self.error is not None:
                     self.filled.set()

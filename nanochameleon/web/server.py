@@ -1,15 +1,19 @@
 """uvicorn, with what it lacks: slow clients are cut off, open streams end at Ctrl-C, and its log is printed safely.
 
-serve(application(site), listening)        until Ctrl-C, which raises KeyboardInterrupt
+    serve(application(site), listening, lines)        until Ctrl-C, which raises KeyboardInterrupt
+
+Left out: TLS, which a proxy adds.
 """
 
 import asyncio
 import logging
 import socket
 import sys
-from typing import Any
+import time
+from collections.abc import Sequence
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochameleon.errors import say
@@ -33,10 +37,18 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, lines: Sequence[str]):
+        super().__init__(config)
+        self.lines = lines
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the model and begin to answer; then print where."""
+        began = time.monotonic()
         await super().startup(sockets)
-        host, port = sockets[0].getsockname()[:2]
-        say(f"the page is at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C ends it)")
+        if (seconds := time.monotonic() - began) > 1:
+            say(f"the model took {seconds:.0f} s for its first token, since kernels were compiled")
+        for line in self.lines:
+            say(line)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close every connection first: to a stream it looks as if its client had left."""
@@ -50,14 +62,18 @@ class Log(logging.Handler):
         say(self.format(record), file=sys.stderr)
 
 
-def serve(app: Any, listening: socket.socket) -> None:
-    logger = logging.getLogger("uvicorn")
-    logger.propagate, logger.handlers = False, [Log()]
-    logger.setLevel(logging.ERROR)  # a warning is about a client's mistake: anyone could fill the log
-    config = uvicorn.Config(
+def configure(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
         app, loop="asyncio", http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False,
         proxy_headers=False,  # else a client could name any address as its own
         server_header=False, limit_concurrency=limits.CONNECTIONS, timeout_keep_alive=limits.HEAD_SECONDS,
         timeout_graceful_shutdown=2, h11_max_incomplete_event_size=limits.HEAD,
     )  # fmt: skip
-    Server(config).run([listening])
+
+
+def serve(app: ASGIApp, listening: socket.socket, lines: Sequence[str]) -> None:
+    """Answer until Ctrl-C. lines: to print when clients can come."""
+    logger = logging.getLogger("uvicorn")
+    logger.propagate, logger.handlers = False, [Log()]
+    logger.setLevel(logging.ERROR)  # a warning is about a client's mistake: anyone could fill the log
+    Server(configure(app), lines).run([listening])

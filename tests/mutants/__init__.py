@@ -21,6 +21,7 @@ from mutants import (
     training,
     vision,
     web,
+    web_api,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -45,6 +46,7 @@ ROOMS = [
     training,
     vision,
     web,
+    web_api,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
+from nanochameleon.web.server import Server, configure
 
 
 @contextmanager
@@ -14,8 +14,7 @@ def served(app: Any) -> Iterator[str]:
     """Yield the address, such as http://127.0.0.1:49152. Raises RuntimeError where the server does not start."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        server = Server(configure(app), [])
         ready, startup = threading.Event(), server.startup
 
         async def start(sockets=None) -> None:

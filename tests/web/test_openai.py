@@ -10,12 +10,18 @@ import numpy as np
 import openai
 import pytest
 import torch
+from faults import wait_for
 from openai.types import CreateEmbeddingResponse, ImagesResponse, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from PIL import Image as Pillow
+from serving import served
 
 from nanochameleon.documents import Text
+from nanochameleon.web.app import application
+from nanochameleon.web.head import Access
 from nanochameleon.web.refusals import BROKEN, busy
+from nanochameleon.web.site import Site
+from nanochameleon.web.worker import Worker
 
 STAR = "please draw a big red star on white"
 COUNT = "how many stars are there?"
@@ -188,6 +194,17 @@ def test_images_generate(client, toy_run):
     assert len(client.images.generate(prompt="two yellow triangles", n=4).data) == 4
 
 
+def test_the_clients_helper_for_streams_puts_the_answer_together(client, ask):
+    how = {"model": "toy", "messages": [{"role": "user", "content": "a"}], "seed": 0, "extra_body": {"mode": "free"}}
+    with client.chat.completions.stream(**how) as stream:
+        put_together = stream.get_final_completion().choices[0].message
+    message = client.chat.completions.create(**how).choices[0].message
+    assert put_together.content == message.content
+    assert [image["codes"] for image in put_together.images] == [image["codes"] for image in message.images]
+    again = [{"role": "user", "content": "a"}, put_together, {"role": "user", "content": COUNT}]
+    assert ask(again).choices
+
+
 def test_models(client):
     [model] = client.models.list().data
     assert model.id == "toy" and client.models.retrieve("toy") == model
@@ -236,6 +253,7 @@ def test_the_answers_are_of_openais_types(client, ask):
         ({"temperature": -1}, "temperature", "at least 0"),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"max_tokens": 0}, "max_tokens", "1 or more"),
+        ({"max_tokens": 64, "modalities": ["image"]}, "max_completion_tokens", "at least 65"),
         ({"stop": ["a"] * 5}, "stop", "up to 4"),
         ({"stop": [""]}, "stop", "1 to 100"),
         ({"stream": "yes"}, "stream", "true or false"),
@@ -334,6 +352,24 @@ def test_a_wrong_model_is_not_found(client):
         assert "toy" in refused.value.body["message"]
 
 
+@pytest.fixture(scope="module")
+def guarded_address(toy_run):
+    """A server that wants a token."""
+    with served(application(Site("toy", toy_run, Worker(toy_run)), Access(token="s3cret"))) as address:
+        yield f"{address}/v1"
+
+
+def test_the_api_key_is_the_token(guarded_address):
+    with openai.OpenAI(base_url=guarded_address, api_key="s3cret", max_retries=0) as client:
+        assert client.models.list().data and client.images.generate(prompt=STAR).data
+    with (
+        openai.OpenAI(base_url=guarded_address, api_key="secret", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError) as refused,
+    ):
+        client.images.generate(prompt=STAR)
+    assert refused.value.code == "invalid_api_key" and "s3cret" not in str(refused.value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Many, and those that leave or fail
 
@@ -405,6 +441,22 @@ def test_a_client_that_leaves_before_its_answer_frees_all_its_samples(client, as
         else:
             hasty.images.generate(prompt=STAR, n=2)
     assert len(endless) == 2 and all(sample.left.wait(10) for sample in endless)
+
+
+def test_a_client_that_leaves_frees_its_slots_of_the_engine(ask, toy_site, monkeypatch):
+    engine = toy_site.worker.engine
+
+    @torch.inference_mode()
+    def step():  # gives slots to requests, and no token to any
+        engine.schedule()
+        return []
+
+    monkeypatch.setattr(engine, "step", step)
+    stream = ask(STAR, n=3, stream=True)
+    next(iter(stream))
+    wait_for(lambda: toy_site.worker.slots_in_use == 3)
+    stream.close()
+    wait_for(lambda: toy_site.worker.slots_in_use == 0)
 
 
 def test_a_stop_string_frees_the_slots_of_its_sample_while_others_write(ask, endless):

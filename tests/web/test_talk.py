@@ -129,3 +129,4 @@ def test_settings(client):
     assert (
         settings["modes"] == ["auto", "draw", "answer", "chat", "text", "free"] and settings["limits"]["samples"] == 8
     )
+    assert {example["mode"] for example in settings["examples"]} <= set(settings["modes"])

@@ -8,15 +8,14 @@ export const newAnswer = (seed, sample, asked) => ({ seed, sample, asked, segmen
 
 /** Fill in `answers` from the server's events; `changed(answer)` after each. Sets every answer's state; never throws.
  *
- *  asked: {mode, options}. Returns the mode that `auto` became, or null.
+ *  asked: {mode, options}.
  */
 export async function generate(turns, asked, answers, codesPerImage, signal, changed) {
   const { seed } = answers[0];
   const body = { turns, mode: asked.mode, options: asked.options, seed, samples: answers.length, preview: true };
-  let mode = null;
   try {
     for await (const event of events("/api/generate", body, signal)) {
-      if (event.mode) mode = event.mode;
+      if (event.mode) answers.forEach((answer) => (answer.mode = event.mode)); // what auto became
       if (!("sample" in event)) continue;
       take(answers[event.sample], event, codesPerImage);
       changed(answers[event.sample]);
@@ -24,10 +23,9 @@ export async function generate(turns, asked, answers, codesPerImage, signal, cha
     finish(answers, "failed", "the answer broke off: send the message again");
   } catch (error) {
     if (error.name === "AbortError") finish(answers, "stopped");
-    else finish(answers, "failed", error.message);
+    else finish(answers, "failed", error.message, error.status === 0);
   }
   answers.forEach(changed);
-  return mode;
 }
 
 /** Add one event to an answer. */
@@ -47,6 +45,8 @@ function take(answer, event, codesPerImage) {
   }
 }
 
-function finish(answers, state, error) {
-  for (const answer of answers.filter((answer) => answer.state === "coming")) Object.assign(answer, { state, error });
+/** End the answers that have no end. isSilent: the server is gone. */
+function finish(answers, state, error, isSilent = false) {
+  const open = answers.filter((answer) => answer.state === "coming");
+  for (const answer of open) Object.assign(answer, { state, error, isSilent });
 }

@@ -9,9 +9,9 @@ import { postBytes } from "./net.js";
 
 /** Returns {segments(), fill(segments), add(files), focus(), ready(), showError(sentence)}.
  *
- *  changed() follows every change; fit() is crop or pad.
+ *  fit() is crop or pad; send() follows Enter; lost() says that the server is gone.
  */
-export function composerView(list, error, { changed, fit, onEnter }) {
+export function composerView(list, error, { fit, send, lost }) {
   let parts = [];
   let current = null; // the words where the caret is or was last
 
@@ -23,7 +23,7 @@ export function composerView(list, error, { changed, fit, onEnter }) {
     area.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
-      onEnter();
+      send();
     });
     return part;
   }
@@ -67,7 +67,6 @@ export function composerView(list, error, { changed, fit, onEnter }) {
       const written = part.image || part.area?.value.trim();
       showTools(part, place, i, parts.length > 1 && Boolean(written));
     });
-    changed();
   }
 
   function showTools(part, place, i, wanted) {
@@ -133,7 +132,8 @@ export function composerView(list, error, { changed, fit, onEnter }) {
     } catch (problem) {
       parts = parts.filter((other) => other !== part);
       keepingFocus(arrange, () => current.area);
-      showError(`${part.file.name || "the image"}: ${problem.message}`);
+      showError(`${problem.message} (${part.file.name || "pasted"})`);
+      if (problem.status === 0) lost();
     }
   }
 

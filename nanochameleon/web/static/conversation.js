@@ -1,9 +1,9 @@
 /** A conversation's turns, as the page keeps them and as the server reads them.
  *
  *  user:      {role, segments}
- *  assistant: {role, mode, answers: [answer], chosen}; the chosen answer continues the conversation
- *  answer:    {seed, sample, asked: {mode, options}, segments, state, end, error}
- *             state: coming, ended, stopped, failed; asked.options holds what the user set, not the model's own values
+ *  assistant: {role, answers: [answer], chosen}; the chosen answer continues the conversation
+ *  answer:    {seed, sample, asked: {mode, options}, mode, segments, state, end, error}
+ *             state: coming, ended, stopped, failed; asked holds what the user set, not the model's own values
  *  segment:   {text} or {codes, url, complete}
  */
 
@@ -48,6 +48,14 @@ export function words(segments, most = 120) {
   const all = segments.filter((segment) => "text" in segment).map((segment) => segment.text.trim());
   const joined = all.join(" ").replace(/\s+/g, " ");
   return joined.length > most ? `${joined.slice(0, most - 1)}…` : joined;
+}
+
+/** What a screen reader says of an answer. */
+export function spoken({ segments, error, state }) {
+  if (state !== "ended") return error ? "" : "The answer was stopped.";
+  const n = segments.filter((segment) => "codes" in segment).length;
+  const images = n ? [n > 1 ? `${n} images` : "an image"] : [];
+  return `The answer: ${[words(segments, 2000), ...images].filter(Boolean).join("; ") || "nothing"}`;
 }
 
 /** Tokens that the conversation takes so far, or null before the first answer. */

@@ -17,10 +17,18 @@ export function button(words, onclick, properties = {}) {
   return make("button", { type: "button", onclick, ...properties }, words);
 }
 
-/** Carry out a change that may hide or remove the focused element; the focus then passes to `fallback`. */
+/** Carry out a change that may hide, disable or remove the focused element; fallback() then takes the focus. */
 export function keepingFocus(change, fallback) {
   const focused = document.activeElement;
   change();
-  const lost = focused !== document.body && (!focused.isConnected || focused.disabled || focused.closest("[hidden]"));
+  const lost = focused !== document.body && (focused.disabled || !focused.checkVisibility({ visibilityProperty: true }));
   if (lost) fallback().focus();
+}
+
+/** Carry out a change; where the reader was at the bottom of the page, stay there. */
+export function following(change) {
+  const root = document.documentElement;
+  const atBottom = root.scrollHeight - innerHeight - scrollY < 60;
+  change();
+  if (atBottom) scrollTo(0, root.scrollHeight);
 }

@@ -1,22 +1,25 @@
 /** What the page says in passing: a notice with a way back, and words for screen readers. */
 
-import { button } from "./elements.js";
+import { button, following, keepingFocus, make } from "./elements.js";
+
+const $ = (id) => document.getElementById(id);
 
 /** Show a sentence, with one thing that can be done about it: [words, function]. */
 export function notice(sentence, action) {
-  const element = document.getElementById("notice");
-  const close = () => {
-    const held = element.contains(document.activeElement);
-    element.hidden = true;
-    if (held) document.querySelector("#parts textarea").focus();
-  };
-  const act = action && button(action[0], () => (close(), action[1]()));
-  element.replaceChildren(sentence, ...(act ? [act] : []), button("Close", close, { className: "plain" }));
-  element.hidden = false;
+  const act = action && button(action[0], () => (closeNotice(), action[1]()));
+  const parts = [make("p", { className: "sentence" }, sentence), act, button("Close", closeNotice, { className: "plain" })];
+  following(() => {
+    $("notice").replaceChildren(...parts.filter(Boolean));
+    $("notice").hidden = false;
+  });
   announce(sentence);
+}
+
+export function closeNotice() {
+  keepingFocus(() => ($("notice").hidden = true), () => document.querySelector("#parts textarea")); // prettier-ignore
 }
 
 /** Say something to screen readers alone. */
 export function announce(sentence) {
-  document.getElementById("status").textContent = sentence;
+  $("status").textContent = sentence;
 }

@@ -9,127 +9,127 @@
  *    page.on(name, callback) "turns": a turn was added, changed or removed; "busy", "idle": an answer begins, ends
  */
 
-import { generate, newAnswer } from "./answers.js";
 import { composerView } from "./composer.js";
-import { ASSISTANT, USER, chosen, placesRead, tokensUsed, turnsRead, words } from "./conversation.js";
-import { keepingFocus, make } from "./elements.js";
+import { placesRead, tokensUsed, turnsRead } from "./conversation.js";
+import { dropAndPaste } from "./drop.js";
+import { following, keepingFocus, make } from "./elements.js";
+import { showExamples } from "./examples.js";
+import { keep, openFile, restored, saveFile } from "./files.js";
 import { getJson } from "./net.js";
-import { announce, notice } from "./notices.js";
+import { closeNotice, notice } from "./notices.js";
+import { serverWatch } from "./server.js";
 import { settingsView } from "./settings.js";
+import { makeTalk } from "./talk.js";
 import { threadView } from "./thread.js";
 
 const $ = (id) => document.getElementById(id);
+const root = document.documentElement;
 
-/** The object that parts in other files get, and emit(name) for those here. */
-function makePage(settings, state) {
+async function start() {
+  try {
+    await build(await getJson("/api/settings"));
+  } catch (error) {
+    if (error.status === 0) serverWatch($("banner"), start)();
+    else $("banner").textContent = error.message;
+    if (!("status" in error)) throw error;
+  }
+}
+
+async function build(settings) {
+  const { model } = settings;
+  const lost = serverWatch($("banner"), () => lookAgain(model));
+  const composer = composerView($("parts"), $("composer-error"), {
+    fit: () => setting.values().fit ?? "crop",
+    send: () => talk.send(),
+    lost,
+  });
+  const setting = settingsView($("settings"), settings, (summary) => ($("set").textContent = summary));
+  const { page, emit } = makePage(settings, setting, () => ({ talk, thread }));
+  const talk = makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer: (...which) => thread.showAnswer(...which) });
+  const thread = threadView($("thread"), { ...talk.actions, reuse: (answer) => setting.apply(valuesOf(answer)) });
+
+  let isLeaving = false; // an answer that breaks off because the page is left is no failure
+  addEventListener("pageshow", () => (isLeaving = false));
+  addEventListener("pagehide", () => {
+    keepInTab();
+    isLeaving = true;
+  });
+
+  function changed() {
+    keepingFocus(() => following(show), () => (talk.isBusy ? $("stop") : composer));
+    emit("turns");
+    keepInTab();
+  }
+
+  function keepInTab() {
+    if (!isLeaving) keep(talk.turns, composer.segments(), settings);
+  }
+
+  function show() {
+    thread.update(talk.turns, talk.isBusy);
+    $("send").hidden = talk.isBusy;
+    $("stop").hidden = !talk.isBusy;
+    $("lesson").hidden = talk.turns.length > 0;
+    for (const id of ["new", "open", "save"]) $(id).disabled = talk.isBusy;
+    showContext(tokensUsed(talk.turns), model.context);
+  }
+
+  $("model").textContent = model.name;
+  root.dataset.pixels = model.resolution <= 128 ? "few" : "many";
+  showExamples($("lesson"), settings, (example) => {
+    if (example.mode) setting.apply({ ...setting.values(), mode: example.mode });
+    composer.fill([{ text: example.messages[0] }]);
+    talk.next = example.messages.slice(1);
+    talk.send();
+  });
+  joinFiles(talk, composer, setting, settings);
+  joinControls(talk, composer);
+  joinTokens(page);
+  page.on("busy", closeNotice);
+  if (settings.red_team) {
+    $("red-team").hidden = false;
+    (await import("./red_team.js")).redTeam(page, $("red-team"));
+  }
+  await restore(talk, composer, settings);
+  composer.focus();
+}
+
+/** The object that parts in other files get, and emit(name), which calls those that listen. */
+function makePage(settings, setting, parts) {
   const listeners = { turns: [], busy: [], idle: [] };
   const page = {
     settings,
-    turns: () => turnsRead(state.turns),
-    mode: () => state.values().mode ?? "auto",
-    options: () => optionsOf(state.values()),
-    turnElement: (i) => state.thread.element(state.turns[placesRead(state.turns)[i]]),
+    turns: () => turnsRead(parts().talk.turns),
+    mode: setting.mode,
+    options: setting.options,
+    turnElement(i) {
+      const { talk, thread } = parts();
+      return thread.element(talk.turns[placesRead(talk.turns)[i]]);
+    },
     on: (name, callback) => listeners[name].push(callback),
   };
   return { page, emit: (name) => listeners[name].forEach((callback) => callback()) };
 }
 
-function optionsOf(values) {
-  const names = ["temperature", "top_p", "guidance_scale", "max_new_tokens"];
-  return Object.fromEntries(names.filter((name) => name in values).map((name) => [name, values[name]]));
+/** The settings that make an answer again. */
+const valuesOf = ({ asked, seed, sample }) => ({ mode: asked.mode, ...asked.options, seed, samples: sample + 1 });
+
+function showContext(used, context) {
+  const isNearlyFull = used > context * 0.9;
+  const most = `${context.toLocaleString("en")} tokens`;
+  const words = used === null ? `room for ${most}` : `${used.toLocaleString("en")} of ${most}`;
+  $("context").textContent = isNearlyFull ? `${words}: nearly full` : words;
+  $("context").classList.toggle("nearly-full", isNearlyFull);
 }
 
-async function start() {
-  const settings = await getJson("/api/settings");
-  const { model } = settings;
-  $("model").textContent = model.name;
-  const state = { turns: [], values: () => ({}), stopping: null };
-  const { page, emit } = makePage(settings, state);
-  const composer = composerView($("parts"), $("composer-error"), {
-    changed: () => {},
-    fit: () => state.values().fit ?? "crop",
-    onEnter: send,
+function joinControls(talk, composer) {
+  $("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    talk.send();
   });
-  state.thread = threadView($("thread"), { again, edit, remove, choose, reuse: () => {} });
-  const view = settingsView($("settings"), settings, (values) => (state.values = () => values));
-
-  /** Change the turns; the page shows them and the other parts hear of it. */
-  function change(turns) {
-    state.turns = turns;
-    show();
-    emit("turns");
-  }
-
-  function show() {
-    const busy = state.stopping !== null;
-    const inPlace = () => {
-      state.thread.update(state.turns, busy);
-      $("send").hidden = busy;
-      $("stop").hidden = !busy;
-      $("lesson").hidden = state.turns.length > 0;
-    };
-    keepingFocus(() => following(inPlace), () => (busy ? $("stop") : $("parts").lastChild.firstChild)); // prettier-ignore
-    const used = tokensUsed(state.turns);
-    $("context").textContent = used === null ? `context ${model.context}` : `${used} of ${model.context} tokens`;
-  }
-
-  async function send() {
-    if (state.stopping || !(await composer.ready())) return;
-    const segments = composer.segments();
-    if (!segments.length) return composer.focus();
-    composer.fill([]);
-    composer.focus();
-    change([...state.turns, { role: USER, segments }, { role: ASSISTANT, answers: [], chosen: 0 }]);
-    scrollTo(0, document.documentElement.scrollHeight);
-    await answer();
-  }
-
-  /** Get new answers for the last turn. */
-  async function answer() {
-    const { mode = "auto", seed = Math.floor(Math.random() * 2 ** 31), samples = 1 } = state.values();
-    const asked = { mode, options: page.options() };
-    const turn = state.turns.at(-1);
-    const answers = Array.from({ length: samples }, (_, sample) => newAnswer(seed, sample, asked));
-    const turns = turnsRead(state.turns.slice(0, -1));
-    turn.chosen = turn.answers.length;
-    turn.answers.push(...answers);
-    state.stopping = new AbortController();
-    show();
-    emit("busy");
-    const update = (answer) => following(() => state.thread.showAnswer(turn, answer));
-    turn.mode = (await generate(turns, asked, answers, model.codes_per_image, state.stopping.signal, update)) ?? turn.mode;
-    state.stopping = null;
-    change([...state.turns]);
-    emit("idle");
-    announce(spoken(chosen(turn)));
-  }
-
-  function again() {
-    answer();
-  }
-
-  function edit() {
-    const { segments } = state.turns.at(-2);
-    change(state.turns.slice(0, -2));
-    composer.fill([...segments, ...composer.segments()]);
-    composer.focus();
-  }
-
-  function remove() {
-    const before = state.turns;
-    change(before.slice(0, -2));
-    notice("The message and its answers were removed.", ["Undo", () => change(before)]);
-  }
-
-  function choose(turn, answer) {
-    turn.chosen = turn.answers.indexOf(answer);
-    change([...state.turns]);
-  }
-
-  $("composer").addEventListener("submit", (event) => (event.preventDefault(), send()));
-  $("stop").addEventListener("click", () => state.stopping?.abort());
+  $("stop").addEventListener("click", talk.stop);
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !$("settings").open) state.stopping?.abort();
+    if (event.key === "Escape" && !event.defaultPrevented && !$("settings").open) talk.stop();
   });
   $("add-image").addEventListener("click", () => $("image-file").click());
   $("image-file").addEventListener("change", ({ target }) => {
@@ -137,43 +137,64 @@ async function start() {
     target.value = "";
   });
   $("show-settings").addEventListener("click", () => $("settings").showModal());
-  $("skip").addEventListener("click", () => composer.focus());
-  joinTokens(page);
-  if (settings.red_team) (await import("./red_team.js")).redTeam(page, shownAs($("red-team")));
-  show();
-  composer.focus();
+  $("skip").addEventListener("click", composer.focus);
+  dropAndPaste($("drop"), composer.add);
 }
 
-const shownAs = (element) => Object.assign(element, { hidden: false });
-
-/** The switch of the token view, which is loaded when it is first wanted. */
-function joinTokens(page) {
-  let joined = false;
-  $("show-tokens").addEventListener("click", async ({ currentTarget }) => {
-    const on = currentTarget.getAttribute("aria-pressed") !== "true";
-    currentTarget.setAttribute("aria-pressed", String(on));
-    $("tokens").hidden = !on;
-    if (on && !joined) {
-      joined = true;
-      document.head.append(make("link", { rel: "stylesheet", href: "/static/tokens.css" }));
-      (await import("./tokens.js")).tokenView(page, $("token-view"));
+function joinFiles(talk, composer, setting, settings) {
+  $("new").addEventListener("click", () => {
+    talk.next = [];
+    if (talk.turns.length) talk.replaceWithUndo([], "A new conversation begins.");
+    composer.focus();
+  });
+  $("save").addEventListener("click", () => saveFile(talk.turns, settings, setting.values()));
+  $("open").addEventListener("click", () => $("open-file").click());
+  $("open-file").addEventListener("change", async ({ target }) => {
+    const [file] = target.files;
+    target.value = "";
+    try {
+      const { turns, values, isOther } = await openFile(file, settings);
+      const warning = isOther ? " Another model held it, so its images may look different." : "";
+      talk.replaceWithUndo(turns, `Opened ${file.name}.${warning}`);
+      setting.apply(values);
+    } catch (error) {
+      notice(error.message);
     }
   });
 }
 
-/** Carry out a change; where the reader was at the bottom, stay there. */
-function following(change) {
-  const root = document.documentElement;
-  const atBottom = root.scrollHeight - innerHeight - scrollY < 60;
-  change();
-  if (atBottom) scrollTo(0, root.scrollHeight);
+async function restore(talk, composer, settings) {
+  try {
+    const kept = await restored(settings);
+    composer.fill(kept?.draft ?? []);
+    talk.replace(kept?.turns ?? []);
+    scrollTo(0, root.scrollHeight);
+  } catch (error) {
+    talk.replace([]);
+    notice(`The conversation of before is not shown: ${error.message}`);
+  }
 }
 
-/** What a screen reader says of a finished answer. */
-function spoken(answer) {
-  if (answer.error) return "";
-  const images = answer.segments.filter((segment) => "codes" in segment).length;
-  return [words(answer.segments, 2000), images ? `${images} image${images > 1 ? "s" : ""}` : ""].filter(Boolean).join("; ");
+/** The switch of the token view, which is loaded when it is first wanted. */
+function joinTokens(page) {
+  let isJoined = false;
+  $("show-tokens").addEventListener("click", async ({ currentTarget }) => {
+    const isOn = currentTarget.getAttribute("aria-pressed") !== "true";
+    currentTarget.setAttribute("aria-pressed", String(isOn));
+    $("tokens").hidden = !isOn;
+    if (!isOn || isJoined) return;
+    isJoined = true;
+    document.head.append(make("link", { rel: "stylesheet", href: "/static/tokens.css" }));
+    (await import("./tokens.js")).tokenView(page, $("token-view"));
+  });
+}
+
+/** The server is back: is it the same model's? */
+async function lookAgain(before) {
+  const { model } = await getJson("/api/settings");
+  const isSame = JSON.stringify(model) === JSON.stringify(before);
+  if (isSame) notice("The server is back.");
+  else $("banner").textContent = `The server now has another model (${model.name}): load this page again.`;
 }
 
 start();

@@ -32,7 +32,7 @@ function fieldsOf({ model, modes, defaults, limits }) {
       help: "Several are shown next to one another; one is chosen to continue with." },
     { name: "seed", label: "Seed", ...whole(0, seeds, "a whole number, 0 or more"), placeholder: "a new one each time",
       help: "The same seed and settings give the same answer." },
-    { name: "fit", label: "Images that are not square", choices: [
+    { name: "fit", label: "Images that are not square", short: "images", choices: [
       ["crop", "Keep the middle, as for training images."],
       ["pad", "Keep all of it and add a white border, as the paper does for prompts."]] },
   ].filter(Boolean); // prettier-ignore
@@ -60,9 +60,11 @@ function valueOf(field, text) {
   return field.test(value) ? value : undefined;
 }
 
-/** Build the dialog. changed(values) is called after each change.
+const OPTIONS = ["temperature", "top_p", "guidance_scale", "max_new_tokens"];
+
+/** Build the dialog. changed(summary) is called after each change, with what is set in a few words.
  *
- *  Returns {values(), apply(values)}; values holds what is set, of the right type.
+ *  Returns {values(), mode(), options(), apply(values)}; values holds what is set, of the right type.
  */
 export function settingsView(dialog, settings, changed) {
   const fields = fieldsOf(settings);
@@ -74,7 +76,12 @@ export function settingsView(dialog, settings, changed) {
     if (value === undefined || value === first) delete values[name];
     else values[name] = value;
     keepInAddress(values);
-    changed(values);
+    changed(summary());
+  }
+
+  function summary() {
+    const set = fields.filter(({ name }) => name in values);
+    return set.map(({ name, label, short = label }) => (name === "mode" ? values.mode : `${short.toLowerCase()} ${values[name]}`)).join(" · ");
   }
 
   /** Take the values that are right; forget the others. */
@@ -96,7 +103,12 @@ export function settingsView(dialog, settings, changed) {
   const fromAddress = () => apply(Object.fromEntries(new URLSearchParams(location.hash.slice(1))));
   addEventListener("hashchange", fromAddress);
   fromAddress();
-  return { values: () => values, apply };
+  return {
+    values: () => values,
+    mode: () => values.mode ?? "auto",
+    options: () => Object.fromEntries(OPTIONS.filter((name) => name in values).map((name) => [name, values[name]])),
+    apply,
+  };
 }
 
 function keepInAddress(values) {
@@ -105,13 +117,17 @@ function keepInAddress(values) {
 }
 
 function choiceView(field, set) {
-  const radios = field.choices.map(([name]) =>
-    make("input", { type: "radio", name: field.name, value: name, onchange: () => set(field.name, name) }),
-  );
-  const lines = field.choices.map(([name, help], i) =>
-    make("label", { className: "choice" }, radios[i], make("span", {}, name, make("span", { className: "help" }, help))),
-  );
+  const lines = field.choices.map(([name, help]) => {
+    const id = `set-${field.name}-${name}`;
+    const radio = make("input", {
+      type: "radio", name: field.name, value: name, onchange: () => set(field.name, name),
+      "aria-labelledby": id, "aria-describedby": `${id}-help`,
+    }); // prettier-ignore
+    const words = make("span", { id }, name);
+    return make("label", { className: "choice" }, radio, make("span", {}, words, make("span", { id: `${id}-help`, className: "help" }, help)));
+  });
   const element = make("fieldset", { className: "choices" }, make("legend", {}, field.label), ...lines);
+  const radios = lines.map((line) => line.firstChild);
   const show = (value = field.choices[0][0]) => radios.forEach((radio) => (radio.checked = radio.value === value));
   return { element, show };
 }

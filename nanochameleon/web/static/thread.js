@@ -6,7 +6,10 @@ import { showSegments } from "./segments.js";
 
 const MODES = { draw: "drawn", answer: "answered", chat: "chat", text: "text", free: "text and images" };
 
-/** actions: again(), edit(), remove(), choose(i), reuse(answer). Returns {update, element(place), showAnswer(answer)}. */
+/** actions: again(), retry(), edit(), remove(), choose(turn, answer), reuse(answer).
+ *
+ *  Returns {update(turns, busy), element(turn), showAnswer(turn, answer)}.
+ */
 export function threadView(list, actions) {
   const views = new Map(); // turn -> its view
 
@@ -21,7 +24,7 @@ export function threadView(list, actions) {
     turns.forEach((turn, place) => {
       if (!views.has(turn)) views.set(turn, turn.role === USER ? userView(turn) : modelView(turn, actions));
       const { element, show } = views.get(turn);
-      if (list.children[place] !== element) list.insertBefore(element, list.children[place] ?? null);
+      putAt(list, place, element);
       const about = turn.role === ASSISTANT ? words(turns[place - 1]?.segments ?? []) : "";
       show({ about, isLast: place === turns.length - 1, busy, isRead: read.has(place) });
     });
@@ -34,24 +37,33 @@ export function threadView(list, actions) {
   };
 }
 
+/** Make an element the child at a place, unless it is. */
+function putAt(parent, place, element) {
+  if (parent.children[place] !== element) parent.insertBefore(element, parent.children[place] ?? null);
+}
+
 function userView(turn) {
   const segments = make("div", { className: "segments" });
-  const element = make("li", { className: "turn user" }, make("h3", { className: "unseen" }, "You"), segments);
+  const unread = make("p", { className: "quiet small" }, "Not part of what the model reads: it has no answer.");
+  const element = make("li", { className: "turn user" }, make("h3", { className: "unseen" }, "You"), segments, unread);
   return {
     element,
     show({ isRead }) {
       showSegments(segments, turn.segments, "image in your message");
-      element.classList.toggle("unread", !isRead);
+      unread.hidden = isRead;
     },
   };
 }
 
 function modelView(turn, actions) {
-  const answers = make("div", { className: "answers", role: "group", "aria-label": "Answers" });
+  const answers = make("div", { className: "answers" });
+  const again = button("Again", () => actions.again(), { className: "plain", title: "Answer again with another seed" });
+  const retry = button("Send again", () => actions.retry());
   const foot = make(
     "div",
     { className: "row foot" },
-    button("Again", () => actions.again(), { className: "plain", title: "Answer again with another seed" }),
+    again,
+    retry,
     button("Edit message", () => actions.edit(), { className: "plain" }),
     button("Remove", () => actions.remove(), { className: "plain", title: "Remove this message and its answers" }),
   );
@@ -71,13 +83,17 @@ function modelView(turn, actions) {
       card.element.remove();
       cards.delete(answer);
     }
-    shown.forEach((answer) => {
+    shown.filter(Boolean).forEach((answer, place) => {
       if (!cards.has(answer)) cards.set(answer, answerView(turn, answer, actions));
-      answers.append(...(cards.get(answer).element.isConnected ? [] : [cards.get(answer).element]));
+      putAt(answers, place, cards.get(answer).element);
       showAnswer(answer);
     });
     answers.classList.toggle("several", !alone);
-    foot.hidden = !isLast || busy;
+    const failed = chosen(turn)?.state === "failed";
+    again.hidden = failed;
+    retry.hidden = !failed;
+    foot.hidden = !isLast;
+    foot.classList.toggle("waiting", busy);
   }
 
   return { element, show, showAnswer };
@@ -88,12 +104,22 @@ let groups = 0;
 function answerView(turn, answer, actions) {
   turn.group ??= `answers-${++groups}`;
   const segments = make("div", { className: "segments" });
-  const working = make("p", { className: "working" }, make("span", { className: "unseen" }, "The answer is coming"));
+  const dots = [1, 2, 3].map(() => make("i", { "aria-hidden": "true" }));
+  const working = make("p", { className: "working" }, make("span", { className: "unseen" }, "The answer is coming"), ...dots);
   const error = make("p", { className: "error", role: "alert" });
   const radio = make("input", { type: "radio", name: turn.group, onchange: () => actions.choose(turn, answer) });
-  const choose = make("label", { className: "choose small" }, radio, " Continue with this one");
+  const choose = make("label", { className: "choose small" }, radio, " Continue here");
   const about = make("details", { className: "about small" });
-  const element = make("div", { className: "answer" }, segments, working, error, choose, about);
+  const name = `Answer ${turn.answers.indexOf(answer) + 1}`;
+  const element = make(
+    "div",
+    { className: "answer", role: "group", "aria-label": name },
+    segments,
+    working,
+    error,
+    about,
+    choose,
+  );
 
   function show(answer, { about: message, alone, chosen: isChosen }) {
     const alt = message ? `image drawn for: ${message}` : "image drawn by the model";
@@ -103,7 +129,7 @@ function answerView(turn, answer, actions) {
     choose.hidden = alone;
     radio.checked = isChosen;
     about.hidden = answer.state === "coming";
-    if (!about.hidden && !about.firstChild) about.append(...aboutAnswer(turn, answer, actions));
+    if (!about.hidden && !about.firstChild) about.append(...aboutAnswer(answer, actions));
     element.classList.toggle("chosen", isChosen && !alone);
   }
 
@@ -111,22 +137,18 @@ function answerView(turn, answer, actions) {
 }
 
 /** How an answer was made, so that it can be made again. */
-function aboutAnswer(turn, answer, actions) {
-  const { asked, seed, sample, end, state } = answer;
-  const mode = turn.mode ?? asked.mode;
-  const parts = [MODES[mode] ?? mode, `seed ${seed}`];
-  if (sample) parts.push(`sample ${sample}`);
-  if (end) parts.push(`${end.new_tokens} tokens in ${end.seconds.toFixed(2)} s`);
-  if (end?.reason === "length") parts.push("cut: no room was left");
-  if (state === "stopped") parts.push("stopped");
+function aboutAnswer(answer, actions) {
+  const { asked, mode, seed, sample, end, state } = answer;
+  const cut = end?.reason === "length" ? ["no room was left"] : [];
+  const head = [MODES[mode] ?? mode ?? asked.mode, `seed ${seed}`, ...(sample ? [`sample ${sample}`] : []), ...cut];
+  if (state === "stopped") head.push("stopped");
   const rows = [["mode", asked.mode], ["seed", seed], ["sample", sample], ...Object.entries(asked.options)];
-  const list = make("dl", {}, ...rows.flatMap(([name, value]) => [term(name), make("dd", {}, String(value))]));
+  if (end) rows.push(["tokens", end.new_tokens], ["seconds", end.seconds]);
+  const list = rows.flatMap(([name, value]) => [make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, `${value}`)]);
   return [
-    make("summary", {}, parts.join(" · ")),
-    list,
-    make("p", { className: "quiet" }, "Everything else is the model's own value."),
+    make("summary", {}, head.join(" · ")),
+    make("dl", {}, ...list),
+    make("p", {}, "All else is the model's own."),
     button("Use these settings", () => actions.reuse(answer), { className: "plain" }),
   ];
 }
-
-const term = (name) => make("dt", {}, name.replaceAll("_", " "));
