@@ -96,13 +96,14 @@ class Visits:
             if message.type in ("error", "assert"):
                 self.problems.append(f"console: {message.text} ({message.location.get('url', '')[:200]})")
 
+        def look_at_failure(request) -> None:
+            if request.failure != "net::ERR_ABORTED":  # the page stopped it; or chromium says so of a whole stream
+                self.problems.append(f"failed: {request.method} {request.url[:200]} {request.failure}")
+
         context.on("request", look_at_request)
         context.on("console", look_at_message)
         context.on("weberror", lambda error: self.problems.append(f"script: {error.error}"))
-        context.on(
-            "requestfailed",
-            lambda request: self.problems.append(f"failed: {request.method} {request.url[:200]} {request.failure}"),
-        )
+        context.on("requestfailed", look_at_failure)
 
     def expect(self, pattern: str, seconds: float = 5) -> list[str]:
         """Take the problems that match out of the list; at least one must have occurred, or occur soon."""

@@ -7,6 +7,7 @@ import browser
 import pytest
 from paced import Pace, paced_engine
 from scripted import scripted_engine
+from server_process import free_port
 from serving import served
 
 TOY = Path(__file__).parents[2] / "models" / "toy"
@@ -36,13 +37,13 @@ def toy_run():
 
 
 @contextmanager
-def served_toy(run, **more):
+def served_toy(run, port=0, **more):
     """Serve models/toy from this process. more: fields of Site."""
     from nanochameleon.web.app import application
     from nanochameleon.web.site import Site
     from nanochameleon.web.worker import Worker
 
-    with served(application(Site("toy", run, Worker(run), **more))) as address:
+    with served(application(Site("toy", run, Worker(run), **more)), port) as address:
         yield address
 
 
@@ -54,10 +55,17 @@ def toy_address(toy_run):
 
 
 @pytest.fixture
+def restarting_toy(toy_run):
+    """Serves models/toy, once or again at the same port: with restarting_toy() as address."""
+    port = free_port()
+    return lambda: served_toy(toy_run, port)
+
+
+@pytest.fixture
 def paced_toy(toy_run, monkeypatch):
     """(address, pace) of a server of models/toy that the test slows down."""
     pace = Pace()
-    monkeypatch.setattr("nanochameleon.web.worker.Engine", paced_engine(pace))
+    monkeypatch.setattr("nanochameleon.web.batch.Engine", paced_engine(pace))
     with served_toy(toy_run) as address:
         yield address, pace
         pace.allow()
@@ -69,7 +77,7 @@ def scripted_toy(toy_run, monkeypatch):
     with ExitStack() as stack:
 
         def serve(words: str) -> str:
-            monkeypatch.setattr("nanochameleon.web.worker.Engine", scripted_engine(toy_run, words))
+            monkeypatch.setattr("nanochameleon.web.batch.Engine", scripted_engine(toy_run, words))
             return stack.enter_context(served_toy(toy_run))
 
         yield serve

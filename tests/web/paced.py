@@ -1,6 +1,6 @@
 """A model as slow as a test wants: each step of its engine, which makes one token, needs a permit.
 
-pace = Pace(); monkeypatch.setattr("nanochameleon.web.worker.Engine", paced_engine(pace))
+pace = Pace(); monkeypatch.setattr("nanochameleon.web.batch.Engine", paced_engine(pace))
 pace.allow(20)  # tokens, or image codes, of all requests together in the batch
 """
 

@@ -1,6 +1,6 @@
 """A model that answers every request with the same words, whatever a test wants to see on the page.
 
-monkeypatch.setattr("nanochameleon.web.worker.Engine", scripted_engine(run, "<b>hello</b>"))
+monkeypatch.setattr("nanochameleon.web.batch.Engine", scripted_engine(run, "<b>hello</b>"))
 """
 
 from nanochameleon.generation.engine import Engine
