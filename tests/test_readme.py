@@ -12,6 +12,7 @@ import pytest
 from nanochameleon.cli import parse, parse_run
 from nanochameleon.evaluate import __main__ as evaluation
 from nanochameleon.presets import PRESETS
+from nanochameleon.web import __main__ as web
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +25,7 @@ LINES = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) f
 PYTHON = [line for line in LINES if re.match(r"(\.venv/bin/)?python \w+\.py ", line)]
 TRAIN, SAMPLE = ([line for line in PYTHON if f"python {name}.py" in line] for name in ("train", "sample"))
 EVALUATE = [line for line in LINES if re.match(r"(\.venv/bin/)?python -m nanochameleon\.evaluate ", line)]
+WEB = [line for line in LINES if re.match(r"(\.venv/bin/)?python -m nanochameleon\.web ", line)]
 CONVERT = [line for line in LINES if re.match(r"(\.venv/bin/)?python -m nanochameleon\.convert ", line)]
 TINY = shlex.split("""
     --vqgan.ch 4 --vqgan.n-groups 4 --vqgan.z-channels 4 --vqgan.embed-dim 4 --vqgan.n-codes 16
@@ -85,6 +87,11 @@ def test_the_lines_that_evaluate_run_as_written(place):
     assert {path.name for path in (place / out).iterdir() if path.is_file()} > EVALUATION
 
 
+def test_the_lines_that_open_a_page_name_their_model_or_study():
+    said = [parse(web.Args, shlex.split(line)[3:]) for line in WEB]
+    assert len(said) >= 3 and all((args.model is None) != (args.study is None) for args in said)
+
+
 def test_the_lines_of_python_run_as_written(place):
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in snippet.splitlines() if line]) == 5
@@ -108,7 +115,9 @@ def test_every_override_that_is_named_exists():
     of_sampling = [option for option in options if option[0].removeprefix("--").replace("-", "_") in vars(sample.Args)]
     assert 0 < len(of_sampling) < len(options)
     for option in options:
-        if option[0].removeprefix("--") in {"tasks"}:
+        if option[0] in {"--study", "--red-team"}:
+            assert parse(web.Args, option) != parse(web.Args, [])
+        elif option[0].removeprefix("--") in {"tasks"}:
             assert parse(evaluation.Args, ["models/toy", *option]) != parse(evaluation.Args, ["models/toy"])
         elif option in of_sampling:
             assert parse(sample.Args, ["runs/toy", *option]) != parse(sample.Args, ["runs/toy"])

@@ -28,10 +28,18 @@ from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, Turn, resolve
 from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed, read_stops
 from nanochameleon.web.openai_messages import NO_TOOLS, read_messages
-from nanochameleon.web.openai_samples import Ended, Piece, answers, image_part, open_streams, unless_left
+from nanochameleon.web.openai_samples import (
+    Ended,
+    Piece,
+    answers,
+    fitting_requests,
+    image_part,
+    open_streams,
+    unless_left,
+)
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
-from nanochameleon.web.talk import make_requests, read_options
+from nanochameleon.web.talk import read_options
 
 FIELDS = SAMPLING | {
     "messages", "model", "n", "seed", "stop", "max_tokens", "max_completion_tokens", "modalities", "mode", "stream",
@@ -90,7 +98,7 @@ def chat_requests(run: Run, mode: str, turns: Sequence[Turn], options: dict, see
     if resolved == "draw" and most is not None and most < least:
         name = "max_completion_tokens"
         raise Refused(f"{name} must be at least {least} to draw an image, not {most}", param=name)
-    return make_requests(run, "answer" if as_chat else resolved, document, options, seed, n)
+    return fitting_requests("messages", run, "answer" if as_chat else resolved, document, options, seed, n)
 
 
 def read_mode(body: dict) -> str:

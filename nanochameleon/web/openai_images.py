@@ -16,11 +16,11 @@ from nanochameleon.documents import Text
 from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import MAX_TEXT
 from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed
-from nanochameleon.web.openai_samples import Ended, answers, image_part, open_streams, unless_left
+from nanochameleon.web.openai_samples import Ended, answers, fitting_requests, image_part, open_streams, unless_left
 from nanochameleon.web.outbox import DecodedImage
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
-from nanochameleon.web.talk import make_requests, read_options
+from nanochameleon.web.talk import read_options
 
 FIELDS = SAMPLING | {"prompt", "model", "n", "seed"}
 NO_STREAM = "images come whole here: ask /v1/chat/completions for a stream"
@@ -44,8 +44,8 @@ async def generate(site: Site, body: dict) -> JSONResponse:
     prompt, n, seed = field(body, "prompt", str), read_n(body), read_seed(body)
     if not 1 <= len(prompt) <= MAX_TEXT:
         raise Refused(f"prompt must have 1 to {MAX_TEXT:,} characters, not {len(prompt):,}", param="prompt")
-    how = site.run, "draw", [Text(prompt)], read_options(body), seed, n
-    requests = await anyio.to_thread.run_sync(make_requests, *how)
+    how = "prompt", site.run, "draw", [Text(prompt)], read_options(body), seed, n
+    requests = await anyio.to_thread.run_sync(fitting_requests, *how)
     data, n_new = [{}] * n, 0
     async with aclosing(answers(open_streams(site, requests), site.run.tokenizer)) as pieces:
         async for sample, piece in pieces:

@@ -92,21 +92,27 @@ def read_message(message: object, place: str, run: Run) -> tuple[str, list[Unrea
     check_fields(message, FIELDS, NEUTRAL, f"{place}.")
     segments = read_content(message, place, run)
     if role == "assistant":
-        images = field(message, "images", list, [], f"{place}.")
+        images = read_list(message, "images", place)
         drawn = [read_image_part(part, f"{place}.images[{i}]", run) for i, part in enumerate(images)]
-        segments = in_order(segments + drawn, field(message, "parts", list, None, f"{place}."), f"{place}.parts")
+        segments = in_order(segments + drawn, read_list(message, "parts", place), f"{place}.parts")
     elif not segments:
         raise Refused(f"{place} is empty: give its content", param=f"{place}.content")
-    if len(segments) > MAX_SEGMENTS:
-        raise Refused(f"{place} has {len(segments)} parts: at most {MAX_SEGMENTS} are read", param=place)
     return SPEAKERS[role], segments
+
+
+def read_list(message: dict, name: str, place: str) -> list:
+    """Return a list of a message, empty where it is left out. Its length is checked before its parts."""
+    parts, where = field(message, name, list, [], f"{place}."), f"{place}.{name}"
+    if len(parts) > MAX_SEGMENTS:
+        raise Refused(f"{where} has {len(parts):,} parts: at most {MAX_SEGMENTS} are read", param=where)
+    return parts
 
 
 def read_content(message: dict, place: str, run: Run) -> list[Unread]:
     if isinstance(message.get("content"), str):
         text = field(message, "content", str, place=f"{place}.")
         return [Text(text)] if text else []
-    parts = field(message, "content", list, [], f"{place}.")
+    parts = read_list(message, "content", place)
     return [read_part(part, f"{place}.content[{number}]", run) for number, part in enumerate(parts)]
 
 
@@ -129,9 +135,9 @@ def read_image_part(part: object, place: str, run: Run) -> Image | ImageFile:
     return ImageFile(from_data_url(url, place), place)
 
 
-def in_order(segments: list[Unread], parts: list | None, place: str) -> list[Unread]:
-    """Return an assistant's segments in the order of its parts, which must hold just these; None keeps their order."""
-    if parts is None:
+def in_order(segments: list[Unread], parts: list, place: str) -> list[Unread]:
+    """Return an assistant's segments in the order of its parts, which must hold just these. None keep their order."""
+    if not parts:
         return segments
     images = [segment for segment in segments if not isinstance(segment, Text)]
     ordered, numbers = [], []

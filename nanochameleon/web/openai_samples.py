@@ -8,19 +8,23 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from starlette.requests import Request as HTTPRequest
 
-from nanochameleon.documents import Text
+from nanochameleon.documents import Document, Text
+from nanochameleon.errors import UserError
+from nanochameleon.generation.prompts import Mode
 from nanochameleon.generation.request import Request
 from nanochameleon.text_tokenizer import TextTokenizer
+from nanochameleon.training.run import Run
 from nanochameleon.web.images import png_url
 from nanochameleon.web.outbox import DecodedImage, Finished
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
 from nanochameleon.web.stop_strings import StopStrings
+from nanochameleon.web.talk import make_requests
 from nanochameleon.web.worker import Stream
 
 T = TypeVar("T")
@@ -33,6 +37,16 @@ class Ended:
 
 
 Piece = Text | DecodedImage | Ended
+
+
+def fitting_requests(param: str, run: Run, mode: Mode, document: Document, *how: Any) -> list[Request]:
+    """make_requests; a prompt that is too long has the code by which OpenAI's clients know it. param: the field."""
+    try:
+        return make_requests(run, mode, document, *how)
+    except Refused:
+        raise
+    except UserError as error:
+        raise Refused(str(error), param=param, code="context_length_exceeded") from None
 
 
 def open_streams(site: Site, requests: Sequence[Request]) -> list[Stream]:

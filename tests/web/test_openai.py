@@ -293,8 +293,13 @@ USER = {"role": "user", "content": "a"}
         ([{"role": "assistant", "content": "a"}, USER], "messages", "first and the last"),
         ([USER, {"role": "assistant", "content": "a"}], "messages", "first and the last"),
         ([USER, {"role": "assistant", "tool_calls": [{}]}, USER], "messages[1].tool_calls", "no tools"),
-        ([USER, {"role": "assistant", "content": "a", "parts": []}, USER], "messages[1].parts", "left out"),
+        (
+            [USER, {"role": "assistant", "content": "a", "parts": [{"type": "text", "text": "b"}]}, USER],
+            "messages[1].parts",
+            "left out",
+        ),
         ([USER, {"role": "assistant", "images": [{"codes": [1]}]}, USER], "messages[1].images[0].codes", "64 codes"),
+        ([{"role": "user", "content": [{"type": "text", "text": ""}] * 257}], "messages[0].content", "at most 256"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]", "text or image_url"),
         ([{"role": "user", "content": "a" * 100_001}], "messages", "100,000"),
         (part("http://127.0.0.1:1/a.png"), "messages[0].content[0].image_url.url", "fetches nothing"),
@@ -338,6 +343,16 @@ def test_images_that_cannot_be_made_are_refused_by_name(client, how, param, word
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.generate(**how)
     assert refused.value.param == param and words in refused.value.body["message"]
+
+
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(client, ask):
+    for param, too_long in (
+        ("messages", lambda: ask("a star " * 600)),
+        ("prompt", lambda: client.images.generate(prompt="a star " * 600)),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            too_long()
+        assert (refused.value.code, refused.value.param) == ("context_length_exceeded", param)
 
 
 def test_a_wrong_model_is_not_found(client):
@@ -444,7 +459,7 @@ def test_a_client_that_leaves_before_its_answer_frees_all_its_samples(client, as
 
 
 def test_a_client_that_leaves_frees_its_slots_of_the_engine(ask, toy_site, monkeypatch):
-    engine = toy_site.worker.engine
+    engine = toy_site.worker.batch.engine
 
     @torch.inference_mode()
     def step():  # gives slots to requests, and no token to any
