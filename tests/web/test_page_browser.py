@@ -270,3 +270,75 @@ def test_server_that_restarts(restarting_toy, visit):
         page.get_by_role("button", name="Send again").click()
         assert words_of(wait_for_answer(page)) == "one"
         assert images(page.locator(".turn.model").first) == drawn
+
+
+def test_token_view(visit, toy_address):
+    """The sequence as the model sees it: 64 codes an image, specials by name, the details of a token on focus."""
+    page = visit(f"{toy_address}/#seed=3")
+    say(page, DRAW)
+    wait_for_answer(page)
+    page.get_by_role("button", name="Tokens").click()
+    tokens = page.get_by_role("list", name="Tokens of the conversation")
+    expect(tokens.locator(".image-token")).to_have_count(64)
+    names = tokens.locator(".special-token").all_inner_texts()
+    assert names[0] == "<s>" and names.count("<boi>") == names.count("<eoi>") == 1
+    tokens.locator(".image-token").nth(10).hover()
+    expect(page.locator("#token-details")).to_contain_text("row 2, column 3")
+    tokens.locator(".text-token").first.click()
+    before = page.locator("#token-details").inner_text()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#token-details")).not_to_have_text(before)
+    say(page, "how many stars are there?")  # the view follows the conversation
+    wait_for_answer(page)
+    expect(tokens.get_by_text("<eot>")).to_have_count(3)
+
+
+def focused(page) -> str:
+    return page.evaluate("document.activeElement.innerText || document.activeElement.getAttribute('aria-label')")
+
+
+def tab_to(page, name: str, key: str = "Tab") -> None:
+    """Press Tab until a control has the focus."""
+    for _ in range(40):
+        page.keyboard.press(key)
+        if (focused(page) or "").startswith(name):
+            return
+    raise AssertionError(f"Tab does not reach {name}")
+
+
+def test_keyboard_alone(paced_toy, visit):
+    """Without a mouse: settings, an image from a file, words, stop, again, move and remove a part, save, tokens."""
+    address, pace = paced_toy
+    page = visit(address)
+    expect(message(page)).to_be_focused()
+    tab_to(page, "Settings")
+    page.keyboard.press("Enter")
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "set-seed":
+            break
+    page.keyboard.type("3")
+    page.keyboard.press("Escape")
+    assert "seed=3" in page.url and focused(page).startswith("Settings")
+    tab_to(page, "Add image", "Shift+Tab")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files({"name": "square.png", "mimeType": "image/png", "buffer": square()})
+    expect(page.get_by_role("img", name="image in your message")).to_be_visible()
+    tab_to(page, "Message", "Shift+Tab")
+    page.keyboard.type("how many squares are there?")
+    pace.hold()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(last_answer(page)).to_contain_text("stopped")
+    pace.allow()
+    tab_to(page, "Again", "Shift+Tab")
+    page.keyboard.press("Enter")
+    assert words_of(wait_for_answer(page).locator(".answer").last) == "one"
+    tab_to(page, "Tokens", "Shift+Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator(".image-token")).to_have_count(64)
+    tab_to(page, "<s>")
+    page.keyboard.press("ArrowRight")
+    assert focused(page).startswith("<boi>")
