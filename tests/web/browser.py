@@ -83,6 +83,9 @@ class Visits:
         self.watch(context, urlsplit(address).netloc)
         page = context.new_page()
         page.set_default_timeout(10_000)
+        page.on(
+            "filechooser", lambda _: None
+        )  # from the start: to begin with expect_file_chooser is too late for a key
         page.goto(address)
         return page
 
