@@ -338,7 +338,7 @@ def test_keyboard_alone(paced_toy, visit):
     assert words_of(wait_for_answer(page).locator(".answer").last) == "one"
     tab_to(page, "Tokens", "Shift+Tab")
     page.keyboard.press("Enter")
-    expect(page.locator(".image-token")).to_have_count(64)
+    expect(page.get_by_role("list", name="Tokens of the conversation").locator(".image-token")).to_have_count(64)
     tab_to(page, "<s>")
     page.keyboard.press("ArrowRight")
     assert focused(page).startswith("<boi>")
