@@ -29,7 +29,6 @@ from nanochameleon.training.run import Run
 from nanochameleon.web import conversation, limits
 from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, prompt_tokens, read_turns, resolve
-from nanochameleon.web.examples import examples
 from nanochameleon.web.images import png_url
 from nanochameleon.web.outbox import DecodedImage, Finished
 from nanochameleon.web.refusals import Refused
@@ -45,6 +44,16 @@ OPTIONS = {
 }  # fmt: skip
 FIELDS = ("turns", "mode", "options", "seed", "samples", "preview")
 MAX_SEED = 2**53 - 1  # the largest whole number that every reader of JSON keeps exactly
+
+EXAMPLES = {  # by the source of the model's data: conversations to begin with
+    "shapes": [
+        {"mode": "auto", "messages": ["a big red circle above a small blue star", "what colour is the star?"]},
+        {"mode": "auto", "messages": ["two small green squares on black", "how many squares are there?"]},
+        {"mode": "chat", "messages": ["please draw a big red star on white"]},
+        {"mode": "chat", "messages": ["show a big red star on white, then two small blue crosses on black"]},
+        {"mode": "chat", "messages": ["say backwards: red star"]},
+    ],
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From JSON to the engine's requests
@@ -172,7 +181,8 @@ async def settings(request: HTTPRequest) -> JSONResponse:
     }  # fmt: skip
     return JSONResponse({
         "model": model, "modes": modes, "defaults": dataclasses.asdict(run.cfg.sample), "limits": most,
-        "red_team": site.red_team is not None, "examples": examples(run),
+        "red_team": site.red_team is not None,
+        "examples": EXAMPLES.get(run.cfg.data.source) if images.can_draw else None,
     })  # fmt: skip
 
 

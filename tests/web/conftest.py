@@ -1,4 +1,4 @@
-"""Fixtures: a browser for the whole session, pages for a test, a server of models/toy for a file of tests."""
+"""Fixtures: a browser for the whole session, pages for a test; a server of models/toy, or of a study."""
 
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +9,7 @@ from paced import Pace, paced_engine
 from scripted import scripted_engine
 from server_process import free_port
 from serving import served
+from studies import make_study, opened
 
 TOY = Path(__file__).parents[2] / "models" / "toy"
 
@@ -81,3 +82,16 @@ def scripted_toy(toy_run, monkeypatch):
             return stack.enter_context(served_toy(toy_run))
 
         yield serve
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("shared"), 3, duplicates=0.5, attention=1)
+
+
+@pytest.fixture
+def opened_study(study_folder):
+    """A client and a site without votes."""
+    with opened(study_folder) as (client, site):
+        site.votes.db.execute("DELETE FROM votes")
+        yield client, site

@@ -18,7 +18,7 @@ import { following, keepingFocus, make } from "./elements.js";
 import { showExamples } from "./examples.js";
 import { keep, openFile, restored, saveFile } from "./files.js";
 import { getJson } from "./net.js";
-import { closeNotice, notice } from "./notices.js";
+import { notice } from "./notices.js";
 import { serverWatch } from "./server.js";
 import { settingsView } from "./settings.js";
 import { makeTalk } from "./talk.js";
@@ -39,7 +39,7 @@ async function start() {
 
 async function build(settings) {
   const { model } = settings;
-  const lost = serverWatch($("banner"), () => lookAgain(model));
+  const lost = serverWatch($("banner"), () => lookAgain(model).catch(() => lost()));
   const composer = composerView($("parts"), $("composer-error"), {
     fit: () => setting.values().fit ?? "crop",
     send: () => talk.send(),
@@ -47,7 +47,8 @@ async function build(settings) {
   });
   const setting = settingsView($("settings"), settings, (summary) => ($("set").textContent = summary));
   const { page, emit } = makePage(settings, setting, () => ({ talk, thread }));
-  const talk = makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer: (...which) => thread.showAnswer(...which) });
+  const showAnswer = (turn, answer) => thread.showAnswer(turn, answer);
+  const talk = makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer });
   const thread = threadView($("thread"), { ...talk.actions, reuse: (answer) => setting.apply(valuesOf(answer)) });
 
   let isLeaving = false; // an answer that breaks off because the page is left is no failure
@@ -87,13 +88,15 @@ async function build(settings) {
   joinFiles(talk, composer, setting, settings);
   joinControls(talk, composer);
   joinTokens(page);
-  page.on("busy", closeNotice);
   if (settings.red_team) {
     $("red-team").hidden = false;
     addStyle("red_team.css");
     (await import("./red_team.js")).redTeam(page, $("red-team"));
   }
-  await restore(talk, composer, settings);
+  const { turns, draft } = await restored(settings);
+  if (draft.length) composer.fill(draft);
+  talk.replace(turns);
+  scrollTo(0, root.scrollHeight);
   composer.focus();
 }
 
@@ -164,18 +167,6 @@ function joinFiles(talk, composer, setting, settings) {
       notice(error.message);
     }
   });
-}
-
-async function restore(talk, composer, settings) {
-  try {
-    const kept = await restored(settings);
-    composer.fill(kept?.draft ?? []);
-    talk.replace(kept?.turns ?? []);
-    scrollTo(0, root.scrollHeight);
-  } catch (error) {
-    talk.replace([]);
-    notice(`The conversation of before is not shown: ${error.message}`);
-  }
 }
 
 const addStyle = (name) => document.head.append(make("link", { rel: "stylesheet", href: `/static/${name}` }));
