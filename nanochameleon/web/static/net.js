@@ -60,20 +60,20 @@ export async function postBytes(path, blob) {
 /** Yield the objects of a stream of Server-Sent Events. An event with an error throws it. */
 export async function* events(path, body, signal) {
   const response = await send(path, { ...asJson(body), signal });
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const [reader, decoder] = [response.body.getReader(), new TextDecoder()];
   let held = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      const blocks = (held + value).split("\n\n");
+      const blocks = (held + decoder.decode(value, { stream: true })).split("\n\n");
       held = blocks.pop();
       for (const block of blocks) yield* content(block, response.status);
     }
   } catch (error) {
     throw explained(error);
   } finally {
-    reader.cancel().catch(() => {}); // the connection may be gone
+    reader.cancel().catch(() => {}); // the server stops, unless the connection is gone or all was read
   }
 }
 

@@ -6,11 +6,13 @@
  *    page.mode()             the mode that is set
  *    page.options()          the options of sampling that are set
  *    page.turnElement(i)     the element of page.turns()[i]
+ *    page.answer(i)          the answer that page.turns()[i] is (conversation.js); undefined for the user's turns
+ *    page.finished()         false where the last turn is an answer that was cut, stopped or broke off
  *    page.on(name, callback) "turns": a turn was added, changed or removed; "busy", "idle": an answer begins, ends
  */
 
 import { composerView } from "./composer.js";
-import { placesRead, tokensUsed, turnsRead } from "./conversation.js";
+import { chosen, placesRead, tokensUsed, turnsRead } from "./conversation.js";
 import { dropAndPaste } from "./drop.js";
 import { following, keepingFocus, make } from "./elements.js";
 import { showExamples } from "./examples.js";
@@ -77,7 +79,7 @@ async function build(settings) {
   $("model").textContent = model.name;
   root.dataset.pixels = model.resolution <= 128 ? "few" : "many";
   showExamples($("lesson"), settings, (example) => {
-    if (example.mode) setting.apply({ ...setting.values(), mode: example.mode });
+    setting.apply({ ...setting.values(), mode: example.mode ?? "auto" });
     composer.fill([{ text: example.messages[0] }]);
     talk.next = example.messages.slice(1);
     talk.send();
@@ -88,6 +90,7 @@ async function build(settings) {
   page.on("busy", closeNotice);
   if (settings.red_team) {
     $("red-team").hidden = false;
+    addStyle("red_team.css");
     (await import("./red_team.js")).redTeam(page, $("red-team"));
   }
   await restore(talk, composer, settings);
@@ -96,16 +99,16 @@ async function build(settings) {
 
 /** The object that parts in other files get, and emit(name), which calls those that listen. */
 function makePage(settings, setting, parts) {
+  const turn = (i) => parts().talk.turns[placesRead(parts().talk.turns).at(i)];
   const listeners = { turns: [], busy: [], idle: [] };
   const page = {
     settings,
     turns: () => turnsRead(parts().talk.turns),
     mode: setting.mode,
     options: setting.options,
-    turnElement(i) {
-      const { talk, thread } = parts();
-      return thread.element(talk.turns[placesRead(talk.turns)[i]]);
-    },
+    turnElement: (i) => parts().thread.element(turn(i)),
+    answer: (i) => turn(i).answers && chosen(turn(i)),
+    finished: () => (turn(-1)?.answers ? chosen(turn(-1)).end?.reason === "stop" : true),
     on: (name, callback) => listeners[name].push(callback),
   };
   return { page, emit: (name) => listeners[name].forEach((callback) => callback()) };
@@ -175,6 +178,8 @@ async function restore(talk, composer, settings) {
   }
 }
 
+const addStyle = (name) => document.head.append(make("link", { rel: "stylesheet", href: `/static/${name}` }));
+
 /** The switch of the token view, which is loaded when it is first wanted. */
 function joinTokens(page) {
   let isJoined = false;
@@ -184,7 +189,7 @@ function joinTokens(page) {
     $("tokens").hidden = !isOn;
     if (!isOn || isJoined) return;
     isJoined = true;
-    document.head.append(make("link", { rel: "stylesheet", href: "/static/tokens.css" }));
+    addStyle("tokens.css");
     (await import("./tokens.js")).tokenView(page, $("token-view"));
   });
 }

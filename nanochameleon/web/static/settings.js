@@ -41,7 +41,7 @@ function fieldsOf({ model, modes, defaults, limits }) {
 function helpOfMode(mode, aligned) {
   const auto = aligned
     ? "Chat, since this model is aligned."
-    : "Draw after words alone, answer where words follow an image, and say what is in an image that comes last.";
+    : "Draw after words alone; answer where words follow an image, or end with ? later; say what is in an image that comes last.";
   const helps = {
     auto,
     draw: "One image.",
