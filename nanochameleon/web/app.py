@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 
 async def healthz(request: Request) -> JSONResponse:
+    """Whether the server answers. 503 where its model has stopped working."""
+    site = request.app.state.site
+    if isinstance(site, Site) and not site.worker.alive:
+        raise Refused(site.worker.closed, 503)
     return JSONResponse({"status": "ok"})
 
 

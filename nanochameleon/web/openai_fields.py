@@ -19,8 +19,7 @@ MAX_STOPS, MAX_STOP_LENGTH = 4, 100
 SAMPLING = OPTIONS.keys() - {"max_new_tokens"}  # temperature and top_p are OpenAI's, the others our own
 IGNORED = {  # of accounts, bills and caches, and hints without a meaning here
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "parallel_tool_calls", "reasoning_effort", "verbosity", "quality", "style", "moderation",
-    "output_compression",
+    "prompt_cache_options", "parallel_tool_calls", "reasoning_effort", "verbosity",
 }  # fmt: skip
 
 Neutral = Mapping[str, tuple[list[Any], str]]  # field -> values that ask for nothing more, and why others are refused

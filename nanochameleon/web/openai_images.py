@@ -22,7 +22,8 @@ from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
 from nanochameleon.web.talk import read_options
 
-FIELDS = SAMPLING | {"prompt", "model", "n", "seed"}
+HINTS = {"quality", "style", "moderation", "output_compression"}  # ignored: they mean nothing to this model
+FIELDS = SAMPLING | HINTS | {"prompt", "model", "n", "seed"}
 NO_STREAM = "images come whole here: ask /v1/chat/completions for a stream"
 
 

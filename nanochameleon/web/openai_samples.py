@@ -1,7 +1,7 @@
 """Samples for answers in OpenAI's form: several at once, each up to a stop string, while the client is there.
 
 streams = open_streams(site, requests)
-answers(streams, tokenizer, stops)  ->  (0, Text("a red")), (1, DecodedImage(...)), (0, Ended("stop", 7)), ...
+answers(streams, tokenizer, stops) -> (0, Text("a red")), (1, DecodedImage(...)), (0, Ended("stop", 7)), ...
 """
 
 import asyncio

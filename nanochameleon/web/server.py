@@ -51,9 +51,12 @@ class Server(uvicorn.Server):
             say(line)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close every connection first: to a stream it looks as if its client had left."""
+        """End everything at once. What runs in a thread, such as writing a vote, still comes to its end."""
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it reports each request that is cut off
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+        for task in self.server_state.tasks:
+            task.cancel()
         await super().shutdown(sockets)
 
 
@@ -73,7 +76,8 @@ def configure(app: ASGIApp) -> uvicorn.Config:
 
 def serve(app: ASGIApp, listening: socket.socket, lines: Sequence[str]) -> None:
     """Answer until Ctrl-C. lines: to print when clients can come."""
-    logger = logging.getLogger("uvicorn")
-    logger.propagate, logger.handlers = False, [Log()]
-    logger.setLevel(logging.ERROR)  # a warning is about a client's mistake: anyone could fill the log
+    for name in ("uvicorn", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.propagate, logger.handlers = False, [Log()]
+        logger.setLevel(logging.ERROR)  # a warning is about a client's mistake: anyone could fill the log
     Server(configure(app), lines).run([listening])

@@ -44,6 +44,7 @@ OPTIONS = {
 }  # fmt: skip
 FIELDS = ("turns", "mode", "options", "seed", "samples", "preview")
 MAX_SEED = 2**53 - 1  # the largest whole number that every reader of JSON keeps exactly
+
 EXAMPLES = {  # by the source of the model's data: conversations to begin with
     "shapes": [
         {"mode": "auto", "messages": ["a big red circle above a small blue star", "what colour is the star?"]},

@@ -6,12 +6,12 @@ import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scopes import ask, run
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
-from starlette.types import ASGIApp, Message, Receive, Scope
 from tiny_site import tiny_site
 
 from nanochameleon.web import limits
@@ -101,9 +101,10 @@ def test_a_header_that_comes_twice_is_refused(name):
     right = {"host": "localhost:8000", "origin": "http://localhost:8000", "content-type": "application/json"}
     right |= {"content-length": "0", "sec-fetch-site": "none", "authorization": f"Bearer {TOKEN}"}
     headers = [(key.encode(), value.encode()) for key, value in right.items()]
-    post = {"method": "POST", "path": "/post", "access": Access(token=TOKEN)}
-    assert asked(headers=headers, **post) == 200
-    assert asked(headers=[*headers, (name.encode(), right[name].encode())], **post) == 400
+    post, access = {"method": "POST", "path": "/post"}, Access(token=TOKEN)
+    assert ask(echoing(access).app, headers=headers, **post)[0] == 200
+    twice = [*headers, (name.encode(), right[name].encode())]
+    assert ask(echoing(access).app, headers=twice, **post)[0] == 400
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,23 +187,13 @@ def test_no_answer_lets_other_sites_read_it():
 
 
 def test_without_the_token_nothing_is_answered_but_the_health():
-    client = TestClient(application(tiny_site(), Access(token=TOKEN)), base_url=BASE)
-    for path in (
-        "/",
-        "/static/style.css",
-        "/metrics",
-        "/api/settings",
-        "/nothing",
-        "/healthz/",
-        "/healthz?x",
-        "//healthz",
-    ):
-        answer = client.get(path)
-        health = path.startswith("/healthz?")
-        assert answer.status_code == (200 if health else 401)
-        if not health:
-            assert "/?token=TOKEN" in sentence(answer) and answer.headers["www-authenticate"] == "Bearer"
-    assert client.get("/healthz").json() == {"status": "ok"}
+    paths = ["/", "/static/style.css", "/metrics", "/api/settings", "/nothing", "/healthz/", "/healthz%2f", "/Healthz"]
+    with TestClient(application(tiny_site(), Access(token=TOKEN)), base_url=BASE) as client:
+        for path in paths:
+            answer = client.get(path)
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+            assert "/?token=TOKEN" in sentence(answer)
+        assert client.get("/healthz?x").json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
@@ -302,7 +293,8 @@ def test_bodies_in_memory_are_limited_together(monkeypatch):
 def test_a_body_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.05)
     headers = [(b"host", b"localhost:8000"), (b"content-type", b"application/json"), (b"content-length", b"2")]
-    assert asked(method="POST", path="/post", headers=headers, receive=anyio.sleep_forever) == 408
+    late = ask(echoing().app, anyio.sleep_forever, method="POST", path="/post", headers=headers)
+    assert late[0] == 408 and b"did not come" in late[1]
 
 
 @pytest.mark.parametrize(
@@ -326,37 +318,12 @@ def test_a_long_address_is_refused():
 @pytest.mark.parametrize("path", ["http://evil.example/", "*", "evil.example:443", ""])
 def test_an_address_that_is_no_path_is_refused(path):
     """Proxies are asked so. A client of HTTP cannot be made to send it."""
-    assert asked(path=path) == 400
+    assert ask(echoing().app, path=path)[0] == 400
 
 
 def test_websockets_are_refused():
     assert echoing().get("/", headers={"upgrade": "websocket", "connection": "upgrade"}).status_code == 400
-    sent = []
-    run(echoing().app, {"type": "websocket"}, sent=sent)
-    assert [message["type"] for message in sent] == ["websocket.close"]
-
-
-def run(app: ASGIApp, scope: Scope, receive: Receive | None = None, sent: list | None = None) -> list[Message]:
-    """Ask an application as a server does, and return what it sends."""
-    sent = [] if sent is None else sent
-
-    async def empty() -> Message:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    anyio.run(app, scope, receive or empty, send)
-    return sent
-
-
-def asked(access: Access | None = None, receive: Receive | None = None, **changes) -> int:
-    """Return the status of the answer to a scope that no client of HTTP may send."""
-    scope = {
-        "type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b"", "server": ("::1", 8000),
-        "client": ("10.0.0.1", 1), "headers": [(b"host", b"localhost:8000")],
-    } | changes  # fmt: skip
-    return run(echoing(access).app, scope, receive)[0]["status"]
+    assert [message["type"] for message in run(echoing().app, {"type": "websocket"})] == ["websocket.close"]
 
 
 BYTES = st.binary(max_size=30)
@@ -368,7 +335,8 @@ NAMES = st.sampled_from([b"cookie", b"origin", b"authorization", b"content-lengt
 )
 def test_nothing_in_a_head_breaks_the_guard(headers, query, path, token):
     headers = [(b"host", b"localhost"), *headers]
-    asked(Access(token=token), headers=headers, query_string=query, path=path, server=None, client=None, raw_path=None)
+    scope = {"headers": headers, "query_string": query, "path": path, "raw_path": None, "server": None, "client": None}
+    assert ask(echoing(Access(token=token)).app, **scope)[0] < 500
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,11 +363,11 @@ def test_a_bucket_gives_its_burst_and_then_its_rate():
 @given(st.lists(st.tuples(st.floats(0, 2), st.booleans()), max_size=40))
 def test_no_order_of_requests_gets_more_than_burst_and_rate(events):
     clock = Clock()
-    buckets, given_, start = Buckets(rate=3, burst=4, clock=clock), 0, clock.now
-    for pause, ask in events:
+    buckets, served, start = Buckets(rate=3, burst=4, clock=clock), 0, clock.now
+    for pause, asks in events:
         clock.now += pause
-        given_ += ask and not buckets.take("a")
-        assert given_ <= 4 + 3 * (clock.now - start) + 1e-6
+        served += asks and not buckets.take("a")
+        assert served <= 4 + 3 * (clock.now - start) + 1e-6
 
 
 def test_a_crowd_of_addresses_costs_no_memory_and_forgets_the_oldest():
@@ -448,11 +416,12 @@ def crash(request: Request) -> None:
 def test_every_answer_has_the_headers(path, status):
     app = application(tiny_site())
     app.router.routes.append(Route("/crash", crash))
-    for headers in ({}, {"host": "evil.example"}):
-        answer = TestClient(app, base_url=BASE, raise_server_exceptions=False).get(path, headers=headers)
-        assert answer.status_code == (403 if headers else status)
-        assert {name: answer.headers[name] for name in HEADERS} == HEADERS
-        assert answer.headers["cache-control"] == ("no-cache" if answer.headers.get("etag") else "no-store")
+    with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
+        for headers in ({}, {"host": "evil.example"}):
+            answer = client.get(path, headers=headers)
+            assert answer.status_code == (403 if headers else status)
+            assert {name: answer.headers[name] for name in HEADERS} == HEADERS
+            assert answer.headers["cache-control"] == ("no-cache" if answer.headers.get("etag") else "no-store")
 
 
 def test_the_policy_allows_nothing_inline_and_nothing_from_elsewhere():
@@ -465,11 +434,20 @@ def test_the_policy_allows_nothing_inline_and_nothing_from_elsewhere():
 def test_a_crash_is_500_in_our_form_and_says_no_detail_and_the_server_answers_again():
     app = application(tiny_site())
     app.router.routes.append(Route("/crash", crash))
-    client = TestClient(app, base_url=BASE, raise_server_exceptions=False)
-    answer = client.get("/crash")
-    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
-    assert "secret" not in answer.text and "ZeroDivision" not in answer.text
-    assert client.get("/healthz").status_code == 200
+    with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
+        answer = client.get("/crash")
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert "secret" not in answer.text and "ZeroDivision" not in answer.text
+        assert client.get("/healthz").status_code == 200
+
+
+def test_the_health_is_that_of_the_model():
+    site = tiny_site()
+    with TestClient(application(site), base_url=BASE) as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+        site.worker.stop()
+        answer = client.get("/healthz")
+    assert answer.status_code == 503 and sentence(answer) == site.worker.closed
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "POST"])

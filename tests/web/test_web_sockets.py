@@ -26,7 +26,7 @@ GET = "GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"
 
 
 async def echo(request: Request) -> JSONResponse:
-    return JSONResponse({"path": request.url.path, "bytes": len(await request.body())})
+    return JSONResponse({"client": request.client.host, "bytes": len(await request.body())})
 
 
 LEFT = threading.Event()
@@ -137,6 +137,13 @@ def test_a_request_that_is_odd_gets_an_answer_and_the_next_one_its_own(address, 
     assert status(received) == code or (code in (431, 501) and status(received) == 400)
     assert b"Traceback" not in received and b"passwd" not in received.replace(b"/etc/passwd", b"")
     assert status(raw(address, filled(GET, address))) == 200
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "X-Real-IP"])
+def test_a_client_cannot_choose_its_address(address, name):
+    """A rate for each address would else be none."""
+    received = raw(address, filled(f"GET / HTTP/1.1\r\nHost: {{host}}\r\n{name}: 10.9.8.7\r\n\r\n", address))
+    assert json.loads(received.partition(b"\r\n\r\n")[2])["client"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("length", [0, 1])

@@ -16,7 +16,8 @@ export function notice(sentence, action) {
 }
 
 export function closeNotice() {
-  keepingFocus(() => ($("notice").hidden = true), () => document.querySelector("#parts textarea")); // prettier-ignore
+  const hide = () => ($("notice").hidden = true);
+  keepingFocus(hide, () => document.querySelector("#parts textarea"));
 }
 
 /** Say something to screen readers alone. */

@@ -18,7 +18,7 @@ import { following, keepingFocus, make } from "./elements.js";
 import { showExamples } from "./examples.js";
 import { keep, openFile, restored, saveFile } from "./files.js";
 import { getJson } from "./net.js";
-import { closeNotice, notice } from "./notices.js";
+import { notice } from "./notices.js";
 import { serverWatch } from "./server.js";
 import { settingsView } from "./settings.js";
 import { makeTalk } from "./talk.js";
@@ -87,7 +87,6 @@ async function build(settings) {
   joinFiles(talk, composer, setting, settings);
   joinControls(talk, composer);
   joinTokens(page);
-  page.on("busy", closeNotice);
   if (settings.red_team) {
     $("red-team").hidden = false;
     addStyle("red_team.css");

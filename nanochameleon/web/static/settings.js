@@ -35,7 +35,7 @@ function fieldsOf({ model, modes, defaults, limits }) {
     { name: "fit", label: "Images that are not square", short: "images", choices: [
       ["crop", "Keep the middle, as for training images."],
       ["pad", "Keep all of it and add a white border, as the paper does for prompts."]] },
-  ].filter(Boolean); // prettier-ignore
+  ].filter(Boolean);
 }
 
 function helpOfMode(mode, aligned) {
@@ -99,7 +99,7 @@ export function settingsView(dialog, settings, changed) {
       button("Close", () => dialog.close(), { className: "main" })),
     make("p", { className: "quiet small" }, "Left empty, a value is the model's own. The address of this page keeps them."),
     ...views.map((view) => view.element),
-  ); // prettier-ignore
+  );
   const fromAddress = () => apply(Object.fromEntries(new URLSearchParams(location.hash.slice(1))));
   addEventListener("hashchange", fromAddress);
   fromAddress();
@@ -122,7 +122,7 @@ function choiceView(field, set) {
     const radio = make("input", {
       type: "radio", name: field.name, value: name, onchange: () => set(field.name, name),
       "aria-labelledby": id, "aria-describedby": `${id}-help`,
-    }); // prettier-ignore
+    });
     const words = make("span", { id }, name);
     return make("label", { className: "choice" }, radio, make("span", {}, words, make("span", { id: `${id}-help`, className: "help" }, help)));
   });
@@ -138,7 +138,7 @@ function numberView(field, set) {
   const input = make("input", {
     id, type: "text", inputMode: "decimal", autocomplete: "off", placeholder: field.placeholder,
     "aria-describedby": `${id}-help ${id}-error`, oninput: check,
-  }); // prettier-ignore
+  });
   const label = make("label", { htmlFor: id }, field.label);
   const help = make("p", { className: "help", id: `${id}-help` }, field.help);
   const element = make("div", { className: "field" }, label, input, help, error);

@@ -6,7 +6,9 @@
 import { generate, newAnswer } from "./answers.js";
 import { ASSISTANT, USER, chosen, spoken, turnsRead } from "./conversation.js";
 import { following } from "./elements.js";
-import { announce, notice } from "./notices.js";
+import { announce, closeNotice, notice } from "./notices.js";
+
+const newSeed = () => Math.floor(Math.random() * 1_000_000); // short enough to be read out
 
 /** changed(): the turns are others. emit("busy" | "idle"). lost(): the server is gone. */
 export function makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer }) {
@@ -31,6 +33,7 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
     if (talk.isBusy || !(await composer.ready()) || talk.isBusy) return;
     const segments = composer.segments();
     if (!segments.length) return composer.focus();
+    closeNotice();
     composer.fill(talk.next.splice(0, 1).map((text) => ({ text })));
     composer.focus();
     replace([...talk.turns, { role: USER, segments }, { role: ASSISTANT, answers: [], chosen: 0 }]);
@@ -39,8 +42,8 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
   }
 
   /** New answers, as the settings are. */
-  function fresh() {
-    const { seed = Math.floor(Math.random() * 1_000_000), samples = 1 } = setting.values();
+  function fresh(seed = setting.values().seed ?? newSeed()) {
+    const { samples = 1 } = setting.values();
     const asked = { mode: setting.mode(), options: setting.options() };
     return Array.from({ length: samples }, (_, sample) => newAnswer(seed, sample, asked));
   }
@@ -67,19 +70,20 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
     controller?.abort();
   }
 
-  /** The last message once more, with another seed unless one is set; the answers so far stay. */
+  /** The last message once more, with another seed; the answers so far stay. */
   function again() {
-    answer(fresh(), talk.turns.at(-1).answers);
+    answer(fresh(newSeed()), talk.turns.at(-1).answers);
   }
 
   /** What failed once more, as it was asked. */
   function retry() {
     const { answers } = talk.turns.at(-1);
+    closeNotice();
     const failed = answers.filter(({ state }) => state === "failed");
     const { seed, asked } = failed[0];
     const same = answers.filter((answer) => answer.asked === asked && answer.seed === seed);
     const kept = answers.filter((answer) => !same.includes(answer));
-    answer(same.map(({ sample }) => newAnswer(seed, sample, asked)), kept); // prettier-ignore
+    answer(same.map(({ sample }) => newAnswer(seed, sample, asked)), kept);
   }
 
   function edit() {

@@ -106,6 +106,7 @@ function answerView(turn, answer, actions) {
   const segments = make("div", { className: "segments" });
   const dots = [1, 2, 3].map(() => make("i", { "aria-hidden": "true" }));
   const working = make("p", { className: "working" }, make("span", { className: "unseen" }, "The answer is coming"), ...dots);
+  const empty = make("p", { className: "quiet" }, "The answer is empty.");
   const error = make("p", { className: "error", role: "alert" });
   const radio = make("input", { type: "radio", name: turn.group, onchange: () => actions.choose(turn, answer) });
   const choose = make("label", { className: "choose small" }, radio, " Continue here");
@@ -116,6 +117,7 @@ function answerView(turn, answer, actions) {
     { className: "answer", role: "group", "aria-label": name },
     segments,
     working,
+    empty,
     error,
     about,
     choose,
@@ -125,6 +127,7 @@ function answerView(turn, answer, actions) {
     const alt = message ? `image drawn for: ${message}` : "image drawn by the model";
     showSegments(segments, answer.segments, alt);
     working.hidden = answer.state !== "coming";
+    empty.hidden = answer.state !== "ended" || answer.segments.length > 0;
     error.textContent = answer.error ?? "";
     choose.hidden = alone;
     radio.checked = isChosen;

@@ -1,0 +1,126 @@
+"""Bugs in what stands between the page and everybody else: the guard, the server, metrics, files, the command."""
+
+from mutants.mutant import Mutant
+
+GUARD, SOCKETS, COMMAND = "web/test_guard.py", "web/test_web_sockets.py", "web/test_web_command.py"
+MUTANTS = [
+    Mutant(
+        "a foreign name that leads here is answered",
+        "web/head.py",
+        'if head.get("host").lower() not in hosts:',
+        'if not any(head.get("host").lower().startswith(host) for host in hosts):',
+        GUARD,
+    ),
+    Mutant(
+        "the page of another site can ask, if it is on this machine",
+        "web/head.py",
+        'not in ("", "same-origin", "none")',
+        'not in ("", "same-origin", "same-site", "none")',
+        GUARD,
+    ),
+    Mutant(
+        "a form of another site can post",
+        "web/head.py",
+        '"application/octet-stream")',
+        '"application/octet-stream", "text/plain")',
+        GUARD,
+    ),
+    Mutant(
+        "a body without its length has no end",
+        "web/guard.py",
+        "if self.size > limits.BODY:",
+        "if False:",
+        GUARD,
+    ),
+    Mutant(
+        "the memory of a body is not given back",
+        "web/guard.py",
+        "self.held -= body.size",
+        "pass",
+        GUARD,
+    ),
+    Mutant(
+        "a cookie holds the token",
+        "web/guard.py",
+        'return hmac.new(token.encode(), b"the cookie of nanochameleon.web", hashlib.sha256).hexdigest()',
+        "return token",
+        GUARD,
+    ),
+    Mutant(
+        "after wrong tokens the right one says that it is right",
+        "web/guard.py",
+        "if seconds := self.wrong_tokens.wait(address):",
+        "if (seconds := self.wrong_tokens.wait(address)) and given != self.access.token:",
+        GUARD,
+    ),
+    Mutant(
+        "each address costs memory for ever",
+        "web/rates.py",
+        "if len(self.levels) > self.most:",
+        "if False:",
+        GUARD,
+    ),
+    Mutant(
+        "a machine has as many buckets as addresses",
+        "web/rates.py",
+        "ip.exploded[:19]",
+        "ip.exploded",
+        GUARD,
+    ),
+    Mutant(
+        "a crash says its words to the client",
+        "web/app.py",
+        "response = error_response(error)\n    # Starlette",
+        "response = error_response(UserError(str(error)))\n    # Starlette",
+        GUARD,
+    ),
+    Mutant(
+        "a trickle of bytes keeps a connection",
+        "web/server.py",
+        "self.cycle is now and self.transport.abort()",
+        "None",
+        SOCKETS,
+    ),
+    Mutant(
+        "a client chooses its address",
+        "web/server.py",
+        "proxy_headers=False,",
+        "proxy_headers=True,",
+        SOCKETS,
+    ),
+    Mutant(
+        "Ctrl-C waits for streams",
+        "web/server.py",
+        "connection.transport.abort()",
+        "pass",
+        COMMAND,
+    ),
+    Mutant(
+        "other machines are let in without a token",
+        "web/__main__.py",
+        "if not (address.is_loopback or args.token):",
+        'if not (address.is_loopback or args.token or args.host == "::"):',
+        COMMAND,
+    ),
+    Mutant(
+        "a quotation mark in a label breaks the text",
+        "web/metrics.py",
+        """.replace('"', r"\\"")""",
+        "",
+        "web/test_metrics.py",
+    ),
+    Mutant(
+        "paths that clients choose are labels",
+        "web/guard.py",
+        'getattr(scope.get("route"), "path", "none")',
+        'scope["path"]',
+        "web/test_metrics.py",
+    ),
+    Mutant(
+        "a browser that has another file hears that it has this one",
+        "web/static_files.py",
+        'if file.etag in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:',
+        'if "if-none-match" in request.headers:',
+        "web/test_web_static.py",
+    ),
+]
