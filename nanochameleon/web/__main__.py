@@ -8,6 +8,7 @@
 MODEL is a run, models/toy or a model in any layout. Only this machine is answered, unless --host says otherwise.
 """
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nanochameleon.cli import parse
+from nanochameleon.cli import check_kernels, parse
 from nanochameleon.errors import UserError, exit_on_user_error, shown
 
 if TYPE_CHECKING:  # torch is imported after the arguments are parsed, so that mistakes in them are found at once
@@ -81,16 +82,11 @@ def listen(args: Args) -> socket.socket:
         kind, _, _, _, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError):
         raise UserError(f"--host {shown(args.host)} is no address of this machine") from None
-    listening = socket.socket(kind, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(address)
-        listening.listen()  # a bound socket alone would let another program take the port
+        return socket.create_server(address, family=kind)
     except OSError as error:
-        raise UserError(
-            f"cannot listen at {shown(args.host)}, port {args.port} ({error.strerror}): try another --port"
-        ) from None
-    return listening
+        why = os.strerror(error.errno)
+        raise UserError(f"cannot listen at {shown(args.host)}, port {args.port} ({why}): try another --host or --port") from None
 
 
 def access_of(args: Args, listening: socket.socket) -> "Access":
@@ -107,10 +103,12 @@ def access_of(args: Args, listening: socket.socket) -> "Access":
 
 def open_model_site(args: Args) -> "Site":
     from nanochameleon.generation.quantize import quantize_
+    from nanochameleon.training.run import pick_device
     from nanochameleon.web.site import Site
     from nanochameleon.web.worker import Worker
     from nanochameleon.weights.model_folder import open_model
 
+    check_kernels(pick_device(args.device))
     run = open_model(args.model, args.device, "auto" if args.dtype == "int8" else args.dtype, args.vqgan)
     if args.dtype == "int8":
         quantize_(run.model)

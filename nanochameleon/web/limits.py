@@ -21,6 +21,6 @@ BODIES = 256 * MiB  # bytes of bodies in memory
 WAITING = 64  # samples that wait for a slot
 
 # One address: the bucket holds BURST requests and gets RATE a second
-RATE, BURST = 200, 400
+RATE, BURST = 500, 1000
 TOKEN_RATE, TOKEN_BURST = 1, 5  # wrong tokens
 ADDRESSES = 4096  # remembered at once
