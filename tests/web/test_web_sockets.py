@@ -36,8 +36,8 @@ async def stream(request: Request):
     async def events():
         try:
             while True:
-                yield {"text": "x"}
-                await anyio.sleep(0.01)
+                yield {"text": "x" * 1_000}
+                await anyio.sleep(0)
         finally:
             LEFT.set()
 
@@ -195,6 +195,21 @@ def cut_off(opened: socket.socket, trickle: bool) -> bool:
         except ConnectionError:
             return True
     return False
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_client_that_does_not_read_is_cut_off_and_one_that_does_is_not(reads, monkeypatch):
+    monkeypatch.setattr(limits, "SEND_SECONDS", 0.5)
+    LEFT.clear()
+    with (
+        served(Guard(Starlette(routes=[Route("/stream", stream)]), Metrics(), Access())) as at,
+        connected(at) as opened,
+    ):
+        opened.sendall(filled(GET.replace("/ ", "/stream "), at))
+        received = 0
+        while reads and received < 20_000_000:  # more than the buffers on the way hold
+            received += len(opened.recv(1_000_000))
+        assert LEFT.wait(30) if not reads else not LEFT.is_set()
 
 
 def test_a_long_request_is_not_cut_off(monkeypatch):
