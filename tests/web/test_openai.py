@@ -3,8 +3,11 @@
 import asyncio
 import base64
 import io
+import re
 import socket
+import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -203,6 +206,14 @@ def test_the_clients_helper_for_streams_puts_the_answer_together(client, ask):
     assert [image["codes"] for image in put_together.images] == [image["codes"] for image in message.images]
     again = [{"role": "user", "content": "a"}, put_together, {"role": "user", "content": COUNT}]
     assert ask(again).choices
+
+
+def test_the_example_of_the_documentation_runs(toy_address, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "web.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"^    from openai .*?(?=\n\n\S)", page, re.DOTALL | re.MULTILINE)
+    assert "http://127.0.0.1:8000" in example
+    exec(textwrap.dedent(example).replace("http://127.0.0.1:8000", toy_address), {})
+    assert capsys.readouterr().out.strip() in {"one", "two", "three", "four"}  # things in the image; it drew two
 
 
 def test_models(client):
