@@ -58,7 +58,7 @@ export function composerView(list, error, { fit, send, lost }) {
       const place = parts.length > 1 ? ` ${i + 1} of ${parts.length}` : "";
       if (part.area) {
         part.area.setAttribute("aria-label", `Message${place}`);
-        part.area.placeholder = parts.length === 1 ? "Write words, add images" : i === parts.length - 1 ? "Words after it" : "";
+        part.area.placeholder = parts.length === 1 ? "Write words, add images" : "Words after it";
         part.area.style.height = "auto";
         part.area.style.height = `${part.area.scrollHeight + 2}px`;
       } else {
@@ -163,4 +163,6 @@ export function composerView(list, error, { fit, send, lost }) {
 const tool = (sign, label, onclick, disabled = false) =>
   button(sign, onclick, { className: "plain", "aria-label": label, title: label, disabled });
 
-const joined = (first, second) => (first.trim() && second.trim() ? `${first.trimEnd()} ${second.trimStart()}` : first + second);
+function joined(first, second) {
+  return first.trim() && second.trim() ? `${first.trimEnd()} ${second.trimStart()}` : first + second;
+}

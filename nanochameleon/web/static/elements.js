@@ -17,12 +17,17 @@ export function button(words, onclick, properties = {}) {
   return make("button", { type: "button", onclick, ...properties }, words);
 }
 
-/** Carry out a change that may hide, disable or remove the focused element; fallback() then takes the focus. */
+/** Carry out a change that may hide, disable, remove or move the focused element.
+ *
+ *  The focus stays where it is; where it cannot, fallback() takes it.
+ */
 export function keepingFocus(change, fallback) {
   const focused = document.activeElement;
   change();
-  const lost = focused !== document.body && (focused.disabled || !focused.checkVisibility({ visibilityProperty: true }));
-  if (lost) fallback().focus();
+  if (focused === document.body) return;
+  const canStay = !focused.disabled && focused.checkVisibility({ visibilityProperty: true });
+  if (!canStay) fallback().focus();
+  else if (document.activeElement !== focused) focused.focus();
 }
 
 /** Carry out a change; where the reader was at the bottom of the page, stay there. */

@@ -15,7 +15,7 @@ export function showExamples(element, settings, take) {
   const examples = settings.examples ?? (canDraw ? NEUTRAL : [{ messages: ["What can you do?"] }]);
   element.replaceChildren(
     make("h3", {}, "Write words, add images"),
-    make("p", { className: "quiet" }, `In any order: one model reads them as one sequence of tokens, and writes ${kinds}.`),
+    make("p", { className: "quiet" }, `One model reads them in any order, as one sequence of tokens, and writes ${kinds}.`),
     make("ul", { className: "examples", "aria-label": "Examples" }, ...examples.map((example) => entry(example, take))),
   );
 }

@@ -9,7 +9,10 @@ const KEY = "nanochameleon";
 const MOST = 2 ** 24; // bytes of a file
 
 export function saveFile(turns, settings, values) {
-  const text = JSON.stringify(written(turns, settings, values));
+  saveText(JSON.stringify(written(turns, settings, values)));
+}
+
+function saveText(text) {
   const href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   const date = new Date().toISOString().slice(0, 16).replace(/[-:]/g, "").replace("T", "-");
   make("a", { href, download: `conversation-${date}.json` }).click();
@@ -37,11 +40,18 @@ export function keep(turns, draft, settings) {
   }
 }
 
-/** Return what `keep` kept, or null. Throws an Error where it does not fit this model. */
+/** Return what `keep` kept: {turns, draft}. What cannot be shown is said, and nothing is lost. */
 export async function restored(settings) {
   const text = sessionStorage.getItem(KEY);
-  if (!text) return null;
-  const read = readConversation(text, settings);
-  await decodeImages([...read.turns, { segments: read.draft }], settings.model);
-  return read;
+  if (!text) return { turns: [], draft: [] };
+  try {
+    const read = readConversation(text, settings);
+    await decodeImages([...read.turns, { segments: read.draft }], settings.model).catch(({ message }) =>
+      notice(`The images are not shown: ${message}`),
+    );
+    return read;
+  } catch (error) {
+    notice(`The conversation of before is not shown: ${error.message}`, ["Save it", () => saveText(text)]);
+    return { turns: [], draft: [] };
+  }
 }

@@ -7,7 +7,8 @@ const $ = (id) => document.getElementById(id);
 /** Show a sentence, with one thing that can be done about it: [words, function]. */
 export function notice(sentence, action) {
   const act = action && button(action[0], () => (closeNotice(), action[1]()));
-  const parts = [make("p", { className: "sentence" }, sentence), act, button("Close", closeNotice, { className: "plain" })];
+  const close = button("Close", closeNotice, { className: "plain" });
+  const parts = [make("p", { className: "sentence" }, sentence), act, close];
   following(() => {
     $("notice").replaceChildren(...parts.filter(Boolean));
     $("notice").hidden = false;
@@ -17,7 +18,7 @@ export function notice(sentence, action) {
 
 export function closeNotice() {
   const hide = () => ($("notice").hidden = true);
-  keepingFocus(hide, () => document.querySelector("#parts textarea"));
+  keepingFocus(hide, () => document.querySelector("#parts > :last-child textarea"));
 }
 
 /** Say something to screen readers alone. */

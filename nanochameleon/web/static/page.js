@@ -39,7 +39,7 @@ async function start() {
 
 async function build(settings) {
   const { model } = settings;
-  const lost = serverWatch($("banner"), () => lookAgain(model));
+  const lost = serverWatch($("banner"), () => lookAgain(model).catch(() => lost()));
   const composer = composerView($("parts"), $("composer-error"), {
     fit: () => setting.values().fit ?? "crop",
     send: () => talk.send(),
@@ -47,7 +47,8 @@ async function build(settings) {
   });
   const setting = settingsView($("settings"), settings, (summary) => ($("set").textContent = summary));
   const { page, emit } = makePage(settings, setting, () => ({ talk, thread }));
-  const talk = makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer: (...which) => thread.showAnswer(...which) });
+  const showAnswer = (turn, answer) => thread.showAnswer(turn, answer);
+  const talk = makeTalk({ settings, composer, setting, changed, emit, lost, showAnswer });
   const thread = threadView($("thread"), { ...talk.actions, reuse: (answer) => setting.apply(valuesOf(answer)) });
 
   let isLeaving = false; // an answer that breaks off because the page is left is no failure
@@ -92,7 +93,10 @@ async function build(settings) {
     addStyle("red_team.css");
     (await import("./red_team.js")).redTeam(page, $("red-team"));
   }
-  await restore(talk, composer, settings);
+  const { turns, draft } = await restored(settings);
+  if (draft.length) composer.fill(draft);
+  talk.replace(turns);
+  scrollTo(0, root.scrollHeight);
   composer.focus();
 }
 
@@ -163,18 +167,6 @@ function joinFiles(talk, composer, setting, settings) {
       notice(error.message);
     }
   });
-}
-
-async function restore(talk, composer, settings) {
-  try {
-    const kept = await restored(settings);
-    composer.fill(kept?.draft ?? []);
-    talk.replace(kept?.turns ?? []);
-    scrollTo(0, root.scrollHeight);
-  } catch (error) {
-    talk.replace([]);
-    notice(`The conversation of before is not shown: ${error.message}`);
-  }
 }
 
 const addStyle = (name) => document.head.append(make("link", { rel: "stylesheet", href: `/static/${name}` }));

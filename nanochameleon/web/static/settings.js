@@ -7,6 +7,12 @@ import { button, make } from "./elements.js";
 
 const number = (words, test) => ({ words, test });
 const POSITIVE = number("0 or more", (x) => x >= 0);
+const whole = (low, high) =>
+  number(`a whole number from ${low} to ${high}`, (x) => Number.isInteger(x) && x >= low && x <= high);
+const FITS = [
+  ["crop", "Keep the middle, as for training images."],
+  ["pad", "Keep all of it and add a white border, as the paper does for prompts."],
+];
 
 /** The fields, from what GET /api/settings answered. */
 function fieldsOf({ model, modes, defaults, limits }) {
@@ -14,34 +20,60 @@ function fieldsOf({ model, modes, defaults, limits }) {
     const [text, image] = [defaults[name], defaults[`image_${name}`]];
     return text === image || !model.can_draw ? `${text}` : `${text}; images ${image}`;
   };
-  const seeds = Math.min(limits.seed ?? 2 ** 31 - 1, Number.MAX_SAFE_INTEGER);
-  const samples = limits.samples ?? 8;
-  const whole = (low, high, words) => number(words, (x) => Number.isInteger(x) && x >= low && x <= high);
-  return [
+  const fields = [
     { name: "mode", label: "Mode", choices: modes.map((mode) => [mode, helpOfMode(mode, model.aligned)]) },
-    { name: "temperature", label: "Temperature", ...POSITIVE, placeholder: both("temperature"),
-      help: "Higher is more surprising; 0 takes the likeliest token at each step." },
-    { name: "top_p", label: "Top-p", ...number("above 0 and at most 1", (x) => x > 0 && x <= 1),
-      placeholder: both("top_p"), help: "Draws from the smallest set of tokens that holds this probability." },
-    model.can_draw && { name: "guidance_scale", label: "Guidance", ...POSITIVE,
+    {
+      name: "temperature",
+      label: "Temperature",
+      ...POSITIVE,
+      placeholder: both("temperature"),
+      help: "Higher is more surprising; 0 takes the likeliest token at each step.",
+    },
+    {
+      name: "top_p",
+      label: "Top-p",
+      ...number("above 0 and at most 1", (x) => x > 0 && x <= 1),
+      placeholder: both("top_p"),
+      help: "Samples from the smallest set of tokens that holds this probability.",
+    },
+    {
+      name: "guidance_scale",
+      label: "Guidance",
+      ...POSITIVE,
       placeholder: `${defaults.guidance_scale}`,
-      help: "Of images by the prompt: 1 is off, more keeps closer to the prompt." },
-    { name: "max_new_tokens", label: "Length", ...whole(1, model.context, `a whole number from 1 to ${model.context}`),
-      placeholder: `${Math.min(defaults.max_new_tokens, model.context)}`, help: "The most tokens of an answer." },
-    { name: "samples", label: "Answers", ...whole(1, samples, `a whole number from 1 to ${samples}`), placeholder: "1",
-      help: "Several are shown next to one another; one is chosen to continue with." },
-    { name: "seed", label: "Seed", ...whole(0, seeds, "a whole number, 0 or more"), placeholder: "a new one each time",
-      help: "The same seed and settings give the same answer." },
-    { name: "fit", label: "Images that are not square", short: "images", choices: [
-      ["crop", "Keep the middle, as for training images."],
-      ["pad", "Keep all of it and add a white border, as the paper does for prompts."]] },
-  ].filter(Boolean);
+      help: "Of images by the prompt: 1 is off, more keeps closer to the prompt.",
+    },
+    {
+      name: "max_new_tokens",
+      label: "Length",
+      ...whole(1, model.context),
+      placeholder: `${Math.min(defaults.max_new_tokens, model.context)}`,
+      help: "The most tokens of an answer.",
+    },
+    {
+      name: "samples",
+      label: "Answers",
+      ...whole(1, limits.samples),
+      placeholder: "1",
+      help: "Several are shown next to one another; one is chosen to continue with.",
+    },
+    {
+      name: "seed",
+      label: "Seed",
+      ...whole(0, Math.min(limits.seed, Number.MAX_SAFE_INTEGER)),
+      placeholder: "a new one each time",
+      help: "The same seed and settings give the same answer.",
+    },
+    { name: "fit", label: "Images that are not square", short: "images", choices: FITS },
+  ];
+  return fields.filter(({ name }) => name !== "guidance_scale" || model.can_draw);
 }
 
 function helpOfMode(mode, aligned) {
   const auto = aligned
     ? "Chat, since this model is aligned."
-    : "Draw after words alone; answer where words follow an image, or end with ? later; say what is in an image that comes last.";
+    : "Draw after words alone; answer where words follow an image, or end with ? after an earlier one; " +
+      "say what is in an image that comes last.";
   const helps = {
     auto,
     draw: "One image.",
@@ -81,7 +113,8 @@ export function settingsView(dialog, settings, changed) {
 
   function summary() {
     const set = fields.filter(({ name }) => name in values);
-    return set.map(({ name, label, short = label }) => (name === "mode" ? values.mode : `${short.toLowerCase()} ${values[name]}`)).join(" · ");
+    const words = set.map(({ name, label, short = label }) => `${short.toLowerCase()} ${values[name]}`);
+    return words.join(" · ").replace(/^mode /, "");
   }
 
   /** Take the values that are right; forget the others. */
@@ -93,11 +126,13 @@ export function settingsView(dialog, settings, changed) {
     });
   }
 
+  const title = make("h2", { id: "settings-title" }, "Settings");
+  const reset = button("Reset", () => apply({}), { className: "plain" });
+  const close = button("Close", () => dialog.close(), { className: "main" });
+  const words = "Left empty, a value is the model's own. The address of this page keeps what is set.";
   dialog.append(
-    make("div", { className: "row head" }, make("h2", { id: "settings-title" }, "Settings"),
-      button("Reset", () => apply({}), { className: "plain" }),
-      button("Close", () => dialog.close(), { className: "main" })),
-    make("p", { className: "quiet small" }, "Left empty, a value is the model's own. The address of this page keeps them."),
+    make("div", { className: "row head" }, title, reset, close),
+    make("p", { className: "quiet small" }, words),
     ...views.map((view) => view.element),
   );
   const fromAddress = () => apply(Object.fromEntries(new URLSearchParams(location.hash.slice(1))));
@@ -113,18 +148,23 @@ export function settingsView(dialog, settings, changed) {
 
 function keepInAddress(values) {
   const hash = new URLSearchParams(values).toString();
-  if (hash !== location.hash.slice(1)) history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
+  const address = hash ? `#${hash}` : location.pathname + location.search;
+  if (hash !== location.hash.slice(1)) history.replaceState(null, "", address);
 }
 
 function choiceView(field, set) {
   const lines = field.choices.map(([name, help]) => {
     const id = `set-${field.name}-${name}`;
     const radio = make("input", {
-      type: "radio", name: field.name, value: name, onchange: () => set(field.name, name),
-      "aria-labelledby": id, "aria-describedby": `${id}-help`,
+      type: "radio",
+      name: field.name,
+      value: name,
+      onchange: () => set(field.name, name),
+      "aria-labelledby": id,
+      "aria-describedby": `${id}-help`,
     });
-    const words = make("span", { id }, name);
-    return make("label", { className: "choice" }, radio, make("span", {}, words, make("span", { id: `${id}-help`, className: "help" }, help)));
+    const words = [make("span", { id }, name), make("span", { id: `${id}-help`, className: "help" }, help)];
+    return make("label", { className: "choice" }, radio, make("span", {}, ...words));
   });
   const element = make("fieldset", { className: "choices" }, make("legend", {}, field.label), ...lines);
   const radios = lines.map((line) => line.firstChild);
@@ -136,8 +176,13 @@ function numberView(field, set) {
   const id = `set-${field.name}`;
   const error = make("p", { className: "help wrong", id: `${id}-error`, role: "alert" });
   const input = make("input", {
-    id, type: "text", inputMode: "decimal", autocomplete: "off", placeholder: field.placeholder,
-    "aria-describedby": `${id}-help ${id}-error`, oninput: check,
+    id,
+    type: "text",
+    inputMode: "decimal",
+    autocomplete: "off",
+    placeholder: field.placeholder,
+    oninput: check,
+    "aria-describedby": `${id}-help ${id}-error`,
   });
   const label = make("label", { htmlFor: id }, field.label);
   const help = make("p", { className: "help", id: `${id}-help` }, field.help);

@@ -75,15 +75,14 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
     answer(fresh(newSeed()), talk.turns.at(-1).answers);
   }
 
-  /** What failed once more, as it was asked. */
+  /** The samples of a request that failed once more, with the same seed. */
   function retry() {
-    const { answers } = talk.turns.at(-1);
     closeNotice();
-    const failed = answers.filter(({ state }) => state === "failed");
-    const { seed, asked } = failed[0];
-    const same = answers.filter((answer) => answer.asked === asked && answer.seed === seed);
-    const kept = answers.filter((answer) => !same.includes(answer));
-    answer(same.map(({ sample }) => newAnswer(seed, sample, asked)), kept);
+    const { answers } = talk.turns.at(-1);
+    const { seed, asked } = answers.find(({ state }) => state === "failed");
+    const isSame = (answer) => answer.seed === seed && JSON.stringify(answer.asked) === JSON.stringify(asked);
+    const again = answers.filter(isSame).map((_, sample) => newAnswer(seed, sample, asked));
+    answer(again, answers.filter((answer) => !isSame(answer)));
   }
 
   function edit() {

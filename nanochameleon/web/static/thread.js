@@ -105,7 +105,8 @@ function answerView(turn, answer, actions) {
   turn.group ??= `answers-${++groups}`;
   const segments = make("div", { className: "segments" });
   const dots = [1, 2, 3].map(() => make("i", { "aria-hidden": "true" }));
-  const working = make("p", { className: "working" }, make("span", { className: "unseen" }, "The answer is coming"), ...dots);
+  const coming = make("span", { className: "unseen" }, "The answer is coming");
+  const working = make("p", { className: "working" }, coming, ...dots);
   const empty = make("p", { className: "quiet" }, "The answer is empty.");
   const error = make("p", { className: "error", role: "alert" });
   const radio = make("input", { type: "radio", name: turn.group, onchange: () => actions.choose(turn, answer) });
@@ -142,7 +143,7 @@ function answerView(turn, answer, actions) {
 /** How an answer was made, so that it can be made again. */
 function aboutAnswer(answer, actions) {
   const { asked, mode, seed, sample, end, state } = answer;
-  const cut = end?.reason === "length" ? ["no room was left"] : [];
+  const cut = end?.reason === "length" ? ["cut at its length"] : [];
   const head = [MODES[mode] ?? mode ?? asked.mode, `seed ${seed}`, ...(sample ? [`sample ${sample}`] : []), ...cut];
   if (state === "stopped") head.push("stopped");
   const rows = [["mode", asked.mode], ["seed", seed], ["sample", sample], ...Object.entries(asked.options)];
