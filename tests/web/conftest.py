@@ -55,6 +55,19 @@ def toy_address(toy_run):
         yield address
 
 
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("shared"), 3, duplicates=0.5, attention=1)
+
+
+@pytest.fixture
+def opened_study(study_folder):
+    """A client and a site without votes."""
+    with opened(study_folder) as (client, site):
+        site.votes.db.execute("DELETE FROM votes")
+        yield client, site
+
+
 @pytest.fixture
 def restarting_toy(toy_run):
     """Serves models/toy, once or again at the same port: with restarting_toy() as address."""
@@ -82,16 +95,3 @@ def scripted_toy(toy_run, monkeypatch):
             return stack.enter_context(served_toy(toy_run))
 
         yield serve
-
-
-@pytest.fixture(scope="module")
-def study_folder(tmp_path_factory):
-    return make_study(tmp_path_factory.mktemp("shared"), 3, duplicates=0.5, attention=1)
-
-
-@pytest.fixture
-def opened_study(study_folder):
-    """A client and a site without votes."""
-    with opened(study_folder) as (client, site):
-        site.votes.db.execute("DELETE FROM votes")
-        yield client, site
