@@ -23,6 +23,7 @@ from mutants import (
     web,
     web_api,
     web_study,
+    web_worker,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -49,6 +50,7 @@ ROOMS = [
     web,
     web_api,
     web_study,
+    web_worker,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped
