@@ -86,7 +86,9 @@ def listen(args: Args) -> socket.socket:
         return socket.create_server(address, family=kind)
     except OSError as error:
         why = os.strerror(error.errno)
-        raise UserError(f"cannot listen at {shown(args.host)}, port {args.port} ({why}): try another --host or --port") from None
+        raise UserError(
+            f"cannot listen at {shown(args.host)}, port {args.port} ({why}): try another --host or --port"
+        ) from None
 
 
 def access_of(args: Args, listening: socket.socket) -> "Access":
