@@ -25,6 +25,7 @@ __all__ = [
     "Votes",
     "next_question",
     "open_key",
+    "open_questions",
     "open_study",
     "progress",
     "results_so_far",

@@ -82,7 +82,7 @@ async def in_turn(site: StudySite, function: Callable[..., T], *args) -> T:
     except (UserError, TimeoutError) as error:
         if isinstance(error, Refused):
             raise
-        warn(f"votes: {error}")  # it names the path, which no client may see
+        warn(f"votes: {str(error) or 'other requests took too long'}")  # it names the path, which no client may see
         raise Refused(UNSAVED, 503, code="votes_unavailable", retry_after=2) from None
 
 

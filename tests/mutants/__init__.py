@@ -22,6 +22,7 @@ from mutants import (
     vision,
     web,
     web_api,
+    web_study,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -47,6 +48,7 @@ ROOMS = [
     vision,
     web,
     web_api,
+    web_study,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped

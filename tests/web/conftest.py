@@ -1,10 +1,11 @@
-"""Fixtures: a browser for the whole session, pages for a test, a server of models/toy for a file of tests."""
+"""Fixtures: a browser for the whole session, pages for a test; a server of models/toy, or of a study."""
 
 from pathlib import Path
 
 import browser
 import pytest
 from serving import served
+from studies import make_study, opened
 
 TOY = Path(__file__).parents[2] / "models" / "toy"
 
@@ -47,3 +48,16 @@ def toy_address(toy_site):
 
     with served(application(toy_site)) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("shared"), 3, duplicates=0.5, attention=1)
+
+
+@pytest.fixture
+def opened_study(study_folder):
+    """A client and a site without votes."""
+    with opened(study_folder) as (client, site):
+        site.votes.db.execute("DELETE FROM votes")
+        yield client, site

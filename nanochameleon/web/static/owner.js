@@ -5,7 +5,8 @@
 
 import { make } from "./elements.js";
 
-const PAUSE = 4000; // milliseconds between two requests
+const PAUSE = 4000; // milliseconds between two requests, and at least 5 times what the last one took:
+const PATIENCE = 5; // results of a large study take seconds to count, while people vote
 const at = (id) => document.getElementById(id);
 
 /** -> the results; null: no vote is new since `tag`. Throws an Error with the server's sentence. */
@@ -44,7 +45,7 @@ function show({ votes, items, tables }) {
   if (!same) at("results").replaceChildren(...sections);
 }
 
-const pause = () => new Promise((resolve) => setTimeout(resolve, PAUSE));
+const pause = (time) => new Promise((resolve) => setTimeout(resolve, time));
 
 /** Resolves when the page is visible. */
 async function visible() {
@@ -54,8 +55,9 @@ async function visible() {
 }
 
 async function watch(key) {
-  for (let tag = null; ; await pause()) {
+  for (let tag = null, began = 0; ; await pause(Math.max(PAUSE, PATIENCE * (performance.now() - began)))) {
     await visible();
+    began = performance.now();
     try {
       const results = await fetchResults(key, tag);
       at("problem").textContent = "";

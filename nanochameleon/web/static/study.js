@@ -183,7 +183,11 @@ async function begin(annotator) {
 async function askName() {
   show("start");
   at("name").focus();
-  at("items").textContent = `This study has ${(await getJson("/api/study")).items} items.`;
+  try {
+    at("items").textContent = `This study has ${(await getJson("/api/study")).items} items.`;
+  } catch (error) {
+    at("problem").textContent = error.message;
+  }
 }
 
 async function enter(event) {
