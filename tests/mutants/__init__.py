@@ -22,6 +22,7 @@ from mutants import (
     vision,
     web,
     web_api,
+    web_page,
     web_study,
     weights,
 )
@@ -48,6 +49,7 @@ ROOMS = [
     vision,
     web,
     web_api,
+    web_page,
     web_study,
     weights,
 ]
