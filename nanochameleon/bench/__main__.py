@@ -1,4 +1,4 @@
-"""python -m nanochameleon.bench kernels|engine|choices|first|train|data [--device cpu|cuda] [--quick] [--json FILE]
+"""python -m nanochameleon.bench kernels|engine|choices|first|web|train|data [--device cpu|cuda] [--quick] [--json FILE]
 
 python -m nanochameleon.bench prove checks CUDA kernels on the GPU at hand.
 python -m nanochameleon.bench gpu runs all that one GPU should show; see its --help.
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +24,10 @@ from nanochameleon.files import check_writable
 class Args:
     """Measure ours next to the peers that are installed, and print a row for each figure."""
 
-    bench: tyro.conf.Positional[Literal["kernels", "engine", "choices", "first", "train", "data", "prove"]]
+    bench: tyro.conf.Positional[Literal["kernels", "engine", "choices", "first", "web", "train", "data", "prove"]]
     """What to measure. choices: scoring multiple-choice items. first: a whole command, to the first image of
-    models/toy. prove: check the CUDA kernels on this GPU, and let `auto` take those that are right and fast."""
+    models/toy. web: the page's server, with one client and with many. prove: check the CUDA kernels on this GPU, and
+    let `auto` take those that are right and fast."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to measure it. prove takes the first GPU that CUDA_VISIBLE_DEVICES shows."""
     quick: bool = False
@@ -48,11 +51,10 @@ def measure(args: Args) -> Iterator[dict]:
     check_kernels(device, *([torch.float32, torch.bfloat16] if args.bench == "train" else []))
     if args.bench != "kernels" and (args.op != "all" or args.plot):
         raise UserError("--op and --plot belong to the bench `kernels`: leave them out")
+    if args.bench == "web" and not find_spec("starlette"):
+        raise UserError("starlette is missing: pip install -c constraints.txt -e '.[web]'")
     if args.bench != "kernels":
-        from nanochameleon.bench import choices, data, engine, first, train
-
-        benches = {"engine": engine, "choices": choices, "first": first, "train": train, "data": data}
-        return benches[args.bench].bench(device, args.quick)
+        return import_module(f"nanochameleon.bench.{args.bench}").bench(device, args.quick)
     if args.op == "decode" and args.device == "cpu":
         raise UserError("decode has cases for a GPU only: add --device cuda, or run the bench `engine`")
     from nanochameleon.bench import kernels, subjects

@@ -1,6 +1,6 @@
 """The batch: clients' samples on one engine, and what each client gets of them. All of it on the worker's thread.
 
-    add(client) -> queue -> engine -> tokens -> events -> the client's outbox
+    add(client) -> queue -> engine -> tokens -> news of each client -> pixels, a batch at a time -> its outbox
 
 A request's tokens depend on its prompt, parameters and seed alone. So if the engine fails, it is made again, and the
 requests in flight run again, one at a time: what was sent is compared, not sent twice, and only the request that fails
@@ -20,7 +20,6 @@ from nanochameleon.documents import Image
 from nanochameleon.errors import shown, warn
 from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.events import Detokenizer, End
-from nanochameleon.generation.events import Event as DetokenizerEvent
 from nanochameleon.generation.request import Request, RequestOutput, make_request
 from nanochameleon.training.run import Run
 from nanochameleon.web.metrics import Metrics
@@ -30,6 +29,8 @@ ROUND = 0.02  # seconds of decode steps between two syncs, at most, if one step 
 MAX_STEPS = 64  # in a round
 PREVIEWS = 8  # rounds of an image that somebody watches
 ALONE, TOGETHER = 1, 4  # seconds between two previews, in seconds that one takes: with one sample, and with several
+FLUSH = 0.025  # seconds between two wake-ups of a client, since each costs the event loop some time
+FEW = 2  # samples: with so few, no image waits to be decoded with others, which takes half the time for each
 
 
 @dataclass(eq=False)
@@ -39,7 +40,9 @@ class Client:
     outbox: Outbox
     preview: bool
     samples: list["Sample"] = field(default_factory=list)  # unfinished
-    urgent: bool = True  # does what it has not read leave at once?
+    news: list[tuple[int, Event | Image]] = field(default_factory=list)  # (sample, event), images not yet decoded
+    urgent: bool = True  # do the next news leave at once?
+    error: Exception | None = None  # of an image that cannot be decoded
 
 
 @dataclass(eq=False)
@@ -69,7 +72,7 @@ class Batch:
         self.running: dict[int, Sample] = {}  # in the engine, by its number
         self.suspects: set[Sample] = set()  # while there are any, requests run one at a time
         self.clients: set[Client] = set()
-        self.steps, self.next_preview = PREVIEWS, 0.0
+        self.steps, self.next_preview, self.next_flush = PREVIEWS, 0.0, 0.0
         self.engine: Engine | None = None
         self.make_engine()
 
@@ -86,7 +89,7 @@ class Batch:
         for _ in self.engine.run():
             pass
         if self.run.image_tokenizer.can_draw:
-            self.decode([0])
+            self.decode([(0,)])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Clients come and leave
@@ -98,7 +101,7 @@ class Batch:
     def drop(self, client: Client) -> None:
         """Forget a client and free its slots."""
         self.clients.discard(client)
-        gone, client.samples = client.samples, []
+        gone, client.samples, client.news = client.samples, [], []
         for sample in gone:
             self.suspects.discard(sample)
             if self.running.pop(sample.id, None):
@@ -182,7 +185,8 @@ class Batch:
             if not sample.detokenizer.started:
                 self.metrics.observe("seconds_to_first_token", time.perf_counter() - sample.asked)
             for event in sample.detokenizer.add(sample.new_tokens(output), output.finished):
-                client.outbox.put(sample.index, self.decoded(sample, event))
+                event = self.finished(sample, event) if isinstance(event, End) else event
+                client.news.append((sample.index, event))
         except Exception as error:
             self.fail(client, error)
             return
@@ -190,20 +194,13 @@ class Batch:
             del self.running[sample.id]
             self.suspects.discard(sample)
             client.samples.remove(sample)
-            client.urgent = True
+            drew = any(isinstance(event, Image) for _, event in client.news)
+            client.urgent |= not drew or len(self.running) <= FEW
 
-    def decoded(self, sample: Sample, event: DetokenizerEvent) -> Event:
-        """Return an event of the detokenizer as clients get it."""
-        if isinstance(event, Image):
-            return DecodedImage(event.codes, self.decode(event.codes), True)
-        if isinstance(event, End):
-            stops = sample.request.stops or (self.run.vocab.eos,)
-            last = event.tokens[-1] if event.tokens else None
-            return Finished(event.tokens, last in stops or sample.request.modality == "image")
-        return event
-
-    def decode(self, codes: Sequence[int]) -> np.ndarray:
-        return self.run.image_tokenizer.decode(torch.tensor([codes]))[0]
+    def finished(self, sample: Sample, end: End) -> Finished:
+        stops = sample.request.stops or (self.run.vocab.eos,)
+        last = end.tokens[-1] if end.tokens else None
+        return Finished(end.tokens, last in stops or sample.request.modality == "image")
 
     def count(self, outputs: Sequence[RequestOutput]) -> None:
         """Report the new tokens."""
@@ -211,6 +208,12 @@ class Batch:
         counts = Counter("image" if is_image(token) else "text" for output in outputs for token in output.tokens)
         for modality, n in counts.items():
             self.metrics.count("tokens_total", n, modality=modality)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Images, and what reaches clients
+
+    def decode(self, codes: Sequence[Sequence[int]]) -> np.ndarray:
+        return self.run.image_tokenizer.decode(torch.tensor(codes))
 
     def show_preview(self) -> None:
         """Show the unfinished image that was shown longest ago, in half of the time of a sample alone or a fifth."""
@@ -221,12 +224,46 @@ class Batch:
         sample = min(watched, key=lambda sample: sample.previewed)
         try:
             codes = sample.detokenizer.codes()
-            sample.client.outbox.put(sample.index, DecodedImage(codes, self.decode(codes), False))
+            sample.client.news.append((sample.index, DecodedImage(codes, self.decode([codes])[0], False)))
         except Exception as error:
             self.fail(sample.client, error)
+        sample.client.urgent |= len(self.running) <= FEW
         sample.previewed = end = time.perf_counter()
         self.next_preview = end + (end - start) * (ALONE if len(self.running) == 1 else TOGETHER)
 
     def can_show(self, sample: Sample) -> bool:
         """Is the sample in an image, and has its client read the last preview?"""
         return len(sample.detokenizer.image or ()) > 1 and not sample.client.outbox.holds_preview(sample.index)
+
+    def flush(self) -> None:
+        """Hand over the news: urgent ones at once, others now and then, all of them before a rest."""
+        now = time.perf_counter()
+        due = now >= self.next_flush or not self.busy
+        self.next_flush = now + FLUSH if due else self.next_flush
+        ready = [client for client in self.clients if client.news and (due or client.urgent)]
+        self.decode_news(ready)
+        for client in ready:
+            for sample, event in client.news:
+                client.outbox.put(sample, event)
+            client.news, client.urgent = [], False
+            client.outbox.wake()
+
+    def decode_news(self, clients: Sequence[Client]) -> None:
+        """Decode the images among the news, all together. One that fails ends its client."""
+        places = [(c, i) for c in clients for i, (_, event) in enumerate(c.news) if isinstance(event, Image)]
+        codes = [client.news[i][1].codes for client, i in places]
+        for (client, i), code, pixels in zip(places, codes, self.decode_each(codes), strict=True):
+            if isinstance(pixels, Exception):
+                client.error = pixels
+            else:
+                client.news[i] = (client.news[i][0], DecodedImage(code, pixels, True))
+        for client in clients:
+            if client.error is not None:
+                self.fail(client, client.error)
+
+    def decode_each(self, codes: Sequence[Sequence[int]]) -> list[np.ndarray | Exception]:
+        """Decode images together; if that fails, one by one, so that each has an error of its own."""
+        try:
+            return list(self.decode(codes)) if codes else []
+        except Exception as error:
+            return [error] if len(codes) == 1 else [each for one in codes for each in self.decode_each([one])]

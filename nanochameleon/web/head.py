@@ -67,10 +67,7 @@ def check_host(head: Head, hosts: set[str]) -> None:
     if "websocket" in head.get("upgrade").lower():
         raise Refused("there are no websockets here: events come as answers to POST")
     if head.get("host").lower() not in hosts:
-        raise Refused(
-            "this server does not answer to that name: open it by its own address, or start it with --allow-host NAME",
-            403,
-        )
+        raise Refused(NAME, 403)
 
 
 def check_origin(head: Head, hosts: set[str]) -> None:

@@ -12,6 +12,7 @@ HEAD = 16 * 1024  # bytes of all headers
 HEADERS = 100
 HEAD_SECONDS = 10  # until the head of a request is there
 BODY_SECONDS = 60  # until its body is there
+SEND_SECONDS = 60  # until a client reads on, of an answer that it has begun to read
 SAMPLES = 8  # of one prompt
 DECODED = 64  # images in one request to decode
 

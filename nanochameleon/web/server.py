@@ -21,7 +21,7 @@ from nanochameleon.web import limits
 
 
 class Protocol(H11Protocol):
-    """uvicorn waits for the head of a request without end; here it must come in time."""
+    """uvicorn waits without end for a client that does not end its head or does not read; here it has some time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -35,6 +35,14 @@ class Protocol(H11Protocol):
         now = self.cycle  # None before the first request
         self.loop.call_later(limits.HEAD_SECONDS, lambda: self.cycle is now and self.transport.abort())
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.stuck = self.loop.call_later(limits.SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.stuck.cancel()
+
 
 class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, lines: Sequence[str]):
@@ -46,18 +54,21 @@ class Server(uvicorn.Server):
         began = time.monotonic()
         await super().startup(sockets)
         if (seconds := time.monotonic() - began) > 1:
-            say(f"the model took {seconds:.0f} s for its first token, since kernels were compiled")
+            say(f"the first token took {seconds:.0f} s, since kernels were compiled")
         for line in self.lines:
             say(line)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End everything at once. What runs in a thread, such as writing a vote, still comes to its end."""
-        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it reports each request that is cut off
+        logger = logging.getLogger("uvicorn")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # it reports each request that is cut off
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         for task in self.server_state.tasks:
             task.cancel()
         await super().shutdown(sockets)
+        logger.setLevel(level)
 
 
 class Log(logging.Handler):

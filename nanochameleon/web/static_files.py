@@ -1,6 +1,8 @@
 """The page's own files. They are read once, at start, and found by name alone: no request names a path of the disk.
 
-GET /static/page.js  ->  its bytes, its type and an ETag; 304 if the browser has them
+    GET /static/page.js  ->  its bytes, its type and an ETag; 304 if the browser has them
+
+A new file in the folder is served after the next start.
 """
 
 import hashlib

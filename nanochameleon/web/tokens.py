@@ -1,7 +1,7 @@
 """The sequence as the model sees it: every token of a conversation, its probability and the likeliest alternatives.
 
     POST /api/tokens            {"turns", "mode", "finished": true}
-        -> {"mode": "chat", "context": 512, "counts": {"text": 9, "image": 64, "special": 4},
+        -> {"mode": "chat", "left_out": 0, "context": 512, "counts": {"text": 9, "image": 64, "special": 4},
             "tokens": [{"id": 300, "probability": 0.91, "rank": 1, "alternatives": [[301, 0.02], ... 5]},
                        {"id": 7, ..., "image": [0, 5, 2]}, ...],
             "pieces": {"300": {"kind": "text", "text": " re"}, "41": {"kind": "text", "bytes": "c3"},
@@ -10,7 +10,9 @@
     POST /api/tokens/patches    {"codes", "place", "alternatives"} -> {"urls"}: patches with another code in that place
 
 A user's last turn gives the prompt; an assistant's last turn is added with its stop token, unless "finished" is false.
-image: which image, row, column. pieces: of every token and alternative. characters: letters that span several tokens.
+An answer's text is split into tokens again, as for the next turn: a model may have sampled it in other pieces.
+left_out: texts and images that the mode does not read. image: which image, row, column. pieces: of every token and
+alternative. characters: letters that span several tokens.
 
 Probabilities are those of the model itself: given all tokens before, at temperature 1, over the whole vocabulary,
 without guidance, filters or grammar. The first token has none. A sequence longer than the context has none at all:
@@ -19,7 +21,7 @@ the page then shows which part is too long.
 
 import codecs
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from nanochameleon.documents import EndOfTurn, render
+from nanochameleon.errors import shown
 from nanochameleon.generation.prompts import Mode
 from nanochameleon.images.tokenizer import to_images
 from nanochameleon.kernels import use_kernels
@@ -49,7 +52,9 @@ from nanochameleon.web.conversation import (
 )
 from nanochameleon.web.images import png_url
 from nanochameleon.web.refusals import Refused
+from nanochameleon.web.talk import check_fields
 
+FIELDS = ("turns", "mode", "finished")
 N_ALTERNATIVES = 5
 MAX_CONTEXTS = 2  # a sequence of more contexts is refused
 CHUNK = 2**24  # logits at a time, 64 MB: all of a long context would be a gigabyte
@@ -59,18 +64,27 @@ WINDOW = 7  # side, in codes, of the part of an image that is decoded for one pa
 # The sequence
 
 
-def sequence(turns: Sequence[Turn], mode: str, run: Run, finished: bool = True) -> tuple[Mode, list[int]]:
-    """Return the mode that `auto` means, and the tokens of the whole conversation."""
-    if turns[-1].role == USER:
-        resolved, document = resolve(mode, turns, run)
-        return resolved, prompt_tokens(document, run, resolved)
-    resolved, document = resolve(mode, turns[:-1], run)
-    document += [*[EndOfTurn()] * (resolved in ("answer", "chat")), *turns[-1].segments]
+class Sequence(NamedTuple):
+    mode: Mode  # what `auto` means
+    tokens: list[int]
+    left_out: int  # texts and images of earlier turns that this mode does not read
+
+
+def sequence(turns: list[Turn], mode: str, run: Run, finished: bool = True) -> Sequence:
+    """Return the whole conversation as tokens, as the model reads and wrote them."""
+    asked = turns if turns[-1].role == USER else turns[:-1]
+    mode, document = resolve(mode, asked, run)
+    read = {id(segment) for segment in document}  # the same words may be said twice
+    left_out = sum(id(segment) not in read for turn in asked for segment in turn.segments)
+    if asked is turns:
+        return Sequence(mode, prompt_tokens(document, run, mode), left_out)
+    document += [*[EndOfTurn()] * (mode in ("answer", "chat")), *turns[-1].segments]
     # A drawing ends with its image: no stop token is sampled.
-    return resolved, render(document, run.tokenizer, run.vocab, end=finished and resolved != "draw")
+    tokens = render(document, run.tokenizer, run.vocab, end=finished and mode != "draw")
+    return Sequence(mode, tokens, left_out)
 
 
-def image_places(tokens: Sequence[int], run: Run) -> dict[int, tuple[int, int, int]]:
+def image_places(tokens: list[int], run: Run) -> dict[int, tuple[int, int, int]]:
     """Position of each image token in the sequence -> which image, row, column."""
     side, places, number, start = math.isqrt(run.image_tokenizer.n_codes_per_image), {}, -1, 0
     for i, token in enumerate(tokens):
@@ -105,7 +119,7 @@ def piece(token: int, tokenizer: TextTokenizer) -> dict:
         return {"kind": kind, "bytes": data.hex(" ")}
 
 
-def split_characters(tokens: Sequence[int], tokenizer: TextTokenizer) -> list[dict]:
+def split_characters(tokens: list[int], tokenizer: TextTokenizer) -> list[dict]:
     """Find the runs of text tokens whose bytes are whole characters only together."""
     found: list[dict] = []
     utf8, first, text = codecs.getincrementaldecoder("utf-8")(), 0, ""
@@ -142,7 +156,7 @@ class Scores(NamedTuple):
 
 
 @torch.inference_mode()
-def score(run: Run, tokens: Sequence[int], chunk: int = CHUNK) -> Scores:
+def score(run: Run, tokens: list[int], chunk: int = CHUNK) -> Scores:
     """One forward pass over the sequence, and the softmax of `chunk` logits at a time."""
     read = torch.tensor(tokens, device=run.device)
     with use_kernels("reference"):  # torch's own: the faster ones compile for seconds, and all clients would wait
@@ -167,7 +181,7 @@ def score_part(logits: Tensor, targets: Tensor) -> Scores:
 
 
 @torch.inference_mode()
-def decode_patches(run: Run, codes: Sequence[int], place: int, alternatives: Sequence[int]) -> Tensor:
+def decode_patches(run: Run, codes: list[int], place: int, alternatives: list[int]) -> Tensor:
     """Patches uint8 (n, side, side, 3): each alternative decoded in its place, among the image's own codes.
 
     A code alone, on a field of its like, looks nothing like it does in the image (42 of 255 levels off for models/toy).
@@ -192,32 +206,37 @@ def decode_patches(run: Run, codes: Sequence[int], place: int, alternatives: Seq
 # Routes
 
 
-def look(run: Run, turns: Sequence[Turn], mode: str, finished: bool) -> tuple[Mode, list[int], Scores | None]:
-    """Do the model's part of the answer. Raises Refused for a sequence that is much too long."""
-    context = run.cfg.model.max_seq_len
-    resolved, tokens = sequence(turns, mode, run, finished)
-    if len(tokens) > MAX_CONTEXTS * context:
+def read_body(row: dict, run: Run) -> Sequence:
+    """Return the sequence that a body asks for. Raises Refused for one that is much too long."""
+    check_fields(row, FIELDS)
+    mode = field(row, "mode", str, "auto")
+    if mode not in AUTO_MODES:
+        raise Refused(f"mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param="mode")
+    found = sequence(read_turns(row, run), mode, run, field(row, "finished", bool, True))
+    n, context = len(found.tokens), run.cfg.model.max_seq_len
+    if n > MAX_CONTEXTS * context:
         most = f"at most {MAX_CONTEXTS * context:,} are shown, and the model reads {context:,}"
-        raise Refused(f"the conversation has {len(tokens):,} tokens: {most}", param="turns", code="too_long")
-    return resolved, tokens, score(run, tokens) if 1 < len(tokens) <= context else None
+        raise Refused(f"the conversation has {n:,} tokens: {most}", param="turns", code="too_long")
+    return found
 
 
-def answer(run: Run, mode: Mode, tokens: Sequence[int], scores: Scores | None) -> dict:
-    rows = [{"id": token, "probability": None, "rank": None, "alternatives": []} for token in tokens]
+def answer(run: Run, found: Sequence, scores: Scores | None) -> dict:
+    rows = [{"id": token, "probability": None, "rank": None, "alternatives": []} for token in found.tokens]
     if scores is not None:
         for row, own, rank, others, theirs in zip(rows[1:], *(each.tolist() for each in scores), strict=True):
             row |= {"probability": short(own), "rank": rank}
             row["alternatives"] = [[other, short(p)] for other, p in zip(others, theirs, strict=True)]
-    for i, place in image_places(tokens, run).items():
+    for i, place in image_places(found.tokens, run).items():
         rows[i]["image"] = place
-    kinds = [run.vocab.modality(token) for token in tokens]
+    kinds = [run.vocab.modality(token) for token in found.tokens]
     return {
-        "mode": mode,
+        "mode": found.mode,
+        "left_out": found.left_out,
         "context": run.cfg.model.max_seq_len,
         "counts": {kind: kinds.count(kind) for kind in ("text", "image", "special")},
         "tokens": rows,
         "pieces": {str(token): piece(token, run.tokenizer) for token in mentioned(rows)},
-        "characters": split_characters(tokens, run.tokenizer),
+        "characters": split_characters(found.tokens, run.tokenizer),
     }
 
 
@@ -233,16 +252,15 @@ def short(probability: float) -> float:
 
 async def tokens(request: Request) -> JSONResponse:
     site, row = request.app.state.site, await json_body(request)
-    mode = field(row, "mode", str, "auto")
-    if mode not in AUTO_MODES:
-        raise Refused(f"mode must be one of {', '.join(AUTO_MODES)}", param="mode")
-    turns, finished = read_turns(row, site.run), field(row, "finished", bool, True)
-    found = await site.worker.call(lambda run: look(run, turns, mode, finished))
-    return await anyio.to_thread.run_sync(lambda: JSONResponse(answer(site.run, *found)))
+    found = await anyio.to_thread.run_sync(read_body, row, site.run)  # a long text takes a while
+    readable = 1 < len(found.tokens) <= site.run.cfg.model.max_seq_len
+    scores = await site.worker.call(lambda run: score(run, found.tokens)) if readable else None
+    return await anyio.to_thread.run_sync(lambda: JSONResponse(answer(site.run, found, scores)))
 
 
 async def patches(request: Request) -> JSONResponse:
     site, row = request.app.state.site, await json_body(request)
+    check_fields(row, ("codes", "place", "alternatives"))
     if not site.run.image_tokenizer.can_draw:
         raise Refused("this model has no image decoder: it reads images and cannot draw them", code="no_decoder")
     codes, place = read_codes(field(row, "codes", list), "codes", site.run), field(row, "place", int)

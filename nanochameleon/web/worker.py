@@ -3,7 +3,7 @@
     streams(requests) -> (sample, event) of a client's samples, as they come; closing it frees their slots
     call(function)    -> function(run), between two rounds of the engine
 
-    clients that come and leave -> calls -> a round of the batch -> outboxes
+    clients that come and leave -> calls -> a round of the batch -> their outboxes
 
 Nothing else may touch the model: kernels for CPUs have one team of threads.
 """
@@ -29,7 +29,6 @@ from nanochameleon.web.refusals import Refused, busy
 
 T = TypeVar("T")
 
-FLUSH = 0.025  # seconds between two events of a client that has neither its first news nor an end
 MAX_CALLS = 256  # that wait
 TOO_MANY = "too many requests wait: try again in a second"
 NOT_STARTED, ENDED = "the server has not started: ask again", "the server is ending: ask again when it is back"
@@ -74,7 +73,7 @@ class Worker:
         self.calls: deque[tuple[Future, Callable[[Run], object]]] = deque()
         self.clients: set[Client] = set()
         self.closed: str | None = NOT_STARTED  # why nothing is accepted
-        self.next_flush = self.lead = 0.0  # lead: seconds that calls are ahead of rounds
+        self.lead = 0.0  # seconds that calls are ahead of rounds
         self.started: Future = Future()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -182,7 +181,7 @@ class Worker:
                 self.do_jobs()
                 self.do_calls()
                 self.do_round()
-                self.flush()
+                self.batch.flush()
                 self.batch.report()
         finally:
             self.close(BROKEN_MODEL)
@@ -219,13 +218,3 @@ class Worker:
         self.batch.step()
         seconds = time.perf_counter() - start
         self.lead = max(self.lead - seconds, -seconds)
-
-    def flush(self) -> None:
-        """Wake the clients that have something to read: now and then, since each costs the event loop some time."""
-        now = time.perf_counter()
-        due = now >= self.next_flush
-        self.next_flush = now + FLUSH if due else self.next_flush
-        for client in tuple(self.batch.clients):
-            if client.outbox.unread and (due or client.urgent):
-                client.urgent = False
-                client.outbox.wake()

@@ -3,6 +3,7 @@
 from mutants.mutant import Mutant
 
 IMAGES, RED_TEAM = "web/test_images.py", "web/test_web_red_team.py"
+TOKENS = "web/test_tokens.py"
 MUTANTS = [
     Mutant(
         "a data URL is decoded whatever its size",
@@ -45,5 +46,33 @@ MUTANTS = [
         "            file.truncate(size)\n        raise",
         "            pass\n        raise",
         f"{RED_TEAM} evaluate/test_red_team.py",
+    ),
+    Mutant(
+        "a token's probability is the one given itself",
+        "web/tokens.py",
+        "hidden = run.model(read[None])[0, :-1]",
+        "hidden = run.model(read[None])[0, 1:]",
+        TOKENS,
+    ),
+    Mutant(
+        "a token is its own alternative",
+        "web/tokens.py",
+        "best = log_probs.scatter(1, targets[:, None], -torch.inf).topk(N_ALTERNATIVES)",
+        "best = log_probs.topk(N_ALTERNATIVES)",
+        TOKENS,
+    ),
+    Mutant(
+        "a character goes on after a special token",
+        "web/tokens.py",
+        "if not (data and utf8.getstate()[0]):",
+        "if not utf8.getstate()[0]:",
+        TOKENS,
+    ),
+    Mutant(
+        "a patch is cut where the whole image would have it",
+        "web/tokens.py",
+        "y, x = (row - top) * size, (column - left) * size",
+        "y, x = row * size, column * size",
+        TOKENS,
     ),
 ]

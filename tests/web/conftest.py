@@ -1,9 +1,13 @@
 """Fixtures: a browser for the whole session, pages for a test; a server of models/toy, or of a study."""
 
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import browser
 import pytest
+from paced import Pace, paced_engine
+from scripted import scripted_engine
+from server_process import free_port
 from serving import served
 from studies import make_study, opened
 
@@ -33,20 +37,21 @@ def toy_run():
     return open_model(TOY, "cpu", "auto", None)
 
 
-@pytest.fixture(scope="module")
-def toy_site(toy_run):
+@contextmanager
+def served_toy(run, port=0, **more):
+    """Serve models/toy from this process. more: fields of Site."""
+    from nanochameleon.web.app import application
     from nanochameleon.web.site import Site
     from nanochameleon.web.worker import Worker
 
-    return Site("toy", toy_run, Worker(toy_run))
+    with served(application(Site("toy", run, Worker(run), **more)), port) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def toy_address(toy_site):
-    """The address of a server of models/toy in this process."""
-    from nanochameleon.web.app import application
-
-    with served(application(toy_site)) as address:
+def toy_address(toy_run):
+    """The address of a server of models/toy."""
+    with served_toy(toy_run) as address:
         yield address
 
 
@@ -61,3 +66,32 @@ def opened_study(study_folder):
     with opened(study_folder) as (client, site):
         site.votes.db.execute("DELETE FROM votes")
         yield client, site
+
+
+@pytest.fixture
+def restarting_toy(toy_run):
+    """Serves models/toy, once or again at the same port: with restarting_toy() as address."""
+    port = free_port()
+    return lambda: served_toy(toy_run, port)
+
+
+@pytest.fixture
+def paced_toy(toy_run, monkeypatch):
+    """(address, pace) of a server of models/toy that the test slows down."""
+    pace = Pace()
+    monkeypatch.setattr("nanochameleon.web.batch.Engine", paced_engine(pace))
+    with served_toy(toy_run) as address:
+        yield address, pace
+        pace.allow()
+
+
+@pytest.fixture
+def scripted_toy(toy_run, monkeypatch):
+    """Serves models/toy that answers with given words: scripted_toy("hello") -> address."""
+    with ExitStack() as stack:
+
+        def serve(words: str) -> str:
+            monkeypatch.setattr("nanochameleon.web.batch.Engine", scripted_engine(toy_run, words))
+            return stack.enter_context(served_toy(toy_run))
+
+        yield serve

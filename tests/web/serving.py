@@ -10,10 +10,11 @@ from nanochameleon.web.server import Server, configure
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
+def served(app: Any, port: int = 0) -> Iterator[str]:
     """Yield the address, such as http://127.0.0.1:49152. Raises RuntimeError where the server does not start."""
     with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a server that just ended
+        listening.bind(("127.0.0.1", port))
         server = Server(configure(app), [])
         ready, startup = threading.Event(), server.startup
 

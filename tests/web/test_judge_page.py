@@ -209,11 +209,11 @@ def test_wrong_name_is_one_sentence(visit, tmp_path, name):
 
 def test_owner_sees_votes_as_they_come_and_asks_only_while_the_page_is_visible(visit, tmp_path):
     with serving(make_study(tmp_path, 2, questions="relative", duplicates=0.0, attention=0)) as (address, site):
-        owner = with_a_clock(visit, f"{address}/owner#key={site.owner_key}", "text=No votes so far")
+        owner = with_a_clock(visit, f"{address}/owner#key={site.owner_key}", "text=Votes so far: 0")
         screen = judge.screen(site, "ann")["asked"]
         judge.save(site, "ann", screen["item"], "preference", "same", 1.0)
         owner.clock.run_for(5000)
-        owner.wait_for_selector("text=1 votes so far")
+        owner.wait_for_selector("text=Votes so far: 1")
         assert owner.locator("table").count() >= 4
         with owner.expect_request_finished() as unchanged:
             owner.clock.run_for(5000)

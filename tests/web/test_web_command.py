@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from tiny import tiny_run
 
 from nanochameleon.errors import UserError
 from nanochameleon.evaluate.people.make import build
@@ -195,11 +196,13 @@ def test_a_crash_is_logged_once_and_a_mistake_of_a_client_is_not():
 
 
 @POSIX
-def test_a_model_is_served_without_its_path_and_ctrl_c_ends_its_streams():
-    with started("models/toy", "--port", "0") as (process, line):
+def test_a_model_is_served_without_its_path_and_ctrl_c_ends_its_streams(tmp_path):
+    model = tiny_run(tmp_path / "tiny")
+    with started(str(model), "--port", "0") as (process, line):
         for path in ("", "api/settings", "v1/models", "v1/models/nothing", "metrics", "static/nothing", "nothing"):
             answer = httpx.get(address_in(line) + path)
-            assert answer.text and "models/toy" not in answer.text and str(ROOT) not in answer.text
+            assert answer.text and str(tmp_path) not in answer.text and str(ROOT) not in answer.text
+        assert httpx.get(address_in(line) + "v1/models").json()["data"][0]["id"] == "tiny"
         body = {"turns": [{"role": "user", "segments": [{"text": "a red star"}]}], "mode": "free", "samples": 8}
         with httpx.stream("POST", address_in(line) + "api/generate", json=body, timeout=60) as answer:
             next(answer.iter_raw())

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -36,8 +37,8 @@ async def stream(request: Request):
     async def events():
         try:
             while True:
-                yield {"text": "x"}
-                await anyio.sleep(0.01)
+                yield {"text": "x" * 1_000}
+                await anyio.sleep(0)
         finally:
             LEFT.set()
 
@@ -195,6 +196,21 @@ def cut_off(opened: socket.socket, trickle: bool) -> bool:
         except ConnectionError:
             return True
     return False
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_client_that_does_not_read_is_cut_off_and_one_that_does_is_not(reads, monkeypatch):
+    monkeypatch.setattr(limits, "SEND_SECONDS", 1.0 if reads else 0.2)
+    LEFT.clear()
+    with (
+        served(Guard(Starlette(routes=[Route("/stream", stream)]), Metrics(), Access())) as at,
+        connected(at) as opened,
+    ):
+        opened.sendall(filled(GET.replace("/ ", "/stream "), at))
+        until = time.monotonic() + 1.3
+        while reads and time.monotonic() < until:  # the server waits for the client again and again
+            assert opened.recv(1_000_000)
+        assert not LEFT.is_set() if reads else LEFT.wait(30)
 
 
 def test_a_long_request_is_not_cut_off(monkeypatch):

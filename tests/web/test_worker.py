@@ -149,10 +149,10 @@ def test_previews_take_a_fifth_of_the_time(monkeypatch):
 
     def decode(codes):
         clock[0] += 0.1
-        return None
+        return codes
 
     monkeypatch.setattr(batch, "decode", decode)
-    outbox = SimpleNamespace(put=lambda *_: None, holds_preview=lambda _: False)
+    outbox = SimpleNamespace(holds_preview=lambda _: False)
     client = batch_module.Client(outbox, preview=True)
     for n, share in ((1, 0.5), (5, 0.2)):
         samples = [batch_module.Sample(client, i, request(), None) for i in range(n)]
@@ -327,11 +327,12 @@ def test_decoding_that_crashes(monkeypatch):
     requests = [request(i, "image") for i in range(6)] + [request(GUILTY, "image")]
     codes = [tuple(tiny.VOCAB.token_to_code(token) for token in alone(asked)[:-1]) for asked in requests]
     assert codes[-1] not in codes[:-1]
-    run = tiny_run()
+    run, decoded = tiny_run(), []
     decode = run.image_tokenizer.decode
 
     def broken(wanted):
-        if tuple(wanted[0].tolist()) == codes[-1]:
+        decoded.append(len(wanted))
+        if list(codes[-1]) in wanted.tolist():
             raise RuntimeError("planted")
         return decode(wanted)
 
@@ -341,6 +342,7 @@ def test_decoding_that_crashes(monkeypatch):
         assert "planted" in str(guilty)
         for asked, events in zip(requests, others, strict=False):
             check_whole(events, asked)
+        assert max(decoded) > 1  # others were decoded together with it
         assert slots_in_use(worker) == 0
 
 

@@ -39,7 +39,7 @@ function sectionOf(table) {
 }
 
 function show({ votes, items, tables }) {
-  at("summary").textContent = `${votes || "No"} votes so far; the study has ${items} items`;
+  at("summary").textContent = `Votes so far: ${votes}; items of the study: ${items}`;
   const sections = tables.map(sectionOf);
   const same = sections.length === at("results").children.length && sections.every((section) => section.isConnected);
   if (!same) at("results").replaceChildren(...sections);

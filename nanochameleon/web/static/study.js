@@ -49,7 +49,7 @@ function showProgress({ done, total }) {
 
 function showEnd(done) {
   at("end-text").textContent = done
-    ? `You have answered all questions that are open to you: ${done} votes.`
+    ? `You have answered all questions that are open to you. Your votes: ${done}.`
     : "There is no question that is open to you: other people have answered all of them.";
   at("end-title").focus();
 }
@@ -184,7 +184,7 @@ async function askName() {
   show("start");
   at("name").focus();
   try {
-    at("items").textContent = `This study has ${(await getJson("/api/study")).items} items.`;
+    at("items").textContent = `Items of this study: ${(await getJson("/api/study")).items}.`;
   } catch (error) {
     at("problem").textContent = error.message;
   }

@@ -5,7 +5,7 @@ import { make } from "./elements.js";
 const KINDS = { text: "text", image: "image codes", special: "special" };
 
 /** Return the elements for an answer of /api/tokens. */
-export function meter({ tokens, counts, context, mode }) {
+export function meter({ tokens, counts, context, mode, left_out: leftOut }) {
   const used = tokens.length;
   const whole = Math.max(used, context);
   const bar = make("div", { className: "meter", "aria-hidden": "true" }); // its numbers follow as text
@@ -21,6 +21,7 @@ export function meter({ tokens, counts, context, mode }) {
   bar.append(end);
   const words = `${used} of ${context} tokens, read in the mode ${mode}`;
   const parts = [make("p", { className: "small" }, words), bar, legend];
+  if (leftOut) parts.push(make("p", { className: "small" }, `This mode does not read ${leftOut} earlier texts and images.`));
   if (used > context) {
     const more = `the sequence is ${used - context} tokens longer than the context: the model cannot read it, so it has no probabilities`;
     parts.push(make("p", { className: "error" }, more));

@@ -1,214 +1,161 @@
 /** The token view: the conversation as the model sees it, one sequence of text, image and special tokens.
  *
  *  It asks the server after each turn, and only while it is on the screen. Hover, focus and tap show a token's details;
- *  arrow keys move from token to token; Escape closes. One listener serves all tokens.
+ *  arrow keys move from token to token; Escape closes. A few listeners serve all tokens.
  */
 
 import { button, make } from "./elements.js";
 import { postJson } from "./net.js";
-import { detailsView, tokenDetails } from "./token_details.js";
-import { grid, showImage, tokenBlocks } from "./token_list.js";
+import { detailsView } from "./token_details.js";
+import { codeAt, decodeImages, imagesOf, markPatch, patchesOf, showImage } from "./token_images.js";
+import { tokenList } from "./token_list.js";
 import { meter } from "./token_meter.js";
+import { MOVES, nextShown } from "./token_moves.js";
 
-const DWELL = 150; // milliseconds before alternatives of an image token are decoded
-const LEAVE = 200; // milliseconds before details close
+const DWELL = 150; // milliseconds before patches of alternatives are asked for
+const LEAVE = 200; // milliseconds in which the pointer may cross from a token to its details
+const EMPTY = { answer: null, images: [], buttons: [], patches: new Map() };
 
 export function tokenView(page, element) {
-  const list = make("ol", { className: "tokens-list", "aria-label": "Tokens of the conversation" });
-  const details = detailsView(list);
+  const list = make("ol", { className: "token-list", "aria-label": "Tokens of the conversation" });
+  const length = make("div", { className: "stack" });
   const status = make("p", { className: "small quiet", role: "status" });
   const error = make("p", { className: "error", role: "alert" });
-  const length = make("div", { className: "stack" });
+  const details = detailsView(list);
   element.replaceChildren(about(), length, marking(list), status, error, list, details.element);
 
-  const state = { answer: null, images: [], urls: new Map(), asked: 0, stale: true, busy: false, current: 0, hovered: null };
+  const sheet = new CSSStyleSheet(); // of the images' patches
+  document.adoptedStyleSheets.push(sheet);
+
+  let view = EMPTY; // of one sequence: its answer, images, buttons, and patches by token
+  let current = 0; // the token that Tab reaches
+  let shown = null; // the token whose details are shown
+  const asking = { stale: true, busy: false, leaving: 0 };
 
   // -------------------------------------------------------------------------------------------------------------------
   // The sequence
 
-  /** Ask for the sequence, if it has changed and somebody can see it. */
+  /** Ask for the sequence if it has changed and somebody can see it. */
   async function refresh() {
-    if (!state.stale || state.busy || !element.checkVisibility()) return;
-    state.stale = false;
-    const asked = ++state.asked;
+    if (!asking.stale || asking.busy || !element.checkVisibility()) return;
+    asking.stale = false;
     const turns = page.turns();
-    error.textContent = "";
     if (!turns.length) return show(null, "Nothing is said yet: the sequence appears with the first message.");
     status.textContent = "The model reads the conversation.";
     try {
-      const body = { turns, mode: page.mode(), finished: page.finished?.() ?? true };
-      const answer = await postJson("/api/tokens", body);
-      if (asked === state.asked) show(answer, "");
-      if (asked === state.asked) await decode(asked);
+      const answer = await postJson("/api/tokens", { turns, mode: page.mode(), finished: page.finished() });
+      if (asking.stale || asking.busy) return refresh(); // the conversation has changed meanwhile
+      show(answer, "");
+      if (page.settings.model.can_draw) await decodeImages(view.images, shownIn(view));
     } catch (failure) {
-      if (asked !== state.asked) return;
       show(null, "");
       error.replaceChildren(failure.message, " ", button("Try again", changed, { className: "plain" }));
     }
   }
 
-  function show(answer, sentence) {
-    const focused = list.contains(document.activeElement);
-    close();
-    const folded = state.images.map((image) => image.folded);
-    state.answer = answer;
-    state.images = answer ? imagesOf(answer, state.urls).map((image, i) => ({ ...image, folded: folded[i] ?? false })) : [];
-    status.textContent = sentence;
-    length.replaceChildren(...(answer ? meter(answer) : []));
-    list.replaceChildren(...(answer ? tokenBlocks(answer, state.images) : []));
-    state.patches = new Map();
-    makeCurrent(Math.min(state.current, (answer?.tokens.length ?? 1) - 1));
-    if (focused) tokenAt(state.current)?.focus();
-  }
-
-  /** Get the images that are not known yet, and show them. */
-  async function decode(asked) {
-    const missing = state.images.filter(({ url }) => !url);
-    if (!page.settings.model.can_draw || !missing.length) return;
-    for (let i = 0; i < missing.length; i += 16) {
-      const part = missing.slice(i, i + 16);
-      const { urls } = await postJson("/api/images/decode", { codes: part.map(({ codes }) => codes) });
-      if (asked !== state.asked) return;
-      part.forEach((image, k) => {
-        image.url = urls[k];
-        state.urls.set(image.codes.join(), image.url);
-        showImage(tokenAt(image.first).closest("li"), image);
-      });
-    }
-    const used = new Set(state.images.map(({ codes }) => codes.join()));
-    for (const key of state.urls.keys()) if (!used.has(key)) state.urls.delete(key);
-  }
-
   function changed() {
-    state.stale = true;
+    asking.stale = true;
     refresh();
   }
+
+  /** Show an answer of /api/tokens, or nothing, and a sentence. */
+  function show(answer, sentence) {
+    const held = list.contains(document.activeElement);
+    close();
+    const images = answer ? imagesOf(answer, view.images) : [];
+    const { blocks, buttons } = answer ? tokenList(answer, images) : { blocks: [], buttons: [] };
+    view = { answer, images, buttons, patches: new Map() };
+    sheet.replaceSync("");
+    list.replaceChildren(...blocks);
+    length.replaceChildren(...(answer ? meter(answer) : []));
+    images.filter(({ url }) => url).forEach(shownIn(view));
+    status.textContent = sentence;
+    error.replaceChildren();
+    makeCurrent(Math.min(current, buttons.length - 1));
+    if (held) buttons[current]?.focus();
+  }
+
+  /** Shows a decoded image, unless another sequence has come. */
+  const shownIn = (of) => (image) => of === view && showImage(blockOf(image), image, sheet);
+  const blockOf = ({ first }) => view.buttons[first].closest("li");
 
   // -------------------------------------------------------------------------------------------------------------------
   // Details
 
-  const tokenAt = (i) => list.querySelector(`[data-index="${i}"]`);
-  const indexOf = (target) => (target.dataset?.index === undefined ? null : Number(target.dataset.index));
-
-  /** Show the details of token i, and its place in its image. */
-  async function open(i, anchor = tokenAt(i)) {
-    const { answer } = state;
+  /** Show the details of token i next to an element, and its place in its image. */
+  async function open(i, anchor = view.buttons[i]) {
     close();
-    state.hovered = i;
-    tokenAt(i).classList.add("shown");
-    tokenAt(i).setAttribute("aria-describedby", "token-details");
-    const [number, y, x] = answer.tokens[i].image ?? [];
-    if (number !== undefined) mark(number, y, x);
-    details.show(anchor, tokenDetails(answer, i, state.patches.get(i) ?? {}));
-    if (number === undefined || state.patches.has(i) || !page.settings.model.can_draw) return;
+    shown = i;
+    view.buttons[i].classList.add("shown");
+    view.buttons[i].setAttribute("aria-describedby", details.element.id);
+    details.show(anchor, view.answer, i, view.patches.get(i));
+    const place = view.answer.tokens[i].image;
+    if (!place) return;
+    const [number] = place;
+    markPatch(blockOf(view.images[number]), view.images[number], place);
+    await addPatches(view, i, view.images[number], anchor);
+  }
+
+  /** After a moment, show how the alternatives of an image token would look. */
+  async function addPatches(of, i, image, anchor) {
+    if (of.patches.has(i) || !image.url) return;
     await new Promise((resolve) => setTimeout(resolve, DWELL));
-    if (state.hovered !== i || state.answer !== answer) return;
-    const found = await patchesOf(answer, state.images[number], i).catch(() => ({})); // the codes' numbers stay
-    if (state.answer !== answer) return;
-    state.patches.set(i, found);
-    if (state.hovered === i) details.show(anchor, tokenDetails(answer, i, found));
+    if (shown !== i || of !== view) return;
+    of.patches.set(i, await patchesOf(of.answer, image, i).catch(() => ({}))); // without them, codes are numbers
+    if (shown === i && of === view) details.show(anchor, of.answer, i, of.patches.get(i));
   }
 
   function close() {
-    if (state.hovered === null) return;
-    const token = tokenAt(state.hovered);
-    token?.classList.remove("shown");
-    token?.removeAttribute("aria-describedby");
-    list.querySelectorAll(".mark").forEach((mark) => (mark.hidden = true));
-    state.hovered = null;
+    if (shown === null) return;
+    const token = view.buttons[shown];
+    const place = view.answer.tokens[shown].image;
+    token.classList.remove("shown");
+    token.removeAttribute("aria-describedby");
+    if (place) markPatch(blockOf(view.images[place[0]]), view.images[place[0]]);
+    shown = null;
     details.hide();
   }
 
-  function mark(number, row, column) {
-    const place = list.querySelector(`.whole[data-image="${number}"]`);
-    const side = 100 / grid(state.images[number]);
-    const sign = place.querySelector(".mark");
-    Object.assign(sign.style, { left: `${column * side}%`, top: `${row * side}%`, width: `${side}%`, height: `${side}%` });
-    sign.hidden = false;
-  }
-
-  /** The token under the pointer: a button, or a patch of a whole image. */
-  function under({ target, clientX, clientY }) {
-    const place = target.closest(".whole");
-    if (!place) return target.closest("[data-index]") ? indexOf(target.closest("[data-index]")) : null;
-    const image = state.images[place.dataset.image];
-    const box = place.getBoundingClientRect();
-    const at = (from, size, point) => Math.min(grid(image) - 1, Math.max(0, Math.floor(((point - from) / size) * grid(image))));
-    return image.first + at(box.top, box.height, clientY) * grid(image) + at(box.left, box.width, clientX);
-  }
-
-  /** The pointer is elsewhere: back to the token that has the focus. */
+  /** The pointer has left: back to the token that has the focus. */
   function leave() {
     const focused = list.contains(document.activeElement) ? indexOf(document.activeElement) : null;
     if (focused === null) close();
-    else if (state.hovered !== null) open(focused);
+    else if (shown !== null) open(focused);
   }
 
   // -------------------------------------------------------------------------------------------------------------------
   // Pointer and keys
 
+  const indexOf = (target) => (target.dataset.index === undefined ? null : Number(target.dataset.index));
+
+  /** [token, element to show its details at] under the pointer, or []. */
+  function under(event) {
+    const whole = event.target.closest(".whole");
+    if (whole) return [codeAt(whole, view.images[whole.dataset.image], event), whole];
+    const token = event.target.closest("[data-index]");
+    return token ? [indexOf(token), token] : [];
+  }
+
   /** Make token i the one that Tab reaches. */
   function makeCurrent(i) {
-    const before = tokenAt(state.current);
-    if (before) before.tabIndex = -1;
-    state.current = Math.max(0, i);
-    const token = tokenAt(state.current);
-    if (token) token.tabIndex = 0;
+    if (view.buttons[current]) view.buttons[current].tabIndex = -1;
+    current = Math.max(0, i);
+    if (view.buttons[current]) view.buttons[current].tabIndex = 0;
   }
 
-  function fold(image) {
+  function fold(toggle) {
+    const image = view.images[toggle.dataset.image];
     image.folded = !image.folded;
-    const block = list.querySelector(`.fold[data-image="${image.number}"]`).closest("li");
-    block.querySelector(".patches").hidden = image.folded;
-    block.querySelector(".fold").setAttribute("aria-expanded", String(!image.folded));
-    close();
-    if (block.querySelector(".patches").contains(tokenAt(state.current))) makeCurrent(nextShown(state.current, -1) ?? 0);
+    blockOf(image).querySelector(".patches").hidden = image.folded;
+    toggle.setAttribute("aria-expanded", String(!image.folded));
+    if (view.buttons[current].closest("[hidden]")) makeCurrent(nextShown(view.buttons, current, -1) ?? nextShown(view.buttons, current, 1));
   }
-
-  const isShown = (token) => !token.closest("[hidden]");
-
-  /** The next token that is not folded away. */
-  function nextShown(i, step) {
-    const last = state.answer.tokens.length - 1;
-    for (let k = i + step; k >= 0 && k <= last; k += step) if (isShown(tokenAt(k))) return k;
-    return null;
-  }
-
-  /** The nearest token on the line above or below. */
-  function nextLine(i, step) {
-    const { left, width, top } = tokenAt(i).getBoundingClientRect();
-    const middle = left + width / 2;
-    let best = null;
-    let line = null;
-    for (let k = nextShown(i, step); k !== null; k = nextShown(k, step)) {
-      const box = tokenAt(k).getBoundingClientRect();
-      if (Math.abs(box.top - top) < 4) continue;
-      line ??= box.top;
-      if (Math.abs(box.top - line) >= 4) break;
-      const distance = Math.abs(box.left + box.width / 2 - middle);
-      if (!best || distance < best.distance) best = { k, distance };
-    }
-    return best?.k ?? null;
-  }
-
-  const MOVES = {
-    ArrowRight: (i) => nextShown(i, 1),
-    ArrowLeft: (i) => nextShown(i, -1),
-    ArrowDown: (i) => nextLine(i, 1),
-    ArrowUp: (i) => nextLine(i, -1),
-    Home: () => nextShown(-1, 1),
-    End: () => nextShown(state.answer.tokens.length, -1),
-  };
 
   list.addEventListener("keydown", (event) => {
     const i = indexOf(event.target);
-    if (event.key === "Escape" && state.hovered !== null) {
-      event.stopPropagation(); // Escape elsewhere stops an answer
-      return close();
-    }
     if (i === null || !(event.key in MOVES) || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
-    tokenAt(MOVES[event.key](i) ?? i).focus();
+    view.buttons[MOVES[event.key](view.buttons, i) ?? i].focus();
   });
   list.addEventListener("focusin", ({ target }) => {
     const i = indexOf(target);
@@ -218,68 +165,55 @@ export function tokenView(page, element) {
   });
   list.addEventListener("focusout", close);
   list.addEventListener("click", (event) => {
-    if (event.target.matches(".fold")) return fold(state.images[event.target.dataset.image]);
-    const i = under(event);
-    if (i !== null && isShown(tokenAt(i))) tokenAt(i).focus();
-    if (i !== null) open(i, event.target.closest(".whole") ?? tokenAt(i));
+    if (event.target.matches(".fold")) return fold(event.target);
+    const [i, anchor] = under(event);
+    if (i === undefined) return;
+    view.buttons[i].focus(); // not in every browser does a click
+    open(i, anchor);
   });
   list.addEventListener("pointermove", (event) => {
-    const i = under(event);
-    if (event.pointerType !== "touch" && i !== null && i !== state.hovered) open(i, event.target.closest(".whole") ?? tokenAt(i));
+    const [i, anchor] = under(event);
+    if (event.pointerType !== "touch" && i !== undefined && i !== shown) open(i, anchor);
   });
-  // The pointer may go on into the details; a moment passes while it crosses the gap
   for (const part of [list, details.element]) {
-    part.addEventListener("pointerenter", () => clearTimeout(state.leaving));
-    part.addEventListener("pointerleave", () => {
-      clearTimeout(state.leaving);
-      state.leaving = setTimeout(leave, LEAVE);
-    });
+    part.addEventListener("pointerenter", () => clearTimeout(asking.leaving));
+    part.addEventListener("pointerleave", () => (asking.leaving = setTimeout(leave, LEAVE)));
   }
+  addEventListener("scroll", details.follow, { capture: true, passive: true });
+  addEventListener(
+    "keydown",
+    (event) => {
+      if (event.key !== "Escape" || shown === null) return;
+      event.stopPropagation(); // Escape elsewhere stops an answer
+      close();
+    },
+    { capture: true },
+  );
 
   page.on("turns", () => {
-    state.stale = true;
-    queueMicrotask(refresh); // after "busy", which follows a sent message at once
+    asking.stale = true;
+    queueMicrotask(refresh); // "busy" follows a sent message at once
   });
   page.on("busy", () => {
-    state.busy = true;
+    asking.busy = true;
     status.textContent = "An answer is coming: the sequence follows when it is whole.";
   });
   page.on("idle", () => {
-    state.busy = false;
+    asking.busy = false;
     changed();
   });
   new IntersectionObserver(refresh).observe(element);
-  refresh();
-}
-
-/** The images of a sequence, in order. first: the place of the first code in the sequence. */
-function imagesOf({ tokens, pieces }, urls) {
-  const images = [];
-  tokens.forEach(({ id, image }, i) => {
-    if (!image) return;
-    const [number] = image;
-    images[number] ??= { number, first: i, codes: [] };
-    images[number].codes.push(pieces[id].code);
-  });
-  return images.map((image) => ({ ...image, url: urls.get(image.codes.join()) ?? null }));
-}
-
-/** Patches of token i and of those alternatives that are codes, by token id. */
-async function patchesOf({ tokens, pieces }, { codes, first }, i) {
-  const ids = [tokens[i].id, ...tokens[i].alternatives.map(([id]) => id)].filter((id) => pieces[id].kind === "image");
-  const others = ids.map((id) => pieces[id].code);
-  const { urls } = await postJson("/api/tokens/patches", { codes, place: i - first, alternatives: others });
-  return Object.fromEntries(ids.map((id, k) => [id, urls[k]]));
 }
 
 function about() {
-  const words = "What the model reads and writes is one sequence: text and images share a vocabulary. Probabilities are the model's own, given all tokens before: at temperature 1, without guidance, filters or grammar.";
+  const words =
+    "Text and images are one sequence of tokens from one vocabulary. Probabilities are the model's own, given all tokens before: at temperature 1, without guidance, filters or grammar."; // prettier-ignore
   return make("p", { className: "small quiet" }, words);
 }
 
 /** The switch that marks how likely tokens are. */
 function marking(list) {
   const box = make("input", { type: "checkbox", onchange: () => list.classList.toggle("marked", box.checked) });
-  const words = " Mark probabilities: a bar under each token; a dashed frame where it is under 1%";
+  const words = " Mark probabilities: a bar under each token, a dashed frame where it is under 1%";
   return make("p", { className: "small" }, make("label", {}, box, words));
 }
