@@ -96,6 +96,7 @@ function build(settings, kept, redTeam) {
     addStyle("red_team.css");
     redTeam(page, $("red-team"));
   }
+  for (const element of document.querySelectorAll("[inert]")) element.inert = false; // it was until all listen
   composer.fill(kept.draft);
   talk.replace(kept.turns);
   scrollTo(0, root.scrollHeight);
