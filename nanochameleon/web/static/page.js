@@ -62,7 +62,8 @@ function build(settings, kept, redTeam) {
   });
 
   function changed() {
-    keepingFocus(() => following(show), () => (talk.isBusy ? $("stop") : composer));
+    const change = () => (talk.turns.length ? following(show) : show()); // an empty page is read from its top
+    keepingFocus(change, () => (talk.isBusy ? $("stop") : composer));
     emit("turns");
     keepInTab();
   }
@@ -99,7 +100,7 @@ function build(settings, kept, redTeam) {
   for (const element of document.querySelectorAll("[inert]")) element.inert = false; // it was until all listen
   composer.fill(kept.draft);
   talk.replace(kept.turns);
-  scrollTo(0, root.scrollHeight);
+  if (kept.turns.length) scrollTo(0, root.scrollHeight);
   composer.focus();
 }
 
