@@ -95,7 +95,7 @@ def configure(app: ASGIApp) -> uvicorn.Config:
         app, loop="asyncio", http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False,
         proxy_headers=False,  # else a client could name any address as its own
         server_header=False, limit_concurrency=limits.CONNECTIONS, timeout_keep_alive=limits.HEAD_SECONDS,
-        timeout_graceful_shutdown=2, h11_max_incomplete_event_size=limits.HEAD,
+        timeout_graceful_shutdown=limits.END_SECONDS, h11_max_incomplete_event_size=limits.HEAD,
     )  # fmt: skip
 
 

@@ -89,9 +89,9 @@ MUTANTS = [
         SOCKETS,
     ),
     Mutant(
-        "Ctrl-C waits for streams",
+        "Ctrl-C waits for requests that are at work",
         "web/server.py",
-        "connection.transport.abort()",
+        "task.cancel()",
         "pass",
         COMMAND,
     ),
