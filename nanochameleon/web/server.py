@@ -25,23 +25,37 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.expect_request()
+        self.head_timer = self.abort_after(limits.HEAD_SECONDS)
+        self.read_timer: asyncio.TimerHandle | None = None
+
+    def abort_after(self, seconds: float) -> asyncio.TimerHandle:
+        return self.loop.call_later(seconds, self.transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:  # the head is whole
+            self.head_timer.cancel()
 
     def on_response_complete(self) -> None:
-        self.expect_request()
+        before = self.cycle
         super().on_response_complete()
-
-    def expect_request(self) -> None:
-        now = self.cycle  # None before the first request
-        self.loop.call_later(limits.HEAD_SECONDS, lambda: self.cycle is now and self.transport.abort())
+        if self.cycle is before:  # else the next request was there already
+            self.head_timer = self.abort_after(limits.HEAD_SECONDS)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stuck = self.loop.call_later(limits.SEND_SECONDS, self.transport.abort)
+        self.read_timer = self.abort_after(limits.SEND_SECONDS)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.stuck.cancel()
+        self.read_timer.cancel()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        for timer in (self.head_timer, self.read_timer):
+            if timer:  # it would keep the last request in memory
+                timer.cancel()
+        super().connection_lost(error)
 
 
 class Server(uvicorn.Server):
@@ -81,7 +95,7 @@ def configure(app: ASGIApp) -> uvicorn.Config:
         app, loop="asyncio", http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False,
         proxy_headers=False,  # else a client could name any address as its own
         server_header=False, limit_concurrency=limits.CONNECTIONS, timeout_keep_alive=limits.HEAD_SECONDS,
-        timeout_graceful_shutdown=2, h11_max_incomplete_event_size=limits.HEAD,
+        timeout_graceful_shutdown=limits.END_SECONDS, h11_max_incomplete_event_size=limits.HEAD,
     )  # fmt: skip
 
 
