@@ -10,7 +10,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -32,16 +32,28 @@ class Protocol(H11Protocol):
         super().on_response_complete()
 
     def expect_request(self) -> None:
-        now = self.cycle  # None before the first request
-        self.loop.call_later(limits.HEAD_SECONDS, lambda: self.cycle is now and self.transport.abort())
+        last = self.cycle  # None before the first request
+        self.watch(limits.HEAD_SECONDS, lambda: self.cycle is last)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stuck = self.loop.call_later(limits.SEND_SECONDS, self.transport.abort)
+        now = self.pause = object()
+        self.watch(limits.SEND_SECONDS, lambda: self.pause is now)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.stuck.cancel()
+        self.pause = None
+
+    def watch(self, seconds: float, waits: Callable[[], bool]) -> None:
+        """Cut the client off if the server still waits for it then, unless it has read some of what it is sent."""
+        unread = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if waits():
+                reads = 0 < self.transport.get_write_buffer_size() < unread
+                self.watch(seconds, waits) if reads else self.transport.abort()
+
+        self.loop.call_later(seconds, look)
 
 
 class Server(uvicorn.Server):
