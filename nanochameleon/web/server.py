@@ -25,37 +25,48 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.head_timer = self.abort_after(limits.HEAD_SECONDS)
-        self.read_timer: asyncio.TimerHandle | None = None
-
-    def abort_after(self, seconds: float) -> asyncio.TimerHandle:
-        return self.loop.call_later(seconds, self.transport.abort)
+        self.timers: dict[str, asyncio.TimerHandle] = {}
+        self.watch("head", limits.HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before:  # the head is whole
-            self.head_timer.cancel()
+            self.forget("head")
 
     def on_response_complete(self) -> None:
         before = self.cycle
         super().on_response_complete()
         if self.cycle is before:  # else the next request was there already
-            self.head_timer = self.abort_after(limits.HEAD_SECONDS)
+            self.watch("head", limits.HEAD_SECONDS)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.read_timer = self.abort_after(limits.SEND_SECONDS)
+        self.watch("answer", limits.SEND_SECONDS)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.read_timer.cancel()
+        self.forget("answer")
 
     def connection_lost(self, error: Exception | None) -> None:
-        for timer in (self.head_timer, self.read_timer):
-            if timer:  # it would keep the last request in memory
-                timer.cancel()
+        for what in tuple(self.timers):
+            self.forget(what)  # a timer would keep the last request in memory
         super().connection_lost(error)
+
+    def watch(self, what: str, seconds: float) -> None:
+        """Cut the client off then, unless it has read some of what it is sent meanwhile."""
+        unread = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            reads = 0 < self.transport.get_write_buffer_size() < unread
+            self.watch(what, seconds) if reads else self.transport.abort()
+
+        self.forget(what)
+        self.timers[what] = self.loop.call_later(seconds, look)
+
+    def forget(self, what: str) -> None:
+        if timer := self.timers.pop(what, None):
+            timer.cancel()
 
 
 class Server(uvicorn.Server):
