@@ -5,6 +5,7 @@ python tests/web/screenshots.py FOLDER [--only talk|study|red-team]
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from playwright.sync_api import Page, expect
 from serving import served
 from studies import make_study
 from talk_page import last_answer, say, wait_for_answer
-from test_accessibility import SCREENS, STATES
+from test_accessibility import STATES, THEMES, WIDTHS
 from test_page_browser import DRAW
 
 from nanochameleon.web import batch, judge
@@ -27,13 +28,15 @@ class Shots:
     def __init__(self, browser, folder: Path):
         self.visits, self.folder = Visits(browser), folder
 
-    def take(self, page: Page, name: str) -> None:
-        """Photograph the window in each theme and width."""
-        for width, theme in SCREENS:
-            page.set_viewport_size({"width": width, "height": 800})
-            page.emulate_media(color_scheme=theme)
-            page.screenshot(path=self.folder / f"{name}-{width}-{theme}.png", animations="disabled")
-        page.close()
+    def take(self, name: str, address: str, bring: Callable[[Page], None]) -> None:
+        """Photograph the window in each width and theme. bring: brings a page into the state."""
+        for width in WIDTHS:
+            page = self.visits(address, width, reduced_motion="reduce")
+            bring(page)
+            for theme in THEMES:
+                page.emulate_media(color_scheme=theme)
+                page.screenshot(path=self.folder / f"{name}-{width}-{theme}.png", animations="disabled")
+            page.close()
 
 
 @contextmanager
@@ -46,43 +49,44 @@ def photographed(folder: Path):
 def talk(shots: Shots, run) -> None:
     with served_toy(run) as address:
         for state in STATES:
-            page = shots.visits(f"{address}/#seed=3", reduced_motion="reduce")
-            state(page)
-            shots.take(page, f"talk-{state.__name__}")
+            shots.take(f"talk-{state.__name__}", f"{address}/#seed=3", state)
     pace = Pace()
     batch.Engine = paced_engine(pace)
-    with served_toy(run) as address:
-        page = shots.visits(address)
+
+    def answering(page: Page) -> None:
         pace.hold()
         say(page, DRAW)
         pace.allow(40)
         expect(last_answer(page).get_by_role("progressbar")).to_be_visible()
-        shots.take(page, "talk-answering")
+
+    with served_toy(run) as address:
+        shots.take("talk-answering", address, answering)
         pace.allow()
 
 
 def red_team(shots: Shots, run, scratch: Path) -> None:
-    with served_toy(run, red_team=scratch / "log.jsonl") as address:
-        page = shots.visits(f"{address}/#seed=3")
+    def labelled(page: Page) -> None:
         say(page, DRAW)
         wait_for_answer(page)
         page.get_by_role("radio", name="unsafe").first.check()
-        shots.take(page, "red-team")
+
+    with served_toy(run, red_team=scratch / "log.jsonl") as address:
+        shots.take("red-team", f"{address}/#seed=3", labelled)
 
 
 def study(shots: Shots, scratch: Path) -> None:
-    site = judge.open_site(make_study(scratch, 4, duplicates=0.5, attention=1))
-    with served(application(site)) as address:
-        shots.take(shots.visits(address), "study-name")
-        page = shots.visits(address)
+    def begun(page: Page) -> None:
         page.get_by_label("Your name").fill("ann")
         page.keyboard.press("Enter")
         page.locator("#judging").wait_for()
         page.keyboard.press("2")
-        shots.take(page, "study-question")
-        page = shots.visits(f"{address}/owner#key={site.owner_key}")
-        page.wait_for_load_state("networkidle")
-        shots.take(page, "owner")
+
+    site = judge.open_site(make_study(scratch, 4, duplicates=0.5, attention=1))
+    with served(application(site)) as address:
+        shots.take("study-name", address, lambda page: page.get_by_label("Your name").wait_for())
+        shots.take("study-question", address, begun)
+        owner = f"{address}/owner#key={site.owner_key}"
+        shots.take("owner", owner, lambda page: page.wait_for_load_state("networkidle"))
 
 
 def main() -> None:
