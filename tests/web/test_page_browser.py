@@ -232,10 +232,10 @@ def save(page) -> bytes:
     return download.value.path().read_bytes()
 
 
-def open_saved(page, content: bytes) -> None:
+def open_saved(page, content: bytes, name: str = "saved.json") -> None:
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Open").click()
-    chooser.value.set_files({"name": "saved.json", "mimeType": "application/json", "buffer": content})
+    chooser.value.set_files({"name": name, "mimeType": "application/json", "buffer": content})
 
 
 def test_saved_conversation_is_opened_by_somebody_else(visit, toy_address):
