@@ -182,6 +182,7 @@ function joinTokens(page) {
     const isOn = currentTarget.getAttribute("aria-pressed") !== "true";
     currentTarget.setAttribute("aria-pressed", String(isOn));
     $("tokens").hidden = !isOn;
+    document.body.classList.toggle("with-tokens", isOn); // :has() would look at every token again when one changes
     if (!isOn || isJoined) return;
     isJoined = true;
     addStyle("tokens.css");
