@@ -3,17 +3,19 @@
 In light and dark, on a phone (360 pixels) and a desk (1,280). All controls are reached by Tab and show their focus.
 """
 
+import itertools
+
 import pytest
 from browser import check_accessible
 from playwright.sync_api import expect
 from talk_page import last_answer, message, say, wait_for_answer
 from test_page_browser import DRAW, choose_file, square
 
-SCREENS = [(width, theme) for width in (360, 1280) for theme in ("light", "dark")]
+WIDTHS, THEMES = (360, 1280), ("light", "dark")
 
 
 def check_screens(page) -> None:
-    for width, theme in SCREENS:
+    for width, theme in itertools.product(WIDTHS, THEMES):
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=theme)
         try:
@@ -123,7 +125,7 @@ UNMET = """() => [...document.querySelectorAll("a[href], button, input, select, 
   .filter((one) => !one.dataset.met).map((one) => one.outerHTML)"""
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_every_control_is_reached_by_tab_and_shows_it(visit, toy_address, width):
     page = visit(f"{toy_address}/#seed=3", width, reduced_motion="reduce")
     talked(page)

@@ -157,6 +157,7 @@ def choose_file(page, content: bytes) -> None:
 def test_own_image(visit, toy_address, how):
     """It is shown as the model sees it, and the model answers about it."""
     page = visit(f"{toy_address}/#seed=3")
+    expect(message(page)).to_be_focused()  # the page listens
     if how == "drop":
         drop_files(page, page.locator("body"), [("square.png", "image/png", square())])
     elif how == "paste":

@@ -155,7 +155,7 @@ export function composerView(list, error, { fit, send, lost }) {
   }
 
   const showError = (sentence) => (error.textContent = sentence);
-  const focus = () => current.area.focus();
+  const focus = () => current.area.focus({ preventScroll: true }); // it is always in sight
   fill([]);
   return { segments, fill, add, focus, ready, showError };
 }

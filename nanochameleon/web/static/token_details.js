@@ -83,7 +83,7 @@ function bar(probability) {
 }
 
 function chip(piece, url) {
-  const words = piece.kind === "image" ? [`code ${piece.code}`] : label(piece);
+  const words = piece.kind === "image" && !url ? [`code ${piece.code}`] : label(piece);
   const element = make("span", { className: `token ${piece.kind}-token` }, ...words);
   return url ? [make("img", { src: url, alt: "", width: 20, height: 20 }), element] : [element]; // prettier-ignore
 }
