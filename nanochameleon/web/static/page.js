@@ -14,11 +14,12 @@
 import { composerView } from "./composer.js";
 import { chosen, placesRead, tokensUsed, turnsRead } from "./conversation.js";
 import { dropAndPaste } from "./drop.js";
-import { following, keepingFocus, make } from "./elements.js";
+import { keepingFocus, make } from "./elements.js";
 import { showExamples } from "./examples.js";
 import { keep, openFile, restored, saveFile } from "./files.js";
 import { getJson } from "./net.js";
 import { notice } from "./notices.js";
+import { following, keepFocusInSight, toEnd } from "./scrolling.js";
 import { serverWatch } from "./server.js";
 import { settingsView } from "./settings.js";
 import { makeTalk } from "./talk.js";
@@ -100,7 +101,8 @@ function build(settings, kept, redTeam) {
   for (const element of document.querySelectorAll("[inert]")) element.inert = false; // it was until all listen
   composer.fill(kept.draft);
   talk.replace(kept.turns);
-  if (kept.turns.length) scrollTo(0, root.scrollHeight);
+  keepFocusInSight(document.querySelector(".top"), $("composer"));
+  if (kept.turns.length) toEnd();
   composer.focus();
 }
 

@@ -27,8 +27,8 @@ export function written(turns, { model }, values) {
 
 function writtenTurn(turn) {
   if (turn.role === USER) return { role: USER, segments: turn.segments.map(bare) };
-  const answers = turn.answers.map(({ seed, sample, asked, mode, segments, state, end, error }) => {
-    return { seed, sample, asked, mode, segments: segments.filter(isWhole).map(bare), state, end, error };
+  const answers = turn.answers.map(({ seed, sample, asked, mode, segments, state, end, error, isRefused }) => {
+    return { seed, sample, asked, mode, segments: segments.filter(isWhole).map(bare), state, end, error, isRefused };
   });
   return { role: ASSISTANT, answers, chosen: turn.chosen };
 }
@@ -91,6 +91,7 @@ function readAnswer(answer, damaged, about) {
     segments: readSegments(answer.segments, damaged, about),
     state: isOpen ? "failed" : state,
     error: isOpen ? BROKE_OFF : typeof error === "string" ? error : undefined,
+    isRefused: answer.isRefused === true,
     end: ["prompt_tokens", "new_tokens", "seconds"].every((name) => Number.isFinite(end?.[name])) ? end : undefined,
   };
 }
