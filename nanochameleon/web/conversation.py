@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, render
+from nanochameleon.errors import shown
 from nanochameleon.generation.prompts import Mode, caption_question
 from nanochameleon.training.run import Run
 from nanochameleon.web.bodies import field
@@ -72,6 +73,14 @@ def read_codes(codes: object, place: str, run: Run) -> tuple[int, ...]:
     if not all(type(code) is int and 0 <= code < n_codes for code in codes):
         raise Refused(f"{place} must hold whole numbers from 0 to {n_codes - 1}", param=place)
     return tuple(codes)
+
+
+def read_mode(row: dict, default: str | None = "auto", place: str = "") -> str | None:
+    """Return the checked "mode" of an object; the default where it has none."""
+    mode = field(row, "mode", str, default, place)
+    if mode not in (default, *AUTO_MODES):
+        raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param=f"{place}mode")
+    return mode
 
 
 def resolve(mode: Mode | Literal["auto"], turns: Sequence[Turn], run: Run) -> tuple[Mode, Document]:

@@ -32,7 +32,7 @@ from nanochameleon.evaluate.records import load
 from nanochameleon.evaluate.red_team import Conversation
 from nanochameleon.files import fsync, write_file
 from nanochameleon.web.bodies import field, json_body
-from nanochameleon.web.conversation import ASSISTANT, AUTO_MODES, Turn, read_turns
+from nanochameleon.web.conversation import ASSISTANT, Turn, read_mode, read_turns
 from nanochameleon.web.images import pngs_of
 from nanochameleon.web.limits import DECODED
 from nanochameleon.web.refusals import Refused
@@ -92,9 +92,7 @@ def read_sampling(row: dict, site: Site, place: str) -> dict[str, Any]:
     numbers = {name: field(row, name, int, None, place) for name in ("seed", "sample")}
     if wrong := [name for name, value in numbers.items() if value is not None and not 0 <= value <= MAX_SEED]:
         raise Refused(f"{place}{wrong[0]} must be 0 to {MAX_SEED}", param=f"{place}{wrong[0]}")
-    mode = field(row, "mode", str, None, place)
-    if mode not in (None, *AUTO_MODES):
-        raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}", param=f"{place}mode")
+    mode = read_mode(row, None, place)
     return {name: value for name, value in {**numbers, "mode": mode, **found}.items() if value is not None}
 
 

@@ -7,7 +7,7 @@
  *    page.options()          the options of sampling that are set
  *    page.turnElement(i)     the element of page.turns()[i]
  *    page.answer(i)          the answer that page.turns()[i] is (conversation.js); undefined for the user's turns
- *    page.finished()         false where the last turn is an answer that was cut, stopped or broke off
+ *    page.stop()             the name of the stop token that ends the last turn; null where none does
  *    page.on(name, callback) "turns": a turn was added, changed or removed; "busy", "idle": an answer begins, ends
  */
 
@@ -117,7 +117,7 @@ function makePage(settings, setting, parts) {
     options: setting.options,
     turnElement: (i) => parts().thread.element(turn(i)),
     answer: (i) => turn(i).answers && chosen(turn(i)),
-    finished: () => (turn(-1)?.answers ? chosen(turn(-1)).end?.reason === "stop" : true),
+    stop: () => (turn(-1)?.answers && chosen(turn(-1)).end?.stop) ?? null,
     on: (name, callback) => listeners[name].push(callback),
   };
   return { page, emit: (name) => listeners[name].forEach((callback) => callback()) };

@@ -91,7 +91,7 @@ function readAnswer(answer, damaged, about) {
     segments: readSegments(answer.segments, damaged, about),
     state: isOpen ? "failed" : state,
     error: isOpen ? BROKE_OFF : typeof error === "string" ? error : undefined,
-    isRefused: answer.isRefused === true,
+    isRefused: typeof answer.isRefused === "boolean" ? answer.isRefused : undefined,
     end: ["prompt_tokens", "new_tokens", "seconds"].every((name) => Number.isFinite(end?.[name])) ? end : undefined,
   };
 }
