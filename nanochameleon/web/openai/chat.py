@@ -26,9 +26,9 @@ from nanochameleon.generation.request import Request
 from nanochameleon.training.run import Run
 from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, Turn, resolve
-from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed, read_stops
-from nanochameleon.web.openai_messages import NO_TOOLS, read_messages
-from nanochameleon.web.openai_samples import (
+from nanochameleon.web.openai.fields import SAMPLING, check_fields, check_model, read_n, read_seed, read_stops
+from nanochameleon.web.openai.messages import NO_TOOLS, read_messages
+from nanochameleon.web.openai.samples import (
     Ended,
     Piece,
     answers,
