@@ -103,6 +103,15 @@ def test_other_machines_are_let_in_with_a_token_alone(host):
     assert len(made.stdout.strip()) >= command.MIN_TOKEN
 
 
+def test_the_environment_may_hold_the_token_which_a_command_shows_to_every_user(monkeypatch):
+    words = ["no/such/model", "--host", "0.0.0.0", "--port", "0"]
+    monkeypatch.setenv(command.TOKEN_VARIABLE, "short")
+    assert "must have 16 or more characters" in sentence(*words)
+    assert "no/such/model" in sentence(*words, "--token", TOKEN)  # the option counts before the environment
+    monkeypatch.setenv(command.TOKEN_VARIABLE, TOKEN)
+    assert "no/such/model" in sentence(*words)
+
+
 @pytest.mark.parametrize("mistake", [["--port", "70000"], ["--token", "short"], ["--host", "0.0.0.0"], ["--nothing"]])
 def test_a_mistake_ends_with_2_and_one_line_before_torch_is_imported(mistake):
     words = [sys.executable, "-c", WITHOUT_TORCH, "models/toy", "--port", "0", *mistake]
