@@ -4,6 +4,7 @@ Every mistake raises Refused, naming the field.
 """
 
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,10 +24,16 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
+def finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number} is too large")
+    return value
+
+
 def load_object(body: bytes) -> dict:
     """Return the JSON object in a body."""
     try:
-        value = json.loads(body, parse_constant=refuse_constant)
+        value = json.loads(body, parse_float=finite, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand
         raise Refused(f"the body is not JSON ({shown(error, 80)}): send an object", code="invalid_json") from None
     if not isinstance(value, dict):

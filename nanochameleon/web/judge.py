@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ from nanochameleon.evaluate.human import (
     progress,
     results_so_far,
 )
-from nanochameleon.evaluate.people.study import KEY, Key, Study
+from nanochameleon.evaluate.people.study import IMAGES, KEY, Key, Study
 from nanochameleon.evaluate.people.tables import all_tables
 from nanochameleon.web.bodies import field as read_field
 from nanochameleon.web.bodies import json_body, read_person
@@ -68,8 +69,12 @@ class StudySite:
 
 
 def open_site(folder: Path, locked: float = LOCKED) -> StudySite:
-    """Open a study to serve it. Raises UserError for a folder without a study."""
+    """Open a study to serve it. Raises UserError for a folder without a study, or without some of its images."""
     study = open_study(folder)
+    segments = chain.from_iterable([*study.prompts.values(), *study.answers.values()])
+    named = {segment["image"] for segment in segments if "image" in segment}
+    if missing := sorted(named - {path.name for path in (folder / IMAGES).glob("*")}):
+        raise UserError(f"{folder / IMAGES} lacks images of the study, such as {missing[0]}: copy the whole folder")
     key = open_key(folder) if (folder / KEY).is_file() else None
     return StudySite(study, Votes(study, locked), key, secrets.token_urlsafe(16))
 
