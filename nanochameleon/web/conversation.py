@@ -33,6 +33,14 @@ class Turn:
     segments: tuple[Text | Image, ...]
 
 
+def read_mode(row: dict, place: str = "") -> str | None:
+    """Return the checked "mode" of an object. None: it is left out."""
+    mode = field(row, "mode", str, None, place)
+    if mode not in (None, *AUTO_MODES):
+        raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param=f"{place}mode")
+    return mode
+
+
 def read_turns(row: dict, run: Run) -> list[Turn]:
     """Return the checked "turns" of a body."""
     turns = field(row, "turns", list)
@@ -73,14 +81,6 @@ def read_codes(codes: object, place: str, run: Run) -> tuple[int, ...]:
     if not all(type(code) is int and 0 <= code < n_codes for code in codes):
         raise Refused(f"{place} must hold whole numbers from 0 to {n_codes - 1}", param=place)
     return tuple(codes)
-
-
-def read_mode(row: dict, default: str | None = "auto", place: str = "") -> str | None:
-    """Return the checked "mode" of an object; the default where it has none."""
-    mode = field(row, "mode", str, default, place)
-    if mode not in (default, *AUTO_MODES):
-        raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param=f"{place}mode")
-    return mode
 
 
 def resolve(mode: Mode | Literal["auto"], turns: Sequence[Turn], run: Run) -> tuple[Mode, Document]:

@@ -124,10 +124,11 @@ def read_whole(row: dict, name: str, default: int, low: int, high: int) -> int:
 def read_body(row: dict, run: Run) -> tuple[Mode, list[Request]]:
     """Return the resolved mode and the requests that a body asks for."""
     check_fields(row, FIELDS)
+    mode = read_mode(row) or "auto"
     options = field(row, "options", dict, {})
     check_fields(options, tuple(OPTIONS), "options.")
     seed, n = read_whole(row, "seed", 0, 0, MAX_SEED), read_whole(row, "samples", 1, 1, limits.SAMPLES)
-    resolved, document = resolve(read_mode(row), read_turns(row, run), run)
+    resolved, document = resolve(mode, read_turns(row, run), run)
     return resolved, make_requests(run, resolved, document, read_options(options, "options."), seed, n, "options.")
 
 

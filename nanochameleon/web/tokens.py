@@ -34,9 +34,8 @@ from starlette.routing import Route
 from torch import Tensor
 
 from nanochameleon.documents import EndOfTurn, render
-from nanochameleon.errors import shown
 from nanochameleon.generation.prompts import Mode
-from nanochameleon.images.tokenizer import to_images
+from nanochameleon.images.tokenizer import NO_DECODER, to_images
 from nanochameleon.kernels import use_kernels
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
@@ -212,7 +211,7 @@ def read_stop(row: dict, vocab: Vocab) -> int | None:
 def read_body(row: dict, run: Run) -> Sequence:
     """Return the sequence that a body asks for. Raises Refused for one that is much too long."""
     check_fields(row, FIELDS)
-    found = sequence(read_turns(row, run), read_mode(row), run, read_stop(row, run.vocab))
+    found = sequence(read_turns(row, run), read_mode(row) or "auto", run, read_stop(row, run.vocab))
     n, context = len(found.tokens), run.cfg.model.max_seq_len
     if n > MAX_CONTEXTS * context:
         most = f"at most {MAX_CONTEXTS * context:,} are shown, and the model reads {context:,}"
@@ -262,7 +261,7 @@ async def patches(request: Request) -> JSONResponse:
     site, row = request.app.state.site, await json_body(request)
     check_fields(row, ("codes", "place", "alternatives"))
     if not site.run.image_tokenizer.can_draw:
-        raise Refused("this model has no image decoder: it reads images and cannot draw them", code="no_decoder")
+        raise Refused(NO_DECODER, code="no_decoder")
     codes, place = read_codes(field(row, "codes", list), "codes", site.run), field(row, "place", int)
     others, n_codes = field(row, "alternatives", list), site.run.cfg.vqgan.n_codes
     if not 0 <= place < len(codes):
