@@ -34,6 +34,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from nanochameleon.documents import EndOfTurn, render
+from nanochameleon.errors import shown
 from nanochameleon.generation.prompts import Mode
 from nanochameleon.images.tokenizer import NO_DECODER, to_images
 from nanochameleon.kernels import use_kernels
