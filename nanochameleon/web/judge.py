@@ -34,10 +34,10 @@ from nanochameleon.evaluate.human import (
     progress,
     results_so_far,
 )
-from nanochameleon.evaluate.people.study import IMAGES, KEY, Key, Study, check_annotator
+from nanochameleon.evaluate.people.study import IMAGES, KEY, Key, Study
 from nanochameleon.evaluate.people.tables import all_tables
 from nanochameleon.web.bodies import field as read_field
-from nanochameleon.web.bodies import json_body
+from nanochameleon.web.bodies import json_body, read_person
 from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.static_files import page
@@ -154,25 +154,18 @@ def take_back(site: StudySite, annotator: str, item: str, question: str) -> dict
     return screen(site, annotator, UNDONE if undone or not has_vote else NOT_LAST)
 
 
-def read_annotator(row: dict) -> str:
-    try:
-        return check_annotator(read_field(row, "annotator", str))
-    except UserError as error:
-        raise Refused(str(error), param="annotator") from None
-
-
 async def about(request: Request) -> JSONResponse:
     return JSONResponse({"items": len(request.app.state.site.study.items)})
 
 
 async def ask(request: Request) -> JSONResponse:
-    annotator = read_annotator(await json_body(request))
+    annotator = read_person(await json_body(request), "annotator")
     return JSONResponse(await in_turn(request.app.state.site, screen, annotator))
 
 
 async def vote(request: Request) -> JSONResponse:
     row = await json_body(request)
-    annotator = read_annotator(row)
+    annotator = read_person(row, "annotator")
     item, question, answer = (read_field(row, name, str) for name in ("item", "question", "answer"))
     seconds = read_field(row, "seconds", float)
     if not 0 <= seconds <= MAX_SECONDS:
@@ -182,7 +175,7 @@ async def vote(request: Request) -> JSONResponse:
 
 async def undo(request: Request) -> JSONResponse:
     row = await json_body(request)
-    annotator = read_annotator(row)
+    annotator = read_person(row, "annotator")
     item, question = (read_field(row, name, str) for name in ("item", "question"))
     return JSONResponse(await in_turn(request.app.state.site, take_back, annotator, item, question))
 
