@@ -41,6 +41,7 @@ async function build(settings) {
   const { model } = settings;
   const lost = serverWatch($("banner"), () => lookAgain(model).catch(() => lost()));
   const composer = composerView($("parts"), $("composer-error"), {
+    imageBytes: settings.limits.image_bytes,
     fit: () => setting.values().fit ?? "crop",
     send: () => talk.send(),
     lost,
@@ -96,7 +97,7 @@ async function build(settings) {
   const { turns, draft } = await restored(settings);
   if (draft.length) composer.fill(draft);
   talk.replace(turns);
-  scrollTo(0, root.scrollHeight);
+  if (turns.length) scrollTo(0, root.scrollHeight);
   composer.focus();
 }
 
@@ -160,8 +161,10 @@ function joinFiles(talk, composer, setting, settings) {
     target.value = "";
     try {
       const { turns, values, isOther } = await openFile(file, settings);
-      const warning = isOther ? " Another model held it, so its images may look different." : "";
-      talk.replaceWithUndo(turns, `Opened ${file.name}.${warning}`);
+      if (talk.isBusy) throw new Error("An answer is coming: open the file when it is whole.");
+      const warning = isOther ? " It was saved with another model, so its images may look different." : "";
+      const before = { ...setting.values() };
+      talk.replaceWithUndo(turns, `Opened ${file.name}.${warning}`, () => setting.apply(before));
       setting.apply(values);
     } catch (error) {
       notice(error.message);
@@ -177,7 +180,7 @@ function joinTokens(page) {
   $("show-tokens").addEventListener("click", async ({ currentTarget }) => {
     const isOn = currentTarget.getAttribute("aria-pressed") !== "true";
     currentTarget.setAttribute("aria-pressed", String(isOn));
-    $("tokens").hidden = !isOn;
+    following(() => ($("tokens").hidden = !isOn));
     if (!isOn || isJoined) return;
     isJoined = true;
     addStyle("tokens.css");
