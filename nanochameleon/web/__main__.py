@@ -51,8 +51,9 @@ class Args:
     """Type of the transformer's weights; auto keeps that of its files."""
     vqgan: Path | None = None
     """A file with the image decoder, for a model from transformers, which drops it."""
-    slots: int = 16
-    """Samples that the model makes at once; guidance takes 2 or 3 for one."""
+    slots: int | None = None
+    """Samples that the model makes at once; guidance takes 2 or 3 for one. None takes 16, or fewer where their KV
+    caches would need more than 4 GB."""
     red_team: Path | None = None
     """Add labels to the page, and log what people label to this file (.jsonl)."""
     study: Path | None = None
@@ -62,7 +63,7 @@ class Args:
         """Raise UserError, naming the option, for a value out of range."""
         for name, good, requested in (
             ("port", 0 <= self.port < 2**16, f"from 0 to {2**16 - 1}"),
-            ("slots", 1 <= self.slots <= 1024, "from 1 to 1,024"),
+            ("slots", self.slots is None or 1 <= self.slots <= 1024, "from 1 to 1,024"),
         ):
             if not good:
                 raise UserError(f"--{name} must be {requested}, not {shown(getattr(self, name))}")

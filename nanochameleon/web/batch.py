@@ -32,6 +32,16 @@ ALONE, TOGETHER = 1, 4  # seconds between two previews, in seconds that one take
 FLUSH = 0.025  # seconds between two wake-ups of a client, since each costs the event loop some time
 FEW = 2  # samples: with so few, no image waits to be decoded with others, which takes half the time for each
 
+SLOTS, CACHE = 16, 2**32  # if nobody says how many slots: these, or as many as fit into so many bytes of KV cache
+BRANCHES = 3  # of guidance: the slots that one sample may need
+
+
+def slots_that_fit(run: Run) -> int:
+    """Return 3 to SLOTS: a slot of the toy holds 5 MB, one of the released 7B 2 GB in bfloat16."""
+    cfg, weight = run.model.cfg, run.model.tok_embeddings.weight
+    n_bytes = 2 * cfg.n_layers * cfg.kv_heads * cfg.head_dim * cfg.max_seq_len * weight.element_size()
+    return max(BRANCHES, min(SLOTS, CACHE // n_bytes))
+
 
 @dataclass(eq=False)
 class Client:

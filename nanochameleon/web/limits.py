@@ -18,6 +18,7 @@ DECODED = 64  # images in one request to decode
 
 # All requests
 CONNECTIONS = 512
+END_SECONDS = 2  # for requests that Ctrl-C cannot cut off
 BODIES = 256 * MiB  # bytes of bodies in memory
 WAITING = 64  # samples that wait for a slot
 

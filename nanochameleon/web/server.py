@@ -25,23 +25,48 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.expect_request()
+        self.timers: dict[str, asyncio.TimerHandle] = {}
+        self.watch("head", limits.HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:  # the head is whole
+            self.forget("head")
 
     def on_response_complete(self) -> None:
-        self.expect_request()
+        before = self.cycle
         super().on_response_complete()
-
-    def expect_request(self) -> None:
-        now = self.cycle  # None before the first request
-        self.loop.call_later(limits.HEAD_SECONDS, lambda: self.cycle is now and self.transport.abort())
+        if self.cycle is before:  # else the next request was there already
+            self.watch("head", limits.HEAD_SECONDS)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.stuck = self.loop.call_later(limits.SEND_SECONDS, self.transport.abort)
+        self.watch("answer", limits.SEND_SECONDS)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.stuck.cancel()
+        self.forget("answer")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        for what in tuple(self.timers):
+            self.forget(what)  # a timer would keep the last request in memory
+        super().connection_lost(error)
+
+    def watch(self, what: str, seconds: float) -> None:
+        """Cut the client off then, unless it has read some of what it is sent meanwhile."""
+        unread = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            reads = 0 < self.transport.get_write_buffer_size() < unread
+            self.watch(what, seconds) if reads else self.transport.abort()
+
+        self.forget(what)
+        self.timers[what] = self.loop.call_later(seconds, look)
+
+    def forget(self, what: str) -> None:
+        if timer := self.timers.pop(what, None):
+            timer.cancel()
 
 
 class Server(uvicorn.Server):
@@ -81,7 +106,7 @@ def configure(app: ASGIApp) -> uvicorn.Config:
         app, loop="asyncio", http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False,
         proxy_headers=False,  # else a client could name any address as its own
         server_header=False, limit_concurrency=limits.CONNECTIONS, timeout_keep_alive=limits.HEAD_SECONDS,
-        timeout_graceful_shutdown=2, h11_max_incomplete_event_size=limits.HEAD,
+        timeout_graceful_shutdown=limits.END_SECONDS, h11_max_incomplete_event_size=limits.HEAD,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from nanochameleon.generation.events import Detokenizer
 from nanochameleon.generation.request import Request, cfg_branches
 from nanochameleon.training.run import Run
 from nanochameleon.web import limits
-from nanochameleon.web.batch import Batch, Client, Sample
+from nanochameleon.web.batch import Batch, Client, Sample, slots_that_fit
 from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.outbox import Event, Finished, Outbox
 from nanochameleon.web.refusals import Refused, busy
@@ -66,8 +66,8 @@ class Stream:
 
 
 class Worker:
-    def __init__(self, run: Run, n_slots: int = 16, max_waiting: int = limits.WAITING):
-        self.run, self.n_slots, self.max_waiting = run, n_slots, max_waiting
+    def __init__(self, run: Run, n_slots: int | None = None, max_waiting: int = limits.WAITING):
+        self.run, self.n_slots, self.max_waiting = run, n_slots or slots_that_fit(run), max_waiting
         self.wake = threading.Condition()  # guards the next four
         self.jobs: deque[Callable[[], None]] = deque()  # short ones: a client comes or leaves
         self.calls: deque[tuple[Future, Callable[[Run], object]]] = deque()

@@ -22,7 +22,9 @@ from mutants import (
     vision,
     web,
     web_api,
+    web_page,
     web_study,
+    web_worker,
     weights,
 )
 from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
@@ -48,7 +50,9 @@ ROOMS = [
     vision,
     web,
     web_api,
+    web_page,
     web_study,
+    web_worker,
     weights,
 ]
 if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped

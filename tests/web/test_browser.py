@@ -70,6 +70,14 @@ def test_problem_fails_the_test_at_its_end(chromium, pages):
             visits.close()
 
 
+def test_page_may_outlive_its_server(visit):
+    icon = Route("/favicon.ico", lambda _: Response(status_code=204))
+    with served(Starlette(routes=[Route("/", lambda _: HTMLResponse(PAGE.format(""))), icon])) as address:
+        page = visit(address)
+    page.evaluate("fetch('/').catch(() => 0)")
+    assert "ERR_CONNECTION_REFUSED" in "".join(visit.problems)  # but at the end the test does not fail
+
+
 def test_axe_says_rule_and_element(visit, pages):
     browser.check_accessible(visit(ask(pages, "<button>Go</button>")))
     page = visit(ask(pages, "<button></button>"))

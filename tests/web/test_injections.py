@@ -16,7 +16,7 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
-from test_judge import make_study
+from studies import make_study
 from tiny_site import tiny_run, tiny_site
 
 from nanochameleon.text_tokenizer import TextTokenizer
@@ -274,7 +274,7 @@ def secret(tmp_path_factory):
     """A folder with a secret, next to which a study and a log are."""
     folder = tmp_path_factory.mktemp("disk")
     (folder / "secret.txt").write_text(SECRET)
-    make_study(folder)
+    make_study(folder, 2)
     return folder
 
 

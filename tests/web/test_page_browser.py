@@ -157,6 +157,7 @@ def choose_file(page, content: bytes) -> None:
 def test_own_image(visit, toy_address, how):
     """It is shown as the model sees it, and the model answers about it."""
     page = visit(f"{toy_address}/#seed=3")
+    expect(message(page)).to_be_focused()  # the page listens
     if how == "drop":
         drop_files(page, page.locator("body"), [("square.png", "image/png", square())])
     elif how == "paste":
@@ -232,10 +233,10 @@ def save(page) -> bytes:
     return download.value.path().read_bytes()
 
 
-def open_saved(page, content: bytes) -> None:
+def open_saved(page, content: bytes, name: str = "saved.json") -> None:
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Open").click()
-    chooser.value.set_files({"name": "saved.json", "mimeType": "application/json", "buffer": content})
+    chooser.value.set_files({"name": name, "mimeType": "application/json", "buffer": content})
 
 
 def test_saved_conversation_is_opened_by_somebody_else(visit, toy_address):

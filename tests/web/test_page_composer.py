@@ -2,8 +2,19 @@
 
 import io
 
+import pytest
 from PIL import Image
 from playwright.sync_api import expect
+from serving import served
+from tiny_site import tiny_site
+
+from nanochameleon.web.app import application
+
+
+@pytest.fixture(scope="module")
+def address():
+    with served(application(tiny_site())) as started:
+        yield started
 
 
 def png(colour: str) -> dict:
@@ -31,18 +42,18 @@ def with_image(visit, address):
     return page
 
 
-def test_image_goes_where_the_caret_is(visit, toy_address):
-    page = with_image(visit, toy_address)
+def test_image_goes_where_the_caret_is(visit, address):
+    page = with_image(visit, address)
     assert parts(page) == ["first", "image", "last"]
     with page.expect_request("**/api/generate") as request:
         page.keyboard.press("Enter")  # the focus stayed in the words
     [turn] = request.value.post_data_json["turns"]
-    assert [segment.get("text", len(segment.get("codes", []))) for segment in turn["segments"]] == ["first", 64, "last"]
+    assert [segment.get("text", len(segment.get("codes", []))) for segment in turn["segments"]] == ["first", 4, "last"]
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
-def test_parts_are_moved_and_removed_by_keyboard(visit, toy_address):
-    page = with_image(visit, toy_address)
+def test_parts_are_moved_and_removed_by_keyboard(visit, address):
+    page = with_image(visit, address)
     page.get_by_role("button", name="Move image earlier").focus()
     page.keyboard.press("Enter")
     assert parts(page) == ["image", "first last"]
@@ -59,8 +70,8 @@ def test_parts_are_moved_and_removed_by_keyboard(visit, toy_address):
     assert parts(page) == ["first last\nsecond line"]
 
 
-def test_message_waits_for_its_images(visit, toy_address):
-    page = visit(toy_address)
+def test_message_waits_for_its_images(visit, address):
+    page = visit(address)
     expect(page.get_by_role("textbox", name="Message")).to_be_focused()
     held = []
     page.route("**/api/images?*", lambda route: held.append(route))

@@ -2,21 +2,34 @@
 
 import json
 
+import pytest
 from playwright.sync_api import expect
+from serving import served
+from tiny import TINY_VQGAN
+from tiny_site import tiny_site
+
+from nanochameleon.web.app import application
+
+
+@pytest.fixture(scope="module")
+def address():
+    with served(application(tiny_site())) as started:
+        yield started
+
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script></s><eot>"
 
 
 def conversation(**changes) -> dict:
     answer = {"seed": 1, "sample": 0, "asked": {"mode": "auto", "options": {}}, "mode": "draw", "state": "ended",
-              "segments": [{"codes": [5] * 64}, {"text": HOSTILE}]}  # fmt: skip
+              "segments": [{"codes": [5] * 4}, {"text": HOSTILE}]}  # fmt: skip
     turns = [
         {"role": "user", "segments": [{"text": HOSTILE}]},
         {"role": "assistant", "answers": [answer], "chosen": 0},
     ]
     whole = {
         "format": "nanochameleon conversation", "version": 1, "settings": {"temperature": 0.5}, "turns": turns,
-        "model": {"name": "toy", "n_codes": 128, "codes_per_image": 64},
+        "model": {"name": "tiny", "n_codes": TINY_VQGAN.n_codes, "codes_per_image": 4},
     }  # fmt: skip
     return whole | changes
 
@@ -32,24 +45,24 @@ def open_file(page, content: bytes) -> None:
     page.locator("#open-file").set_input_files({"name": "c.json", "mimeType": "application/json", "buffer": content})
 
 
-def test_hostile_words_are_words(visit, toy_address):
-    page = opened(visit, toy_address)
+def test_hostile_words_are_words(visit, address):
+    page = opened(visit, address)
     open_file(page, json.dumps(conversation()).encode())
     words = page.locator(".segment.words")
     expect(words).to_have_text([HOSTILE, HOSTILE])
     assert page.locator("#thread script").count() == 0
     [image] = page.locator("#thread img").all()
     assert image.get_attribute("src").startswith("data:image/png") and HOSTILE[:60] in image.get_attribute("alt")
-    expect(page).to_have_url(f"{toy_address}/#temperature=0.5")
+    expect(page).to_have_url(f"{address}/#temperature=0.5")
 
 
-def test_undo_after_opening(visit, toy_address):
-    page = opened(visit, f"{toy_address}/#top_p=0.5")
+def test_undo_after_opening(visit, address):
+    page = opened(visit, f"{address}/#top_p=0.5")
     open_file(page, json.dumps(conversation()).encode())
-    expect(page).to_have_url(f"{toy_address}/#temperature=0.5")
+    expect(page).to_have_url(f"{address}/#temperature=0.5")
     page.get_by_role("button", name="Undo").click()
     expect(page.locator("li.turn")).to_have_count(0)
-    expect(page).to_have_url(f"{toy_address}/#top_p=0.5")
+    expect(page).to_have_url(f"{address}/#top_p=0.5")
 
 
 def held(page, pattern: str) -> list:
@@ -66,8 +79,8 @@ def release(page, routes: list) -> None:
     routes.pop().continue_()
 
 
-def test_an_answer_is_never_taken_away_by_a_file_or_by_undo(visit, toy_address):
-    page = opened(visit, toy_address)
+def test_an_answer_is_never_taken_away_by_a_file_or_by_undo(visit, address):
+    page = opened(visit, address)
     decoding, answering = held(page, "**/api/images/decode"), held(page, "**/api/generate")
     open_file(page, json.dumps(conversation()).encode())
     page.keyboard.type("a red star")
@@ -105,17 +118,17 @@ BAD = (
     (damaged("turns", "x"), "no turns, or too many"),
     (damaged("turns", [{"role": "user", "segments": []}]), "has no answer"),
     (damaged("turns.0.role", "system"), "turn 1 of the file"),
-    (damaged("model.n_codes", 8192), "codes of another model (toy)"),
+    (damaged("model.n_codes", 8192), "codes of another model (tiny)"),
     (damaged("turns.0.segments", [None]), "turn 1 of the file"),
     (damaged("turns.1.chosen", 1), "turn 2 of the file"),
     (damaged("model", None), "codes of another model (undefined)"),
     (damaged("turns.1.answers", [None]), "turn 2 of the file"),
 )
-BAD_CODES = ([5] * 63, [128] * 64, ["5"] * 64, [-1] * 64, [0.5] * 64)
+BAD_CODES = ([5] * 3, [TINY_VQGAN.n_codes] * 4, ["5"] * 4, [-1] * 4, [0.5] * 4)
 
 
-def test_file_that_is_no_conversation(visit, toy_address):
-    page = opened(visit, toy_address)
+def test_file_that_is_no_conversation(visit, address):
+    page = opened(visit, address)
     for content, sentence in BAD:
         open_file(page, content if isinstance(content, bytes) else json.dumps(content).encode())
         expect(page.locator("#notice")).to_contain_text(sentence, ignore_case=True)
@@ -127,16 +140,16 @@ def test_file_that_is_no_conversation(visit, toy_address):
     expect(page.locator("li.turn")).to_have_count(0)
 
 
-def test_words_of_another_model_are_opened(visit, toy_address):
-    page = opened(visit, toy_address)
+def test_words_of_another_model_are_opened(visit, address):
+    page = opened(visit, address)
     whole = damaged("turns.1.answers.0.segments", [{"text": "a star"}]) | {"model": {"name": "other", "n_codes": 9}}
     open_file(page, json.dumps(whole).encode())
     expect(page.locator(".segment.words").last).to_have_text("a star")
     expect(page.locator("#notice")).to_contain_text("another model")
 
 
-def test_kept_conversation_of_another_model_is_not_lost(visit, toy_address):
-    page = opened(visit, toy_address)
+def test_kept_conversation_of_another_model_is_not_lost(visit, address):
+    page = opened(visit, address)
     kept = json.dumps(damaged("model.n_codes", 8192))
     page.evaluate("text => addEventListener('pagehide', () => sessionStorage.setItem('nanochameleon', text))", kept)
     page.reload()

@@ -143,8 +143,7 @@ def test_what_the_server_refuses_stays_on_the_page(visit, address, log):
     assert page.locator("li.turn.model").count() == 1
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("width", "theme"), [(360, "light"), (1280, "dark")])
 def test_the_panel_is_accessible(visit, address, width, theme):
     page = open_page(visit, address, width=width, theme=theme)
     ask(page, "please draw a big red star on white")

@@ -130,3 +130,11 @@ def test_settings(client):
         settings["modes"] == ["auto", "draw", "answer", "chat", "text", "free"] and settings["limits"]["samples"] == 8
     )
     assert {example["mode"] for example in settings["examples"]} <= set(settings["modes"])
+
+
+@pytest.mark.parametrize("mode", ["draw", "free"])
+@pytest.mark.parametrize("name", ["temperature", "guidance_scale", "image_guidance_scale", "repetition_penalty"])
+def test_an_extreme_option_is_no_error(client, mode, name):
+    for value in (1e308, 1e-308):
+        found = events(client, mode=mode, options={name: value})
+        assert not any("error" in event for event in found) and "end" in found[-1]

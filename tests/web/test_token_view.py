@@ -190,7 +190,43 @@ def test_it_follows_each_turn(view):
     send(view, "a blue circle on black")
     expect(view.locator(".said")).to_contain_text("circle")
     assert view.locator(".said .token").all_text_contents() != before
-    expect(view.locator("#token-view")).to_contain_text("This mode does not read 2 earlier texts and images.")
+    expect(view.locator("#token-view")).to_contain_text("Not read in this mode: 2 earlier texts and images.")
+
+
+def test_it_waits_while_an_answer_comes(view):
+    before = view.locator(".token-list").text_content()
+    view.route("**/api/generate", lambda route: None)  # the answer never comes
+    view.locator("#parts textarea").last.fill("a blue circle")
+    view.keyboard.press("Enter")
+    expect(view.locator("#token-view [role=status]")).to_have_text(
+        "An answer is coming: the sequence follows when it is whole."
+    )
+    assert view.locator(".token-list").text_content() == before
+    view.locator("#stop").click()
+    expect(view.locator("#token-view [role=status]")).to_be_empty()
+
+
+def test_it_asks_only_when_it_is_seen(view):
+    asked = []
+    view.on("request", lambda request: asked.append(request.url) if request.url.endswith("/api/tokens") else None)
+    view.locator("#show-tokens").click()
+    send(view, "a blue circle")
+    assert not asked
+    view.locator("#show-tokens").click()
+    expect(view.locator(".said").first).to_contain_text("circle")
+    assert len(asked) == 1
+
+
+def test_a_tap_shows_details(visit, toy_address):
+    page = visit(toy_address, width=360, has_touch=True)
+    send(page, MESSAGE)
+    see(page)
+    token(page, 2).tap()
+    expect(details(page)).to_contain_text("token 3 of")
+    box = details(page).bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+    page.locator("#tokens-title").tap()
+    expect(details(page)).to_be_hidden()
 
 
 def test_an_error_is_a_sentence_with_a_way_back(visit, toy_address):

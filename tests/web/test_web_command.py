@@ -37,8 +37,11 @@ import asyncio, socket
 from starlette.applications import Starlette
 from starlette.routing import Route
 from nanochameleon.errors import exit_on_user_error
+from nanochameleon.web import limits
 from nanochameleon.web.bodies import event_stream
 from nanochameleon.web.server import serve
+
+limits.END_SECONDS = 1_000_000  # nothing may need it
 
 async def stream(request):
     async def events():
@@ -173,9 +176,11 @@ def test_ctrl_c_ends_what_would_never_end_at_once_and_says_only_that():
         at = "127.0.0.1", urlsplit(address_in(line)).port
         with (
             socket.create_connection(at) as waiting,
+            socket.create_connection(at) as not_reading,
             httpx.stream("GET", address_in(line) + "stream") as answer,
         ):
             waiting.sendall(b"GET /silent HTTP/1.1\r\nHost: x\r\n\r\n")
+            not_reading.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
             next(answer.iter_raw())
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)

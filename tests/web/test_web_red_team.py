@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutators import odd_json
 from PIL import Image
 from serving import served
 from starlette.testclient import TestClient
@@ -259,6 +261,19 @@ def test_a_number_that_json_cannot_write_is_refused(client):
     text = json.dumps(body()).replace('"mode": "chat"', '"options": {"temperature": 1e400}')
     answer = client.post("/api/red-team", content=text, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "turns[1].options.temperature"
+
+
+@pytest.mark.parametrize("address", ["/api/red-team", "/api/red-team/labels"])
+def test_no_odd_body_is_an_error_of_the_server_or_spoils_the_log(client, log, address):
+    rng, content = random.Random(address), with_image()
+    content["turns"][1]["options"] = {"temperature": 0.5}
+    post(client, content)
+    label = {"id": content["id"], "annotator": "bob", "turn": 2, "label": "unsure"}
+    for _ in range(150):
+        good = json.dumps(content | {"id": str(uuid.uuid4())} if address == "/api/red-team" else label).encode()
+        answer = client.post(address, content=odd_json(good, rng), headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400, 404, 409), answer.text
+    red_team.read(log, [file for file in [red_team.labels_of(log)] if file.exists()])
 
 
 def test_without_a_log_red_teaming_is_off():

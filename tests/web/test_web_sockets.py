@@ -13,7 +13,7 @@ import pytest
 from serving import served
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nanochameleon.web import limits
@@ -22,6 +22,7 @@ from nanochameleon.web.bodies import event_stream
 from nanochameleon.web.guard import Guard
 from nanochameleon.web.head import Access
 from nanochameleon.web.metrics import Metrics
+from nanochameleon.web.server import Protocol
 
 GET = "GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"
 
@@ -222,6 +223,40 @@ def test_a_long_request_is_not_cut_off(monkeypatch):
 
     with served(Guard(Starlette(routes=[Route("/", slow)]), Metrics(), Access())) as at:
         assert status(raw(at, filled(GET, at))) == 200
+
+
+LARGE = 16 * limits.MiB  # more than the system keeps of an answer
+
+
+async def large(request: Request) -> Response:
+    return Response(bytes(LARGE))
+
+
+def test_a_client_that_reads_a_large_answer_slowly_gets_all_of_it(monkeypatch):
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "SEND_SECONDS", 0.1)
+    with served(Starlette(routes=[Route("/", large)])) as at, connected(at) as opened:
+        opened.sendall(filled(GET, at))
+        began, n = time.monotonic(), 0
+        while chunk := opened.recv(256 * 1024):
+            n += len(chunk)
+            threading.Event().wait(0.01)  # 64 of these: the reader is slower than the limit
+        assert n > LARGE and time.monotonic() - began > 3 * limits.HEAD_SECONDS
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch):
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(limits, "SEND_SECONDS", 0.1)
+    lost, connection_lost = threading.Event(), Protocol.connection_lost
+
+    def lose(*arguments) -> None:
+        connection_lost(*arguments)
+        lost.set()
+
+    monkeypatch.setattr(Protocol, "connection_lost", lose)
+    with served(Starlette(routes=[Route("/", large)])) as at, connected(at) as opened:
+        opened.sendall(filled(GET, at))
+        assert lost.wait(10)
 
 
 def test_a_body_above_the_limit_is_answered_while_the_client_still_sends(address):

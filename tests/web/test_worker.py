@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from tiny_site import tiny_run
 
-from nanochameleon.config import SamplingParams
+from nanochameleon.config import ModelConfig, SamplingParams
 from nanochameleon.documents import Image, Text
 from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.events import Detokenizer
@@ -285,6 +286,15 @@ def test_the_end_is_said_to_all_at_once(monkeypatch):
         errors = asyncio.run(end(worker))
     assert not worker.alive and not worker.thread.is_alive()
     assert {(str(error), error.status) for error in errors} == {(worker_module.ENDED, 503)} and len(errors) == 9
+
+
+def test_slots_fit_into_memory():
+    assert Worker(tiny_run()).n_slots == 16
+    for cfg, n in ((ModelConfig(), 3), (ModelConfig(n_kv_heads=8), 8), (ModelConfig(max_seq_len=512), 16)):
+        with torch.device("meta"):
+            embeddings = torch.nn.Embedding(1, 1, dtype=torch.bfloat16)
+        run = SimpleNamespace(model=SimpleNamespace(cfg=cfg, tok_embeddings=embeddings))
+        assert batch_module.slots_that_fit(run) == n
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ const root = document.documentElement;
 
 async function start() {
   try {
-    await build(await getJson("/api/settings"));
+    const settings = await getJson("/api/settings");
+    const redTeam = settings.red_team && (await import("./red_team.js")).redTeam;
+    build(settings, await restored(settings), redTeam);
   } catch (error) {
     if (error.status === 0) serverWatch($("banner"), start)();
     else $("banner").textContent = error.message;
@@ -37,7 +39,8 @@ async function start() {
   }
 }
 
-async function build(settings) {
+/** Build all parts at once, so that nothing can be sent before what was kept is shown. */
+function build(settings, kept, redTeam) {
   const { model } = settings;
   const lost = serverWatch($("banner"), () => lookAgain(model).catch(() => lost()));
   const composer = composerView($("parts"), $("composer-error"), {
@@ -60,7 +63,8 @@ async function build(settings) {
   });
 
   function changed() {
-    keepingFocus(() => following(show), () => (talk.isBusy ? $("stop") : composer));
+    const change = () => (talk.turns.length ? following(show) : show()); // an empty page is read from its top
+    keepingFocus(change, () => (talk.isBusy ? $("stop") : composer));
     emit("turns");
     keepInTab();
   }
@@ -89,15 +93,15 @@ async function build(settings) {
   joinFiles(talk, composer, setting, settings);
   joinControls(talk, composer);
   joinTokens(page);
-  if (settings.red_team) {
+  if (redTeam) {
     $("red-team").hidden = false;
     addStyle("red_team.css");
-    (await import("./red_team.js")).redTeam(page, $("red-team"));
+    redTeam(page, $("red-team"));
   }
-  const { turns, draft } = await restored(settings);
-  if (draft.length) composer.fill(draft);
-  talk.replace(turns);
-  if (turns.length) scrollTo(0, root.scrollHeight);
+  for (const element of document.querySelectorAll("[inert]")) element.inert = false; // it was until all listen
+  composer.fill(kept.draft);
+  talk.replace(kept.turns);
+  if (kept.turns.length) scrollTo(0, root.scrollHeight);
   composer.focus();
 }
 
@@ -180,7 +184,10 @@ function joinTokens(page) {
   $("show-tokens").addEventListener("click", async ({ currentTarget }) => {
     const isOn = currentTarget.getAttribute("aria-pressed") !== "true";
     currentTarget.setAttribute("aria-pressed", String(isOn));
-    following(() => ($("tokens").hidden = !isOn));
+    following(() => {
+      $("tokens").hidden = !isOn;
+      document.body.classList.toggle("with-tokens", isOn); // :has() would look at every token again when one changes
+    });
     if (!isOn || isJoined) return;
     isJoined = true;
     addStyle("tokens.css");

@@ -73,7 +73,7 @@ const header = () => make("thead", {}, make("tr", {}, ...["Token", "Id", "Probab
 
 function row(id, probability, pieces, patches) {
   const number = make("td", { className: "likely" }, ...(probability === null ? ["none"] : [percent(probability), bar(probability)]));
-  return make("tr", {}, make("th", { scope: "row" }, ...chip(id, pieces[id], patches[id])), make("td", {}, String(id)), number);
+  return make("tr", {}, make("th", { scope: "row" }, ...chip(pieces[id], patches[id])), make("td", {}, String(id)), number);
 }
 
 function bar(probability) {
@@ -82,8 +82,9 @@ function bar(probability) {
   return element;
 }
 
-function chip(id, piece, url) {
-  const element = make("span", { className: `token ${piece.kind}-token` }, ...label(piece));
+function chip(piece, url) {
+  const words = piece.kind === "image" && !url ? [`code ${piece.code}`] : label(piece);
+  const element = make("span", { className: `token ${piece.kind}-token` }, ...words);
   return url ? [make("img", { src: url, alt: "", width: 20, height: 20 }), element] : [element]; // prettier-ignore
 }
 

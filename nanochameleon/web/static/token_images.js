@@ -53,7 +53,7 @@ export function imageParts({ number, codes, folded }) {
   const words = `Image ${number + 1}: ${codes.length} codes`;
   const fold = make("button", { type: "button", className: "plain fold", "aria-expanded": String(!folded) }, words);
   const picture = make("img", { alt: `image ${number + 1}, decoded`, width: 160, height: 160 });
-  const whole = make("div", { className: "whole", hidden: true }, picture, make("span", { className: "mark", hidden: true }));
+  const whole = make("div", { className: "whole", hidden: true }, picture, make("span", { className: "mark" }));
   fold.dataset.image = whole.dataset.image = number;
   return [fold, whole];
 }
@@ -72,9 +72,9 @@ export function showImage(block, { number, url }, sheet) {
 /** Mark a patch in the whole image; without a patch, remove the mark. */
 export function markPatch(block, { grid }, [, row, column] = []) {
   const mark = block.querySelector(".mark");
-  mark.hidden = row === undefined;
   const part = (n) => `${(100 * n) / grid}%`;
-  if (!mark.hidden) Object.assign(mark.style, { left: part(column), top: part(row), width: part(1), height: part(1) });
+  mark.classList.toggle("on", row !== undefined);
+  if (row !== undefined) Object.assign(mark.style, { left: part(column), top: part(row), width: part(1), height: part(1) });
 }
 
 /** The place in the sequence of the code under a point of the whole image. */

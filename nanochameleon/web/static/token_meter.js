@@ -4,8 +4,6 @@ import { make } from "./elements.js";
 
 const KINDS = { text: "text", image: "image codes", special: "special" };
 
-const earlier = (n) => (n === 1 ? "1 earlier text or image" : `${n} earlier texts and images`);
-
 /** Return the elements for an answer of /api/tokens. */
 export function meter({ tokens, counts, context, mode, left_out: leftOut }) {
   const used = tokens.length;
@@ -23,7 +21,8 @@ export function meter({ tokens, counts, context, mode, left_out: leftOut }) {
   bar.append(end);
   const words = `${used} of ${context} tokens, read in the mode ${mode}`;
   const parts = [make("p", { className: "small" }, words), bar, legend];
-  if (leftOut) parts.push(make("p", { className: "small" }, `This mode does not read ${earlier(leftOut)}.`));
+  const earlier = leftOut === 1 ? "1 earlier text or image" : `${leftOut} earlier texts and images`;
+  if (leftOut) parts.push(make("p", { className: "small" }, `Not read in this mode: ${earlier}.`));
   if (used > context) {
     const more = `the sequence is ${used - context} tokens longer than the context: the model cannot read it, so it has no probabilities`;
     parts.push(make("p", { className: "error" }, more));

@@ -84,7 +84,7 @@ export function tokenView(page, element) {
 
   /** Show the details of token i next to an element, and its place in its image. */
   async function open(i, anchor = view.buttons[i]) {
-    close();
+    unmark();
     shown = i;
     view.buttons[i].classList.add("shown");
     view.buttons[i].setAttribute("aria-describedby", details.element.id);
@@ -106,6 +106,11 @@ export function tokenView(page, element) {
   }
 
   function close() {
+    unmark();
+    details.hide();
+  }
+
+  function unmark() {
     if (shown === null) return;
     const token = view.buttons[shown];
     const place = view.answer.tokens[shown].image;
@@ -113,7 +118,6 @@ export function tokenView(page, element) {
     token.removeAttribute("aria-describedby");
     if (place) markPatch(blockOf(view.images[place[0]]), view.images[place[0]]);
     shown = null;
-    details.hide();
   }
 
   /** The pointer has left: back to the token that has the focus. */
