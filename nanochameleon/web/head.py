@@ -94,9 +94,14 @@ def check_body(head: Head) -> None:
         raise Refused("the body has a content-length and a transfer-encoding: send one of them")
     if len(length) > 15 or int(length) > limits.BODY:
         raise too_long()
-    kind = head.get("content-type").partition(";")[0].strip().lower()
+    kind = media_type(head.get("content-type"))
     if head.method == "POST" and kind not in BODY_TYPES and not kind.startswith("image/"):
         raise Refused("the content-type must be application/json, or that of an image", 415)
+
+
+def media_type(content_type: str) -> str:
+    """Return the type alone, such as image/png, without charset and the like."""
+    return content_type.partition(";")[0].strip().lower()
 
 
 def too_long() -> Refused:

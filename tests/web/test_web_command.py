@@ -97,10 +97,19 @@ def test_a_mistake_is_a_sentence_that_says_what_to_do(words, said):
 def test_other_machines_are_let_in_with_a_token_alone(host):
     if host == "::" and not socket.has_ipv6:
         pytest.fail("this machine has no IPv6: run this test on one that has")
-    said = sentence("models/toy", "--host", host, "--port", "0")
+    said = sentence("no/such/model", "--host", host, "--port", "0")
     assert "--token" in said and "secrets.token_urlsafe" in said
     made = subprocess.run([sys.executable, "-c", re.search(r'-c "(.*)"', said)[1]], capture_output=True, text=True)
     assert len(made.stdout.strip()) >= command.MIN_TOKEN
+
+
+def test_the_environment_may_hold_the_token_which_a_command_shows_to_every_user(monkeypatch):
+    words = ["no/such/model", "--host", "0.0.0.0", "--port", "0"]
+    monkeypatch.setenv(command.TOKEN_VARIABLE, "short")
+    assert "must have 16 or more characters" in sentence(*words)
+    assert "no/such/model" in sentence(*words, "--token", TOKEN)  # the option counts before the environment
+    monkeypatch.setenv(command.TOKEN_VARIABLE, TOKEN)
+    assert "no/such/model" in sentence(*words)
 
 
 @pytest.mark.parametrize("mistake", [["--port", "70000"], ["--token", "short"], ["--host", "0.0.0.0"], ["--nothing"]])
