@@ -1,61 +1,69 @@
-"""What one sees of the Talk page at 360 and 1,280 pixels: nothing is cut, covered or broken."""
+"""What the page looks like to people who zoom, force colours, or write from right to left."""
 
 import pytest
+from browser import check_accessible
 from playwright.sync_api import expect
-from talk_page import last_answer, message, say, wait_for_answer
-from test_accessibility import WIDTHS, draft, refused, several
+from talk_page import say, wait_for_answer
 
-IS_CUT = "area => area.scrollHeight > area.clientHeight"
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_all_words_of_the_message_are_seen(visit, toy_address, width):
-    page = visit(toy_address, width)
-    draft(page)
-    assert not message(page).evaluate(IS_CUT)
-    page.set_viewport_size({"width": 320, "height": 800})
-    page.wait_for_function(f"!({IS_CUT})(document.querySelector('#parts textarea'))")
+DRAW = "please draw a big red star on white"
 
 
-def test_what_is_refused_is_to_be_edited(visit, toy_address):
-    """To send it again would fail again, also after the page was loaded again."""
+def test_zoom_of_400_percent_hides_nothing(visit, toy_address):
+    page = visit(toy_address, width=320)
+    page.set_viewport_size({"width": 320, "height": 256})
+    say(page, DRAW)
+    image = wait_for_answer(page).locator("img")
+    image.evaluate("image => image.scrollIntoView()")
+    box = image.bounding_box()
+    middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    assert page.evaluate("({ x, y }) => document.elementFromPoint(x, y).tagName", middle) == "IMG"
+    check_accessible(page)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_forced_colours_keep_what_colours_say(visit, toy_address, theme):
+    page = visit(toy_address, theme=theme, forced_colors="active")
+    tokens = page.get_by_role("button", name="Tokens", exact=True)
+    looks = "button => [getComputedStyle(button).borderTopWidth, getComputedStyle(button).textDecorationLine]"
+    say(page, DRAW)
+    wait_for_answer(page)
+    before = tokens.evaluate(looks)
+    tokens.click()
+    expect(page.locator(".swatch")).to_have_count(3)
+    assert tokens.evaluate(looks) != before  # that it is pressed is seen
+    background = "all => new Set(all.map(swatch => getComputedStyle(swatch).backgroundColor)).size"
+    assert page.locator(".swatch").evaluate_all(background) == 3
+
+
+def test_writing_from_right_to_left(visit, toy_address):
     page = visit(toy_address)
-    refused(page)
-    visit.expect("status of 400")
-    for _ in range(2):
-        expect(last_answer(page).get_by_role("alert")).to_contain_text("a context of 512: shorten it")
-        shown = last_answer(page).locator(".foot button:visible")
-        assert shown.all_inner_texts() == ["Edit message", "Remove"]
-        page.reload()
-    page.get_by_role("button", name="Edit message").click()
-    expect(message(page)).to_have_value(("word " * 600).strip())
+    words = "שלום a red circle"
+    page.get_by_role("textbox", name="Message").fill(words)
+    assert page.get_by_role("textbox", name="Message").evaluate("area => area.matches(':dir(rtl)')")
+    page.keyboard.press("Enter")
+    wait_for_answer(page)
+    assert page.get_by_text(words).evaluate("said => said.matches(':dir(rtl)')")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_several_answers_fill_the_width_and_numbers_stay_whole(visit, toy_address, width):
-    page = visit(f"{toy_address}/#seed=1234567", width)
-    several(page)
-    cards = page.locator(".several .answer")
-    right = max(box["x"] + box["width"] for box in map(lambda card: card.bounding_box(), cards.all()))
-    thread = page.locator("#thread").bounding_box()
-    assert abs(right - thread["x"] - thread["width"]) < 2
-    for number in page.locator(".about[open] dd").all():
-        assert number.bounding_box()["height"] < 30, number.inner_text()
-    assert page.locator(".about[open] dl").first.evaluate("list => list.scrollWidth <= list.clientWidth")
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_newest_answer_is_in_sight(visit, toy_address, width):
-    page = visit(toy_address, width)
+def test_tokens_leave_the_last_answer_in_view(visit, toy_address):
+    page = visit(toy_address)
     for _ in range(3):
-        say(page, "please draw a big red star on white")
+        say(page, DRAW)
         wait_for_answer(page)
-        check_in_sight(page)
+    for _ in range(2):  # on, and off again
+        page.get_by_role("button", name="Tokens", exact=True).click()
+        expect(page.get_by_role("button", name="Edit message")).to_be_in_viewport()
 
 
-def check_in_sight(page) -> None:
-    """The last image and the buttons under it are between the header and the message."""
-    top = page.locator(".top").bounding_box()
-    image, foot = last_answer(page).locator("img").bounding_box(), last_answer(page).locator(".foot").bounding_box()
-    assert image["y"] >= top["y"] + top["height"]
-    assert foot["y"] + foot["height"] <= page.locator("#composer").bounding_box()["y"]
+def test_tab_in_header_and_message_scrolls_nothing(visit, toy_address):
+    page = visit(toy_address)
+    for _ in range(4):
+        say(page, DRAW)
+        wait_for_answer(page)
+    page.evaluate("scrollTo(0, 300)")
+    for first, last in (("To the message", "Tokens"), ("Add image", "Settings")):
+        page.get_by_role("button", name=first).evaluate("button => button.focus({ preventScroll: true })")
+        while page.evaluate("document.activeElement.textContent") != last:
+            page.keyboard.press("Tab")
+            page.wait_for_function("new Promise((done) => requestAnimationFrame(() => done(true)))")
+            assert page.evaluate("scrollY") == 300

@@ -6,7 +6,7 @@ import httpx
 import pytest
 from browser import check_accessible
 from serving import served
-from test_page_looks import check_in_sight
+from test_page_sight import check_in_sight
 
 from nanochameleon.evaluate import red_team, safety
 from nanochameleon.web.app import application

@@ -1,11 +1,14 @@
 /** Scrolls the conversation. Its end is that of the last turn: what follows, such as the panel of red teaming, is not. */
 
 const $ = (id) => document.getElementById(id);
-const SPACE = 24; // pixels between the last turn and the message
+const SPACE = 40; // pixels between the last turn and the message
 const NEAR = 60; // pixels that still count as the end
 
 /** How far the end of the conversation is below the place over the message where it belongs. */
-const beyond = () => $("thread").getBoundingClientRect().bottom + SPACE - $("composer").getBoundingClientRect().top;
+function beyond() {
+  const place = Math.min(innerHeight, $("composer").getBoundingClientRect().top) - SPACE;
+  return $("thread").getBoundingClientRect().bottom - place;
+}
 
 export const toEnd = () => scrollBy(0, beyond());
 
@@ -16,11 +19,12 @@ export function following(change) {
   if (wasAtEnd && beyond() > 0) toEnd();
 }
 
-/** Keep what gets the focus from under the header and from under the message, however high they grow. */
+/** Tell the style sheet how high header and message are, so that what gets the focus is not under them. */
 export function keepFocusInSight(header, message) {
-  const measure = () => {
-    document.documentElement.style.scrollPadding = `${header.offsetHeight + 8}px 0 ${message.offsetHeight + 8}px`;
-  };
-  const watch = new ResizeObserver(measure);
+  const { style } = document.documentElement;
+  const watch = new ResizeObserver(() => {
+    style.setProperty("--header", `${header.offsetHeight + 8}px`);
+    style.setProperty("--message", `${message.offsetHeight + 8}px`);
+  });
   for (const element of [header, message]) watch.observe(element);
 }
