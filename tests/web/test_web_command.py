@@ -63,6 +63,24 @@ exit_on_user_error(lambda: serve(app, listening, lines))
 """
 
 
+COMPILING = """
+import socket, threading
+from contextlib import asynccontextmanager
+from starlette.applications import Starlette
+from nanochameleon.errors import exit_on_user_error
+from nanochameleon.web.server import serve
+
+@asynccontextmanager
+async def lifespan(app):
+    threading.Timer(0, print, ["soon the page is at"], {"flush": True}).start()
+    threading.Event().wait(60)
+    yield
+
+listening = socket.create_server(("127.0.0.1", 0))
+exit_on_user_error(lambda: serve(Starlette(lifespan=lifespan), listening, []))
+"""
+
+
 def sentence(*words: str) -> str:
     """Return what the command says of a mistake."""
     with pytest.raises(UserError) as found:
@@ -244,3 +262,12 @@ def test_a_study_is_served_without_torch_and_its_owner_gets_a_link(study):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (130, "\nstopped\n")
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_while_its_model_starts(number):
+    """Kernels may compile for a minute."""
+    with started(code=COMPILING) as (process, _):
+        process.send_signal(number)
+        assert process.wait(20) == -number and process.stderr.read() == ""
