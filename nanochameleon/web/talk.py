@@ -175,7 +175,7 @@ async def settings(request: HTTPRequest) -> JSONResponse:
     modes = [mode for mode in AUTO_MODES if images.can_draw or MODALITY.get(mode, "text") == "text"]
     most = {
         "samples": limits.SAMPLES, "seed": MAX_SEED, "turns": conversation.MAX_TURNS,
-        "segments": conversation.MAX_SEGMENTS, "text": conversation.MAX_TEXT,
+        "segments": conversation.MAX_SEGMENTS, "text": conversation.MAX_TEXT, "image_bytes": limits.IMAGE,
     }  # fmt: skip
     return JSONResponse({
         "model": model, "modes": modes, "defaults": dataclasses.asdict(run.cfg.sample), "limits": most,
