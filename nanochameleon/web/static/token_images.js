@@ -6,8 +6,6 @@
 import { make } from "./elements.js";
 import { postJson } from "./net.js";
 
-const AT_ONCE = 16; // images that one request decodes
-
 /** Return the images of a sequence, in order. before: those of the last sequence, whose urls and folds are kept. */
 export function imagesOf({ tokens, pieces }, before) {
   const codes = [];
@@ -27,16 +25,6 @@ export function imagesOf({ tokens, pieces }, before) {
     url: urls.get(of.join()) ?? null,
     folded: before[number]?.folded ?? false,
   }));
-}
-
-/** Get the urls of images that have none, a few at a time; shown(image) after each. */
-export async function decodeImages(images, shown) {
-  const missing = images.filter(({ url }) => !url);
-  for (let i = 0; i < missing.length; i += AT_ONCE) {
-    const part = missing.slice(i, i + AT_ONCE);
-    const { urls } = await postJson("/api/images/decode", { codes: part.map(({ codes }) => codes) });
-    part.forEach((image, k) => shown(Object.assign(image, { url: urls[k] })));
-  }
 }
 
 /** Get the patches of token i and of its alternatives that are codes: {token id: url}. */
