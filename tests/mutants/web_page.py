@@ -2,8 +2,8 @@
 
 from mutants.mutant import Mutant
 
-SETTINGS, FILES, COMPOSER = (
-    f"web/test_page_{name}.py" for name in ("settings", "files", "composer")
+SETTINGS, FILES, COMPOSER, SIGHT = (
+    f"web/test_page_{name}.py" for name in ("settings", "files", "composer", "sight")
 )  # each in a real browser
 MUTANTS = [
     Mutant(
@@ -47,5 +47,19 @@ MUTANTS = [
         "if (talk.isBusy || !(await composer.ready()) || talk.isBusy) return;",
         "if (talk.isBusy) return;",
         COMPOSER,
+    ),
+    Mutant(
+        "a message that was refused is offered to be sent again",
+        "web/static/thread.js",
+        'retry.hidden = state !== "failed" || isRefused;',
+        'retry.hidden = state !== "failed";',
+        SIGHT,
+    ),
+    Mutant(
+        "words are cut where buttons make them narrower",
+        "web/static/composer.js",
+        "requestAnimationFrame(fitHeights)",
+        "requestAnimationFrame(() => {})",
+        SIGHT,
     ),
 ]
