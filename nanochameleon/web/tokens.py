@@ -100,7 +100,7 @@ def image_places(tokens: list[int], run: Run) -> dict[int, tuple[int, int, int]]
 
 
 def piece(token: int, tokenizer: TextTokenizer) -> dict:
-    """What a token alone says. Bytes that are no whole characters are in hexadecimal."""
+    """Describe a token alone. Bytes that are no whole characters are in hexadecimal."""
     vocab = tokenizer.vocab
     kind = vocab.modality(token)
     if kind == "image":
@@ -142,7 +142,7 @@ def split_characters(tokens: list[int], tokenizer: TextTokenizer) -> list[dict]:
 
 
 class Scores(NamedTuple):
-    """Of T - 1 tokens: all but the first."""
+    """Scores of T - 1 tokens: all but the first."""
 
     probability: Tensor  # (T - 1,)
     rank: Tensor  # (T - 1,); 1 is the likeliest token

@@ -40,8 +40,8 @@ export async function patchesOf({ tokens, pieces }, { codes, first }, i) {
 export function imageParts({ number, codes, folded }) {
   const words = `Image ${number + 1}: ${codes.length} codes`;
   const fold = make("button", { type: "button", className: "plain fold", "aria-expanded": String(!folded) }, words);
-  const picture = make("img", { alt: `image ${number + 1}, decoded`, width: 160, height: 160 });
-  const whole = make("div", { className: "whole", hidden: true }, picture, make("span", { className: "mark" }));
+  const decoded = make("img", { alt: `image ${number + 1}, decoded`, width: 160, height: 160 });
+  const whole = make("div", { className: "whole", hidden: true }, decoded, make("span", { className: "mark" }));
   fold.dataset.image = whole.dataset.image = number;
   return [fold, whole];
 }
