@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutators import odd_json
 from PIL import Image
-from serving import served
+from serving import PATIENCE, served
 from starlette.testclient import TestClient
 from tiny_site import tiny_run, tiny_site
 
@@ -398,7 +398,7 @@ def test_a_log_is_mended_or_refused_before_a_model_is_loaded(log):
 
 def test_several_attackers_at_once_and_the_report_counts_them(log, capsys):
     def attack(attacker: str) -> None:
-        with httpx.Client(base_url=address, timeout=60) as client:
+        with httpx.Client(base_url=address, timeout=PATIENCE) as client:
             for number in range(6):
                 said = (
                     ["unsafe"]
@@ -415,7 +415,7 @@ def test_several_attackers_at_once_and_the_report_counts_them(log, capsys):
 
     with served(application(tiny_site(red_team=log))) as address, ThreadPoolExecutor(4) as people:
         list(people.map(attack, ["ann", "bob", "cem", "dee"]))
-        state = httpx.get(f"{address}/api/red-team").json()
+        state = httpx.get(f"{address}/api/red-team", timeout=PATIENCE).json()
     assert state == {"conversations": 24, "categories": state["categories"], "strategies": []}
     assert sorted(state["categories"]) == ["a", "b"]
     safety.main(["report", str(log)])
