@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from faults import wait_for
 from serving import PATIENCE
 from tiny_site import tiny_run
 from working import Gate, check_whole, outcome, outcomes, read, request, slots_in_use, working
@@ -51,8 +52,15 @@ def test_the_end_says_why():
         assert outcomes(worker, [request(1, "image")])[0][-1].stopped
 
 
-def test_a_watched_image_is_seen_before_it_is_whole():
+def test_a_watched_image_is_seen_before_it_is_whole(monkeypatch):
+    step = Engine.step
+
+    def when_all_is_read(engine: Engine) -> list:  # what is not read in time is not shown
+        wait_for(lambda: not any(client.outbox.unread for client in tuple(worker.batch.clients)))
+        return step(engine)
+
     with working() as worker:
+        monkeypatch.setattr(Engine, "step", when_all_is_read)
         events = [event for _, event in asyncio.run(read(worker, request(0, "image"), preview=True))]
         unwatched = [event for _, event in asyncio.run(read(worker, request(0, "image")))]
     shown = [event for event in events if isinstance(event, DecodedImage)]
