@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,14 @@ def test_importing_is_cheap(imported, allowed):
     code = f"import sys, {imported}; print(*sys.modules)"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert HEAVY & set(names) <= allowed
+
+
+def test_an_installed_package_has_every_folder_and_the_files_of_the_page():
+    setuptools = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in modules().items()}
+    assert set(setuptools["packages"]) == {f"nanochameleon.{name}".removesuffix(".") for name in folders} | {
+        "nanochameleon"
+    }
+    web = PACKAGE / "web"
+    files = {path for path in web.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files == {path for pattern in setuptools["package-data"]["nanochameleon.web"] for path in web.glob(pattern)}

@@ -11,7 +11,7 @@ MODEL is a run, models/toy or a model in any layout. Only this machine is answer
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch is imported after the arguments are parsed, so that m
 PROGRAM = "python -m nanochameleon.web"
 MAKE_TOKEN = 'python -c "import secrets; print(secrets.token_urlsafe())"'
 MIN_TOKEN = 16  # characters
+TOKEN_VARIABLE = "NANOCHAMELEON_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Args:
     port: int = 8000
     """0 takes a free one."""
     token: str | None = None
-    """What clients must know: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser."""
+    """What clients must know: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. The environment may give
+    it as NANOCHAMELEON_TOKEN instead, since other users of this machine see the words of a command."""
     allow_host: tuple[str, ...] = ()
     """Further names of this server, as they are in the browser's address."""
     device: str = "auto"
@@ -140,7 +142,8 @@ def main(args: Args) -> None:
 def start(arguments: Sequence[str] | None = None) -> None:
     if missing := [name for name in ("starlette", "uvicorn") if not find_spec(name)]:
         raise UserError(f"{missing[0]} is missing: pip install -c constraints.txt -e '.[web]'")
-    main(parse(Args, arguments, description=__doc__, prog=PROGRAM))
+    args = parse(Args, arguments, description=__doc__, prog=PROGRAM)
+    main(args if args.token is not None else replace(args, token=os.environ.get(TOKEN_VARIABLE)))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,11 @@ async def healthz(request: Request) -> JSONResponse:
 
 
 def routes_of_model() -> list[Route]:
-    from nanochameleon.web import images, openai_api, red_team, talk, tokens  # a study runs without torch
+    from nanochameleon.web import images, red_team, talk, tokens  # a study runs without torch
+    from nanochameleon.web.openai import api
 
     routes = [Route("/", page("index.html")), *images.ROUTES, *talk.ROUTES, *tokens.ROUTES, *red_team.ROUTES]
-    return [*routes, *openai_api.ROUTES]
+    return [*routes, *api.ROUTES]
 
 
 def routes_of_study() -> list[Route]:

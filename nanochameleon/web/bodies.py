@@ -4,14 +4,17 @@ Every mistake raises Refused, naming the field.
 """
 
 import json
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from nanochameleon.errors import shown
+from nanochameleon.errors import UserError, shown
+from nanochameleon.evaluate.people.study import check_annotator
 from nanochameleon.evaluate.records import KINDS
+from nanochameleon.web.head import media_type
 from nanochameleon.web.refusals import Refused, error_body
 
 REQUIRED = object()
@@ -21,10 +24,16 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
+def finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number} is too large")
+    return value
+
+
 def load_object(body: bytes) -> dict:
     """Return the JSON object in a body."""
     try:
-        value = json.loads(body, parse_constant=refuse_constant)
+        value = json.loads(body, parse_float=finite, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:  # RecursionError: lists nested by the thousand
         raise Refused(f"the body is not JSON ({shown(error, 80)}): send an object", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -34,8 +43,7 @@ def load_object(body: bytes) -> dict:
 
 async def json_body(request: Request) -> dict:
     """Return the JSON object that a request sends. Its size was limited before (guard.py)."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if media_type(request.headers.get("content-type", "")) != "application/json":
         raise Refused("the body must have the content-type application/json", 415)
     return load_object(await request.body())
 
@@ -56,6 +64,14 @@ def field(row: dict, name: str, kind: type, default: Any = REQUIRED, place: str 
     if kind is str and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise Refused(f"{place}{name} has half a surrogate pair, which is no text", param=f"{place}{name}")
     return value
+
+
+def read_person(row: dict, name: str) -> str:
+    """Return the checked name of somebody who labels or judges."""
+    try:
+        return check_annotator(field(row, name, str))
+    except UserError as error:
+        raise Refused(str(error), param=name) from None
 
 
 def event(content: dict | str) -> bytes:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochameleon.documents import Document, EndOfTurn, Image, Text, render
+from nanochameleon.errors import shown
 from nanochameleon.generation.prompts import Mode, caption_question
 from nanochameleon.training.run import Run
 from nanochameleon.web.bodies import field
@@ -30,6 +31,14 @@ MAX_TURNS, MAX_SEGMENTS, MAX_TEXT = 256, 256, 100_000  # a conversation's turns,
 class Turn:
     role: str  # user or assistant
     segments: tuple[Text | Image, ...]
+
+
+def read_mode(row: dict, place: str = "") -> str | None:
+    """Return the checked "mode" of an object. None: it is left out."""
+    mode = field(row, "mode", str, None, place)
+    if mode not in (None, *AUTO_MODES):
+        raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param=f"{place}mode")
+    return mode
 
 
 def read_turns(row: dict, run: Run) -> list[Turn]:

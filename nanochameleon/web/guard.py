@@ -82,7 +82,7 @@ class Guard:
             head = Head(scope)
             if seconds := self.asked.take(head.address):
                 raise busy("too many requests from this address: try again later", math.ceil(seconds))
-            hosts = self.access.hosts(head.port)
+            hosts = self.access.hosts(head.port, head.reached)
             check_host(head, hosts)
             check_origin(head, hosts)
             answer = self.check_token(head)

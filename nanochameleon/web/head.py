@@ -4,6 +4,7 @@ Programs may ask by any name of this server. Browsers say which page asks, too, 
 """
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from starlette.types import Scope
 
@@ -24,14 +25,27 @@ class Access:
     names: tuple[str, ...] = ()  # of the server, as in the browser's address; lower case
     token: str | None = None
 
-    def hosts(self, port: int) -> set[str]:
-        """Return all that a Host header may be. A name that was allowed is also right without the port: of a proxy."""
-        names = {*self.names, *(LOOPBACK if port == 80 else ())}
-        return names | {f"{name}:{port}" for name in (*LOOPBACK, *self.names)}
+    def hosts(self, port: int, reached: str = "") -> set[str]:
+        """Return all that a Host header may be. A name that was allowed is also right without the port: of a proxy.
+
+        reached: the address of this machine that the client connected to. No name that was made to lead here looks so.
+        """
+        own = (*LOOPBACK, *as_host(reached))
+        names = {*self.names, *(own if port == 80 else ())}
+        return names | {f"{name}:{port}" for name in (*own, *self.names)}
 
     def address(self, port: int) -> str:
         """Return where a browser finds the page."""
         return f"http://{(*self.names, *LOOPBACK)[0]}:{port}/"
+
+
+def as_host(address: str) -> tuple[str, ...]:
+    """Return an IP address as a Host header has it; nothing for anything else."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return ()
+    return (f"[{ip}]" if ip.version == 6 else str(ip),)
 
 
 class Head:
@@ -39,7 +53,8 @@ class Head:
 
     def __init__(self, scope: Scope):
         self.method, self.path, self.query = scope["method"], scope["path"], scope["query_string"]
-        self.port = (scope.get("server") or ("", None))[1] or 80
+        self.reached, port = scope.get("server") or ("", None)
+        self.port = port or 80
         self.address = scope["client"][0] if scope.get("client") else ""
         self.headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
@@ -94,9 +109,14 @@ def check_body(head: Head) -> None:
         raise Refused("the body has a content-length and a transfer-encoding: send one of them")
     if len(length) > 15 or int(length) > limits.BODY:
         raise too_long()
-    kind = head.get("content-type").partition(";")[0].strip().lower()
+    kind = media_type(head.get("content-type"))
     if head.method == "POST" and kind not in BODY_TYPES and not kind.startswith("image/"):
         raise Refused("the content-type must be application/json, or that of an image", 415)
+
+
+def media_type(content_type: str) -> str:
+    """Return the type alone, such as image/png, without charset and the like."""
+    return content_type.partition(";")[0].strip().lower()
 
 
 def too_long() -> Refused:

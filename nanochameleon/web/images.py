@@ -23,10 +23,11 @@ from nanochameleon.documents import Image
 from nanochameleon.errors import UserError
 from nanochameleon.images.files import FORMATS, MAX_SIDE
 from nanochameleon.images.terminal import png
-from nanochameleon.images.tokenizer import Fit, load_square
+from nanochameleon.images.tokenizer import NO_DECODER, Fit, load_square
 from nanochameleon.web import limits
 from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import read_codes
+from nanochameleon.web.head import media_type
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
 
@@ -122,7 +123,7 @@ async def upload(request: Request) -> JSONResponse:
 
 async def file_body(request: Request) -> bytes:
     """Return the body of a request that sends a file."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request.headers.get("content-type", ""))
     if not (kind.startswith("image/") or kind == "application/octet-stream"):
         raise Refused("the body must have the content-type image/... or application/octet-stream", 415)
     data = bytearray()
@@ -139,7 +140,7 @@ async def decode(request: Request) -> JSONResponse:
     if len(images) > limits.DECODED:
         raise Refused(f"codes has {len(images):,} images: at most {limits.DECODED} are decoded at once", param="codes")
     if not site.run.image_tokenizer.can_draw:
-        raise Refused("this model has no image decoder: it reads images and cannot draw them", code="no_decoder")
+        raise Refused(NO_DECODER, code="no_decoder")
     codes = [read_codes(image, f"codes[{number}]", site.run) for number, image in enumerate(images)]
     return JSONResponse({"urls": [data_url(file) for file in await pngs_of(codes, site)]})
 

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,10 +34,10 @@ from nanochameleon.evaluate.human import (
     progress,
     results_so_far,
 )
-from nanochameleon.evaluate.people.study import KEY, Key, Study, check_annotator
+from nanochameleon.evaluate.people.study import IMAGES, KEY, Key, Study
 from nanochameleon.evaluate.people.tables import all_tables
 from nanochameleon.web.bodies import field as read_field
-from nanochameleon.web.bodies import json_body
+from nanochameleon.web.bodies import json_body, read_person
 from nanochameleon.web.metrics import Metrics
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.static_files import page
@@ -68,8 +69,12 @@ class StudySite:
 
 
 def open_site(folder: Path, locked: float = LOCKED) -> StudySite:
-    """Open a study to serve it. Raises UserError for a folder without a study."""
+    """Open a study to serve it. Raises UserError for a folder without a study, or without some of its images."""
     study = open_study(folder)
+    segments = chain.from_iterable([*study.prompts.values(), *study.answers.values()])
+    named = {segment["image"] for segment in segments if "image" in segment}
+    if missing := sorted(named - {path.name for path in (folder / IMAGES).glob("*")}):
+        raise UserError(f"{folder / IMAGES} lacks images of the study, such as {missing[0]}: copy the whole folder")
     key = open_key(folder) if (folder / KEY).is_file() else None
     return StudySite(study, Votes(study, locked), key, secrets.token_urlsafe(16))
 
@@ -149,25 +154,18 @@ def take_back(site: StudySite, annotator: str, item: str, question: str) -> dict
     return screen(site, annotator, UNDONE if undone or not has_vote else NOT_LAST)
 
 
-def read_annotator(row: dict) -> str:
-    try:
-        return check_annotator(read_field(row, "annotator", str))
-    except UserError as error:
-        raise Refused(str(error), param="annotator") from None
-
-
 async def about(request: Request) -> JSONResponse:
     return JSONResponse({"items": len(request.app.state.site.study.items)})
 
 
 async def ask(request: Request) -> JSONResponse:
-    annotator = read_annotator(await json_body(request))
+    annotator = read_person(await json_body(request), "annotator")
     return JSONResponse(await in_turn(request.app.state.site, screen, annotator))
 
 
 async def vote(request: Request) -> JSONResponse:
     row = await json_body(request)
-    annotator = read_annotator(row)
+    annotator = read_person(row, "annotator")
     item, question, answer = (read_field(row, name, str) for name in ("item", "question", "answer"))
     seconds = read_field(row, "seconds", float)
     if not 0 <= seconds <= MAX_SECONDS:
@@ -177,7 +175,7 @@ async def vote(request: Request) -> JSONResponse:
 
 async def undo(request: Request) -> JSONResponse:
     row = await json_body(request)
-    annotator = read_annotator(row)
+    annotator = read_person(row, "annotator")
     item, question = (read_field(row, name, str) for name in ("item", "question"))
     return JSONResponse(await in_turn(request.app.state.site, take_back, annotator, item, question))
 

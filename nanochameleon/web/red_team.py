@@ -27,12 +27,11 @@ from nanochameleon.documents import Text
 from nanochameleon.errors import UserError, warn
 from nanochameleon.evaluate import red_team
 from nanochameleon.evaluate.harm.labels import check_label
-from nanochameleon.evaluate.people.study import check_annotator
 from nanochameleon.evaluate.records import load
 from nanochameleon.evaluate.red_team import Conversation
 from nanochameleon.files import fsync, write_file
-from nanochameleon.web.bodies import field, json_body
-from nanochameleon.web.conversation import ASSISTANT, AUTO_MODES, Turn, read_turns
+from nanochameleon.web.bodies import field, json_body, read_person
+from nanochameleon.web.conversation import ASSISTANT, Turn, read_mode, read_turns
 from nanochameleon.web.images import pngs_of
 from nanochameleon.web.limits import DECODED
 from nanochameleon.web.refusals import Refused
@@ -92,9 +91,7 @@ def read_sampling(row: dict, site: Site, place: str) -> dict[str, Any]:
     numbers = {name: field(row, name, int, None, place) for name in ("seed", "sample")}
     if wrong := [name for name, value in numbers.items() if value is not None and not 0 <= value <= MAX_SEED]:
         raise Refused(f"{place}{wrong[0]} must be 0 to {MAX_SEED}", param=f"{place}{wrong[0]}")
-    mode = field(row, "mode", str, None, place)
-    if mode not in (None, *AUTO_MODES):
-        raise Refused(f"{place}mode must be {', '.join(AUTO_MODES)}", param=f"{place}mode")
+    mode = read_mode(row, place)
     return {name: value for name, value in {**numbers, "mode": mode, **found}.items() if value is not None}
 
 
@@ -107,13 +104,6 @@ def read_id(body: dict) -> str:
     except ValueError:
         pass
     raise Refused("id must be a UUID, such as 123e4567-e89b-42d3-a456-426614174000", param="id")
-
-
-def read_person(body: dict, name: str) -> str:
-    try:
-        return check_annotator(field(body, name, str))
-    except UserError as error:
-        raise Refused(str(error), param=name) from None
 
 
 def read_words(body: dict, name: str, most: int = MAX_WORDS) -> str:

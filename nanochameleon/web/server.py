@@ -7,10 +7,12 @@ Left out: TLS, which a proxy adds.
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -82,6 +84,13 @@ class Server(uvicorn.Server):
             say(f"the first token took {seconds:.0f} s, since kernels were compiled")
         for line in self.lines:
             say(line)
+
+    def handle_exit(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C and SIGTERM. uvicorn would wait until the model has started, and kernels compile for a minute."""
+        if not self.started:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        super().handle_exit(number, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End everything at once. What runs in a thread, such as writing a vote, still comes to its end."""

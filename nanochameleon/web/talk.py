@@ -28,7 +28,7 @@ from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import Run
 from nanochameleon.web import conversation, limits
 from nanochameleon.web.bodies import event_stream, field, json_body
-from nanochameleon.web.conversation import AUTO_MODES, prompt_tokens, read_turns, resolve
+from nanochameleon.web.conversation import AUTO_MODES, prompt_tokens, read_mode, read_turns, resolve
 from nanochameleon.web.images import png_url
 from nanochameleon.web.outbox import DecodedImage, Finished
 from nanochameleon.web.refusals import Refused
@@ -122,9 +122,7 @@ def read_whole(row: dict, name: str, default: int, low: int, high: int) -> int:
 def read_body(row: dict, run: Run) -> tuple[Mode, list[Request]]:
     """Return the resolved mode and the requests that a body asks for."""
     check_fields(row, FIELDS)
-    mode = field(row, "mode", str, "auto")
-    if mode not in AUTO_MODES:
-        raise Refused(f"mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param="mode")
+    mode = read_mode(row) or "auto"
     options = field(row, "options", dict, {})
     check_fields(options, tuple(OPTIONS), "options.")
     seed, n = read_whole(row, "seed", 0, 0, MAX_SEED), read_whole(row, "samples", 1, 1, limits.SAMPLES)
@@ -177,7 +175,7 @@ async def settings(request: HTTPRequest) -> JSONResponse:
     modes = [mode for mode in AUTO_MODES if images.can_draw or MODALITY.get(mode, "text") == "text"]
     most = {
         "samples": limits.SAMPLES, "seed": MAX_SEED, "turns": conversation.MAX_TURNS,
-        "segments": conversation.MAX_SEGMENTS, "text": conversation.MAX_TEXT,
+        "segments": conversation.MAX_SEGMENTS, "text": conversation.MAX_TEXT, "image_bytes": limits.IMAGE,
     }  # fmt: skip
     return JSONResponse({
         "model": model, "modes": modes, "defaults": dataclasses.asdict(run.cfg.sample), "limits": most,

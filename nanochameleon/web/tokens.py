@@ -33,20 +33,19 @@ from starlette.routing import Route
 from torch import Tensor
 
 from nanochameleon.documents import EndOfTurn, render
-from nanochameleon.errors import shown
 from nanochameleon.generation.prompts import Mode
-from nanochameleon.images.tokenizer import to_images
+from nanochameleon.images.tokenizer import NO_DECODER, to_images
 from nanochameleon.kernels import use_kernels
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
 from nanochameleon.vocab import Vocab
 from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import (
-    AUTO_MODES,
     USER,
     Turn,
     prompt_tokens,
     read_codes,
+    read_mode,
     read_turns,
     resolve,
 )
@@ -209,10 +208,7 @@ def decode_patches(run: Run, codes: list[int], place: int, alternatives: list[in
 def read_body(row: dict, run: Run) -> Sequence:
     """Return the sequence that a body asks for. Raises Refused for one that is much too long."""
     check_fields(row, FIELDS)
-    mode = field(row, "mode", str, "auto")
-    if mode not in AUTO_MODES:
-        raise Refused(f"mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param="mode")
-    found = sequence(read_turns(row, run), mode, run, field(row, "finished", bool, True))
+    found = sequence(read_turns(row, run), read_mode(row) or "auto", run, field(row, "finished", bool, True))
     n, context = len(found.tokens), run.cfg.model.max_seq_len
     if n > MAX_CONTEXTS * context:
         most = f"at most {MAX_CONTEXTS * context:,} are shown, and the model reads {context:,}"
@@ -262,7 +258,7 @@ async def patches(request: Request) -> JSONResponse:
     site, row = request.app.state.site, await json_body(request)
     check_fields(row, ("codes", "place", "alternatives"))
     if not site.run.image_tokenizer.can_draw:
-        raise Refused("this model has no image decoder: it reads images and cannot draw them", code="no_decoder")
+        raise Refused(NO_DECODER, code="no_decoder")
     codes, place = read_codes(field(row, "codes", list), "codes", site.run), field(row, "place", int)
     others, n_codes = field(row, "alternatives", list), site.run.cfg.vqgan.n_codes
     if not 0 <= place < len(codes):

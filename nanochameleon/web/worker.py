@@ -135,8 +135,10 @@ class Worker:
 
         Raises Refused at the call: 429 if too many samples wait.
         """
-        if any(len(cfg_branches(request, self.run.vocab)) > self.n_slots for request in requests):
-            raise Refused(f"guidance needs 3 slots of the server's batch, which has {self.n_slots}: turn it off")
+        needed = max(len(cfg_branches(request, self.run.vocab)) for request in requests)
+        if needed > self.n_slots:
+            has = f"{needed} slots, and the server has {self.n_slots}"
+            raise Refused(f"guidance of this kind needs {has}: set it to 1, or start the server with --slots {needed}")
         client = Client(Outbox(), preview)
         for i, request in enumerate(requests):
             client.samples.append(Sample(client, i, request, Detokenizer(request.prompt, self.run.tokenizer)))
@@ -199,8 +201,8 @@ class Worker:
 
     def do_calls(self) -> None:
         """Run calls until they have had as much time as the rounds: neither they nor the engine starve."""
-        while self.calls and (self.lead <= 0 or not (self.batch.busy or self.jobs)):
-            future, function = self.calls.popleft()
+        while (call := self.next_call()) is not None:
+            future, function = call
             start = time.perf_counter()
             if future.set_running_or_notify_cancel():  # False: the client left
                 try:
@@ -209,6 +211,11 @@ class Worker:
                 except BaseException as error:
                     future.set_exception(error)
             self.lead += time.perf_counter() - start
+
+    def next_call(self) -> tuple[Future, Callable[[Run], object]] | None:
+        with self.wake:  # close() takes all of them
+            due = self.lead <= 0 or not (self.batch.busy or self.jobs)
+            return self.calls.popleft() if due and self.calls else None
 
     def do_round(self) -> None:
         if not self.batch.busy:

@@ -21,8 +21,8 @@ MUTANTS = [
     Mutant(
         "calls run as long as there are any",
         "web/worker.py",
-        "while self.calls and (self.lead <= 0 or not (self.batch.busy or self.jobs)):",
-        "while self.calls:",
+        "due = self.lead <= 0 or not (self.batch.busy or self.jobs)",
+        "due = True",
         WORKER,
     ),
 ]

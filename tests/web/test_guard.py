@@ -92,6 +92,21 @@ def test_a_name_that_was_allowed_is_right_with_and_without_the_port():
         assert echoing(access).get("/", headers={"host": host}).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("server", "host", "status"),
+    [
+        ("192.168.1.5", "192.168.1.5:8000", 200),
+        ("192.168.1.5", "192.168.1.6:8000", 403),
+        ("192.168.1.5", "192.168.1.5", 403),
+        ("fd00::7", "[fd00::7]:8000", 200),
+        ("evil.example", "evil.example:8000", 403),
+    ],
+)
+def test_the_address_that_a_client_reached_is_a_name_of_this_server(server, host, status):
+    """Of a server that listens at 0.0.0.0. The page of a name that leads here has its own name as Host."""
+    assert ask(echoing().app, server=(server, 8000), headers=[(b"host", host.encode())])[0] == status
+
+
 TWICE = ["host", "origin", "content-type", "content-length", "sec-fetch-site", "authorization"]
 
 

@@ -1,12 +1,15 @@
 """Routes of a study: blinded, one vote of each name on a question, and nothing lost by retries."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from studies import MODELS, ask, cast, vote_of
 
+from nanochameleon.errors import UserError
+from nanochameleon.evaluate.people.study import IMAGES
 from nanochameleon.web import judge
 
 
@@ -166,6 +169,15 @@ def test_only_images_of_the_study_are_sent(opened_study, name):
     client, _ = opened_study
     answer = client.get(f"/api/study/images/{name}")
     assert answer.status_code == 404 and "prompt" not in answer.text
+
+
+def test_a_study_whose_images_were_not_copied_is_not_opened(study_folder, tmp_path):
+    """Annotators would judge answers that they cannot see."""
+    copy = shutil.copytree(study_folder, tmp_path / "copy")
+    image = min((copy / IMAGES).iterdir())
+    image.unlink()
+    with pytest.raises(UserError, match=f"lacks images of the study, such as {image.name}"):
+        judge.open_site(copy)
 
 
 def test_ten_thousand_names_take_no_memory(opened_study, monkeypatch):

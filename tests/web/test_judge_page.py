@@ -221,8 +221,8 @@ def test_owner_sees_votes_as_they_come_and_asks_only_while_the_page_is_visible(v
         until(owner, lambda: owner.get_by_text("Votes so far: 1").count())
         assert owner.locator("table").count() >= 4
         asked, answered = [], []
-        owner.on("request", asked.append)
-        owner.on("response", answered.append)
+        owner.on("request", lambda request: asked.append(request))
+        owner.on("response", lambda response: answered.append(response))
         until(owner, lambda: answered)
         assert answered[0].status == 304
         owner.evaluate(HIDE, True)

@@ -10,8 +10,8 @@ from tiny_site import tiny_site
 
 from nanochameleon.documents import Image, Text
 from nanochameleon.web.conversation import Turn
-from nanochameleon.web.openai_chat import add_text, message
-from nanochameleon.web.openai_messages import read_messages
+from nanochameleon.web.openai.chat import add_text, message
+from nanochameleon.web.openai.messages import read_messages
 
 SITE = tiny_site()
 codes = st.lists(st.integers(0, 7), min_size=N_CODES, max_size=N_CODES)

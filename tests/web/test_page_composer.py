@@ -84,3 +84,28 @@ def test_message_waits_for_its_images(visit, address):
         held[0].continue_()
     assert len(request.value.post_data_json["turns"][0]["segments"]) == 2
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def drop(page, *paths) -> None:
+    """Drop files from outside the browser."""
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for step in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": step, "x": 400, "y": 300, "data": data})
+
+
+def test_dropped_files_that_are_no_images(visit, toy_address, tmp_path):
+    page = visit(toy_address)
+    expect(page.get_by_role("textbox", name="Message")).to_be_focused()
+    folder, large, words, image = (tmp_path / name for name in ("folder", "large.png", "a.txt", "red.png"))
+    folder.mkdir()
+    large.write_bytes(bytes(2**23 + 1))
+    words.write_text("hello")
+    image.write_bytes(png("red")["buffer"])
+    drop(page, folder, large, words, image)
+    expect(page.get_by_role("button", name="Remove image")).to_have_count(1)
+    error = page.locator("#composer-error")
+    for sentence in ("choose the files in it (folder)", "8 MiB: use a smaller one (large.png)", "(a.txt)"):
+        expect(error).to_contain_text(sentence)
+    expect(page.locator("#banner")).to_be_empty()  # the server answers
+    visit.expect("400")  # a.txt alone was sent

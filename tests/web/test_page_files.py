@@ -1,6 +1,7 @@
 """Conversations that the page opens: what is no conversation is refused by a sentence; what is one is text alone."""
 
 import json
+import time
 
 import pytest
 from playwright.sync_api import expect
@@ -57,10 +58,48 @@ def test_hostile_words_are_words(visit, address):
 
 
 def test_undo_after_opening(visit, address):
-    page = opened(visit, address)
+    page = opened(visit, f"{address}/#top_p=0.5")
     open_file(page, json.dumps(conversation()).encode())
+    expect(page).to_have_url(f"{address}/#temperature=0.5")
     page.get_by_role("button", name="Undo").click()
     expect(page.locator("li.turn")).to_have_count(0)
+    expect(page).to_have_url(f"{address}/#top_p=0.5")
+
+
+def held(page, pattern: str) -> list:
+    """Requests that wait for `release`."""
+    routes = []
+    page.route(pattern, lambda route: routes.append(route))
+    return routes
+
+
+def release(page, routes: list) -> None:
+    """Let the next request pass, once it has come."""
+    deadline = time.monotonic() + 10
+    while not routes and time.monotonic() < deadline:
+        page.wait_for_timeout(10)  # playwright reads what the browser says meanwhile
+    routes.pop().continue_()
+
+
+def test_an_answer_is_never_taken_away_by_a_file_or_by_undo(visit, address):
+    page = opened(visit, address)
+    decoding, answering = held(page, "**/api/images/decode"), held(page, "**/api/generate")
+    open_file(page, json.dumps(conversation()).encode())
+    page.keyboard.type("a red star")
+    page.keyboard.press("Enter")  # while the file is read
+    release(page, decoding)
+    expect(page.locator("#notice")).to_contain_text("An answer is coming")
+    expect(page.locator("li.turn.user")).to_contain_text("a red star")
+    release(page, answering)
+    page.unroute("**/api/images/decode")
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    open_file(page, json.dumps(conversation()).encode())
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    page.get_by_role("button", name="Again").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_hidden()  # the file's turn has a new answer coming
+    release(page, answering)
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    visit.expect("400")  # the opened conversation is longer than what this model reads
 
 
 def damaged(path: str, value) -> dict:
@@ -109,7 +148,7 @@ def test_words_of_another_model_are_opened(visit, address):
     whole = damaged("turns.1.answers.0.segments", [{"text": "a star"}]) | {"model": {"name": "other", "n_codes": 9}}
     open_file(page, json.dumps(whole).encode())
     expect(page.locator(".segment.words").last).to_have_text("a star")
-    expect(page.locator("#notice")).to_contain_text("Another model")
+    expect(page.locator("#notice")).to_contain_text("another model")
 
 
 def test_kept_conversation_of_another_model_is_not_lost(visit, address):

@@ -62,9 +62,22 @@ def test_what_is_set_is_in_the_address(visit, address):
     page.get_by_role("radio", name="chat").check()
     expect(page).to_have_url(f"{address}/#temperature=1.5&mode=chat")
     field.fill("hot")
-    expect(page.get_by_role("alert").filter(has_text="Temperature must be 0 or more")).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="Temperature must be a number of 0 or more")).to_be_visible()
     expect(page).to_have_url(f"{address}/#mode=chat")
     page.get_by_role("button", name="Reset").click()
     expect(page).to_have_url(f"{address}/")
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name="Settings")).to_be_focused()
+
+
+def test_decimal_comma_and_tiny_numbers(visit, address):
+    page = opened(visit, address)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("textbox", name="Temperature").fill("0,7")  # some keyboards have no point
+    expect(page).to_have_url(f"{address}/#temperature=0.7")
+    page.get_by_role("textbox", name="Temperature").fill("0.00000001")
+    expect(page).to_have_url(f"{address}/#temperature=1e-8")
+    page.get_by_role("textbox", name="Length").fill("1,000")
+    expect(page.get_by_role("alert").filter(has_text="Length must be a whole number from 1 to")).to_be_visible()
+    page.reload()
+    expect(page.locator("#set")).to_have_text("temperature 1e-8")

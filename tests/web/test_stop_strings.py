@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.web.stop_strings import StopStrings
+from nanochameleon.web.openai.stop_strings import StopStrings
 
 texts = st.text("ab\n", max_size=20)
 stop_lists = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=4)

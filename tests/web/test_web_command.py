@@ -66,6 +66,24 @@ exit_on_user_error(lambda: serve(app, listening, lines))
 """
 
 
+COMPILING = """
+import socket, threading
+from contextlib import asynccontextmanager
+from starlette.applications import Starlette
+from nanochameleon.errors import exit_on_user_error
+from nanochameleon.web.server import serve
+
+@asynccontextmanager
+async def lifespan(app):
+    threading.Timer(0, print, ["soon the page is at"], {"flush": True}).start()
+    threading.Event().wait(60)
+    yield
+
+listening = socket.create_server(("127.0.0.1", 0))
+exit_on_user_error(lambda: serve(Starlette(lifespan=lifespan), listening, []))
+"""
+
+
 def sentence(*words: str) -> str:
     """Return what the command says of a mistake."""
     with pytest.raises(UserError) as found:
@@ -100,10 +118,19 @@ def test_a_mistake_is_a_sentence_that_says_what_to_do(words, said):
 def test_other_machines_are_let_in_with_a_token_alone(host):
     if host == "::" and not socket.has_ipv6:
         pytest.fail("this machine has no IPv6: run this test on one that has")
-    said = sentence("models/toy", "--host", host, "--port", "0")
+    said = sentence("no/such/model", "--host", host, "--port", "0")
     assert "--token" in said and "secrets.token_urlsafe" in said
     made = subprocess.run([sys.executable, "-c", re.search(r'-c "(.*)"', said)[1]], capture_output=True, text=True)
     assert len(made.stdout.strip()) >= command.MIN_TOKEN
+
+
+def test_the_environment_may_hold_the_token_which_a_command_shows_to_every_user(monkeypatch):
+    words = ["no/such/model", "--host", "0.0.0.0", "--port", "0"]
+    monkeypatch.setenv(command.TOKEN_VARIABLE, "short")
+    assert "must have 16 or more characters" in sentence(*words)
+    assert "no/such/model" in sentence(*words, "--token", TOKEN)  # the option counts before the environment
+    monkeypatch.setenv(command.TOKEN_VARIABLE, TOKEN)
+    assert "no/such/model" in sentence(*words)
 
 
 @pytest.mark.parametrize("mistake", [["--port", "70000"], ["--token", "short"], ["--host", "0.0.0.0"], ["--nothing"]])
@@ -238,3 +265,12 @@ def test_a_study_is_served_without_torch_and_its_owner_gets_a_link(study):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, err) == (130, "\nstopped\n")
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_while_its_model_starts(number):
+    """Kernels may compile for a minute."""
+    with started(code=COMPILING) as (process, _):
+        process.send_signal(number)
+        assert process.wait(20) == -number and process.stderr.read() == ""

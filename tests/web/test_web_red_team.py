@@ -260,7 +260,7 @@ def test_a_bad_answer_is_refused_and_nothing_is_written(client, log, change, par
 def test_a_number_that_json_cannot_write_is_refused(client):
     text = json.dumps(body()).replace('"mode": "chat"', '"options": {"temperature": 1e400}')
     answer = client.post("/api/red-team", content=text, headers={"content-type": "application/json"})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "turns[1].options.temperature"
+    assert answer.status_code == 400 and "1e400" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("address", ["/api/red-team", "/api/red-team/labels"])

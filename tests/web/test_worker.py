@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import deque
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -180,10 +181,16 @@ def test_too_many_calls_are_refused(monkeypatch):
         assert asyncio.run(flood(worker)) == ["1", "1", worker_module.TOO_MANY]
 
 
-def test_guidance_that_has_no_room_is_refused():
-    with working(n_slots=2) as worker:
-        error = asyncio.run(outcome_of_call(worker, request(guidance_scale=2.0, image_guidance_scale=1.5)))
-    assert isinstance(error, Refused) and error.status == 400 and "guidance" in str(error)
+@pytest.mark.parametrize(("n_slots", "by_image"), [(2, 1.5), (1, 1.5), (1, 2.0)])
+def test_guidance_that_has_no_room_is_refused_and_the_sentence_helps(n_slots, by_image):
+    asked = request(guidance_scale=2.0, image_guidance_scale=by_image)
+    with working(n_slots=n_slots) as worker:
+        error = asyncio.run(outcome_of_call(worker, asked))
+    assert isinstance(error, Refused) and error.status == 400 and f"the server has {n_slots}" in str(error)
+    enough = int(str(error).rpartition("--slots ")[2])
+    for n_slots, fits in ((enough, True), (enough - 1, False)):
+        with working(n_slots=n_slots) as worker:
+            assert (asyncio.run(outcome_of_call(worker, asked)) is None) == fits
 
 
 async def outcome_of_call(worker: Worker, asked: Request) -> Exception | None:
@@ -212,6 +219,32 @@ def test_the_end_is_said_to_all_at_once(monkeypatch):
         errors = asyncio.run(end(worker))
     assert not worker.alive and not worker.thread.is_alive()
     assert {(str(error), error.status) for error in errors} == {(worker_module.ENDED, 503)} and len(errors) == 9
+
+
+class EndsBetween(deque):
+    """Calls that the end of the server takes between two looks at them, where the worker lets it."""
+
+    def __bool__(self) -> bool:
+        found = len(self) > 0
+        if found:
+            ending = threading.Thread(target=self.worker.close, args=(worker_module.ENDED,))
+            ending.start()
+            ending.join(0.2)  # it waits for the worker's lock, if the worker has it
+        return found
+
+
+def test_calls_that_the_end_takes_are_not_taken_by_the_worker(monkeypatch):
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: raised.append(args.exc_value))
+
+    async def end(worker: Worker) -> object:
+        worker.calls = EndsBetween()
+        worker.calls.worker = worker
+        return (await asyncio.gather(worker.call(lambda run: 1), return_exceptions=True))[0]
+
+    with working() as worker:
+        result = asyncio.run(end(worker))
+    assert not raised and (result == 1 or str(result) == worker_module.ENDED)
 
 
 def test_slots_fit_into_memory():

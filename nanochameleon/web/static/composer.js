@@ -9,14 +9,14 @@ import { postBytes } from "./net.js";
 
 /** Returns {segments(), fill(segments), add(files), focus(), ready(), showError(sentence)}.
  *
- *  fit() is crop or pad; send() follows Enter; lost() says that the server is gone.
+ *  imageBytes: the most of one file; fit() is crop or pad; send() follows Enter; lost() says that the server is gone.
  */
-export function composerView(list, error, { fit, send, lost }) {
+export function composerView(list, error, { imageBytes, fit, send, lost }) {
   let parts = [];
   let current = null; // the words where the caret is or was last
 
   function newWords(text = "") {
-    const area = make("textarea", { rows: 1, value: text, spellcheck: true });
+    const area = make("textarea", { rows: 1, value: text, spellcheck: true, dir: "auto" });
     const part = { area, element: make("li", { className: "part words" }, area) };
     area.addEventListener("input", () => update());
     area.addEventListener("focus", () => (current = part));
@@ -119,12 +119,18 @@ export function composerView(list, error, { fit, send, lost }) {
     arrange();
     area.setSelectionRange(0, 0);
     focus();
-    await Promise.all(images.map((part) => (part.reading = readImage(part))));
+    for (const part of images) part.reading = readImage(part);
+    const problems = (await Promise.all(images.map((part) => part.reading))).filter(Boolean);
+    if (problems.length) showError(problems.join(". "));
   }
 
+  /** Returns a sentence where the image cannot be read. */
   async function readImage(part) {
+    const { file } = part;
+    const name = file.name || "pasted";
     try {
-      part.image = await postBytes(`/api/images?fit=${fit()}`, part.file);
+      if (file.size > imageBytes) throw new Error(`the image has more than ${imageBytes / 2 ** 20} MiB: use a smaller one`);
+      part.image = await postBytes(`/api/images?fit=${fit()}`, file);
       part.shown.src = part.image.url;
       part.shown.hidden = false;
       part.words.textContent = "image";
@@ -132,8 +138,8 @@ export function composerView(list, error, { fit, send, lost }) {
     } catch (problem) {
       parts = parts.filter((other) => other !== part);
       keepingFocus(arrange, () => current.area);
-      showError(`${problem.message} (${part.file.name || "pasted"})`);
       if (problem.status === 0) lost();
+      return `${problem.message} (${name})`;
     }
   }
 
@@ -155,7 +161,7 @@ export function composerView(list, error, { fit, send, lost }) {
   }
 
   const showError = (sentence) => (error.textContent = sentence);
-  const focus = () => current.area.focus({ preventScroll: true }); // it is always in sight
+  const focus = () => current.area.focus();
   fill([]);
   return { segments, fill, add, focus, ready, showError };
 }

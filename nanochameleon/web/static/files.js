@@ -21,7 +21,7 @@ function saveText(text) {
 
 /** Return {turns, values} of a file, its images decoded. Throws an Error with a sentence. */
 export async function openFile(file, settings) {
-  if (file.size > MOST) throw new Error(`${file.name} has more than 16 MiB: a conversation is smaller`);
+  if (file.size > MOST) throw new Error(`the file ${file.name} has more than 16 MiB: a conversation is smaller`);
   const read = readConversation(await file.text(), settings);
   await decodeImages(read.turns, settings.model);
   return read;

@@ -54,7 +54,16 @@ export const postJson = async (path, body) => json(await send(path, asJson(body)
 /** Send an image file. The server looks at its bytes, whatever type the browser gives it. */
 export async function postBytes(path, blob) {
   const type = blob.type.startsWith("image/") ? blob.type : "image/unknown";
-  return json(await send(path, { method: "POST", headers: { "content-type": type }, body: blob }));
+  const body = await bytesOf(blob); // else a folder would look like a server that is gone
+  return json(await send(path, { method: "POST", headers: { "content-type": type }, body }));
+}
+
+async function bytesOf(blob) {
+  try {
+    return await blob.arrayBuffer();
+  } catch {
+    throw failure("this cannot be read: if it is a folder, choose the files in it", null);
+  }
 }
 
 /** Yield the objects of a stream of Server-Sent Events. An event with an error throws it. */

@@ -44,6 +44,7 @@ function build(settings, kept, redTeam) {
   const { model } = settings;
   const lost = serverWatch($("banner"), () => lookAgain(model).catch(() => lost()));
   const composer = composerView($("parts"), $("composer-error"), {
+    imageBytes: settings.limits.image_bytes,
     fit: () => setting.values().fit ?? "crop",
     send: () => talk.send(),
     lost,
@@ -164,8 +165,10 @@ function joinFiles(talk, composer, setting, settings) {
     target.value = "";
     try {
       const { turns, values, isOther } = await openFile(file, settings);
-      const warning = isOther ? " Another model held it, so its images may look different." : "";
-      talk.replaceWithUndo(turns, `Opened ${file.name}.${warning}`);
+      if (talk.isBusy) throw new Error("An answer is coming: open the file when it is whole.");
+      const warning = isOther ? " It was saved with another model, so its images may look different." : "";
+      const before = { ...setting.values() };
+      talk.replaceWithUndo(turns, `Opened ${file.name}.${warning}`, () => setting.apply(before));
       setting.apply(values);
     } catch (error) {
       notice(error.message);
@@ -181,8 +184,10 @@ function joinTokens(page) {
   $("show-tokens").addEventListener("click", async ({ currentTarget }) => {
     const isOn = currentTarget.getAttribute("aria-pressed") !== "true";
     currentTarget.setAttribute("aria-pressed", String(isOn));
-    $("tokens").hidden = !isOn;
-    document.body.classList.toggle("with-tokens", isOn); // :has() would look at every token again when one changes
+    following(() => {
+      $("tokens").hidden = !isOn;
+      document.body.classList.toggle("with-tokens", isOn); // :has() would look at every token again when one changes
+    });
     if (!isOn || isJoined) return;
     isJoined = true;
     addStyle("tokens.css");

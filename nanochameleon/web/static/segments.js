@@ -20,7 +20,7 @@ export function showSegments(element, segments, alt = "image") {
 }
 
 function newText() {
-  const paragraph = make("p", { className: "segment words" }, document.createTextNode(""));
+  const paragraph = make("p", { className: "segment words", dir: "auto" }, document.createTextNode(""));
   paragraph.dataset.kind = "text";
   return paragraph;
 }

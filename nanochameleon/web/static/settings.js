@@ -5,10 +5,13 @@
 
 import { button, make } from "./elements.js";
 
-const number = (words, test) => ({ words, test });
-const POSITIVE = number("0 or more", (x) => x >= 0);
-const whole = (low, high) =>
-  number(`a whole number from ${low} to ${high}`, (x) => Number.isInteger(x) && x >= low && x <= high);
+const number = (words, test) => ({ words: `a number ${words}`, test });
+const POSITIVE = number("of 0 or more, such as 0.7", (x) => x >= 0);
+const whole = (low, high) => ({
+  words: `a whole number from ${low} to ${high.toLocaleString("en")}`,
+  test: (x) => Number.isInteger(x) && x >= low && x <= high,
+  isWhole: true,
+});
 const FITS = [
   ["crop", "Keep the middle, as for training images."],
   ["pad", "Keep all of it and add a white border, as the paper does for prompts."],
@@ -32,7 +35,7 @@ function fieldsOf({ model, modes, defaults, limits }) {
     {
       name: "top_p",
       label: "Top-p",
-      ...number("above 0 and at most 1", (x) => x > 0 && x <= 1),
+      ...number("above 0 and at most 1, such as 0.9", (x) => x > 0 && x <= 1),
       placeholder: both("top_p"),
       help: "Samples from the smallest set of tokens that holds this probability.",
     },
@@ -41,7 +44,7 @@ function fieldsOf({ model, modes, defaults, limits }) {
       label: "Guidance",
       ...POSITIVE,
       placeholder: `${defaults.guidance_scale}`,
-      help: "Of images by the prompt: 1 is off, more keeps closer to the prompt.",
+      help: "How closely an image follows the prompt; 1 is off.",
     },
     {
       name: "max_new_tokens",
@@ -88,7 +91,8 @@ function helpOfMode(mode, aligned) {
 /** The value that a text means for a field; undefined where it has none. */
 function valueOf(field, text) {
   if (field.choices) return field.choices.some(([name]) => name === text) ? text : undefined;
-  const value = /^\d{0,16}(\.\d{0,16})?$/.test(text) && /\d/.test(text) ? Number(text) : NaN;
+  const form = field.isWhole ? /^\d{1,16}$/ : /^(\d{1,16}[.,]?\d{0,16}|[.,]\d{1,16})(e-\d{1,2})?$/;
+  const value = form.test(text) ? Number(text.replace(",", ".")) : NaN; // some keyboards have no other decimal sign
   return field.test(value) ? value : undefined;
 }
 
@@ -178,7 +182,7 @@ function numberView(field, set) {
   const input = make("input", {
     id,
     type: "text",
-    inputMode: "decimal",
+    inputMode: field.isWhole ? "numeric" : "decimal",
     autocomplete: "off",
     placeholder: field.placeholder,
     oninput: check,
@@ -193,7 +197,7 @@ function numberView(field, set) {
     const value = valueOf(field, text);
     const wrong = text !== "" && value === undefined;
     input.setAttribute("aria-invalid", String(wrong));
-    error.textContent = wrong ? `${field.label} must be ${field.words}; the model's own value is used.` : "";
+    error.textContent = wrong ? `${field.label} must be ${field.words}. Until then it is not set.` : "";
     set(field.name, value);
   }
 

@@ -21,11 +21,11 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
     changed();
   }
 
-  /** Replace the turns, with a way back. */
-  function replaceWithUndo(turns, sentence) {
+  /** Replace the turns, with a way back, by which undone() is called. */
+  function replaceWithUndo(turns, sentence, undone = () => {}) {
     const before = talk.turns;
     replace(turns);
-    notice(sentence, ["Undo", () => replace(before)]);
+    notice(sentence, ["Undo", () => (replace(before), undone())]);
   }
   talk.replaceWithUndo = replaceWithUndo;
 
@@ -33,7 +33,6 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
     if (talk.isBusy || !(await composer.ready()) || talk.isBusy) return;
     const segments = composer.segments();
     if (!segments.length) return composer.focus();
-    closeNotice();
     composer.fill(talk.next.splice(0, 1).map((text) => ({ text })));
     composer.focus();
     replace([...talk.turns, { role: USER, segments }, { role: ASSISTANT, answers: [], chosen: 0 }]);
@@ -50,6 +49,7 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
 
   /** Fill new answers in at the end of the last turn, after `kept`. */
   async function answer(answers, kept = []) {
+    closeNotice(); // its way back would take the turn away that the answer is for
     const turn = talk.turns.at(-1);
     const turns = turnsRead(talk.turns.slice(0, -1));
     Object.assign(turn, { answers: [...kept, ...answers], chosen: kept.length });
@@ -77,7 +77,6 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
 
   /** The samples of a request that failed once more, with the same seed. */
   function retry() {
-    closeNotice();
     const { answers } = talk.turns.at(-1);
     const { seed, asked } = answers.find(({ state }) => state === "failed");
     const isSame = (answer) => answer.seed === seed && JSON.stringify(answer.asked) === JSON.stringify(asked);

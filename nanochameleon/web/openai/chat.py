@@ -25,10 +25,10 @@ from nanochameleon.errors import shown
 from nanochameleon.generation.request import Request
 from nanochameleon.training.run import Run
 from nanochameleon.web.bodies import event_stream, field, json_body
-from nanochameleon.web.conversation import AUTO_MODES, Turn, resolve
-from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed, read_stops
-from nanochameleon.web.openai_messages import NO_TOOLS, read_messages
-from nanochameleon.web.openai_samples import (
+from nanochameleon.web.conversation import Turn, read_mode, resolve
+from nanochameleon.web.openai.fields import SAMPLING, check_fields, check_model, read_n, read_seed, read_stops
+from nanochameleon.web.openai.messages import NO_TOOLS, read_messages
+from nanochameleon.web.openai.samples import (
     Ended,
     Piece,
     answers,
@@ -79,7 +79,7 @@ class Chat:
 async def read_chat(body: dict, site: Site) -> Chat:
     check_fields(body, FIELDS, NEUTRAL)
     check_model(body, site.name)
-    mode, stops, n, seed = read_mode(body), read_stops(body), read_n(body), read_seed(body)
+    mode, stops, n, seed = mode_asked(body), read_stops(body), read_n(body), read_seed(body)
     options = read_options(body) | read_max_tokens(body)
     turns = await read_messages(body, site)
     requests = await anyio.to_thread.run_sync(chat_requests, site.run, mode, turns, options, seed, n)
@@ -101,13 +101,11 @@ def chat_requests(run: Run, mode: str, turns: Sequence[Turn], options: dict, see
     return fitting_requests("messages", run, "answer" if as_chat else resolved, document, options, seed, n)
 
 
-def read_mode(body: dict) -> str:
+def mode_asked(body: dict) -> str:
     """Return the mode, or the one of the modalities that are asked for."""
-    modalities, mode = field(body, "modalities", list, None), field(body, "mode", str, None)
+    modalities, mode = field(body, "modalities", list, None), read_mode(body)
     if modalities is not None and mode is not None:
         raise Refused("modalities and mode say the same: give one of them", param="mode")
-    if mode is not None and mode not in AUTO_MODES:
-        raise Refused(f"mode must be {', '.join(AUTO_MODES)}, not {shown(mode)}", param="mode")
     if modalities is None:
         return mode or "auto"
     if not all(isinstance(word, str) for word in modalities) or tuple(sorted(set(modalities))) not in MODES:

@@ -3,8 +3,8 @@
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="the server's token, or any word without one")
 
     GET  /v1/models, /v1/models/{name}    the one model that is served
-    POST /v1/chat/completions             openai_chat.py
-    POST /v1/images/generations           openai_images.py
+    POST /v1/chat/completions             chat.py
+    POST /v1/images/generations           images.py
 
 Errors are OpenAI's, too (refusals.py). Left out: everything else of that API.
 """
@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from nanochameleon.web.openai_chat import chat_completions
-from nanochameleon.web.openai_fields import check_model
-from nanochameleon.web.openai_images import images_generations
+from nanochameleon.web.openai.chat import chat_completions
+from nanochameleon.web.openai.fields import check_model
+from nanochameleon.web.openai.images import images_generations
 from nanochameleon.web.site import Site
 
 

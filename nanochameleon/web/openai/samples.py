@@ -20,10 +20,10 @@ from nanochameleon.generation.request import Request
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.training.run import Run
 from nanochameleon.web.images import png_url
+from nanochameleon.web.openai.stop_strings import StopStrings
 from nanochameleon.web.outbox import DecodedImage, Finished
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
-from nanochameleon.web.stop_strings import StopStrings
 from nanochameleon.web.talk import make_requests
 from nanochameleon.web.worker import Stream
 

@@ -19,7 +19,7 @@ from nanochameleon.training.run import Run
 from nanochameleon.web.bodies import field
 from nanochameleon.web.conversation import ASSISTANT, MAX_SEGMENTS, MAX_TEXT, MAX_TURNS, USER, Turn, read_codes
 from nanochameleon.web.images import from_data_url, read_image
-from nanochameleon.web.openai_fields import check_fields
+from nanochameleon.web.openai.fields import check_fields
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
 

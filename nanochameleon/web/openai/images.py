@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse
 from nanochameleon.documents import Text
 from nanochameleon.web.bodies import field, json_body
 from nanochameleon.web.conversation import MAX_TEXT
-from nanochameleon.web.openai_fields import SAMPLING, check_fields, check_model, read_n, read_seed
-from nanochameleon.web.openai_samples import Ended, answers, fitting_requests, image_part, open_streams, unless_left
+from nanochameleon.web.openai.fields import SAMPLING, check_fields, check_model, read_n, read_seed
+from nanochameleon.web.openai.samples import Ended, answers, fitting_requests, image_part, open_streams, unless_left
 from nanochameleon.web.outbox import DecodedImage
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.site import Site
