@@ -115,7 +115,7 @@ def test_every_override_that_is_named_exists():
     of_sampling = [option for option in options if option[0].removeprefix("--").replace("-", "_") in vars(sample.Args)]
     assert 0 < len(of_sampling) < len(options)
     for option in options:
-        if option[0] in {"--study", "--red-team"}:
+        if option[0] in {"--study", "--red-team", "--allow-host"}:
             assert parse(web.Args, option) != parse(web.Args, [])
         elif option[0].removeprefix("--") in {"tasks"}:
             assert parse(evaluation.Args, ["models/toy", *option]) != parse(evaluation.Args, ["models/toy"])

@@ -56,7 +56,7 @@ NO_KEY = "this copy of the study has no owner/key.json, so nobody can see result
 
 @dataclass(frozen=True)
 class StudySite:
-    """What handlers need to run a study. They find it in request.app.state.site."""
+    """All that handlers need to run a study, in request.app.state.site."""
 
     study: Study
     votes: Votes
@@ -96,7 +96,7 @@ async def in_turn(site: StudySite, function: Callable[..., T], *args) -> T:
 
 
 def screen(site: StudySite, annotator: str, note: str | None = None) -> dict:
-    """What the page shows to an annotator. Nothing in it says whose the answers are, or which items are checks."""
+    """Return all that an annotator sees. Nothing in it says whose the answers are, or which items are checks."""
     if len(site.study.orders) > MAX_ORDERS:
         site.study.orders.clear()
     asked, so_far = next_question(site.study, site.votes, annotator), progress(site.study, site.votes, annotator)

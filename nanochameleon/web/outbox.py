@@ -1,4 +1,4 @@
-"""What a client has not read yet: the worker's thread puts events in, the client's event loop takes them out.
+"""The outbox holds a client's unread events: the worker's thread puts them in, the client's event loop takes them out.
 
     put(0, Text("a ")), put(0, Text("star")) -> take() -> [(0, Text("a star"))]
 

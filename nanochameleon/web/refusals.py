@@ -1,4 +1,4 @@
-"""What the server answers instead of doing what it was asked: a status, a sentence, and the form of OpenAI's errors.
+"""Refusals, the answers to requests that are not carried out: a status and a sentence, in the form of OpenAI's errors.
 
     raise Refused("the body is not JSON: send an object")  ->  400 {"error": {"message", "type", "param", "code"}}
 

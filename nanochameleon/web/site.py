@@ -1,4 +1,4 @@
-"""What handlers of requests need. They find it in request.app.state.site. A study has its own (judge.py)."""
+"""The site: all that handlers of requests need, in request.app.state.site. A study has its own (judge.py)."""
 
 import asyncio
 from dataclasses import dataclass, field

@@ -17,13 +17,7 @@ from starlette.routing import Route
 from nanochameleon.web.refusals import Refused
 
 FOLDER = Path(__file__).parent / "static"
-TYPES = {
-    ".html": "text/html",
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-}
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,7 @@ def read_files() -> dict[str, File]:
 
 def read(path: Path) -> File:
     content, kind = path.read_bytes(), TYPES[path.suffix]
-    charset = "" if kind == "image/png" else "; charset=utf-8"
-    return File(content, kind + charset, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return File(content, f"{kind}; charset=utf-8", f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 def answer(request: Request, name: str) -> Response:

@@ -104,7 +104,7 @@ def special_name(token: int, vocab: Vocab) -> str:
 
 
 def piece(token: int, tokenizer: TextTokenizer) -> dict:
-    """What a token alone says. Bytes that are no whole characters are in hexadecimal."""
+    """Describe a token alone. Bytes that are no whole characters are in hexadecimal."""
     vocab = tokenizer.vocab
     kind = vocab.modality(token)
     if kind == "image":
@@ -146,7 +146,7 @@ def split_characters(tokens: list[int], tokenizer: TextTokenizer) -> list[dict]:
 
 
 class Scores(NamedTuple):
-    """Of T - 1 tokens: all but the first."""
+    """Scores of T - 1 tokens: all but the first."""
 
     probability: Tensor  # (T - 1,)
     rank: Tensor  # (T - 1,); 1 is the likeliest token

@@ -5,6 +5,13 @@ from mutants.mutant import Mutant
 GUARD, SOCKETS, COMMAND = "web/test_guard.py", "web/test_web_sockets.py", "web/test_web_command.py"
 MUTANTS = [
     Mutant(
+        "any name by which a client came is a name of this server",
+        "web/head.py",
+        "*as_host(reached))",
+        "reached)",
+        GUARD,
+    ),
+    Mutant(
         "a foreign name that leads here is answered",
         "web/head.py",
         'if head.get("host").lower() not in hosts:',

@@ -1,5 +1,6 @@
 """Conversations in JSON -> what the model reads: which turns, in which mode, and never a special token from text."""
 
+import dataclasses
 import json
 
 import pytest
@@ -89,6 +90,13 @@ def test_a_question_is_about_the_last_image_and_what_followed_it():
 )
 def test_auto(turns, mode):
     assert resolve("auto", turns, RUN)[0] == mode
+
+
+def test_auto_chats_with_an_aligned_run():
+    train = dataclasses.replace(RUN.cfg.train, assistant_only_loss=True)
+    aligned = dataclasses.replace(RUN, cfg=dataclasses.replace(RUN.cfg, train=train))
+    for turns in ([said("a red star")], [said(IMAGE, "how many?")], [said("a"), answered(IMAGE), said("b")]):
+        assert resolve("auto", turns, aligned)[0] == "chat"
 
 
 @pytest.mark.parametrize("turns", [[], [answered("a")], [said("a"), answered("b")], [said()]])

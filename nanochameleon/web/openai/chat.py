@@ -64,7 +64,7 @@ MODES = {("image",): "draw", ("text",): "answer", ("image", "text"): "chat"}  # 
 
 @dataclass(frozen=True)
 class Chat:
-    """What a body asks for, and what all parts of its answer have in common."""
+    """A checked body, and the fields that all parts of its answer have in common."""
 
     requests: list[Request]  # one a sample
     stops: tuple[str, ...]

@@ -80,16 +80,8 @@ async def answers(
 ) -> AsyncIterator[tuple[int, Piece]]:
     """Yield the pieces of several samples as they come. The first error ends them all."""
     queue: asyncio.Queue = asyncio.Queue()
-
-    async def forward(sample: int, pieces: AsyncIterator[Piece]) -> None:
-        try:
-            async with aclosing(pieces):
-                async for piece in pieces:
-                    queue.put_nowait((sample, piece))
-        except Exception as error:
-            queue.put_nowait((sample, error))
-
-    tasks = [asyncio.create_task(forward(i, answer(stream, tokenizer, stops))) for i, stream in enumerate(streams)]
+    pieces = [answer(stream, tokenizer, stops) for stream in streams]
+    tasks = [asyncio.create_task(forward(each, sample, queue)) for sample, each in enumerate(pieces)]
     try:
         n_left = len(tasks)
         while n_left:
@@ -102,6 +94,16 @@ async def answers(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def forward(pieces: AsyncIterator[Piece], sample: int, queue: asyncio.Queue) -> None:
+    """Put a sample's pieces into the queue, and the error that ends them, if there is one."""
+    try:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                queue.put_nowait((sample, piece))
+    except Exception as error:
+        queue.put_nowait((sample, error))
 
 
 async def image_part(image: DecodedImage) -> dict:

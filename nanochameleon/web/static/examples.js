@@ -1,4 +1,4 @@
-/** What an empty page says: what this is, and messages to begin with. */
+/** Shows on an empty page what this is, and messages to begin with. */
 
 import { button, make } from "./elements.js";
 

@@ -3,7 +3,7 @@
 import { bare } from "./conversation.js";
 import { make } from "./elements.js";
 import { notice } from "./notices.js";
-import { decodeImages, readConversation, written } from "./saving.js";
+import { decodeTurns, readConversation, written } from "./saving.js";
 
 const KEY = "nanochameleon";
 const MOST = 2 ** 24; // bytes of a file
@@ -23,7 +23,7 @@ function saveText(text) {
 export async function openFile(file, settings) {
   if (file.size > MOST) throw new Error(`the file ${file.name} has more than 16 MiB: a conversation is smaller`);
   const read = readConversation(await file.text(), settings);
-  await decodeImages(read.turns, settings.model);
+  await decodeTurns(read.turns, settings.model);
   return read;
 }
 
@@ -46,7 +46,7 @@ export async function restored(settings) {
   if (!text) return { turns: [], draft: [] };
   try {
     const read = readConversation(text, settings);
-    await decodeImages([...read.turns, { segments: read.draft }], settings.model).catch(({ message }) =>
+    await decodeTurns([...read.turns, { segments: read.draft }], settings.model).catch(({ message }) =>
       notice(`The images are not shown: ${message}`),
     );
     return read;

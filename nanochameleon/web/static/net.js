@@ -9,7 +9,7 @@ function failure(sentence, status) {
   return Object.assign(new Error(sentence), { status });
 }
 
-/** What an exception of fetch means: the user stopped it, it has a sentence already, or the connection is gone. */
+/** Explain an exception of fetch: the user stopped it, it has a sentence already, or the connection is gone. */
 function explained(error) {
   return error.name === "AbortError" || "status" in error ? error : failure(SILENT, 0);
 }

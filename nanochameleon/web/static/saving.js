@@ -6,11 +6,10 @@
  */
 
 import { ASSISTANT, USER, bare, isWhole } from "./conversation.js";
-import { postJson } from "./net.js";
+import { decodeImages } from "./images.js";
 
 const FORMAT = "nanochameleon conversation";
 const VERSION = 1;
-const DECODED = 64; // images that the server decodes in one request
 const BROKE_OFF = "the answer broke off: the page was closed or loaded again";
 
 /** A conversation as an object for JSON. */
@@ -33,7 +32,7 @@ function writtenTurn(turn) {
   return { role: ASSISTANT, answers, chosen: turn.chosen };
 }
 
-/** Return {turns, values} of what `written` made. Images have no url yet: see decodeImages. */
+/** Return {turns, values} of what `written` made. Images have no url yet: see decodeTurns. */
 export function readConversation(text, settings) {
   const content = parsed(text);
   check(content?.format === FORMAT, "this file is no conversation: choose one that this page saved");
@@ -108,13 +107,8 @@ function readSegments(segments, damaged, { model, fits, name }) {
 }
 
 /** Ask the server what the images look like that have no url. */
-export async function decodeImages(turns, model) {
+export async function decodeTurns(turns, model) {
   if (!model.can_draw) return;
   const all = turns.flatMap((turn) => turn.segments ?? turn.answers.flatMap((answer) => answer.segments));
-  const images = all.filter((segment) => "codes" in segment && !segment.url);
-  for (let i = 0; i < images.length; i += DECODED) {
-    const part = images.slice(i, i + DECODED);
-    const { urls } = await postJson("/api/images/decode", { codes: part.map(({ codes }) => codes) });
-    part.forEach((segment, j) => (segment.url = urls[j]));
-  }
+  await decodeImages(all.filter((segment) => "codes" in segment));
 }

@@ -89,7 +89,7 @@ function chip(piece, url) {
 }
 
 /** 0.9123 -> 91.2%, 0.00001 -> 0.001%, and powers of ten below. */
-export function percent(p) {
+function percent(p) {
   if (p >= 0.9995) return p === 1 ? "100%" : "> 99.9%";
   return p >= 1e-5 ? `${(100 * p).toPrecision(p >= 0.1 ? 3 : 2)}%` : p.toExponential(1);
 }

@@ -6,8 +6,6 @@
 import { make } from "./elements.js";
 import { postJson } from "./net.js";
 
-const AT_ONCE = 16; // images that one request decodes
-
 /** Return the images of a sequence, in order. before: those of the last sequence, whose urls and folds are kept. */
 export function imagesOf({ tokens, pieces }, before) {
   const codes = [];
@@ -29,16 +27,6 @@ export function imagesOf({ tokens, pieces }, before) {
   }));
 }
 
-/** Get the urls of images that have none, a few at a time; shown(image) after each. */
-export async function decodeImages(images, shown) {
-  const missing = images.filter(({ url }) => !url);
-  for (let i = 0; i < missing.length; i += AT_ONCE) {
-    const part = missing.slice(i, i + AT_ONCE);
-    const { urls } = await postJson("/api/images/decode", { codes: part.map(({ codes }) => codes) });
-    part.forEach((image, k) => shown(Object.assign(image, { url: urls[k] })));
-  }
-}
-
 /** Get the patches of token i and of its alternatives that are codes: {token id: url}. */
 export async function patchesOf({ tokens, pieces }, { codes, first }, i) {
   const all = [tokens[i].id, ...tokens[i].alternatives.map(([id]) => id)];
@@ -52,8 +40,8 @@ export async function patchesOf({ tokens, pieces }, { codes, first }, i) {
 export function imageParts({ number, codes, folded }) {
   const words = `Image ${number + 1}: ${codes.length} codes`;
   const fold = make("button", { type: "button", className: "plain fold", "aria-expanded": String(!folded) }, words);
-  const picture = make("img", { alt: `image ${number + 1}, decoded`, width: 160, height: 160 });
-  const whole = make("div", { className: "whole", hidden: true }, picture, make("span", { className: "mark" }));
+  const decoded = make("img", { alt: `image ${number + 1}, decoded`, width: 160, height: 160 });
+  const whole = make("div", { className: "whole", hidden: true }, decoded, make("span", { className: "mark" }));
   fold.dataset.image = whole.dataset.image = number;
   return [fold, whole];
 }

@@ -6,7 +6,7 @@
 import { make } from "./elements.js";
 import { imageParts } from "./token_images.js";
 
-export const UNLIKELY = 0.01;
+const UNLIKELY = 0.01;
 
 /** Return {blocks, buttons}: items of the list, and the button of every token. images: of token_images.js. */
 export function tokenList({ tokens, pieces, characters }, images) {

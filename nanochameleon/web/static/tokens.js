@@ -5,9 +5,10 @@
  */
 
 import { button, make } from "./elements.js";
+import { decodeImages } from "./images.js";
 import { postJson } from "./net.js";
 import { detailsView } from "./token_details.js";
-import { codeAt, decodeImages, imagesOf, markPatch, patchesOf, showImage } from "./token_images.js";
+import { codeAt, imagesOf, markPatch, patchesOf, showImage } from "./token_images.js";
 import { tokenList } from "./token_list.js";
 import { meter } from "./token_meter.js";
 import { MOVES, nextShown } from "./token_moves.js";
