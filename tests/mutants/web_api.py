@@ -2,7 +2,8 @@
 
 from mutants.mutant import Mutant
 
-CLIENT, MESSAGES, STOPS = "web/test_openai.py", "web/test_openai_messages.py", "web/test_stop_strings.py"
+REFUSALS, CLIENTS, MESSAGES = (f"web/test_openai_{name}.py" for name in ("refusals", "clients", "messages"))
+STOPS = "web/test_stop_strings.py"
 MUTANTS = [
     Mutant(
         "of two stop strings in one piece of text the later one counts",
@@ -37,13 +38,13 @@ MUTANTS = [
         "web/openai/fields.py",
         "if value not in values:",
         "if name in neutral and value not in values:",
-        CLIENT,
+        REFUSALS,
     ),
     Mutant(
         "a sample that a stop string ended writes to its end",
         "web/openai/samples.py",
         "async with aclosing(stream):",
         "if True:",
-        CLIENT,
+        CLIENTS,
     ),
 ]

@@ -2,14 +2,14 @@
 
 from mutants.mutant import Mutant
 
-WORKER = "web/test_worker.py"
+WORKER, CRASHES = "web/test_worker.py", "web/test_worker_crashes.py"
 MUTANTS = [
     Mutant(
         "an image that cannot be decoded fails all that are decoded with it",
         "web/batch.py",
         "return [error] if len(codes) == 1 else [each for one in codes for each in self.decode_each([one])]",
         "return [error] * len(codes)",
-        WORKER,
+        CRASHES,
     ),
     Mutant(
         "a client that leaves keeps its slots",
@@ -21,8 +21,8 @@ MUTANTS = [
     Mutant(
         "calls run as long as there are any",
         "web/worker.py",
-        "while self.calls and (self.lead <= 0 or not (self.batch.busy or self.jobs)):",
-        "while self.calls:",
+        "due = self.lead <= 0 or not (self.batch.busy or self.jobs)",
+        "due = True",
         WORKER,
     ),
 ]

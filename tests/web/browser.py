@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
+from serving import PATIENCE
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MISSING = "chromium is missing or does not start: install it, on Debian by apt-get install chromium"
@@ -50,10 +51,11 @@ def launched() -> Iterator[tuple[Browser, asyncio.AbstractEventLoop]]:
     path, flags = find_chromium(), [*FLAGS, *["--no-sandbox"] * (os.geteuid() == 0)]  # root has no sandbox
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=path, args=flags)
+            browser = playwright.chromium.launch(executable_path=path, args=flags, timeout=1000 * PATIENCE)
         except PlaywrightError as error:
             print(error)
             pytest.fail(MISSING, pytrace=False)
+        expect.set_options(timeout=1000 * PATIENCE)
         loop = asyncio.get_running_loop()
         with running(None):
             yield browser, loop
@@ -81,10 +83,10 @@ class Visits:
         """Open an address as somebody new. options: of playwright's new_context."""
         size = {"width": width, "height": 800}
         context = self.browser.new_context(viewport=size, color_scheme=theme, **options)
+        context.set_default_timeout(1000 * PATIENCE)
         self.contexts.append(context)
         self.watch(context, urlsplit(address).netloc)
         page = context.new_page()
-        page.set_default_timeout(10_000)
         page.on(
             "filechooser", lambda _: None
         )  # from the start: to begin with expect_file_chooser is too late for a key
@@ -110,9 +112,9 @@ class Visits:
         context.on("weberror", lambda error: self.problems.append(f"script: {error.error}"))
         context.on("requestfailed", look_at_failure)
 
-    def expect(self, pattern: str, seconds: float = 5) -> list[str]:
-        """Take the problems that match out of the list; at least one must have occurred, or occur soon."""
-        deadline = time.monotonic() + seconds
+    def expect(self, pattern: str) -> list[str]:
+        """Take the problems that match out of the list; at least one must have occurred, or occur yet."""
+        deadline = time.monotonic() + PATIENCE
         while not (found := [problem for problem in self.problems if re.search(pattern, problem)]):
             assert time.monotonic() < deadline, f"no problem matches {pattern!r} in {self.problems}"
             self.contexts[-1].pages[0].wait_for_timeout(20)  # playwright reads what the browser says meanwhile

@@ -37,22 +37,55 @@ def toy_run():
     return open_model(TOY, "cpu", "auto", None)
 
 
-@contextmanager
-def served_toy(run, port=0, **more):
-    """Serve models/toy from this process. more: fields of Site."""
-    from nanochameleon.web.app import application
+def site_of(run, **more):
+    """models/toy as a site. more: fields of Site."""
     from nanochameleon.web.site import Site
     from nanochameleon.web.worker import Worker
 
-    with served(application(Site("toy", run, Worker(run), **more)), port) as address:
+    return Site("toy", run, Worker(run), **more)
+
+
+@contextmanager
+def served_toy(run, port=0, **more):
+    """Serve models/toy from this process."""
+    from nanochameleon.web.app import application
+
+    with served(application(site_of(run, **more)), port) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
-def toy_address(toy_run):
+def toy_site(toy_run):
+    return site_of(toy_run)
+
+
+@pytest.fixture(scope="module")
+def toy_address(toy_site):
     """The address of a server of models/toy."""
-    with served_toy(toy_run) as address:
+    from nanochameleon.web.app import application
+
+    with served(application(toy_site)) as address:
         yield address
+
+
+@pytest.fixture(scope="module")
+def api(toy_address):
+    """OpenAI's own client of models/toy."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{toy_address}/v1", api_key="none is needed", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def ask(api):
+    """ask("words", n=2, ...) or ask([messages], ...): a completion."""
+
+    def ask(messages, **more):
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return api.chat.completions.create(model="toy", messages=messages, **more)
+
+    return ask
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import threading
 from nanochameleon.generation.engine import Engine
 from nanochameleon.generation.request import RequestOutput
 
-PATIENCE = 0.01  # seconds that the engine waits for a permit before the worker may do other things
+PAUSE = 0.01  # seconds that the engine waits for a permit before the worker may do other things
 
 
 class Pace:
@@ -30,7 +30,7 @@ class Pace:
 
     def take(self) -> bool:
         with self.changed:
-            taken = self.changed.wait_for(lambda: self.permits > 0, PATIENCE)
+            taken = self.changed.wait_for(lambda: self.permits > 0, PAUSE)
             self.permits -= taken
             return taken
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import httpx
+from serving import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ class ServerProcess:
 
     def answers(self) -> bool:
         try:
-            return httpx.get(f"{self.address}/healthz", timeout=60).is_success
+            return httpx.get(f"{self.address}/healthz", timeout=PATIENCE).is_success
         except httpx.TransportError:
             return False
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from nanochameleon.web.server import Server, configure
 
+PATIENCE = 100  # seconds until what a test waits for counts as lost: a wait ends as soon as it has come
+
 
 @contextmanager
 def served(app: Any, port: int = 0) -> Iterator[str]:
@@ -26,7 +28,7 @@ def served(app: Any, port: int = 0) -> Iterator[str]:
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         try:
-            if not ready.wait(60) or not server.started:
+            if not ready.wait(PATIENCE) or not server.started:
                 raise RuntimeError("the server did not start")
             yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:

@@ -4,6 +4,7 @@ import re
 import time
 
 from playwright.sync_api import Locator, Page, expect
+from serving import PATIENCE
 
 
 def message(page: Page) -> Locator:
@@ -40,7 +41,7 @@ def words_of(element: Locator) -> str:
 
 
 def wait_for_metric(page: Page, address: str, name: str, value: float) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while (found := metric(page, address, name)) != value:
         assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
         page.wait_for_timeout(20)

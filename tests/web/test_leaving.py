@@ -3,12 +3,12 @@
 import json
 import socket
 import threading
-import time
 from urllib.parse import urlsplit
 
 import pytest
 import torch
-from serving import served
+from faults import wait_for
+from serving import PATIENCE, served
 from tiny_site import tiny_site
 
 from nanochameleon.generation.engine import Engine
@@ -21,20 +21,13 @@ STREAMED = [("/api/generate", BODY)]
 
 def post(address: str, path: str, body: dict) -> socket.socket:
     """Send a request and return its socket once the answer begins."""
-    connection = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=20)
+    connection = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=PATIENCE)
     content = json.dumps(body).encode()
     lines = f"POST {path} HTTP/1.1", f"Host: {urlsplit(address).netloc}", "Content-Type: application/json"
     head = "\r\n".join([*lines, "Connection: close", f"Content-Length: {len(content)}", "", ""])
     connection.sendall(head.encode() + content)
     assert connection.recv(12) == b"HTTP/1.1 200"
     return connection
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        threading.Event().wait(0.005)
 
 
 @torch.inference_mode()

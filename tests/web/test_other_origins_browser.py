@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from browser import REBOUND
-from serving import served
+from serving import PATIENCE, served
 from starlette.applications import Starlette
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
@@ -31,7 +31,9 @@ def nothing_was_done(toy_address):
 
 
 def generated(address: str) -> list[str]:
-    return [line for line in httpx.get(f"{address}/metrics").text.splitlines() if "_tokens_total" in line]
+    return [
+        line for line in httpx.get(f"{address}/metrics", timeout=PATIENCE).text.splitlines() if "_tokens_total" in line
+    ]
 
 
 def fetched(page, url: str, options: dict) -> str:

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from serving import PATIENCE
 from tiny import tiny_run
 
 from nanochameleon.errors import UserError
@@ -20,6 +22,7 @@ from nanochameleon.evaluate.people.prompts import Prompt
 from nanochameleon.web import __main__ as command
 
 ROOT = Path(__file__).parents[2]
+get = partial(httpx.get, timeout=PATIENCE)
 TOKEN = "a-token-of-23-characters"
 WITHOUT_TORCH = """
 import runpy, sys
@@ -204,25 +207,25 @@ def test_ctrl_c_ends_what_would_never_end_at_once_and_says_only_that():
         with (
             socket.create_connection(at) as waiting,
             socket.create_connection(at) as not_reading,
-            httpx.stream("GET", address_in(line) + "stream") as answer,
+            httpx.stream("GET", address_in(line) + "stream", timeout=PATIENCE) as answer,
         ):
             waiting.sendall(b"GET /silent HTTP/1.1\r\nHost: x\r\n\r\n")
             not_reading.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
             next(answer.iter_raw())
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out, err) == (130, "", "\nstopped\n")
 
 
 @POSIX
 def test_a_crash_is_logged_once_and_a_mistake_of_a_client_is_not():
     with started(code=ENDLESS) as (process, line):
-        assert httpx.get(address_in(line) + "crash").status_code == 500
+        assert get(address_in(line) + "crash").status_code == 500
         with socket.create_connection(("127.0.0.1", urlsplit(address_in(line)).port)) as client:
             client.sendall(b"no HTTP\r\n\r\n")
             assert client.recv(100).startswith(b"HTTP/1.1 400")
         process.send_signal(signal.SIGINT)
-        err = process.communicate(timeout=30)[1]
+        err = process.communicate(timeout=PATIENCE)[1]
     assert err.count("ZeroDivisionError") == err.count("Traceback") == 1 and "in crash" in err
     assert err.endswith("]0;PWNED\ufffd\n\nstopped\n") and "\x1b" not in err
 
@@ -232,14 +235,14 @@ def test_a_model_is_served_without_its_path_and_ctrl_c_ends_its_streams(tmp_path
     model = tiny_run(tmp_path / "tiny")
     with started(str(model), "--port", "0") as (process, line):
         for path in ("", "api/settings", "v1/models", "v1/models/nothing", "metrics", "static/nothing", "nothing"):
-            answer = httpx.get(address_in(line) + path)
+            answer = get(address_in(line) + path)
             assert answer.text and str(tmp_path) not in answer.text and str(ROOT) not in answer.text
-        assert httpx.get(address_in(line) + "v1/models").json()["data"][0]["id"] == "tiny"
+        assert get(address_in(line) + "v1/models").json()["data"][0]["id"] == "tiny"
         body = {"turns": [{"role": "user", "segments": [{"text": "a red star"}]}], "mode": "free", "samples": 8}
-        with httpx.stream("POST", address_in(line) + "api/generate", json=body, timeout=60) as answer:
+        with httpx.stream("POST", address_in(line) + "api/generate", json=body, timeout=PATIENCE) as answer:
             next(answer.iter_raw())
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out, err) == (130, "", "\nstopped\n")
 
 
@@ -254,13 +257,13 @@ def study(tmp_path_factory) -> Path:
 def test_a_study_is_served_without_torch_and_its_owner_gets_a_link(study):
     with started("--study", str(study), "--port", "0", code=WITHOUT_TORCH) as (process, line):
         owner = process.stdout.readline()
-        page = httpx.get(address_in(line)).content
+        page = get(address_in(line)).content
         assert page == (Path(command.__file__).parent / "static" / "study.html").read_bytes()
         key = re.fullmatch(rf"its owner sees the results at {address_in(line)}owner#key=(\S+)\n", owner)[1]
-        results = httpx.get(address_in(line) + "api/owner/results", headers={"x-owner-key": key})
+        results = get(address_in(line) + "api/owner/results", headers={"x-owner-key": key})
         assert results.status_code == 200
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, err) == (130, "\nstopped\n")
 
 

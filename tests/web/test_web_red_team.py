@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutators import odd_json
 from PIL import Image
-from serving import served
+from serving import PATIENCE, served
 from starlette.testclient import TestClient
 from tiny_site import tiny_run, tiny_site
 
@@ -260,7 +260,7 @@ def test_a_bad_answer_is_refused_and_nothing_is_written(client, log, change, par
 def test_a_number_that_json_cannot_write_is_refused(client):
     text = json.dumps(body()).replace('"mode": "chat"', '"options": {"temperature": 1e400}')
     answer = client.post("/api/red-team", content=text, headers={"content-type": "application/json"})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "turns[1].options.temperature"
+    assert answer.status_code == 400 and "1e400" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("address", ["/api/red-team", "/api/red-team/labels"])
@@ -398,7 +398,7 @@ def test_a_log_is_mended_or_refused_before_a_model_is_loaded(log):
 
 def test_several_attackers_at_once_and_the_report_counts_them(log, capsys):
     def attack(attacker: str) -> None:
-        with httpx.Client(base_url=address, timeout=60) as client:
+        with httpx.Client(base_url=address, timeout=PATIENCE) as client:
             for number in range(6):
                 said = (
                     ["unsafe"]
@@ -415,7 +415,7 @@ def test_several_attackers_at_once_and_the_report_counts_them(log, capsys):
 
     with served(application(tiny_site(red_team=log))) as address, ThreadPoolExecutor(4) as people:
         list(people.map(attack, ["ann", "bob", "cem", "dee"]))
-        state = httpx.get(f"{address}/api/red-team").json()
+        state = httpx.get(f"{address}/api/red-team", timeout=PATIENCE).json()
     assert state == {"conversations": 24, "categories": state["categories"], "strategies": []}
     assert sorted(state["categories"]) == ["a", "b"]
     safety.main(["report", str(log)])

@@ -4,13 +4,13 @@ import json
 import re
 import socket
 import threading
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import anyio
 import pytest
-from serving import served
+from faults import wait_for
+from serving import PATIENCE, served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -60,7 +60,7 @@ def address():
 @contextmanager
 def connected(address: str):
     at = urlsplit(address)
-    with socket.create_connection((at.hostname, at.port), timeout=10) as opened:
+    with socket.create_connection((at.hostname, at.port), timeout=PATIENCE) as opened:
         yield opened
 
 
@@ -169,60 +169,109 @@ def test_a_client_that_leaves_a_stream_ends_it(address, capfd):
     with connected(address) as opened:
         opened.sendall(filled(GET.replace("/ ", "/stream "), address))
         assert b"data: " in opened.recv(65_536) + opened.recv(65_536)
-    assert LEFT.wait(10) and capfd.readouterr().err == ""
+    assert LEFT.wait(PATIENCE) and capfd.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slow clients, without waiting for them
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """The server's side of each connection. Time passes for them where let_time_pass says so."""
+    made, connection_made = [], Protocol.connection_made
+
+    def remember(protocol: Protocol, transport) -> None:
+        connection_made(protocol, transport)
+        made.append(protocol)
+
+    monkeypatch.setattr(Protocol, "connection_made", remember)
+    monkeypatch.setattr(limits, "HEAD_SECONDS", 1_000_000)
+    monkeypatch.setattr(limits, "SEND_SECONDS", 1_000_000)
+    return made
+
+
+def let_time_pass(protocol: Protocol) -> bool:
+    """Let its timers ring. Returns: is the client cut off?"""
+    done = threading.Event()
+
+    def ring() -> None:
+        for timer in tuple(protocol.timers.values()):
+            timer._run()
+        done.set()
+
+    protocol.loop.call_soon_threadsafe(ring)
+    assert done.wait(PATIENCE)
+    return protocol.transport.is_closing()
+
+
+@contextmanager
+def asked(path: str, *routes: Route):
+    """Yield a connection that has asked for a path."""
+    with served(Guard(Starlette(routes=[*routes]), Metrics(), Access())) as at, connected(at) as opened:
+        opened.sendall(filled(GET.replace("/ ", f"{path} "), at))
+        yield opened
 
 
 @pytest.mark.parametrize("begin", ["", "GET / HT", "GET / HTTP/1.1\r\nHost: {host}\r\nX: "])
-def test_a_client_that_never_ends_its_head_is_cut_off(begin, monkeypatch):
+@pytest.mark.parametrize("before", ["", GET])
+def test_a_client_that_never_ends_its_head_is_cut_off(connections, before, begin):
     """A trickle of bytes does not keep the connection, neither at its start nor after an answer."""
-    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.2)
-    with served(Guard(Starlette(routes=[Route("/", echo)]), Metrics(), Access())) as at:
-        for before in ("", GET):
-            with connected(at) as opened:
-                opened.sendall(filled(before, at))
-                assert not before or status(answer(opened)) == 200
-                opened.sendall(begin.encode())
-                assert cut_off(opened, bool(begin))
+    received, data_received = threading.Semaphore(0), Protocol.data_received
 
+    def receive(protocol: Protocol, data: bytes) -> None:
+        data_received(protocol, data)
+        received.release()
 
-def cut_off(opened: socket.socket, trickle: bool) -> bool:
-    opened.settimeout(0.02)
-    for _ in range(500):
-        try:
-            if not opened.recv(65_536):
-                return True
-        except TimeoutError:
-            if trickle:
-                opened.sendall(b"x")
-        except ConnectionError:
-            return True
-    return False
-
-
-@pytest.mark.parametrize("reads", [False, True])
-def test_a_client_that_does_not_read_is_cut_off_and_one_that_does_is_not(reads, monkeypatch):
-    monkeypatch.setattr(limits, "SEND_SECONDS", 1.0 if reads else 0.2)
-    LEFT.clear()
     with (
-        served(Guard(Starlette(routes=[Route("/stream", stream)]), Metrics(), Access())) as at,
+        pytest.MonkeyPatch.context() as patch,
+        served(Guard(Starlette(routes=[Route("/", echo)]), Metrics(), Access())) as at,
         connected(at) as opened,
     ):
-        opened.sendall(filled(GET.replace("/ ", "/stream "), at))
-        until = time.monotonic() + 1.3
-        while reads and time.monotonic() < until:  # the server waits for the client again and again
-            assert opened.recv(1_000_000)
-        assert not LEFT.is_set() if reads else LEFT.wait(30)
+        if before:
+            opened.sendall(filled(before, at))
+            assert status(answer(opened)) == 200
+        patch.setattr(Protocol, "data_received", receive)
+        for byte in begin:
+            opened.sendall(byte.encode())
+            assert received.acquire(timeout=PATIENCE)
+        wait_for(lambda: connections and "head" in connections[0].timers)
+        assert let_time_pass(connections[0])
+        with suppress(ConnectionError):
+            assert opened.recv(65_536) == b""
 
 
-def test_a_long_request_is_not_cut_off(monkeypatch):
-    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.05)
-
+def test_a_long_request_is_not_cut_off(connections):
     async def slow(request: Request) -> JSONResponse:
-        await anyio.sleep(0.3)
+        assert not connections[0].timers
         return JSONResponse({})
 
-    with served(Guard(Starlette(routes=[Route("/", slow)]), Metrics(), Access())) as at:
-        assert status(raw(at, filled(GET, at))) == 200
+    with asked("/", Route("/", slow)) as opened:
+        assert status(answer(opened)) == 200
+
+
+def test_a_client_that_does_not_read_a_stream_is_cut_off(connections):
+    LEFT.clear()
+    with asked("/stream", Route("/stream", stream)):
+        wait_for(lambda: connections and "answer" in connections[0].timers)
+        assert any(let_time_pass(connections[0]) for _ in range(1000))  # until the system keeps no more of it
+        assert LEFT.wait(PATIENCE)
+
+
+def test_a_client_that_reads_a_stream_is_not_cut_off(connections, monkeypatch):
+    resumed, resume_writing = [], Protocol.resume_writing
+
+    def resume(protocol: Protocol) -> None:
+        resume_writing(protocol)
+        resumed.append(dict(protocol.timers))
+
+    monkeypatch.setattr(Protocol, "resume_writing", resume)
+    with asked("/stream", Route("/stream", stream)) as opened:
+        for n in range(5):  # the server waits for the client again and again
+            wait_for(lambda: connections and "answer" in connections[0].timers)
+            while len(resumed) == n:
+                assert opened.recv(1_000_000)
+    assert not any(resumed)
 
 
 LARGE = 16 * limits.MiB  # more than the system keeps of an answer
@@ -232,31 +281,26 @@ async def large(request: Request) -> Response:
     return Response(bytes(LARGE))
 
 
-def test_a_client_that_reads_a_large_answer_slowly_gets_all_of_it(monkeypatch):
-    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.1)
-    monkeypatch.setattr(limits, "SEND_SECONDS", 0.1)
-    with served(Starlette(routes=[Route("/", large)])) as at, connected(at) as opened:
-        opened.sendall(filled(GET, at))
-        began, n = time.monotonic(), 0
-        while chunk := opened.recv(256 * 1024):
+def test_a_client_that_reads_a_large_answer_slowly_gets_all_of_it(connections):
+    with asked("/", Route("/", large)) as opened:
+        wait_for(lambda: connections and connections[0].transport.get_write_buffer_size())
+        n, unread = 0, connections[0].transport.get_write_buffer_size
+        while before := unread():
+            while before == unread() and n <= LARGE:
+                n += len(opened.recv(256 * 1024))
+            let_time_pass(connections[0])
+        while n <= LARGE and (chunk := opened.recv(LARGE)):
             n += len(chunk)
-            threading.Event().wait(0.01)  # 64 of these: the reader is slower than the limit
-        assert n > LARGE and time.monotonic() - began > 3 * limits.HEAD_SECONDS
+        assert n > LARGE  # a head, too
 
 
-def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch):
-    monkeypatch.setattr(limits, "HEAD_SECONDS", 0.1)
-    monkeypatch.setattr(limits, "SEND_SECONDS", 0.1)
-    lost, connection_lost = threading.Event(), Protocol.connection_lost
+def test_a_client_that_does_not_read_its_answer_is_cut_off(connections):
+    with asked("/", Route("/", large)):
+        wait_for(lambda: connections and connections[0].transport.get_write_buffer_size())
+        assert any(let_time_pass(connections[0]) for _ in range(1000))
 
-    def lose(*arguments) -> None:
-        connection_lost(*arguments)
-        lost.set()
 
-    monkeypatch.setattr(Protocol, "connection_lost", lose)
-    with served(Starlette(routes=[Route("/", large)])) as at, connected(at) as opened:
-        opened.sendall(filled(GET, at))
-        assert lost.wait(10)
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_body_above_the_limit_is_answered_while_the_client_still_sends(address):

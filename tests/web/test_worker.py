@@ -1,109 +1,28 @@
-"""The worker: a request's tokens are its own, a crash is its own, and a client that leaves takes nothing with it."""
+"""The worker: a request's tokens are its own, and a client that leaves takes nothing with it."""
 
 import asyncio
 import threading
 from collections import deque
-from contextlib import aclosing, contextmanager
-from dataclasses import replace
+from contextlib import aclosing
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from faults import wait_for
+from serving import PATIENCE
 from tiny_site import tiny_run
+from working import Gate, check_whole, outcome, outcomes, read, request, slots_in_use, working
 
-from nanochameleon.config import ModelConfig, SamplingParams
-from nanochameleon.documents import Image, Text
+from nanochameleon.config import ModelConfig
 from nanochameleon.generation.engine import Engine
-from nanochameleon.generation.events import Detokenizer
-from nanochameleon.generation.request import Request, make_request
+from nanochameleon.generation.request import Request
 from nanochameleon.web import batch as batch_module
 from nanochameleon.web import worker as worker_module
 from nanochameleon.web.metrics import Metrics
-from nanochameleon.web.outbox import DecodedImage, Finished
+from nanochameleon.web.outbox import DecodedImage
 from nanochameleon.web.refusals import Refused
 from nanochameleon.web.worker import Worker
-
-PARAMS = SamplingParams(
-    temperature=3.0, top_p=1.0, image_temperature=100.0, image_top_p=1.0, guidance_scale=1.0, image_guidance_scale=1.0,
-    max_new_tokens=24,
-)  # fmt: skip
-GUILTY = (666, 0)
-TEXT = tiny.TOKENIZER.encode("a red")
-
-
-def request(seed: int | tuple[int, int] = 0, modality: str = "both", **changes) -> Request:
-    seed = seed if isinstance(seed, tuple) else (seed, 0)
-    boi = [tiny.VOCAB.boi] * (modality == "image")
-    prompt = [tiny.VOCAB.bos, *TEXT, *boi]
-    return make_request(prompt, tiny.VOCAB, tiny.N_CODES, 64, replace(PARAMS, **changes), modality, seed)
-
-
-def alone(asked: Request) -> tuple[int, ...]:
-    """The tokens of a request that runs alone, without a worker."""
-    engine = Engine(tiny.tiny_model(), tiny.VOCAB, tiny.N_CODES, 4)
-    engine.add_request(asked)
-    return tuple(token for output in engine.run() for token in output.tokens)
-
-
-@contextmanager
-def working(run=None, **sizes):
-    worker = Worker(run or tiny_run(), **({"n_slots": 4} | sizes))
-    worker.start()
-    try:
-        yield worker
-    finally:
-        worker.stop()
-
-
-async def read(worker: Worker, *requests: Request, preview: bool = False) -> list:
-    async with aclosing(worker.streams(requests, preview)) as stream:
-        return [each async for each in stream]
-
-
-async def outcome(worker: Worker, asked: Request):
-    """The events of a request, or its error."""
-    try:
-        return [event for _, event in await read(worker, asked)]
-    except Exception as error:
-        return error
-
-
-def outcomes(worker: Worker, requests: list[Request]) -> list:
-    async def run() -> list:
-        return await asyncio.gather(*(outcome(worker, each) for each in requests))
-
-    return asyncio.run(run())
-
-
-def check_whole(events: list, asked: Request) -> None:
-    """Are these all events of a request, each once?"""
-    *others, end = events
-    assert isinstance(end, Finished) and end.tokens == alone(asked)
-    expected = list(Detokenizer(asked.prompt, tiny.TOKENIZER).add(end.tokens, True))
-    assert "".join(e.text for e in others if isinstance(e, Text)) == "".join(
-        e.text for e in expected if isinstance(e, Text)
-    )
-    images = [e.codes for e in others if isinstance(e, DecodedImage)]
-    assert images == [e.codes for e in expected if isinstance(e, Image)]
-
-
-def slots_in_use(worker: Worker) -> int:
-    """After all clients that left so far were seen to leave: calls run after them."""
-    return asyncio.run(worker.call(lambda run: worker.slots_in_use))
-
-
-class Gate:
-    """Lets a function pass as often as it is opened."""
-
-    def __init__(self, function):
-        self.function, self.reached, self.opened = function, threading.Semaphore(0), threading.Semaphore(0)
-
-    def __call__(self, *arguments):
-        self.reached.release()
-        assert self.opened.acquire(timeout=20)
-        return self.function(*arguments)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What requests get
@@ -134,8 +53,15 @@ def test_the_end_says_why():
         assert outcomes(worker, [request(1, "image")])[0][-1].stopped
 
 
-def test_a_watched_image_is_seen_before_it_is_whole():
+def test_a_watched_image_is_seen_before_it_is_whole(monkeypatch):
+    step = Engine.step
+
+    def when_all_is_read(engine: Engine) -> list:  # what is not read in time is not shown
+        wait_for(lambda: not any(client.outbox.unread for client in tuple(worker.batch.clients)))
+        return step(engine)
+
     with working() as worker:
+        monkeypatch.setattr(Engine, "step", when_all_is_read)
         events = [event for _, event in asyncio.run(read(worker, request(0, "image"), preview=True))]
         unwatched = [event for _, event in asyncio.run(read(worker, request(0, "image")))]
     shown = [event for event in events if isinstance(event, DecodedImage)]
@@ -242,7 +168,7 @@ def test_too_many_calls_are_refused(monkeypatch):
     held, free = threading.Event(), threading.Event()
 
     async def flood(worker: Worker) -> list:
-        first = asyncio.create_task(worker.call(lambda run: (held.set(), free.wait(20))))
+        first = asyncio.create_task(worker.call(lambda run: (held.set(), free.wait(PATIENCE))))
         await asyncio.to_thread(held.wait)
         others = [asyncio.create_task(worker.call(lambda run: 1)) for _ in range(3)]
         done, _ = await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
@@ -331,184 +257,6 @@ def test_slots_fit_into_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Crashes
-
-
-def innocent_and_guilty() -> list[Request]:
-    return [request(i) for i in range(5)] + [request(GUILTY)] + [request(i) for i in range(10, 15)]
-
-
-def only_the_guilty_failed(worker: Worker, message: str = "planted") -> None:
-    """Of many requests at once only the guilty one fails, time and again; all others get all that they asked for."""
-    for _ in range(2):
-        requests = innocent_and_guilty()
-        for asked, result in zip(requests, outcomes(worker, requests), strict=True):
-            if asked.seed == GUILTY:
-                assert isinstance(result, RuntimeError) and message in str(result), result
-            else:
-                check_whole(result, asked)
-    assert worker.alive and slots_in_use(worker) == 0 and not worker.batch.suspects
-
-
-def test_detokenizing_that_crashes(monkeypatch):
-    class Broken(Detokenizer):
-        def add(self, tokens, finished):
-            yield from super().add(tokens[:1], False)
-            raise RuntimeError("planted")
-
-    class Marked(batch_module.Sample):
-        def __init__(self, client, index, asked, detokenizer):
-            broken = Broken(asked.prompt, tiny.TOKENIZER)
-            super().__init__(client, index, asked, broken if asked.seed == GUILTY else detokenizer)
-
-    monkeypatch.setattr(worker_module, "Sample", Marked)
-    with working() as worker:
-        only_the_guilty_failed(worker)
-
-
-def test_decoding_that_crashes(monkeypatch):
-    requests = [request(i, "image") for i in range(6)] + [request(GUILTY, "image")]
-    codes = [tuple(tiny.VOCAB.token_to_code(token) for token in alone(asked)[:-1]) for asked in requests]
-    assert codes[-1] not in codes[:-1]
-    run, decoded = tiny_run(), []
-    decode = run.image_tokenizer.decode
-
-    def broken(wanted):
-        decoded.append(len(wanted))
-        if list(codes[-1]) in wanted.tolist():
-            raise RuntimeError("planted")
-        return decode(wanted)
-
-    monkeypatch.setattr(run.image_tokenizer, "decode", broken)
-    with working(run) as worker:
-        *others, guilty = outcomes(worker, requests)
-        assert "planted" in str(guilty)
-        for asked, events in zip(requests, others, strict=False):
-            check_whole(events, asked)
-        assert max(decoded) > 1  # others were decoded together with it
-        assert slots_in_use(worker) == 0
-
-
-def test_a_preview_that_crashes(monkeypatch):
-    run = tiny_run()
-    decode = run.image_tokenizer.decode
-
-    def broken(wanted):
-        if 1 < wanted.shape[1] < tiny.N_CODES:
-            raise RuntimeError("planted")
-        return decode(wanted)
-
-    with working(run) as worker:
-        monkeypatch.setattr(run.image_tokenizer, "decode", broken)
-        monkeypatch.setattr(worker.batch, "can_show", lambda sample: len(sample.detokenizer.image or ()) > 2)
-        with pytest.raises(RuntimeError, match="planted"):
-            asyncio.run(read(worker, request(0, "image"), preview=True))
-        check_whole(outcomes(worker, [request(0, "image")])[0], request(0, "image"))
-
-
-def test_adding_that_crashes(monkeypatch):
-    add = Engine.add_request
-
-    def broken(engine, asked):
-        if asked.seed == GUILTY:
-            raise RuntimeError("planted")
-        return add(engine, asked)
-
-    monkeypatch.setattr(Engine, "add_request", broken)
-    with working() as worker:
-        only_the_guilty_failed(worker)
-
-
-@pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_step_that_crashes(monkeypatch, after):
-    step = Engine.step
-
-    def broken(engine):
-        engine.max_steps_between_syncs = 2  # so that some tokens were sent before
-        for running in engine.running:
-            if running.request.seed == GUILTY and running.n_new >= after:
-                engine.decoder = None  # its state is lost
-                raise RuntimeError("planted")
-        return step(engine)
-
-    monkeypatch.setattr(Engine, "step", broken)
-    with working() as worker:
-        only_the_guilty_failed(worker)
-
-
-def test_a_cancel_that_crashes(monkeypatch):
-    gate, cancel = Gate(Engine.step), Engine.cancel
-
-    def broken(engine, request_id):
-        monkeypatch.setattr(Engine, "cancel", cancel)
-        raise RuntimeError("planted")
-
-    async def leave(worker: Worker) -> list:
-        streams = [worker.streams([request(i)]) for i in range(3)]
-        await asyncio.to_thread(gate.reached.acquire)
-        monkeypatch.setattr(Engine, "cancel", broken)
-        await streams[0].aclose()
-        gate.opened.release(1_000)
-        return [[event for _, event in [each async for each in stream]] for stream in streams[1:]]
-
-    with working() as worker:
-        monkeypatch.setattr(Engine, "step", lambda engine: gate(engine))
-        for i, events in enumerate(asyncio.run(leave(worker)), 1):
-            check_whole(events, request(i))
-
-
-def test_a_repetition_that_differs_fails_alone(monkeypatch):
-    step, failed = Engine.step, []
-
-    def broken(engine):
-        engine.max_steps_between_syncs = 2
-        if not failed and len(engine.running) > 2 and all(running.n_new >= 4 for running in engine.running):
-            failed.append(True)
-            raise RuntimeError("planted")
-        outputs = step(engine)
-        wrong = {running.request_id for running in engine.running if running.request.seed == GUILTY} if failed else ()
-        return [
-            replace(output, tokens=(tiny.VOCAB.eot, *output.tokens[1:])) if output.request_id in wrong else output
-            for output in outputs
-        ]
-
-    monkeypatch.setattr(Engine, "step", broken)
-    requests = [request(i, "text") for i in (1, 2, GUILTY, 3)]
-    with working() as worker:
-        for asked, result in zip(requests, outcomes(worker, requests), strict=True):
-            if asked.seed == GUILTY:
-                assert "other tokens" in str(result)
-            else:
-                check_whole(result, asked)
-    assert failed
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_cannot_be_made_again(monkeypatch):
-    def broken(*_):
-        raise RuntimeError("planted")
-
-    with working() as worker:
-        monkeypatch.setattr(Engine, "step", broken)
-        monkeypatch.setattr(batch_module, "Engine", broken)
-        errors = outcomes(worker, [request(0), request(1)])
-        worker.thread.join(20)
-        assert not worker.alive and {error.status for error in errors} == {503}
-        assert outcomes(worker, [request(2)])[0].status == 503
-
-
-def test_a_model_that_cannot_run_is_no_server(monkeypatch):
-    def broken(*_):
-        raise RuntimeError("planted")
-
-    monkeypatch.setattr(Engine, "step", broken)
-    worker = Worker(tiny_run(), n_slots=4)
-    with pytest.raises(RuntimeError, match="planted"):
-        worker.start()
-    assert not worker.alive
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Calls
 
 
@@ -518,7 +266,7 @@ def test_calls_return_raise_and_are_cancelled():
         with pytest.raises(KeyError):
             await worker.call(lambda run: {}["missing"])
         held, free, ran = threading.Event(), threading.Event(), []
-        first = asyncio.create_task(worker.call(lambda run: (held.set(), free.wait(20))))
+        first = asyncio.create_task(worker.call(lambda run: (held.set(), free.wait(PATIENCE))))
         await asyncio.to_thread(held.wait)
         second = asyncio.create_task(worker.call(lambda run: ran.append(1)))
         await asyncio.sleep(0)
