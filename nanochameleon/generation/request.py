@@ -81,9 +81,8 @@ def make_request(
     need = left + 1 if image is not None else image_len + 2 if modality == "image" else 1
     what = "one new token" if need == 1 else f"the {need} tokens of an image"
     if len(prompt) + need > context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, which leaves no room for {what} in a context of {context}"
-        )
+        full = f"the prompt has {len(prompt)} tokens, which leaves no room for {what} in a context of {context}"
+        raise UserError(f"{full}: shorten it")
     if params.max_new_tokens < need:
         raise UserError(f"max_new_tokens is {params.max_new_tokens}, which leaves no room for {what}")
     max_new_tokens = min(params.max_new_tokens, context - len(prompt))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from nanochameleon.cli import check_kernels, parse
-from nanochameleon.errors import UserError, exit_on_user_error, shown
+from nanochameleon.errors import UserError, exit_on_user_error, say, shown
 
 if TYPE_CHECKING:  # torch is imported after the arguments are parsed, so that mistakes in them are found at once
     from nanochameleon.web.head import Access
@@ -136,6 +136,8 @@ def main(args: Args) -> None:
         address = access.address(listening.getsockname()[1])
         lines = [f"the page is at {address}{'?token=TOKEN' if args.token else ''} (Ctrl-C ends the server)"]
         lines += [f"its owner sees the results at {address}owner#key={site.owner_key}"] if args.study else []
+        if not args.study:
+            say("starting the model; the first start on a machine also compiles kernels, for up to a minute")
         serve(application(site, access), listening, lines)
 
 

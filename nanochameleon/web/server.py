@@ -10,7 +10,6 @@ import logging
 import signal
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -78,10 +77,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the model and begin to answer; then print where."""
-        began = time.monotonic()
         await super().startup(sockets)
-        if (seconds := time.monotonic() - began) > 1:
-            say(f"the first token took {seconds:.0f} s, since kernels were compiled")
         for line in self.lines:
             say(line)
 

@@ -4,7 +4,8 @@
     POST /api/generate   {"turns", "mode", "options", "seed", "samples", "preview"} -> Server-Sent Events
 
 The first event is {"mode"}. Then come {"sample", "text"}, {"sample", "image_started"} and {"sample", "image": {"codes",
-"url", "complete"}} as they happen, and {"sample", "end"} for each sample. Sample i is that of sample.py --n.
+"url", "complete"}} as they happen, and {"sample", "end": {"reason", "stop", "new_tokens", "prompt_tokens", "seconds"}}
+for each sample; stop is the name of the stop token that the model wrote, or null. Sample i is that of sample.py --n.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from nanochameleon.generation.prompts import MODALITY, Mode, stop_tokens
 from nanochameleon.generation.request import Request, make_request
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.training.run import Run
+from nanochameleon.vocab import Vocab
 from nanochameleon.web import conversation, limits
 from nanochameleon.web.bodies import event_stream, field, json_body
 from nanochameleon.web.conversation import AUTO_MODES, prompt_tokens, read_mode, read_turns, resolve
@@ -139,10 +141,10 @@ async def generate(request: HTTPRequest) -> Response:
     row = await json_body(request)
     preview = field(row, "preview", bool, False)
     mode, requests = await anyio.to_thread.run_sync(read_body, row, site.run)  # a long text takes a while
-    return event_stream(events(mode, len(requests[0].prompt), site.worker.streams(requests, preview)))
+    return event_stream(events(mode, len(requests[0].prompt), site.worker.streams(requests, preview), site.run.vocab))
 
 
-async def events(mode: Mode, n_prompt: int, stream: Stream) -> AsyncIterator[dict]:
+async def events(mode: Mode, n_prompt: int, stream: Stream, vocab: Vocab) -> AsyncIterator[dict]:
     """Yield the events of /api/generate."""
     start = time.perf_counter()
     yield {"mode": mode}
@@ -159,8 +161,14 @@ async def events(mode: Mode, n_prompt: int, stream: Stream) -> AsyncIterator[dic
             elif isinstance(event, Finished):
                 seconds = round(time.perf_counter() - start, 3)
                 reason = "stop" if event.stopped else "length"
+                stop = special_name(event.tokens[-1], vocab) if event.stopped and mode != "draw" else None
                 counts = {"new_tokens": len(event.tokens), "prompt_tokens": n_prompt, "seconds": seconds}
-                yield {"sample": sample, "end": {"reason": reason, **counts}}
+                yield {"sample": sample, "end": {"reason": reason, "stop": stop, **counts}}
+
+
+def special_name(token: int, vocab: Vocab) -> str:
+    """The paper's names where it has some; the release's file says <racm3:break>, <eoss> and <reserved08706>."""
+    return {vocab.boi: "<boi>", vocab.eoi: "<eoi>", vocab.eot: "<eot>"}.get(token) or vocab.name(token)
 
 
 async def settings(request: HTTPRequest) -> JSONResponse:

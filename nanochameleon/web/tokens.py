@@ -1,6 +1,6 @@
 """The sequence as the model sees it: every token of a conversation, its probability and the likeliest alternatives.
 
-    POST /api/tokens            {"turns", "mode", "finished": true}
+    POST /api/tokens            {"turns", "mode", "stop": "</s>"}
         -> {"mode": "chat", "left_out": 0, "context": 512, "counts": {"text": 9, "image": 64, "special": 4},
             "tokens": [{"id": 300, "probability": 0.91, "rank": 1, "alternatives": [[301, 0.02], ... 5]},
                        {"id": 7, ..., "image": [0, 5, 2]}, ...],
@@ -9,7 +9,8 @@
             "characters": [{"first": 4, "last": 5, "text": "é"}, ...]}
     POST /api/tokens/patches    {"codes", "place", "alternatives"} -> {"urls"}: patches with another code in that place
 
-A user's last turn gives the prompt; an assistant's last turn is added with its stop token, unless "finished" is false.
+A user's last turn gives the prompt; an assistant's last turn is added, with the stop token that /api/generate named, if
+it named one.
 An answer's text is split into tokens again, as for the next turn: a model may have sampled it in other pieces.
 left_out: texts and images that the mode does not read. image: which image, row, column. pieces: of every token and
 alternative. characters: letters that span several tokens.
@@ -33,6 +34,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from nanochameleon.documents import EndOfTurn, render
+from nanochameleon.errors import shown
 from nanochameleon.generation.prompts import Mode
 from nanochameleon.images.tokenizer import NO_DECODER, to_images
 from nanochameleon.kernels import use_kernels
@@ -51,9 +53,9 @@ from nanochameleon.web.conversation import (
 )
 from nanochameleon.web.images import png_url
 from nanochameleon.web.refusals import Refused
-from nanochameleon.web.talk import check_fields
+from nanochameleon.web.talk import check_fields, special_name
 
-FIELDS = ("turns", "mode", "finished")
+FIELDS = ("turns", "mode", "stop")
 N_ALTERNATIVES = 5
 MAX_CONTEXTS = 2  # a sequence of more contexts is refused
 CHUNK = 2**24  # logits at a time, 64 MB: all of a long context would be a gigabyte
@@ -69,8 +71,8 @@ class Sequence(NamedTuple):
     left_out: int  # texts and images of earlier turns that this mode does not read
 
 
-def sequence(turns: list[Turn], mode: str, run: Run, finished: bool = True) -> Sequence:
-    """Return the whole conversation as tokens, as the model reads and wrote them."""
+def sequence(turns: list[Turn], mode: str, run: Run, stop: int | None = None) -> Sequence:
+    """Return the whole conversation as tokens, as the model reads and wrote them. stop: the last one it wrote."""
     asked = turns if turns[-1].role == USER else turns[:-1]
     mode, document = resolve(mode, asked, run)
     read = {id(segment) for segment in document}  # the same words may be said twice
@@ -78,9 +80,8 @@ def sequence(turns: list[Turn], mode: str, run: Run, finished: bool = True) -> S
     if asked is turns:
         return Sequence(mode, prompt_tokens(document, run, mode), left_out)
     document += [*[EndOfTurn()] * (mode in ("answer", "chat")), *turns[-1].segments]
-    # A drawing ends with its image: no stop token is sampled.
-    tokens = render(document, run.tokenizer, run.vocab, end=finished and mode != "draw")
-    return Sequence(mode, tokens, left_out)
+    tokens = render(document, run.tokenizer, run.vocab, end=False)
+    return Sequence(mode, tokens + [stop] * (stop is not None), left_out)
 
 
 def image_places(tokens: list[int], run: Run) -> dict[int, tuple[int, int, int]]:
@@ -96,11 +97,6 @@ def image_places(tokens: list[int], run: Run) -> dict[int, tuple[int, int, int]]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces
-
-
-def special_name(token: int, vocab: Vocab) -> str:
-    """The paper's names where it has some; the release's file says <racm3:break>, <eoss> and <reserved08706>."""
-    return {vocab.boi: "<boi>", vocab.eoi: "<eoi>", vocab.eot: "<eot>"}.get(token) or vocab.name(token)
 
 
 def piece(token: int, tokenizer: TextTokenizer) -> dict:
@@ -205,10 +201,18 @@ def decode_patches(run: Run, codes: list[int], place: int, alternatives: list[in
 # Routes
 
 
+def read_stop(row: dict, vocab: Vocab) -> int | None:
+    """Return the stop token that a body names."""
+    stops, name = {special_name(token, vocab): token for token in (vocab.eos, vocab.eot)}, field(row, "stop", str, None)
+    if name not in (None, *stops):
+        raise Refused(f"stop must be {' or '.join(stops)}, not {shown(name)}", param="stop")
+    return stops.get(name)
+
+
 def read_body(row: dict, run: Run) -> Sequence:
     """Return the sequence that a body asks for. Raises Refused for one that is much too long."""
     check_fields(row, FIELDS)
-    found = sequence(read_turns(row, run), read_mode(row) or "auto", run, field(row, "finished", bool, True))
+    found = sequence(read_turns(row, run), read_mode(row) or "auto", run, read_stop(row, run.vocab))
     n, context = len(found.tokens), run.cfg.model.max_seq_len
     if n > MAX_CONTEXTS * context:
         most = f"at most {MAX_CONTEXTS * context:,} are shown, and the model reads {context:,}"

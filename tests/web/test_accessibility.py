@@ -129,6 +129,7 @@ UNMET = """() => [...document.querySelectorAll("a[href], button, input, select, 
 def test_every_control_is_reached_by_tab_and_shows_it(visit, toy_address, width):
     page = visit(f"{toy_address}/#seed=3", width, reduced_motion="reduce")
     talked(page)
+    draft(page)
     page.evaluate("document.getElementById('skip').focus({focusVisible: true})")
     while (seen := page.evaluate(LOOK_AT_FOCUS)) is not None:
         assert seen["isMarked"] and seen["isOnTop"], seen

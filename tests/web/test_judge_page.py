@@ -75,6 +75,16 @@ def test_study_by_clicks_and_sides_are_named_as_the_labels_are(visit, tmp_path):
         page.wait_for_selector("#judging:visible")
 
 
+def test_answers_are_seen_with_the_question(visit, tmp_path):
+    with serving(make_study(tmp_path, 1, questions="absolute", duplicates=0.0, attention=0)) as (address, _):
+        page = visit(address)
+        begin(page)
+        prompt = page.locator("#prompt img").bounding_box()
+        answer = page.get_by_role("article", name="Answer").locator("p").bounding_box()
+        question = page.locator("#question").bounding_box()["y"]
+        assert max(box["y"] + box["height"] for box in (prompt, answer)) < question
+
+
 def test_answers_are_stacked_on_a_narrow_screen(visit, tmp_path):
     with serving(make_study(tmp_path, 1, questions="relative", duplicates=0.0, attention=0)) as (address, _):
         page = visit(address, width=360)

@@ -6,6 +6,7 @@ import httpx
 import pytest
 from browser import check_accessible
 from serving import served
+from test_page_sight import check_in_sight
 
 from nanochameleon.evaluate import red_team, safety
 from nanochameleon.web.app import application
@@ -74,6 +75,14 @@ def test_a_conversation_is_labelled_and_logged_and_the_report_counts_it(visit, a
     visit.expect("409")
     [found] = red_team.read(log, [red_team.labels_of(log)])
     assert found.labels == {"ann": {"2": "safe", "4": "unsure"}}
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_an_answer_is_in_sight_and_not_the_panel_instead(visit, address, width):
+    page = open_page(visit, address, width=width)
+    for _ in range(2):
+        ask(page, "please draw a big red star on white")
+        check_in_sight(page)
 
 
 def test_labels_survive_a_reload_and_leaving_asks_first(visit, address, log):

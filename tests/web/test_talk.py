@@ -57,6 +57,8 @@ def test_samples_are_those_of_sample_py(client, mode):
         parts = list(Detokenizer(prompt, tiny.TOKENIZER).add(tokens, True))
         assert text == "".join(part.text for part in parts if isinstance(part, Text))
         assert images == [list(part.codes) for part in parts if type(part).__name__ == "Image"]
+        stops = {} if mode == "draw" else {tiny.VOCAB.eos: "</s>", tiny.VOCAB.eot: "<eot>"}
+        assert end["stop"] == stops.get(tokens[-1])
         assert end["new_tokens"] == len(tokens) and end["prompt_tokens"] == len(prompt)
     assert len({tuple(tokens) for tokens in expected}) > 1
 

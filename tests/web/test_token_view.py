@@ -125,6 +125,26 @@ def test_patch_and_image_mark_each_other(view):
     expect(view.locator(".token:focus")).to_have_attribute("aria-label", re.compile("row 1, column 8$"))
 
 
+@pytest.mark.parametrize("width", [360, 1280])
+def test_patches_have_the_place_that_they_have_in_the_image(view, width):
+    view.set_viewport_size({"width": width, "height": 800})
+    boxes = [patch.bounding_box() for patch in view.locator(".patches .image-token").all()]
+    for i, box in enumerate(boxes):
+        assert (box["x"], box["y"]) == (boxes[i % 8]["x"], boxes[i - i % 8]["y"])
+    boi, eoi = (view.locator(".patches .special-token").nth(i).bounding_box() for i in (0, 1))
+    assert boi["y"] + boi["height"] <= boxes[0]["y"] and boxes[-1]["y"] + boxes[-1]["height"] <= eoi["y"]
+
+
+def test_the_last_token_is_the_stop_token_that_the_model_wrote(visit, toy_address):
+    page = visit(f"{toy_address}/#mode=chat&seed=3")
+    with page.expect_response("**/api/generate") as response:
+        send(page, "how many stars are there?")
+    stop = re.search(r'"stop": ?"(.*?)"', response.value.text())[1]
+    see(page)
+    assert stop in ("<eot>", "</s>")
+    expect(page.locator(".token-list .token").last).to_have_text(stop)
+
+
 def test_keys_alone_reach_every_token(view):
     last = view.locator(".token-list .token").count() - 1
     view.locator("#token-view input").focus()

@@ -79,10 +79,9 @@ def test_the_sequence_is_the_prompt_and_then_the_answer(turns, mode):
     prompt = prompt_tokens(resolve(mode, before, RUN)[1], RUN, mode)
     if mode == "draw":
         assert prompt.pop() == VOCAB.boi  # the answer's image brings it
-    ends = mode != "draw"  # a drawing ends with its image
-    said = render(list(last.segments), tiny.TOKENIZER, VOCAB, end=ends)[1:]
+    said = render(list(last.segments), tiny.TOKENIZER, VOCAB, end=False)[1:]
     assert shown == prompt + said
-    assert ids(ask(turns, mode, finished=False)) == shown[: len(shown) - ends]
+    assert ids(ask(turns, mode, stop="<eot>")) == [*shown, VOCAB.eot]
 
 
 @given(conversations(), st.sampled_from(MODES))
@@ -170,7 +169,7 @@ def test_images_of_all_turns_are_numbered():
         for number, image in enumerate((one, two, three))
         for i, code in enumerate(image.codes)
     ]
-    assert answer["counts"] == {"text": 1, "image": 12, "special": 9}
+    assert answer["counts"] == {"text": 1, "image": 12, "special": 8}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +285,7 @@ def test_the_route_answers_what_the_functions_say(client):
         ({}, "turns"),
         ({"turns": []}, "turns"),
         ({"turns": as_json([Turn("user", (Text("a"),))]), "mode": "sing"}, "mode"),
-        ({"turns": as_json([Turn("user", (Text("a"),))]), "finished": 1}, "finished"),
+        ({"turns": as_json([Turn("user", (Text("a"),))]), "stop": "<boi>"}, "stop"),
         ({"turns": as_json([Turn("user", (Text("a"),))]), "seed": 1}, "seed"),
         ({"turns": as_json([Turn("assistant", (Text("a"),))])}, "turns"),
         ({"turns": as_json([Turn("user", (Text("a"),)), *[Turn("assistant", (Text("a"),))] * 2])}, "turns"),

@@ -20,10 +20,10 @@ export async function generate(turns, asked, answers, codesPerImage, signal, cha
       take(answers[event.sample], event, codesPerImage);
       changed(answers[event.sample]);
     }
-    finish(answers, "failed", "the answer broke off: send the message again");
+    finish(answers, "failed", new Error("the answer broke off: send the message again"));
   } catch (error) {
     if (error.name === "AbortError") finish(answers, "stopped");
-    else finish(answers, "failed", error.message, error.status === 0);
+    else finish(answers, "failed", error);
   }
   answers.forEach(changed);
 }
@@ -45,8 +45,8 @@ function take(answer, event, codesPerImage) {
   }
 }
 
-/** End the answers that have no end. isSilent: the server is gone. */
-function finish(answers, state, error, isSilent = false) {
-  const open = answers.filter((answer) => answer.state === "coming");
-  for (const answer of open) Object.assign(answer, { state, error, isSilent });
+/** End the answers that have no end. isSilent: the server is gone. isRefused: the same message would fail again. */
+function finish(answers, state, { message, status } = {}) {
+  const how = { state, error: message, isSilent: status === 0, isRefused: [400, 413].includes(status) };
+  for (const answer of answers.filter((answer) => answer.state === "coming")) Object.assign(answer, how);
 }

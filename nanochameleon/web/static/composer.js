@@ -59,14 +59,20 @@ export function composerView(list, error, { imageBytes, fit, send, lost }) {
       if (part.area) {
         part.area.setAttribute("aria-label", `Message${place}`);
         part.area.placeholder = parts.length === 1 ? "Write words, add images" : "Words after it";
-        part.area.style.height = "auto";
-        part.area.style.height = `${part.area.scrollHeight + 2}px`;
       } else {
         part.shown.alt = part.image ? `image in your message, part${place}` : "";
       }
       const written = part.image || part.area?.value.trim();
       showTools(part, place, i, parts.length > 1 && Boolean(written));
     });
+    fitHeights(); // buttons make words narrower, and so higher
+  }
+
+  function fitHeights() {
+    for (const { area } of parts.filter((part) => part.area)) {
+      area.style.height = "auto";
+      area.style.height = `${area.scrollHeight + 2}px`;
+    }
   }
 
   function showTools(part, place, i, wanted) {
@@ -163,6 +169,8 @@ export function composerView(list, error, { imageBytes, fit, send, lost }) {
   const showError = (sentence) => (error.textContent = sentence);
   const focus = () => current.area.focus();
   fill([]);
+  // In the next frame: a change of heights inside the callback counts as an error.
+  new ResizeObserver(() => requestAnimationFrame(fitHeights)).observe(list);
   return { segments, fill, add, focus, ready, showError };
 }
 

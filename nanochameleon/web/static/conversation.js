@@ -2,7 +2,7 @@
  *
  *  user:      {role, segments}
  *  assistant: {role, answers: [answer], chosen}; the chosen answer continues the conversation
- *  answer:    {seed, sample, asked: {mode, options}, mode, segments, state, end, error}
+ *  answer:    {seed, sample, asked: {mode, options}, mode, segments, state, end, error, isSilent, isRefused}
  *             state: coming, ended, stopped, failed; asked holds what the user set, not the model's own values
  *  segment:   {text} or {codes, url, complete}
  */

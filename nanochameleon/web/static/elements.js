@@ -29,11 +29,3 @@ export function keepingFocus(change, fallback) {
   if (!canStay) fallback().focus();
   else if (document.activeElement !== focused) focused.focus();
 }
-
-/** Carry out a change; where the reader was at the bottom of the page, stay there. */
-export function following(change) {
-  const root = document.documentElement;
-  const atBottom = root.scrollHeight - innerHeight - scrollY < 60;
-  change();
-  if (atBottom) scrollTo(0, root.scrollHeight);
-}

@@ -1,6 +1,7 @@
 /** What the page says in passing: a notice with a way back, and words for screen readers. */
 
-import { button, following, keepingFocus, make } from "./elements.js";
+import { button, keepingFocus, make } from "./elements.js";
+import { following } from "./scrolling.js";
 
 const $ = (id) => document.getElementById(id);
 

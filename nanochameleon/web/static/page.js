@@ -7,18 +7,19 @@
  *    page.options()          the options of sampling that are set
  *    page.turnElement(i)     the element of page.turns()[i]
  *    page.answer(i)          the answer that page.turns()[i] is (conversation.js); undefined for the user's turns
- *    page.finished()         false where the last turn is an answer that was cut, stopped or broke off
+ *    page.stop()             the name of the stop token that ends the last turn; null where none does
  *    page.on(name, callback) "turns": a turn was added, changed or removed; "busy", "idle": an answer begins, ends
  */
 
 import { composerView } from "./composer.js";
 import { chosen, placesRead, tokensUsed, turnsRead } from "./conversation.js";
 import { dropAndPaste } from "./drop.js";
-import { following, keepingFocus, make } from "./elements.js";
+import { keepingFocus, make } from "./elements.js";
 import { showExamples } from "./examples.js";
 import { keep, openFile, restored, saveFile } from "./files.js";
 import { getJson } from "./net.js";
 import { notice } from "./notices.js";
+import { following, keepFocusInSight, toEnd } from "./scrolling.js";
 import { serverWatch } from "./server.js";
 import { settingsView } from "./settings.js";
 import { makeTalk } from "./talk.js";
@@ -101,7 +102,8 @@ function build(settings, kept, redTeam) {
   for (const element of document.querySelectorAll("[inert]")) element.inert = false; // it was until all listen
   composer.fill(kept.draft);
   talk.replace(kept.turns);
-  if (kept.turns.length) scrollTo(0, root.scrollHeight);
+  keepFocusInSight(document.querySelector(".top"), $("composer"));
+  if (kept.turns.length) toEnd();
   composer.focus();
 }
 
@@ -116,7 +118,7 @@ function makePage(settings, setting, parts) {
     options: setting.options,
     turnElement: (i) => parts().thread.element(turn(i)),
     answer: (i) => turn(i).answers && chosen(turn(i)),
-    finished: () => (turn(-1)?.answers ? chosen(turn(-1)).end?.reason === "stop" : true),
+    stop: () => (turn(-1)?.answers && chosen(turn(-1)).end?.stop) ?? null,
     on: (name, callback) => listeners[name].push(callback),
   };
   return { page, emit: (name) => listeners[name].forEach((callback) => callback()) };

@@ -26,8 +26,8 @@ export function written(turns, { model }, values) {
 
 function writtenTurn(turn) {
   if (turn.role === USER) return { role: USER, segments: turn.segments.map(bare) };
-  const answers = turn.answers.map(({ seed, sample, asked, mode, segments, state, end, error }) => {
-    return { seed, sample, asked, mode, segments: segments.filter(isWhole).map(bare), state, end, error };
+  const answers = turn.answers.map(({ seed, sample, asked, mode, segments, state, end, error, isRefused }) => {
+    return { seed, sample, asked, mode, segments: segments.filter(isWhole).map(bare), state, end, error, isRefused };
   });
   return { role: ASSISTANT, answers, chosen: turn.chosen };
 }
@@ -90,6 +90,7 @@ function readAnswer(answer, damaged, about) {
     segments: readSegments(answer.segments, damaged, about),
     state: isOpen ? "failed" : state,
     error: isOpen ? BROKE_OFF : typeof error === "string" ? error : undefined,
+    isRefused: typeof answer.isRefused === "boolean" ? answer.isRefused : undefined,
     end: ["prompt_tokens", "new_tokens", "seconds"].every((name) => Number.isFinite(end?.[name])) ? end : undefined,
   };
 }

@@ -79,11 +79,11 @@ function helpOfMode(mode, aligned) {
       "say what is in an image that comes last.";
   const helps = {
     auto,
-    draw: "One image.",
-    answer: "End the turn, then text.",
-    chat: "End the turn, then text and images.",
-    text: "Continue with text only.",
-    free: "Continue with text and images.",
+    draw: "Reads the last message; draws one image.",
+    answer: "Reads the last image and all that was said after it; writes text.",
+    chat: "Reads every turn; writes text and draws images.",
+    text: "Reads every turn as one document; continues it with text.",
+    free: "Reads every turn as one document; continues it with text and images.",
   };
   return helps[mode] ?? "";
 }

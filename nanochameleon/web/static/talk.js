@@ -5,8 +5,8 @@
 
 import { generate, newAnswer } from "./answers.js";
 import { ASSISTANT, USER, chosen, spoken, turnsRead } from "./conversation.js";
-import { following } from "./elements.js";
 import { announce, closeNotice, notice } from "./notices.js";
+import { following, toEnd } from "./scrolling.js";
 
 const newSeed = () => Math.floor(Math.random() * 1_000_000); // short enough to be read out
 
@@ -36,7 +36,7 @@ export function makeTalk({ settings, composer, setting, changed, emit, lost, sho
     composer.fill(talk.next.splice(0, 1).map((text) => ({ text })));
     composer.focus();
     replace([...talk.turns, { role: USER, segments }, { role: ASSISTANT, answers: [], chosen: 0 }]);
-    scrollTo(0, document.documentElement.scrollHeight);
+    toEnd();
     await answer(fresh());
   }
 

@@ -59,12 +59,13 @@ function modelView(turn, actions) {
   const answers = make("div", { className: "answers" });
   const again = button("Again", () => actions.again(), { className: "plain", title: "Answer again with another seed" });
   const retry = button("Send again", () => actions.retry());
+  const edit = button("Edit message", () => actions.edit());
   const foot = make(
     "div",
     { className: "row foot" },
     again,
     retry,
-    button("Edit message", () => actions.edit(), { className: "plain" }),
+    edit,
     button("Remove", () => actions.remove(), { className: "plain", title: "Remove this message and its answers" }),
   );
   const element = make("li", { className: "turn model" }, make("h3", { className: "unseen" }, "Model"), answers, foot);
@@ -89,9 +90,10 @@ function modelView(turn, actions) {
       showAnswer(answer);
     });
     answers.classList.toggle("several", !alone);
-    const failed = chosen(turn)?.state === "failed";
-    again.hidden = failed;
-    retry.hidden = !failed;
+    const { state, isRefused = false } = chosen(turn) ?? {};
+    again.hidden = state === "failed";
+    retry.hidden = state !== "failed" || isRefused;
+    edit.classList.toggle("plain", !isRefused);
     foot.hidden = !isLast;
     foot.classList.toggle("waiting", busy);
   }

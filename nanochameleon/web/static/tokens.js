@@ -44,7 +44,7 @@ export function tokenView(page, element) {
     if (!turns.length) return show(null, "Nothing is said yet: the sequence appears with the first message.");
     status.textContent = "The model reads the conversation.";
     try {
-      const answer = await postJson("/api/tokens", { turns, mode: page.mode(), finished: page.finished() });
+      const answer = await postJson("/api/tokens", { turns, mode: page.mode(), stop: page.stop() });
       if (asking.stale || asking.busy) return refresh(); // the conversation has changed meanwhile
       show(answer, "");
       if (page.settings.model.can_draw) await decodeImages(view.images, shownIn(view));
@@ -185,6 +185,7 @@ export function tokenView(page, element) {
     part.addEventListener("pointerleave", () => (asking.leaving = setTimeout(leave, LEAVE)));
   }
   addEventListener("scroll", details.follow, { capture: true, passive: true });
+  addEventListener("resize", details.follow);
   addEventListener(
     "keydown",
     (event) => {
