@@ -38,6 +38,7 @@ def copy(target: Path) -> None:
     shutil.copytree(ROOT / "docs", target / "docs", ignore=shutil.ignore_patterns("*.png"))
     for name in (*SCRIPTS, "pyproject.toml"):
         shutil.copy(ROOT / name, target)
+    (target / "models").symlink_to(ROOT / "models")  # megabytes, in which no bug is planted
 
 
 HERE = """
