@@ -29,7 +29,7 @@ ROUND = 0.02  # seconds of decode steps between two syncs, at most, if one step 
 MAX_STEPS = 64  # in a round
 PREVIEWS = 8  # rounds of an image that somebody watches
 ALONE, TOGETHER = 1, 4  # seconds between two previews, in seconds that one takes: with one sample, and with several
-FLUSH = 0.025  # seconds between two wake-ups of a client, since each costs the event loop some time
+FLUSH = 0.006  # seconds between two flushes for each running sample: few wake-ups of clients, and images in batches
 FEW = 2  # samples: with so few, no image waits to be decoded with others, which takes half the time for each
 
 SLOTS, CACHE = 16, 2**32  # if nobody says how many slots: these, or as many as fit into so many bytes of KV cache
@@ -249,7 +249,7 @@ class Batch:
         """Hand over the news: urgent ones at once, others now and then, all of them before a rest."""
         now = time.perf_counter()
         due = now >= self.next_flush or not self.busy
-        self.next_flush = now + FLUSH if due else self.next_flush
+        self.next_flush = now + FLUSH * len(self.running) if due else self.next_flush
         ready = [client for client in self.clients if client.news and (due or client.urgent)]
         self.decode_news(ready)
         for client in ready:

@@ -26,6 +26,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        # asyncio does so for some sockets alone. Without it the second packet of an answer waits 40 ms for an ACK.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.timers: dict[str, asyncio.TimerHandle] = {}
         self.watch("head", limits.HEAD_SECONDS)
 
