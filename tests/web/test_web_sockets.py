@@ -308,3 +308,18 @@ def test_a_body_above_the_limit_is_answered_while_the_client_still_sends(address
     size = limits.BODY + limits.MiB
     head = filled(post("", f"Content-Length: {size}\r\n"), address)
     assert status(raw(address, head + bytes(size))) == 413
+
+
+def test_no_packet_waits_until_the_one_before_is_acknowledged(address, monkeypatch):
+    seen, made = [], Protocol.connection_made
+
+    def look(self, transport) -> None:
+        made(self, transport)
+        seen.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(Protocol, "connection_made", look)
+    parts = urlsplit(address)
+    with socket.create_connection((parts.hostname, parts.port)) as client:
+        client.sendall(GET.format(host=parts.netloc).encode())
+        assert client.recv(12) == b"HTTP/1.1 200"
+    assert seen == [1]
