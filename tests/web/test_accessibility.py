@@ -30,7 +30,7 @@ def empty(page) -> None:
 
 def draft(page) -> None:
     choose_file(page, square())
-    expect(page.get_by_role("img", name="image in your message")).to_be_visible()
+    expect(page.locator("#parts").get_by_role("img")).to_be_visible()  # images that were sent are called the same
     message(page).fill("how many squares are there?")
 
 
