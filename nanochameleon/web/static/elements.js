@@ -1,5 +1,7 @@
 /** Makes elements. Text reaches the page as text nodes alone. */
 
+export const $ = (id) => document.getElementById(id);
+
 /** make("button", {type: "button", className: "quiet"}, "Send"): an element with properties and children.
  *  Properties that have a hyphen or are not the element's own are set as attributes. */
 export function make(tag, properties = {}, ...children) {

@@ -1,9 +1,7 @@
 /** What the page says in passing: a notice with a way back, and words for screen readers. */
 
-import { button, keepingFocus, make } from "./elements.js";
+import { $, button, keepingFocus, make } from "./elements.js";
 import { following } from "./scrolling.js";
-
-const $ = (id) => document.getElementById(id);
 
 /** Show a sentence, with one thing that can be done about it: [words, function]. */
 export function notice(sentence, action) {

@@ -3,11 +3,10 @@
  *  The owner's key comes from the address after #, which browsers do not send, and travels in a header.
  */
 
-import { make } from "./elements.js";
+import { $, make } from "./elements.js";
 
 const PAUSE = 4000; // milliseconds between two requests, and at least 5 times what the last one took:
 const PATIENCE = 5; // results of a large study take seconds to count, while people vote
-const at = (id) => document.getElementById(id);
 
 /** -> the results; null: no vote is new since `tag`. Throws an Error with the server's sentence. */
 async function fetchResults(key, tag) {
@@ -33,16 +32,16 @@ function sectionOf(table) {
   const title = `title of ${table.name}`.replaceAll(" ", "-");
   const frame = { className: "table", role: "region", tabIndex: 0, "aria-labelledby": title };
   const section =
-    at(title)?.parentElement ?? make("section", {}, make("h2", { id: title }, table.title), make("div", frame));
+    $(title)?.parentElement ?? make("section", {}, make("h2", { id: title }, table.title), make("div", frame));
   section.lastElementChild.replaceChildren(tableOf(table, title));
   return section;
 }
 
 function show({ votes, items, tables }) {
-  at("summary").textContent = `Votes so far: ${votes}; items of the study: ${items}`;
+  $("summary").textContent = `Votes so far: ${votes}; items of the study: ${items}`;
   const sections = tables.map(sectionOf);
-  const same = sections.length === at("results").children.length && sections.every((section) => section.isConnected);
-  if (!same) at("results").replaceChildren(...sections);
+  const same = sections.length === $("results").children.length && sections.every((section) => section.isConnected);
+  if (!same) $("results").replaceChildren(...sections);
 }
 
 const pause = (time) => new Promise((resolve) => setTimeout(resolve, time));
@@ -60,12 +59,12 @@ async function watch(key) {
     began = performance.now();
     try {
       const results = await fetchResults(key, tag);
-      at("problem").textContent = "";
+      $("problem").textContent = "";
       if (!results) continue;
       tag = results.tag;
       show(results);
     } catch (error) {
-      at("problem").textContent = error.status ? error.message : "The server does not answer; asking again.";
+      $("problem").textContent = error.status ? error.message : "The server does not answer; asking again.";
       if ([403, 404].includes(error.status)) return; // asking again cannot help
     }
   }

@@ -14,7 +14,7 @@
 import { composerView } from "./composer.js";
 import { chosen, placesRead, tokensUsed, turnsRead } from "./conversation.js";
 import { dropAndPaste } from "./drop.js";
-import { keepingFocus, make } from "./elements.js";
+import { $, keepingFocus, make } from "./elements.js";
 import { showExamples } from "./examples.js";
 import { keep, openFile, restored, saveFile } from "./files.js";
 import { getJson } from "./net.js";
@@ -25,7 +25,6 @@ import { settingsView } from "./settings.js";
 import { makeTalk } from "./talk.js";
 import { threadView } from "./thread.js";
 
-const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
 
 async function start() {

@@ -1,6 +1,7 @@
 /** Scrolls the conversation. Its end is that of the last turn: what follows, such as the panel of red teaming, is not. */
 
-const $ = (id) => document.getElementById(id);
+import { $ } from "./elements.js";
+
 const SPACE = 40; // pixels between the last turn and the message
 const NEAR = 60; // pixels that still count as the end
 

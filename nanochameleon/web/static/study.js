@@ -5,14 +5,13 @@
  *  A vote's answer brings the next question, so a question is left only after its vote is on the server's disk.
  */
 
-import { make } from "./elements.js";
+import { $, make } from "./elements.js";
 import { postJson, getJson } from "./net.js";
 import { stopwatch } from "./stopwatch.js";
 
 const MOST_SECONDS = 600; // of one vote
 const LONGEST_WAIT = 8000; // milliseconds between two tries
 
-const at = (id) => document.getElementById(id);
 const urlOf = (image) => `/api/study/images/${image}`;
 const nameInAddress = () => new URLSearchParams(location.hash.slice(1)).get("annotator");
 const state = { annotator: "", screen: null, busy: false, watch: stopwatch(MOST_SECONDS) };
@@ -22,63 +21,63 @@ const state = { annotator: "", screen: null, busy: false, watch: stopwatch(MOST_
 
 /** Show one of the three parts of the page. */
 function show(part) {
-  for (const id of ["start", "judging", "end"]) at(id).hidden = id !== part;
-  at("so-far").hidden = at("who").hidden = part === "start";
+  for (const id of ["start", "judging", "end"]) $(id).hidden = id !== part;
+  $("so-far").hidden = $("who").hidden = part === "start";
 }
 
 /** Show what the server answered: the next question, or the end. */
 function showScreen(screen) {
   const before = state.screen?.asked?.item;
   state.screen = screen;
-  at("problem").textContent = "";
-  at("note").textContent = screen.note ?? "";
+  $("problem").textContent = "";
+  $("note").textContent = screen.note ?? "";
   showProgress(screen.progress);
   show(screen.asked ? "judging" : "end");
   if (screen.asked) showAsked(screen.asked, screen.asked.item !== before);
   else showEnd(screen.progress.done);
-  at("undo").disabled = !screen.undo;
-  at("undo-last").hidden = !screen.undo;
+  $("undo").disabled = !screen.undo;
+  $("undo-last").hidden = !screen.undo;
   for (const image of screen.prefetch) new Image().src = urlOf(image);
   state.watch.restart();
 }
 
 function showProgress({ done, total }) {
-  at("count").textContent = `${done} of ${total}`;
-  Object.assign(at("bar"), { max: Math.max(total, 1), value: done });
+  $("count").textContent = `${done} of ${total}`;
+  Object.assign($("bar"), { max: Math.max(total, 1), value: done });
 }
 
 function showEnd(done) {
-  at("end-text").textContent = done
+  $("end-text").textContent = done
     ? `You have answered all questions that are open to you. Your votes: ${done}.`
     : "There is no question that is open to you: other people have answered all of them.";
-  at("end-title").focus();
+  $("end-title").focus();
 }
 
 function showAsked({ question, prompt, answers }, isNewItem) {
   if (isNewItem) {
-    showSegments(at("prompt"), prompt, "Prompt");
+    showParts($("prompt"), prompt, "Prompt");
     const titles = answers.length === 2 ? ["First answer", "Second answer"] : ["Answer"];
-    at("answers").replaceChildren(...answers.map((segments, i) => answerPanel(segments, titles[i])));
+    $("answers").replaceChildren(...answers.map((segments, i) => answerPanel(segments, titles[i])));
   }
-  at("question-text").textContent = question.text;
-  at("labels").replaceChildren(...question.labels.map(choice));
-  at("keys").textContent = `Keys: 1 to ${question.labels.length} choose, Enter confirms, u or Backspace undoes.`;
+  $("question-text").textContent = question.text;
+  $("labels").replaceChildren(...question.labels.map(choice));
+  $("keys").textContent = `Keys: 1 to ${question.labels.length} choose, Enter confirms, u or Backspace undoes.`;
   if (isNewItem) {
     scrollTo(0, 0);
-    at("prompt-title").focus({ preventScroll: true });
+    $("prompt-title").focus({ preventScroll: true });
   } else {
-    at("question-text").focus();
+    $("question-text").focus();
   }
 }
 
 function answerPanel(segments, title) {
   const content = make("div", { className: "segments" });
-  showSegments(content, segments, title);
+  showParts(content, segments, title);
   return make("article", { className: "panel", "aria-label": title }, make("h2", {}, title), content);
 }
 
 /** Text and images in order. The words for an image say where it is, and nothing else. */
-function showSegments(element, segments, whose) {
+function showParts(element, segments, whose) {
   let images = 0;
   const shown = segments.map((segment) =>
     "text" in segment
@@ -109,7 +108,7 @@ async function persist(path, body) {
       return await postJson(path, body);
     } catch (error) {
       if (error.status && error.status !== 429 && error.status < 500) throw error;
-      at("problem").textContent = `${error.message}. Your choice is kept, and this page tries again by itself.`;
+      $("problem").textContent = `${error.message}. Your choice is kept, and this page tries again by itself.`;
       await new Promise((resolve) => setTimeout(resolve, wait));
     }
   }
@@ -119,21 +118,21 @@ async function persist(path, body) {
 async function request(path, more = {}) {
   if (state.busy) return;
   state.busy = true;
-  at("question").setAttribute("aria-busy", "true");
+  $("question").setAttribute("aria-busy", "true");
   try {
     showScreen(await persist(path, { annotator: state.annotator, ...more }));
   } catch (error) {
-    at("problem").textContent = error.message;
+    $("problem").textContent = error.message;
   } finally {
     state.busy = false;
-    at("question").setAttribute("aria-busy", "false");
+    $("question").setAttribute("aria-busy", "false");
   }
 }
 
 function vote() {
   const chosen = document.querySelector("input[name=answer]:checked");
   if (!chosen) {
-    at("note").textContent = "Choose an answer first.";
+    $("note").textContent = "Choose an answer first.";
     return;
   }
   const { item, question } = state.screen.asked;
@@ -143,7 +142,7 @@ function vote() {
 
 function undo() {
   if (state.screen?.undo) request("/api/study/undo", state.screen.undo);
-  else at("note").textContent = "There is nothing to undo.";
+  else $("note").textContent = "There is nothing to undo.";
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ function undo() {
 
 function onKey(event) {
   const typing = event.target.matches("input:not([type=radio])");
-  if (at("start").hidden === false || typing || event.ctrlKey || event.altKey || event.metaKey) return;
+  if ($("start").hidden === false || typing || event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === "Enter") onEnter(event);
   else if (event.repeat || state.busy) return;
   else if (event.key === "u" || event.key === "U" || event.key === "Backspace") undo();
@@ -161,52 +160,52 @@ function onKey(event) {
 /** Enter confirms. On a button it presses the button, and in the form the browser submits by itself. */
 function onEnter(event) {
   if (event.repeat) event.preventDefault(); // a key that is held down votes once
-  else if (!event.target.matches("button, input") && !at("judging").hidden) vote();
+  else if (!event.target.matches("button, input") && !$("judging").hidden) vote();
 }
 
 function choose(place) {
   const radio = document.querySelectorAll("input[name=answer]")[place];
-  if (!radio || at("judging").hidden) return;
+  if (!radio || $("judging").hidden) return;
   radio.checked = true;
   radio.focus();
-  at("note").textContent = "";
+  $("note").textContent = "";
 }
 
 async function begin(annotator) {
   state.annotator = annotator;
-  at("name-shown").textContent = annotator;
+  $("name-shown").textContent = annotator;
   await request("/api/study/next");
   if (!state.screen) await askName();
-  else if (state.screen.progress.done) at("note").textContent = "Welcome back: you resume where you left.";
+  else if (state.screen.progress.done) $("note").textContent = "Welcome back: you resume where you left.";
 }
 
 async function askName() {
   show("start");
-  at("name").focus();
+  $("name").focus();
   try {
-    at("items").textContent = `Items of this study: ${(await getJson("/api/study")).items}.`;
+    $("items").textContent = `Items of this study: ${(await getJson("/api/study")).items}.`;
   } catch (error) {
-    at("problem").textContent = error.message;
+    $("problem").textContent = error.message;
   }
 }
 
 async function enter(event) {
   event.preventDefault();
-  const annotator = at("name").value.trim();
+  const annotator = $("name").value.trim();
   await begin(annotator);
   const fragment = new URLSearchParams({ annotator });
-  at("name").setAttribute("aria-invalid", String(!state.screen));
+  $("name").setAttribute("aria-invalid", String(!state.screen));
   if (state.screen) history.replaceState(null, "", `#${fragment}`);
 }
 
-at("enter").addEventListener("submit", enter);
-at("question").addEventListener("submit", (event) => {
+$("enter").addEventListener("submit", enter);
+$("question").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!state.busy) vote();
 });
-at("undo").addEventListener("click", undo);
-at("undo-last").addEventListener("click", undo);
-at("leave").addEventListener("click", () => (location.hash = ""));
+$("undo").addEventListener("click", undo);
+$("undo-last").addEventListener("click", undo);
+$("leave").addEventListener("click", () => (location.hash = ""));
 addEventListener("keydown", onKey);
 addEventListener("hashchange", () => location.reload()); // another name
 if (nameInAddress()) begin(nameInAddress());
