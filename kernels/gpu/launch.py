@@ -174,7 +174,7 @@ def attention_backward(
 # decode.cu
 
 SPLIT = 256  # positions of the cache that one block reads
-QUERIES = 4  # queries of one KV head that share a block
+QUERIES = 4  # queries of one KV head that share a block, where there are several
 
 
 def decode_append(
@@ -198,9 +198,11 @@ def decode_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: T
     if queries.numel():
         partial_out = torch.empty(splits, *queries.shape, dtype=torch.float32, device=queries.device)
         stats = torch.empty(splits, n, t, heads, 2, dtype=torch.float32, device=queries.device)
-        grid = splits, kv_heads * -(-heads // kv_heads * t // QUERIES), n
+        of_head = heads // kv_heads * t  # queries of a KV head
+        block_queries = 1 if of_head == 1 else QUERIES
+        grid = splits, kv_heads * -(-of_head // block_queries), n
         arguments = queries, keys, values, positions, partial_out, stats, t, heads, kv_heads, cache_len
-        start("attention/decode", f"decode_split_{e}", grid, 128, *arguments)
+        start("attention/decode", f"decode_split_{e}_{block_queries}", grid, 128, *arguments)
         rows = n * t * heads
         arguments = partial_out, stats, out, Long(rows), splits, e // 2
         start("attention/decode", "decode_combine", (-(-rows // 8),), 256, *arguments)
