@@ -105,6 +105,8 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, scale: float
 # ---------------------------------------------------------------------------------------------------------------------
 # qknorm_rope.cu
 
+NORM_WARPS = 2_048  # of a gradient, which each add up the weights' gradients of their rows
+
 
 def qknorm_rope(x: Tensor, cos_sin: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """x (B, T, H, E) bfloat16, cos_sin (B, T, E) float32, weight and bias (H, E) float32 -> like x."""
@@ -121,7 +123,7 @@ def qknorm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias; the last two are zeros without a norm."""
     d_x, (b, t, heads, e) = torch.empty_like(x), x.shape
-    parts = max(1, min(b * t, 2_048 // heads))
+    parts = max(1, min(b * t, NORM_WARPS // heads))
     d_weight, d_bias = (torch.zeros(parts, heads, e, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
         arguments = d_out, x, weight, cos_sin, d_x, d_weight, d_bias, Long(b * t), heads, e // 2, float(eps)
