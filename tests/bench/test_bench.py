@@ -23,7 +23,7 @@ SMALL, VOCAB = (
 )
 
 
-NAMES = ["bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit"]
+NAMES = ["bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit", "of_limit"]
 
 
 def test_rows_hold_the_figures_and_the_ratio_is_their_time_over_ours(tmp_path):
