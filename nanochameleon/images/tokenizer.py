@@ -141,6 +141,7 @@ class ImageTokenizer:
         return self.encode_in_batches(windows, self.batch_size * (resolution // windows.shape[1]) ** 2, n_codes)
 
     def encode_in_batches(self, images: np.ndarray, batch_size: int, n_codes: int) -> Tensor:
+        """Squares of any one size -> codes int64 (B, n_codes) on the CPU, `batch_size` squares at a time."""
         # allocated outside inference mode, since autograd refuses tensors made in it
         codes = torch.empty(len(images), n_codes, dtype=torch.int64)
         with torch.inference_mode():
