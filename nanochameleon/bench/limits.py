@@ -4,9 +4,10 @@
                              bytes read / those of a sum, per second
                              bytes read and written / those of a tensor scaled in place, per second
 
-All three are measured, on the same device and threads as the rows. A copy is no limit: it makes the processor fetch the
-lines that it overwrites, so what works in place can be twice as fast. Small tensors stay in a cache. So sum and scaling
-are measured at several sizes, and work counts as fast as the largest one that is not larger than it.
+All three are measured, on the same device and threads as the rows. The best of many runs counts, since other work on
+the machine only slows them. A copy is no limit: the processor also fetches the lines that it overwrites, so what works
+in place can be twice as fast. Small tensors stay in a cache. So sum and scaling are measured at several sizes, and work
+counts as fast as the largest one that is not larger than it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochameleon.bench.measure import median_seconds
+from nanochameleon.bench.measure import Job, seconds_of
 from nanochameleon.bench.rows import Row, make_row
 from nanochameleon.bench.work import Work
 
-ROUNDS = 9
+ROUNDS = 20
 DTYPES = torch.float32, torch.bfloat16
 MATMUL_DIM = {"cpu": 1_024, "cuda": 8_192}
-MIB = {"cpu": (1, 4, 16, 32, 128), "cuda": (1_024,)}  # a GPU's cache is emptied before each measurement
+MIB = {"cpu": (1, 4, 16, 32, 128), "cuda": (1_024,)}  # a GPU's cases are measured with an empty cache
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ def at_size(speeds: Mapping[int, float], size: float) -> float:
     return speeds[max((each for each in speeds if each <= size), default=min(speeds))]
 
 
+def least_seconds(job: Job, device: torch.device) -> float:
+    job()
+    return min(seconds_of(job, device) for _ in range(ROUNDS))
+
+
 def measure_limits(device: torch.device) -> Limits:
     sizes = [2**20 * mib for mib in MIB[device.type]]
     flops = {dtype: matmul_flops(MATMUL_DIM[device.type], dtype, device) for dtype in DTYPES}
@@ -62,7 +68,7 @@ def measure_limits(device: torch.device) -> Limits:
 def matmul_flops(n: int, dtype: torch.dtype, device: torch.device) -> float:
     """Of square matrices, per second."""
     x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / median_seconds({"": lambda: x @ y}, ROUNDS, device)[""]
+    return 2 * n**3 / least_seconds(lambda: x @ y, device)
 
 
 def memory_speeds(sizes: Sequence[int], device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
@@ -70,6 +76,6 @@ def memory_speeds(sizes: Sequence[int], device: torch.device) -> tuple[dict[int,
     numbers, read, update = torch.ones(max(sizes) // 4, device=device), {}, {}
     for size in sizes:
         part = numbers[: size // 4]
-        read[size] = size / median_seconds({"": part.sum}, ROUNDS, device)[""]
-        update[2 * size] = 2 * size / median_seconds({"": lambda part=part: part.mul_(1.0)}, ROUNDS, device)[""]
+        read[size] = size / least_seconds(part.sum, device)
+        update[2 * size] = 2 * size / least_seconds(lambda part=part: part.mul_(1.0), device)
     return read, update
