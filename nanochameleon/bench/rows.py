@@ -1,10 +1,9 @@
-"""Rows of figures: how they are made, printed, saved as JSON and plotted.
+"""Rows of figures: how they are made, printed, saved as JSON and read again.
 
 A row holds one value of one variant, its ratio to another variant, and its share of the limit of limits.py. Both are
 "more is better": the other variant's time or memory over this one's, and the time that the limit takes over this one's.
 """
 
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from types import MappingProxyType
 
 import torch
 
-from nanochameleon.errors import say
+from nanochameleon.errors import UserError, say
 from nanochameleon.files import commit, write_file
 
 NO_LIMITS: Mapping[str, float] = MappingProxyType({})
@@ -107,23 +106,11 @@ def save(rows: Sequence[Row], path: Path) -> None:
     write_file(path, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the ratios of times as bars, in one colour per case."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row.unit == "ms"]
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.3 * len(rows)), layout="constrained")
-    labels = [f"{row.case}   {row.variant}" for row in rows]
-    colours = [f"C{cases.index(row.case) % 10}" for row in rows]
-    axes.barh(labels, [row.ratio or 0.0 for row in rows], color=colours)
-    axes.margins(y=0.005)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"times as fast as {rows[0].ratio_to}\n({rows[0].device}, torch {rows[0].torch})")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_file(path, buffer.getvalue())
+def load(path: Path) -> list[Row]:
+    """Read the rows that `save` wrote. Raises UserError where there are none."""
+    try:
+        return [Row(**row) for row in json.loads(path.read_text())]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path} holds no rows: name a file that --json wrote") from None

@@ -94,7 +94,7 @@ def test_rows_are_kept_when_a_later_case_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize("device, expected", [("cpu", ["fp32", "bf16"]), ("cuda", ["bf16"])])
 def test_a_step_is_measured_in_the_types_that_its_kernels_take(device, expected, monkeypatch):
     seen = []
-    monkeypatch.setattr(kernels, "measure_limits", lambda device: LIMITS)
+    monkeypatch.setattr(kernels, "measure_limits", lambda device: Limits({}, {}, {}))
     monkeypatch.setattr(kernels, "step_rows", lambda precision, *rest: seen.append(precision) or [])
     list(kernels.bench(iter(()), torch.device(device), True, "step"))
     assert seen == expected
