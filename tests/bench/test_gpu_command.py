@@ -149,7 +149,7 @@ class Crash:
 def test_a_training_step_that_crashes_does_not_end_its_part(tmp_path):
     context = Context(DRY, tmp_path)
     with context.guard("a step"):
-        steps.measure_apart(context, Crash(), Crash())
+        steps.measure_apart(context, Crash(), Crash(), Crash())
     assert context.failed == ["a step"]
 
 
