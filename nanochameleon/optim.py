@@ -52,10 +52,10 @@ def can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
 # first on [0.003, 1.02], where 0.02 are for rounding, and the others on what the one before leaves: [0.025, 1.975],
 # [0.1, 1.9], [0.35, 1.65]. No composition of four such polynomials comes closer ("Polar Express", arXiv 2505.16932).
 POLYNOMIALS = (
-    (8.22176, -23.34686, 16.63376),
-    (4.04735, -3.01416, 0.56983),
-    (3.51695, -2.63497, 0.52666),
-    (2.50358, -1.84572, 0.43809),
+    (8.2217628, -23.3468578, 16.6337550),
+    (4.0473547, -3.0141629, 0.5698266),
+    (3.5169461, -2.6349708, 0.5266639),
+    (2.5035816, -1.8457153, 0.4380921),
 )
 
 

@@ -188,7 +188,7 @@ def test_each_polynomial_is_the_closest_to_1_of_its_degree_on_what_the_one_befor
         slope_zeros = np.sqrt(np.roots([5 * c, 3 * b, a]).real)  # of a + 3 b x^2 + 5 c x^4
         errors = odd((a, b, c), np.array([low, *sorted(slope_zeros), high])) - 1
         assert low < min(slope_zeros) and max(slope_zeros) < high
-        np.testing.assert_allclose(errors, errors[3] * np.array([-1, 1, -1, 1]), atol=2e-3)
+        np.testing.assert_allclose(errors, errors[3] * np.array([-1, 1, -1, 1]), atol=1e-4)
         low, high = 1 - errors[3], 1 + errors[3]
     assert low > 0.79 and high < 1.21
 
