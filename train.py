@@ -48,9 +48,9 @@ from torch.utils._pytree import tree_map
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
 from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
-from nanochameleon.errors import Interrupted, OwnError, UserError, exit_on_user_error, say, warn
+from nanochameleon.errors import Interrupted, OwnError, UserError, exit_on_user_error, say, say_above, warn
 from nanochameleon.evaluate.report import make_report
-from nanochameleon.evaluate.samples import write_sample_sheet
+from nanochameleon.evaluate.samples import write_reconstructions, write_sample_sheet
 from nanochameleon.images.tokenizer import NO_DECODER
 from nanochameleon.kernels.block.dropout import fold_in
 from nanochameleon.kernels.cpu.malloc import tune_malloc
@@ -67,8 +67,10 @@ from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_
 from nanochameleon.training.objective import Objective, Sums
 from nanochameleon.training.precision import autocast, precision_dtype
 from nanochameleon.training.recovery import Progress, Recovery, oom_message
+from nanochameleon.training.rehearsal import rehearse, worth
 from nanochameleon.training.run import TEXT_TOKENIZER, Run, pick_device
 from nanochameleon.training.run_folder import claim, decide_precision, same_command, start_folder
+from nanochameleon.training.sample_schedule import SampleSchedule, spell
 from nanochameleon.training.saver import Saver, latest_checkpoint
 from nanochameleon.training.signals import GracefulShutdown, StageTimer
 from nanochameleon.training.stability import run_ablations
@@ -132,8 +134,8 @@ def train_loop(
     save_pending = False  # a checkpoint was due while losses were non-finite: save once they recover
     while progress.step < t.steps:
         step = progress.step
-        if monitor and step and step % t.sample_every == 0:
-            draw_samples(run, saver, step)  # before the step: a run stopped here draws when it resumes
+        if monitor and step and monitor.samples.due(step):  # before the step: a run stopped here draws when it resumes
+            draw_samples(run, saver, step, monitor.samples.elapsed)
 
         # 1. The batch. After a rollback, the batches that made the loss diverge are skipped.
         number = step + progress.skipped_batches
@@ -191,20 +193,23 @@ def train_loop(
             raise Interrupted
 
 
-def draw_samples(run: Run, saver: Saver, step: int) -> None:
+def draw_samples(run: Run, saver: Saver, step: int, elapsed: Callable[[], float]) -> None:
     """Plot the curves so far and draw images for a few captions. A failure to write them does not stop the run."""
+    sheet = saver.folder / "samples" / f"step-{step:06d}.png"
     try:
         plot_curves(read_metrics(saver.folder / METRICS), saver.folder / "curves.png")
         if run.image_tokenizer.can_draw and not saver.sharded:  # no rank has the whole of a sharded model
             run.model.eval()
-            write_sample_sheet(run, saver.folder / "samples" / f"step-{step:06d}.png")
+            if write_sample_sheet(run, sheet):
+                say_above(f"{sheet}, after {spell(elapsed())}")
     except OSError as error:
         warn(f"curves and samples of step {step} cannot be written: {error}; training continues")
 
 
 def train_transformer(
-    cfg: RunConfig, run: Run, init: InitFrom, loader: Loader, folder: Path, mesh: Mesh, stopped: Callable[[], bool]
-) -> None:
+    cfg: RunConfig, run: Run, init: InitFrom, loader: Loader, folder: Path, mesh: Mesh, timer: StageTimer,
+    stopped: Callable[[], bool],
+) -> None:  # fmt: skip
     """Train run.model, which is still on the meta device. Raises Interrupted once a stop is saved.
 
     It starts from the newest checkpoint, else from init's weights, else from random ones.
@@ -222,7 +227,8 @@ def train_transformer(
         if progress.step < t.steps:
             monitor = None
             if mesh.is_rank0:
-                monitor = stack.enter_context(open_monitor(folder, t, progress.step, mfu_per_token(cfg.model, t, mesh)))
+                rate, samples = mfu_per_token(cfg.model, t, mesh), SampleSchedule(t, timer.elapsed)
+                monitor = stack.enter_context(open_monitor(folder, t, progress.step, rate, samples))
             parallel_model = wrap(objective, mesh, cfg.parallel)
             train_loop(cfg, run, parallel_model, optimizer, loader, saver, progress, monitor, stopped)
 
@@ -262,6 +268,8 @@ def run_all(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, with_repor
     timer, stop = StageTimer(folder), Interrupted()
     with GracefulShutdown() as stopped:
         try:
+            if with_report and worth(cfg, folder, mesh):
+                announce(cfg, init, folder, mesh, timer)
             run = run_stages(cfg, init, folder, mesh, timer, stopped)
             stopped.at_once = True  # the report has nothing to save
             if with_report:
@@ -278,6 +286,21 @@ def run_all(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, with_repor
             raise UserError(f"{why}; once that is fixed, the same command without --overwrite resumes") from error
 
 
+def announce(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, timer: StageTimer) -> None:
+    """Print how long the run will take, from a rehearsal. A rehearsal that fails does not stop the run."""
+
+    def train(few: RunConfig, run: Run, loader: Loader, place: Path, stopped: Callable[[], bool]) -> None:
+        train_transformer(few, run, InitFrom(), loader, place, mesh, StageTimer(place), stopped)
+
+    say("measuring a few steps; the first time on a machine, kernels are compiled for it, which takes a minute")
+    try:
+        forecast = rehearse(cfg, init, folder, mesh.device, train)
+    except OSError as error:
+        return warn(f"the time that the run will take is not known: {error}")
+    first = cfg.train.sample_minutes and 60 * cfg.train.sample_minutes - timer.elapsed()
+    say(forecast.sentence(first, folder / "samples"))
+
+
 def run_stages(
     cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, timer: StageTimer, stopped: GracefulShutdown
 ) -> Run:
@@ -289,7 +312,7 @@ def run_stages(
     with torch.device("meta"):
         run = Run(cfg, tokenizer.vocab, tokenizer, image_tokenizer, Chameleon(cfg.model))
     try:
-        train_transformer(cfg, run, init, loader, folder, mesh, stopped)
+        train_transformer(cfg, run, init, loader, folder, mesh, timer, stopped)
     except torch.OutOfMemoryError as error:
         raise OwnError(oom_message(cfg.train, cfg.parallel, mesh)) from error
     if mesh.is_rank0:
@@ -317,6 +340,9 @@ def prepare(
         if not train_image_tokenizer(cfg, pairs, folder, device, stopped):
             raise Interrupted
     image_tokenizer = open_image_tokenizer(folder, cfg.vqgan, device)
+    if not init.tokenizers and not (sheet := folder / "samples" / "reconstructions.png").exists():
+        write_reconstructions(cfg, image_tokenizer, folder, sheet)
+        say(f"{sheet}: images above their reconstructions, after {spell(timer.elapsed())}")
     timer.add("image_tokenizer")
     # 3. Documents become tokens, packed into sequences.
     if not cfg.data.tokenize_on_the_fly:

@@ -175,7 +175,8 @@ class TrainConfig:
     # output layer and loss in one op that never holds all logits; auto: from a vocabulary of 32,768 up
     fused_output: Literal["auto", "on", "off"] = "auto"
     log_every: int = 10  # steps
-    sample_every: int = 400  # steps between sample grids in samples/
+    sample_every: int | None = 400  # steps between sheets of samples in samples/
+    sample_minutes: float | None = None  # minutes between them, from the start of train.py on; either of the two draws
     save_every: int = 400  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints to keep; the one with the lowest loss is kept, too
     tensorboard: bool = False  # also write the log for TensorBoard, into tensorboard/

@@ -115,9 +115,14 @@ def say(text: object = "", end: str = "\n", file=None) -> None:
 
 def warn(sentence: str) -> None:
     """Print one line to stderr, above a progress bar if there is one."""
+    say_above(f"warning: {short(sentence)}", sys.stderr)
+
+
+def say_above(sentence: str, file=None) -> None:
+    """Print one line to stdout, or to `file`, above a progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write(f"warning: {printable(short(sentence))}", file=sys.stderr)
+    tqdm.write(printable(sentence), file=file or sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

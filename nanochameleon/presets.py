@@ -46,15 +46,16 @@ def toy() -> RunConfig:
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
     stages = mixed(pairs=0.2, questions=0.6, interleaved=0.2)
     train = TrainConfig(
-        steps=3_600, batch_size=4, seq_len=512, image_loss="drawn", image_token_noise=0.75, sample_every=900
-    )
+        steps=3_600, batch_size=4, seq_len=512, image_loss="drawn", image_token_noise=0.75, sample_every=None,
+        sample_minutes=2.0,
+    )  # fmt: skip
     optim = dataclasses.replace(TOY_OPTIM, lr=1.4e-2)
     return RunConfig("toy", TOY_VQGAN, TOY_MODEL, optim, tokenizers, stages=stages, train=train, sample=TOY_SAMPLE)
 
 
 def toy_long() -> RunConfig:
     """The toy with 2.8 times as many steps."""
-    train = dataclasses.replace(toy().train, steps=10_000, sample_every=2_500)
+    train = dataclasses.replace(toy().train, steps=10_000, sample_minutes=5.0)
     return dataclasses.replace(toy(), name="toy_long", train=train)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanochameleon.config import RunConfig
 from nanochameleon.data import RawImage, Shards, fuse
 from nanochameleon.data.build import mixture, open_sources
 from nanochameleon.data.prepared import TEST
@@ -35,7 +36,12 @@ def captioned(run: Run, folder: Path, n: int) -> tuple[list[str], list[np.ndarra
     """Return at most n captions and their images. Images of prepared data are decoded from their codes."""
     if run.cfg.data.source == "prepared":
         return captioned_codes(run, n)
-    source = open_sources(run.cfg, folder, "test")("pairs")
+    return captioned_images(run.cfg, folder, n)
+
+
+def captioned_images(cfg: RunConfig, folder: Path, n: int) -> tuple[list[str], list[np.ndarray]]:
+    """Do the same for data that is not prepared, which needs no model."""
+    source = open_sources(cfg, folder, "test")("pairs")
     docs = [source.document(i) for i in range(n if source.size is None else min(n, source.size))]
     texts = [next(s.text for s in doc if not isinstance(s, RawImage)) for doc in docs]
     return texts, [next(s.pixels for s in doc if isinstance(s, RawImage)) for doc in docs]

@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from nanochameleon.config import RunConfig
 from nanochameleon.documents import Text
-from nanochameleon.evaluate.held_out import captioned
+from nanochameleon.evaluate.held_out import captioned, captioned_images
 from nanochameleon.evaluate.shapes import draw_images, has_room
 from nanochameleon.files import write_file
 from nanochameleon.generation.prompts import prompt_tokens
 from nanochameleon.images.terminal import enlarge, png
+from nanochameleon.images.tokenizer import ImageTokenizer
 from nanochameleon.training.modes import sampling_mode
 from nanochameleon.training.run import Run
 
 GRID = 14  # images of the sheet that training writes now and then
 SHEET = 28  # images of samples.png
+RECONSTRUCTIONS = 12  # images of the sheet that shows the image tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is drawn
@@ -30,14 +33,26 @@ def drawable(run: Run, captions: list[str]) -> list[str]:
 
 
 @sampling_mode()
-def write_sample_sheet(run: Run, path: Path) -> None:
-    """Draw a few captions of the test split, the same ones each time, and write them as one sheet."""
+def write_sample_sheet(run: Run, path: Path) -> bool:
+    """Draw a few captions of the test split, the same ones each time, and write them as one sheet.
+
+    Returns whether there were any.
+    """
     captions, _ = captioned(run, path.parent.parent, SHEET)
     captions = drawable(run, captions)[:GRID]
-    if not captions:
-        return
+    if captions:
+        path.parent.mkdir(exist_ok=True)
+        write_sheet([(c, p, None) for c, p in zip(captions, draw_images(run, captions, 0), strict=True)], path)
+    return bool(captions)
+
+
+def write_reconstructions(cfg: RunConfig, image_tokenizer: ImageTokenizer, folder: Path, path: Path) -> None:
+    """Write a sheet of a few images of the test split, each above what the image tokenizer makes of its codes."""
+    captions, images = captioned_images(cfg, folder, RECONSTRUCTIONS)
+    clean = np.stack(images)
+    both = np.concatenate([clean, image_tokenizer.decode(image_tokenizer.encode(clean))], axis=1)  # (n, 2R, R, 3)
     path.parent.mkdir(exist_ok=True)
-    write_sheet([(c, p, None) for c, p in zip(captions, draw_images(run, captions, 0), strict=True)], path)
+    write_sheet([(caption, pair, None) for caption, pair in zip(captions, both, strict=True)], path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

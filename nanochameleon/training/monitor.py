@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nanochameleon.config import TrainConfig
 from nanochameleon.errors import UserError, warn
 from nanochameleon.files import is_finite_number, write_file
+from nanochameleon.training.sample_schedule import SampleSchedule
 from nanochameleon.weights.old_names import with_new_names
 
 METRICS = "metrics.jsonl"
@@ -58,15 +59,17 @@ class Monitor:
 
     A run that died after its last checkpoint leaves lines from `start` on. They are dropped: each step is there once.
     clock: returns seconds. mfu_per_token: the MFU of one token a second, None without. tensorboard: a SummaryWriter.
+    samples: when a sheet of samples is due, for the loop.
     """
 
     def __init__(
         self, run_dir: Path, total_steps: int, start: int = 0, clock: Callable[[], float] = time.monotonic,
-        mfu_per_token: float | None = None, tensorboard=None,
+        mfu_per_token: float | None = None, tensorboard=None, samples: SampleSchedule | None = None,
     ):  # fmt: skip
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self.path, self.file, self.full = Path(run_dir) / METRICS, None, False
         self.clock, self.mfu_per_token, self.tensorboard = clock, mfu_per_token, tensorboard
+        self.samples = samples
         self.open_at(start)
         interval = 0.5 if sys.stderr.isatty() else 15.0  # in a log file each update is a line of its own
         self.bar = tqdm(
@@ -149,9 +152,11 @@ class Monitor:
             self.tensorboard.close()
 
 
-def open_monitor(folder: Path, cfg: TrainConfig, start: int, mfu_per_token: float | None) -> Monitor:
+def open_monitor(
+    folder: Path, cfg: TrainConfig, start: int, mfu_per_token: float | None, samples: SampleSchedule
+) -> Monitor:
     tensorboard = open_tensorboard(folder / "tensorboard") if cfg.tensorboard else None
-    return Monitor(folder, cfg.steps, start, mfu_per_token=mfu_per_token, tensorboard=tensorboard)
+    return Monitor(folder, cfg.steps, start, mfu_per_token=mfu_per_token, tensorboard=tensorboard, samples=samples)
 
 
 def open_tensorboard(folder: Path):

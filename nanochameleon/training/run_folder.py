@@ -126,7 +126,8 @@ def same_command() -> str:
 
 MAY_CHANGE = ("out", "device", "overwrite", "sample", "evaluation", "parallel")
 MAY_CHANGE_IN_TRAIN = (
-    "log_every", "sample_every", "save_every", "keep_checkpoints", "precision", "fused_output", "tensorboard",
+    "log_every", "sample_every", "sample_minutes", "save_every", "keep_checkpoints", "precision", "fused_output",
+    "tensorboard",
 )  # fmt: skip
 
 

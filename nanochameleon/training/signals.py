@@ -73,7 +73,8 @@ class StageTimer:
     """Seconds of each stage, kept in the run's folder so that they add up when a run is resumed."""
 
     def __init__(self, folder: Path):
-        self.path, self.last = folder / "seconds.json", time.perf_counter()
+        self.path, self.started = folder / "seconds.json", time.perf_counter()
+        self.last = self.started
         self.seconds = self.read() if self.path.exists() else {}
 
     def read(self) -> dict[str, float]:
@@ -87,6 +88,10 @@ class StageTimer:
         if not is_nonzero_rank():
             warn(f"{self.path} is damaged: the seconds of each stage are counted from zero")
         return {}
+
+    def elapsed(self) -> float:
+        """Seconds since this process began with the run."""
+        return time.perf_counter() - self.started
 
     def add(self, stage: str) -> None:
         now = time.perf_counter()

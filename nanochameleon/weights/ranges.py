@@ -28,7 +28,7 @@ ALLOWED = (  # (range in words, range as a test, fields); every entry of a tuple
     )),
     ("above 0", lambda x: 0 < x < math.inf, (
         "model.ffn_dim_multiplier", "optim.lr", "optim.grad_clip", "tokenizers.optim.lr",
-        "tokenizers.optim.grad_clip", "sample.repetition_penalty",
+        "tokenizers.optim.grad_clip", "train.sample_minutes", "sample.repetition_penalty",
     )),
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, (
         "model.dropout", "optim.betas", "tokenizers.optim.betas", "tokenizers.ema_decay", "sample.min_p",

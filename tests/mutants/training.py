@@ -123,6 +123,27 @@ MUTANTS = [
         "training/test_run_folder.py",
     ),
     Mutant(
+        "a rehearsal draws from the generator of the run",
+        "training/rehearsal.py",
+        "redirect_stderr(captured), fork_rng(devices=[]):",
+        "redirect_stderr(captured):",
+        "training/test_rehearsal.py",
+    ),
+    Mutant(
+        "a resumed run is forecast as a new one",
+        "training/rehearsal.py",
+        "steps_left(folder, cfg.train.steps) * fmean",
+        "cfg.train.steps * fmean",
+        "training/test_rehearsal.py",
+    ),
+    Mutant(
+        "samples come by the clock once",
+        "training/sample_schedule.py",
+        "self.next = self.elapsed() // self.seconds * self.seconds + self.seconds",
+        "self.next = math.inf",
+        "training/test_rehearsal.py",
+    ),
+    Mutant(
         "ranks outlive their torchrun",
         "training/signals.py",
         "self.launcher not in (None, os.getppid())",

@@ -26,9 +26,9 @@ from nanochameleon.training.run import CONFIG, read_config
 
 def test_a_run_leaves_what_it_promises(finished):
     assert steps_of(finished) == [12, 10] and steps_of(finished / "image_tokenizer") == [6]
-    assert [path.name for path in (finished / "samples").iterdir()] == ["step-000008.png"]
+    assert sorted(path.name for path in (finished / "samples").iterdir()) == ["reconstructions.png", "step-000008.png"]
     assert [line["step"] for line in read_metrics(finished / "metrics.jsonl")] == [0, 5, 10, 11]
-    for name in ("samples.png", "curves.png", "samples/step-000008.png"):
+    for name in ("samples.png", "curves.png", "samples/step-000008.png", "samples/reconstructions.png"):
         with Image.open(finished / name) as image:
             assert image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 3
     page = (finished / "report.html").read_text()
