@@ -7,6 +7,8 @@ Special tokens come from segments alone, so no text can spell one. Packing into 
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vocab import Vocab
 
@@ -35,7 +37,7 @@ def render_segment(segment: Segment, tokenizer: TextTokenizer, vocab: Vocab) -> 
     if isinstance(segment, Text):
         return tokenizer.encode(segment.text)
     if isinstance(segment, Image):
-        return [vocab.boi, *(vocab.code_to_token(code) for code in segment.codes), vocab.eoi]
+        return [vocab.boi, *vocab.code_to_token(np.array(segment.codes)).tolist(), vocab.eoi]
     return [vocab.eot]
 
 

@@ -171,7 +171,7 @@ def merge_word(word: bytes, ranks: dict[Pair, int]) -> list[bytes]:
     return [piece for piece in pieces if piece]
 
 
-CACHED_WORDS = 65_536
+CACHED_TEXTS = 65_536  # words, and texts of several
 CACHED_LENGTH = 64  # characters; the two together bound the cache to some tens of MB
 
 
@@ -214,17 +214,22 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> text tokens; never a special or image token."""
+        # A short text is cached whole, too: prompts and the questions of a drawn world repeat theirs.
+        if known := self.cache.get(text):
+            return known.copy()
         tokens: list[int] = []
         for word in split_words(text):
-            tokens += self.cache.get(word) or self._encode_word(word)
-        return tokens
+            tokens += self.cache.get(word) or self._cached(word, self._encode_word(word))
+        return self._cached(text, tokens).copy()
 
     def _encode_word(self, word: str) -> list[int]:
-        tokens = [self.tokens[piece] for piece in self._split_word(word.encode())]
-        if len(word) <= CACHED_LENGTH:
-            if len(self.cache) >= CACHED_WORDS:
+        return [self.tokens[piece] for piece in self._split_word(word.encode())]
+
+    def _cached(self, text: str, tokens: list[int]) -> list[int]:
+        if len(text) <= CACHED_LENGTH:
+            if len(self.cache) >= CACHED_TEXTS:
                 self.cache.clear()
-            self.cache[word] = tokens
+            self.cache[text] = tokens
         return tokens
 
     def _split_word(self, word: bytes) -> list[bytes]:

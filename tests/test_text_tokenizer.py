@@ -164,13 +164,16 @@ def test_a_word_of_200_000_letters():
 
 
 def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(text_tokenizer, "CACHED_WORDS", 10)
+    monkeypatch.setattr(text_tokenizer, "CACHED_TEXTS", 10)
     tokenizer = TextTokenizer.train(["abc abcd"] * 2, Vocab.toy(4, 10), progress=False)
     text = " ".join("abcd"[: i % 5] + chr(97 + i % 26) for i in range(200))
     uncached = [tokenizer.tokens[p] for word in split_words(text) for p in merge_word(word.encode(), tokenizer.ranks)]
     first = tokenizer.encode(text)
     assert 0 < len(tokenizer.cache) <= 10
     assert first == tokenizer.encode(text) == uncached
+    for _ in range(2):
+        tokenizer.encode("abc abcd").clear()  # a caller's list is its own
+    assert tokenizer.decode(tokenizer.encode("abc abcd")) == "abc abcd"
 
 
 # --- no text spells a special id -------------------------------------------------------------------------------------

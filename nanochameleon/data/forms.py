@@ -83,12 +83,13 @@ def fuse(
     `known` is a cache, codes by a digest of the pixels, and grows: a finite source's images are encoded only once.
     """
     known = {} if known is None else known
-    pixels = {digest(s.pixels): s.pixels for doc in docs for s in doc if isinstance(s, RawImage)}
+    digests = {id(s): digest(s.pixels) for doc in docs for s in doc if isinstance(s, RawImage)}
+    pixels = {digests[id(s)]: s.pixels for doc in docs for s in doc if isinstance(s, RawImage)}
     new = [key for key in pixels if key not in known]
     if new:
         codes = image_tokenizer.encode(np.stack([pixels[key] for key in new]))
         known |= {key: Image(tuple(row)) for key, row in zip(new, codes.tolist(), strict=True)}
-    return [[known[digest(s.pixels)] if isinstance(s, RawImage) else s for s in doc] for doc in docs]
+    return [[known[digests[id(s)]] if isinstance(s, RawImage) else s for s in doc] for doc in docs]
 
 
 def digest(pixels: np.ndarray) -> bytes:

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanochameleon.errors import UserError
 from nanochameleon.images.files import open_rgb
 from nanochameleon.images.vqgan import VQGAN
+from nanochameleon.images.windows import WindowCodes
 
 Fit = Literal["crop", "pad"]
 NO_DECODER = (
@@ -112,6 +113,7 @@ class ImageTokenizer:
     def __init__(self, vqgan: VQGAN):
         self.vqgan = vqgan.eval()
         self.n_codes_per_image = vqgan.cfg.codes_per_image
+        self.windows = WindowCodes(self.encode_windows, vqgan.cfg.window) if vqgan.cfg.window else None
 
     @property
     def can_draw(self) -> bool:
@@ -129,9 +131,19 @@ class ImageTokenizer:
 
     def encode(self, images: np.ndarray, batch_size: int | None = None) -> Tensor:
         """uint8 (B, R, R, 3) -> codes int64 (B, n) on the CPU, `batch_size` images at a time."""
-        batch_size = batch_size or self.batch_size
+        if self.windows and len(images):
+            return self.windows.of_images(images)
+        return self.encode_in_batches(images, batch_size or self.batch_size, self.n_codes_per_image)
+
+    def encode_windows(self, windows: np.ndarray) -> Tensor:
+        """uint8 (N, s, s, 3), each an image for the encoder -> codes int64 (N, codes in a window)."""
+        n_codes, resolution = (windows.shape[1] // self.vqgan.cfg.factor) ** 2, self.vqgan.cfg.resolution
+        return self.encode_in_batches(windows, self.batch_size * (resolution // windows.shape[1]) ** 2, n_codes)
+
+    def encode_in_batches(self, images: np.ndarray, batch_size: int, n_codes: int) -> Tensor:
+        """Squares of any one size -> codes int64 (B, n_codes) on the CPU, `batch_size` squares at a time."""
         # allocated outside inference mode, since autograd refuses tensors made in it
-        codes = torch.empty(len(images), self.n_codes_per_image, dtype=torch.int64)
+        codes = torch.empty(len(images), n_codes, dtype=torch.int64)
         with torch.inference_mode():
             for i in range(0, len(images), batch_size):
                 codes[i : i + batch_size] = self.vqgan.encode(to_pixels(images[i : i + batch_size]).to(self.device))

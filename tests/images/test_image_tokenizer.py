@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from nanochameleon.config import VQGANConfig
+from nanochameleon.images import windows
 from nanochameleon.images.tokenizer import ImageTokenizer, preprocess, to_images, to_pixels
 from nanochameleon.images.vqgan import VQGAN
 
@@ -126,7 +127,7 @@ class Stub(nn.Module):
 
     def __init__(self, grid: int = 2):
         super().__init__()
-        self.cfg = SimpleNamespace(codes_per_image=grid * grid, resolution=2 * grid)
+        self.cfg = SimpleNamespace(codes_per_image=grid * grid, resolution=2 * grid, window=None)
         self.grid, self.batches, self.decoder = grid, [], nn.Identity()
         self.weight = nn.Parameter(torch.ones(()))
 
@@ -196,3 +197,28 @@ def test_the_real_network():
     assert (codes == alone).float().mean() > 0.98  # rounding may tip a tie
     with torch.no_grad():
         np.testing.assert_array_equal(tokenizer.decode(codes), to_images(vqgan.decode(codes)))
+
+
+@given(st.data())
+def test_codes_of_windows_are_looked_up_and_stay_those_of_the_network(data):
+    """Whatever came before, and when so many windows are known that they are forgotten."""
+    side = data.draw(st.sampled_from([4, 8, 16]))
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(
+        resolution=16, ch=4, ch_mult=(1, 1), n_res_blocks=1, z_channels=4, embed_dim=4, n_codes=32, n_groups=2,
+        mid_attention=False, window=side,
+    ))  # fmt: skip
+    tokenizer, encoded = ImageTokenizer(vqgan), []
+    tokenizer.windows.encode = lambda windows: encoded.append(windows) or tokenizer.encode_windows(windows)
+    with pytest.MonkeyPatch.context() as patch:
+        most = data.draw(st.sampled_from([0, 3, 10**6]))
+        patch.setattr(windows, "KNOWN_WINDOWS", most)
+        for numbers in data.draw(st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=3)):
+            images = np.array([random_pixels(16, 16, seed=n) for n in numbers], np.uint8).reshape(-1, 16, 16, 3)
+            codes = tokenizer.encode(images)
+            assert codes.shape == (len(numbers), 64) and codes.dtype == torch.int64
+            with torch.no_grad():
+                expected = [vqgan.encode(to_pixels(image[None])) for image in images]
+            assert all((row == alone).float().mean() > 0.96 for row, alone in zip(codes, expected, strict=True))
+    seen = [window.tobytes() for part in encoded for window in part]
+    assert most < 10**6 or len(seen) == len(set(seen))  # each different window is encoded once

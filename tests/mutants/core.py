@@ -30,8 +30,8 @@ MUTANTS = [
     Mutant(
         "an image's end is left out",
         "documents.py",
-        "for code in segment.codes), vocab.eoi]",
-        "for code in segment.codes)]",
+        "np.array(segment.codes)).tolist(), vocab.eoi]",
+        "np.array(segment.codes)).tolist()]",
         "test_documents.py",
     ),
     Mutant(

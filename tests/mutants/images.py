@@ -60,6 +60,13 @@ MUTANTS = [
         ".permute(0, 3, 2, 4, 1, 5)",
         "images/test_vqgan.py",
     ),
+    Mutant(
+        "a known window has the codes of another one",
+        "images/windows.py",
+        "{key: len(rows) + i for",
+        "{key: i for",
+        "images/test_image_tokenizer.py",
+    ),
     Mutant("white is not 1", "images/tokenizer.py", "/ 127.5 - 1", "/ 128 - 1", "images/test_image_tokenizer.py"),
     Mutant(
         "images without a budget",

@@ -16,7 +16,7 @@ evaluate/oracle.py reads an image back into a scene.
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -62,11 +62,12 @@ class World:
     def resolution(self) -> int:
         return self.side * CELL
 
-    @property
+    # each drawn thing asks for the next three, so they are made once
+    @cached_property
     def shapes(self) -> tuple[str, ...]:
         return SHAPES[: self.n_shapes]
 
-    @property
+    @cached_property
     def colours(self) -> tuple[str, ...]:
         return tuple(COLOURS)[: self.n_colours]
 
@@ -74,7 +75,7 @@ class World:
     def backgrounds(self) -> tuple[str, ...]:
         return tuple(BACKGROUNDS)[: self.n_backgrounds]
 
-    @property
+    @cached_property
     def held_out(self) -> frozenset[tuple[str, str]]:
         """(colour, shape) compositions that no training scene shows: one colour for each shape."""
         chosen = ("orange", "pink", "green", "purple", "yellow", "red")
@@ -179,15 +180,15 @@ def distinct(world: World, rng: np.random.Generator, compositions: str, others: 
 
 def random_cells(world: World, rng: np.random.Generator, n: int) -> tuple[tuple[int, int], ...]:
     """n different cells in reading order."""
-    chosen = np.sort(rng.choice(world.side**2, n, replace=False))
-    return tuple((int(c) // world.side, int(c) % world.side) for c in chosen)
+    chosen = sorted(rng.choice(world.side**2, n, replace=False).tolist())
+    return tuple(divmod(c, world.side) for c in chosen)
 
 
 def random_places(world: World, rng: np.random.Generator) -> tuple[str, tuple[tuple[int, int], ...]]:
     """A relation and two cells in one row or column that show it."""
     relation = tuple(RELATIONS)[rng.integers(4)]
     line = int(rng.integers(world.side))
-    low, high = (int(i) for i in np.sort(rng.choice(world.side, 2, replace=False)))
+    low, high = sorted(rng.choice(world.side, 2, replace=False).tolist())
     along = (high, low) if max(RELATIONS[relation]) == 1 else (low, high)
     cells = tuple((line, i) if RELATIONS[relation][0] == 0 else (i, line) for i in along)
     return relation, cells
@@ -245,12 +246,22 @@ def coverage(shape: str, size: str) -> np.ndarray:
     return np.asarray(canvas, np.float32).reshape(CELL, fine, CELL, fine).mean((1, 3))
 
 
+@cache
+def draw_cell(thing: Thing, background: str) -> np.ndarray:
+    """One object on its background: uint8 (CELL, CELL, 3)."""
+    ground, colour = (np.array(rgb, np.float32) for rgb in (BACKGROUNDS[background], COLOURS[thing.colour]))
+    return (ground + coverage(thing.shape, thing.size)[..., None] * (colour - ground)).round().astype(np.uint8)
+
+
+@cache
+def empty(background: str, resolution: int) -> np.ndarray:
+    return np.full((resolution, resolution, 3), BACKGROUNDS[background], np.uint8)
+
+
 def draw(scene: Scene, world: World) -> np.ndarray:
     """Scene -> uint8 (R, R, 3)."""
-    ground = np.array(BACKGROUNDS[scene.background], np.float32)
-    image = np.broadcast_to(ground, (world.resolution, world.resolution, 3)).copy()
+    image = empty(scene.background, world.resolution).copy()
     for thing, (row, column) in zip(scene.things, scene.cells, strict=True):
-        alpha = coverage(thing.shape, thing.size)[..., None]
-        colour = np.array(COLOURS[thing.colour], np.float32)
-        image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = ground + alpha * (colour - ground)
-    return image.round().astype(np.uint8)
+        place = slice(row * CELL, (row + 1) * CELL), slice(column * CELL, (column + 1) * CELL)
+        image[place] = draw_cell(thing, scene.background)
+    return image
