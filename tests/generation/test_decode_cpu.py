@@ -156,7 +156,8 @@ def draw_all(logits, t, k, p, uniforms, weights, masses, heap):
 @settings(max_examples=60)
 @given(
     st.integers(1, 200), st.sampled_from([0.05, 1.0, 5.0, 40.0]), st.sampled_from([0.3, 1.0]),
-    st.sampled_from([1, 2, 5, 50, math.inf]), st.sampled_from([0.0137, 0.511, 0.883, 0.9991, 1.0]), st.booleans(),
+    st.sampled_from([1, 2, 5, 50, math.inf]),
+    st.sampled_from([0.0137, 0.511, 0.883, 0.9991, math.nextafter(1, 0), 1.0]), st.booleans(),
     st.integers(0, 99),
 )  # fmt: skip
 def test_compiled_filters_keep_the_tokens_of_the_reference(n, spread, t, k, p, ties, seed):

@@ -91,6 +91,10 @@ def last_kept(line, weights, n, k, mass, masses, heap):
     for at in range(size // 2 - 1, -1, -1):
         sift_down(line, heap, at, size)
     last = heap[0]
+    if size == 0:  # the intervals' sums rounded to less than the target: all tokens are kept
+        last = 0
+        for i in range(1, n):
+            last = i if ahead(line, last, i) else last
     while size > 0 and taken < target:
         last = heap[0]
         taken += weights[last] if k == 0 else 1
