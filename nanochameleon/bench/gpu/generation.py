@@ -18,6 +18,7 @@ from nanochameleon.bench.engine import (
     text_case,
 )
 from nanochameleon.bench.gpu.context import Context
+from nanochameleon.bench.limits import Limits, measure_limits
 from nanochameleon.bench.rows import Row
 from nanochameleon.config import SamplingParams
 from nanochameleon.errors import say
@@ -79,9 +80,9 @@ def same_in_company(context: Context) -> Iterator[Row]:
     assert same == len(batch), "what is generated depends on the other requests"
 
 
-def speeds(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
+def speeds(context: Context, name: str, model: Chameleon, limits: Limits) -> Iterator[Row]:
     plan = context.plan
-    b = Bench(name, model, plan.vocab, "ms a step", 3, 2.0, plan.text_tokens, False, plan.image_codes)
+    b = Bench(name, model, plan.vocab, "ms a step", 3, 2.0, plan.text_tokens, False, plan.image_codes, limits)
     yield first_token(b)
     only_text(b)
     with context.guard(f"{name}, graphs"):
@@ -95,6 +96,8 @@ def speeds(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
 def run(context: Context) -> Iterator[Row]:
     with context.guard("requests in company"):
         yield from same_in_company(context)
+    limits = measure_limits(context.device)
+    yield from limits.rows("gpu", context.device)
     for name, cfg in context.plan.models:
         with context.guard(name):
-            yield from speeds(context, name, random_model(cfg, context.device, torch.bfloat16))
+            yield from speeds(context, name, random_model(cfg, context.device, torch.bfloat16), limits)

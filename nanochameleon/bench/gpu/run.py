@@ -24,7 +24,7 @@ from nanochameleon.bench.gpu import page
 from nanochameleon.bench.gpu.context import ROOT
 from nanochameleon.bench.gpu.machine import check_gpu
 from nanochameleon.bench.gpu.plan import DRY, ON_GPU, Plan
-from nanochameleon.bench.rows import Row, device_name
+from nanochameleon.bench.rows import Row, device_name, load
 from nanochameleon.errors import UserError, say
 from nanochameleon.files import check_writable, commit, read_json, write_file
 from nanochameleon.kernels.gpu.packages import cuda_extra, missing_cuda_package
@@ -143,7 +143,7 @@ def read_state(path: Path) -> dict[str, dict[str, str]]:
 def saved_rows(folder: Path, state: dict) -> list[tuple[Row, str]]:
     """The rows of all parts so far, each with the day of its measurement."""
     found = [(folder / f"{name}.json", part["date"]) for name, part in state.items()]
-    return [(Row(**row), day) for path, day in found if path.exists() for row in json.loads(path.read_text())]
+    return [(row, day) for path, day in found if path.exists() for row in load(path)]
 
 
 def write_page(args: GPUArgs, state: dict) -> None:

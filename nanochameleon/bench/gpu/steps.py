@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanochameleon.bench.engine import random_model
 from nanochameleon.bench.gpu.context import Context
+from nanochameleon.bench.limits import Limits, measure_limits
 from nanochameleon.bench.measure import median_seconds, peak_bytes, stderr_closed
 from nanochameleon.bench.rows import Row
 from nanochameleon.bench.train import Case, Step, Variant, measure_alone, our_step, step_rows
@@ -23,7 +24,7 @@ VARIANTS = (
 )  # fmt: skip
 
 
-def measure(context: Context, case: Case, variant: Variant) -> Iterator[Row]:
+def measure(context: Context, case: Case, variant: Variant, limits: Limits) -> Iterator[Row]:
     torch.compiler.reset()  # torch stops compiling a function after 8 variants of it
     device, model = context.device, random_model(case.cfg, context.device, torch.float32)
     step = our_step(case, model, variant)
@@ -31,7 +32,7 @@ def measure(context: Context, case: Case, variant: Variant) -> Iterator[Row]:
         seconds, gib = measure_alone(step, ROUNDS, device, MAX_SECONDS)
     else:
         seconds, gib = median_seconds({"": step}, 1, device)[""], peak_bytes(step, device) / 2**30
-    yield from step_rows(case, variant.name, seconds, gib, device)
+    yield from step_rows(case, variant.name, seconds, gib, device, limits)
     if case == context.plan.steps[0] and variant in (VARIANTS[0], PACKED):
         show_profile(step, device)
 
@@ -55,6 +56,8 @@ def run(context: Context) -> Iterator[Row]:
     todo += [(first, each) for each in VARIANTS[4:]]
     if context.plan.dry:  # torch.compile takes minutes on a CPU
         todo = list(dict.fromkeys((case, replace(each, compiled=False)) for case, each in todo))
+    limits = measure_limits(context.device)
+    yield from limits.rows("gpu", context.device)
     for case, variant in todo:
         with context.guard(f"{case.name}, {variant.name}"):
-            yield from measure(context, case, variant)
+            yield from measure(context, case, variant, limits)
