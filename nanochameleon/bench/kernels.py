@@ -32,7 +32,7 @@ from nanochameleon.kernels.attention.reference import qknorm_rope_attention_refe
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import NAMES, why_bf16_unavailable
-from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.steps import zloss_loops
 from nanochameleon.losses import fused_next_token_loss, next_token_loss
 from nanochameleon.optim import make_optimizer
@@ -126,13 +126,12 @@ def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case
     logits = torch.randn(n, v, generator=generator, device=device).to(dtype).requires_grad_()
     targets = torch.randint(v, (n,), generator=generator, device=device)
 
-    def ours(logits: Tensor, overwrite_logits: bool = False) -> Tensor:
-        return next_token_loss(logits, targets, VOCAB, Z_LOSS, 1.0, overwrite_logits).loss
+    def ours(logits: Tensor) -> Tensor:
+        return next_token_loss(logits, targets, VOCAB, Z_LOSS, 1.0).loss
 
-    def in_place() -> Tensor:
-        """As a training step does it, on whatever the last one left."""
-        logits = buffer.detach().requires_grad_()
-        return torch.autograd.grad(ours(logits, overwrite_logits=True), logits)[0]
+    def in_place() -> tuple[Tensor, Tensor]:
+        """As a training step's output layer does it (kernels/zloss/linear.py), on whatever the last one left."""
+        return zloss_cross_entropy_(buffer, targets, Z_LOSS, 1.0)
 
     buffer, copied = logits.detach().clone(), torch.empty_like(logits)
     extra = {"in place": in_place, "copy": lambda: copied.detach().copy_(buffer)}
@@ -236,11 +235,12 @@ def measure(case: Case, rounds: int, device: torch.device, limits: Limits) -> li
         return run
 
     alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
-    both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
+    both = {name: backward(name, function) for name, function in case.variants.items()}
+    both |= {name: with_kernels(own(device), job) for name, job in case.extra.items()}
     passes = ({"f": alone} if case.forward else {}) | ({"f+b": both} if case.inputs else {})
     passes, rows = {name: that_run(f"{case.name} {name}", jobs) for name, jobs in passes.items()}, []
     for name, jobs in passes.items():
-        costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device).items()}
+        costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device, launches=False).items()}
         best = case.limits(name, costs, limits)
         rows += rows_against_one("kernels", f"{case.name} {name}", costs, baseline(costs), "ms", device, best)
     for name, jobs in passes.items() if case.memory else ():

@@ -93,6 +93,18 @@ def test_a_gpu_is_waited_for_after_the_last_round_alone(monkeypatch):
     assert taken == {"a": 0.005, "b": 0.006}  # the median of the jobs that end at 3, 5, 7 and 4, 6, 8
 
 
+def test_kernels_are_launched_while_the_gpu_waits(monkeypatch):
+    """So the time between launches is not theirs."""
+    monkeypatch.setattr(Event, "log", log := [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: real(1, dtype=dtype))
+    median_seconds({"a": lambda: log.append("a")}, 2, torch.device("cuda"), launches=False)
+    assert log == ["a", "sleep", "a", "sleep", "a", "wait", "wait"]
+
+
 def test_transformers_says_the_same_with_the_same_weights():
     pytest.importorskip("transformers", reason="transformers is optional: pip install transformers to compare with it")
     model = engine.random_model(SMALL, torch.device("cpu"), torch.float32)

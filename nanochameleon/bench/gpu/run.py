@@ -33,7 +33,7 @@ from nanochameleon.kernels.gpu.packages import cuda_extra, missing_cuda_package
 PARTS = {
     "machine": (60, "versions, the speed of memory and matmuls, compilation of all kernels"),
     "prove": (120, "values, races and times of each kernel: what auto may take"),
-    "steps": (150, "training steps of the 1.4B and the 288M"),
+    "steps": (160, "training steps of the 1.4B and the 288M"),
     "generation": (135, "tokens with CUDA graphs and without, alone and in company; ms per step of the 1.3B and 7B"),
     "toy": (150, "train.py toy in few steps, stopped and resumed, in fp32 and bf16; sample.py"),
     "attention": (45, "what documents cost, by kernel"),
