@@ -24,7 +24,8 @@ from numba.core.codegen import get_host_cpu_features
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-FEATURES = (config.CPU_FEATURES or get_host_cpu_features()).split(",")
+# What Numba compiles for. An empty NUMBA_CPU_FEATURES, or NUMBA_CPU_NAME=generic, means none, not the host's.
+FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
 W = 16 if "+avx512f" in FEATURES else 8  # lanes
 
 f32, i16, i32, i64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)

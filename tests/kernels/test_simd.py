@@ -1,4 +1,8 @@
-"""Vectors: 2^x to a few units in the last place, and the ends of rows."""
+"""Vectors: 2^x to a few units in the last place, the ends of rows, and processors without vector extensions."""
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -70,3 +74,30 @@ def test_the_first_lanes_alone_are_read_and_written(n, dtype):
     assert torch.equal(y[:inside], x[:inside]) and not y[inside:].any()
     load_all(x.data_ptr(), wide.data_ptr(), n, dtype == torch.bfloat16)
     assert torch.equal(wide[:inside], x[:inside].float()) and (wide[inside:] == 5).all()
+
+
+WITHOUT_EXTENSIONS = """
+import numpy as np
+from numba import njit
+from nanochameleon.kernels.cpu.exp2 import exp2_bounded
+from nanochameleon.kernels.cpu.simd import W, load, rope, store
+
+@njit
+def run(x, y):
+    store(y, exp2_bounded(load(x)))
+    store(y + 4 * W, rope(load(x), load(x)))
+
+x, y = np.arange(W, dtype=np.float32), np.zeros(2 * W, np.float32)
+run(x.ctypes.data, y.ctypes.data)
+z = (x[::2] + 1j * x[1::2]) ** 2  # rotating a pair by itself squares it
+assert np.allclose(y[:W], 2**x) and np.allclose(y[W::2], z.real) and np.allclose(y[W + 1 :: 2], z.imag)
+print("lanes:", W)
+"""
+
+
+@pytest.mark.parametrize("processor", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": ""}], ids=str)
+def test_a_processor_without_vector_extensions_computes_with_what_it_has(processor):
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTENSIONS], env=os.environ | processor, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout) == (0, "lanes: 8\n"), run.stderr[-2_000:]

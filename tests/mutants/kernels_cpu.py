@@ -102,6 +102,13 @@ MUTANTS = [
         "kernels/test_simd.py",
     ),
     Mutant(
+        "kernels are compiled for the host where no features are asked for",
+        "kernels/cpu/simd.py",
+        "if config.CPU_FEATURES is None else",
+        "if not config.CPU_FEATURES else",
+        "kernels/test_simd.py",
+    ),
+    Mutant(
         "a polynomial of one degree less",
         "kernels/cpu/exp2.py",
         "scaled(b, ABOVE_FLOOR, x)",
