@@ -1,7 +1,7 @@
 """Causal attention within documents on a GPU, by torch's kernels that read where documents begin: no (B, T, T) mask.
 
-    flash        bfloat16 and float16 on GPUs of compute capability 8.0 and newer, in torch 2.12 and newer
-    efficient    the rest: float32, older GPUs, older torch. Unlike FlexAttention it needs no compiler.
+    flash        bfloat16 and float16 on GPUs of compute capability 8.0 and newer
+    efficient    the rest: float32, older GPUs. Unlike FlexAttention it needs no compiler.
 
 Both are for NVIDIA GPUs. An AMD GPU keeps the mask: nobody has tried these kernels there.
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels.attention.documents import Documents
-from nanochameleon.kernels.attention.flash import flash_available
+from nanochameleon.kernels.attention.flash import flash_available, varlen_attention
 from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.ops import matmul_dtype
 
@@ -44,10 +44,8 @@ def attention_by_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents
 
 def flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """q (N, H, E) and k, v (N, G, E) -> (N, H, E), for the N tokens of all documents."""
-    from torch.nn.attention.varlen import varlen_attn  # not at the top: it imports torch's compiler
-
     lengths = documents.cu_seqlens, documents.cu_seqlens, documents.max_len, documents.max_len
-    return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), enable_gqa=True)  # all earlier keys, and no later one
+    return varlen_attention(q, k, v, *lengths, causal=True)
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

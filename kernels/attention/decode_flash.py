@@ -1,8 +1,8 @@
 """Flash attention of a decode step: a number of visible cache entries for each slot, where others need a mask.
 
 A slot's new token sees all entries up to its own. scaled_dot_product_attention takes no such lengths, and with a mask
-it does not run flash attention. varlen_attn takes them. Each (slot, key head) is one sequence with one new token, whose
-heads are the query heads that share the key head. So the cache is read where it is, and no key is copied.
+it does not run flash attention. varlen_attention takes them. Each (slot, key head) is one sequence with one new token,
+whose heads are the query heads that share the key head. So the cache is read where it is, and no key is copied.
 
 Shapes: N slots with one new token each, H query heads, G key heads, a cache of S entries. Nothing here waits for the
 GPU or depends on a value, so a step can be captured as a CUDA graph.
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanochameleon.kernels.attention.flash import find_varlen_attn
+from nanochameleon.kernels.attention.flash import varlen_attention
 
 
 class CacheLengths(NamedTuple):
-    """The sequences of varlen_attn, one for each (slot, key head). Made once a step, for all layers."""
+    """The sequences of varlen_attention, one for each (slot, key head). Made once a step, for all layers."""
 
     kv_len: int  # at least the longest of seqused_k
     cu_seq_q: Tensor  # (N G + 1,) int32: 0, 1, 2, ..., since each has one token
@@ -45,8 +45,6 @@ def flash_decode_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Cac
         # Flash splits the keys of a slot over idle processors only where several heads read them: two ask the same.
         rows = rows.repeat(1, 2, 1)
     k, v = (x.view(n * groups * size, 1, e) for x in (keys, values))
-    out = find_varlen_attn()(
-        rows, k, v, lengths.cu_seq_q, lengths.cu_seq_k, 1, lengths.kv_len,
-        seqused_k=lengths.seqused_k, enable_gqa=True,
-    )  # fmt: skip
+    sequences = lengths.cu_seq_q, lengths.cu_seq_k, 1, lengths.kv_len
+    out = varlen_attention(rows, k, v, *sequences, causal=False, seqused_k=lengths.seqused_k)
     return out[:, :shared].reshape(n, 1, -1, e)

@@ -1,8 +1,8 @@
-"""Where torch's flash attention for sequences of any lengths, `varlen_attn`, can run. Not here: what is run on it."""
+"""torch's flash attention for sequences of any lengths, and where it can run. Not here: which sequences.
 
-import inspect
-from collections.abc import Callable
-from functools import cache
+torch.nn.attention.varlen wraps the same operation, but takes shared key heads and a cache's lengths only since torch
+2.12. The operation itself takes both since torch 2.5.
+"""
 
 import torch
 from torch import Tensor
@@ -10,26 +10,28 @@ from torch import Tensor
 from nanochameleon.kernels.constant import assume_constant_result
 
 
-@cache
-def find_varlen_attn() -> Callable[..., Tensor] | None:
-    """torch's varlen_attn if it takes shared key heads and the lengths of a cache, as since torch 2.12; else None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # not at the top: it imports torch's compiler
-    except ImportError:  # before torch 2.10
-        return None
-    known = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"seqused_k", "enable_gqa"} <= known.keys() else None
-
-
 @assume_constant_result
 def flash_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether varlen_attn takes such queries and keys."""
+    """Whether flash attention takes such queries and keys."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim % 8 == 0
         and head_dim <= 256
-        and find_varlen_attn() is not None
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, causal: bool,
+    seqused_k: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """q (T_q, H, E), k and v (T_k, G, E) -> (T_q, H, E), for N sequences, one after the other.
+
+    cu_seq_q, cu_seq_k: (N + 1,) int32, where each sequence begins, then T_q or T_k. seqused_k: (N,) int32, how many
+    keys of each sequence are seen; None: all. It has a gradient, except with seqused_k.
+    """
+    run = torch.ops.aten._flash_attention_forward
+    lengths, dropout, debug = (cu_seq_q, cu_seq_k, max_q, max_k), 0.0, False
+    return run(q, k, v, *lengths, dropout, causal, debug, seqused_k=seqused_k)[0]

@@ -105,6 +105,8 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, scale: float
 # ---------------------------------------------------------------------------------------------------------------------
 # qknorm_rope.cu
 
+NORM_WARPS = 2_048  # of a gradient, which each add up the weights' gradients of their rows
+
 
 def qknorm_rope(x: Tensor, cos_sin: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """x (B, T, H, E) bfloat16, cos_sin (B, T, E) float32, weight and bias (H, E) float32 -> like x."""
@@ -121,7 +123,7 @@ def qknorm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias; the last two are zeros without a norm."""
     d_x, (b, t, heads, e) = torch.empty_like(x), x.shape
-    parts = max(1, min(b * t, 2_048 // heads))
+    parts = max(1, min(b * t, NORM_WARPS // heads))
     d_weight, d_bias = (torch.zeros(parts, heads, e, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
         arguments = d_out, x, weight, cos_sin, d_x, d_weight, d_bias, Long(b * t), heads, e // 2, float(eps)
@@ -174,7 +176,7 @@ def attention_backward(
 # decode.cu
 
 SPLIT = 256  # positions of the cache that one block reads
-QUERIES = 4  # queries of one KV head that share a block
+QUERIES = 4  # queries of one KV head that share a block, where there are several
 
 
 def decode_append(
@@ -198,9 +200,11 @@ def decode_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: T
     if queries.numel():
         partial_out = torch.empty(splits, *queries.shape, dtype=torch.float32, device=queries.device)
         stats = torch.empty(splits, n, t, heads, 2, dtype=torch.float32, device=queries.device)
-        grid = splits, kv_heads * -(-heads // kv_heads * t // QUERIES), n
+        of_head = heads // kv_heads * t  # queries of a KV head
+        block_queries = 1 if of_head == 1 else QUERIES
+        grid = splits, kv_heads * -(-of_head // block_queries), n
         arguments = queries, keys, values, positions, partial_out, stats, t, heads, kv_heads, cache_len
-        start("attention/decode", f"decode_split_{e}", grid, 128, *arguments)
+        start("attention/decode", f"decode_split_{e}_{block_queries}", grid, 128, *arguments)
         rows = n * t * heads
         arguments = partial_out, stats, out, Long(rows), splits, e // 2
         start("attention/decode", "decode_combine", (-(-rows // 8),), 256, *arguments)

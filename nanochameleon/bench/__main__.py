@@ -1,5 +1,6 @@
 """python -m nanochameleon.bench kernels|engine|choices|first|web|train|data [--device cpu|cuda] [--quick] [--json FILE]
 
+python -m nanochameleon.bench plot FILE ... --plot FILE draws rows that --json wrote.
 python -m nanochameleon.bench prove checks CUDA kernels on the GPU at hand.
 python -m nanochameleon.bench gpu runs all that one GPU should show; see its --help.
 """
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +21,21 @@ from nanochameleon.cli import check_kernels, parse
 from nanochameleon.errors import UserError, exit_on_user_error
 from nanochameleon.files import check_writable
 
+WITH_LIMITS = "kernels", "engine", "train", "plot"
+
 
 @dataclass(frozen=True)
 class Args:
     """Measure ours next to the peers that are installed, and print a row for each figure."""
 
-    bench: tyro.conf.Positional[Literal["kernels", "engine", "choices", "first", "web", "train", "data", "prove"]]
+    bench: tyro.conf.Positional[
+        Literal["kernels", "engine", "choices", "first", "web", "train", "data", "prove", "plot"]
+    ]
     """What to measure. choices: scoring multiple-choice items. first: a whole command, to the first image of
     models/toy. web: the page's server, with one client and with many. prove: check the CUDA kernels on this GPU, and
-    let `auto` take those that are right and fast."""
+    let `auto` take those that are right and fast. plot: nothing, but draw `files`."""
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """For plot: files that --json wrote."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to measure it. prove takes the first GPU that CUDA_VISIBLE_DEVICES shows."""
     quick: bool = False
@@ -39,18 +47,23 @@ class Args:
     dry: bool = False
     """For prove: tiny shapes in the emulator on a CPU, to see that the command works. Nothing is kept."""
     plot: Path | None = None
-    """For kernels: draw the ratios into this file (PNG)."""
+    """For kernels, train, engine and plot: draw each program's share of the limit into this file (PNG)."""
 
 
-def measure(args: Args) -> Iterator[dict]:
+def measure(args: Args) -> Iterator:
+    """Yield rows, measured or read."""
     import torch
 
+    if args.bench == "plot":
+        from nanochameleon.bench import rows
+
+        return chain.from_iterable(map(rows.load, args.files))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here: leave out --device")
     device = torch.device(args.device)
     check_kernels(device, *([torch.float32, torch.bfloat16] if args.bench == "train" else []))
-    if args.bench != "kernels" and (args.op != "all" or args.plot):
-        raise UserError("--op and --plot belong to the bench `kernels`: leave them out")
+    if args.bench != "kernels" and args.op != "all":
+        raise UserError("--op belongs to the bench `kernels`: leave it out")
     if args.bench == "web" and not find_spec("starlette"):
         raise UserError("starlette is missing: pip install -c constraints.txt -e '.[web]'")
     if args.bench != "kernels":
@@ -77,6 +90,7 @@ def main(args: Args) -> None:
         return
     if args.dry:
         raise UserError("--dry belongs to prove: leave it out")
+    check_plot(args)
     with writing():
         for path in filter(None, (args.json, args.plot)):  # before an hour of measuring
             check_writable(path.parent)
@@ -90,6 +104,16 @@ def main(args: Args) -> None:
             write_files(args, measured)
 
 
+def check_plot(args: Args) -> None:
+    """Raise UserError for a plot of what has no limit, and for files that nobody would read."""
+    if args.plot and args.bench not in WITH_LIMITS:
+        raise UserError(f"--plot belongs to {', '.join(WITH_LIMITS)}: leave it out")
+    if args.bench == "plot" and not (args.files and args.plot):
+        raise UserError("plot draws rows: name files that --json wrote, and --plot FILE for the picture")
+    if args.files and args.bench != "plot":
+        raise UserError(f"{args.files[0]}: only plot reads files: leave it out")
+
+
 @contextmanager
 def writing() -> Iterator[None]:
     """Turn an OSError into a UserError."""
@@ -101,13 +125,13 @@ def writing() -> Iterator[None]:
 
 def write_files(args: Args, measured: list) -> None:
     """Write the requested files. Raises UserError where one cannot be written."""
-    from nanochameleon.bench import rows
+    from nanochameleon.bench import plot, rows
 
     with writing():
         if args.json:
             rows.save(measured, args.json)
         if args.plot:
-            rows.plot(measured, args.plot)
+            plot.draw(measured, args.plot)
 
 
 def start(args: list[str]) -> None:

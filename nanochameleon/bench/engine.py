@@ -4,15 +4,17 @@ On a CPU: a model of 5.9M parameters, whose greedy tokens must equal transformer
 one by one; guidance. With OMP_NUM_THREADS=1 it measures CPU time. On a GPU: models of 7B and 1.3B.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from nanochameleon.bench.limits import Limits, measure_limits
 from nanochameleon.bench.measure import Job, median_seconds, seconds_of
-from nanochameleon.bench.rows import Row, make_row, rows_against_peers
+from nanochameleon.bench.rows import NO_LIMITS, Row, make_row, rows_against_peers
+from nanochameleon.bench.work import step_work
 from nanochameleon.config import ModelConfig, SamplingParams, VQGANConfig
 from nanochameleon.errors import say
 from nanochameleon.generation.engine import Engine, generate
@@ -102,14 +104,26 @@ class Bench:
     n: int  # tokens of text per request
     peers: bool  # whether transformers is measured, too
     image_codes: int  # of an image
+    limits: Limits
 
     @property
     def device(self) -> torch.device:
         return self.model.output.weight.device
 
-    def rows(self, case: str, jobs: dict[str, Job], amount: float, unit: str) -> list[Row]:
+    def rows(
+        self, case: str, jobs: dict[str, Job], amount: float, unit: str, least: Mapping[str, float] = NO_LIMITS
+    ) -> list[Row]:
         seconds = median_seconds(jobs, self.rounds, self.device, self.max_seconds)
-        return rows_against_peers("engine", case, "nano", seconds, amount, unit, self.device)
+        return rows_against_peers("engine", case, "nano", seconds, amount, unit, self.device, least)
+
+    def least_seconds(self, steps: int, rows: int, prompts: int) -> float:
+        """The limit of `steps` steps of `rows` tokens each, after prompts of that many tokens in all.
+
+        Reading the prompts counts as no more than one of the steps.
+        """
+        cached = prompts + rows * (steps + 1) / 2  # in a mean step; a token reads itself, too
+        work = step_work(self.model.cfg, rows, cached, self.model.output.weight.dtype)
+        return steps * self.limits.seconds(work)
 
 
 def first_token(b: Bench) -> Row:
@@ -133,7 +147,8 @@ def text_case(b: Bench, batch: int) -> list[Row]:
         if b.model.output.weight.dtype == torch.float32:
             assert jobs["nano"]() == jobs["transformers generate dynamic"](), "greedy tokens differ from transformers'"
     amount = b.n if b.unit.startswith("ms") else b.n * batch
-    return b.rows(f"{b.name} text batch {batch}", jobs, amount, b.unit)
+    least = dict.fromkeys(jobs, b.least_seconds(b.n, batch, prompts.numel()))
+    return b.rows(f"{b.name} text batch {batch}", jobs, amount, b.unit, least)
 
 
 def image_case(b: Bench) -> list[Row]:
@@ -149,7 +164,9 @@ def image_case(b: Bench) -> list[Row]:
         return generate(b.model, [prompt], b.vocab, n_codes, options, "image")
 
     jobs = {"nano": lambda: run(3.0, 1.2), "nano without guidance": lambda: run(1.0, 1.0)}
-    return b.rows(f"{b.name} guided image", jobs, n_codes, "ms a code")
+    # of three branches, two read little of the prompt
+    least = {name: b.least_seconds(n_codes, rows, len(prompt)) for name, rows in zip(jobs, (3, 1), strict=True)}
+    return b.rows(f"{b.name} guided image", jobs, n_codes, "ms a code", least)
 
 
 def mixed_case(b: Bench) -> list[Row]:
@@ -170,7 +187,9 @@ def mixed_case(b: Bench) -> list[Row]:
 def bench(device: torch.device, quick: bool) -> Iterator[Row]:
     if not (peers := find_spec("transformers") is not None):
         say("transformers is not installed: skipped")
-    how_long = (*((2, 2.0, 32) if quick else (9, 60.0, 128)), peers, IMAGE_CODES[device.type])
+    limits = measure_limits(device)
+    yield from limits.rows("engine", device)
+    how_long = (*((2, 2.0, 32) if quick else (9, 60.0, 128)), peers, IMAGE_CODES[device.type], limits)
     if device.type == "cpu":
         benches = [Bench("5.9M", random_model(TOY, device, torch.float32), TOY_VOCAB, "tokens/s", *how_long)]
     else:

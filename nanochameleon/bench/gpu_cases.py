@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochameleon.bench.kernels import Case, attention_case, linear_case, with_kernels, zloss_case
+from nanochameleon.bench.work import decode_attention_work
 from nanochameleon.kernels.attention.cuda import document_bounds
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.reference import attention
@@ -90,4 +91,5 @@ def decode_case(n: int, h: int, g: int, cache_len: int, e: int, device: torch.de
         "attention alone": lambda: gpu.decode_attention(queries, keys, values, positions, cache_len),
         "attention alone, vendor": lambda: F.scaled_dot_product_attention(rows, keys, values),
     }
-    return Case(f"decode B{n} H{h} G{g} S{cache_len} D{e} bf16", [], variants)
+    work = decode_attention_work(n, h, g, cache_len, e, BF16)
+    return Case(f"decode B{n} H{h} G{g} S{cache_len} D{e} bf16", [], variants, work=work)

@@ -7,15 +7,24 @@ GPU `vendor`, torch's own attention after our norm and rotation. linear_zloss ha
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochameleon.bench.limits import Limits, measure_limits
 from nanochameleon.bench.measure import median_seconds, peak_bytes, that_run
 from nanochameleon.bench.rows import Row, rows_against_one
+from nanochameleon.bench.work import (
+    Work,
+    attention_work,
+    linear_zloss_work,
+    training_work,
+    visible_pairs,
+    zloss_work,
+)
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.kernels import dispatch, qknorm_rope_attention, use_kernels
 from nanochameleon.kernels.attention.documents import Documents
@@ -23,7 +32,7 @@ from nanochameleon.kernels.attention.reference import qknorm_rope_attention_refe
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
-from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_reference
+from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.steps import zloss_loops
 from nanochameleon.losses import fused_next_token_loss, next_token_loss
 from nanochameleon.optim import make_optimizer
@@ -44,6 +53,12 @@ class Case:
     extra_forward: dict[str, Callable[[], object]] = dataclasses.field(default_factory=dict)  # timed with f
     memory: bool = False  # whether its peak is measured, too
     forward: bool = True  # whether forward alone is timed; not where it makes the gradients as well
+    work: dict[str, Work] = dataclasses.field(default_factory=dict)  # of a pass, or of a variant that does less
+
+    def limits(self, name: str, variants: Iterable[str], limits: Limits) -> dict[str, float]:
+        """The least milliseconds of each variant of the pass `name`, where its work is known."""
+        found = {variant: self.work.get(variant, self.work.get(name)) for variant in variants}
+        return {variant: 1e3 * limits.seconds(work) for variant, work in found.items() if work}
 
 
 def with_kernels(name: str, function: Callable) -> Callable:
@@ -102,7 +117,8 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: i
     if device.type == "cpu" and dtype == torch.float32 and packed:
         arrays = [x.detach().numpy() for x in (q, k, v, docs.ids, torch.empty_like(q))]
         plain = {"loops": lambda: attention_loops(*arrays)}  # without norm and rotation
-    return Case(name, [q, k, v, *norms], variants, extra_forward=plain)
+    work = attention_work(h, e, b * t, visible_pairs(b, t, docs), dtype)
+    return Case(name, [q, k, v, *norms], variants, extra_forward=plain, work=work)
 
 
 def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case:
@@ -110,13 +126,12 @@ def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case
     logits = torch.randn(n, v, generator=generator, device=device).to(dtype).requires_grad_()
     targets = torch.randint(v, (n,), generator=generator, device=device)
 
-    def ours(logits: Tensor, overwrite_logits: bool = False) -> Tensor:
-        return next_token_loss(logits, targets, VOCAB, Z_LOSS, 1.0, overwrite_logits).loss
+    def ours(logits: Tensor) -> Tensor:
+        return next_token_loss(logits, targets, VOCAB, Z_LOSS, 1.0).loss
 
-    def in_place() -> Tensor:
-        """As a training step does it, on whatever the last one left."""
-        logits = buffer.detach().requires_grad_()
-        return torch.autograd.grad(ours(logits, overwrite_logits=True), logits)[0]
+    def in_place() -> tuple[Tensor, Tensor]:
+        """As a training step's output layer does it (kernels/zloss/linear.py), on whatever the last one left."""
+        return zloss_cross_entropy_(buffer, targets, Z_LOSS, 1.0)
 
     buffer, copied = logits.detach().clone(), torch.empty_like(logits)
     extra = {"in place": in_place, "copy": lambda: copied.detach().copy_(buffer)}
@@ -128,7 +143,7 @@ def zloss_case(n: int, v: int, dtype: torch.dtype, device: torch.device) -> Case
         "reference": lambda logits: reference_loss(logits, targets),
         own(device): with_kernels(own(device), ours),
     }
-    return Case(f"zloss {n} x {v} {short(dtype)}", [logits], variants, extra)
+    return Case(f"zloss {n} x {v} {short(dtype)}", [logits], variants, extra, work=zloss_work(n, v, dtype))
 
 
 def reference_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -151,7 +166,8 @@ def linear_case(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device
         own(device): with_kernels(own(device), ours),
     }
     name = f"linear_zloss {n} x {d} x {v} {short(dtype)}"
-    return Case(name, [hidden, weight], variants, memory=True, forward=False)
+    work = linear_zloss_work(n, v, d, dtype)
+    return Case(name, [hidden, weight], variants, memory=True, forward=False, work=work)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -202,7 +218,7 @@ def checked(found: Iterator[Case]) -> Iterator[Case]:
         yield case
 
 
-def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
+def measure(case: Case, rounds: int, device: torch.device, limits: Limits) -> list[Row]:
     """Measure the forward pass, then forward and backward where a case has inputs to differentiate."""
 
     def backward(name: str, function: Callable) -> Callable[[], object]:
@@ -219,12 +235,14 @@ def measure(case: Case, rounds: int, device: torch.device) -> list[Row]:
         return run
 
     alone = {name: forward(function) for name, function in case.variants.items()} | case.extra_forward
-    both = {name: backward(name, function) for name, function in case.variants.items()} | case.extra
+    both = {name: backward(name, function) for name, function in case.variants.items()}
+    both |= {name: with_kernels(own(device), job) for name, job in case.extra.items()}
     passes = ({"f": alone} if case.forward else {}) | ({"f+b": both} if case.inputs else {})
     passes, rows = {name: that_run(f"{case.name} {name}", jobs) for name, jobs in passes.items()}, []
     for name, jobs in passes.items():
-        costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device).items()}
-        rows += rows_against_one("kernels", f"{case.name} {name}", costs, baseline(costs), "ms", device)
+        costs = {job: 1e3 * seconds for job, seconds in median_seconds(jobs, rounds, device, launches=False).items()}
+        best = case.limits(name, costs, limits)
+        rows += rows_against_one("kernels", f"{case.name} {name}", costs, baseline(costs), "ms", device, best)
     for name, jobs in passes.items() if case.memory else ():
         costs = {job: peak_bytes(run, device) / 2**20 for job, run in jobs.items()}
         rows += rows_against_one("kernels", f"{case.name} {name} memory", costs, baseline(costs), "MiB", device)
@@ -236,7 +254,7 @@ def baseline(costs: dict[str, float]) -> str | None:
     return next((name for name in ("compile", "reference", *costs) if name in costs), None)
 
 
-def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
+def step_rows(precision: str, rounds: int, device: torch.device, limits: Limits) -> list[Row]:
     """Measure a training step of 6 layers of 256, 8 sequences of 256 tokens: forward, loss, backward, AdamW."""
     cfg = ModelConfig(vocab_size=940, dim=256, n_layers=6, n_heads=4, multiple_of=64, max_seq_len=256)
     torch.manual_seed(0)
@@ -256,18 +274,22 @@ def step_rows(precision: str, rounds: int, device: torch.device) -> list[Row]:
     case = f"step dim 256 x 6 layers {precision}"
     jobs = that_run(case, {name: lambda name=name: step(name) for name in ("reference", own(device), "auto")})
     costs = {name: 1e3 * seconds for name, seconds in median_seconds(jobs, rounds, device).items()}
-    return rows_against_one("kernels", case, costs, baseline(costs), "ms", device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    work = training_work(cfg, tokens.numel(), visible_pairs(8, 256, docs), dtype)
+    best = dict.fromkeys(costs, 1e3 * limits.seconds(work))
+    return rows_against_one("kernels", case, costs, baseline(costs), "ms", device, best)
 
 
 def bench(found: Iterator[Case], device: torch.device, quick: bool, op: str = "all") -> Iterator[Row]:
     """Time checked cases of an op, or of all. quick leaves out torch.compile, which takes minutes."""
     torch.set_num_threads(1)
     tune_malloc()
-    rounds = 5 if quick else 9
+    rounds, limits = 5 if quick else 9, measure_limits(device)
+    yield from limits.rows("kernels", device)
     for case in found:
         if not quick:
             case.variants["compile"] = torch.compile(case.variants["reference"])
-        yield from measure(case, rounds, device)
+        yield from measure(case, rounds, device, limits)
     kinds = ("bf16",) if device.type == "cuda" else ("fp32", "bf16")  # our CUDA kernels take attention in bf16 alone
     for precision in kinds if op in ("all", "step") else ():
-        yield from step_rows(precision, rounds, device)
+        yield from step_rows(precision, rounds, device, limits)

@@ -204,6 +204,5 @@ def time_it(subject: Subject, effort: Effort, device: torch.device, errors: dict
 def time_shape(subject: Subject, shape: tuple, effort: Effort, device: torch.device) -> tuple[str, dict[str, float]]:
     """The shape's name, and median seconds of each job. Its tensors are gone when it returns."""
     case = subject.case(shape, device)
-    return case.name, median_seconds(
-        subject.jobs(case, subject.head_dim in effort.compiled), effort.rounds, device, 10.0
-    )
+    jobs = subject.jobs(case, subject.head_dim in effort.compiled)
+    return case.name, median_seconds(jobs, effort.rounds, device, 10.0, launches=False)

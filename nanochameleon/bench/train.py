@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from nanochameleon.bench.engine import as_transformers, random_model
+from nanochameleon.bench.limits import Limits, measure_limits
 from nanochameleon.bench.measure import median_seconds, that_run
 from nanochameleon.bench.rows import Row, device_name, make_row, rows_against_peers
+from nanochameleon.bench.work import training_work, visible_pairs
 from nanochameleon.config import ModelConfig, OptimConfig
 from nanochameleon.errors import say, shown
 from nanochameleon.kernels import use_kernels
+from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.cpu.malloc import tune_malloc
 from nanochameleon.optim import clip_gradients, make_adamw
 from nanochameleon.packing import Batch, pack
@@ -170,17 +173,32 @@ def steps(case: Case, device: torch.device, quick: bool) -> dict[str, Callable[[
 # Rows
 
 
+def our_fastest(taken: dict[str, float]) -> str | None:
+    """Return the name of our fastest variant that does what transformers does; None without one."""
+    ours = [name for name in taken if name.startswith("nano") and "packed" not in name]
+    return min(ours, key=taken.__getitem__, default=None)
+
+
 def fastest(taken: dict[str, float]) -> dict[str, float]:
     """Return our fastest variant as `nano`, and of theirs in bf16 the faster one of the two; {} without one of ours."""
-    ours = [seconds for name, seconds in taken.items() if name.startswith("nano") and "packed" not in name]
-    if not ours:
+    ours = our_fastest(taken)
+    if ours is None:
         return {}
-    best = {"nano": min(ours)}
+    best = {"nano": taken[ours]}
     for name, seconds in taken.items():
         if name.startswith("transformers"):
             name = name.replace("weights", "bf16")
             best[name] = min(seconds, best.get(name, seconds))
     return best
+
+
+def least_seconds(case: Case, name: str, limits: Limits) -> float:
+    """Return the limit of a variant's step."""
+    words = name.split()
+    documents = Documents.of(text_batch(case, "packed" in words).doc_ids)
+    dtype = torch.float32 if "fp32" in words else torch.bfloat16
+    pairs = visible_pairs(case.batch, case.t, documents)
+    return limits.seconds(training_work(case.cfg, case.n_tokens, pairs, dtype))
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -219,12 +237,13 @@ def one_by_one(
     return taken, peak
 
 
-def step_rows(case: Case, name: str, seconds: float, gib: float, device: torch.device) -> list[Row]:
+def step_rows(case: Case, name: str, seconds: float, gib: float, device: torch.device, limits: Limits) -> list[Row]:
     """Rows of one of our steps on a GPU: tokens/s, MFU where the GPU's peak is known, and peak memory.
 
     Packed sequences have no MFU: attention within documents takes fewer FLOPs than flops_per_token counts.
     """
-    rows = [make_row("train", case.name, name, case.n_tokens / seconds, "tokens/s", device)]
+    rate, of_limit = case.n_tokens / seconds, least_seconds(case, name, limits) / seconds
+    rows = [make_row("train", case.name, name, rate, "tokens/s", device, of_limit=of_limit)]
     if (peak := peak_flops(device_name(device))) and "packed" not in name:
         mfu = flops_per_token(case.cfg, case.t) * case.n_tokens / seconds / peak
         rows.append(make_row("train", f"{case.name}, MFU", name, mfu, f"of {peak / 1e12:.0f} TFLOP/s", device))
@@ -236,6 +255,8 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
         say("transformers is not installed: skipped")
     tune_malloc()  # it speeds theirs up, too
     rounds, max_seconds = (3, 20.0) if quick else (9, 120.0)
+    limits = measure_limits(device)
+    yield from limits.rows("train", device)
     for case in cases or CASES[device.type]:
         check(case, device)
         jobs, peaks = steps(case, device, quick), {}
@@ -246,9 +267,12 @@ def bench(device: torch.device, quick: bool, cases: list[Case] | None = None) ->
             seconds, peaks = one_by_one(jobs, rounds, device, max_seconds)
         if not (best := fastest(seconds)):
             continue
-        yield from rows_against_peers("train", case.name, "nano", best, case.n_tokens, "tokens/s", device)
+        measured_as = {name: name for name in best} | {"nano": our_fastest(seconds)}
+        least = {name: least_seconds(case, variant, limits) for name, variant in measured_as.items()}
+        yield from rows_against_peers("train", case.name, "nano", best, case.n_tokens, "tokens/s", device, least)
         for name, each in seconds.items():
-            yield make_row("train", f"{case.name}, each", name, case.n_tokens / each, "tokens/s", device)
+            rate, of_limit = case.n_tokens / each, least_seconds(case, name, limits) / each
+            yield make_row("train", f"{case.name}, each", name, rate, "tokens/s", device, of_limit=of_limit)
         for name, gib in peaks.items():
             yield make_row("train", f"{case.name}, peak", name, gib, "GiB", device)
         if device.type == "cuda" and (peak := peak_flops(device_name(device))):

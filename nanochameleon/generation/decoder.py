@@ -50,6 +50,24 @@ VocabPart = Literal["text", "image", "all"]  # "text" is everything but the imag
 INDEX, IMAGE_TOKENS_LEFT, TOKENS_LEFT, N_SAMPLED, CFG_BRANCH, LENGTH = range(6)
 
 
+Chunk = tuple[Sequence[int], int, int]  # tokens of a prompt, slot, position of the first of them
+# Tokens, padding included, that a GPU reads in one pass over the weights: so few take about as long as one.
+PREFILL_TOGETHER = 512
+
+
+def read_together(chunks: Sequence[Chunk], most: int) -> list[list[Chunk]]:
+    """Group chunks that follow one another, of neighbouring slots and from one position on, up to `most` tokens."""
+    groups: list[list[Chunk]] = []
+    for chunk in chunks:
+        group = [*groups[-1], chunk] if groups else [chunk]
+        fits = len(group) * max(len(tokens) for tokens, *_ in group) <= most
+        if len(group) > 1 and fits and chunk[1:] == (group[-2][1] + 1, group[-2][2]):
+            groups[-1] = group
+        else:
+            groups.append([chunk])
+    return groups
+
+
 def uniforms(seed: Sequence[int], n: int) -> Tensor:
     """(n,) float64 in [0, 1), a function of the seed alone."""
     return torch.from_numpy(np.random.default_rng(seed).random(n))
@@ -64,6 +82,7 @@ class Decoder:
         device = model.output.weight.device
         self.model, self.vocab, self.context, self.device = model, vocab, context, device
         self.n_slots, self.graphs = n_slots, Graphs(device)
+        self.prefill_together = PREFILL_TOGETHER if device.type == "cuda" else 1  # a CPU waits for the arithmetic
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.tok_embeddings.weight.dtype
         self.cache = model.empty_cache(n_slots, context, dtype)
@@ -91,18 +110,28 @@ class Decoder:
     # -----------------------------------------------------------------------------------------------------------------
     # What the engine does with a slot
 
-    def prefill(self, chunks: Sequence[tuple[Sequence[int], int, int]]) -> None:
+    def prefill(self, chunks: Sequence[Chunk]) -> None:
         """Read (tokens, slot, start): a prompt's next tokens, from position `start`, into a slot's cache."""
         for tokens, slot, start in chunks:
             self.length[slot] = start + len(tokens)  # steps of other slots write this slot's cache after its prompt
         self.read_chunks(chunks)
 
-    def read_chunks(self, chunks: Sequence[tuple[Sequence[int], int, int]]) -> None:
-        for tokens, slot, start in chunks:
-            end = start + len(tokens)
-            x, positions = (torch.tensor([x], device=self.device) for x in (tokens, range(start, end)))  # (1, T)
-            cache = self.cache.view(slice(slot, slot + 1), positions, end)
-            self.hidden[slot] = self.model(x, positions, cache=cache)[0, -1]
+    def read_chunks(self, chunks: Sequence[Chunk]) -> None:
+        for some in read_together(chunks, self.prefill_together):
+            self.read_padded(some)
+
+    def read_padded(self, chunks: Sequence[Chunk]) -> None:
+        """Read chunks of neighbouring slots from one position on in one pass, padded to the longest.
+
+        What padding writes to a slot's cache comes after its chunk. It is overwritten before a token sees it.
+        """
+        slots, start, lengths = slice(chunks[0][1], chunks[-1][1] + 1), chunks[0][2], [len(c[0]) for c in chunks]
+        end = start + max(lengths)
+        tokens = [[*c[0], *[self.vocab.pad] * (max(lengths) - len(c[0]))] for c in chunks]
+        x, ends = (torch.tensor(numbers, device=self.device) for numbers in (tokens, lengths))  # (B, T), (B,)
+        positions = torch.arange(start, end, device=self.device).expand(len(chunks), -1)
+        hidden = self.model(x, positions, cache=self.cache.view(slots, positions, end))  # (B, T, D)
+        self.hidden[slots] = hidden[torch.arange(len(chunks), device=self.device), ends - 1]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the prompt that was just read into slot `source`."""

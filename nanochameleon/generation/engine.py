@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -97,6 +98,7 @@ class Engine:
             if not slot.prefilled:
                 self.stop_reading(slot)
         self.release(running)
+        self.assign_slots()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Scheduling: which request has which slots
@@ -189,7 +191,10 @@ class Engine:
             self.assign_slots()
 
     def release(self, finished: RunningRequest) -> None:
-        """Free a request's slots. The last slots in use move into the gaps, so those in use stay the first ones."""
+        """Free a request's slots. The last slots in use move into the gaps, so those in use stay the first ones.
+
+        assign_slots comes after the last release of a step, since it costs as much as all requests together.
+        """
         self.running.remove(finished)
         for gap in sorted((slot.index for slot in finished.slots), reverse=True):  # so the last one is never a gap
             self.n_live -= 1
@@ -197,14 +202,13 @@ class Engine:
             if last is not None:
                 self.decoder.move(last.index, gap)
                 last.index = gap
-        self.assign_slots()
 
     def assign_slots(self) -> None:
         """Tell the decoder which slots hold the three guidance branches of each slot's request.
 
         A branch that was left out points to another one, so that its term in the guidance sum is zero.
         """
-        branch_slots = torch.arange(self.n_slots).repeat(3, 1)  # (3, N)
+        branch_slots = np.tile(np.arange(self.n_slots), (3, 1))  # (3, N); a tensor's elements are slow to set
         for running in self.running:
             index = {slot.cfg_branch: slot.index for slot in running.slots}  # COND is always there
             uncond = index.get(UNCOND, index.get(IMAGE_COND, index[COND]))
@@ -212,7 +216,7 @@ class Engine:
                 branch_slots[COND, slot.index] = index[COND]
                 branch_slots[IMAGE_COND, slot.index] = index.get(IMAGE_COND, uncond)
                 branch_slots[UNCOND, slot.index] = uncond
-        self.decoder.branch_slots.copy_(branch_slots)
+        self.decoder.branch_slots.copy_(torch.from_numpy(branch_slots))
         decoding = [running for running in self.running if running.prefilled]
         self.needs = required_filters([running.request.params for running in decoding])
         self.guided = any(len(running.slots) > 1 for running in decoding)
@@ -254,6 +258,8 @@ class Engine:
         finished = {output.request_id for output in outputs if output.finished}
         for running in [running for running in self.running if running.request_id in finished]:
             self.release(running)
+        if finished:
+            self.assign_slots()
         return outputs
 
 

@@ -23,7 +23,7 @@ SMALL, VOCAB = (
 )
 
 
-NAMES = ["bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit"]
+NAMES = ["bench", "case", "variant", "value", "unit", "ratio", "ratio_to", "device", "torch", "commit", "of_limit"]
 
 
 def test_rows_hold_the_figures_and_the_ratio_is_their_time_over_ours(tmp_path):
@@ -39,8 +39,17 @@ def test_rows_hold_the_figures_and_the_ratio_is_their_time_over_ours(tmp_path):
 def test_variants_of_a_kernel_have_their_ratio_to_one_of_them(tmp_path):
     made = rows.rows_against_one("kernels", "zloss 1 x 2", {"reference": 4.0, "numba": 1.0}, "reference", "ms", CPU)
     assert [(row.value, row.unit, row.ratio) for row in made] == [(4.0, "ms", 1.0), (1.0, "ms", 4.0)]
-    rows.plot(made, tmp_path / "rows.png")
-    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    rows.save(made, tmp_path / "rows.json")
+    assert rows.load(tmp_path / "rows.json") == made
+
+
+@pytest.mark.parametrize("content", [None, "", "{}3", '[{"case": 3}]', "[3]"])
+def test_a_file_without_rows_is_one_sentence(tmp_path, content):
+    path = tmp_path / "rows.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"rows\.json"):
+        rows.load(path)
 
 
 def test_jobs_alternate_after_one_round_that_is_not_measured():
@@ -82,6 +91,18 @@ def test_a_gpu_is_waited_for_after_the_last_round_alone(monkeypatch):
     taken = median_seconds({name: lambda name=name: log.append(name) for name in "ab"}, 3, torch.device("cuda"))
     assert log == ["a", "b"] * 4 + ["wait"] * 6
     assert taken == {"a": 0.005, "b": 0.006}  # the median of the jobs that end at 3, 5, 7 and 4, 6, 8
+
+
+def test_kernels_are_launched_while_the_gpu_waits(monkeypatch):
+    """So the time between launches is not theirs."""
+    monkeypatch.setattr(Event, "log", log := [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: real(1, dtype=dtype))
+    median_seconds({"a": lambda: log.append("a")}, 2, torch.device("cuda"), launches=False)
+    assert log == ["a", "sleep", "a", "sleep", "a", "wait", "wait"]
 
 
 def test_transformers_says_the_same_with_the_same_weights():

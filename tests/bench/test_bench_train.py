@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanochameleon.bench import train
+from nanochameleon.bench.limits import Limits
 from nanochameleon.bench.train import CASES, Case, fastest
 from nanochameleon.config import ModelConfig
 from nanochameleon.packing import NO_DOCUMENT
@@ -13,11 +14,13 @@ from nanochameleon.training.flops import PEAK_FLOPS, flops_per_token
 from nanochameleon.vocab import Vocab
 
 CPU = torch.device("cpu")
+LIMITS = Limits({torch.float32: 1e11, torch.bfloat16: 2e11}, {2**20: 1e10}, {2**21: 1e10})
 TINY = Case("tiny", ModelConfig(396, 32, 2, 4, n_kv_heads=2, multiple_of=8), Vocab.toy(64, 64), 2, 12, ("fp32", "bf16"))
 
 
-def test_there_is_a_row_against_each_mode_of_the_peer():
+def test_there_is_a_row_against_each_mode_of_the_peer(monkeypatch):
     pytest.importorskip("transformers", reason="transformers is optional: pip install transformers to compare with it")
+    monkeypatch.setattr(train, "measure_limits", lambda device: LIMITS)
     rows = list(train.bench(CPU, True, [TINY]))
     ours = [row for row in rows if row.case == "tiny" and row.variant == "nano"]
     assert [row.ratio_to for row in ours] == ["transformers eager fp32", "transformers eager bf16"]
@@ -54,6 +57,7 @@ def test_a_variant_that_fails_is_a_line_and_the_others_are_measured(monkeypatch,
     names = "nano eager bf16", "transformers eager bf16", "transformers compile bf16"
     monkeypatch.setattr(train, "check", lambda *_: None)
     monkeypatch.setattr(train, "steps", lambda *_: {name: make(name) for name in names})
+    monkeypatch.setattr(train, "measure_limits", lambda device: LIMITS)
     rows = list(train.bench(CPU, True, [TINY]))
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(said) == 1 and broken in said[0] and said[0].endswith("RuntimeError: no C compiler")
@@ -83,7 +87,7 @@ def test_a_packed_step_is_not_compared_with_another_modes():
 def test_mfu_is_of_the_gpus_own_peak_if_that_is_known(gpu, name, units, monkeypatch):
     monkeypatch.setattr(train, "device_name", lambda device: gpu)
     case = CASES["cuda"][0]
-    rows = train.step_rows(case, name, case.n_tokens / 65_000, 30.0, CPU)
+    rows = train.step_rows(case, name, case.n_tokens / 65_000, 30.0, CPU, LIMITS)
     assert [row.unit for row in rows] == units
     assert all(row.value == pytest.approx(0.57, abs=0.01) for row in rows if "TFLOP" in row.unit)
 

@@ -1,6 +1,7 @@
 """make gpu: a part that fails or hangs stops no other, finished ones are not run again, and the page is filled in."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochameleon.bench.gpu import machine, page, part, run, toy
+from nanochameleon.bench.gpu import machine, page, part, run, steps, toy
 from nanochameleon.bench.gpu.context import ROOT, Context
 from nanochameleon.bench.gpu.plan import DRY, ON_GPU
 from nanochameleon.bench.rows import Row, make_row
@@ -136,6 +137,20 @@ def test_a_damaged_state_is_one_sentence(fake_parts, part):
     (fake_parts.out / run.STATE).write_text(json.dumps({"works": part}))
     with pytest.raises(UserError, match=r"parts\.json is damaged: delete it"):
         run.main(fake_parts)
+
+
+class Crash:
+    """Ends the process that gets it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_training_step_that_crashes_does_not_end_its_part(tmp_path):
+    context = Context(DRY, tmp_path)
+    with context.guard("a step"):
+        steps.measure_apart(context, Crash(), Crash(), Crash())
+    assert context.failed == ["a step"]
 
 
 def test_no_part_starts_without_time(fake_parts, monkeypatch):

@@ -50,7 +50,7 @@ def test_the_step_by_flash_attention_makes_no_mask(monkeypatch, changes):
     model = released_model(1, torch.float64, **changes)
     masked = both(model, torch.float64)[0]
     monkeypatch.setattr(decode, "flash_available", lambda *_: True)
-    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: plain_varlen)
+    monkeypatch.setattr(decode_flash, "varlen_attention", plain_varlen)
     monkeypatch.setattr(decode, "masked_attention", None)
     for ours, theirs in zip(both(model, torch.float64)[0], masked, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

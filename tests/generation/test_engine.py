@@ -14,7 +14,7 @@ from nanochameleon.config import SamplingParams
 from nanochameleon.documents import EndOfTurn, Image, Text, parse, render
 from nanochameleon.errors import UserError
 from nanochameleon.generation.decode_torch import FusedDecoder
-from nanochameleon.generation.decoder import Decoder, uniforms
+from nanochameleon.generation.decoder import Decoder, read_together, uniforms
 from nanochameleon.generation.engine import Engine, generate
 from nanochameleon.generation.events import stream
 from nanochameleon.generation.sampling import MODALITIES, Grammar, SamplingTensors, apply_filters, sample
@@ -147,11 +147,37 @@ def test_a_guided_request_waits_for_its_branches_while_others_decode(decoder, n_
     assert tokens == plain(GROUPED, prompt, params, modality, (seed,))
 
 
+@settings(max_examples=25)
+@given(st.lists(prompts(), min_size=2, max_size=5), st.integers(3, 20), st.integers(2, 60))
+def test_prompts_say_the_same_read_together_as_one_by_one(batch, chunk, most):
+    """A GPU reads neighbouring prompts in one pass, padded to the longest."""
+    new, passes = [], []
+    for together in (1, most):
+        engine = Engine(GROUPED, VOCAB, N_CODES, 8, prefill_chunk=chunk)
+        engine.decoder.prefill_together = together
+        read, n_passes = engine.decoder.read_padded, []
+        engine.decoder.read_padded = lambda chunks, read=read, n=n_passes: n.append(len(chunks)) or read(chunks)
+        for i, prompt in enumerate(batch):
+            engine.add(prompt, PARAMS, "both", (i,))
+        new.append([[] for _ in batch])
+        for output in engine.run():
+            new[-1][output.request_id] += output.tokens
+        passes.append(n_passes)
+    assert new[0] == new[1]
+    assert set(passes[0]) == {1} and sum(passes[1]) == sum(passes[0])
+
+
+def test_chunks_are_read_together_if_their_slots_are_neighbours_and_padding_fits():
+    a, b, long, gap, later = ([5] * 3, 0, 0), ([6] * 2, 1, 0), ([7] * 9, 2, 0), ([8], 4, 0), ([9], 5, 7)
+    assert read_together([a, b, long, gap, later], 12) == [[a, b], [long], [gap], [later]]
+    assert read_together([a, b, long], 27) == [[a, b, long]]
+
+
 @pytest.mark.parametrize("flash", [False, True])
 def test_a_slot_that_waits_may_be_longer_than_what_the_steps_read(flash, monkeypatch):
     """Steps of a short request read 64 entries of the cache, and the slots of the long one run with it."""
     monkeypatch.setattr(decode, "flash_available", lambda *_: flash)
-    monkeypatch.setattr(decode_flash, "find_varlen_attn", lambda: plain_varlen)
+    monkeypatch.setattr(decode_flash, "varlen_attention", plain_varlen)
     model = tiny_model(1, max_seq_len=160).double()
     prompt = [VOCAB.bos, *[VOCAB.first_text + i % 7 for i in range(100)], VOCAB.boi]
     params = replace(PARAMS, guidance_scale=2.5, image_guidance_scale=1.7)

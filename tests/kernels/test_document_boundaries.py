@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.kernels.attention import by_documents, flash, reference
+from nanochameleon.kernels.attention import by_documents, reference
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import attention_reference, visible
 
@@ -25,8 +25,8 @@ def document_by_document(q, k, v, cu_seqlens, longest):
     return torch.cat(outs)
 
 
-def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
-    assert window_size == (-1, 0) and enable_gqa and cu_q is cu_k and max_q == max_k
+def varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, causal):
+    assert causal and cu_q is cu_k and max_q == max_k
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return document_by_document(q, k, v, cu_q, max_q)
 
@@ -40,8 +40,7 @@ def efficient(q, k, v, bias, cu_q, cu_k, max_q, max_k, dropout, mask, log_sum_ex
 @pytest.fixture(params=["flash", "efficient"])
 def kernel(request, monkeypatch):
     """The name of a kernel whose place a formula takes."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(by_documents, "varlen_attention", varlen_attention)
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
     return request.param
 
@@ -102,22 +101,20 @@ def test_no_mask_is_made_where_a_kernel_reads_documents(kernel, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, dtype, e, torch_has_varlen, expected",
+    "capability, dtype, e, expected",
     [
-        ((9, 0), torch.bfloat16, 128, True, "flash"),
-        ((8, 0), torch.float16, 64, True, "flash"),
-        ((9, 0), torch.bfloat16, 128, False, "efficient"),
-        ((9, 0), torch.bfloat16, 20, True, None),
-        ((9, 0), torch.bfloat16, 512, True, "efficient"),
-        ((9, 0), torch.float32, 128, True, "efficient"),
-        ((7, 5), torch.float16, 128, True, "efficient"),
-        ((7, 5), torch.bfloat16, 128, True, None),
-        ((9, 0), torch.float64, 128, True, None),
+        ((9, 0), torch.bfloat16, 128, "flash"),
+        ((8, 0), torch.float16, 64, "flash"),
+        ((9, 0), torch.bfloat16, 20, None),
+        ((9, 0), torch.bfloat16, 512, "efficient"),
+        ((9, 0), torch.float32, 128, "efficient"),
+        ((7, 5), torch.float16, 128, "efficient"),
+        ((7, 5), torch.bfloat16, 128, None),
+        ((9, 0), torch.float64, 128, None),
     ],
 )
-def test_which_kernel_takes_which_heads(monkeypatch, capability, dtype, e, torch_has_varlen, expected):
+def test_which_kernel_takes_which_heads(monkeypatch, capability, dtype, e, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(flash, "find_varlen_attn", lambda: varlen_attn if torch_has_varlen else None)
     assert by_documents.kernel_for(torch.device("cuda"), dtype, e) == expected
     assert by_documents.kernel_for(torch.device("cpu"), dtype, e) is None
     monkeypatch.setattr(torch.version, "hip", "7.0")  # an AMD GPU, where nobody has tried the kernels

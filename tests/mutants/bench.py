@@ -108,4 +108,32 @@ MUTANTS = [
         "    names = list(names)\n    if names:",
         "bench/test_prove.py",
     ),
+    Mutant(
+        "attention needs the whole square of its documents",
+        "bench/work.py",
+        "lengths * (lengths + 1) // 2",
+        "lengths * lengths",
+        "bench/test_limits.py",
+    ),
+    Mutant(
+        "what both passes need has one matmul of attention too few",
+        "bench/work.py",
+        "6 * matmul, 4 * heads",
+        "5 * matmul, 4 * heads",
+        "bench/test_limits.py",
+    ),
+    Mutant(
+        "large tensors are compared with the speed of a cache",
+        "bench/limits.py",
+        "max((each for each in speeds if each <= size)",
+        "min((each for each in speeds if each <= size)",
+        "bench/test_limits.py",
+    ),
+    Mutant(
+        "a step in bf16 is compared with matmuls in fp32",
+        "bench/train.py",
+        'torch.float32 if "fp32" in words else torch.bfloat16',
+        "torch.float32",
+        "bench/test_limits.py",
+    ),
 ]

@@ -74,6 +74,13 @@ MUTANTS = [
         "generation/test_engine.py",
     ),
     Mutant(
+        "prompts that are read together end with the longest",
+        "generation/decoder.py",
+        "device=self.device), ends - 1]",
+        "device=self.device), -1]",
+        "generation/test_engine.py",
+    ),
+    Mutant(
         "a waiting slot overwrites its prompt",
         "generation/decoder.py",
         "self.length[slot] = start + len(tokens)  #",

@@ -95,6 +95,20 @@ MUTANTS = [
         "kernels/test_decode_attention.py",
     ),
     Mutant(
+        "a thread of decode attention reads one key eight times",
+        "kernels/attention/decode.cu",
+        "const int j = first + k * step;",
+        "const int j = first;",
+        "kernels/test_decode_attention.py",
+    ),
+    Mutant(
+        "flash attention sees later tokens of a document",
+        "kernels/attention/by_documents.py",
+        "varlen_attention(q, k, v, *lengths, causal=True)",
+        "varlen_attention(q, k, v, *lengths, causal=False)",
+        "kernels/test_document_boundaries.py",
+    ),
+    Mutant(
         "splits are combined without their weights",
         "kernels/attention/decode.cu",
         "float weight = exp2_approx(stats[i * rows + row].x - row_max) / sum;",

@@ -1,4 +1,7 @@
-"""Part `generation`: the same tokens with CUDA graphs and without, alone and in company; milliseconds per step."""
+"""Part `generation`: the same tokens with CUDA graphs and without, alone and in company; milliseconds per step.
+
+A request's text includes the prefill of its prompt. The step alone has a cache that is full.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,14 +21,18 @@ from nanochameleon.bench.engine import (
     text_case,
 )
 from nanochameleon.bench.gpu.context import Context
+from nanochameleon.bench.limits import Limits, measure_limits
+from nanochameleon.bench.measure import median_seconds
 from nanochameleon.bench.rows import Row
 from nanochameleon.config import SamplingParams
 from nanochameleon.errors import say
 from nanochameleon.generation.engine import Engine
+from nanochameleon.generation.fastest import fastest_decoder
 from nanochameleon.transformer import Chameleon
 
 GUIDED = SamplingParams(temperature=0.0, image_temperature=0.0, repetition_penalty=1.0)  # an image takes three slots
 IMAGE_LEN, CONTEXT = 16, 96
+STEPS, KV_LEN = 8, 2_048  # of a decode step that is timed by itself
 
 
 def same_with_graphs(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
@@ -79,13 +86,32 @@ def same_in_company(context: Context) -> Iterator[Row]:
     assert same == len(batch), "what is generated depends on the other requests"
 
 
-def speeds(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
+@torch.inference_mode()
+def step_alone(context: Context, name: str, model: Chameleon, batch: int) -> Row:
+    """Time the greedy decode step of slots whose cache is full, which the engine would run. No prompt is read."""
+    kv_len = min(KV_LEN, model.cfg.max_seq_len)
+    decoder = fastest_decoder(model, context.plan.vocab, STEPS, batch, kv_len)
+    decoder.length.fill_(kv_len - 1)
+    arguments = batch, kv_len, "text", False, (False, False, False)
+
+    def steps() -> None:
+        decoder.step_idx.zero_()
+        for _ in range(STEPS):
+            decoder.graphs.run(arguments, lambda: decoder.step(*arguments))
+
+    seconds = median_seconds({"": steps}, 3 if context.plan.dry else 9, context.device)[""]
+    return context.row(f"{name} step of batch {batch}", "nano", 1e3 * seconds / STEPS, "ms")
+
+
+def speeds(context: Context, name: str, model: Chameleon, limits: Limits) -> Iterator[Row]:
     plan = context.plan
-    b = Bench(name, model, plan.vocab, "ms a step", 3, 2.0, plan.text_tokens, False, plan.image_codes)
+    b = Bench(name, model, plan.vocab, "ms a step", 3, 2.0, plan.text_tokens, False, plan.image_codes, limits)
     yield first_token(b)
     only_text(b)
     with context.guard(f"{name}, graphs"):
         yield from same_with_graphs(context, name, model)
+    for batch in (1, 16):
+        yield step_alone(context, name, model, batch)
     for batch in (1, 16):
         yield from text_case(b, batch)
     if name == plan.models[-1][0]:
@@ -95,6 +121,8 @@ def speeds(context: Context, name: str, model: Chameleon) -> Iterator[Row]:
 def run(context: Context) -> Iterator[Row]:
     with context.guard("requests in company"):
         yield from same_in_company(context)
+    limits = measure_limits(context.device)
+    yield from limits.rows("gpu", context.device)
     for name, cfg in context.plan.models:
         with context.guard(name):
-            yield from speeds(context, name, random_model(cfg, context.device, torch.bfloat16))
+            yield from speeds(context, name, random_model(cfg, context.device, torch.bfloat16), limits)

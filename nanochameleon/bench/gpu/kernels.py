@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from nanochameleon.bench import kernels as bench
 from nanochameleon.bench.gpu.context import ROOT, Context
 from nanochameleon.bench.gpu_cases import cases
+from nanochameleon.bench.limits import measure_limits
 from nanochameleon.bench.rows import Row
 from nanochameleon.bench.subjects import DRY, check_all
 from nanochameleon.errors import say
@@ -31,6 +32,8 @@ def prove(context: Context) -> Iterator[Row]:
 
 def times(context: Context) -> Iterator[Row]:
     """Time the cases of `bench kernels --quick` one by one: an op that fails leaves the others."""
+    limits = measure_limits(context.device)
+    yield from limits.rows("gpu", context.device)
     for op in ("zloss", "decode", "attention", "linear_zloss"):
         found = cases(context.device, op, context.plan.kernels)
         while True:
@@ -40,7 +43,7 @@ def times(context: Context) -> Iterator[Row]:
             if case is None:
                 break
             with context.guard(case.name):
-                yield from bench.measure(case, 1 if context.plan.dry else 5, context.device)
+                yield from bench.measure(case, 1 if context.plan.dry else 5, context.device, limits)
 
 
 def checks(context: Context) -> Iterator[Row]:

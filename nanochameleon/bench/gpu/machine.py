@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from nanochameleon.bench.gpu.context import Context
+from nanochameleon.bench.limits import matmul_flops
 from nanochameleon.bench.measure import median_seconds
 from nanochameleon.bench.rows import Row
 from nanochameleon.errors import UserError, exit_on_user_error, say
@@ -70,9 +71,7 @@ def speeds(context: Context) -> Iterator[Row]:
     seconds = median_seconds({"": lambda: target.copy_(source)}, 10, device)[""]
     yield context.row("copy", "torch", 2 * plan.copy_bytes / seconds / 1e12, "TB/s")
     n = plan.matmul_dim
-    x, y = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = median_seconds({"": lambda: x @ y}, 10, device)[""]
-    yield context.row(f"matmul {n}", "torch", 2 * n**3 / seconds / 1e12, "TFLOP/s")
+    yield context.row(f"matmul {n}", "torch", matmul_flops(n, torch.bfloat16, device) / 1e12, "TFLOP/s")
 
 
 def compile_kernels(context: Context) -> None:

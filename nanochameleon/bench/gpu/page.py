@@ -78,6 +78,7 @@ def generation_figures(first: str, last: str) -> dict[str, tuple[str, str, str]]
             case = f"{name} text batch {batch}"
             found[f"{key}-{batch}"] = (case, "nano", "ms a step")
             found[f"{key}-{batch}-sampled"] = (case, "nano sampled", "ms a step")
+            found[f"{key}-{batch}-alone"] = (f"{name} step of batch {batch}", "nano", "ms")
     found["image"] = (f"{last} guided image", "nano", "ms a code")
     found["image-plain"] = (f"{last} guided image", "nano without guidance", "ms a code")
     return found

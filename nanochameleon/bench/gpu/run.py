@@ -24,7 +24,7 @@ from nanochameleon.bench.gpu import page
 from nanochameleon.bench.gpu.context import ROOT
 from nanochameleon.bench.gpu.machine import check_gpu
 from nanochameleon.bench.gpu.plan import DRY, ON_GPU, Plan
-from nanochameleon.bench.rows import Row, device_name
+from nanochameleon.bench.rows import Row, device_name, load
 from nanochameleon.errors import UserError, say
 from nanochameleon.files import check_writable, commit, read_json, write_file
 from nanochameleon.kernels.gpu.packages import cuda_extra, missing_cuda_package
@@ -33,7 +33,7 @@ from nanochameleon.kernels.gpu.packages import cuda_extra, missing_cuda_package
 PARTS = {
     "machine": (60, "versions, the speed of memory and matmuls, compilation of all kernels"),
     "prove": (120, "values, races and times of each kernel: what auto may take"),
-    "steps": (150, "training steps of the 1.4B and the 288M"),
+    "steps": (160, "training steps of the 1.4B and the 288M"),
     "generation": (135, "tokens with CUDA graphs and without, alone and in company; ms per step of the 1.3B and 7B"),
     "toy": (150, "train.py toy in few steps, stopped and resumed, in fp32 and bf16; sample.py"),
     "attention": (45, "what documents cost, by kernel"),
@@ -143,7 +143,7 @@ def read_state(path: Path) -> dict[str, dict[str, str]]:
 def saved_rows(folder: Path, state: dict) -> list[tuple[Row, str]]:
     """The rows of all parts so far, each with the day of its measurement."""
     found = [(folder / f"{name}.json", part["date"]) for name, part in state.items()]
-    return [(Row(**row), day) for path, day in found if path.exists() for row in json.loads(path.read_text())]
+    return [(row, day) for path, day in found if path.exists() for row in load(path)]
 
 
 def write_page(args: GPUArgs, state: dict) -> None:

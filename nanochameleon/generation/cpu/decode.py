@@ -20,7 +20,7 @@ from nanochameleon.generation.cpu.matmul import matmul_address
 from nanochameleon.generation.cpu.memory import MAP
 from nanochameleon.generation.cpu.steps import runner
 from nanochameleon.generation.cpu.threads import BOARD, MADE
-from nanochameleon.generation.decoder import Decoder
+from nanochameleon.generation.decoder import Chunk, Decoder
 from nanochameleon.generation.quantize import QuantizedLinear
 from nanochameleon.kernels.cpu.simd import W
 from nanochameleon.transformer import Chameleon, KVCache, compute_freqs_cis
@@ -62,7 +62,7 @@ class CPUDecoder(Decoder):
             self.map[name] = fields[name]
         self.followers: list[Future | None] = [None] * (self.n_threads - 1)
 
-    def read_chunks(self, chunks: Sequence[tuple[Sequence[int], int, int]]) -> None:
+    def read_chunks(self, chunks: Sequence[Chunk]) -> None:
         """Read the tokens of all chunks together, QUEUE at a time."""
         tokens = np.array([(t, slot, start + i) for tokens, slot, start in chunks for i, t in enumerate(tokens)])
         for first in range(0, len(tokens), QUEUE):
