@@ -242,7 +242,12 @@ def on_cpu() -> Ladder:
         loops("online", "one pass for maximum and sum", zloss_online),
         loops("registers", "4 W logits at a time, exp as a polynomial, four sums", zloss_registers),
         loops("in place", "the gradient overwrites the logits", zloss_in_place, in_place=True),
-        Rung("shipped", "the target's logit is taken off, not the largest", shipped, python_source(cpu.overwrite.function)),
+        Rung(
+            "shipped",
+            "the target's logit is taken off, not the largest",
+            shipped,
+            python_source(cpu.overwrite.function),
+        ),
     )
     return ladder_of(rungs, torch.device("cpu"), 2_048, 4_096)
 
