@@ -76,7 +76,7 @@ def exp2_of(b, *xs) -> list:
 
 @instruction(vec, vec)
 def exp2(b, x):
-    """2^x. NaN stays NaN; infinity from 128 on, at the latest; results below 2^-126 are at most 2^-126."""
+    """2^x. NaN stays NaN; infinity above 128, at the latest; results below 2^-126 are at most 2^-126."""
     return exp2_of(b, x)[0]
 
 
