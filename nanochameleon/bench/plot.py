@@ -34,7 +34,7 @@ LOOKS = {
     "copy": Look("a copy", "#888888", "|", 9.0),
     "limit": Look("limit", "black", "", 0.0),
 }
-OURS = "numba", "amx", "cuda", "in place", "auto", "nano"
+OURS = "numba", "bf16", "cuda", "in place", "auto", "nano"
 TITLES = {
     "attention": "QK-norm, rotation and attention",
     "zloss": "cross-entropy with z-loss",
