@@ -36,7 +36,7 @@ def test_neither_a_rehearsal_nor_samples_change_what_is_learnt(finished, tmp_pat
     assert_same_weights(tmp_path / "run", finished)
     assert_same_weights(tmp_path / "run" / "image_tokenizer", finished / "image_tokenizer")
     said = capsys.readouterr().out
-    assert "about " in said and " on this machine: " in said and f"in {tmp_path / 'run' / 'samples'}" not in said
+    assert "about " in said and " on this machine: " in said
     assert f"{tmp_path / 'run' / 'samples' / 'step-000001.png'}, after " in said
 
 
