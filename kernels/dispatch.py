@@ -20,7 +20,7 @@ from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.gpu import packages, proof
 from nanochameleon.kernels.gpu.packages import installed
 
-NAMES = ("auto", "reference", "numba", "amx", "cuda", "vendor")
+NAMES = ("auto", "reference", "numba", "bf16", "cuda", "vendor")
 VARIABLE = "NANOCHAMELEON_KERNELS"
 MAIN_PID = os.getpid()  # the process that owns torch's OpenMP threads; launch.py may be imported only after a fork
 
@@ -43,9 +43,9 @@ CUDA_DTYPES = {
     "decode_attention": (torch.bfloat16,),
     "zloss_cross_entropy": (torch.bfloat16, torch.float32),
 }
-# Kernels for the matrix unit of newer Xeons (cpu/amx/), in bfloat16 alone: chosen where the processor has one.
-AMX_OPS = {
-    "qknorm_rope_attention": "matmuls on AMX tiles, norms a row in each lane: 1.3 to 2.7 times the vector kernel",
+# Kernels for processors that multiply pairs of bfloat16 (cpu/bf16/), on AMX tiles or in vector registers.
+BF16_OPS = {
+    "qknorm_rope_attention": "matmuls of bfloat16 pairs, norms a row in each lane: 1.1 to 2.7 times float32 vectors",
     "linear": "layers that read one input as one matmul, weight gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
 OPS = tuple(AUTO)
@@ -125,15 +125,23 @@ def why_numba_unavailable(device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 @assume_constant_result
-def why_amx_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why kernels on AMX tiles cannot run on such tensors, or None."""
+def why_bf16_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why kernels on pairs of bfloat16 cannot run on such tensors, or None."""
     if reason := why_numba_unavailable(device, dtype):
         return reason
     if dtype != torch.bfloat16:
         return f"they take bfloat16, not {str(dtype).removeprefix('torch.')}"
-    from nanochameleon.kernels.cpu.amx import tiles as amx
+    from nanochameleon.kernels.cpu.bf16 import matmul
 
-    return amx.why_unavailable()
+    return matmul.why_unavailable()
+
+
+@assume_constant_result
+def bf16_pays(op: str) -> bool:
+    """Whether they are the fastest where they run: without a matrix unit oneDNN's weight gradients are as fast."""
+    from nanochameleon.kernels.cpu.bf16 import matmul
+
+    return op in BF16_OPS and (op != "linear" or matmul.ON_TILES)
 
 
 def why_cuda_unavailable(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -149,8 +157,8 @@ def unsupported(name: str, op: str, device: torch.device, dtype: torch.dtype) ->
     """The reason why this implementation cannot run, or None."""
     if name == "numba":
         return why_numba_unavailable(device, dtype)
-    if name == "amx":
-        return why_amx_unavailable(device, dtype)
+    if name == "bf16":
+        return why_bf16_unavailable(device, dtype)
     return why_cuda_unavailable(op, device, dtype) if name in ("cuda", "vendor") else None
 
 
@@ -172,9 +180,9 @@ def decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | No
     name, reason = requested(), why_numba_unavailable(device, dtype)
     if name in ("cuda", "vendor") and op not in CUDA_DTYPES:
         return "reference", "it has no CUDA kernel"
-    if name in ("numba", "amx") and op == "decode_attention" and device.type == "cpu":
+    if name in ("numba", "bf16") and op == "decode_attention" and device.type == "cpu":
         return "reference", ENGINE
-    if name == "amx" and op not in AMX_OPS:
+    if name == "bf16" and op not in BF16_OPS:
         name = "numba"
     samples = op == "decode_attention" and device.type == "cuda"  # tokens are sampled in the dtype of the weights
     if name in ("cuda", "vendor") and samples and dtype not in CUDA_DTYPES[op]:
@@ -187,8 +195,8 @@ def decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | No
         if device.type == "cuda":
             return proven(op, device, dtype, head_dim)
         return "reference", f"numba kernels cannot run: {reason}"
-    if op in AMX_OPS and why_amx_unavailable(device, dtype) is None:
-        return "amx", AMX_OPS[op]
+    if why_bf16_unavailable(device, dtype) is None and bf16_pays(op):
+        return "bf16", BF16_OPS[op]
     return AUTO[op]
 
 

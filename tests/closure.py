@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = (  # folders that say so, and kernels of a GPU: each is a faster version of something that is counted
-    "parallel", "weights", "bench", "data.prepare", "generation.cpu", "kernels.cpu.amx", "kernels.gpu",
+    "parallel", "weights", "bench", "data.prepare", "generation.cpu", "kernels.cpu.bf16", "kernels.gpu",
     "kernels.attention.cuda",
 )  # fmt: skip
 ENTRIES = {  # question -> the files in which its answer starts

@@ -207,7 +207,7 @@ def test_kernels_that_are_not_there_are_refused_at_the_start(program, wish, why,
 
 
 def test_a_bench_of_two_precisions_asks_for_kernels_of_both(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_unavailable", lambda: None)
-    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "amx")
-    with pytest.raises(UserError, match=r"NANOCHAMELEON_KERNELS: the amx .* take bfloat16, not float32"):
+    monkeypatch.setattr("nanochameleon.kernels.cpu.bf16.matmul.why_unavailable", lambda: None)
+    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "bf16")
+    with pytest.raises(UserError, match=r"NANOCHAMELEON_KERNELS: the bf16 .* take bfloat16, not float32"):
         list(bench.measure(bench.Args("train")))

@@ -15,7 +15,7 @@ u = g * weight:
 
 Shapes: q (B, T, H, E); k, v (B, T, G, E), query head h reading key head h // (H / G); freqs_cis (B or 1, 1, T,
 E/2, 2); weights and biases (groups, E), each for H / groups (G / groups) consecutive heads. Documents None means one
-document for each sequence. Not here: the reference (reference.py), the compiled kernels (cpu.py, cuda.py, ../cpu/amx/).
+document for each sequence. Not here: the reference (reference.py), compiled kernels (cpu.py, cuda.py, ../cpu/bf16/).
 """
 
 from types import ModuleType
@@ -52,19 +52,19 @@ def qknorm_rope_attention(
     if name in ("cuda", "vendor"):
         return qknorm_rope_attention_cuda(q, k, v, cos_sin, documents, *norms, eps, own=name == "cuda")
     doc_ids = None if documents is None else documents.ids
-    return qknorm_rope_attention_op(q, k, v, cos_sin, doc_ids, *norms, eps, name == "amx")[0]
+    return qknorm_rope_attention_op(q, k, v, cos_sin, doc_ids, *norms, eps, name == "bf16")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The op for CPUs
 
 
-def _kernels(amx: bool) -> ModuleType:
-    """The compiled kernels, on AMX tiles or in vectors. The backward pass takes what the forward pass took."""
+def _kernels(pairs: bool) -> ModuleType:
+    """The compiled kernels, on pairs of bfloat16 or in float32 vectors. Both passes take the same."""
     from nanochameleon.kernels.attention import cpu
-    from nanochameleon.kernels.cpu.amx import attention
+    from nanochameleon.kernels.cpu.bf16 import attention
 
-    return attention if amx else cpu
+    return attention if pairs else cpu
 
 
 def _position_stride(x: Tensor) -> int:
@@ -72,12 +72,12 @@ def _position_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _run(kernel: str, tensors: dict[str, Tensor | None], eps: float, amx: bool) -> None:
+def _run(kernel: str, tensors: dict[str, Tensor | None], eps: float, pairs: bool) -> None:
     """Run "forward" or "backward" of the compiled kernels: a task is a sequence and a key head."""
     from nanochameleon.kernels.attention.cpu import KernelArgs
     from nanochameleon.kernels.cpu import launch
 
-    module, (q, k, v) = _kernels(amx), (tensors[name] for name in "qkv")
+    module, (q, k, v) = _kernels(pairs), (tensors[name] for name in "qkv")
     (b, t, heads, e), key_heads = q.shape, k.shape[2]
     sizes = dict(t=t, heads=heads, key_heads=key_heads, e=e, width=-(-e // module.LANES) * module.LANES)
     strides = dict(q_row=_position_stride(q), k_row=_position_stride(k), v_row=_position_stride(v))
@@ -93,15 +93,15 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if dense_heads and (b == 1 or x.stride(0) == t * _position_stride(x)) else x.contiguous()
 
 
-def _inputs(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, amx: bool) -> dict[str, Tensor | None]:
+def _inputs(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, pairs: bool) -> dict[str, Tensor | None]:
     """Check the inputs, and bring them into the kernels' form, by the names of their arguments.
 
     q, k, v get one dtype and regular strides; the small ones become float32, padded with zeros to whole registers.
     """
     expect_heads(NAME, q, k, heads=2)
-    (b, t, h, e), g, lanes = q.shape, k.shape[2], _kernels(amx).LANES
+    (b, t, h, e), g, lanes = q.shape, k.shape[2], _kernels(pairs).LANES
     cos_sin = cos_sin if len(cos_sin) > 1 else cos_sin.expand(b, -1, -1)
-    expect(NAME, q, q.shape, (torch.bfloat16,) if amx else KERNEL_DTYPES, q=q)
+    expect(NAME, q, q.shape, (torch.bfloat16,) if pairs else KERNEL_DTYPES, q=q)
     expect(NAME, q, (b, t, g, e), FLOAT_DTYPES, k=k, v=v)
     expect(NAME, q, (b, t, e), FLOAT_DTYPES, cos_sin=cos_sin)
     expect(NAME, q, (b, t), INDEX_DTYPES, doc_ids=doc_ids)
@@ -122,26 +122,26 @@ def _inputs(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, amx: 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, doc_ids: Tensor | None, q_weight: Tensor | None,
-    q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, amx: bool,
+    q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, eps: float, pairs: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out (B, T, H, E), and lse2 (B, H, T) float32: log2 of the sum of 2^score, which the gradient needs."""
-    inputs = _inputs(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, amx)
+    inputs = _inputs(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, pairs)
     out = q.new_empty(q.shape)
     lse2 = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    _run("forward", inputs | {"out": out, "lse2": lse2}, eps, amx)
+    _run("forward", inputs | {"out": out, "lse2": lse2}, eps, pairs)
     return out, lse2
 
 
 def _backward(
     d_out: Tensor, out: Tensor, lse2: Tensor, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor,
     doc_ids: Tensor | None, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
-    k_bias: Tensor | None, eps: float, amx: bool,
+    k_bias: Tensor | None, eps: float, pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k, v next to one another, (B, T, H + 2 G, E), and of the norms, (H, E) and (G, E).
 
     Without norms theirs have length 0.
     """
-    inputs = _inputs(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, amx)
+    inputs = _inputs(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, pairs)
     (b, t, h, e), g, width = q.shape, k.shape[2], inputs["cos_sin"].shape[-1]
     expect(NAME, q, q.shape, FLOAT_DTYPES, d_out=d_out, out=out)
     expect(NAME, q, (b, h, t), (torch.float32,), lse2=lse2)
@@ -150,13 +150,13 @@ def _backward(
     heads = {"d_q_weight": h, "d_q_bias": h, "d_k_weight": g, "d_k_bias": g}
     norms = {name: torch.zeros(b, n, width, dtype=torch.float32, device=q.device) for name, n in heads.items()}
     saved = {"d_out": d_out.to(q.dtype).contiguous(), "out": out.to(q.dtype).contiguous(), "lse2": lse2}
-    _run("backward", inputs | parts | norms | saved, eps, amx)
+    _run("backward", inputs | parts | norms | saved, eps, pairs)
     given = zip((q_weight, q_bias, k_weight, k_bias), norms.values(), strict=True)
     return d_qkv, *(x.new_empty(0) if p is None else x.sum(0)[:, :e].contiguous() for p, x in given)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.eps, ctx.amx = inputs
+    *tensors, ctx.eps, ctx.pairs = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, *tensors)
     ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in tensors]
@@ -164,7 +164,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(backward, ctx, d_out, _):
     out, lse2, *tensors = ctx.saved_tensors
-    d_qkv, *norms = backward(d_out, out, lse2, *tensors, ctx.eps, ctx.amx)
+    d_qkv, *norms = backward(d_out, out, lse2, *tensors, ctx.eps, ctx.pairs)
     dq, dk, dv = d_qkv.split([x.shape[2] for x in tensors[:3]], 2)
     norms = [x.to(dtype) if dtype is not None else None for x, dtype in zip(norms, ctx.dtypes[5:], strict=True)]
     return dq, dk.to(ctx.dtypes[1]), dv.to(ctx.dtypes[2]), None, None, *norms, None, None
@@ -174,12 +174,12 @@ qknorm_rope_attention_op = register_op(NAME, _forward, _backward, _save, _gradie
 
 
 @torch.library.register_fake(f"nanochameleon::{NAME}")
-def _(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, amx):
+def _(q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, pairs):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 @torch.library.register_fake(f"nanochameleon::{NAME}_backward")
-def _(d_out, out, lse2, q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, amx):
+def _(d_out, out, lse2, q, k, v, cos_sin, doc_ids, q_weight, q_bias, k_weight, k_bias, eps, pairs):
     given = q_weight, q_bias, k_weight, k_bias
     norms = [q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in given]
     return q.new_empty(*q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]), *norms

@@ -59,9 +59,9 @@ def _weights(b, rows, n, q, width, kt, w, shift, first, nk, sums):
             seen = b.add(first, ir.Constant(i64, i))
             seen = b.select(b.icmp_signed("<", seen, nk), seen, nk)
             row = None
-            for j in range(v):
+            for j, x in enumerate(exp2_of(b, *scores[i * v : (i + 1) * v])):
                 mask = lanes_below(b, b.sub(seen, ir.Constant(i64, W * j)))
-                x = b.select(mask, exp2_of(b, scores[i * v + j]), constant(0.0))
+                x = b.select(mask, x, constant(0.0))
                 store_at(b, x, w, KEYS * i + W * j)
                 row = x if row is None else b.fadd(row, x)
             if sums is not None:

@@ -7,7 +7,7 @@ The weights stay apart as parameters. Each call copies them into one tensor of t
 cast them one by one. The results are views of one tensor, and gradients that are such views are taken without a copy
 (`concat_view`).
 
-On a processor with AMX the weight gradient has a matmul of its own (../cpu/amx/): torch runs g^T x at half speed, and
+On a processor with AMX the weight gradient has a matmul of its own (../cpu/bf16/): torch runs g^T x at half speed, and
 rounds the result to bfloat16 before it becomes float32. Not here: biases.
 
 Shapes: x (..., K), weights (N_i, K).
@@ -38,7 +38,7 @@ def linear(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     name = decide("linear", x.device, dtype)[0]
     if name == "reference" or torch.compiler.is_compiling() or not _joinable(x, weights, dtype):
         return linear_reference(x, weights)
-    return _Joined.apply(x, dtype, name == "amx", *weights)
+    return _Joined.apply(x, dtype, name == "bf16", *weights)
 
 
 def _joinable(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -62,8 +62,8 @@ def concat_view(parts: Sequence[Tensor]) -> Tensor:
 
 class _Joined(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dtype: torch.dtype, amx: bool, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.widths, ctx.dtype, ctx.amx = [len(weight) for weight in weights], x.dtype, amx
+    def forward(ctx, x: Tensor, dtype: torch.dtype, pairs: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.widths, ctx.dtype, ctx.pairs = [len(weight) for weight in weights], x.dtype, pairs
         joined = torch.empty(sum(ctx.widths), x.shape[-1], dtype=dtype, device=x.device)  # (sum N_i, K)
         for part, weight in zip(joined.split(ctx.widths), weights, strict=True):
             part.copy_(weight)
@@ -80,26 +80,26 @@ class _Joined(torch.autograd.Function):
         if not any(ctx.needs_input_grad[3:]):
             return dx, None, None, *(None for _ in ctx.widths)
         x = x.reshape(-1, x.shape[-1])
-        weight = weight_gradient(g, x) if ctx.amx and worth_amx(g, x) else (g.T @ x).float()
+        weight = weight_gradient(g, x) if ctx.pairs and worth_packing(g, x) else (g.T @ x).float()
         return dx, None, None, *weight.split(ctx.widths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The weight gradient on AMX tiles
+# The weight gradient by pairs of bfloat16
 
 
-def worth_amx(g: Tensor, x: Tensor) -> bool:
-    """Whether the matmul is large enough to pay for two launches and for packing both operands into tiles."""
+def worth_packing(g: Tensor, x: Tensor) -> bool:
+    """Whether the matmul is large enough to pay for two launches and for packing both operands."""
     return min(*g.shape, x.shape[1]) >= MIN_SIZE
 
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:
     """g (T, out), x (T, in) bfloat16 -> g^T x (out, in) float32, never rounded to bfloat16.
 
-    Only for processors with AMX (dispatch.why_amx_unavailable).
+    Only for processors that multiply pairs (dispatch.why_bf16_unavailable).
     """
     from nanochameleon.kernels.cpu import launch
-    from nanochameleon.kernels.cpu.amx import weight_gradient as compiled
+    from nanochameleon.kernels.cpu.bf16 import weight_gradient as compiled
 
     expect("weight_gradient", g, (*g.shape[:1], *x.shape[1:]), (torch.bfloat16,), x=x)
     expect("weight_gradient", g, (len(x), *g.shape[1:]), (torch.bfloat16,), g=g)

@@ -21,7 +21,7 @@ from nanochameleon.kernels.cpu.simd import (
     store_at,
 )
 
-ROWS, COLUMNS = 4, (4 if W == 16 else 2)  # ROWS x COLUMNS sums: 16 of 32 registers, or 8 of 16
+ROWS, COLUMNS = 4, (4 if W == 16 else 3)  # ROWS x COLUMNS sums: 16 of 32 registers, or 12 of 16
 STRIP = COLUMNS * W
 
 

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanochameleon.kernels.cpu.exp2 import exp2_bounded
+from nanochameleon.kernels.cpu.exp2 import exp2, exp2_four
 from nanochameleon.kernels.cpu.launch import kernel
 from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import (
-    AHEAD,
     ZERO,
     W,
     hmax,
@@ -27,7 +26,7 @@ from nanochameleon.kernels.cpu.simd import (
     load1,
     load1_bf16,
     load1_int,
-    load_bf16,
+    load2_bf16,
     load_first,
     load_first_bf16,
     njit,
@@ -36,17 +35,19 @@ from nanochameleon.kernels.cpu.simd import (
     store,
     store1,
     store1_bf16,
+    store2_bf16,
     store_bf16,
     store_first,
     store_first_bf16,
     vmax,
 )
 
-LOG2E, NEG_INF, ONE, TWO = (np.float32(x) for x in (1 / math.log(2), -math.inf, 1, 2))
-FOUR = 4 * W  # logits per iteration: four sums at once, since additions to one sum would wait for one another
+LOG2E, NEG_INF, HALF, ONE, TWO = (np.float32(x) for x in (1 / math.log(2), -math.inf, 0.5, 1, 2))
+FOUR = 4 * W  # logits per iteration
+FAR = 4_096  # bytes that are prefetched ahead: memory stays busy while a short row is scaled
 BLOCK = 2_048  # logits with one shift: if it proves too small, they are still in the first-level cache
 LOWEST = np.finfo(np.float32).min  # the least shift
-HEADROOM = np.float32(20)  # a logit may exceed the shift by this much: e^20 times 2,048 is far from overflow
+LIMIT = np.float32(2.0**100)  # the largest sum of a block: far from overflow, and 69 nats above the shift
 
 
 class KernelArgs(NamedTuple):
@@ -64,19 +65,24 @@ unpack_args = args_unpacker(KernelArgs)
 
 
 def scratch(v: int) -> int:
-    """Floats of scratch memory: the powers of a row, and the shift of each block."""
-    return v + FOUR + -(-v // BLOCK)
+    """Floats of scratch memory: the powers of a row, or the logits of a block."""
+    return max(v, BLOCK)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Logits of either type, W at a time: a register
+# Four registers of numbers of either type. Within four registers, those of bfloat16 have an order of their own.
 
 
-@njit
-def load_any(p, size, i):
-    """W logits from i on. The processor is asked for those half a page ahead."""
-    prefetch(p + size * i + AHEAD)
-    return load(p + 4 * i) if size == 4 else load_bf16(p + 2 * i)
+@njit(forceinline=True)
+def load_four(p, size, i, v):
+    """Numbers [i, i + 4 W) of a row of v; -infinity after the row's end."""
+    if i + FOUR > v:
+        tail = load_tail(p, size, i, v), load_tail(p, size, i + W, v)
+        return *tail, load_tail(p, size, i + 2 * W, v), load_tail(p, size, i + 3 * W, v)
+    q = p + size * i
+    if size == 4:
+        return load(q), load(q + 4 * W), load(q + 8 * W), load(q + 12 * W)
+    return *load2_bf16(q), *load2_bf16(q + 4 * W)
 
 
 @njit
@@ -84,6 +90,25 @@ def load_tail(p, size, i, v):
     """The last v - i logits of a row, at most W, then -infinity."""
     n, rest = v - i, splat(NEG_INF)
     return load_first(p + 4 * i, n, rest) if size == 4 else load_first_bf16(p + 2 * i, n, rest)
+
+
+@njit(forceinline=True)
+def store_four(p, size, i, v, x0, x1, x2, x3):
+    """Store four registers at numbers [i, i + 4 W) of a row, as far as it has them."""
+    q = p + size * i
+    if i + FOUR > v:
+        store_any(p, size, i, v, x0)
+        store_any(p, size, i + W, v, x1)
+        store_any(p, size, i + 2 * W, v, x2)
+        store_any(p, size, i + 3 * W, v, x3)
+    elif size == 4:
+        store(q, x0)
+        store(q + 4 * W, x1)
+        store(q + 8 * W, x2)
+        store(q + 12 * W, x3)
+    else:
+        store2_bf16(q, x0, x1)
+        store2_bf16(q + 4 * W, x2, x3)
 
 
 @njit
@@ -94,10 +119,21 @@ def store_any(p, size, i, v, x):
             store(p + 4 * i, x)
         else:
             store_bf16(p + 2 * i, x)
-    elif size == 4:
-        store_first(p + 4 * i, v - i, x)
-    else:
-        store_first_bf16(p + 2 * i, v - i, x)
+    elif i < v:
+        if size == 4:
+            store_first(p + 4 * i, v - i, x)
+        else:
+            store_first_bf16(p + 2 * i, v - i, x)
+
+
+@njit(forceinline=True)
+def fetch_four(p, size, i):
+    """Ask for the memory of numbers [i, i + 4 W) early."""
+    q = p + size * i
+    prefetch(q)
+    prefetch(q + size * W)
+    prefetch(q + 2 * size * W)
+    prefetch(q + 3 * size * W)
 
 
 @njit
@@ -123,72 +159,85 @@ def fill_row(p, size, v, x):
 # log Z of a row
 
 
-@njit
-def sum_of_block(p, size, first, last, shift, powers):
-    """Logits [first, last) of a row -> (the largest, sum of e^(x - shift)). Unless `powers` is 0, they go there, too.
+@njit(forceinline=True)
+def powers_of(x0, x1, x2, x3, shift):
+    """e^(x - shift) = 2^((x - shift) log2 e).
 
     x - shift is rounded before it is scaled: it is exact where it matters, however far from zero the logits are.
     """
-    scale, s, least = splat(LOG2E), splat(shift), splat(NEG_INF)
-    a, b, c, d = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
-    m0, m1, m2, m3 = least, least, least, least
-    whole = first + (last - first) // FOUR * FOUR
-    for i in range(first, whole, FOUR):
-        # 1. Four registers of logits, and their maxima
-        x0, x1 = load_any(p, size, i), load_any(p, size, i + W)
-        x2, x3 = load_any(p, size, i + 2 * W), load_any(p, size, i + 3 * W)
-        m0, m1, m2, m3 = vmax(x0, m0), vmax(x1, m1), vmax(x2, m2), vmax(x3, m3)
-        # 2. Their powers: e^(x - shift) = 2^((x - shift) log2 e), and the sums
-        x0, x1 = exp2_bounded((x0 - s) * scale), exp2_bounded((x1 - s) * scale)
-        x2, x3 = exp2_bounded((x2 - s) * scale), exp2_bounded((x3 - s) * scale)
-        a, b, c, d = a + x0, b + x1, c + x2, d + x3
-        # 3. Powers that the gradient will need
-        if powers:
-            q = powers + 4 * i
-            store(q, x0)
-            store(q + 4 * W, x1)
-            store(q + 8 * W, x2)
-            store(q + 12 * W, x3)
-    for i in range(whole, last, W):
-        x = load_tail(p, size, i, last)
-        m0, x = vmax(x, m0), exp2_bounded((x - s) * scale)
-        a += x
-        if powers:
-            store(powers + 4 * i, x)
-    return hmax(vmax(vmax(m0, m1), vmax(m2, m3))), hsum((a + b) + (c + d))
+    s, scale = splat(shift), splat(LOG2E)
+    return exp2_four((x0 - s) * scale, (x1 - s) * scale, (x2 - s) * scale, (x3 - s) * scale)
 
 
 @njit
-def sum_of_row(p, size, v, powers, shifts):
-    """A row of v logits -> (the largest, shift, sum of e^(x - shift)), where the shift is near the largest.
+def sum_of_block(p, size, first, last, shift, powers, logits):
+    """Sum of e^(x - shift) over numbers [first, last) of a row.
 
-    The true maximum would take a pass of its own. Instead the shift starts at the largest of the first W logits and
-    follows: a block with a logit so much larger that powers could overflow is repeated with that one as the shift.
-    Unless `powers` is 0, it then holds all powers, and `shifts` the shift of each block.
+    Unless they are 0, the powers go to `powers`, and the logits to `logits`, which may be needed again.
     """
-    shift, sum_, largest = max(hmax(load_tail(p, size, 0, v)), LOWEST), ZERO, NEG_INF
-    for i in range(0, v, BLOCK):
-        last = min(i + BLOCK, v)
-        block_max, s = sum_of_block(p, size, i, last, shift, powers)
-        largest = max(largest, block_max)
-        if block_max > shift + HEADROOM:
-            sum_ *= np.float32(math.exp(shift - block_max))  # the sum so far, with the new shift
-            shift = block_max
-            s = sum_of_block(p, size, i, last, shift, powers)[1]
-        sum_ += s
+    # Four sums, since additions to one sum would wait for one another
+    a, b, c, d = splat(ZERO), splat(ZERO), splat(ZERO), splat(ZERO)
+    for i in range(first, last, FOUR):
+        fetch_four(p + FAR, size, i)
+        x0, x1, x2, x3 = load_four(p, size, i, last)
+        if logits:
+            store_four(logits, 4, i - first, BLOCK, x0, x1, x2, x3)
+        x0, x1, x2, x3 = powers_of(x0, x1, x2, x3, shift)
+        a, b, c, d = a + x0, b + x1, c + x2, d + x3
         if powers:
-            store1(shifts + 4 * (i // BLOCK), shift)
-    return largest, shift, sum_
+            store_four(powers, 4, i, last, x0, x1, x2, x3)
+    return hsum((a + b) + (c + d))
 
 
 @njit
-def log_of_sum(largest, shift, sum_):
-    """log Z. For a row of nothing but -infinity it is -infinity: its powers are not exactly 0 on every processor."""
-    return (NEG_INF if largest == NEG_INF else shift) + np.float32(math.log(sum_))
+def sum_of_row(p, size, v, shift, powers, logits):
+    """A row of v logits -> (shift, sum of e^(x - shift)). Unless it is 0, `powers` then holds all powers.
+
+    The shift may be any number near the largest logit, which would take a pass of its own to find. Where a block's sum
+    comes near overflow, its largest logit becomes the shift, and what was done is scaled to that.
+    """
+    sum_ = ZERO
+    for first in range(0, v, BLOCK):
+        last = min(first + BLOCK, v)
+        s = sum_of_block(p, size, first, last, shift, powers, logits)
+        if not s < LIMIT:  # or NaN
+            source, source_size = (logits - 4 * first, 4) if logits else (p, size)
+            larger = max(largest_of(source, source_size, first, last), shift, LOWEST)
+            less = np.float32(math.exp(shift - larger))
+            sum_, shift = sum_ * less, larger
+            if powers:
+                scale_powers(powers, powers, 4, first, less)
+            s = sum_of_block(source, source_size, first, last, shift, powers, 0)
+        sum_ += s
+    return shift, sum_
+
+
+@njit
+def largest_of(p, size, first, last):
+    m = splat(NEG_INF)
+    for i in range(first, last, FOUR):
+        x0, x1, x2, x3 = load_four(p, size, i, last)
+        m = vmax(x0, vmax(x1, vmax(x2, vmax(x3, m))))
+    return hmax(m)
+
+
+@njit
+def scale_powers(powers, p, size, v, factor):
+    """Write powers times factor over a row."""
+    f = splat(factor)
+    for i in range(0, v, FOUR):
+        x0, x1, x2, x3 = load_four(powers, 4, i, v)
+        store_four(p, size, i, v, x0 * f, x1 * f, x2 * f, x3 * f)
+
+
+@njit
+def log_of_sum(shift, sum_):
+    """log Z. Some logit is the shift and has the power 1, or all are -infinity: not every processor has 0 for those."""
+    return (shift if sum_ > HALF else NEG_INF) + np.float32(math.log(sum_))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels: rows [first, last) of the work, by one thread
+# Kernels: rows [first, last) of the work, by one thread. The first shift is the target's logit.
 
 
 @kernel
@@ -199,9 +248,9 @@ def forward(args, part, first, last, scratch):
         logits, y = args.logits + args.size * n * args.v, load1_int(args.targets + 8 * n)
         cross_entropy, log_z = ZERO, ZERO
         if y >= 0:
-            largest, shift, sum_ = sum_of_row(logits, args.size, args.v, 0, 0)
-            log_z = log_of_sum(largest, shift, sum_)
-            cross_entropy = log_z - load1_any(logits, args.size, y)
+            x_y = load1_any(logits, args.size, y)
+            log_z = log_of_sum(*sum_of_row(logits, args.size, args.v, x_y, 0, 0))
+            cross_entropy = log_z - x_y
         store1(args.cross_entropy + 4 * n, cross_entropy)
         store1(args.log_z + 4 * n, log_z)
 
@@ -211,60 +260,51 @@ def backward(args, part, first, last, scratch):
     """The gradient over the logits, from the log Z of each row. A target from V on is in another part of the
     vocabulary, so here only the softmax's term is left."""
     args = unpack_args(args)
-    size, v, scale = args.size, args.v, splat(LOG2E)
+    size, v = args.size, args.v
     for n in range(first, last):
         logits, y = args.logits + size * n * v, load1_int(args.targets + 8 * n)
         if y < 0:
             fill_row(logits, size, v, ZERO)
             continue
         log_z = load1(args.log_z + 4 * n)
-        factor, shift = splat(args.scale * (ONE + TWO * args.z_loss * log_z)), splat(log_z)
-        x_y = splat(load1_any(logits, size, y) if y < v else ZERO)  # read before it is overwritten
-        whole = v // W * W
-        for i in range(0, whole, W):
-            store_any(logits, size, i, v, exp2_bounded((load_any(logits, size, i) - shift) * scale) * factor)
-        if whole < v:
-            x = load_tail(logits, size, whole, v)
-            store_any(logits, size, whole, v, exp2_bounded((x - shift) * scale) * factor)
-        if y < v:  # [v = y], subtracted before the one rounding to the logits' type
-            store1_any(logits, size, y, hmax(exp2_bounded((x_y - shift) * scale) * factor) - args.scale)
+        x_y = load1_any(logits, size, y) if y < v else ZERO  # read before it is overwritten
+        factor = args.scale * (ONE + TWO * args.z_loss * log_z)
+        f = splat(factor)
+        for i in range(0, v, FOUR):
+            fetch_four(logits + FAR, size, i)
+            x0, x1, x2, x3 = load_four(logits, size, i, v)
+            x0, x1, x2, x3 = powers_of(x0, x1, x2, x3, log_z)
+            store_four(logits, size, i, v, x0 * f, x1 * f, x2 * f, x3 * f)
+        if y < v:
+            store_at_target(logits, size, y, x_y - log_z, factor, args.scale)
 
 
 @kernel
-def overwrite(args, part, first, last, powers):
+def overwrite(args, part, first, last, scratch):
     """Forward, and the gradient over the logits, from the same powers."""
     args = unpack_args(args)
     size, v = args.size, args.v
-    shifts = powers + 4 * (v + FOUR)
     for n in range(first, last):
         logits, y = args.logits + size * n * v, load1_int(args.targets + 8 * n)
         cross_entropy, log_z = ZERO, ZERO
         if y < 0:
             fill_row(logits, size, v, ZERO)
         else:
-            # 1. log Z, as in forward
-            largest, shift, sum_ = sum_of_row(logits, size, v, powers, shifts)
-            log_z = log_of_sum(largest, shift, sum_)
-            cross_entropy = log_z - load1_any(logits, size, y)
-            # 2. scale (1 + 2 z_loss log Z) p_v, where p_v = e^(x_v - shift) / sum
+            # 1. log Z, as in forward. float32 logits are overwritten by their powers, so each block of them is kept
+            x_y = load1_any(logits, size, y)
+            powers, kept = (logits, scratch) if size == 4 else (scratch, 0)
+            shift, sum_ = sum_of_row(logits, size, v, x_y, powers, kept)
+            log_z = log_of_sum(shift, sum_)
+            cross_entropy = log_z - x_y
+            # 2. scale (1 + 2 z_loss log Z) p_v - scale [v = y], where p_v = e^(x_v - shift) / sum
             factor = args.scale * (ONE + TWO * args.z_loss * log_z) / sum_
-            p_y = store_gradient(logits, size, v, y, shift, factor, powers, shifts)
-            # 3. - scale [v = y], before the one rounding to the logits' type
-            store1_any(logits, size, y, p_y - args.scale)
+            scale_powers(powers, logits, size, v, factor)
+            store_at_target(logits, size, y, x_y - shift, factor, args.scale)
         store1(args.cross_entropy + 4 * n, cross_entropy)
         store1(args.log_z + 4 * n, log_z)
 
 
 @njit
-def store_gradient(p, size, v, y, shift, factor, powers, shifts):
-    """Write powers times factor over a row, each block from its own shift to the last one. Returns the value at y, not
-    rounded to the type of the row."""
-    at_target = ZERO
-    for first in range(0, v, BLOCK):
-        last = min(first + BLOCK, v)
-        block_factor = factor * np.float32(math.exp(load1(shifts + 4 * (first // BLOCK)) - shift))
-        for i in range(first, last, W):
-            store_any(p, size, i, v, load(powers + 4 * i) * splat(block_factor))
-        if first <= y and y < last:
-            at_target = load1(powers + 4 * y) * block_factor
-    return at_target
+def store_at_target(p, size, y, x, factor, scale):
+    """e^x factor - scale, with one rounding to the logits' type."""
+    store1_any(p, size, y, hmax(exp2(splat(x) * splat(LOG2E))) * factor - scale)

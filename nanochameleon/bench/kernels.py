@@ -31,7 +31,7 @@ from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference
 from nanochameleon.kernels.attention.steps import attention_loops
 from nanochameleon.kernels.cpu.malloc import tune_malloc
-from nanochameleon.kernels.dispatch import NAMES, why_amx_unavailable
+from nanochameleon.kernels.dispatch import NAMES, why_bf16_unavailable
 from nanochameleon.kernels.zloss.cross_entropy import zloss_cross_entropy_, zloss_cross_entropy_reference
 from nanochameleon.kernels.zloss.steps import zloss_loops
 from nanochameleon.losses import fused_next_token_loss, next_token_loss
@@ -110,8 +110,8 @@ def attention_case(b: int, t: int, h: int, e: int, dtype: torch.dtype, packed: i
 
     name = f"attention B{b} H{h} T{t} D{e} {short(dtype)}{' packed' if packed else ''}"
     names = ("cuda", "vendor") if own(device) == "cuda" else (own(device),)
-    if why_amx_unavailable(device, dtype) is None:
-        names += ("amx",)
+    if why_bf16_unavailable(device, dtype) is None:
+        names += ("bf16",)
     ours = {name: of(with_kernels(name, qknorm_rope_attention)) for name in names}
     variants, plain = {"reference": of(qknorm_rope_attention_reference), **ours}, {}
     if device.type == "cpu" and dtype == torch.float32 and packed:

@@ -22,7 +22,7 @@ from nanochameleon.bench.work import Work
 ROUNDS = 20
 DTYPES = torch.float32, torch.bfloat16
 MATMUL_DIM = {"cpu": 1_024, "cuda": 8_192}
-MIB = {"cpu": (1, 4, 16, 32, 128), "cuda": (1_024,)}  # a GPU's cases are measured with an empty cache
+MIB = {"cpu": (1, 4, 16, 32, 64, 128), "cuda": (1_024,)}  # a GPU's cases are measured with an empty cache
 
 
 @dataclass(frozen=True)

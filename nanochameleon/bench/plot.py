@@ -34,7 +34,7 @@ LOOKS = {
     "copy": Look("a copy", "#888888", "|", 9.0),
     "limit": Look("limit", "black", "", 0.0),
 }
-OURS = "numba", "amx", "cuda", "in place", "auto", "nano"
+OURS = "numba", "bf16", "cuda", "in place", "auto", "nano"
 TITLES = {
     "attention": "QK-norm, rotation and attention",
     "zloss": "cross-entropy with z-loss",
@@ -103,8 +103,8 @@ def both_passes(lines: dict[str, Line]) -> dict[str, Line]:
 
 WIDTH, LEFT, RIGHT = 8.0, 2.2, 1.5  # the page; the names of the lines; how many times as fast ours is
 LINE, HEAD, FOOT = 0.23, 0.62, 0.62  # height of a line, above the lines of a panel, below all panels
-LEAST, MOST = 0.01, 1.12  # the axis
-TICKS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
+MOST = 1.12  # where the axis ends; it begins at 0.8 of the smallest share
+TICKS = 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
 LETTER = 0.078  # the width of one, on average
 
 
@@ -133,7 +133,7 @@ def draw_lines(axes, lines: dict[str, Line]) -> None:
     at_right = axes.get_yaxis_transform()
     for y, line in enumerate(lines.values()):
         axes.plot([min(line.values()), 1.0], [y, y], color="#d0d0d0", linewidth=1.0, zorder=1)
-        for name in sorted(line, key=list(LOOKS).index, reverse=True):  # ours on top
+        for name in sorted(line, key=list(LOOKS).index):  # ours is the largest dot, so the others come on top
             look = LOOKS[name]
             axes.plot(
                 line[name], y, look.marker, color=look.colour, markersize=look.size, markeredgewidth=1.5, zorder=2
@@ -146,7 +146,8 @@ def name_programs(axes, line: Line) -> None:
     line = line | {"limit": 1.0}
     names = sorted(line, key=line.__getitem__)
     inches = axes.get_position().width * WIDTH
-    places = [inches * math.log(line[name] / LEAST) / math.log(MOST / LEAST) for name in names]
+    least, most = axes.get_xlim()
+    places = [inches * math.log(line[name] / least) / math.log(most / least) for name in names]
     widths = [LETTER * (len(LOOKS[name].label) + 2) for name in names]
     for name, place in zip(names, spread(places, widths), strict=True):
         look = LOOKS[name]
@@ -156,15 +157,17 @@ def name_programs(axes, line: Line) -> None:
         )  # fmt: skip
 
 
-def draw_panel(axes, title: str, panel: Panel) -> None:
+def draw_panel(axes, title: str, panel: Panel, least: float) -> None:
+    ticks = [tick for tick in TICKS if tick >= least]
     axes.set_xscale("log")
-    axes.set_xlim(LEAST, MOST)
+    axes.set_xlim(least, MOST)
     axes.set_ylim(len(panel.lines) - 0.5, -0.7)
     axes.set_yticks(range(len(panel.lines)), list(panel.lines), fontsize=9)
-    axes.set_xticks(TICKS, [f"{tick:.0%}" for tick in TICKS], fontsize=9)
+    axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks], fontsize=9)
     axes.minorticks_off()
     axes.tick_params(length=0)
-    axes.grid(axis="x", color="#e8e8e8", zorder=0)
+    axes.grid(axis="x", color="#e8e8e8")
+    axes.set_axisbelow(True)
     axes.axvline(1.0, color="black", linewidth=1.5, zorder=1)
     axes.spines[:].set_visible(False)
     draw_lines(axes, panel.lines)
@@ -181,6 +184,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     found = panels(rows)
     if not found:
         raise UserError("no row has a share of a limit: draw those of the benches kernels, train and engine")
+    least = 0.8 * min(min(line.values()) for panel in found.values() for line in panel.lines.values())
     heights = {op: HEAD + LINE * len(panel.lines) for op, panel in found.items()}
     height = top = FOOT + sum(heights.values())
     figure = Figure(figsize=(WIDTH, height), dpi=200)
@@ -188,7 +192,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         top -= heights[op]
         size = (WIDTH - LEFT - RIGHT) / WIDTH, (heights[op] - HEAD) / height
         axes = figure.add_axes((LEFT / WIDTH, top / height, *size))
-        draw_panel(axes, TITLES[op], panel)
+        draw_panel(axes, TITLES[op], panel, least)
         axes.tick_params(labelbottom=op == list(found)[-1])
     axes.set_xlabel("speed: the share of what this machine's matmuls and memory allow", fontsize=9)
     buffer = io.BytesIO()

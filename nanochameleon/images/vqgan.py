@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from nanochameleon.config import VQGANConfig
 from nanochameleon.images.quantizer import Quantizer
 
+BATCH_MULTIPLE = 64  # of the different windows that the encoder reads at a time
+
 
 def group_norm(channels: int, n_groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(n_groups, channels, eps=1e-6)
@@ -208,7 +210,9 @@ class VQGAN(nn.Module):
         windows = split_windows(pixels, self.cfg.window)  # (B * windows, 3, side, side)
         # Drawn images repeat themselves, so each different window goes through the encoder once.
         different, which = torch.unique(windows.flatten(1), dim=0, return_inverse=True)
-        latents = self.quant_conv(self.encoder(different.view(-1, *windows.shape[1:])))
+        # Zeros fill them up to a multiple: torch compiles each convolution again for every number of images.
+        filled = F.pad(different, (0, 0, 0, -len(different) % BATCH_MULTIPLE))
+        latents = self.quant_conv(self.encoder(filled.view(-1, *windows.shape[1:])))
         return join_windows(latents[which], pixels.shape[-1] // self.cfg.window)
 
     def pixels(self, quantized: Tensor) -> Tensor:

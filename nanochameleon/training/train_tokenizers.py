@@ -128,7 +128,7 @@ def train_image_tokenizer(
     """
     t, directory = cfg.tokenizers, folder / IMAGE_TOKENIZER
     torch.manual_seed(cfg.seed)
-    vqgan = VQGAN(cfg.vqgan).to(device)
+    vqgan = VQGAN(cfg.vqgan).to(device, memory_format=torch.channels_last)  # convolutions read it without a copy
     vqgan.quantize.embedding.requires_grad_(t.codebook == "loss")
     optimizer, adversary = make_optimizer(vqgan, t.optim), Adversary(t, device) if t.disc_weight else None
     start = load_tokenizer(directory, vqgan, optimizer, adversary)

@@ -1,6 +1,7 @@
 """The compiled step against the model's forward pass and against sampling.py: any batch, heads, dtype and threads."""
 
 import ctypes
+import math
 import random
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from tiny import N_CODES, TINY_MODEL, VOCAB, random_request, tiny_model
 
+from nanochameleon.generation import sampling
+from nanochameleon.generation.cpu import choose
 from nanochameleon.generation.cpu import decode as decode_cpu
 from nanochameleon.generation.cpu.decode import CPUDecoder
 from nanochameleon.generation.cpu.matmul import ARGUMENTS, matmul_address
@@ -138,6 +142,38 @@ def test_weights_are_not_copied():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
+
+
+@njit
+def draw_all(logits, t, k, p, uniforms, weights, masses, heap):
+    """-> the token that the compiled draw takes for each uniform number."""
+    drawn = np.empty(len(uniforms), np.int64)
+    for i, uniform in enumerate(uniforms):
+        drawn[i] = choose.sample(logits.copy(), len(logits), t, k, p, 0.0, uniform, weights, masses, heap)
+    return drawn
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 200), st.sampled_from([0.05, 1.0, 5.0, 40.0]), st.sampled_from([0.3, 1.0]),
+    st.sampled_from([1, 2, 5, 50, math.inf]),
+    st.sampled_from([0.0137, 0.511, 0.883, 0.9991, math.nextafter(1, 0), 1.0]), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_compiled_filters_keep_the_tokens_of_the_reference(n, spread, t, k, p, ties, seed):
+    """Logits that are close, far apart and equal; what is drawn at 200 numbers shows what was kept.
+
+    No p and no uniform number is a fraction of up to 200 equal tokens, where rounding would decide.
+    """
+    random = np.random.default_rng(seed)
+    logits = (spread * random.normal(size=n)).astype(np.float32)
+    logits = np.round(logits) if ties else logits
+    uniforms = (np.arange(200) + 1 / math.pi) / 200
+    buffers = np.zeros(n), np.zeros(choose.INTERVALS), np.zeros(n, np.int64)
+    drawn = draw_all(logits, t, float(k), p, uniforms, *buffers)
+    rows, table = torch.from_numpy(logits).expand(200, n), torch.ones(200, dtype=torch.float64)
+    kept = sampling.top_k_top_p(sampling.temperature(rows, t * table), k * table, p * table)
+    assert drawn.tolist() == sampling.sample(kept, torch.from_numpy(uniforms)).tolist()
 
 
 class Checked:

@@ -17,8 +17,8 @@ from nanochameleon.kernels.block.linear import linear
 from nanochameleon.kernels.block.rms_norm import rms_norm
 from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.dispatch import (
-    AMX_OPS,
     AUTO,
+    BF16_OPS,
     NAMES,
     OPS,
     TRAINING_OPS,
@@ -200,21 +200,31 @@ def test_explain_has_a_line_for_each_op_of_a_step():
     assert "decode_attention" not in TRAINING_OPS
 
 
-@pytest.mark.parametrize("missing", [None, "this processor has no AMX-TILE"])
-def test_amx_is_chosen_where_there_is_some_and_its_absence_is_explained(monkeypatch, missing):
-    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_unavailable", lambda: missing)
+@pytest.mark.parametrize("missing", [None, "this processor has neither AMX nor AVX512-BF16"])
+def test_pairs_of_bf16_are_chosen_where_they_run_and_their_absence_is_explained(monkeypatch, missing):
+    monkeypatch.setattr("nanochameleon.kernels.cpu.bf16.matmul.why_unavailable", lambda: missing)
     table = AUTO["qknorm_rope_attention"]
     with use_kernels("auto"):
         decided = decide("qknorm_rope_attention", CPU, torch.bfloat16)
-        assert decided == (table if missing else ("amx", AMX_OPS["qknorm_rope_attention"]))
+        assert decided == (table if missing else ("bf16", BF16_OPS["qknorm_rope_attention"]))
         assert decide("qknorm_rope_attention", CPU, torch.float32) == AUTO["qknorm_rope_attention"]
-    with use_kernels("amx"):
+    with use_kernels("bf16"):
         assert decide("swiglu", CPU, torch.bfloat16)[0] == "numba"  # it has no matmul
         with pytest.raises(ValueError, match="they take bfloat16, not float32"):
             decide("qknorm_rope_attention", CPU, torch.float32)
         if missing:
             with pytest.raises(ValueError, match="requested for qknorm_rope_attention, but this processor"):
                 decide("qknorm_rope_attention", CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("on_tiles", [False, True])
+def test_weight_gradients_are_ours_only_on_a_matrix_unit(monkeypatch, on_tiles):
+    monkeypatch.setattr("nanochameleon.kernels.cpu.bf16.matmul.why_unavailable", lambda: None)
+    monkeypatch.setattr("nanochameleon.kernels.cpu.bf16.matmul.ON_TILES", on_tiles)
+    with use_kernels("auto"):
+        assert decide("linear", CPU, torch.bfloat16)[0] == ("bf16" if on_tiles else "joined")
+    with use_kernels("bf16"):
+        assert decide("linear", CPU, torch.bfloat16)[0] == "bf16"
 
 
 def test_a_gpu_that_no_kernel_was_written_for_is_named(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_problems import EPS, outcome, problems, sizes
+from bf16_pairs import emulated_pairs, needs_bf16_pairs  # noqa: F401
 from garbage import assert_same_in_garbage
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,13 +12,14 @@ from tolerance import assert_as_good_as
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.qknorm_rope_attention import qknorm_rope_attention
 from nanochameleon.kernels.attention.reference import qknorm_rope_attention_reference, visible
-from nanochameleon.kernels.dispatch import use_kernels, why_amx_unavailable
+from nanochameleon.kernels.dispatch import use_kernels
 from nanochameleon.transformer import compute_freqs_cis
 
-REFUSED = why_amx_unavailable(torch.device("cpu"), torch.bfloat16)
-needs_amx = pytest.mark.skipif(REFUSED is not None, reason=f"kernels on AMX tiles cannot run: {REFUSED}")
-on_amx = pytest.param("amx", torch.bfloat16, marks=needs_amx)
-EVERY = [("numba", torch.float32), ("numba", torch.bfloat16), on_amx]
+EVERY = [
+    ("numba", torch.float32),
+    ("numba", torch.bfloat16),
+    pytest.param("bf16", torch.bfloat16, marks=needs_bf16_pairs),
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
@@ -30,8 +32,8 @@ def test_it_is_as_good_as_the_reference(name, dtype, problem):
         result = outcome(qknorm_rope_attention, problem, dtype)
     size = sizes(problem)
     for x, plain, exact in zip(result, naive, truth, strict=True):
-        # On tiles weights and their gradients are bfloat16 numbers, which float32 gradients of the norms are sums of.
-        coarse = torch.finfo(dtype if name == "amx" else x.dtype).eps / torch.finfo(x.dtype).eps
+        # There weights and their gradients are bfloat16 numbers, which float32 gradients of the norms are sums of.
+        coarse = torch.finfo(dtype if name == "bf16" else x.dtype).eps / torch.finfo(x.dtype).eps
         assert_as_good_as(x, plain, exact, scale=coarse * size * (1 + exact.abs().max().item()))
 
 

@@ -11,7 +11,7 @@ from mutants import (
     generation,
     harness,
     images,
-    kernels_amx,
+    kernels_bf16,
     kernels_cpu,
     kernels_gpu,
     parallel,
@@ -28,7 +28,7 @@ from mutants import (
     web_worker,
     weights,
 )
-from nanochameleon.kernels.cpu.amx.tiles import why_unavailable
+from nanochameleon.kernels.cpu.bf16.matmul import why_unavailable
 
 ROOMS = [
     attention_steps,
@@ -57,6 +57,6 @@ ROOMS = [
     web_worker,
     weights,
 ]
-if why_unavailable() is None:  # without AMX the tests of what runs on its tiles are skipped
-    ROOMS.append(kernels_amx)
+if why_unavailable() is None:  # elsewhere the tests of these kernels are skipped
+    ROOMS.append(kernels_bf16)
 MUTANTS = [mutant for room in ROOMS for mutant in room.MUTANTS]

@@ -136,4 +136,11 @@ MUTANTS = [
         "torch.float32",
         "bench/test_limits.py",
     ),
+    Mutant(
+        "a program is drawn at the last of its variants, not at the best",
+        "bench/plot.py",
+        "line[who] = max(row.of_limit, line.get(who, 0.0))",
+        "line[who] = row.of_limit",
+        "bench/test_bench_plot.py",
+    ),
 ]

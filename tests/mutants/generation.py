@@ -139,8 +139,22 @@ MUTANTS = [
     Mutant(
         "top-p counts what top-k left out",
         "generation/cpu/choose.py",
-        "mass, taken, size = taken, 0.0, end",
-        "taken, size = 0.0, end",
+        "mass = keep_up_to(",
+        "keep_up_to(",
+        "generation/test_decode_cpu.py",
+    ),
+    Mutant(
+        "the token that reaches top-p's mass is left out",
+        "generation/cpu/choose.py",
+        "while size > 0 and taken < target:",
+        "while size > 0 and taken + weights[heap[0]] < target:",
+        "generation/test_decode_cpu.py",
+    ),
+    Mutant(
+        "what earlier intervals of the logits weigh is forgotten",
+        "generation/cpu/choose.py",
+        "taken += masses[here]",
+        "pass",
         "generation/test_decode_cpu.py",
     ),
     Mutant(

@@ -3,6 +3,13 @@
 from mutants.mutant import Mutant
 
 MUTANTS = [
+    Mutant(
+        "convolutions are compiled for each number of windows",
+        "images/vqgan.py",
+        "-len(different) % BATCH_MULTIPLE",
+        "0",
+        "images/test_vqgan.py",
+    ),
     Mutant("the farthest code", "images/quantizer.py", ".argmin(1)", ".argmax(1)", "images/test_quantizer.py"),
     Mutant(
         "distances without a centre lose their digits",

@@ -158,15 +158,15 @@ def test_the_precision_is_decided_once_before_any_stage_and_printed(tmp_path, mo
 
 
 def test_kernels_that_the_precision_does_not_have_are_refused_before_any_stage(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("nanochameleon.kernels.cpu.amx.tiles.why_unavailable", lambda: None)
+    monkeypatch.setattr("nanochameleon.kernels.cpu.bf16.matmul.why_unavailable", lambda: None)
     monkeypatch.setattr(run_folder, "pick_precision", lambda *_: ("fp32", "no bf16 here"))
     monkeypatch.setattr(train, "run_all", killed)
-    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "amx")
+    monkeypatch.setenv("NANOCHAMELEON_KERNELS", "bf16")
     cfg = training_config(tmp_path / "run")
     for precision in ("fp32", "auto"):
         train_until_stopped(replace(cfg, train=replace(cfg.train, precision=precision)), code=2)
         assert re.fullmatch(
-            r"error: NANOCHAMELEON_KERNELS: the amx .* bfloat16, not float32\n", capsys.readouterr().err
+            r"error: NANOCHAMELEON_KERNELS: the bf16 .* bfloat16, not float32\n", capsys.readouterr().err
         )
         assert not cfg.folder.exists()
     with pytest.raises(KilledHere):

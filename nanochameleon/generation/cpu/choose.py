@@ -35,6 +35,7 @@ from nanochameleon.kernels.cpu.launch import compiled
 from nanochameleon.kernels.cpu.simd import address, count, instruction
 
 SMALLEST_TEMPERATURE = 1e-30  # as in temperature()
+INTERVALS = 128  # of an eighth each, that logits below the largest one are sorted into
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The draw
@@ -60,43 +61,73 @@ def sift_down(line, heap, at, size):
 
 
 @inner
-def top_k_top_p(line, weights, n, k, p, heap):
-    """Set the weights of all tokens to 0 that top_k_top_p() of sampling.py removes.
+def interval(x):
+    """The interval, out of INTERVALS, of a logit below the largest one, x <= 0; all far ones and NaN share the last."""
+    at = np.float32(-8) * x
+    return int(at) if at < INTERVALS - 1 else INTERVALS - 1
 
-    A heap yields the largest tokens one by one and keeps them at its end, which is faster than a sort when few are
-    needed. Without top-k, a token whose weight is below (1 - p) / n of the sum cannot be needed to reach p.
+
+@inner
+def last_kept(line, weights, n, k, mass, masses, heap):
+    """The last token, in the order of their logits, of the fewest that are k tokens or, with k = 0, have this mass.
+
+    Sums over intervals of the logits show in which one it is, so that only the tokens there must be put in order. A
+    heap does that, which yields the largest tokens one by one.
     """
-    mass, size, limited = 0.0, 0, k < n
+    target, taken, here, size = mass if k == 0 else k, 0.0, 0, 0
+    for i in range(INTERVALS):
+        masses[i] = 0
     for i in range(n):
-        mass += weights[i]
-    # 1. Build a heap of the candidates
+        at = interval(line[i])
+        if at < INTERVALS - 1:  # the last one's sum decides nothing
+            masses[at] += weights[i] if k == 0 else 1
+    while here < INTERVALS - 1 and taken + masses[here] < target:
+        taken += masses[here]
+        here += 1
     for i in range(n):
-        if limited or weights[i] * n >= (1 - p) * mass:
+        if interval(line[i]) == here:
             heap[size] = i
             size += 1
     for at in range(size // 2 - 1, -1, -1):
         sift_down(line, heap, at, size)
-    # 2. Take out the largest: k of them or, without top-k, until they reach p
-    end, taken = size, 0.0
-    while size > 0 and (size == end or (end - size < k if limited else taken < p * mass)):
+    last = heap[0]
+    if size == 0:  # the intervals' sums rounded to less than the target: all tokens are kept
+        last = 0
+        for i in range(1, n):
+            last = i if ahead(line, last, i) else last
+    while size > 0 and taken < target:
+        last = heap[0]
+        taken += weights[last] if k == 0 else 1
         size -= 1
-        heap[0], heap[size] = heap[size], heap[0]
+        heap[0] = heap[size]
         sift_down(line, heap, 0, size)
-        taken += weights[heap[size]]
-    # 3. With both, top-p counts among the k
-    if limited and p < 1:
-        mass, taken, size = taken, 0.0, end
-        while size == end or taken < p * mass:
-            size -= 1
-            taken += weights[heap[size]]
-    # 4. heap[size] is the last token kept: remove all that it is ahead of
-    for i in range(n):
-        if ahead(line, heap[size], i):
-            weights[i] = 0
+    return last
 
 
 @inner
-def sample(line, n, t, k, p, min_p, uniform, weights, heap):
+def keep_up_to(line, weights, n, last):
+    """Set the weights of the tokens after `last` to 0 -> the sum of all weights."""
+    mass = 0.0
+    for i in range(n):
+        weights[i] = 0 if ahead(line, last, i) else weights[i]
+        mass += weights[i]
+    return mass
+
+
+@inner
+def top_k_top_p(line, weights, n, k, p, masses, heap):
+    """Set the weights of all tokens to 0 that top_k_top_p() of sampling.py removes. With both, p is of the k's mass."""
+    mass = 0.0
+    for i in range(n):
+        mass += weights[i]
+    if k < n:
+        mass = keep_up_to(line, weights, n, last_kept(line, weights, n, k, 0.0, masses, heap))
+    if p < 1:
+        keep_up_to(line, weights, n, last_kept(line, weights, n, 0, p * mass, masses, heap))
+
+
+@inner
+def sample(line, n, t, k, p, min_p, uniform, weights, masses, heap):
     """Greedy where t is 0; else temperature(), top_k_top_p(), min_p() and sample() of sampling.py."""
     best = 0
     for i in range(1, n):
@@ -109,7 +140,7 @@ def sample(line, n, t, k, p, min_p, uniform, weights, heap):
         line[i] = (line[i] - largest) / divisor
         weights[i] = math.exp(line[i])
     if k < n or p < 1:
-        top_k_top_p(line, weights, n, k, p, heap)
+        top_k_top_p(line, weights, n, k, p, masses, heap)
     least, s = np.float32(math.log(min_p) if min_p > 0 else -math.inf), 0.0
     for i in range(n):
         if line[i] < least:
@@ -212,6 +243,7 @@ def sample_allowed(m, slot, thread):
     """Sample the next token of a slot where more than one may come."""
     now, v = state(m, slot), m.vocab_size
     line, weights = floats(m.lines + 4 * thread * v, v), doubles(m.weights + 8 * thread * v, v)
+    masses = doubles(m.masses + 8 * thread * INTERVALS, INTERVALS)
     heap = ints(m.heaps + 8 * thread * (v + 3), v)
     specials = ints(m.heaps + 8 * (thread * (v + 3) + v), 3)
     if now == IN_IMAGE:
@@ -223,7 +255,8 @@ def sample_allowed(m, slot, thread):
     column = min(slot_state(m, N_SAMPLED, slot), m.context - 1)
     at = sample(
         line, n, param(m, TEMPERATURE + image, slot), param(m, TOP_K + image, slot), param(m, TOP_P + image, slot),
-        param(m, MIN_P + image, slot), doubles(m.uniforms + 8 * slot * m.context, m.context)[column], weights, heap,
+        param(m, MIN_P + image, slot), doubles(m.uniforms + 8 * slot * m.context, m.context)[column], weights, masses,
+        heap,
     )  # fmt: skip
     return specials[at] if at < n_specials else first + at - n_specials
 

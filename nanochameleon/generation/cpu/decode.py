@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochameleon.config import ModelConfig
-from nanochameleon.generation.cpu.choose import choose_address
+from nanochameleon.generation.cpu.choose import INTERVALS, choose_address
 from nanochameleon.generation.cpu.layers import FIELDS, do_block_address
 from nanochameleon.generation.cpu.matmul import matmul_address
 from nanochameleon.generation.cpu.memory import MAP
@@ -154,7 +154,8 @@ class CPUDecoder(Decoder):
         shapes = dict(
             logit_inputs=((n, padded(cfg.dim)), np.float32), logits=((n, v), np.float32), logit_rows=(n, np.int64),
             cond_slots=(n, np.int64), chosen=(n, np.int64), lines=((threads, v), np.float32),
-            weights=((threads, v), np.float64), heaps=((threads, v + 3), np.int64),
+            weights=((threads, v), np.float64), masses=((threads, INTERVALS), np.float64),
+            heaps=((threads, v + 3), np.int64),
         )  # fmt: skip
         return {name: self.address(np.zeros(*shape)) for name, shape in shapes.items()}
 

@@ -35,6 +35,7 @@ from nanochameleon.kernels.cpu.simd import (
 
 ROWS, OUTS = 4, W // 4  # as many registers of sums as a register has lanes
 AHEAD = 2 * OUTS  # rows of weights: how far ahead they are prefetched
+L2 = 2  # the cache to which they are prefetched: far fewer lines can be on their way to L1 at once
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces of LLVM
@@ -58,7 +59,7 @@ def read(b, p, size: int, mask):
 def prefetch(b, p) -> None:
     """Request a cache line early."""
     byte = ir.IntType(8).as_pointer()
-    call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(3), i32(1))
+    call_of(b, "llvm.prefetch", ir.VoidType(), b.inttoptr(p, byte), i32(0), i32(L2), i32(1))
 
 
 def hsums(b, sums: list):
@@ -75,8 +76,8 @@ def hsums(b, sums: list):
     return sums[0]
 
 
-def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
-    """One register of partial sums for each pair of a row of x and a row of w; prefetches from `ahead`."""
+def sums_along_k(b, xs: list, ws: list, k, size: int) -> list:
+    """One register of partial sums for each pair of a row of x and a row of w."""
     whole, zero, n = b.and_(k, i64(-W)), i64(0), len(xs) * len(ws)
 
     def step(at, sums, mask):
@@ -97,7 +98,8 @@ def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
     b.cbranch(b.icmp_signed(">", whole, zero), loop, rest)
     b.position_at_end(loop)
     at, sums = b.phi(i64), phis((nothing, before))
-    prefetch(b, b.add(ahead, b.mul(at, i64(size))))
+    for p in ws:  # the processor's own prefetcher loses track of so many short streams
+        prefetch(b, b.add(p, b.mul(b.add(at, b.mul(k, i64(AHEAD))), i64(size))))
     new, following = step(at, sums, None), b.add(at, i64(W))
     for phi, first, value in [(at, zero, following), *zip(sums, nothing, new, strict=True)]:
         if phi is at:
@@ -114,10 +116,10 @@ def sums_along_k(b, xs: list, ws: list, k, size: int, ahead) -> list:
     return phis((sums, rest), (new, tail))
 
 
-def emit_tile(b, size: int, rows: int, outs: int, x, stride_x, w, k, scale, out, stride_out, ahead) -> None:
+def emit_tile(b, size: int, rows: int, outs: int, x, stride_x, w, k, scale, out, stride_out) -> None:
     xs = [b.add(x, b.mul(stride_x, i64(r))) for r in range(rows)]
     ws = [b.add(w, b.mul(k, i64(size * j))) for j in range(outs)]
-    total = hsums(b, sums_along_k(b, xs, ws, k, size, ahead))
+    total = hsums(b, sums_along_k(b, xs, ws, k, size))
     kind = ir.VectorType(f32, outs)
     for r in range(rows):
         order = ir.Constant(ir.VectorType(i32, outs), [r * outs + j for j in range(outs)])
@@ -136,9 +138,9 @@ ARGUMENTS = 10  # of the matmul, all int64
 def make_tile(size: int):
     """Make tile(...): up to ROWS rows and OUTS outputs, or 1 and 1. Weights have `size` bytes, strides are in bytes."""
 
-    @instruction(types.void, count, count, address, count, address, count, address, address, count, address)
-    def tile(b, rows, outs, x, stride_x, w, k, scale, out, stride_out, ahead):
-        rest = x, stride_x, w, k, scale, out, stride_out, ahead  # no *args: Numba counts the parameters
+    @instruction(types.void, count, count, address, count, address, count, address, address, count)
+    def tile(b, rows, outs, x, stride_x, w, k, scale, out, stride_out):
+        rest = x, stride_x, w, k, scale, out, stride_out  # no *args: Numba counts the parameters
         for r, j in [*((r, OUTS) for r in range(1, ROWS + 1)), (1, 1)]:
             with b.if_then(b.and_(b.icmp_signed("==", rows, i64(r)), b.icmp_signed("==", outs, i64(j)))):
                 emit_tile(b, size, r, j, *rest)
@@ -161,13 +163,13 @@ def matmul_address(size: int) -> int:
             while n < last:
                 outs, each = (OUTS, ROWS) if n + OUTS <= last else (1, 1)
                 for r in range(some, most, each):
-                    from_x, from_w, ahead = x + 4 * r * stride_x, w + size * n * k, n + AHEAD + (r - some) // ROWS
-                    to, ahead, rows_now = out + 4 * (r * stride_out + n), w + size * ahead * k, min(each, most - r)
+                    from_x, from_w = x + 4 * r * stride_x, w + size * n * k
+                    to, rows_now = out + 4 * (r * stride_out + n), min(each, most - r)
                     if size == 4:
-                        tile_fp32(rows_now, outs, from_x, 4 * stride_x, from_w, k, 0, to, 4 * stride_out, ahead)
+                        tile_fp32(rows_now, outs, from_x, 4 * stride_x, from_w, k, 0, to, 4 * stride_out)
                     else:
                         scales = scale + 4 * n
-                        tile_int8(rows_now, outs, from_x, 4 * stride_x, from_w, k, scales, to, 4 * stride_out, ahead)
+                        tile_int8(rows_now, outs, from_x, 4 * stride_x, from_w, k, scales, to, 4 * stride_out)
                 n += outs
 
     return compiled(matmul, ARGUMENTS).address

@@ -72,6 +72,7 @@ SAMPLING = (  # of the slots whose logits are needed in a step, those in text co
     "chosen",  # (N,) int64: their tokens, by slot
     "lines",  # (n_threads, V) float32
     "weights",  # (n_threads, V) float64
+    "masses",  # (n_threads, INTERVALS) float64
     "heaps",  # (n_threads, V + 3) int64
 )
 NAMES = ("board", *SIZES, *TOKENS, *WEIGHTS, *ACTIVATIONS, *SLOTS, *SAMPLING)

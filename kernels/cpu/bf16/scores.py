@@ -1,11 +1,11 @@
-"""Passes over a block of 32 keys x 32 queries of scores, for attention on AMX tiles (attention.py).
+"""Passes over a block of 32 keys x 32 queries of scores, for attention in bfloat16 (attention.py).
 
 A query is a lane and a key is a row, so nothing is added up across lanes. `ahead` is j - i for the block's first key j
 and first query i: queries from lane ahead + c on see key c, if c < nk. buf holds addresses, see attention.Buffers.
 """
 
-from nanochameleon.kernels.cpu.amx.qknorm_rope import ROW
-from nanochameleon.kernels.cpu.amx.tiles import BLOCK, between, rounded, store_pairs, store_row
+from nanochameleon.kernels.cpu.bf16.pairs import BLOCK, between, rounded, store_pairs, store_row
+from nanochameleon.kernels.cpu.bf16.qknorm_rope import ROW
 from nanochameleon.kernels.cpu.exp2 import exp2_bf16
 from nanochameleon.kernels.cpu.simd import ZERO, W, load, njit, splat, store, vmax
 

@@ -1,9 +1,9 @@
-"""QK-norm and RoPE for attention on AMX tiles, forward and backward, with a row (a position of a head) in each lane.
+"""QK-norm and RoPE for attention in bfloat16, forward and backward, with a row (a position of a head) in each lane.
 
 A row of bfloat16 is a row of words, and a word is a pair of neighbours, the pair that RoPE rotates. Transposed, pair i
 of 32 rows is two registers. So means, deviations and lengths are sums of registers, and nothing is added up across
 lanes: a row costs about 40 instructions, where one row after the other (attention/qknorm_rope_cpu.py) costs 130. The
-results, words of 32 rows, are operand `b` of a matmul as they are (tiles.py); rows and pairs are one move away.
+results, words of 32 rows, are operand `b` of a matmul as they are (pairs.py); rows and pairs are one move away.
 
     words      (width / 2, 32): pair i of 32 rows
     halves     (width, 32) bfloat16: number i of 32 rows, the transpose
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochameleon.kernels.attention.qknorm_rope_cpu import ONE, rstd_of
-from nanochameleon.kernels.cpu.amx.tiles import (
+from nanochameleon.kernels.cpu.bf16.pairs import (
     BLOCK,
     BLOCK_ROW,
     copy_block,
@@ -49,7 +49,8 @@ ROW = 4 * BLOCK  # bytes of a row of words, or of float32
 class Lanes(NamedTuple):
     """What 32 rows of a head share, and what each row has."""
 
-    width: int
+    width: int  # a multiple of 32
+    depth: int  # how much of it matmuls read
     e: int
     cos_sin: int  # (width, any) float32: cos and sin of each pair, a position in each lane
     cos_sin_row: int  # bytes
@@ -166,7 +167,7 @@ def qknorm_rope(words, position, norm, scale, lanes, out):
     most = splat(ZERO)
     for lane in range(0, BLOCK, W):
         mean, factor, square = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane), splat(ZERO)
-        for i in range(lanes.width // 2):
+        for i in range(lanes.depth // 2):
             at = ROW * i + 4 * lane
             x, y = standard(words + at, mean, factor)
             if norm.weight != 0:
@@ -193,7 +194,7 @@ def rope_backward(dy, words, position, norm, scale, lanes, lane):
     """
     mean, factor = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane)
     s, s_z = splat(ZERO), splat(ZERO)
-    for i in range(lanes.width // 2):
+    for i in range(lanes.depth // 2):
         at = 2 * ROW * i + 4 * lane
         cos, sin = load_cos_sin(lanes, i, position + lane, scale)
         g, h = load(dy + at), load(dy + at + ROW)
@@ -225,7 +226,7 @@ def qknorm_rope_backward(dy, words, position, norm, scale, lanes, out):
         s, s_z = rope_backward(dy, words, position, norm, scale, lanes, lane)
         mean, factor = load(lanes.mean + 4 * lane), load(lanes.factor + 4 * lane)
         s, s_z = s * share, s_z * share
-        for i in range(lanes.width // 2):
+        for i in range(lanes.depth // 2):
             at = dy + 2 * ROW * i + 4 * lane
             g, h = load(at), load(at + ROW)
             if norm.weight != 0:

@@ -1,10 +1,10 @@
-"""Attention in bfloat16 on AMX tiles: the same op as attention/cpu.py, which is to be read first.
+"""Attention in bfloat16: the same op as attention/cpu.py, which is to be read first, with matmuls of pairs (matmul.py).
 
-Matmuls cost a sixteenth here (tiles.py), so everything is arranged for what is left, the passes over scores:
+Matmuls cost half of float32 ones, or a sixteenth on AMX tiles. So everything is arranged for the passes over scores:
 
     scores are (keys, queries)       a query is a lane: its largest score, its sum, log Z and D are registers, and
                                      nothing is ever added up across lanes
-    keys are operand `a` everywhere  rows, or rows of the transpose, which a tile reads from any position on: runs of
+    keys are operand `a` everywhere  rows, or rows of the transpose, which are read from any position on: runs of
                                      documents may begin anywhere, and nothing is packed twice
     queries are operand `b`          pairs, made once for each tile of queries, the outer loop
     weights leave a pass as both     rows for sums over queries, pairs for sums over keys
@@ -44,7 +44,9 @@ from nanochameleon.kernels.attention.cpu import (
     unpack_args,
 )
 from nanochameleon.kernels.attention.qknorm_rope_cpu import ONE
-from nanochameleon.kernels.cpu.amx.qknorm_rope import (
+from nanochameleon.kernels.cpu.bf16.matmul import STEP, configure, matmul, matmul_add, release
+from nanochameleon.kernels.cpu.bf16.pairs import BLOCK, SQUARE, copy_block, store_pairs
+from nanochameleon.kernels.cpu.bf16.qknorm_rope import (
     ROW,
     Lanes,
     add_sums,
@@ -61,17 +63,7 @@ from nanochameleon.kernels.cpu.amx.qknorm_rope import (
     transpose_all,
     transpose_cos_sin,
 )
-from nanochameleon.kernels.cpu.amx.scores import raise_shift, weights_backward, weights_forward
-from nanochameleon.kernels.cpu.amx.tiles import (
-    BLOCK,
-    SQUARE,
-    configure_tiles,
-    copy_block,
-    release_tiles,
-    store_pairs,
-    tile_matmul,
-    tile_matmul_add,
-)
+from nanochameleon.kernels.cpu.bf16.scores import raise_shift, weights_backward, weights_forward
 from nanochameleon.kernels.cpu.launch import kernel
 from nanochameleon.kernels.cpu.simd import (
     ZERO,
@@ -131,7 +123,13 @@ class Buffers(NamedTuple):
 @register_jitable
 def padded(t):
     """Positions that the buffers hold: a block of keys may begin at any of the t positions."""
-    return (t // BLOCK + 2) * BLOCK
+    return (t + 2 * BLOCK - 2) // BLOCK * BLOCK
+
+
+@register_jitable
+def depth(args):
+    """A head's numbers as matmuls take them."""
+    return (args.e + STEP - 1) // STEP * STEP
 
 
 @register_jitable
@@ -155,7 +153,9 @@ def buffers(p, t, width):
 
 @register_jitable
 def lanes_of(args, buf):
-    return Lanes(args.width, args.e, buf.cos_sin, 4 * padded(args.t), buf.mean, buf.factor, buf.norm, buf.spare)
+    return Lanes(
+        args.width, depth(args), args.e, buf.cos_sin, 4 * padded(args.t), buf.mean, buf.factor, buf.norm, buf.spare
+    )
 
 
 def scratch_floats(args: KernelArgs, backward: bool) -> int:
@@ -163,16 +163,29 @@ def scratch_floats(args: KernelArgs, backward: bool) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows -> operands of tiles
+# Rows -> operands of matmuls
 
 
 @njit
-def start_task(args, b, buf):
-    """Find the runs of documents and transpose cos_sin; returns the address of the sequence's document ids."""
+def start_task(args, b, new_sequence, buf):
+    """Find a sequence's runs of documents and transpose its cos_sin; returns the address of its document ids."""
     doc_ids = args.doc_ids + 8 * b * args.t if args.doc_ids != 0 else 0
-    find_runs(doc_ids, args.t, buf.ends)
-    transpose_cos_sin(args.cos_sin + 4 * b * args.t * args.width, args.t, args.width, buf.cos_sin, 4 * padded(args.t))
+    if new_sequence:
+        cos_sin = args.cos_sin + 4 * b * args.t * args.width
+        find_runs(doc_ids, args.t, buf.ends)
+        transpose_cos_sin(cos_sin, args.t, args.width, buf.cos_sin, 4 * padded(args.t))
     return doc_ids
+
+
+@njit
+def clear_padding(args, buf, backward):
+    """Zeros for the keys of positions that only the buffers have."""
+    for i in range((args.t + BLOCK - 1) // BLOCK * BLOCK, padded(args.t), BLOCK):
+        clear(buf.k + 2 * i * args.width, BLOCK * args.width // 2)
+        for e in range(args.width):
+            clear(buf.t + 2 * (e * padded(args.t) + i), W)
+        if backward:
+            clear(buf.v + 2 * i * args.width, BLOCK * args.width // 2)
 
 
 @njit
@@ -180,8 +193,9 @@ def prepare_keys(args, b, g, buf, backward):
     """Keys and values of one head, and one of the two transposed. Returns the largest squared length of a key."""
     keys, values = head_rows(args, args.k, args.k_row, b, g), head_rows(args, args.v, args.v_row, b, g)
     norm, lanes, most = key_norm(args, b, g), lanes_of(args, buf), ZERO
-    for i in range(0, padded(args.t), BLOCK):
-        n, here, across = max(0, min(BLOCK, args.t - i)), 2 * i * args.width, buf.t + 2 * i
+    clear_padding(args, buf, backward)
+    for i in range(0, args.t, BLOCK):
+        n, here, across = min(BLOCK, args.t - i), 2 * i * args.width, buf.t + 2 * i
         fetch_rows(keys, i + BLOCK, BLOCK)
         fetch_rows(values, i, n)
         load_words(keys, i, n, lanes, buf.x)
@@ -249,15 +263,14 @@ def key_blocks(doc_ids, ends, start, end):
 
 @njit
 def compute_scores(args, j, buf):
-    tile_matmul(buf.k + 2 * j * args.width, 2 * args.width, buf.q, ROW, buf.scores, ROW, args.width)
+    matmul(buf.k + 2 * j * args.width, 2 * args.width, buf.q, ROW, buf.scores, ROW, BLOCK, BLOCK, depth(args))
 
 
 @njit
 def add_to_queries(args, j, buf):
     """buf.sums += the transposed rows of keys [j, j + BLOCK) times buf.pairs."""
     row = 2 * padded(args.t)
-    for e in range(0, args.width, BLOCK):
-        tile_matmul_add(buf.t + row * e + 2 * j, row, buf.pairs, ROW, buf.sums + ROW * e, ROW, BLOCK)
+    matmul_add(buf.t + 2 * j, row, buf.pairs, ROW, buf.sums, ROW, depth(args), BLOCK, BLOCK)
 
 
 @njit
@@ -289,10 +302,10 @@ def forward(args, chunk, first_task, last_task, scratch):
     """out and lse2 of tasks [first_task, last_task), each a sequence and a key head."""
     args = unpack_args(args)
     t, shared, buf = args.t, args.heads // args.key_heads, buffers(scratch, args.t, args.width)
-    configure_tiles()
+    configure()
     for task in range(first_task, last_task):
         b, g = task // args.key_heads, task % args.key_heads
-        doc_ids = start_task(args, b, buf)
+        doc_ids = start_task(args, b, g == 0 or task == first_task, buf)
         longest_k = prepare_keys(args, b, g, buf, False)
         for h in range(g * shared, (g + 1) * shared):
             for start, i, nq in query_tiles(buf.ends, t):
@@ -306,7 +319,7 @@ def forward(args, chunk, first_task, last_task, scratch):
                     weights_forward(buf, j - i, nk, nq)
                     add_to_queries(args, j, buf)
                 write_out(args, b, h, i, nq, buf)
-    release_tiles()
+    release()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,7 +337,7 @@ def read_gradient(args, b, h, i, n, buf):
     fetch_rows(out, i, n)
     load_words(rows, i, n, lanes_of(args, buf), buf.d_out)
     load_words(out, i, n, lanes_of(args, buf), buf.y)
-    row_dots(buf.d_out, buf.y, args.width, buf.delta)
+    row_dots(buf.d_out, buf.y, depth(args), buf.delta)
     to_pairs(buf.d_out, args.width, buf.halves, buf.d_out_pairs)
     for r in range(n):
         store1(buf.shift + 4 * r, load1(args.lse2 + 4 * ((b * args.heads + h) * args.t + i + r)))
@@ -333,9 +346,8 @@ def read_gradient(args, b, h, i, n, buf):
 @njit
 def add_to_keys(args, j, a, pairs, sums, buf):
     """Rows [j, j + BLOCK) of sums += a times pairs of queries."""
-    for e in range(0, args.width, BLOCK):
-        here = sums + 4 * (j * args.width + e)
-        tile_matmul_add(a, ROW // 2, pairs + 4 * e, 4 * args.width, here, 4 * args.width, BLOCK)
+    row = 4 * args.width
+    matmul_add(a, ROW // 2, pairs, row, sums + row * j, row, BLOCK, depth(args), BLOCK)
 
 
 @njit
@@ -372,10 +384,10 @@ def backward(args, chunk, first_task, last_task, scratch):
     """dq, dk, dv, and each sequence's part of the norms' gradients, which start as zeros."""
     args = unpack_args(args)
     t, width, shared, buf = args.t, args.width, args.heads // args.key_heads, buffers(scratch, args.t, args.width)
-    configure_tiles()
+    configure()
     for task in range(first_task, last_task):
         b, g = task // args.key_heads, task % args.key_heads
-        doc_ids = start_task(args, b, buf)
+        doc_ids = start_task(args, b, g == 0 or task == first_task, buf)
         prepare_keys(args, b, g, buf, True)
         clear(buf.dk, 2 * padded(t) * width)  # and dv
         for h in range(g * shared, (g + 1) * shared):
@@ -388,7 +400,8 @@ def backward(args, chunk, first_task, last_task, scratch):
                 clear(buf.sums, width * BLOCK)
                 for j, nk in key_blocks(doc_ids, buf.ends, start, i + nq):
                     compute_scores(args, j, buf)
-                    tile_matmul(buf.v + 2 * j * width, 2 * width, buf.d_out, ROW, buf.dp, ROW, width)
+                    values = buf.v + 2 * j * width
+                    matmul(values, 2 * width, buf.d_out, ROW, buf.dp, ROW, BLOCK, BLOCK, depth(args))
                     weights_backward(buf, j - i, nk, nq)
                     add_to_keys(args, j, buf.weights, buf.d_out_pairs, buf.dv, buf)
                     add_to_keys(args, j, buf.ds, buf.q_pairs, buf.dk, buf)
@@ -396,4 +409,4 @@ def backward(args, chunk, first_task, last_task, scratch):
                 write_queries(args, b, h, i, nq, buf)
             add_sums(query_norm(args, b, h), lanes_of(args, buf))
         write_keys(args, b, g, buf)
-    release_tiles()
+    release()

@@ -1,6 +1,6 @@
-"""The weight gradient of a linear layer on AMX tiles (tiles.py): c (out, in) float32 = g^T x, summed over the T rows.
+"""The weight gradient of a linear layer as a matmul of pairs: c (out, in) float32 = g^T x, summed over the T rows.
 
-The sum runs down the rows of both operands, so both must be repacked for tiles:
+The sum runs down the rows of both operands, so both must be repacked:
 
     x   pairs of rows, operand `b`: packed once, by all threads, in blocks of 32 columns, one after the other
     g   its transpose, operand `a`: SPAN rows of a few panels of 32 outputs at a time, for all of x. A panel then stays
@@ -12,17 +12,8 @@ c too: the caller slices the padding off. Addresses and sizes are int64.
 
 from typing import NamedTuple
 
-from nanochameleon.kernels.cpu.amx.tiles import (
-    BLOCK,
-    BLOCK_ROW,
-    SQUARE,
-    configure_tiles,
-    pair_rows,
-    release_tiles,
-    tile_matmul,
-    tile_matmul_add,
-    whole_block,
-)
+from nanochameleon.kernels.cpu.bf16.matmul import configure, matmul, matmul_add, release
+from nanochameleon.kernels.cpu.bf16.pairs import BLOCK, BLOCK_ROW, SQUARE, pair_rows, whole_block
 from nanochameleon.kernels.cpu.launch import kernel
 from nanochameleon.kernels.cpu.parallel_for import args_unpacker
 from nanochameleon.kernels.cpu.simd import W, njit, transpose
@@ -90,9 +81,9 @@ def matmul_span(args, k, n, a, panel, j):
     pairs, row = args.pairs + SQUARE * (j * blocks(args.t) + k), 4 * BLOCK * blocks(args.n_in)
     c = args.c + row * BLOCK * panel + 4 * BLOCK * j
     if k == 0:
-        tile_matmul(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+        matmul(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK, BLOCK, BLOCK * n)
     else:
-        tile_matmul_add(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK * n)
+        matmul_add(a, PANEL_ROW, pairs, 4 * BLOCK, c, row, BLOCK, BLOCK, BLOCK * n)
 
 
 @kernel
@@ -100,7 +91,7 @@ def matmul_panels(args, chunk, first, last, scratch):
     """Panels [first, last) of c, at most PANELS, with 32 outputs each."""
     args = unpack_args(args)
     columns, steps, span = blocks(args.n_in), blocks(args.t), SPAN // BLOCK
-    configure_tiles()
+    configure()
     for left in range(0, columns, WIDTH):
         for k in range(0, steps, span):
             n = min(span, steps - k)
@@ -111,4 +102,4 @@ def matmul_panels(args, chunk, first, last, scratch):
             for panel in range(first, last):
                 for j in range(left, min(left + WIDTH, columns)):
                     matmul_span(args, k, n, scratch + PANEL * (panel - first), panel, j)
-    release_tiles()
+    release()
