@@ -48,7 +48,7 @@ def toy() -> RunConfig:
     stages = mixed(pairs=0.1, drawings=0.1, questions=0.6, interleaved=0.2)
     model = dataclasses.replace(TOY_MODEL, n_layers=2)
     train = TrainConfig(
-        steps=4_600, batch_size=4, seq_len=544, image_loss="drawn", image_token_noise=0.75, sample_every=None,
+        steps=4_800, batch_size=4, seq_len=544, image_loss="drawn", image_token_noise=0.75, sample_every=None,
         sample_minutes=2.0,
     )  # fmt: skip
     optim = dataclasses.replace(TOY_OPTIM, lr=1.4e-2)

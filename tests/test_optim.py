@@ -4,7 +4,6 @@ import importlib
 import math
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +15,6 @@ from nanochameleon.config import ModelConfig, OptimConfig, VQGANConfig
 from nanochameleon.errors import UserError
 from nanochameleon.images.vqgan import VQGAN
 from nanochameleon.optim import (
-    POLYNOMIALS,
     Muon,
     clip_gradients,
     decay_groups,
@@ -155,53 +153,20 @@ def test_clipping_is_global_keeps_the_direction_and_returns_the_norm_before(valu
 MUON = OptimConfig("muon", lr=1e-2, eps=1e-8, weight_decay=0.1)
 
 
-def odd(polynomial, x):
-    a, b, c = polynomial
-    return a * x + b * x**3 + c * x**5
-
-
 @given(st.integers(1, 3), st.integers(1, 24), st.integers(1, 24), st.integers(0, 10_000), st.floats(1e-6, 1e6))
-def test_orthogonalizing_applies_the_polynomials_to_the_singular_values_and_keeps_the_directions(
-    n, rows, columns, seed, size
-):
-    """Any shape and scale. What is at least 0.003 of (sum of s^4)^(1/4) comes to between 0.79 and 1.21."""
+def test_orthogonalizing_brings_singular_values_near_1_and_keeps_the_directions(n, rows, columns, seed, size):
+    """Any shape and scale: from singular values a hundred times apart to 0.6 .. 1.3, in the same singular vectors."""
     generator = torch.Generator().manual_seed(seed)
     small = min(rows, columns)
     u, _ = torch.linalg.qr(torch.randn(n, rows, small, generator=generator))
     v, _ = torch.linalg.qr(torch.randn(n, columns, small, generator=generator))
-    values = torch.logspace(0, -3, small)[torch.randperm(small, generator=generator)]
+    values = torch.logspace(0, -2, small)[torch.randperm(small, generator=generator)]
     result = orthogonalize(size * (u * values) @ v.mT)
     inner = u.mT @ result @ v
-    expected = scaled = values / values.pow(4).sum() ** 0.25
-    for polynomial in POLYNOMIALS:
-        expected = odd(polynomial, expected)
-    near = expected[scaled >= 0.003]
-    assert result.shape == (n, rows, columns) and near.min() > 0.79 and near.max() < 1.21
-    torch.testing.assert_close(inner, torch.diag(expected).expand_as(inner), rtol=0, atol=1e-3)
+    diagonal = inner.diagonal(dim1=1, dim2=2)
+    assert result.shape == (n, rows, columns) and diagonal.min() > 0.6 and diagonal.max() < 1.3
+    torch.testing.assert_close(inner, torch.diag_embed(diagonal), rtol=0, atol=1e-3)
     torch.testing.assert_close(u @ inner @ v.mT, result, rtol=0, atol=1e-3)  # nothing outside of them
-
-
-def test_each_polynomial_is_the_closest_to_1_of_its_degree_on_what_the_one_before_leaves():
-    """Chebyshev: it is the best one if and only if its error is largest four times, with alternating signs."""
-    low, high = 0.003, 1.02
-    for a, b, c in POLYNOMIALS:
-        slope_zeros = np.sqrt(np.roots([5 * c, 3 * b, a]).real)  # of a + 3 b x^2 + 5 c x^4
-        errors = odd((a, b, c), np.array([low, *sorted(slope_zeros), high])) - 1
-        assert low < min(slope_zeros) and max(slope_zeros) < high
-        np.testing.assert_allclose(errors, errors[3] * np.array([-1, 1, -1, 1]), atol=1e-4)
-        low, high = 1 - errors[3], 1 + errors[3]
-    assert low > 0.79 and high < 1.21
-
-
-@given(st.integers(0, 10_000), st.sampled_from([(64, 64), (16, 96), (96, 16)]))
-def test_rounding_to_bfloat16_leaves_no_singular_value_where_the_polynomials_diverge(seed, shape):
-    """A gradient of one token has a single direction: its bound is exact, and rounding may lift it above 1."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(1, size, 1, generator=generator) for size in shape)
-    with torch.autocast("cpu", torch.bfloat16):
-        result = orthogonalize(left @ right.mT).float()
-    largest = torch.linalg.svdvals(result)[0, 0]
-    assert 0.75 < largest < 1.25
 
 
 def test_no_gradient_is_no_update():

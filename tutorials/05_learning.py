@@ -185,7 +185,7 @@ print({step: round(learning_rate(step, 200, MUON), 5) for step in (0, 7, 15, 100
 #
 # A gradient matrix is a sum of directions, and its *singular values* say how strong each is. A few are strong, and
 # AdamW mostly follows those. *Muon* makes all equally strong: `orthogonalize` brings the singular values close to 1
-# with twelve matmuls.
+# with fifteen matmuls.
 
 # %%
 show_source(orthogonalize)
