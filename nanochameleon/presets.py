@@ -45,10 +45,10 @@ def toy() -> RunConfig:
     learn more per FLOP than three, four or six (docs/log.md). In 544 tokens its documents leave the least padding.
     """
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
-    stages = mixed(pairs=0.1, drawings=0.1, questions=0.6, interleaved=0.2)
+    stages = mixed(pairs=0.1, drawings=0.15, questions=0.53, interleaved=0.22)
     model = dataclasses.replace(TOY_MODEL, n_layers=2)
     train = TrainConfig(
-        steps=4_800, batch_size=4, seq_len=544, image_loss="drawn", image_token_noise=0.75, sample_every=None,
+        steps=5_200, batch_size=4, seq_len=544, image_loss="drawn", image_token_noise=0.75, sample_every=None,
         sample_minutes=2.0,
     )  # fmt: skip
     optim = dataclasses.replace(TOY_OPTIM, lr=1.4e-2)
