@@ -1,7 +1,7 @@
 """Train nanochameleon: one script from raw captions and images to a model that writes and draws, and its report.
 
     python train.py toy                                   the shapes world, minutes on two CPU cores
-    python train.py toy_long                              the same scenes, 2.8 times as many steps
+    python train.py toy_long                              the same scenes, six layers and twice as many steps
     python train.py emoji                                 real emoji from PyPI, with .[data] installed (docs/install.md)
     python train.py folder --data.path=images             your own images with captions.jsonl or metadata.csv
     python train.py stability                             the paper's ablations at a small size: a table and a plot
@@ -47,7 +47,7 @@ from torch.utils._pytree import tree_map
 
 from nanochameleon.config import RunConfig
 from nanochameleon.data import Loader
-from nanochameleon.data.build import mixture, open_loader, open_sources, store_images, write_tokens
+from nanochameleon.data.build import check_sources, mixture, open_loader, open_sources, store_images, write_tokens
 from nanochameleon.errors import Interrupted, OwnError, UserError, exit_on_user_error, say, say_above, warn
 from nanochameleon.evaluate.report import make_report
 from nanochameleon.evaluate.samples import write_reconstructions, write_sample_sheet
@@ -134,7 +134,9 @@ def train_loop(
     save_pending = False  # a checkpoint was due while losses were non-finite: save once they recover
     while progress.step < t.steps:
         step = progress.step
-        if monitor and step and monitor.samples.due(step):  # before the step: a run stopped here draws when it resumes
+        if (
+            monitor and step and monitor.samples.due(step)
+        ):  # before the step: a run stopped here that draws by steps draws when it resumes
             draw_samples(run, saver, step, monitor.samples.elapsed)
 
         # 1. The batch. After a rollback, the batches that made the loss diverge are skipped.
@@ -269,7 +271,10 @@ def run_all(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, with_repor
     with GracefulShutdown() as stopped:
         try:
             if with_report and worth(cfg, folder, mesh):
+                check_sources(cfg)
+                stopped.at_once = True  # a rehearsal has nothing to save
                 announce(cfg, init, folder, mesh, timer)
+                stopped.at_once = False
             run = run_stages(cfg, init, folder, mesh, timer, stopped)
             stopped.at_once = True  # the report has nothing to save
             if with_report:
@@ -295,8 +300,9 @@ def announce(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, timer: St
     say("measuring a few steps; the first time on a machine, kernels are compiled for it, which takes a minute")
     try:
         forecast = rehearse(cfg, init, folder, mesh.device, train)
-    except OSError as error:
+    except (OSError, UserError) as error:
         return warn(f"the time that the run will take is not known: {error}")
+    timer.add("rehearsal")
     first = cfg.train.sample_minutes and 60 * cfg.train.sample_minutes - timer.elapsed()
     say(forecast.sentence(first, folder / "samples"))
 
@@ -341,8 +347,11 @@ def prepare(
             raise Interrupted
     image_tokenizer = open_image_tokenizer(folder, cfg.vqgan, device)
     if not init.tokenizers and not (sheet := folder / "samples" / "reconstructions.png").exists():
-        write_reconstructions(cfg, image_tokenizer, folder, sheet)
-        say(f"{sheet}: images above their reconstructions, after {spell(timer.elapsed())}")
+        try:
+            write_reconstructions(cfg, image_tokenizer, folder, sheet)
+            say(f"{sheet}: images above their reconstructions, after {spell(timer.elapsed())}")
+        except OSError as error:
+            warn(f"{sheet} cannot be written: {error}; training continues")
     timer.add("image_tokenizer")
     # 3. Documents become tokens, packed into sequences.
     if not cfg.data.tokenize_on_the_fly:

@@ -45,7 +45,7 @@ CUDA_DTYPES = {
 }
 # Kernels for processors that multiply pairs of bfloat16 (cpu/bf16/), on AMX tiles or in vector registers.
 BF16_OPS = {
-    "qknorm_rope_attention": "matmuls of bfloat16 pairs, norms a row in each lane: 1.1 to 2.7 times float32 vectors",
+    "qknorm_rope_attention": "matmuls of bfloat16 pairs, norms a row in each lane: up to 2.7 times float32 vectors",
     "linear": "layers that read one input as one matmul, weight gradients on AMX tiles: 1.2 to 1.8 times oneDNN's",
 }
 OPS = tuple(AUTO)

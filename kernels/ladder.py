@@ -49,7 +49,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Limit:
-    """A job that no rung can beat, such as a copy of the inputs. It is timed in the same rounds as the rungs."""
+    """A job to compare with, such as a copy of the inputs. It is timed in the same rounds as the rungs."""
 
     name: str
     prepare: Callable[..., Callable[[], object]]  # inputs -> the job

@@ -122,7 +122,9 @@ def say_above(sentence: str, file=None) -> None:
     """Print one line to stdout, or to `file`, above a progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write(printable(sentence), file=file or sys.stdout)
+    file = file or sys.stdout
+    tqdm.write(printable(sentence), file=file)
+    file.flush()  # a pipe would keep it until something else is printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

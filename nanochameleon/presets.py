@@ -42,7 +42,7 @@ def toy() -> RunConfig:
     """The shapes world in minutes on two CPU cores: `make demo` runs it.
 
     Noise on the image tokens that are read, and a small codebook, let it compose what it never saw together. Two layers
-    learn more per FLOP than three, four or six (docs/log.md). In 544 tokens its documents leave the least padding.
+    learn as much in less time than four or six (docs/log.md). Rows of 544 tokens leave less padding than rows of 512.
     """
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
     stages = mixed(pairs=0.1, drawings=0.15, questions=0.53, interleaved=0.22)

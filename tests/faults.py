@@ -34,7 +34,7 @@ SMALL_TOY = (
     "toy", "--device=cpu", "--vqgan.ch=8", "--model.dim=64", "--model.n-layers=2", "--model.n-heads=2",
     "--tokenizers.n-texts=200", "--tokenizers.n-merges=40", "--tokenizers.steps=10", "--tokenizers.warmup-steps=4",
     "--tokenizers.batch-size=2", "--data.n-documents=100", "--train.steps=20", "--train.seq-len=256",
-    "--train.save-every=6", "--train.sample-every=10", "--train.log-every=2",
+    "--train.save-every=6", "--train.sample-every=10", "--train.sample-minutes=None", "--train.log-every=2",
 )  # fmt: skip
 
 

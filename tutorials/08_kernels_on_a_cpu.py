@@ -210,14 +210,16 @@ show_source(steps.zloss_in_place.py_func)
 # %% [markdown]
 # ## The whole ladder
 #
-# The last rung is the kernel that ships. It spares the pass for the largest logit: it takes off a number near the
-# largest, and repeats a block of 2,048 logits if one of them is larger by more than 20. First every rung is checked
+# The last rung is the kernel that ships. It spares the pass for the largest logit: it takes off the target's logit, and
+# looks for a larger one only where the sum of a block of logits comes near to overflow. First every rung is checked
 # against float64. An error may be twice that of PyTorch's own operations, and a few units of rounding.
 
 # %%
 on_cpu = replace(steps.on_cpu(), timed=lambda: inputs)
 worst = ladder.check(on_cpu)
-print(f"largest error: {worst:.2f} of what is allowed. Blocks of {cpu.BLOCK:,}, up to {cpu.HEADROOM} above the shift\n")
+print(
+    f"largest error: {worst:.2f} of what is allowed. Blocks of {cpu.BLOCK:,}, whose sums stay below {cpu.LIMIT:.2g}\n"
+)
 times, limit = ladder.measure(on_cpu, inputs)
 print(ladder.table(on_cpu, times, limit))
 

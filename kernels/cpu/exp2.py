@@ -1,7 +1,7 @@
 """2^x and 1 / x for a register of floats (simd.py): 2^x = 2^n 2^f, n an integer and 2^f a polynomial.
 
-exp2       error 1e-7
-exp2_bf16  error 4e-6: for results that are rounded to bfloat16. Needs AVX-512
+exp2       relative error 2e-7
+exp2_bf16  relative error 4e-6: for results that are rounded to bfloat16. Needs AVX-512
 """
 
 import numpy as np
@@ -57,7 +57,7 @@ def scaled(b, coefficients: list[float], *xs) -> list:
 
 
 def exp2_of(b, *xs) -> list:
-    """2^x in 8 instructions of AVX-512, or in 13 of other processors, with n the nearest integer.
+    """2^x in 8 instructions of AVX-512, or in 13 of other processors. n is the integer below x with AVX-512, else the nearest one.
 
     NaN stays NaN and overflow is infinity: divergence must be seen. Results below 2^-126 are at most 2^-126.
     """
@@ -76,7 +76,7 @@ def exp2_of(b, *xs) -> list:
 
 @instruction(vec, vec)
 def exp2(b, x):
-    """2^x. NaN stays NaN; infinity above 128, at the latest; results below 2^-126 are at most 2^-126."""
+    """2^x. NaN stays NaN; infinity from 127.5 on, with AVX-512 above 128; results below 2^-126 are at most 2^-126."""
     return exp2_of(b, x)[0]
 
 

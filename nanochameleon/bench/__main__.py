@@ -8,7 +8,7 @@ python -m nanochameleon.bench gpu runs all that one GPU should show; see its --h
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
@@ -99,9 +99,12 @@ def main(args: Args) -> None:
         for row in measure(args):
             rows.show(row)
             measured.append(row)
-    finally:  # keep what was measured, even if a later case fails
+    except BaseException:  # keep what was measured, even if a later case fails
         if measured:
-            write_files(args, measured)
+            write_files(replace(args, plot=None), measured)
+        raise
+    if measured:
+        write_files(args, measured)
 
 
 def check_plot(args: Args) -> None:

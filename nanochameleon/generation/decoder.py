@@ -51,7 +51,7 @@ INDEX, IMAGE_TOKENS_LEFT, TOKENS_LEFT, N_SAMPLED, CFG_BRANCH, LENGTH = range(6)
 
 
 Chunk = tuple[Sequence[int], int, int]  # tokens of a prompt, slot, position of the first of them
-# Tokens, padding included, that a GPU reads in one pass over the weights: so few take about as long as one.
+# Tokens, padding included, that a GPU reads in one pass over the weights, which costs less than a pass for each prompt.
 PREFILL_TOGETHER = 512
 
 

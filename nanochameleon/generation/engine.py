@@ -126,7 +126,8 @@ class Engine:
             if prompt not in self.n_prefilled:
                 self.n_prefilled[prompt] = self.copy_beginning(slots[0])
             start = self.n_prefilled[prompt]
-            # Not cut to the budget: chunks begin at fixed positions, so rounding does not depend on other prompts.
+            # Not cut to the budget: chunks begin at fixed positions, so on a CPU rounding does not depend on other
+            # prompts. A GPU reads neighbours together.
             tokens = prompt[start : start + self.prefill_chunk]
             chunks.append((tokens, slots[0].index, start))
             self.n_prefilled[prompt] = start + len(tokens)
@@ -150,7 +151,7 @@ class Engine:
     def copy_beginning(self, slot: Slot) -> int:
         """Copy as much of a slot's prompt as another slot has read of the same beginning. Returns the number of tokens.
 
-        Whole chunks are copied, so rounding does not depend on other prompts. The last token is always read, because
+        Whole chunks are copied, so on a CPU rounding does not depend on other prompts. The last token is always read, because
         sampling starts from its hidden state. What is read in this round is not yet in the cache: a whole chunk is the
         last one of its round, so no later prompt of the round asks for it.
         """

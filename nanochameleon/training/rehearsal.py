@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
+from warnings import catch_warnings
 
 import torch
 from torch.random import fork_rng
@@ -116,7 +117,13 @@ def rehearse(cfg: RunConfig, init: InitFrom, folder: Path, device: torch.device,
         cfg, data=replace(cfg.data, n_documents=CHUNK), train=replace(cfg.train, sample_every=None, sample_minutes=None)
     )
     captured = io.StringIO()  # progress bars and sizes, which the run prints itself
-    with TemporaryDirectory() as name, redirect_stdout(captured), redirect_stderr(captured), fork_rng(devices=[]):
+    with (
+        TemporaryDirectory(ignore_cleanup_errors=True) as name,
+        catch_warnings(),
+        redirect_stdout(captured),
+        redirect_stderr(captured),
+        fork_rng(devices=[]),
+    ):
         place = Path(name)
         if init.tokenizers:
             tokenizer, image_tokenizer_seconds = init.text(cfg), 0.0

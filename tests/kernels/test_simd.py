@@ -84,12 +84,12 @@ def test_the_first_lanes_alone_are_read_and_written(n, dtype):
 WITHOUT_EXTENSIONS = """
 import numpy as np
 from numba import njit
-from nanochameleon.kernels.cpu.exp2 import exp2_bounded
+from nanochameleon.kernels.cpu.exp2 import exp2
 from nanochameleon.kernels.cpu.simd import W, load, rope, store
 
 @njit
 def run(x, y):
-    store(y, exp2_bounded(load(x)))
+    store(y, exp2(load(x)))
     store(y + 4 * W, rope(load(x), load(x)))
 
 x, y = np.arange(W, dtype=np.float32), np.zeros(2 * W, np.float32)

@@ -246,7 +246,7 @@ MUTANTS = [
         "parallel/compile.py",
         "recompile_limit = 32",
         "recompile_limit = 8",
-        "fake_cuda/test_documents.py",
+        "fake_cuda/test_attention_by_documents.py",
     ),
     Mutant(
         "a failure of the tracer ends a run that did not ask for it",

@@ -197,7 +197,7 @@ MUTANTS = [
         "kernels/attention/by_documents.py",
         'device.type == "cuda" and torch.version.hip is None',
         'device.type == "cuda"',
-        "kernels/test_documents.py",
+        "kernels/test_document_boundaries.py",
     ),
     Mutant(
         "two sequences share a document's id",

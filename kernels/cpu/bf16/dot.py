@@ -66,7 +66,7 @@ def _rows(b, n: int, a, lda, p, ldp, at: list, k, start: list) -> None:
     columns = [b.bitcast(load_at(b, at_p, W * v), VI) for v in range(n)]
     new = []
     for r in range(ROWS):
-        word = splat_of(b, b.load(pointer(b, b.add(at_a, shifts[r]), i32), align=4), VI)
+        word = splat_of(b, b.load(pointer(b, b.add(at_a, shifts[r]), i32), align=2), VI)
         new += [_dot(b, sums[r * n + v], word, columns[v]) for v in range(n)]
     less = b.sub(left, ir.Constant(i64, 2))
     steps = [(left, k, less), (at_a, a, b.add(at_a, ir.Constant(i64, 4))), (at_p, p, b.add(at_p, ldp))]

@@ -111,7 +111,8 @@ def speeds(context: Context, name: str, model: Chameleon, limits: Limits) -> Ite
     with context.guard(f"{name}, graphs"):
         yield from same_with_graphs(context, name, model)
     for batch in (1, 16):
-        yield step_alone(context, name, model, batch)
+        with context.guard(f"{name}, step of batch {batch}"):
+            yield step_alone(context, name, model, batch)
     for batch in (1, 16):
         yield from text_case(b, batch)
     if name == plan.models[-1][0]:

@@ -55,6 +55,7 @@ def measure_apart(context: Context, case: Case, variant: Variant, limits: Limits
     if process.exitcode != 0:
         how = f"took longer than {LIMIT:.0f} s" if process.is_alive() else f"ended with exit code {process.exitcode}"
         process.kill()
+        process.join()  # before the next one needs the GPU's memory
         raise RuntimeError(f"its process {how}")
     return [Row(**row) for row in json.loads(path.read_text())]
 
