@@ -57,7 +57,9 @@ def scaled(b, coefficients: list[float], *xs) -> list:
 
 
 def exp2_of(b, *xs) -> list:
-    """2^x in 8 instructions of AVX-512, or in 13 of other processors. n is the integer below x with AVX-512, else the nearest one.
+    """2^x in 8 instructions of AVX-512, or in 13 of other processors.
+
+    n is the integer below x with AVX-512, else the nearest one.
 
     NaN stays NaN and overflow is infinity: divergence must be seen. Results below 2^-126 are at most 2^-126.
     """

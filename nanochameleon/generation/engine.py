@@ -151,9 +151,9 @@ class Engine:
     def copy_beginning(self, slot: Slot) -> int:
         """Copy as much of a slot's prompt as another slot has read of the same beginning. Returns the number of tokens.
 
-        Whole chunks are copied, so on a CPU rounding does not depend on other prompts. The last token is always read, because
-        sampling starts from its hidden state. What is read in this round is not yet in the cache: a whole chunk is the
-        last one of its round, so no later prompt of the round asks for it.
+        Whole chunks are copied, so on a CPU rounding does not depend on other prompts. The last token is always read,
+        because sampling starts from its hidden state. What is read in this round is not yet in the cache: a whole chunk
+        is the last one of its round, so no later prompt of the round asks for it.
         """
         sources = [(slots[0], self.n_prefilled.get(prompt, 0)) for prompt, slots in self.prefilling.items()]
         slots = [slot for running in self.running for slot in running.slots if slot.prefilled]
