@@ -115,7 +115,8 @@ def prepare_rows(
 
         def prepare() -> tokenizing.PrepareJob:
             to = Path(folder) / str(next(numbers))
-            job = tokenizing.PrepareJob(to, form, 4_096, 0, text, image_tokenizer, "", *plan([source], form))
+            fresh = ImageTokenizer(image_tokenizer.vqgan)  # which has not seen these images
+            job = tokenizing.PrepareJob(to, form, 4_096, 0, text, fresh, "", *plan([source], form))
             tokenizing.run(
                 job, 0, 1, 1 if image_tokenizer.device.type == "cpu" else min(16, os.cpu_count() or 1), quiet=True
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanochameleon.images.vqgan import join_windows
 
-KNOWN_WINDOWS = 65_536  # kept at most; those of photographs hardly ever come twice
+KNOWN_BYTES = 2**22  # pixels of windows that are kept at most; those of photographs hardly ever come twice
 
 
 class WindowCodes:
@@ -23,8 +23,8 @@ class WindowCodes:
 
     def __init__(self, encode: Callable[[np.ndarray], Tensor], side: int):
         self.encode, self.side = encode, side
-        self.rows: dict[bytes, int] = {}  # window -> its row in self.codes
-        self.codes: Tensor | None = None
+        # window -> its row, and the rows. One tuple, so that another thread never sees half of a change.
+        self.cache: tuple[dict[bytes, int], Tensor | None] = {}, None
 
     def of_images(self, images: np.ndarray) -> Tensor:
         """uint8 (B, R, R, 3) -> codes int64 (B, n) in raster order."""
@@ -40,13 +40,13 @@ class WindowCodes:
 
     def known(self, pixels: list[bytes], windows: np.ndarray) -> tuple[dict[bytes, int], Tensor]:
         """Return rows and codes that hold all of these windows. Neither is changed later: other threads may read."""
-        rows, codes = self.rows, self.codes
-        if len(rows) > KNOWN_WINDOWS:
+        rows, codes = self.cache
+        if len(rows) * 3 * self.side**2 > KNOWN_BYTES:
             rows, codes = {}, None
         new = {key: number for number, key in enumerate(pixels) if key not in rows}  # one of each
         if new:
             encoded = self.encode(windows[list(new.values())])
             codes = encoded if codes is None else torch.cat([codes, encoded])
             rows = rows | {key: len(rows) + i for i, key in enumerate(new)}
-            self.rows, self.codes = rows, codes
+            self.cache = rows, codes
         return rows, codes

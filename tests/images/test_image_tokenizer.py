@@ -212,7 +212,7 @@ def test_codes_of_windows_are_looked_up_and_stay_those_of_the_network(data):
     tokenizer.windows.encode = lambda windows: encoded.append(windows) or tokenizer.encode_windows(windows)
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([0, 3, 10**6]))
-        patch.setattr(windows, "KNOWN_WINDOWS", most)
+        patch.setattr(windows, "KNOWN_BYTES", most * 3 * side**2)
         for numbers in data.draw(st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=3)):
             images = np.array([random_pixels(16, 16, seed=n) for n in numbers], np.uint8).reshape(-1, 16, 16, 3)
             codes = tokenizer.encode(images)
