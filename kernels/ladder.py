@@ -118,7 +118,7 @@ def excess(what: str, result: Tensor, naive: Tensor, truth: Tensor, scale: float
     if not result.numel():
         return 0.0
     error, plain = ((x.double() - truth).abs().max().item() for x in (result, naive))
-    allowed = 2 * plain + torch.finfo(naive.dtype).eps * scale
+    allowed = 2 * plain + 2 * torch.finfo(naive.dtype).eps * scale
     if error > allowed:
         raise WrongRung(f"{what} is off by {error:.2g}, where {allowed:.2g} is allowed")
     return error / allowed

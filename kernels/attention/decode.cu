@@ -54,7 +54,7 @@ const int SPLIT = 256, WARPS = 4;
 // needs registers.
 template <int Q>
 struct Loads {
-  static const int n = Q == 1 ? 8 : 4;
+  static const int n = Q == 1 ? 8 : 2;  // powers of two: SPLIT is a multiple of what all threads load
 };
 
 struct Vec8 {

@@ -101,7 +101,7 @@ def test_the_largest_heads_are_proven_first_and_they_alone_are_compiled_in_a_hur
     asked = {}
     monkeypatch.setattr(subjects.Subject, "case", lambda *_: Case("", [], {}))
     monkeypatch.setattr(subjects.Subject, "jobs", lambda self, _, compiled: asked.update({self.head_dim: compiled}))
-    monkeypatch.setattr(subjects, "median_seconds", lambda *_: {"own": 1.0, "torch": 1.0})
+    monkeypatch.setattr(subjects, "median_seconds", lambda *_, **options: {"own": 1.0, "torch": 1.0})
     for each in subjects.subjects("attention"):
         subjects.time_it(each, subjects.QUICK, CPU, {})
     assert asked == {128: True, 64: False, 32: False}

@@ -13,6 +13,7 @@ def prove_all() -> list[str]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from fake_cuda.device import CUDA, fake_tensors
+    from nanochameleon.bench import kernels
     from nanochameleon.bench.bands import Bands
     from nanochameleon.bench.subjects import QUICK
     from nanochameleon.kernels import dispatch
@@ -28,6 +29,7 @@ def prove_all() -> list[str]:
 
     documents_of, Documents.of = Documents.of, staticmethod(find_documents)
     torch.Generator = lambda device=None: SimpleNamespace(manual_seed=lambda seed: None)  # a GPU's own needs a GPU
+    kernels.visible_pairs = lambda *_: 1  # which counts from numbers
     launch.start = lambda *arguments, **options: None
     dispatch.why_cuda_unavailable = lambda op, device, dtype: None
     done = []
