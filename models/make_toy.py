@@ -33,7 +33,7 @@ from nanochameleon.training.run import CONFIG, read_config
 from nanochameleon.weights.model_folder import open_model
 
 HERE = Path(__file__).parent
-TRAIN = "python train.py toy_long --train.steps=6000"
+TRAIN = "python train.py toy --model.n-layers=6 --train.steps=6000"
 ALIGN = "python train.py align --train.steps=3000 --train.image-token-noise=0.75 --train.sample-every=1000"
 FIGURES = (  # row of the card, place in report.json
     ("images of the tokenizer, read by the oracle", "tokenizer.oracle_on_reconstructions"),

@@ -154,7 +154,9 @@ def kept_by(layers: int) -> int:
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        if x.ndim > 2 or (x.ndim and len(x) == SEQUENCES * SEQ_LEN):  # weights have two dimensions, activations a row a token
+        if x.ndim > 2 or (
+            x.ndim and len(x) == SEQUENCES * SEQ_LEN
+        ):  # weights have two dimensions, activations a row a token
             kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 

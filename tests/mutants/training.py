@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "a rehearsal draws from the generator of the run",
         "training/rehearsal.py",
-        "redirect_stderr(captured), fork_rng(devices=[]):",
-        "redirect_stderr(captured):",
+        "        fork_rng(devices=[]),\n",
+        "",
         "training/test_rehearsal.py",
     ),
     Mutant(
