@@ -280,7 +280,7 @@ def run_all(cfg: RunConfig, init: InitFrom, folder: Path, mesh: Mesh, with_repor
             if with_report:
                 mesh.run_on_rank0(lambda: report(run, folder, mesh, timer))
             return None
-        except (Interrupted, KeyboardInterrupt):  # the latter in the report, or by a second Ctrl-C
+        except (Interrupted, KeyboardInterrupt):  # the latter in a rehearsal or the report, or by a second Ctrl-C
             if mesh.is_rank0:
                 timer.add("interrupted")
                 say(f"stopped and saved in {folder}; to resume: {same_command()}")

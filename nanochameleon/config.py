@@ -193,7 +193,8 @@ class ParallelConfig:
     activation_checkpointing: bool = False  # recompute each block's activations in the backward pass
     # torch.compile each block; auto: on a GPU where Triton and a C compiler are installed
     compile: Literal["auto", "on", "off"] = "auto"
-    deterministic: bool = False  # a GPU repeats a run bit for bit, more slowly; a CPU always does
+    # a GPU repeats a run bit for bit, more slowly; a CPU does with one thread (with two, sums may differ by rounding)
+    deterministic: bool = False
     timeout: int = 600  # seconds that a rank waits for the others before it gives up
     save_in_background: bool = True  # write checkpoints during training, from a copy in host memory
 

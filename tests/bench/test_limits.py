@@ -177,3 +177,22 @@ def test_generation_is_compared_with_reading_the_weights_and_the_cache_of_a_mean
     bench = Bench("tiny", model, Vocab.toy(16, 16), "tokens/s", 1, 1.0, 3, False, 4, slow)
     each = [step_work(CFG, 2, cached, FP32).read for cached in (2 * 17, 2 * 18, 2 * 19)]
     assert bench.least_seconds(3, 2, 2 * 16) == sum(each)
+
+
+def test_a_dtype_that_the_processor_emulates_has_the_limit_of_float32(monkeypatch):
+    monkeypatch.setattr(limits, "matmul_flops", lambda n, dtype, device: {FP32: 9e10, BF16: 9e8}[dtype])
+    monkeypatch.setattr(limits, "memory_speeds", lambda *_: ({1: 1.0}, {1: 1.0}))
+    assert limits.measure_limits(CPU).flops == {FP32: 9e10, BF16: 9e10}
+
+
+def test_a_job_that_takes_long_is_not_run_again_and_again(monkeypatch):
+    clock, runs = [0.0], []
+
+    def run(job, device):
+        clock[0] += 10.0
+        runs.append(job)
+        return 10.0
+
+    monkeypatch.setattr(limits, "seconds_of", run)
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: clock[0])
+    assert limits.least_seconds(lambda: None, CPU) == 10.0 and len(runs) <= 2

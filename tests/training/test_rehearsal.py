@@ -1,5 +1,6 @@
 """A rehearsal tells how long a run takes and leaves nothing; sheets of samples come by steps and by the clock."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from tiny import training_config
 from train_helpers import assert_same_weights, contents
 
 import train
-from nanochameleon.config import DataConfig, ModelConfig, TrainConfig
+from nanochameleon.config import DataConfig, ModelConfig, StageConfig, TrainConfig
+from nanochameleon.errors import Interrupted, UserError
 from nanochameleon.parallel.mesh import Mesh
 from nanochameleon.training import rehearsal
 from nanochameleon.training.init_from import InitFrom
@@ -38,6 +40,22 @@ def test_neither_a_rehearsal_nor_samples_change_what_is_learnt(finished, tmp_pat
     said = capsys.readouterr().out
     assert "about " in said and " on this machine: " in said
     assert f"{tmp_path / 'run' / 'samples' / 'step-000001.png'}, after " in said
+
+
+def test_ctrl_c_in_a_rehearsal_ends_the_run_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "FEWEST", 1)
+    monkeypatch.setattr(train, "rehearse", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted) as stop:
+        train.main(training_config(tmp_path / "run"))
+    assert stop.value.number == signal.SIGINT and not (tmp_path / "run" / "text_tokenizer.json").exists()
+
+
+def test_an_unknown_source_is_refused_before_the_rehearsal(tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "FEWEST", 1)
+    monkeypatch.setattr(train, "rehearse", lambda *_: pytest.fail("a rehearsal of documents that do not exist"))
+    cfg = replace(training_config(tmp_path / "run"), stages=(StageConfig(weights=(("pairs", 1.0), ("foo", 1.0))),))
+    with pytest.raises(UserError, match="names 'foo'"):
+        train.main(cfg)
 
 
 def test_a_rehearsal_leaves_the_folder_and_the_generator_as_they_were(finished, tmp_path, capsys):
