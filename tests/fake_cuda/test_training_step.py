@@ -18,6 +18,7 @@ COMPILED = {
     "fp32": {"precision": "fp32", "compile": True},
     "bf16": {"precision": "bf16", "compile": True},
     "bf16, activation checkpointing": {"precision": "bf16", "compile": True, "activation_checkpointing": True},
+    "bf16, vendor": {"precision": "bf16", "compile": True, "kernels": "vendor"},
     "bf16, cuda": {"precision": "bf16", "compile": True, "kernels": "cuda"},
 }
 READS = ("clip_gradients: _local_scalar_dense", "between: _local_scalar_dense")  # the norm and the loss, at the end

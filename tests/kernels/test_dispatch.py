@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.dispatch import (
     AUTO,
     BF16_OPS,
+    CUDA_DTYPES,
     NAMES,
     OPS,
     TRAINING_OPS,
@@ -28,7 +30,7 @@ from nanochameleon.kernels.dispatch import (
     explain,
     use_kernels,
 )
-from nanochameleon.kernels.gpu import packages
+from nanochameleon.kernels.gpu import packages, proof
 from nanochameleon.transformer import Chameleon, compute_freqs_cis
 
 CPU = torch.device("cpu")
@@ -142,6 +144,21 @@ def test_samples_are_drawn_from_weights_of_any_dtype_whatever_was_requested(monk
         assert decide("decode_attention", gpu, torch.bfloat16) == (name, "requested")
         with pytest.raises(ValueError, match="tensors are on cpu"):
             decide("decode_attention", CPU, dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_op_on_a_gpu_is_given_a_name_that_it_does_not_know(monkeypatch, name, dtype):
+    """It would run its kernel for CPUs, on addresses of the GPU."""
+    monkeypatch.setattr(packages, "missing_cuda_package", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(proof, "load", lambda device: proof.Proofs())
+    known = {op: {"reference"} | ({"cuda"} if op in CUDA_DTYPES else set()) for op in OPS}
+    for op in ("qknorm_rope_attention", "decode_attention"):
+        known[op].add("vendor")
+    for op in OPS:
+        with use_kernels(name), suppress(ValueError):  # a request that cannot be met
+            assert decide(op, torch.device("cuda"), dtype)[0] in known[op], op
 
 
 @pytest.mark.parametrize(("value", "works"), [("1", False), ("0", True), ("", True)])

@@ -77,7 +77,7 @@ def test_a_wrong_rung_ends_the_command_with_one_sentence(capsys, monkeypatch, op
     monkeypatch.setattr(ladder, "why_no_gpu", lambda: "there is no GPU")
     assert run(tiny(square, lambda x: (x,)), *options) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "error: rung '<lambda>': square of 7 is off by 12, where 1.2e-07 is allowed"
+        "error: rung '<lambda>': square of 7 is off by 12, where 2.4e-07 is allowed"
     ]
 
 
