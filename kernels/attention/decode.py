@@ -14,28 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochameleon.kernels.attention.decode_flash import CacheLengths, flash_decode_attention
-from nanochameleon.kernels.attention.flash import flash_available
 from nanochameleon.kernels.attention.reference import apply_rotary_emb, expect_heads
 from nanochameleon.kernels.dispatch import choose
 from nanochameleon.kernels.gpu import launch as gpu
 from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 
 
-def see_cache(positions: Tensor, keys: Tensor, kv_len: int) -> Tensor | CacheLengths:
+def see_cache(positions: Tensor, keys: Tensor, kv_len: int) -> Tensor:
     """What new tokens see of a cache: all entries up to their own, of the first kv_len.
 
-    A mask (N, T, kv_len), 0 where a token sees an entry, else -infinity; or lengths, where flash attention takes them.
+    Returns a mask (N, T, kv_len), 0 where a token sees an entry, else -infinity. On an H200 a step with it is faster
+    than flash attention by lengths, which reads no more of each slot than it sees.
     """
-    if positions.shape[1] == 1 and flash_available(keys.device, keys.dtype, keys.shape[3]):
-        return CacheLengths.of(positions, keys, kv_len)
     unseen = torch.arange(kv_len, device=positions.device) > positions[..., None]
     return torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
 
 
 def decode_attention_(
     qkv: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, keys: Tensor, values: Tensor,
-    positions: Tensor, seen: Tensor | CacheLengths,
+    positions: Tensor, seen: Tensor,
 ) -> Tensor:  # fmt: skip
     """(N, T, H, E), by the implementation that `dispatch.choose` names; changes keys and values.
 
@@ -43,9 +40,8 @@ def decode_attention_(
     """
     if choose("decode_attention", qkv) != "cuda" or qkv.shape[-1] not in gpu.HEAD_DIMS:
         return decode_attention_reference_(qkv, freqs_cis, norm, eps, keys, values, positions, seen)
-    kv_len = seen.kv_len if isinstance(seen, CacheLengths) else seen.shape[-1]
     op = torch.ops.nanochameleon.decode_attention
-    return op(qkv, freqs_cis.flatten(-2), *(norm or (None, None)), eps, keys, values, positions, kv_len)
+    return op(qkv, freqs_cis.flatten(-2), *(norm or (None, None)), eps, keys, values, positions, seen.shape[-1])
 
 
 def qknorm_rope(x: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
@@ -59,7 +55,7 @@ def qknorm_rope(x: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None
 
 def decode_attention_reference_(
     qkv: Tensor, freqs_cis: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, keys: Tensor, values: Tensor,
-    positions: Tensor, seen: Tensor | CacheLengths,
+    positions: Tensor, seen: Tensor,
 ) -> Tensor:  # fmt: skip
     """A few of torch's operations; arguments as for `decode_attention_`."""
     n_heads, groups = qkv.shape[2], keys.shape[1]
@@ -70,8 +66,6 @@ def decode_attention_reference_(
     slots = torch.arange(len(qkv), device=qkv.device)[:, None]
     keys[slots, :, positions], values[slots, :, positions] = k.to(keys.dtype), v.to(values.dtype)
     # 3. Attend.
-    if isinstance(seen, CacheLengths):
-        return flash_decode_attention(q, keys, values, seen)
     return masked_attention(q, keys, values, seen)
 
 

@@ -1,7 +1,7 @@
 """torch's flash attention for sequences of any lengths, and where it can run. Not here: which sequences.
 
-torch.nn.attention.varlen wraps the same operation, but takes shared key heads and a cache's lengths only since torch
-2.12. The operation itself takes both since torch 2.5.
+torch.nn.attention.varlen wraps the same operation, but takes shared key heads only since torch 2.12. The operation
+itself takes them since torch 2.5.
 """
 
 import torch
@@ -24,14 +24,11 @@ def flash_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, causal: bool,
-    seqused_k: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """q (T_q, H, E), k and v (T_k, G, E) -> (T_q, H, E), for N sequences, one after the other.
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, causal: bool
+) -> Tensor:
+    """q (T_q, H, E), k and v (T_k, G, E) -> (T_q, H, E), for N sequences, one after the other. It has a gradient.
 
-    cu_seq_q, cu_seq_k: (N + 1,) int32, where each sequence begins, then T_q or T_k. seqused_k: (N,) int32, how many
-    keys of each sequence are seen; None: all. It has a gradient, except with seqused_k.
+    cu_seq_q, cu_seq_k: (N + 1,) int32, where each sequence begins, then T_q or T_k.
     """
-    run = torch.ops.aten._flash_attention_forward
     lengths, dropout, debug = (cu_seq_q, cu_seq_k, max_q, max_k), 0.0, False
-    return run(q, k, v, *lengths, dropout, causal, debug, seqused_k=seqused_k)[0]
+    return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, dropout, causal, debug)[0]

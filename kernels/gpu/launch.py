@@ -105,7 +105,7 @@ def zloss_overwrite(logits: Tensor, targets: Tensor, z_loss: float, scale: float
 # ---------------------------------------------------------------------------------------------------------------------
 # qknorm_rope.cu
 
-NORM_WARPS = 2_048  # of a gradient, which each add up the weights' gradients of their rows
+NORM_WARPS = 4_096  # of a gradient, which each add up the weights' gradients of their rows
 
 
 def qknorm_rope(x: Tensor, cos_sin: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

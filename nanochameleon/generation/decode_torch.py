@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decoder import Decoder
 from nanochameleon.generation.quantize import int8_linear
-from nanochameleon.kernels.attention.decode import CacheLengths, decode_attention_, see_cache
+from nanochameleon.kernels.attention.decode import decode_attention_, see_cache
 from nanochameleon.kernels.attention.reference import per_head
 from nanochameleon.transformer import Block, Chameleon, KVCache, compute_freqs_cis
 
@@ -66,9 +66,7 @@ class FusedBlock:
                  ((a.q_norm, cfg.n_heads), (a.k_norm, cfg.kv_heads))] if cfg.qk_norm else []  # fmt: skip
         self.qk_norm = tuple(at_least_float32(torch.cat(parts).detach()) for parts in zip(*norms, strict=True)) or None
 
-    def __call__(
-        self, x: Tensor, freqs_cis: Tensor, positions: Tensor, seen: Tensor | CacheLengths, *cache: Tensor
-    ) -> Tensor:
+    def __call__(self, x: Tensor, freqs_cis: Tensor, positions: Tensor, seen: Tensor, *cache: Tensor) -> Tensor:
         """x (n, D), changed in place where that is possible; cache: keys and values (n, G, S, E)."""
         attn_norm, ffn_norm = self.block.attention_norm, self.block.ffn_norm
         branch = self.attention(x if self.post_norm else attn_norm(x), freqs_cis, positions, seen, *cache)
@@ -81,9 +79,7 @@ class FusedBlock:
             return x.add_(norm(linear(branch, *weight)))
         return x.add_(linear(branch, *weight)) if weight[1] is not None else x.addmm_(branch, weight[0].T)
 
-    def attention(
-        self, x: Tensor, freqs_cis: Tensor, positions: Tensor, seen: Tensor | CacheLengths, *cache: Tensor
-    ) -> Tensor:
+    def attention(self, x: Tensor, freqs_cis: Tensor, positions: Tensor, seen: Tensor, *cache: Tensor) -> Tensor:
         heads = linear(x, *self.wqkv).view(len(x), 1, -1, self.head_dim)  # (n, 1, H + 2 G, E)
         return decode_attention_(heads, freqs_cis, self.qk_norm, self.eps, *cache, positions, seen).flatten(1)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_varlen import plain_varlen
 from tiny import N_CODES, TOKENIZER, VOCAB, random_request, tiny_model
 
 from nanochameleon.config import SamplingParams
@@ -18,7 +17,6 @@ from nanochameleon.generation.decoder import Decoder, read_together, uniforms
 from nanochameleon.generation.engine import Engine, generate
 from nanochameleon.generation.events import stream
 from nanochameleon.generation.sampling import MODALITIES, Grammar, SamplingTensors, apply_filters, sample
-from nanochameleon.kernels.attention import decode, decode_flash
 
 # float64, so that rounding, which differs from one shape of a batch to another, decides nothing
 MODEL, GROUPED = tiny_model().double(), tiny_model(1, n_heads=4, n_kv_heads=2, norm_order="post").double()
@@ -173,11 +171,8 @@ def test_chunks_are_read_together_if_their_slots_are_neighbours_and_padding_fits
     assert read_together([a, b, long], 27) == [[a, b, long]]
 
 
-@pytest.mark.parametrize("flash", [False, True])
-def test_a_slot_that_waits_may_be_longer_than_what_the_steps_read(flash, monkeypatch):
+def test_a_slot_that_waits_may_be_longer_than_what_the_steps_read():
     """Steps of a short request read 64 entries of the cache, and the slots of the long one run with it."""
-    monkeypatch.setattr(decode, "flash_available", lambda *_: flash)
-    monkeypatch.setattr(decode_flash, "varlen_attention", plain_varlen)
     model = tiny_model(1, max_seq_len=160).double()
     prompt = [VOCAB.bos, *[VOCAB.first_text + i % 7 for i in range(100)], VOCAB.boi]
     params = replace(PARAMS, guidance_scale=2.5, image_guidance_scale=1.7)

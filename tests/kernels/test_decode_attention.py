@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from attention_problems import EPS, generator, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_varlen import plain_varlen
 from rotation import rotated
 from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decode_torch import FusedStep
-from nanochameleon.kernels.attention import decode, decode_flash, flash
+from nanochameleon.kernels.attention import flash
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
@@ -118,26 +117,7 @@ def test_a_token_beyond_what_is_read_harms_no_other():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flash attention by lengths
-
-
-@settings(max_examples=25)
-@given(steps(lengths=[1]))
-def test_lengths_see_what_the_mask_sees(step):
-    """Entries that no token sees are NaN, which a mask of -infinity would let through."""
-    qkv, freqs_cis, norm, keys, values, positions, kv_len = step
-    expected, *cache = decoded(decode_attention_reference_, step, torch.float64)
-    unseen = torch.arange(keys.shape[2]) > positions  # (N, S)
-    poisoned = [x.masked_fill(unseen[:, None, :, None], torch.nan) for x in (keys, values)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "flash_available", lambda *_: True)
-        patch.setattr(decode_flash, "varlen_attention", plain_varlen)
-        result = decoded(
-            decode_attention_reference_, (qkv, freqs_cis, norm, *poisoned, positions, kv_len), torch.float64
-        )
-    torch.testing.assert_close(result[0], expected)
-    for x, whole in zip(result[1:], cache, strict=True):
-        assert torch.equal(x.masked_fill(unseen[:, None, :, None], 0), whole.masked_fill(unseen[:, None, :, None], 0))
+# Flash attention
 
 
 @pytest.mark.parametrize(
@@ -156,10 +136,8 @@ def test_flash_takes_what_torch_s_kernel_takes(monkeypatch, device, dtype, head_
     assert not flash.flash_available(torch.device(device), dtype, head_dim)
 
 
-def test_several_new_tokens_of_a_slot_need_a_mask(monkeypatch):
-    monkeypatch.setattr(decode, "flash_available", lambda *_: True)
+def test_a_token_sees_the_entries_up_to_its_own():
     keys, positions = torch.zeros(2, 3, 9, 8), torch.tensor([[1, 2], [4, 5]])
-    assert isinstance(see_cache(positions[:, :1], keys, 7), decode_flash.CacheLengths)
     assert torch.equal(see_cache(positions, keys, 7) == 0, torch.arange(7) <= positions[..., None])
 
 
@@ -167,7 +145,7 @@ def test_the_operation_takes_what_it_is_called_with():
     """By position in every torch from 2.5 on, where it has no name but torch.ops.aten's."""
     names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
     given = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
-    assert names[:10] == ["query", "key", "value", *given] and "seqused_k" in names
+    assert names[:10] == ["query", "key", "value", *given]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -137,27 +137,6 @@ MUTANTS = [
         "test_packing.py",
     ),
     Mutant(
-        "a slot that waits gives flash attention a length beyond what is read",
-        "kernels/attention/decode_flash.py",
-        ".clamp(max=kv_len)",
-        "",
-        "generation/test_engine.py",
-    ),
-    Mutant(
-        "flash attention sees the entry after a token's own",
-        "kernels/attention/decode_flash.py",
-        "(positions[:, 0] + 1).clamp",
-        "(positions[:, 0] + 2).clamp",
-        "kernels/test_decode_attention.py",
-    ),
-    Mutant(
-        "flash attention reads a slot's entries from where the last one's end",
-        "kernels/attention/decode_flash.py",
-        "starts, starts * size",
-        "starts, starts * kv_len",
-        "kernels/test_decode_attention.py generation/test_decode_torch.py",
-    ),
-    Mutant(
         "every head has the first one's norm",
         "kernels/attention/qknorm_rope.cu",
         "weight += head * pairs;",
