@@ -60,7 +60,7 @@ from nanochameleon.parallel.apply import ParallelModel, check_tensor_parallel, p
 from nanochameleon.parallel.mesh import Mesh, env_int, init_mesh, local_device
 from nanochameleon.training.curves import plot_curves
 from nanochameleon.training.diagnostics import compute_metrics, gradient_norms, max_attention_logits, memory_gib
-from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
+from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets, noise_fraction
 from nanochameleon.training.init_from import InitFrom, resolve_init
 from nanochameleon.training.modes import make_deterministic
 from nanochameleon.training.monitor import METRICS, Monitor, open_monitor, read_metrics
@@ -143,7 +143,7 @@ def train_loop(
         number = step + progress.skipped_batches
         sample_indices = torch.arange(t.batch_size)[rows] + number * t.batch_size  # (B,), counted over the whole run
         batch = mask_targets(loader.batch(number, rows), t.image_loss, n_codes, run.vocab)
-        batch = corrupt_image_tokens(batch, t.image_token_noise, n_codes, run.vocab, cfg.seed, sample_indices)
+        batch = corrupt_image_tokens(batch, noise_fraction(step, t), n_codes, run.vocab, cfg.seed, sample_indices)
         dropout_seeds = fold_in(sample_indices, cfg.seed).to(mesh.device, non_blocking=True)  # (B,)
 
         # 2. Forward and backward over micro-batches; gradients add up in p.grad.

@@ -171,6 +171,7 @@ class TrainConfig:
     image_loss: Literal["all", "drawn", "none"] = "all"
     assistant_only_loss: bool = False  # learn from answers alone, not from prompts: alignment (paper 3.2)
     image_token_noise: float = 0.0  # largest part of a drawn image's tokens to corrupt: training/image_targets.py
+    image_token_noise_end: float | None = None  # the same at the last step, linearly from the first; None: no change
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matmuls; auto is the faster one, decided once a run
     # output layer and loss in one op that never holds all logits; auto: from a vocabulary of 32,768 up
     fused_output: Literal["auto", "on", "off"] = "auto"

@@ -3,7 +3,8 @@
 The first tokens of an image say so much about the rest that the words are hardly needed: a model continues into what it
 has seen before, so "a purple star" begins purple and becomes a triangle. Where image tokens cannot be trusted, each one
 has to be looked up in the words. Word dropout does the same for the latent variable of a sentence (arXiv 1511.06349).
-Sampling is without noise.
+Sampling is without noise, so towards the end of training there may be less of it: a model that trusts no token does
+not know what it has drawn already.
 
 An image is *drawn* if words precede it in its document. An image that opens its document is there to be read.
 """
@@ -13,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from nanochameleon.config import TrainConfig
 from nanochameleon.packing import IGNORE, Batch, ignore_targets
 from nanochameleon.vocab import Vocab
 
@@ -38,6 +40,12 @@ def without_read_images(batch: Batch, n_codes: int, vocab: Vocab) -> Batch:
     for row, where, drawn in image_positions(batch, n_codes, vocab):
         targets[row, where[~drawn] - 1] = IGNORE  # the target at t is the token at t + 1
     return replace(batch, targets=targets)
+
+
+def noise_fraction(step: int, cfg: TrainConfig) -> float:
+    """The largest fraction of an image's tokens to corrupt in step 0 .. cfg.steps - 1: linear from first to last."""
+    first, last = cfg.image_token_noise, cfg.image_token_noise_end
+    return first if last is None else first + (last - first) * min(1.0, step / max(1, cfg.steps - 1))
 
 
 def corrupt_image_tokens(

@@ -38,7 +38,7 @@ ALLOWED = (  # (range in words, range as a test, fields); every entry of a tuple
     ("from 1 to 16,777,216", lambda x: 1 <= x <= 2**24, ("model.max_seq_len",)),  # positions that float32 tells apart
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("model.norm_eps", "sample.top_p", "sample.image_top_p")),
     ("above 0 and at most 1e12", lambda x: 0 < x <= 1e12, ("model.rope_theta",)),
-    ("from 0 to 1", lambda x: 0 <= x <= 1, ("train.image_token_noise",)),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, ("train.image_token_noise", "train.image_token_noise_end")),
 )  # fmt: skip
 
 

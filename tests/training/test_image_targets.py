@@ -1,14 +1,21 @@
 """Drawing from words: what noise may change, how much there is, and that the rest of the batch has no say in it."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochameleon.config import TrainConfig
 from nanochameleon.documents import EndOfTurn, Image, Text, render
 from nanochameleon.packing import IGNORE, pack
 from nanochameleon.text_tokenizer import TextTokenizer
-from nanochameleon.training.image_targets import corrupt_image_tokens, next_of_other_document, without_read_images
+from nanochameleon.training.image_targets import (
+    corrupt_image_tokens,
+    next_of_other_document,
+    noise_fraction,
+    without_read_images,
+)
 from nanochameleon.vocab import Vocab
 
 N = 16  # codes an image
@@ -87,6 +94,17 @@ def test_each_image_has_its_own_fraction_up_to_the_largest():
     assert abs(shares.mean() - 0.4) < 0.03
     assert 0.22 < shares.std() < 0.29  # uniform 0.23 and the draws' 0.12; a fixed fraction would have 0.12 alone
     assert torch.equal(corrupt_image_tokens(batch, 0.0, N, VOCAB, 0, range(400)).tokens, batch.tokens)
+
+
+@given(st.floats(0, 1), st.none() | st.floats(0, 1), st.integers(1, 50))
+def test_the_fraction_goes_evenly_from_the_first_step_to_the_last(first, last, steps):
+    cfg = TrainConfig(steps=steps, image_token_noise=first, image_token_noise_end=last)
+    fractions = [noise_fraction(step, cfg) for step in range(steps)]
+    assert fractions[0] == first
+    if last is None:
+        assert set(fractions) == {first}
+    elif steps > 1:
+        assert fractions == pytest.approx(np.linspace(first, last, steps))
 
 
 @given(st.integers(0, 9), st.integers(0, 9))
