@@ -41,15 +41,15 @@ def mixed(**weights: float) -> tuple[StageConfig, ...]:
 def toy() -> RunConfig:
     """The shapes world in minutes on two CPU cores: `make demo` runs it.
 
-    Noise on the image tokens that are read, and a small codebook, let it compose what it never saw together. Two layers
-    learn as much in less time than four or six (docs/log.md). Rows of 544 tokens leave less padding than rows of 512.
+    Noise on the image tokens that are read, and a small codebook, let it compose what it never saw together. Three
+    layers learn as much in less time than four or six (docs/log.md). Rows of 544 tokens leave less padding than 512.
     """
     tokenizers = TokenizerTraining(n_merges=160, steps=500, warmup_steps=150)
     stages = mixed(pairs=0.1, drawings=0.15, questions=0.53, interleaved=0.22)
-    model = dataclasses.replace(TOY_MODEL, n_layers=2)
+    model = dataclasses.replace(TOY_MODEL, n_layers=3)
     train = TrainConfig(
-        steps=5_200, batch_size=4, seq_len=544, image_loss="drawn", image_token_noise=0.75, sample_every=None,
-        sample_minutes=2.0,
+        steps=3_400, batch_size=4, seq_len=544, image_loss="drawn", image_token_noise=0.75,
+        image_token_noise_end=0.0, sample_every=None, sample_minutes=2.0,
     )  # fmt: skip
     optim = dataclasses.replace(TOY_OPTIM, lr=1.4e-2)
     return RunConfig("toy", TOY_VQGAN, model, optim, tokenizers, stages=stages, train=train, sample=TOY_SAMPLE)
