@@ -43,7 +43,7 @@ from nanochameleon.training.train_tokenizers import train_image_tokenizer, train
 from nanochameleon.transformer import Chameleon
 
 PLAIN, QUANTIZED = 3, 3  # steps of the image tokenizer that are timed, before and after the codebook starts
-WARM, STEPS = 4, 10  # steps of the transformer before the clock starts, and those that are timed; of 10, one is logged
+WARM, STEPS = 4, 30  # steps of the transformer before the clock starts, and those that are timed; of 10, one is logged
 FEWEST = 100  # steps; a shorter run is over soon
 LARGEST_STEP = 3e11  # FLOPs of a step of the transformer: some seconds
 WORDS = 26  # tokens of text next to an image's codes, in prompts and answers of the report
