@@ -37,7 +37,7 @@ AUTO: dict[str, tuple[str, str]] = {
     "decode_attention": ("reference", ENGINE),
 }
 # "cuda" is our attention for head sizes 64 and 128, and torch's for others. "vendor" is torch's attention (cuDNN's
-# where torch prefers that) after our QK-norm and RoPE; of other ops it runs "cuda".
+# where torch prefers that) after our QK-norm and RoPE. The loss then runs "cuda", decoding the reference.
 CUDA_DTYPES = {
     "qknorm_rope_attention": (torch.bfloat16,),
     "decode_attention": (torch.bfloat16,),
@@ -184,15 +184,13 @@ def decide(op: str, device: torch.device, dtype: torch.dtype, head_dim: int | No
         return "reference", ENGINE
     if name == "bf16" and op not in BF16_OPS:
         name = "numba"
-    if name == "vendor" and not op.endswith("attention"):
-        name = "cuda"
     samples = op == "decode_attention" and device.type == "cuda"  # tokens are sampled in the dtype of the weights
     if name in ("cuda", "vendor") and samples and dtype not in CUDA_DTYPES[op]:
         return "reference", why_cuda_unavailable(op, device, dtype)
     if problem := unsupported(name, op, device, dtype):
         raise ValueError(f"the {name} kernels were requested for {op}, but {problem}")
     if name != "auto":
-        return name, "requested"
+        return ("cuda" if name == "vendor" and op == "zloss_cross_entropy" else name), "requested"
     if reason:
         if device.type == "cuda":
             return proven(op, device, dtype, head_dim)

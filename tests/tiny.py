@@ -136,7 +136,7 @@ def training_config(out: Path, **changes) -> RunConfig:
         ),
         train=TrainConfig(
             steps=12, batch_size=2, seq_len=192, precision="fp32", log_every=5, sample_every=8, save_every=5,
-            image_loss="drawn", image_token_noise=0.5,
+            image_loss="drawn", image_token_noise=0.5, image_token_noise_end=0.1,
         ),
         sample=SamplingParams(max_new_tokens=16), evaluation=EvalConfig(4, 4, 4), out=out, device="cpu",
     )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochameleon.kernels.attention.documents import Documents
-from nanochameleon.kernels.attention.flash import flash_available, varlen_attention
+from nanochameleon.kernels.attention.flash import flash_available
 from nanochameleon.kernels.constant import assume_constant_result
 from nanochameleon.kernels.ops import matmul_dtype
 
@@ -43,9 +43,14 @@ def attention_by_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """q (N, H, E) and k, v (N, G, E) -> (N, H, E), for the N tokens of all documents."""
+    """q (N, H, E) and k, v (N, G, E) -> (N, H, E), for the N tokens of all documents.
+
+    torch.nn.attention.varlen wraps the same operation, but takes shared key heads only since torch 2.12. The operation
+    itself takes them since torch 2.5.
+    """
     lengths = documents.cu_seqlens, documents.cu_seqlens, documents.max_len, documents.max_len
-    return varlen_attention(q, k, v, *lengths, causal=True)
+    dropout, causal, debug = 0.0, True, False
+    return torch.ops.aten._flash_attention_forward(q, k, v, *lengths, dropout, causal, debug)[0]
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

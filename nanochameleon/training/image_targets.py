@@ -45,7 +45,7 @@ def without_read_images(batch: Batch, n_codes: int, vocab: Vocab) -> Batch:
 def noise_fraction(step: int, cfg: TrainConfig) -> float:
     """The largest fraction of an image's tokens to corrupt in step 0 .. cfg.steps - 1: linear from first to last."""
     first, last = cfg.image_token_noise, cfg.image_token_noise_end
-    return first if last is None else first + (last - first) * min(1.0, step / max(1, cfg.steps - 1))
+    return first if last is None else first + (last - first) * step / max(1, cfg.steps - 1)
 
 
 def corrupt_image_tokens(

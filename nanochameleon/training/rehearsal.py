@@ -43,7 +43,8 @@ from nanochameleon.training.train_tokenizers import train_image_tokenizer, train
 from nanochameleon.transformer import Chameleon
 
 PLAIN, QUANTIZED = 3, 3  # steps of the image tokenizer that are timed, before and after the codebook starts
-WARM, STEPS = 4, 30  # steps of the transformer before the clock starts, and those that are timed; of 10, one is logged
+WARM = 4  # steps of the transformer before the clock starts
+FEW, MANY, ENOUGH = 10, 30, 4.0  # those that are timed, of 10 one is logged; once these seconds are over, as few as FEW
 FEWEST = 100  # steps; a shorter run is over soon
 LARGEST_STEP = 3e11  # FLOPs of a step of the transformer: some seconds
 WORDS = 26  # tokens of text next to an image's codes, in prompts and answers of the report
@@ -55,21 +56,25 @@ class Enough(Exception):
 
 
 class Stopwatch:
-    """Takes the place of `stopped`, which loops call once a step: it notes the time and ends the loop after n steps."""
+    """Takes the place of `stopped`, which loops call once a step: it notes the time and ends the loop after n steps.
 
-    def __init__(self, n: int):
-        self.n, self.times = n, []
+    Up to `most` steps are taken while those after the first one take less than ENOUGH seconds.
+    """
+
+    def __init__(self, n: int, most: int = 0):
+        self.n, self.most, self.times = n, most, []
 
     def __call__(self) -> bool:
         self.times.append(time.perf_counter())
-        if len(self.times) > self.n:
+        taken = len(self.times) - 1
+        if taken >= self.n and (taken >= self.most or self.times[-1] - self.times[1] > ENOUGH):
             raise Enough
         return False
 
 
-def step_seconds(n: int, loop: Callable[[Stopwatch], object]) -> list[float]:
-    """Seconds of n steps of a loop, the first one left out, in which kernels are compiled."""
-    stopwatch = Stopwatch(n)
+def step_seconds(loop: Callable[[Stopwatch], object], n: int, most: int = 0) -> list[float]:
+    """Seconds of the steps of a loop, the first one left out, in which kernels are compiled."""
+    stopwatch = Stopwatch(n, most)
     with suppress(Enough):
         loop(stopwatch)
     return [b - a for a, b in zip(stopwatch.times, stopwatch.times[1:], strict=False)]
@@ -136,7 +141,7 @@ def rehearse(cfg: RunConfig, init: InitFrom, folder: Path, device: torch.device,
         loader = open_loader(few, image_tokenizer, tokenizer, place)
         with torch.device("meta"):
             run = Run(few, tokenizer.vocab, tokenizer, image_tokenizer, Chameleon(cfg.model))
-        seconds = step_seconds(WARM + STEPS, lambda stopwatch: train(few, run, loader, place, stopwatch))
+        seconds = step_seconds(lambda stopwatch: train(few, run, loader, place, stopwatch), WARM + FEW, WARM + MANY)
         transformer_seconds = steps_left(folder, cfg.train.steps) * fmean(seconds[WARM:])
         return Forecast(image_tokenizer_seconds, tokens_seconds, transformer_seconds, rehearse_report(run))
 
@@ -154,7 +159,7 @@ def rehearse_image_tokenizer(cfg: RunConfig, place: Path, folder: Path, device: 
     few = replace(cfg, tokenizers=replace(t, steps=PLAIN + QUANTIZED + 9, warmup_steps=PLAIN + 1))
     pairs = open_sources(cfg, place)("pairs")
     seconds = step_seconds(
-        PLAIN + QUANTIZED + 1, lambda stopwatch: train_image_tokenizer(few, pairs, place, device, stopwatch)
+        lambda stopwatch: train_image_tokenizer(few, pairs, place, device, stopwatch), PLAIN + QUANTIZED + 1
     )
     plain, start, quantized = median(seconds[:PLAIN]), seconds[PLAIN], median(seconds[PLAIN + 1 :])
     plain_left = max(0, left - (t.steps - t.warmup_steps))

@@ -14,7 +14,6 @@ from tolerance import assert_as_good_as
 
 from nanochameleon.config import ModelConfig
 from nanochameleon.generation.decode_torch import FusedStep
-from nanochameleon.kernels.attention import flash
 from nanochameleon.kernels.attention.decode import decode_attention_, decode_attention_reference_, see_cache
 from nanochameleon.kernels.attention.reference import attention_reference
 from nanochameleon.kernels.dispatch import use_kernels
@@ -116,36 +115,9 @@ def test_a_token_beyond_what_is_read_harms_no_other():
         torch.testing.assert_close([x[:1] for x in both], list(one))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flash attention
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "head_dim", "capability", "available"),
-    [
-        ("cuda", torch.bfloat16, 128, (8, 0), True), ("cuda", torch.float16, 64, (9, 0), True),
-        ("cpu", torch.bfloat16, 128, (8, 0), False), ("cuda", torch.float32, 128, (9, 0), False),
-        ("cuda", torch.float16, 128, (7, 5), False), ("cuda", torch.bfloat16, 36, (9, 0), False),
-        ("cuda", torch.bfloat16, 264, (9, 0), False),
-    ],
-)  # fmt: skip
-def test_flash_takes_what_torch_s_kernel_takes(monkeypatch, device, dtype, head_dim, capability, available):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert flash.flash_available(torch.device(device), dtype, head_dim) == available
-    monkeypatch.setattr(torch.version, "hip", "7.0")  # an AMD GPU, where nobody has tried it
-    assert not flash.flash_available(torch.device(device), dtype, head_dim)
-
-
 def test_a_token_sees_the_entries_up_to_its_own():
     keys, positions = torch.zeros(2, 3, 9, 8), torch.tensor([[1, 2], [4, 5]])
     assert torch.equal(see_cache(positions, keys, 7) == 0, torch.arange(7) <= positions[..., None])
-
-
-def test_the_operation_takes_what_it_is_called_with():
-    """By position in every torch from 2.5 on, where it has no name but torch.ops.aten's."""
-    names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
-    given = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
-    assert names[:10] == ["query", "key", "value", *given]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochameleon.kernels.attention import by_documents, reference
+from nanochameleon.kernels.attention import by_documents, flash, reference
 from nanochameleon.kernels.attention.documents import Documents
 from nanochameleon.kernels.attention.reference import attention_reference, visible
 
@@ -25,10 +25,10 @@ def document_by_document(q, k, v, cu_seqlens, longest):
     return torch.cat(outs)
 
 
-def varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k, causal):
-    assert causal and cu_q is cu_k and max_q == max_k
+def flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug):
+    assert cu_q is cu_k and max_q == max_k and (dropout, causal, debug) == (0, True, False)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return document_by_document(q, k, v, cu_q, max_q)
+    return document_by_document(q, k, v, cu_q, max_q), *[None] * 4
 
 
 def efficient(q, k, v, bias, cu_q, cu_k, max_q, max_k, dropout, mask, log_sum_exp):
@@ -40,7 +40,7 @@ def efficient(q, k, v, bias, cu_q, cu_k, max_q, max_k, dropout, mask, log_sum_ex
 @pytest.fixture(params=["flash", "efficient"])
 def kernel(request, monkeypatch):
     """The name of a kernel whose place a formula takes."""
-    monkeypatch.setattr(by_documents, "varlen_attention", varlen_attention)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
     monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", efficient)
     return request.param
 
@@ -129,3 +129,26 @@ def test_bounds_are_the_first_and_last_place_of_each_id(problem):
     for row, begins, ends in zip(documents.ids.tolist(), first.tolist(), last.tolist(), strict=True):
         assert begins == [row.index(doc) for doc in row]
         assert ends == [len(row) - 1 - row[::-1].index(doc) for doc in row]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "capability", "available"),
+    [
+        ("cuda", torch.bfloat16, 128, (8, 0), True), ("cuda", torch.float16, 64, (9, 0), True),
+        ("cpu", torch.bfloat16, 128, (8, 0), False), ("cuda", torch.float32, 128, (9, 0), False),
+        ("cuda", torch.float16, 128, (7, 5), False), ("cuda", torch.bfloat16, 36, (9, 0), False),
+        ("cuda", torch.bfloat16, 264, (9, 0), False),
+    ],
+)  # fmt: skip
+def test_flash_takes_what_torch_s_kernel_takes(monkeypatch, device, dtype, head_dim, capability, available):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert flash.flash_available(torch.device(device), dtype, head_dim) == available
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # an AMD GPU, where nobody has tried it
+    assert not flash.flash_available(torch.device(device), dtype, head_dim)
+
+
+def test_the_operation_takes_what_it_is_called_with():
+    """By position in every torch from 2.5 on, where it has no name but torch.ops.aten's."""
+    names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    given = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
+    assert names[:10] == ["query", "key", "value", *given]

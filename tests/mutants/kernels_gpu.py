@@ -104,9 +104,16 @@ MUTANTS = [
     Mutant(
         "flash attention sees later tokens of a document",
         "kernels/attention/by_documents.py",
-        "varlen_attention(q, k, v, *lengths, causal=True)",
-        "varlen_attention(q, k, v, *lengths, causal=False)",
+        "dropout, causal, debug = 0.0, True, False",
+        "dropout, causal, debug = 0.0, False, False",
         "kernels/test_document_boundaries.py",
+    ),
+    Mutant(
+        "the loss of a GPU does not know the kernels called vendor",
+        "kernels/dispatch.py",
+        'return ("cuda" if name == "vendor" and op == "zloss_cross_entropy" else name), "requested"',
+        'return name, "requested"',
+        "kernels/test_dispatch.py",
     ),
     Mutant(
         "splits are combined without their weights",

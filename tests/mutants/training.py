@@ -11,6 +11,13 @@ MUTANTS = [
         "training/test_image_targets.py",
     ),
     Mutant(
+        "noise does not change while a run trains",
+        "train.py",
+        "corrupt_image_tokens(batch, noise_fraction(step, t), n_codes",
+        "corrupt_image_tokens(batch, t.image_token_noise, n_codes",
+        "training/test_recovery.py",
+    ),
+    Mutant(
         "noise in what is to be written",
         "training/image_targets.py",
         "return replace(batch, tokens=tokens)",

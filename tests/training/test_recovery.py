@@ -14,7 +14,7 @@ import train
 from nanochameleon.data.build import open_loader
 from nanochameleon.errors import OwnError, UserError
 from nanochameleon.training import checkpoint, recovery
-from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets
+from nanochameleon.training.image_targets import corrupt_image_tokens, mask_targets, noise_fraction
 from nanochameleon.training.monitor import read_metrics
 from nanochameleon.training.objective import Objective
 from nanochameleon.training.run import TEXT_TOKENIZER
@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_dumped(kind,
     text = load_text_tokenizer(before_transformer / TEXT_TOKENIZER)
     loader = open_loader(cfg, image_tokenizer, text, before_transformer)
     learnt = mask_targets(loader.batch(1), cfg.train.image_loss, 16, text.vocab)
-    learnt = corrupt_image_tokens(learnt, cfg.train.image_token_noise, 16, text.vocab, cfg.seed, [2, 3])
+    learnt = corrupt_image_tokens(learnt, noise_fraction(1, cfg.train), 16, text.vocab, cfg.seed, [2, 3])
     tensors = {name: x.tolist() for name, x in vars(learnt).items() if name != "documents"}
     assert {name: x.tolist() for name, x in load_file(kept[0]).items()} == tensors
 

@@ -1,8 +1,10 @@
 """A rehearsal tells how long a run takes and leaves nothing; sheets of samples come by steps and by the clock."""
 
+import itertools
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,9 +92,10 @@ def test_only_a_long_run_of_small_steps_on_one_cpu_is_rehearsed(tmp_path, change
     assert not worth(replace(cfg, train=replace(cfg.train, steps=steps), **changes), tmp_path, mesh)
 
 
-@given(st.integers(1, 20), st.integers(0, 50))
-def test_a_loop_ends_after_the_steps_that_are_timed(n, steps):
+@given(st.integers(1, 20), st.integers(0, 30), st.integers(0, 50), st.booleans())
+def test_a_loop_ends_after_the_steps_that_are_timed(n, most, steps, slow):
     taken = []
+    clock = itertools.count(step=rehearsal.ENOUGH + 1 if slow else rehearsal.ENOUGH / 100)
 
     def loop(stopped: Stopwatch) -> None:
         for step in range(steps):
@@ -100,8 +103,13 @@ def test_a_loop_ends_after_the_steps_that_are_timed(n, steps):
             if stopped():
                 return
 
-    seconds = step_seconds(n, loop)
-    assert len(taken) == min(steps, n + 1) and len(seconds) == max(0, len(taken) - 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        seconds = step_seconds(loop, n, most)
+    expected = max(
+        n, min(most, 2) if slow else most
+    )  # slow: the clock starts after one step, and the second is too much
+    assert len(taken) == min(steps, expected + 1) and len(seconds) == max(0, len(taken) - 1)
 
 
 def test_a_forecast_is_a_sentence():
