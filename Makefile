@@ -11,7 +11,7 @@ help:  ## this list
 demo: .venv/.run  ## from nothing to a model that draws, writes and answers: runs/toy
 	$(BIN)/python train.py toy
 
-demo-long: .venv/.run  ## the same scenes, six layers and twice as many steps: runs/toy_long
+demo-long: .venv/.run  ## the same scenes, six layers and three times as many steps: runs/toy_long
 	$(BIN)/python train.py toy_long
 
 toy-model: .venv/.run  ## trains, aligns, stores and measures models/toy again, in an hour

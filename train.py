@@ -1,7 +1,7 @@
 """Train nanochameleon: one script from raw captions and images to a model that writes and draws, and its report.
 
     python train.py toy                                   the shapes world, minutes on two CPU cores
-    python train.py toy_long                              the same scenes, six layers and twice as many steps
+    python train.py toy_long                              the same scenes, six layers and three times as many steps
     python train.py emoji                                 real emoji from PyPI, with .[data] installed (docs/install.md)
     python train.py folder --data.path=images             your own images with captions.jsonl or metadata.csv
     python train.py stability                             the paper's ablations at a small size: a table and a plot

@@ -23,8 +23,7 @@ from nanochameleon.kernels.ops import FLOAT_DTYPES, expect
 def see_cache(positions: Tensor, keys: Tensor, kv_len: int) -> Tensor:
     """What new tokens see of a cache: all entries up to their own, of the first kv_len.
 
-    Returns a mask (N, T, kv_len), 0 where a token sees an entry, else -infinity. On an H200 a step with it is faster
-    than flash attention by lengths, which reads no more of each slot than it sees.
+    Returns a mask (N, T, kv_len), 0 where a token sees an entry, else -infinity.
     """
     unseen = torch.arange(kv_len, device=positions.device) > positions[..., None]
     return torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
