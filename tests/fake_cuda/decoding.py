@@ -35,7 +35,7 @@ def decode_steps(name: str, kernels: str, fused: bool) -> dict[str, dict]:
             with Recorder() as recorder:
                 decoder.step(SLOTS, KV_LEN, part, guided, needs)
             variant = f"{part}{', guided' if guided else ''}, draws/sorts/penalty {needs}"
-            found[variant] = {"syncs": recorder.syncs, "mixed": recorder.mixed, "masked": recorder.masked}
+            found[variant] = {"syncs": recorder.syncs, "mixed": recorder.mixed}
             found[variant]["ops"] = sum(recorder.calls.values())
     return found
 

@@ -61,7 +61,6 @@ class Recorder(TorchDispatchMode):
         self.syncs: list[str] = []  # "phase: op at file:line (function)"
         self.mixed: list[str] = []  # ops with a tensor of the host that is not a number, next to tensors of the GPU
         self.dense: list[str] = []  # ops that make a tensor with two dimensions of seq_len
-        self.masked: list[str] = []  # attention that reads a mask, for which flash has no kernel
         self.bytes: Counter[tuple[str, str]] = Counter()  # (phase, op) -> bytes read and written
         self.calls: Counter[tuple[str, str]] = Counter()
 
@@ -113,8 +112,6 @@ class Recorder(TorchDispatchMode):
                 self.syncs.append(self.line("copy from the host"))
         elif len(kinds) > 1 and any(x.device.type == "cpu" and x.ndim for x in inputs):
             self.mixed.append(self.line(name))
-        if name.startswith("_scaled_dot_product") and isinstance(args[3], Tensor) and "flash" not in name:
-            self.masked.append(self.line(name))
         if self.seq_len and any(list(x.shape).count(self.seq_len) > 1 for x in outputs):
             self.dense.append(self.line(name))
         if name not in VIEWS:
