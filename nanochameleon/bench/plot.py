@@ -187,7 +187,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     least = 0.8 * min(min(line.values()) for panel in found.values() for line in panel.lines.values())
     heights = {op: HEAD + LINE * len(panel.lines) for op, panel in found.items()}
     height = top = FOOT + sum(heights.values())
-    figure = Figure(figsize=(WIDTH, height), dpi=200)
+    figure = Figure(figsize=(WIDTH, height), dpi=200, layout="none")
     for op, panel in found.items():
         top -= heights[op]
         size = (WIDTH - LEFT - RIGHT) / WIDTH, (heights[op] - HEAD) / height
