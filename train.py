@@ -134,9 +134,8 @@ def train_loop(
     save_pending = False  # a checkpoint was due while losses were non-finite: save once they recover
     while progress.step < t.steps:
         step = progress.step
-        if (
-            monitor and step and monitor.samples.due(step)
-        ):  # before the step: a run stopped here that draws by steps draws when it resumes
+        # 0. A sheet of samples, before the step: a run stopped here that draws by steps draws when it resumes.
+        if monitor and step and monitor.samples.due(step):
             draw_samples(run, saver, step, monitor.samples.elapsed)
 
         # 1. The batch. After a rollback, the batches that made the loss diverge are skipped.

@@ -44,7 +44,8 @@ from nanochameleon.transformer import Chameleon
 
 PLAIN, QUANTIZED = 3, 3  # steps of the image tokenizer that are timed, before and after the codebook starts
 WARM = 4  # steps of the transformer before the clock starts
-FEW, MANY, ENOUGH = 10, 30, 4.0  # those that are timed, of 10 one is logged; once these seconds are over, as few as FEW
+# steps of the transformer that are timed, of 10 one is logged: MANY, or as few as FEW once ENOUGH seconds are over
+FEW, MANY, ENOUGH = 10, 30, 4.0
 FEWEST = 100  # steps; a shorter run is over soon
 LARGEST_STEP = 3e11  # FLOPs of a step of the transformer: some seconds
 WORDS = 26  # tokens of text next to an image's codes, in prompts and answers of the report
