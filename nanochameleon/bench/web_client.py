@@ -59,8 +59,9 @@ async def ask(load: Load, body: dict, connection: tuple, result: Result) -> floa
         result.busy += status == 429
         return float(fields.get(b"retry-after", 0))
     answer = await reader.readuntil(b'"sample"')
-    result.first.append(time.perf_counter() - start)
+    first = time.perf_counter() - start
     answer += await reader.readuntil(LAST)
+    result.first.append(first)  # here, so that both lists keep one order whoever else answers in between
     result.whole.append(time.perf_counter() - start)
     result.answers += 1
     note(answer, result)

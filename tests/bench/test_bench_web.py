@@ -6,12 +6,13 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
-from nanochameleon.bench import web
+from nanochameleon.bench import web, web_client
 from nanochameleon.bench.rows import make_row
 from nanochameleon.bench.web_client import Load, Result, run
 from nanochameleon.errors import UserError
@@ -90,9 +91,36 @@ def test_an_error_in_a_stream_is_one():
     assert len(result.errors) == 10 and "planted" in result.errors[0]
 
 
-def test_time_ends_a_load():
+def test_two_answers_at_once_keep_their_own_times(monkeypatch):
+    """The first request's image starts late and ends last: its times stay a pair, and so do the other's."""
+    now, result = [0.0], Result()
+    monkeypatch.setattr(web_client, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    head, start, rest = b"HTTP/1.1 200 OK\r\n\r\n", b'{"sample"', b'"new_tokens": 7, "x"' + web_client.LAST
+
+    async def at(second: float, reader: asyncio.StreamReader, data: bytes) -> None:
+        now[0] = second
+        reader.feed_data(data)
+        for _ in range(4):  # turns of the loop: the one who waits reads this and waits again
+            await asyncio.sleep(0)
+
+    async def both() -> None:
+        readers = [asyncio.StreamReader(), asyncio.StreamReader()]
+        writer = SimpleNamespace(write=lambda data: None)
+        asked = [asyncio.create_task(web_client.ask(LOAD, {}, (reader, writer), result)) for reader in readers]
+        await asyncio.sleep(0)
+        for second, of, data in [(5.0, 0, head + start), (6.0, 1, head + start), (7.0, 1, rest), (9.0, 0, rest)]:
+            await at(second, readers[of], data)
+        await asyncio.gather(*asked)
+
+    asyncio.run(both())
+    assert list(zip(result.first, result.whole, strict=True)) == [(6.0, 7.0), (5.0, 9.0)]
+
+
+def test_time_ends_a_load(monkeypatch):
+    ticks = count()
+    monkeypatch.setattr(web_client, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.01))
     result, _ = served(dataclasses.replace(LOAD, requests=None, seconds=0.2))
-    assert result.answers >= 3 and result.seconds >= 0.2
+    assert 3 <= result.answers <= 20 and 0.2 <= result.seconds < 0.4
 
 
 @pytest.mark.parametrize("pixels", [False, True])
