@@ -5,7 +5,7 @@ import time
 
 import pytest
 from playwright.sync_api import expect
-from serving import served
+from serving import PATIENCE, served
 from tiny import TINY_VQGAN
 from tiny_site import tiny_site
 
@@ -75,7 +75,7 @@ def held(page, pattern: str) -> list:
 
 def release(page, routes: list) -> None:
     """Let the next request pass, once it has come."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not routes and time.monotonic() < deadline:
         page.wait_for_timeout(10)  # playwright reads what the browser says meanwhile
     routes.pop().continue_()
