@@ -34,7 +34,9 @@ from nanochameleon.kernels.cpu.simd import (
 )
 
 ROWS, OUTS = 4, W // 4  # as many registers of sums as a register has lanes
+TILES = 4  # of rows of x that stay in the L1 cache while all weights pass by
 AHEAD = 2 * OUTS  # rows of weights: how far ahead they are prefetched
+SHARES = sorted({-(-OUTS // tiles) for tiles in range(1, TILES + 1)})  # rows that a tile prefetches, by how many tiles
 L2 = 2  # the cache to which they are prefetched: far fewer lines can be on their way to L1 at once
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,8 +78,8 @@ def hsums(b, sums: list):
     return sums[0]
 
 
-def sums_along_k(b, xs: list, ws: list, k, size: int) -> list:
-    """One register of partial sums for each pair of a row of x and a row of w."""
+def sums_along_k(b, xs: list, ws: list, k, size: int, ahead: list) -> list:
+    """One register of partial sums for each pair of a row of x and a row of w. ahead: rows of w to prefetch."""
     whole, zero, n = b.and_(k, i64(-W)), i64(0), len(xs) * len(ws)
 
     def step(at, sums, mask):
@@ -98,8 +100,8 @@ def sums_along_k(b, xs: list, ws: list, k, size: int) -> list:
     b.cbranch(b.icmp_signed(">", whole, zero), loop, rest)
     b.position_at_end(loop)
     at, sums = b.phi(i64), phis((nothing, before))
-    for p in ws:  # the processor's own prefetcher loses track of so many short streams
-        prefetch(b, b.add(p, b.mul(b.add(at, b.mul(k, i64(AHEAD))), i64(size))))
+    for p in ahead:  # the processor's own prefetcher loses track of so many short streams
+        prefetch(b, b.add(p, b.mul(at, i64(size))))
     new, following = step(at, sums, None), b.add(at, i64(W))
     for phi, first, value in [(at, zero, following), *zip(sums, nothing, new, strict=True)]:
         if phi is at:
@@ -116,10 +118,11 @@ def sums_along_k(b, xs: list, ws: list, k, size: int) -> list:
     return phis((sums, rest), (new, tail))
 
 
-def emit_tile(b, size: int, rows: int, outs: int, x, stride_x, w, k, scale, out, stride_out) -> None:
+def emit_tile(b, size: int, rows: int, outs: int, share: int, x, stride_x, w, k, scale, out, stride_out, ahead) -> None:
     xs = [b.add(x, b.mul(stride_x, i64(r))) for r in range(rows)]
     ws = [b.add(w, b.mul(k, i64(size * j))) for j in range(outs)]
-    total = hsums(b, sums_along_k(b, xs, ws, k, size))
+    ahead = [b.add(ahead, b.mul(k, i64(size * j))) for j in range(share)]
+    total = hsums(b, sums_along_k(b, xs, ws, k, size, ahead))
     kind = ir.VectorType(f32, outs)
     for r in range(rows):
         order = ir.Constant(ir.VectorType(i32, outs), [r * outs + j for j in range(outs)])
@@ -136,14 +139,19 @@ ARGUMENTS = 10  # of the matmul, all int64
 
 
 def make_tile(size: int):
-    """Make tile(...): up to ROWS rows and OUTS outputs, or 1 and 1. Weights have `size` bytes, strides are in bytes."""
+    """Make tile(...): up to ROWS rows and OUTS outputs, or 1 and 1. Weights have `size` bytes, strides are in bytes.
 
-    @instruction(types.void, count, count, address, count, address, count, address, address, count)
-    def tile(b, rows, outs, x, stride_x, w, k, scale, out, stride_out):
-        rest = x, stride_x, w, k, scale, out, stride_out  # no *args: Numba counts the parameters
-        for r, j in [*((r, OUTS) for r in range(1, ROWS + 1)), (1, 1)]:
-            with b.if_then(b.and_(b.icmp_signed("==", rows, i64(r)), b.icmp_signed("==", outs, i64(j)))):
-                emit_tile(b, size, r, j, *rest)
+    It prefetches `share` rows of weights from `ahead` on, one of SHARES; with 1 output none.
+    """
+
+    @instruction(types.void, count, count, count, address, count, address, count, address, address, count, address)
+    def tile(b, rows, outs, share, x, stride_x, w, k, scale, out, stride_out, ahead):
+        rest = x, stride_x, w, k, scale, out, stride_out, ahead  # no *args: Numba counts the parameters
+        kinds = [(r, OUTS, some) for some in SHARES for r in range(1, ROWS + 1)]
+        for kind in [*kinds, (1, 1, 0)]:
+            same = [b.icmp_signed("==", x, i64(y)) for x, y in zip((rows, outs, share), kind, strict=True)]
+            with b.if_then(b.and_(b.and_(same[0], same[1]), same[2])):
+                emit_tile(b, size, *kind, *rest)
 
     return tile
 
@@ -157,19 +165,24 @@ def matmul_address(size: int) -> int:
 
     def matmul(x, rows, stride_x, w, k, scale, first, last, out, stride_out):
         """Outputs first .. last - 1 of `rows` rows; x, w (N, k), scale and out are addresses, strides in floats."""
-        for some in range(0, rows, 4 * ROWS):  # as many rows of x as stay in the L1 cache while all weights pass by
-            most = min(some + 4 * ROWS, rows)
+        for some in range(0, rows, TILES * ROWS):
+            most = min(some + TILES * ROWS, rows)
+            tiles = (most - some + ROWS - 1) // ROWS
             n = first
             while n < last:
                 outs, each = (OUTS, ROWS) if n + OUTS <= last else (1, 1)
+                share = (OUTS + tiles - 1) // tiles if outs == OUTS else 0  # each weight is prefetched once
                 for r in range(some, most, each):
                     from_x, from_w = x + 4 * r * stride_x, w + size * n * k
-                    to, rows_now = out + 4 * (r * stride_out + n), min(each, most - r)
+                    ahead = from_w + size * k * (AHEAD + (r - some) // ROWS * share)
+                    to, n_rows = out + 4 * (r * stride_out + n), min(each, most - r)
                     if size == 4:
-                        tile_fp32(rows_now, outs, from_x, 4 * stride_x, from_w, k, 0, to, 4 * stride_out)
+                        tile_fp32(n_rows, outs, share, from_x, 4 * stride_x, from_w, k, 0, to, 4 * stride_out, ahead)
                     else:
                         scales = scale + 4 * n
-                        tile_int8(rows_now, outs, from_x, 4 * stride_x, from_w, k, scales, to, 4 * stride_out)
+                        tile_int8(
+                            n_rows, outs, share, from_x, 4 * stride_x, from_w, k, scales, to, 4 * stride_out, ahead
+                        )
                 n += outs
 
     return compiled(matmul, ARGUMENTS).address
