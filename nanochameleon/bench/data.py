@@ -30,8 +30,8 @@ from nanochameleon.presets import toy
 from nanochameleon.text_tokenizer import TextTokenizer
 from nanochameleon.vocab import Vocab
 
-# tokens/s that training needs, padding included: the toy on two cores with AMX (docs/results/training.md), and the aims
-# for one H100
+# tokens/s that training needs, padding included, though the rows here leave padding out: the toy on two cores with AMX
+# (docs/results/data.md), and the aims for one H100
 CONSUMES = {"toy step": 30_000, "H100 1.4B": 65_000, "H100 288M": 330_000}
 ROUNDS = 5
 

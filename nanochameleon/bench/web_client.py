@@ -61,7 +61,7 @@ async def ask(load: Load, body: dict, connection: tuple, result: Result) -> floa
     answer = await reader.readuntil(b'"sample"')
     first = time.perf_counter() - start
     answer += await reader.readuntil(LAST)
-    result.first.append(first)  # here, so that both lists keep one order whoever else answers in between
+    result.first.append(first)  # only now: another answer may end in between, and both lists must have the same order
     result.whole.append(time.perf_counter() - start)
     result.answers += 1
     note(answer, result)

@@ -121,8 +121,10 @@ def test_tokens_have_a_ratio_to_each_consumer_and_images_have_none(monkeypatch):
     monkeypatch.setattr(data, "median_seconds", lambda jobs, rounds, device: {"nano": 0.5})
     made = data.rows("case", lambda: None, {"tokens/s": 35_000, "images/s": 10}, ("toy step", "H100 1.4B"), CPU)
     assert [(r.value, r.unit, r.ratio, r.ratio_to) for r in made] == [
-        (70_000, "tokens/s", 70 / 30, "toy step"), (70_000, "tokens/s", 70 / 65, "H100 1.4B"), (20, "images/s", None, None),
-    ]  # fmt: skip
+        (70_000, "tokens/s", 70 / 30, "toy step"),
+        (70_000, "tokens/s", 70 / 65, "H100 1.4B"),
+        (20, "images/s", None, None),
+    ]
 
 
 def test_preparing_is_timed_on_what_comes_out(tmp_path, monkeypatch):

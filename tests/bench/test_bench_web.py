@@ -92,7 +92,7 @@ def test_an_error_in_a_stream_is_one():
 
 
 def test_two_answers_at_once_keep_their_own_times(monkeypatch):
-    """The first request's image starts late and ends last: its times stay a pair, and so do the other's."""
+    """The first answer starts first and ends last: each answer's two times must stay a pair."""
     now, result = [0.0], Result()
     monkeypatch.setattr(web_client, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     head, start, rest = b"HTTP/1.1 200 OK\r\n\r\n", b'{"sample"', b'"new_tokens": 7, "x"' + web_client.LAST
@@ -100,7 +100,7 @@ def test_two_answers_at_once_keep_their_own_times(monkeypatch):
     async def at(second: float, reader: asyncio.StreamReader, data: bytes) -> None:
         now[0] = second
         reader.feed_data(data)
-        for _ in range(4):  # turns of the loop: the one who waits reads this and waits again
+        for _ in range(4):  # iterations of the event loop: enough for the waiting client to read this and wait again
             await asyncio.sleep(0)
 
     async def both() -> None:

@@ -34,9 +34,9 @@ from nanochameleon.kernels.cpu.simd import (
 )
 
 ROWS, OUTS = 4, W // 4  # as many registers of sums as a register has lanes
-TILES = 4  # of rows of x that stay in the L1 cache while all weights pass by
+TILES = 4  # tiles of ROWS rows of x, which stay in the L1 cache while all weights pass by
 AHEAD = 2 * OUTS  # rows of weights: how far ahead they are prefetched
-SHARES = sorted({-(-OUTS // tiles) for tiles in range(1, TILES + 1)})  # rows that a tile prefetches, by how many tiles
+SHARES = sorted({-(-OUTS // tiles) for tiles in range(1, TILES + 1)})  # rows of weights that a tile prefetches
 L2 = 2  # the cache to which they are prefetched: far fewer lines can be on their way to L1 at once
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,8 @@ ARGUMENTS = 10  # of the matmul, all int64
 def make_tile(size: int):
     """Make tile(...): up to ROWS rows and OUTS outputs, or 1 and 1. Weights have `size` bytes, strides are in bytes.
 
-    It prefetches `share` rows of weights from `ahead` on, one of SHARES; with 1 output none.
+    `share` is how many rows of weights it prefetches, starting at address `ahead`: one of SHARES, or 0 with 1 output.
+    For any other numbers it does nothing.
     """
 
     @instruction(types.void, count, count, count, address, count, address, count, address, address, count, address)
@@ -171,7 +172,8 @@ def matmul_address(size: int) -> int:
             n = first
             while n < last:
                 outs, each = (OUTS, ROWS) if n + OUTS <= last else (1, 1)
-                share = (OUTS + tiles - 1) // tiles if outs == OUTS else 0  # each weight is prefetched once
+                # rounded up: 3 tiles, or 4 where OUTS is 2, ask for some rows twice
+                share = (OUTS + tiles - 1) // tiles if outs == OUTS else 0
                 for r in range(some, most, each):
                     from_x, from_w = x + 4 * r * stride_x, w + size * n * k
                     ahead = from_w + size * k * (AHEAD + (r - some) // ROWS * share)
