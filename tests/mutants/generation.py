@@ -116,6 +116,13 @@ MUTANTS = [
         "generation/test_decode_cpu.py",
     ),
     Mutant(
+        "no tile for the rows of a batch of 16",
+        "generation/cpu/matmul.py",
+        "for tiles in range(1, TILES + 1)})",
+        "for tiles in range(1, TILES)})",
+        "generation/test_decode_cpu.py",
+    ),
+    Mutant(
         "the scale of another output",
         "generation/cpu/matmul.py",
         "scales = scale + 4 * n",
